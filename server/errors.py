@@ -1,0 +1,129 @@
+"""Errors a caller can meet, and their HTTP status, OpenAI ``type`` and ``code``.
+
+::
+
+    PrefixdError
+    ├── BadRequest                400 invalid_request_error
+    │   └── DoesNotFit            400 context_length_exceeded
+    ├── NotAuthenticated          401 invalid_api_key
+    ├── Forbidden                 403 insufficient_scope
+    ├── NotFound                  404 not_found
+    ├── Conflict                  409 conflict
+    ├── TooLarge                  413 request_too_large
+    ├── Unprocessable             422 invalid_prefix
+    ├── RateLimited               429 rate_limit_exceeded
+    ├── EngineFailure             500 engine_error
+    └── Unavailable               503 unavailable
+
+``str(error)`` is a sentence for the caller: what was expected and what came.
+"""
+
+from typing import ClassVar
+
+
+class PrefixdError(Exception):
+    """Base of everything a caller can be told."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str] = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.default_code
+        self.param = param
+        self.retry_after = retry_after
+
+
+class BadRequest(PrefixdError):
+    """The request is malformed or asks for something that does not exist here."""
+
+    status = 400
+    type = "invalid_request_error"
+    default_code = "invalid_request"
+
+
+class DoesNotFit(BadRequest):
+    """Prefix, prompt and max_tokens together can never fit the model or the KV pool."""
+
+    default_code = "context_length_exceeded"
+
+
+class NotAuthenticated(PrefixdError):
+    """No API key, or one that is not known, revoked or expired."""
+
+    status = 401
+    type = "authentication_error"
+    default_code = "invalid_api_key"
+
+
+class Forbidden(PrefixdError):
+    """The key is good but its scopes do not cover this."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "insufficient_scope"
+
+
+class NotFound(PrefixdError):
+    """No such thing for this tenant; another tenant's thing reads exactly the same."""
+
+    status = 404
+    type = "invalid_request_error"
+    default_code = "not_found"
+
+
+class Conflict(PrefixdError):
+    """The state of the thing does not allow this now."""
+
+    status = 409
+    type = "invalid_request_error"
+    default_code = "conflict"
+
+
+class TooLarge(PrefixdError):
+    """The body exceeds the limit."""
+
+    status = 413
+    type = "invalid_request_error"
+    default_code = "request_too_large"
+
+
+class Unprocessable(PrefixdError):
+    """An uploaded prefix is refused."""
+
+    status = 422
+    type = "invalid_request_error"
+    default_code = "invalid_prefix"
+
+
+class RateLimited(PrefixdError):
+    """The tenant is over one of its own limits."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+
+class EngineFailure(PrefixdError):
+    """The engine failed on this request."""
+
+    status = 500
+    type = "server_error"
+    default_code = "engine_error"
+
+
+class Unavailable(PrefixdError):
+    """The server is full, starting or draining."""
+
+    status = 503
+    type = "server_error"
+    default_code = "unavailable"

@@ -1,0 +1,108 @@
+"""The one frozen configuration, read in the composition root and nowhere else.
+
+Every field is a flag of ``prefixd serve`` and an environment variable ``PREFIXD_<FIELD>``; a flag
+wins over the environment. A room receives its own few values, never this object.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ENV_PREFIX = "PREFIXD_"
+
+MIB = 1024 * 1024
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["console", "json"]
+
+
+class Settings(BaseSettings):
+    """What an operator may choose. Values are checked once, at start."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="ignore", validate_default=True
+    )
+
+    data_dir: Path = Field(
+        default=Path("~/.prefixd"),
+        description="Folder for everything the embedded default writes: catalog, prefixes, "
+        "converted models, uploads in flight.",
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 picks one.")
+    model: str = Field(
+        default="demo",
+        description="The frozen base model: a Hugging Face id, a local folder, or `demo` for the "
+        "bundled SmolLM2-135M-Instruct.",
+    )
+    served_model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name clients use for the base model. Default: taken from the model.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="Number format of weights and KV."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where the model runs; `auto` takes a GPU if there is one."
+    )
+    threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of the model. Default: torch's choice."
+    )
+    database_url: SecretStr | None = Field(
+        default=None,
+        description="SQLAlchemy URL of the catalog. Default: an SQLite file in the data folder.",
+    )
+    block_size: int = Field(
+        default=16, ge=1, le=1024, description="Token positions in one KV block."
+    )
+    kv_tokens: int = Field(
+        default=16384,
+        ge=16,
+        description="Size of the KV pool in token positions, shared by all prefixes and requests.",
+    )
+    max_tokens_per_step: int = Field(
+        default=512, ge=1, description="Most tokens one forward pass may run."
+    )
+    max_prefill_chunk: int = Field(
+        default=256, ge=1, description="Most prompt tokens one request may run in one pass."
+    )
+    max_running: int = Field(
+        default=64, ge=1, description="Most sequences that run at the same time."
+    )
+    max_choices: int = Field(
+        default=128, ge=1, description="Most sequences one request may ask for (prompts times n)."
+    )
+    max_virtual_tokens: int = Field(
+        default=2048, ge=1, description="Most virtual tokens a prefix may have."
+    )
+    max_prefix_bytes: int = Field(
+        default=256 * MIB, ge=1, description="Largest weights file of an uploaded prefix, in bytes."
+    )
+    max_body_bytes: int = Field(
+        default=8 * MIB, ge=1024, description="Largest JSON request body, in bytes."
+    )
+    body_timeout: float = Field(
+        default=30.0, gt=0, description="Seconds a client may pause while sending a body."
+    )
+    shutdown_timeout: float = Field(
+        default=30.0, ge=0, description="Seconds that running requests get to finish at shutdown."
+    )
+    log_level: LogLevel = Field(default="info", description="Least severe level that is logged.")
+    log_format: LogFormat = Field(
+        default="console", description="Log lines for people (`console`) or machines (`json`)."
+    )
+
+    @property
+    def root(self) -> Path:
+        """``data_dir`` as an absolute path."""
+        return self.data_dir.expanduser().absolute()
+
+    @property
+    def catalog_url(self) -> str:
+        """URL of the catalog; may hold a password, so never log it."""
+        if self.database_url is not None:
+            return self.database_url.get_secret_value()
+        return f"sqlite:///{self.root / 'catalog.sqlite3'}"

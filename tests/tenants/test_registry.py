@@ -1,0 +1,146 @@
+"""Tenants and API keys in the catalog."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, text
+
+from prefix_store.database import create_tables, open_database, reading
+from server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
+from server.tenants import keys
+from server.tenants.registry import Principal, Scope, Tenants
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = datetime(2026, 11, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    engine = open_database(f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
+    create_tables(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def tenants(engine: Engine, clock: Clock) -> Tenants:
+    return Tenants(engine, now=clock)
+
+
+def test_a_key_names_its_tenant_and_scopes(tenants: Tenants) -> None:
+    tenants.create_tenant("acme")
+    issued = tenants.create_key(tenant="acme", scopes=[Scope.READ, Scope.ADMIN])
+    assert tenants.authenticate(issued.text) == Principal(
+        tenant="acme", key_id=issued.record.key_id, scopes=frozenset({Scope.READ, Scope.ADMIN})
+    )
+
+
+def test_the_default_scopes_are_everything_but_admin(tenants: Tenants) -> None:
+    tenants.create_tenant("acme")
+    issued = tenants.create_key(tenant="acme")
+    assert issued.record.scopes == (Scope.READ, Scope.GENERATE, Scope.WRITE)
+
+
+def test_refusals_do_not_say_why(tenants: Tenants, clock: Clock) -> None:
+    tenants.create_tenant("acme")
+    revoked = tenants.create_key(tenant="acme")
+    tenants.revoke_key(revoked.record.key_id)
+    expired = tenants.create_key(tenant="acme", expires_at=clock.now + timedelta(hours=1))
+    clock.now += timedelta(hours=1)
+    messages = set()
+    for candidate in (revoked.text, expired.text, keys.generate().text, "nonsense", ""):
+        with pytest.raises(NotAuthenticated) as refused:
+            tenants.authenticate(candidate)
+        messages.add(str(refused.value))
+        assert not candidate or candidate not in str(refused.value)
+    assert len(messages) == 1
+
+
+def test_a_key_with_the_right_id_and_another_secret_is_refused(tenants: Tenants) -> None:
+    tenants.create_tenant("acme")
+    issued = tenants.create_key(tenant="acme")
+    body = f"pfx_{issued.record.key_id}_{'A' * 43}"
+    forged = body + keys._checksum(body)
+    parsed = keys.parse(forged)
+    assert parsed is not None
+    assert parsed.key_id == issued.record.key_id
+    with pytest.raises(NotAuthenticated):
+        tenants.authenticate(forged)
+
+
+def test_expiry_is_a_moment(tenants: Tenants, clock: Clock) -> None:
+    tenants.create_tenant("acme")
+    issued = tenants.create_key(tenant="acme", expires_at=clock.now + timedelta(hours=1))
+    clock.now += timedelta(minutes=59)
+    assert tenants.authenticate(issued.text).tenant == "acme"
+    clock.now += timedelta(minutes=1)
+    with pytest.raises(NotAuthenticated):
+        tenants.authenticate(issued.text)
+
+
+def test_revocation_by_another_process_holds_at_the_next_request(
+    tenants: Tenants, engine: Engine
+) -> None:
+    tenants.create_tenant("acme")
+    issued = tenants.create_key(tenant="acme")
+    assert tenants.authenticate(issued.text)
+    other = open_database(str(engine.url))
+    first = Tenants(other).revoke_key(issued.record.key_id)
+    second = Tenants(other).revoke_key(issued.record.key_id)
+    other.dispose()
+    assert first.revoked_at is not None
+    assert first.revoked_at == second.revoked_at
+    with pytest.raises(NotAuthenticated):
+        tenants.authenticate(issued.text)
+
+
+def test_no_secret_is_stored(tenants: Tenants, engine: Engine) -> None:
+    tenants.create_tenant("acme")
+    issued = tenants.create_key(tenant="acme", label="ci")
+    with reading(engine) as connection:
+        row = connection.execute(text("select * from api_keys")).one()
+    secret = issued.text.split("_")[2]
+    assert not any(secret[:20] in str(value) for value in row)
+    assert issued.text not in repr(issued)
+
+
+def test_listings(tenants: Tenants) -> None:
+    for name in ("beta", "acme"):
+        tenants.create_tenant(name)
+    one = tenants.create_key(tenant="acme", label="one")
+    two = tenants.create_key(tenant="beta", label="two")
+    assert [t.name for t in tenants.list_tenants()] == ["acme", "beta"]
+    assert tenants.list_keys("acme") == [one.record]
+    assert {k.key_id for k in tenants.list_keys()} == {one.record.key_id, two.record.key_id}
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "..", "ä", "a" * 65, "a\n"])
+def test_malformed_tenant_names(tenants: Tenants, name: str) -> None:
+    with pytest.raises(BadRequest):
+        tenants.create_tenant(name)
+
+
+def test_what_is_missing_or_there_already(tenants: Tenants) -> None:
+    tenants.create_tenant("acme")
+    with pytest.raises(Conflict):
+        tenants.create_tenant("acme")
+    with pytest.raises(NotFound):
+        tenants.create_key(tenant="nobody")
+    with pytest.raises(NotFound):
+        tenants.revoke_key("nothing")
+    with pytest.raises(BadRequest):
+        tenants.create_key(tenant="acme", scopes=[])
+    with pytest.raises(BadRequest):
+        tenants.create_key(tenant="acme", label="a\nb")
