@@ -1,0 +1,1 @@
+"""Bytes and names of prefixes: strict artifacts, digests, blobs, catalog. No torch, no HTTP."""

@@ -1,0 +1,123 @@
+"""What admission hands the engine: a request parsed once into a stronger type.
+
+Nothing behind this type accepts less: the prefix is a digest and no longer a name, the prompt is
+token ids, and a request that can never fit has already been refused at the door.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixKey:
+    """Identity of one prefix in the pool: never a name, so a re-upload cannot hit old KV."""
+
+    tenant: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHandle:
+    """A resolved prefix: its identity and the number of positions it occupies (virtual tokens)."""
+
+    key: PrefixKey
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Names and meaning as in vLLM and the OpenAI API.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 and ``min_p`` 0 are off.
+    ``top_logprobs`` None asks for no log-probabilities, 0 for the chosen token's alone.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    top_logprobs: int | None = None
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the sampler must see the tokens so far."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StopParams:
+    """When a sequence ends. ``token_ids`` already holds the model's own end-of-sequence ids,
+    unless the request set ``ignore_eos``."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    token_ids: frozenset[int] = frozenset()
+    strings: tuple[str, ...] = ()
+    include_stop_string: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdmittedRequest:
+    """One request that fits: ``n`` sequences of the same prompt under the same prefix."""
+
+    request_id: str
+    tenant: str
+    prompt: tuple[int, ...]
+    prefix: PrefixHandle | None
+    sampling: SamplingParams
+    stop: StopParams
+    n: int = 1
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended; the first two are OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token id with its natural-log probability under the unmodified distribution."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New output of sequence ``index``: text that is final (stop strings already held back),
+    the token ids it came from (possibly none yet, or several) and their log-probabilities."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    top_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FinishEvent:
+    """The last event of sequence ``index``. ``error`` is a sentence for the caller, set when and
+    only when ``reason`` is ERROR; ``stop`` is the stop string or token id that ended it."""
+
+    index: int
+    reason: FinishReason
+    completion_tokens: int
+    stop: str | int | None = None
+    error: str | None = None
+
+
+Event = TokenEvent | FinishEvent

@@ -1,0 +1,377 @@
+"""The scheduler: which tokens of which sequences run in the next step. Pure bookkeeping.
+
+Order of service within one token budget:
+
+1. decode rows: one token each, so that nobody's stream stalls;
+2. prefill chunks of sequences already running;
+3. compile chunks of prefixes that have blocks;
+4. waiting sequences whose prefix is resident, in fair order;
+5. prefixes that waiting sequences need: fetch, or place and compile from the next step on.
+
+When blocks run out: idle prefixes leave first (least recently used), then compiles give their
+blocks back, then the youngest running sequence is preempted. The oldest always gets on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from server.engine.block_pool import BlockPool
+from server.engine.config import SchedulerConfig
+from server.engine.fair_queue import FairQueue
+from server.engine.request import FinishReason, PrefixKey
+from server.engine.residency import Entry, Residency, Stage
+from server.engine.sequence import Sequence, State
+from server.engine.step import (
+    BlockCopy,
+    Chunk,
+    CompileChunk,
+    Sampled,
+    StagedPrefix,
+    Step,
+    StepOutput,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a step brought one sequence: a token, the end, or both."""
+
+    sequence: Sequence
+    sampled: Sampled | None
+    finished: bool
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A step while it is drawn up."""
+
+    budget: int
+    chunks: list[Chunk] = field(default_factory=list)
+    compiles: list[CompileChunk] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)
+    fetches: list[PrefixKey] = field(default_factory=list)
+
+
+class Scheduler:
+    """Owns sequences, blocks and residency between steps. Not thread-safe: one caller."""
+
+    def __init__(
+        self, config: SchedulerConfig, *, uniform: Callable[[int, int], float] = lambda _s, _i: 0.0
+    ) -> None:
+        """``uniform(seed, index)`` draws the number in [0, 1) that decides output ``index``."""
+        self.config = config
+        self.pool = BlockPool(num_blocks=config.num_blocks)
+        self.residency = Residency(pool=self.pool, block_size=config.block_size)
+        self.waiting = FairQueue()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._uniform = uniform
+
+    # -- what happens between steps ----
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. Admission has checked that it can ever fit."""
+        self.waiting.push(sequence)
+
+    def end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        stop: str | int | None = None,
+        error: str | None = None,
+    ) -> None:
+        """End a living sequence from outside (abort, stop string, failure) and free everything."""
+        if sequence.state is State.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.state is State.RUNNING:
+            self.running.remove(sequence)
+            self._free(sequence)
+        sequence.finish(reason, stop=stop, error=error)
+
+    def prefix_staged(self, key: PrefixKey, payload: StagedPrefix) -> list[Sequence]:
+        """A fetch ended well. Returns sequences failed because it is not what was announced."""
+        entry = self.residency.get(key)
+        if entry is None or entry.stage is not Stage.FETCHING:
+            return []
+        if payload.num_tokens != entry.num_tokens:
+            return self.prefix_failed(
+                key,
+                f"the stored prefix has {payload.num_tokens} virtual tokens, its manifest says "
+                f"{entry.num_tokens}",
+            )
+        self.residency.fetched(key, payload)
+        return []
+
+    def prefix_failed(self, key: PrefixKey, message: str) -> list[Sequence]:
+        """A fetch or compile failed: the sequences that wait for it fail, and nobody else."""
+        entry = self.residency.get(key)
+        if entry is not None:
+            self.residency.drop(entry)
+        failed = [s for s in self.waiting if s.prefix is not None and s.prefix.key == key]
+        for sequence in failed:
+            self.end(sequence, FinishReason.ERROR, error=message)
+        return failed
+
+    def step_failed(self, step: Step, message: str) -> list[Sequence]:
+        """The runner raised: what the step carried fails; what waited goes on waiting."""
+        carried = {chunk.seq_id for chunk in step.chunks}
+        failed = [s for s in self.running if s.seq_id in carried]
+        for sequence in failed:
+            self.end(sequence, FinishReason.ERROR, error=message)
+        for compile_chunk in step.compiles:
+            failed += self.prefix_failed(compile_chunk.key, message)
+        return failed
+
+    # -- one step ----
+
+    def schedule(self) -> Step:
+        """Draw up the next step. It must be run and handed to ``update`` before the next call."""
+        plan = _Plan(budget=self.config.max_tokens_per_step)
+        self._continue_decodes(plan)
+        self._continue_prefills(plan)
+        self._continue_compiles(plan)
+        self._admit(plan)
+        self._bring_prefixes(plan)
+        return Step(
+            chunks=tuple(plan.chunks),
+            compiles=tuple(plan.compiles),
+            copies=tuple(plan.copies),
+            fresh=tuple(plan.fresh),
+            fetches=tuple(plan.fetches),
+        )
+
+    def update(self, step: Step, output: StepOutput) -> list[Progress]:
+        """Take in what the step computed; ended sequences have freed everything on return."""
+        for part in step.compiles:
+            self.residency.compiled(part.key, part.stop)
+        by_id = {sequence.seq_id: sequence for sequence in self.running}
+        progress = []
+        for chunk in step.chunks:
+            sequence = by_id[chunk.seq_id]
+            sequence.num_computed += len(chunk.tokens)
+            if chunk.sampling is not None:
+                progress.append(self._take(sequence, output.sampled[chunk.seq_id]))
+        return progress
+
+    def _take(self, sequence: Sequence, sampled: Sampled) -> Progress:
+        if not sampled.finite:
+            self.end(
+                sequence,
+                FinishReason.ERROR,
+                error="the model produced non-finite logits for this request",
+            )
+            return Progress(sequence, None, finished=True)
+        self.waiting.charge(sequence.tenant, 1)
+        reason = sequence.append(sampled.token_id)
+        if reason is not None:
+            stop = sampled.token_id if reason is FinishReason.STOP else None
+            self.end(sequence, reason, stop=stop)
+        return Progress(sequence, sampled, finished=sequence.finished)
+
+    # -- the parts of a step ----
+
+    def _continue_decodes(self, plan: _Plan) -> None:
+        for sequence in tuple(self.running):
+            decodes = sequence.state is State.RUNNING and sequence.num_remaining == 1
+            if decodes and self._grow(plan, sequence):
+                self._run(plan, sequence, 1)
+
+    def _continue_prefills(self, plan: _Plan) -> None:
+        started = {chunk.seq_id for chunk in plan.chunks}
+        for sequence in self.running:
+            if plan.budget == 0:
+                return
+            if sequence.seq_id not in started:
+                self._run(plan, sequence, self._share(plan, sequence.num_remaining))
+
+    def _continue_compiles(self, plan: _Plan) -> None:
+        for entry in self.residency.compiling():
+            if plan.budget == 0:
+                return
+            size = self._share(plan, entry.num_tokens - entry.num_compiled)
+            assert entry.payload is not None
+            plan.compiles.append(
+                CompileChunk(
+                    key=entry.key,
+                    payload=entry.payload,
+                    start=entry.num_compiled,
+                    stop=entry.num_compiled + size,
+                    block_table=tuple(entry.blocks),
+                )
+            )
+            plan.budget -= size
+
+    def _admit(self, plan: _Plan) -> None:
+        for sequence in self.waiting.in_order():
+            if plan.budget == 0 or len(self.running) >= self.config.max_running:
+                return
+            if not self._is_resident(sequence):
+                continue
+            shared = sequence.num_prefix_tokens // self.config.block_size
+            own = self._blocks_for(sequence) - shared
+            # A block of headroom for each running sequence: admit none just to preempt it again.
+            idle = self._idle_prefixes(sequence)
+            room = self.pool.num_free + sum(len(entry.blocks) for entry in idle)
+            if room < own + len(self.running):
+                return
+            self._evict(idle, until=own)
+            self._start(plan, sequence, own)
+
+    def _start(self, plan: _Plan, sequence: Sequence, own: int) -> None:
+        self.waiting.remove(sequence)
+        self.waiting.charge(sequence.tenant, sequence.num_prefix_tokens + len(sequence.tokens))
+        blocks = self.pool.allocate(own)
+        plan.fresh.extend(blocks)
+        if sequence.prefix is not None:
+            entry = self.residency.acquire(sequence.prefix.key)
+            whole = self.residency.whole_blocks(entry)
+            if len(whole) < len(entry.blocks):
+                plan.copies.append(BlockCopy(source=entry.blocks[-1], target=blocks[0]))
+            blocks = whole + blocks
+            sequence.num_shared_blocks = len(whole)
+        sequence.block_table = blocks
+        sequence.admit()
+        self.running.append(sequence)
+        self._run(plan, sequence, self._share(plan, sequence.num_remaining))
+
+    def _bring_prefixes(self, plan: _Plan) -> None:
+        """Fetch what waiting sequences lack, and place what has been fetched, in fair order.
+
+        Only the first of the queue may push out a prefix that others wait for, and only when
+        nothing runs: its wait is then bounded, and nobody's prefix is pushed out in vain.
+        """
+        for unwanted in self.residency.staged():
+            if not self.waiting.wants(unwanted.key):
+                self.residency.drop(unwanted)
+        coming = self.residency.num_coming
+        for position, sequence in enumerate(self.waiting.in_order()):
+            if sequence.prefix is None:
+                continue
+            entry = self.residency.get(sequence.prefix.key)
+            if entry is None:
+                if coming < self.config.max_staged:
+                    self.residency.want(sequence.prefix)
+                    plan.fetches.append(sequence.prefix.key)
+                    coming += 1
+            elif entry.stage is Stage.STAGED:
+                first = position == 0 and not self.running
+                idle = self._idle_prefixes(sequence)
+                if not first:
+                    idle = [other for other in idle if not self.waiting.wants(other.key)]
+                need = self.residency.blocks_needed(entry.num_tokens)
+                if self.pool.num_free + sum(len(other.blocks) for other in idle) >= need:
+                    self._evict(idle, until=need)
+                    plan.fresh.extend(self.residency.place(entry))
+
+    # -- blocks ----
+
+    def _grow(self, plan: _Plan, sequence: Sequence) -> bool:
+        """Give a decoding sequence the block its next token needs; False: it was preempted."""
+        while self._blocks_for(sequence) > len(sequence.block_table):
+            if self._make_room_for_one():
+                block = self.pool.allocate(1)
+                plan.fresh.extend(block)
+                sequence.block_table += block
+            else:
+                victim = self.running[-1]
+                self._preempt(plan, victim)
+                if victim is sequence:
+                    return False
+        return True
+
+    def _preempt(self, plan: _Plan, victim: Sequence) -> None:
+        planned = {chunk.seq_id for chunk in plan.chunks}
+        assert victim.seq_id not in planned, "the youngest sequence is planned last"
+        self.running.remove(victim)
+        self._free(victim)
+        victim.preempt()
+        self.waiting.push_front(victim)
+        self.num_preemptions += 1
+
+    def _make_room_for_one(self) -> bool:
+        """See to it that a block is free: evict an idle prefix, else take a compile's blocks back.
+
+        Called before any compile is planned: a planned one must keep its blocks.
+        """
+        self._evict(self._idle_prefixes(None), until=1)
+        if not self.pool.num_free and (compiling := self.residency.compiling()):
+            self.residency.unplace(compiling[-1])
+        return self.pool.num_free > 0
+
+    def _idle_prefixes(self, sequence: Sequence | None) -> list[Entry]:
+        """Prefixes that may leave for ``sequence`` (not its own), the best to lose first: those
+        nobody waits for before those somebody does, least recently used first."""
+        own = sequence.prefix.key if sequence is not None and sequence.prefix else None
+        idle = [entry for entry in self.residency.idle() if entry.key != own]
+        return sorted(idle, key=lambda entry: (self.waiting.wants(entry.key), entry.last_used))
+
+    def _evict(self, idle: list[Entry], *, until: int) -> None:
+        """Evict from the front of ``idle`` until that many blocks are free."""
+        for entry in idle:
+            if self.pool.num_free >= until:
+                return
+            self.residency.evict(entry)
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        sequence.block_table, sequence.num_shared_blocks = [], 0
+        if sequence.prefix is not None:
+            self.residency.release(sequence.prefix.key)
+
+    # -- small things ----
+
+    def _run(self, plan: _Plan, sequence: Sequence, size: int) -> None:
+        start = sequence.num_computed
+        last = start + size == len(sequence.tokens)
+        sampling = sequence.request.sampling
+        stop = sequence.request.stop
+        plan.budget -= size
+        plan.chunks.append(
+            Chunk(
+                seq_id=sequence.seq_id,
+                tokens=sequence.tokens[start : start + size],
+                start=sequence.num_prefix_tokens + start,
+                block_table=tuple(sequence.block_table),
+                prefix=sequence.prefix.key if sequence.prefix else None,
+                sampling=sampling if last else None,
+                uniform=self._uniform(sequence.seed, sequence.num_output) if last else 0.0,
+                history=tuple(sequence.tokens) if last and sampling.needs_history else (),
+                num_prompt_tokens=sequence.num_prompt,
+                banned=tuple(stop.token_ids) if sequence.num_output < stop.min_tokens else (),
+            )
+        )
+
+    def _share(self, plan: _Plan, wanted: int) -> int:
+        return min(wanted, plan.budget, self.config.max_prefill_chunk)
+
+    def _blocks_for(self, sequence: Sequence) -> int:
+        return self.residency.blocks_needed(sequence.num_prefix_tokens + len(sequence.tokens))
+
+    def _is_resident(self, sequence: Sequence) -> bool:
+        if sequence.prefix is None:
+            return True
+        entry: Entry | None = self.residency.get(sequence.prefix.key)
+        return entry is not None and entry.stage is Stage.RESIDENT
+
+    @property
+    def idle(self) -> bool:
+        """Whether no sequence is alive."""
+        return not self.running and not len(self.waiting)
+
+    def check_integrity(self) -> None:
+        """Prove that free + used = total and that every reference is held by a living table."""
+        tables = [sequence.block_table for sequence in self.running]
+        self.pool.check_integrity([*tables, *self.residency.tables()])
+        for entry in self.residency:
+            users = [s for s in self.running if s.prefix and s.prefix.key == entry.key]
+            assert entry.num_users == len(users), f"{entry} counts users that do not run"
+        for sequence in self.waiting:
+            assert sequence.state is State.WAITING, f"{sequence} waits and is not waiting"
+            assert not sequence.block_table, f"{sequence} waits and holds blocks"
+
+    def __repr__(self) -> str:
+        return (
+            f"Scheduler(running={len(self.running)}, {self.waiting}, {self.residency}, {self.pool})"
+        )
