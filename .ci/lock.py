@@ -1,3 +1,4 @@
+# ruff: noqa: INP001 - a script that the Makefile runs by its path
 """Write constraints.txt from this environment: the versions `make test` has passed with.
 
 Only what prefixd[dev] needs is pinned, however much else is installed. Local version labels

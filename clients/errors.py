@@ -1,0 +1,131 @@
+"""Errors a caller of the client can meet.
+
+::
+
+    ClientError
+    ├── TransportError            no answer came
+    │   ├── ConnectError          nobody listens there
+    │   └── TimedOutError         no answer in time
+    ├── ProtocolError             an answer that is not what a prefixd server says
+    ├── StreamInterruptedError    the stream ended before its last event
+    └── ApiError                  the server's own refusal: status, code, request_id
+        ├── BadRequestError       400
+        ├── AuthenticationError   401
+        ├── PermissionDeniedError 403
+        ├── NotFoundError         404
+        ├── ConflictError         409
+        ├── TooLargeError         413
+        ├── InvalidPrefixError    422
+        ├── RateLimitError        429
+        └── ServerError           5xx
+            └── UnavailableError  503
+"""
+
+
+class ClientError(Exception):
+    """Base of everything this client raises on purpose."""
+
+
+class TransportError(ClientError):
+    """The request or its answer was lost on the way."""
+
+
+class ConnectError(TransportError):
+    """No connection could be made, so the server has not seen the request."""
+
+
+class TimedOutError(TransportError):
+    """The server did not answer within the client's timeout."""
+
+
+class ProtocolError(ClientError):
+    """The answer is not what a prefixd server sends: wrong URL, or a proxy in between."""
+
+
+class StreamInterruptedError(ClientError):
+    """The stream ended without its closing event: what came so far may be cut short."""
+
+
+class ApiError(ClientError):
+    """The server refused or failed, and said why.
+
+    ``request_id`` finds the request in the server's log. ``retry_after`` is in seconds.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        code: str | None = None,
+        type: str | None = None,  # noqa: A002 - the field's name in the OpenAI error object
+        param: str | None = None,
+        request_id: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.code = code
+        self.type = type
+        self.param = param
+        self.request_id = request_id
+        self.retry_after = retry_after
+
+
+class BadRequestError(ApiError):
+    """The request is malformed, or can never fit the model."""
+
+
+class AuthenticationError(ApiError):
+    """No API key, or one the server does not know."""
+
+
+class PermissionDeniedError(ApiError):
+    """The key is good, but its scopes do not cover this."""
+
+
+class NotFoundError(ApiError):
+    """No such thing for this tenant."""
+
+
+class ConflictError(ApiError):
+    """The state of the thing does not allow this now."""
+
+
+class TooLargeError(ApiError):
+    """The body exceeds the server's limit."""
+
+
+class InvalidPrefixError(ApiError):
+    """The upload was read and refused; the message says what was expected and what came."""
+
+
+class RateLimitError(ApiError):
+    """The tenant is over one of its limits."""
+
+
+class ServerError(ApiError):
+    """The server failed on this request."""
+
+
+class UnavailableError(ServerError):
+    """The server is full, starting or draining."""
+
+
+BY_STATUS: dict[int, type[ApiError]] = {
+    400: BadRequestError,
+    401: AuthenticationError,
+    403: PermissionDeniedError,
+    404: NotFoundError,
+    409: ConflictError,
+    413: TooLargeError,
+    422: InvalidPrefixError,
+    429: RateLimitError,
+    503: UnavailableError,
+}
+
+
+def error_class(status: int) -> type[ApiError]:
+    """The class that stands for an HTTP status."""
+    return BY_STATUS.get(status, ServerError if status >= 500 else ApiError)

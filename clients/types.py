@@ -1,0 +1,159 @@
+"""What the server answers, as frozen dataclasses. Fields this client does not know are ignored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Self
+
+from clients.wire import maybe, moment, objects, read, strings
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixUsed:
+    """The prefix a generation ran under: exactly which version, by digest."""
+
+    name: str
+    version: int
+    digest: str
+
+    @property
+    def reference(self) -> str:
+        """``name@version``, as the ``model`` field takes it."""
+        return f"{self.name}@{self.version}"
+
+    @classmethod
+    def from_wire(cls, source: Mapping[str, object]) -> Self:
+        """From the ``prefix`` object of a generation."""
+        return cls(
+            name=read(source, "name", str),
+            version=read(source, "version", int),
+            digest=read(source, "digest", str),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """One immutable version of a prefix: the server's manifest."""
+
+    name: str
+    version: int
+    digest: str
+    kind: str
+    num_virtual_tokens: int
+    size_bytes: int
+    created_at: datetime
+    aliases: tuple[str, ...] = ()
+    peft_type: str | None = None
+    dtype: str | None = None
+    base_model_name_or_path: str | None = None
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> str:
+        """``name@version``, as the ``model`` field takes it."""
+        return f"{self.name}@{self.version}"
+
+    @classmethod
+    def from_wire(cls, source: Mapping[str, object]) -> Self:
+        """From a manifest object."""
+        return cls(
+            name=read(source, "name", str),
+            version=read(source, "version", int),
+            digest=read(source, "digest", str),
+            kind=read(source, "kind", str),
+            num_virtual_tokens=read(source, "num_virtual_tokens", int),
+            size_bytes=read(source, "size_bytes", int),
+            created_at=moment(source, "created_at"),
+            aliases=strings(source, "aliases"),
+            peft_type=maybe(source, "peft_type", str),
+            dtype=maybe(source, "dtype", str),
+            base_model_name_or_path=maybe(source, "base_model_name_or_path", str),
+            metadata=maybe(source, "metadata", dict) or {},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """The outcome of an upload. ``created`` is False when the same bytes were already there."""
+
+    prefix: Prefix
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixPage:
+    """Some of the tenant's prefixes; pass ``next_after`` as ``after`` for more, if it is set."""
+
+    prefixes: tuple[Prefix, ...]
+    next_after: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A name the ``model`` field takes: the base (``parent`` is None) or a prefix of it."""
+
+    id: str
+    parent: str | None
+
+    @classmethod
+    def from_wire(cls, source: Mapping[str, object]) -> Self:
+        """From an entry of ``GET /v1/models``."""
+        return cls(id=read(source, "id", str), parent=maybe(source, "parent", str))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens counted by the server. Virtual tokens of the prefix are not among them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @classmethod
+    def from_wire(cls, source: Mapping[str, object]) -> Self:
+        """From a ``usage`` object."""
+        return cls(
+            prompt_tokens=read(source, "prompt_tokens", int),
+            completion_tokens=read(source, "completion_tokens", int),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One generated answer. ``finish_reason`` is ``stop`` or ``length``."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    logprobs: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished generation, of either endpoint: a chat answer's content is its ``text``."""
+
+    id: str
+    model: str
+    choices: tuple[Choice, ...]
+    usage: Usage | None
+    prefix: PrefixUsed | None
+    request_id: str | None
+
+    @property
+    def text(self) -> str:
+        """The first choice's text."""
+        return self.choices[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a streamed generation; ``usage`` comes with the last one alone."""
+
+    text: str
+    index: int = 0
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+
+def manifests(source: Mapping[str, object]) -> tuple[Prefix, ...]:
+    """The prefixes in a listing's ``data``."""
+    return tuple(Prefix.from_wire(entry) for entry in objects(source, "data"))

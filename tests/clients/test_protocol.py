@@ -1,0 +1,275 @@
+"""Requests as plain data and answers as types, without a socket."""
+
+import itertools
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clients import answers, errors, protocol, streams
+from clients.answers import Response
+from clients.types import Choice, Chunk, Model, PrefixUsed, Usage
+
+MANIFEST = {
+    "name": "triage",
+    "version": 3,
+    "digest": "ab" * 32,
+    "kind": "soft_prompt",
+    "peft_type": "PROMPT_TUNING",
+    "num_virtual_tokens": 12,
+    "dtype": "float32",
+    "size_bytes": 27648,
+    "created_at": "2026-11-21T10:00:00+00:00",
+    "base_model_name_or_path": "demo",
+    "metadata": {"task_id": 1},
+    "aliases": ["latest", "prod"],
+    "a_field_of_next_year": 1,
+}
+USED = {"name": "triage", "version": 3, "digest": "ab" * 32}
+
+
+def _answer(body: object, *, status: int = 200, **headers: str) -> Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Response(status=status, headers=named, body=json.dumps(body).encode())
+
+
+# ── Requests ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_upload_from_a_folder_names_files_and_reads_none():
+    call = protocol.upload_folder("triage", Path("/nowhere"), metadata={"task_id": 1})
+    assert (call.request.method, call.request.path) == ("PUT", "/v1/prefixes/triage")
+    assert [(part.name, part.content) for part in call.request.parts] == [
+        ("config", Path("/nowhere/adapter_config.json")),
+        ("weights", Path("/nowhere/adapter_model.safetensors")),
+        ("metadata", b'{"task_id":1}'),
+    ]
+
+
+def test_an_upload_of_text_is_json():
+    call = protocol.upload_text("voice", "Answer like a pirate.")
+    assert call.request.json == {"kind": "text", "text": "Answer like a pirate."}
+    assert call.request.parts == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("triage@3", "/v1/prefixes/triage@3"),
+        ("../admin", "/v1/prefixes/..%2Fadmin"),
+        ("a?b#c", "/v1/prefixes/a%3Fb%23c"),
+    ],
+)
+def test_a_name_stays_one_segment_of_the_path(name: str, path: str):
+    assert protocol.show_prefix(name).request.path == path
+
+
+def test_sampling_fields_travel_as_they_are():
+    call = protocol.complete("Hi", model="triage@prod", max_tokens=4, temperature=0.0, user="alice")
+    assert call.request.json == {
+        "model": "triage@prod",
+        "prompt": "Hi",
+        "max_tokens": 4,
+        "temperature": 0.0,
+        "user": "alice",
+    }
+
+
+def test_a_stream_asks_for_its_usage():
+    sent = protocol.stream_chat([{"role": "user", "content": "Hi"}], model="base").request.json
+    assert sent is not None
+    assert sent["stream"] is True
+    assert sent["stream_options"] == {"include_usage": True}
+
+
+# ── Answers ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_manifest_is_typed():
+    prefix = protocol.show_prefix("triage").parse(_answer(MANIFEST))
+    assert prefix.reference == "triage@3"
+    assert prefix.created_at == datetime(2026, 11, 21, 10, tzinfo=UTC)
+    assert prefix.aliases == ("latest", "prod")
+    assert prefix.metadata == {"task_id": 1}
+
+
+@pytest.mark.parametrize(("status", "created"), [(201, True), (200, False)])
+def test_an_upload_says_whether_it_made_a_version(status: int, created: bool):
+    call = protocol.upload_text("triage", "x")
+    assert call.parse(_answer(MANIFEST, status=status)).created is created
+
+
+@pytest.mark.parametrize(
+    "broken", [{"version": "3"}, {"version": True}, {"version": None}, {"created_at": "today"}]
+)
+def test_a_field_of_the_wrong_type_is_named(broken: dict[str, object]):
+    with pytest.raises(errors.ProtocolError, match=next(iter(broken))):
+        protocol.show_prefix("triage").parse(_answer(MANIFEST | broken))
+
+
+def test_a_completion_reports_its_prefix():
+    body = {
+        "id": "cmpl-1",
+        "model": "triage",
+        "choices": [
+            {"index": 1, "text": "b", "finish_reason": "length"},
+            {"index": 0, "text": "a", "finish_reason": "stop"},
+        ],
+        "usage": {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4},
+        "prefix": USED,
+    }
+    done = protocol.complete("x", model="triage").parse(_answer(body, x_request_id="r1"))
+    assert done.text == "a"
+    assert done.choices[1] == Choice(1, "b", "length")
+    assert done.usage == Usage(prompt_tokens=2, completion_tokens=2)
+    assert done.prefix == PrefixUsed("triage", 3, "ab" * 32)
+    assert done.prefix.reference == "triage@3"
+    assert done.request_id == "r1"
+
+
+def test_a_chat_answer_under_the_bare_base():
+    message = {"role": "assistant", "content": "Paris."}
+    body = {
+        "id": "c",
+        "model": "base",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "prefix": None,
+    }
+    done = protocol.chat([], model="base").parse(_answer(body))
+    assert (done.text, done.prefix, done.usage) == ("Paris.", None, None)
+
+
+def test_models_know_their_base():
+    body = {"data": [{"id": "base", "parent": None}, {"id": "triage", "parent": "base"}]}
+    models = protocol.list_models().parse(_answer(body))
+    assert models == (Model("base", None), Model("triage", "base"))
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({}, None),
+        (
+            {"x-prefixd-prefix": "a.b-c@12", "x-prefixd-prefix-digest": "ff"},
+            PrefixUsed("a.b-c", 12, "ff"),
+        ),
+    ],
+)
+def test_the_headers_name_the_prefix_of_a_stream(
+    headers: dict[str, str], expected: PrefixUsed | None
+):
+    assert answers.prefix_used(headers) == expected
+
+
+# ── Refusals ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, errors.BadRequestError),
+        (401, errors.AuthenticationError),
+        (403, errors.PermissionDeniedError),
+        (404, errors.NotFoundError),
+        (409, errors.ConflictError),
+        (413, errors.TooLargeError),
+        (418, errors.ApiError),
+        (422, errors.InvalidPrefixError),
+        (429, errors.RateLimitError),
+        (500, errors.ServerError),
+        (502, errors.ServerError),
+        (503, errors.UnavailableError),
+    ],
+)
+def test_every_status_has_its_error(status: int, kind: type[errors.ApiError]):
+    error = {"message": "no", "type": "t", "code": "c", "param": "p", "request_id": "r"}
+    with pytest.raises(kind) as caught:
+        protocol.delete_prefix("x").parse(_answer({"error": error}, status=status, retry_after="2"))
+    found = caught.value
+    assert type(found) is kind
+    assert (found.status, str(found), found.type, found.code) == (status, "no", "t", "c")
+    assert (found.param, found.request_id, found.retry_after) == ("p", "r", 2.0)
+
+
+@pytest.mark.parametrize("body", [b"<html>Bad gateway", b"[]", b'{"error":"no"}', b"\xff"])
+def test_a_strangers_error_page_keeps_its_status(body: bytes):
+    response = Response(502, {"x-request-id": "r9", "retry-after": "tomorrow"}, body)
+    with pytest.raises(errors.ServerError, match="502") as caught:
+        protocol.metrics().parse(response)
+    assert (caught.value.request_id, caught.value.retry_after) == ("r9", None)
+
+
+def test_a_page_that_is_no_json_is_a_protocol_error():
+    with pytest.raises(errors.ProtocolError, match="expected JSON"):
+        protocol.list_models().parse(Response(200, {}, b"<html>hello"))
+
+
+def test_a_redirect_is_no_answer():
+    with pytest.raises(errors.ProtocolError, match="redirects"):
+        protocol.delete_prefix("x").parse(Response(302, {}, b""))
+
+
+@pytest.mark.parametrize(("status", "ready"), [(200, True), (503, False)])
+def test_readiness_is_an_answer_and_no_error(status: int, ready: bool):
+    assert protocol.is_ready().parse(_answer({}, status=status)) is ready
+
+
+# ── Streams ──────────────────────────────────────────────────────────────────────────────────
+
+TEXT_EVENTS = (
+    'data: {"choices":[{"index":0,"text":"Grüß"}]}\n\n'
+    'data: {"choices":[{"index":1,"text":"b"},'
+    '{"index":0,"text":" dich","finish_reason":"stop"}]}\n\n'
+    'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":3}}\n\n'
+    "data: [DONE]\n\n"
+    "data: never read\n\n"
+).encode()
+TEXT_CHUNKS = [
+    Chunk("Grüß"),
+    Chunk("b", index=1),
+    Chunk(" dich", finish_reason="stop"),
+    Chunk("", usage=Usage(1, 3)),
+]
+
+
+@given(st.lists(st.integers(0, len(TEXT_EVENTS))))
+def test_a_stream_reads_alike_however_it_is_cut(cuts: list[int]):
+    reader = streams.ChunkReader(streams.text_piece)
+    edges = [0, *sorted(cuts), len(TEXT_EVENTS)]
+    chunks = [
+        chunk
+        for start, end in itertools.pairwise(edges)
+        for chunk in reader.feed(TEXT_EVENTS[start:end])
+    ]
+    reader.finish()
+    assert chunks == TEXT_CHUNKS
+
+
+def test_a_chat_stream_skips_what_has_no_text():
+    reader = streams.ChunkReader(streams.chat_piece)
+    assert reader.feed(
+        b'data: {"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
+        b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n'
+    ) == [Chunk(""), Chunk("Hi")]
+
+
+def test_a_stream_without_its_last_event_was_interrupted():
+    reader = streams.ChunkReader(streams.text_piece)
+    reader.feed(b'data: {"choices":[]}\n\n')
+    with pytest.raises(errors.StreamInterruptedError):
+        reader.finish()
+
+
+def test_a_failure_in_mid_stream_is_the_servers():
+    reader = streams.ChunkReader(streams.text_piece)
+    with pytest.raises(errors.ServerError, match="the row failed") as caught:
+        reader.feed(b'data: {"error":{"message":"the row failed","request_id":"r2"}}\n\n')
+    assert caught.value.request_id == "r2"
+
+
+def test_an_event_that_is_no_chunk_is_a_protocol_error():
+    with pytest.raises(errors.ProtocolError, match="choices"):
+        streams.ChunkReader(streams.text_piece).feed(b'data: {"hello":1}\n\n')
