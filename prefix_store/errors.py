@@ -1,0 +1,54 @@
+"""What the store can refuse.
+
+::
+
+    StoreError
+    ├── ArtifactRefused      the uploaded bytes are not a prefix for this base
+    ├── InvalidReference     a name, alias or reference is malformed
+    ├── UnknownPrefix        no such name, version or alias for this tenant
+    └── CorruptArtifact      stored bytes no longer have the digest they were stored under
+
+``str(error)`` is a sentence for the caller. It never depends on another tenant's things.
+"""
+
+_SHOWN_CHARACTERS = 80
+
+
+class StoreError(Exception):
+    """Base of everything the store refuses."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ArtifactRefused(StoreError):
+    """The uploaded bytes are not a prefix for this base.
+
+    ``code`` is a word for machines (docs/formats.md lists them), ``param`` names the part of the
+    upload or the field of it that is at fault, ``message`` says what was expected and what came.
+    """
+
+    def __init__(self, code: str, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+class InvalidReference(StoreError):
+    """A name, alias or reference is malformed."""
+
+
+class UnknownPrefix(StoreError):
+    """No such name, version or alias for this tenant; another tenant's reads exactly the same."""
+
+
+class CorruptArtifact(StoreError):
+    """Stored bytes no longer have the digest they were stored under."""
+
+
+def quoted(text: str) -> str:
+    """Somebody else's string, safe in a message: ASCII only, escaped, and cut to 80 characters."""
+    if len(text) <= _SHOWN_CHARACTERS:
+        return ascii(text)
+    return f"{text[:_SHOWN_CHARACTERS]!a}… ({len(text)} characters)"
