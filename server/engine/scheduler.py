@@ -239,14 +239,14 @@ class Scheduler:
     def _bring_prefixes(self, plan: _Plan) -> None:
         """Fetch what waiting sequences lack, and place what has been fetched, in fair order.
 
-        Only the first of the queue may push out a prefix that others wait for, and only when
-        nothing runs: its wait is then bounded, and nobody's prefix is pushed out in vain.
+        A prefix somebody waits for is never pushed out for one that comes: with nothing running,
+        its waiters would just have been admitted, so nobody is stuck behind it.
         """
         for unwanted in self.residency.staged():
             if not self.waiting.wants(unwanted.key):
                 self.residency.drop(unwanted)
         coming = self.residency.num_coming
-        for position, sequence in enumerate(self.waiting.in_order()):
+        for sequence in self.waiting.in_order():
             if sequence.prefix is None:
                 continue
             entry = self.residency.get(sequence.prefix.key)
@@ -256,10 +256,11 @@ class Scheduler:
                     plan.fetches.append(sequence.prefix.key)
                     coming += 1
             elif entry.stage is Stage.STAGED:
-                first = position == 0 and not self.running
-                idle = self._idle_prefixes(sequence)
-                if not first:
-                    idle = [other for other in idle if not self.waiting.wants(other.key)]
+                idle = [
+                    other
+                    for other in self._idle_prefixes(sequence)
+                    if not self.waiting.wants(other.key)
+                ]
                 need = self.residency.blocks_needed(entry.num_tokens)
                 if self.pool.num_free + sum(len(other.blocks) for other in idle) >= need:
                     self._evict(idle, until=need)
