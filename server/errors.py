@@ -8,6 +8,8 @@
     ├── NotAuthenticated          401 invalid_api_key
     ├── Forbidden                 403 insufficient_scope
     ├── NotFound                  404 not_found
+    ├── MethodNotAllowed          405 method_not_allowed
+    ├── SlowBody                  408 request_timeout
     ├── Conflict                  409 conflict
     ├── TooLarge                  413 request_too_large
     ├── Unprocessable             422 invalid_prefix
@@ -79,6 +81,22 @@ class NotFound(PrefixdError):
     status = 404
     type = "invalid_request_error"
     default_code = "not_found"
+
+
+class MethodNotAllowed(PrefixdError):
+    """The route exists, but not for this method."""
+
+    status = 405
+    type = "invalid_request_error"
+    default_code = "method_not_allowed"
+
+
+class SlowBody(PrefixdError):
+    """The client took too long to send its body."""
+
+    status = 408
+    type = "invalid_request_error"
+    default_code = "request_timeout"
 
 
 class Conflict(PrefixdError):

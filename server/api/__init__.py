@@ -1,0 +1,1 @@
+"""HTTP only: parse, admit, hand to the engine, answer."""

@@ -1,0 +1,47 @@
+"""Who is asking: a dependency put on every router but the public ones, denying by default."""
+
+from collections.abc import Callable
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from server.api.services import ServicesDep
+from server.errors import Forbidden, NotAuthenticated
+from server.tenants.registry import Principal, Scope
+
+_bearer = HTTPBearer(auto_error=False, description="An API key: `prefixd key create`.")
+
+
+async def authenticated(
+    request: Request,
+    services: ServicesDep,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> Principal:
+    """The principal behind the bearer key. Raises NotAuthenticated."""
+    if credentials is None:
+        raise NotAuthenticated(
+            "an API key is needed: send the header 'Authorization: Bearer <key>'",
+            code="missing_api_key",
+        )
+    principal = await run_in_threadpool(services.tenants.authenticate, credentials.credentials)
+    request.state.principal = principal
+    return principal
+
+
+def requires(scope: Scope) -> Callable[[Principal], Principal]:
+    """A dependency that lets through keys with ``scope``."""
+
+    def check(principal: Annotated[Principal, Depends(authenticated)]) -> Principal:
+        if scope not in principal.scopes:
+            have = ", ".join(sorted(principal.scopes))
+            raise Forbidden(f"this needs a key with the scope '{scope}'; this key has: {have}")
+        return principal
+
+    return check
+
+
+Reader = Annotated[Principal, Depends(requires(Scope.READ))]
+Generator = Annotated[Principal, Depends(requires(Scope.GENERATE))]
+Writer = Annotated[Principal, Depends(requires(Scope.WRITE))]

@@ -1,0 +1,103 @@
+"""From the engine's thread to asyncio: one request's events as an asynchronous iterator."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Self, TypeVar
+
+from starlette.types import Receive
+
+from server.api.admission import Admitted
+from server.engine.engine import Engine
+from server.engine.request import Event, FinishEvent
+
+Result = TypeVar("Result")
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer was ready."""
+
+
+class Generation:
+    """Runs an admitted request while entered; leaving it early aborts what still runs.
+
+    Iterating yields ``(choice, event)`` until every sequence has finished.
+    """
+
+    def __init__(self, engine: Engine, admitted: Admitted) -> None:
+        self._engine = engine
+        self._requests = admitted.requests
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._open = admitted.num_choices
+
+    async def __aenter__(self) -> Self:
+        first_choice = 0
+        for request in self._requests:
+            self._engine.submit(request, self._from_engine(first_choice))
+            first_choice += request.n
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        if self._open:
+            for request in self._requests:
+                self._engine.abort(request.request_id)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[int, Event]:
+        if not self._open:
+            raise StopAsyncIteration
+        choice, event = await self._events.get()
+        if isinstance(event, FinishEvent):
+            self._open -= 1
+        return choice, event
+
+    def _from_engine(self, first_choice: int) -> "_Listener":
+        return _Listener(self._loop, self._events, first_choice)
+
+
+class _Listener:
+    """What the engine calls, on its own thread, for one of the requests."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        events: asyncio.Queue[tuple[int, Event]],
+        first_choice: int,
+    ) -> None:
+        self._loop = loop
+        self._events = events
+        self._first_choice = first_choice
+
+    def __call__(self, event: Event) -> None:
+        item = (self._first_choice + event.index, event)
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, item)
+        except RuntimeError:
+            # The loop is closed: the server is gone and nobody listens.
+            return
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """Run ``work``, or cancel it and raise ClientGone when the client goes away first.
+
+    The body must have been read: ``receive`` then has nothing but the disconnect to tell.
+    """
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        working.cancel()
+        watching.cancel()
+        # Wait for the cancelled work: it frees what it holds on its way out.
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

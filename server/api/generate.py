@@ -1,0 +1,204 @@
+"""One way for both generating routes: admit, run, answer at once or as a stream."""
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from prefix_store.errors import StoreError
+from prefix_store.store import Manifest
+from server.api.admission import Admitted, Door
+from server.api.answers import Collected, Dialect, PrefixUsed
+from server.api.bridge import ClientGone, Generation, while_connected
+from server.api.metrics import Outcome, Stopwatch
+from server.api.refusals import error_body, request_id_of
+from server.api.sampling import GenerationFields
+from server.api.services import Services
+from server.api.sse import DONE, EventStream, frame
+from server.engine.engine import Engine
+from server.engine.request import Event, FinishEvent, FinishReason
+from server.errors import EngineFailure, PrefixdError, Unavailable
+
+CLIENT_CLOSED_REQUEST = 499
+"""What nginx logs when the client left first; nobody receives it."""
+
+
+def door_of(services: Services) -> Door:
+    """Admission with what it needs to know of ``services``."""
+
+    def resolve(tenant: str, reference: str) -> Manifest:
+        return services.store.resolve(tenant=tenant, reference=reference)
+
+    return Door(
+        served=services.served,
+        resolve=resolve,
+        pool_tokens=services.engine.config.max_tokens_for,
+        max_choices=services.limits.max_choices,
+    )
+
+
+async def respond(
+    request: Request,
+    *,
+    services: Services,
+    body: GenerationFields,
+    admit: Callable[[], Admitted],
+    dialect: Dialect,
+) -> Response:
+    """Run ``admit`` off the loop, then the engine, and word the outcome."""
+    watch = Stopwatch(services.metrics, dialect.endpoint)
+    try:
+        if not services.engine.ready:
+            raise Unavailable("the engine is not running", retry_after=1)
+        admitted = await run_in_threadpool(admit)
+    except (PrefixdError, StoreError):
+        watch.finish(Outcome.REFUSED)
+        raise
+    answer = _Answer(
+        engine=services.engine,
+        admitted=admitted,
+        dialect=dialect,
+        watch=watch,
+        created=int(time.time()),
+        wants_usage=body.wants_usage,
+        request_id=request_id_of(request),
+    )
+    try:
+        if not body.stream:
+            whole = await while_connected(request.receive, answer.whole())
+            return JSONResponse(whole, headers=answer.headers)
+        frames = answer.frames()
+        # The first frame decides the status: a request the engine fails at once is an error
+        # response and not a stream.
+        first = await while_connected(request.receive, _next(frames))
+        return EventStream(first, frames, answer.headers)
+    except ClientGone:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _next(frames: AsyncGenerator[bytes]) -> bytes:
+    return await anext(frames)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """One admitted request on its way back."""
+
+    engine: Engine
+    admitted: Admitted
+    dialect: Dialect
+    watch: Stopwatch
+    created: int
+    wants_usage: bool
+    request_id: str | None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Which prefix answers, for those who do not read bodies."""
+        prefix = self.admitted.prefix
+        if prefix is None:
+            return {}
+        return {
+            "x-prefixd-prefix": f"{prefix.name}@{prefix.version}",
+            "x-prefixd-prefix-digest": prefix.digest,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """Everything at once. Raises EngineFailure or Unavailable when a sequence fails."""
+        choices = [Collected() for _ in range(self.admitted.num_choices)]
+        completion_tokens = 0
+        try:
+            async with Generation(self.engine, self.admitted) as generation:
+                async for choice, event in generation:
+                    self._check(event)
+                    if isinstance(event, FinishEvent):
+                        choices[choice].finish_reason = event.reason
+                        completion_tokens += event.completion_tokens
+                    else:
+                        self.watch.tokens(len(event.token_ids))
+                        choices[choice].add(event)
+            self.watch.finish(Outcome.OK, sequences=len(choices))
+        finally:
+            self.watch.finish(Outcome.ABORTED)
+        return {
+            **self._envelope(self.dialect.object),
+            "choices": [
+                self.dialect.whole(choice, collected) for choice, collected in enumerate(choices)
+            ],
+            "usage": self._usage(completion_tokens),
+        }
+
+    async def frames(self) -> AsyncGenerator[bytes]:
+        """The same as server-sent events. Raises only before the first frame."""
+        choices = [Collected() for _ in range(self.admitted.num_choices)]
+        completion_tokens = 0
+        opened = False
+        try:
+            async with Generation(self.engine, self.admitted) as generation:
+                async for choice, event in generation:
+                    self._check(event)
+                    if not opened:
+                        opened = True
+                        for each in range(len(choices)):
+                            opening = self.dialect.opening(each)
+                            if opening is not None:
+                                yield self._chunk([opening])
+                    if isinstance(event, FinishEvent):
+                        completion_tokens += event.completion_tokens
+                        yield self._chunk([self.dialect.closing(choice, event.reason)])
+                        continue
+                    self.watch.tokens(len(event.token_ids))
+                    if event.text or event.logprobs:
+                        yield self._chunk([self.dialect.delta(choice, event, choices[choice])])
+            if self.wants_usage:
+                yield self._chunk([], usage=self._usage(completion_tokens))
+            yield DONE
+            self.watch.finish(Outcome.OK, sequences=len(choices))
+        except PrefixdError as error:
+            if not opened:
+                raise
+            yield frame(error_body(error, self.request_id))
+            yield DONE
+        finally:
+            self.watch.finish(Outcome.ABORTED)
+
+    def _check(self, event: Event) -> None:
+        """Raise when a sequence of this request failed: the others are not worth waiting for."""
+        if not isinstance(event, FinishEvent):
+            return
+        if event.reason is FinishReason.ERROR:
+            self.watch.finish(Outcome.ERROR)
+            raise EngineFailure(event.error or "the engine failed on this request")
+        if event.reason is FinishReason.ABORT:
+            self.watch.finish(Outcome.ABORTED)
+            raise Unavailable("the server stopped before the answer was complete", retry_after=1)
+
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
+        chunk = {**self._envelope(self.dialect.chunk_object), "choices": choices}
+        if self.wants_usage:
+            chunk["usage"] = usage
+        return frame(chunk)
+
+    def _envelope(self, kind: str) -> dict[str, Any]:
+        prefix = self.admitted.prefix
+        used = prefix and PrefixUsed(name=prefix.name, version=prefix.version, digest=prefix.digest)
+        return {
+            "id": self.admitted.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.admitted.model,
+            "prefix": used and used.model_dump(),
+        }
+
+    def _usage(self, completion_tokens: int) -> dict[str, int]:
+        prompt_tokens = self.admitted.prompt_tokens
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }

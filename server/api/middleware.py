@@ -1,0 +1,107 @@
+"""What happens to every request, as one plain ASGI layer: id, patience, log line, last resort."""
+
+import asyncio
+import re
+import time
+import uuid
+from typing import Any
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.metrics import Metrics
+from server.api.refusals import error_response
+from server.errors import PrefixdError, SlowBody
+
+log = structlog.get_logger("prefixd.http")
+
+REQUEST_ID_HEADER = "x-request-id"
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# Methods a label may carry; anything else a client makes up is counted as one.
+_METHODS = frozenset({"GET", "PUT", "POST", "DELETE", "HEAD", "OPTIONS", "PATCH"})
+
+
+class RequestLayer:
+    """Gives each request an id, cuts off senders that stall, logs one line, and turns an
+    exception nobody caught into a 500 that tells nothing of it."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, body_timeout: float) -> None:
+        """``body_timeout`` is the longest pause, in seconds, while a body is being sent."""
+        self._app = app
+        self._metrics = metrics
+        self._body_timeout = body_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request; other scopes pass through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send, self._body_timeout)
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except Exception:
+            log.exception("request failed", request_id=exchange.request_id)
+            if exchange.status is None:
+                error = PrefixdError("the server failed on this request; the log says why")
+                response = error_response(error, exchange.request_id)
+                await response(scope, receive, exchange.send)
+        finally:
+            self._report(scope, exchange)
+
+    def _report(self, scope: Scope, exchange: "_Exchange") -> None:
+        route = getattr(scope.get("route"), "path", None) or "unknown"
+        method = scope["method"] if scope["method"] in _METHODS else "OTHER"
+        # No status: the client left before there was anything to send.
+        status = exchange.status or 499
+        self._metrics.http.labels(method, route, str(status)).inc()
+        fields: dict[str, Any] = {
+            "request_id": exchange.request_id,
+            "method": method,
+            "route": route,
+            "status": status,
+            "seconds": round(time.perf_counter() - exchange.started, 4),
+        }
+        principal = scope["state"].get("principal")
+        if principal is not None:
+            fields |= {"tenant": principal.tenant, "key_id": principal.key_id}
+        log.info("request", **fields)
+
+
+class _Exchange:
+    """One request and its answer, as they pass."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, body_timeout: float) -> None:
+        offered = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        good = _REQUEST_ID.fullmatch(offered) is not None
+        self.request_id = offered if good else f"req-{uuid.uuid4().hex}"
+        self.started = time.perf_counter()
+        self.status: int | None = None
+        self._receive = receive
+        self._send = send
+        self._body_timeout = body_timeout
+        self._body_complete = False
+        scope.setdefault("state", {})["request_id"] = self.request_id
+
+    async def receive(self) -> Message:
+        """The next message; raise SlowBody when a body stalls."""
+        if self._body_complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._body_timeout):
+                message = await self._receive()
+        except TimeoutError:
+            raise SlowBody(
+                f"expected the body to go on within {self._body_timeout:g} s; nothing came"
+            ) from None
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            self._body_complete = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Add the id to the answer's headers."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)[REQUEST_ID_HEADER] = self.request_id
+        await self._send(message)

@@ -1,0 +1,44 @@
+"""The parts a request needs, put together by ``server.app`` and found on the application."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+
+from prefix_store.store import PrefixStore
+from server.api.metrics import Metrics
+from server.api.served import ServedModel
+from server.engine.engine import Engine
+from server.tenants.registry import Tenants
+
+
+@dataclass(frozen=True, slots=True)
+class ApiLimits:
+    """The API room's slice of the settings. Sizes in bytes, times in seconds."""
+
+    upload_dir: Path
+    max_body_bytes: int
+    max_prefix_bytes: int
+    max_choices: int
+    body_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything behind the routes."""
+
+    limits: ApiLimits
+    store: PrefixStore
+    tenants: Tenants
+    engine: Engine
+    served: ServedModel
+    metrics: Metrics
+
+
+def services_of(request: Request) -> Services:
+    """Dependency: the parts this application was built with."""
+    return cast("Services", request.app.state.services)
+
+
+ServicesDep = Annotated[Services, Depends(services_of)]

@@ -1,0 +1,143 @@
+"""The composition root: settings to parts, parts to an application.
+
+``create_app`` takes parts that are ready, so tests hand it fakes; ``build_services`` makes the real
+ones and is the only reader of the settings.
+"""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from fastapi import Depends, FastAPI
+from sqlalchemy import Engine as Database
+
+from prefix_store.blobs import LocalBlobs
+from prefix_store.database import create_tables, open_database
+from prefix_store.store import PrefixStore
+from server.api import (
+    openapi,
+    refusals,
+    routes_generate,
+    routes_models,
+    routes_prefixes,
+    routes_public,
+)
+from server.api.auth import authenticated
+from server.api.metrics import Metrics
+from server.api.middleware import RequestLayer
+from server.api.served import ServedModel
+from server.api.services import ApiLimits, Services
+from server.engine.engine import Engine
+from server.settings import Settings
+from server.tenants.registry import Tenants
+
+__all__ = ["ApiLimits", "Catalog", "Services", "build_services", "create_app", "open_catalog"]
+
+_UPLOAD_LIFETIME_S = 24 * 3600
+
+PUBLIC = (routes_public.router,)
+KEYED = (routes_generate.router, routes_models.router, routes_prefixes.router)
+
+
+def create_app(services: Services) -> FastAPI:
+    """The application over ready parts. Its lifespan starts and stops the engine."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        services.engine.start()
+        try:
+            yield
+        finally:
+            services.engine.stop()
+
+    app = FastAPI(
+        title="prefixd",
+        version=_version(),
+        description="One frozen base model, many swappable prefixes. OpenAI-compatible.",
+        lifespan=lifespan,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )
+    app.state.services = services
+    for router in PUBLIC:
+        app.include_router(router)
+    # Deny by default: whatever is not in PUBLIC asks for a key, before its body is read.
+    for router in KEYED:
+        app.include_router(router, dependencies=[Depends(authenticated)], responses=openapi.ERRORS)
+    refusals.install(app)
+    openapi.install(app)
+    app.add_middleware(
+        RequestLayer, metrics=services.metrics, body_timeout=services.limits.body_timeout
+    )
+    return app
+
+
+def _version() -> str:
+    try:
+        return version("prefixd")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0"
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """The durable half, which the command line uses without a model."""
+
+    database: Database
+    store: PrefixStore
+    tenants: Tenants
+
+
+def open_catalog(settings: Settings) -> Catalog:
+    """Open the catalog and the blobs, and make what is missing."""
+    database = open_database(settings.catalog_url)
+    create_tables(database)
+    return Catalog(
+        database=database,
+        store=PrefixStore(database, LocalBlobs(settings.root / "blobs")),
+        tenants=Tenants(database),
+    )
+
+
+def build_services(settings: Settings) -> Services:
+    """Everything for real: opens the catalog, loads the model, sizes the pool."""
+    catalog = open_catalog(settings)
+    uploads = _upload_folder(settings.root)
+    engine, served = _build_engine(settings, catalog.store)
+    return Services(
+        limits=ApiLimits(
+            upload_dir=uploads,
+            max_body_bytes=settings.max_body_bytes,
+            max_prefix_bytes=settings.max_prefix_bytes,
+            max_choices=settings.max_choices,
+            body_timeout=settings.body_timeout,
+        ),
+        store=catalog.store,
+        tenants=catalog.tenants,
+        engine=engine,
+        served=served,
+        metrics=Metrics(engine.stats),
+    )
+
+
+def _upload_folder(root: Path) -> Path:
+    """Where uploads in flight go, without what killed processes left there. Another server may
+    share the folder, so only what no upload can still be using is removed."""
+    folder = root / "uploads"
+    folder.mkdir(parents=True, exist_ok=True)
+    old = time.time() - _UPLOAD_LIFETIME_S
+    for leftover in folder.glob("upload-*"):
+        if leftover.stat().st_mtime < old:
+            leftover.unlink(missing_ok=True)
+    return folder
+
+
+# -- the model room: torch is imported from here on -----------------------------------------------
+
+
+def _build_engine(settings: Settings, store: PrefixStore) -> tuple[Engine, ServedModel]:
+    """Load the base, size its KV pool and put an engine over it."""
+    raise NotImplementedError("the model room is not wired yet")
