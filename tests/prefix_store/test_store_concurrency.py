@@ -1,0 +1,179 @@
+"""Several threads and several processes on one catalog."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from store_artifacts import BASE, config_bytes, soft, spool
+from store_home import Home
+
+from prefix_store.blobs import LocalBlobs
+from prefix_store.database import create_tables, open_database, reading, writing
+from prefix_store.store import PrefixStore
+
+THREADS = 32
+
+
+def race(work: Callable[[int], Any]) -> list[Any]:
+    """Run ``work(0) .. work(31)`` in threads that set off together."""
+    barrier = threading.Barrier(THREADS)
+
+    def one(number: int) -> Any:
+        barrier.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(one, range(THREADS)))
+
+
+def publish(home: Home, number: int) -> Any:
+    return home.store.publish_text(
+        tenant="acme",
+        name="style",
+        text="x" * (number + 1),
+        metadata=None,
+        base=BASE,
+        count_tokens=len,
+    )
+
+
+def test_racing_uploads_of_the_same_bytes_make_one_version(home: Home) -> None:
+    weights = spool(home.path, soft())
+    published = race(
+        lambda _: home.store.publish_peft(
+            tenant="acme",
+            name="style",
+            config=config_bytes(),
+            weights=weights,
+            metadata=None,
+            base=BASE,
+        )
+    )
+    assert sum(one.created for one in published) == 1
+    assert {one.manifest.version for one in published} == {1}
+    assert len(home.store.versions(tenant="acme", name="style")) == 1
+    blobs = home.path / "data" / "blobs"
+    assert len([path for path in blobs.rglob("*") if path.is_file()]) == 1
+
+
+def test_racing_uploads_of_different_bytes_make_a_version_each(home: Home) -> None:
+    published = race(lambda number: publish(home, number))
+    assert sorted(one.manifest.version for one in published) == list(range(1, THREADS + 1))
+    by_version = {one.manifest.version: one.manifest.digest for one in published}
+    stored = home.store.versions(tenant="acme", name="style")
+    assert {manifest.version: manifest.digest for manifest in stored} == by_version
+
+
+def test_racing_alias_moves_end_in_one_of_them(home: Home) -> None:
+    for number in range(4):
+        publish(home, number)
+    race(
+        lambda number: home.store.set_alias(
+            tenant="acme", name="style", alias="prod", version=number % 4 + 1
+        )
+    )
+    marked = [m for m in home.store.versions(tenant="acme", name="style") if "prod" in m.aliases]
+    assert len(marked) == 1
+
+
+def test_readers_never_wait_for_a_writer(home: Home, open_home: Callable[[], Home]) -> None:
+    publish(home, 0)
+    other = open_home()
+    engine = open_database(f"sqlite:///{home.path}/data/catalog.sqlite")
+    with writing(engine) as connection:
+        connection.execute(text("DELETE FROM aliases"))
+        assert other.store.resolve(tenant="acme", reference="style").version == 1
+    engine.dispose()
+
+
+def test_a_failed_write_leaves_nothing(home: Home) -> None:
+    publish(home, 0)
+    engine = open_database(f"sqlite:///{home.path}/data/catalog.sqlite")
+
+    def interrupted() -> None:
+        with writing(engine) as connection:
+            connection.execute(text("UPDATE prefixes SET latest_version = NULL"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    engine.dispose()
+    assert home.store.resolve(tenant="acme", reference="style").version == 1
+
+
+def test_sqlite_is_opened_durably(tmp_path: Path) -> None:
+    engine = open_database(f"sqlite:///{tmp_path}/new/catalog.sqlite")
+    create_tables(engine)
+    with reading(engine) as connection:
+        pragmas = {
+            name: connection.execute(text(f"PRAGMA {name}")).scalar()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        }
+    engine.dispose()
+    full = 2
+    assert pragmas == {
+        "journal_mode": "wal",
+        "synchronous": full,
+        "foreign_keys": 1,
+        "busy_timeout": 30000,
+    }
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_a_database_in_memory_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="needs a file"):
+        open_database(url)
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from store_artifacts import BASE
+from prefix_store.blobs import LocalBlobs
+from prefix_store.database import create_tables, open_database
+from prefix_store.store import PrefixStore
+
+home, own = Path(sys.argv[1]), sys.argv[2]
+sys.stdin.readline()
+engine = open_database(f"sqlite:///{home}/catalog.sqlite")
+create_tables(engine)
+store = PrefixStore(engine, LocalBlobs(home / "blobs"))
+for number in range(8):
+    for text in (f"shared {number}", f"own {own} {number}"):
+        store.publish_text(
+            tenant="acme", name="style", text=text, metadata=None, base=BASE, count_tokens=len
+        )
+print("done")
+"""
+
+
+def test_several_processes_start_and_publish_at_once(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path / "data"), str(number)],
+            cwd=here.parent.parent,
+            env={"PYTHONPATH": f"{here}:{here.parent.parent}"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(4)
+    ]
+    for child in children:  # all are waiting by now, or soon
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+    outputs = [child.communicate(timeout=120)[0] for child in children]
+    assert outputs == ["done\n"] * 4
+    engine = open_database(f"sqlite:///{tmp_path}/data/catalog.sqlite")
+    store = PrefixStore(engine, LocalBlobs(tmp_path / "data" / "blobs"))
+    found = store.versions(tenant="acme", name="style")
+    engine.dispose()
+    assert [manifest.version for manifest in reversed(found)] == list(range(1, 8 + 4 * 8 + 1))
