@@ -1,0 +1,293 @@
+"""Reference and candidate side by side: PEFT's own ``generate``, and this project's engine.
+
+Uses ``server.engine``, ``server.model`` and ``prefix_store.artifact`` alone: it also runs on a GPU
+machine without FastAPI, pydantic or SQLAlchemy.
+"""
+
+import copy
+import itertools
+import queue
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from prefix_store.artifact import Artifact, pack_peft, read_artifact
+from prefix_store.base import BaseSpec
+from server.engine.config import SchedulerConfig
+from server.engine.engine import Engine
+from server.engine.request import (
+    AdmittedRequest,
+    Event,
+    FinishEvent,
+    FinishReason,
+    PrefixHandle,
+    PrefixKey,
+    SamplingParams,
+    StopParams,
+    TokenEvent,
+)
+from server.model.load import LoadedBase, prepare_base
+from server.model.runner import TorchRunner
+from server.model.selfcheck import self_check
+from server.model.staged import Staged, StagedTokens, stage
+from server.testing import ByteDetokenizer
+
+VOCAB = 211
+TASK = 2
+SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def tiny_configs() -> dict[str, Any]:
+    """Configs of tiny random models, one for each tested architecture."""
+    common = {**SIZES, "vocab_size": VOCAB, "max_position_embeddings": 512}
+    gated = {**common, "intermediate_size": 96, "num_key_value_heads": 2}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return {
+        "llama": transformers.LlamaConfig(**gated, **ids),
+        "gpt2": transformers.GPT2Config(
+            vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=4, n_positions=512, **ids
+        ),
+        "qwen3": transformers.Qwen3Config(**gated, **ids, head_dim=32),
+        "gpt_neox": transformers.GPTNeoXConfig(**common, **ids, intermediate_size=96),
+    }
+
+
+def tiny_model(name: str, seed: int = 0) -> Any:
+    """A random model whose logits are far enough apart that float noise decides nothing."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_configs()[name]).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.mul_(4.0)
+    return model
+
+
+def peft_configs(num_virtual_tokens: int) -> dict[str, Any]:
+    """PEFT configs of every accepted type."""
+    common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": num_virtual_tokens}
+    count = num_virtual_tokens
+    return {
+        "PROMPT_TUNING": peft.PromptTuningConfig(**common),
+        "P_TUNING": peft.PromptEncoderConfig(**common, encoder_hidden_size=24),
+        "CPT": peft.CPTConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=count,
+            cpt_token_ids=[(5 * i + 3) % VOCAB for i in range(count)],
+            cpt_mask=[1] * count,
+            cpt_tokens_type_mask=[1 + i % 4 for i in range(count)],
+        ),
+        "MULTITASK_PROMPT_TUNING": peft.MultitaskPromptTuningConfig(
+            **common, num_tasks=3, num_ranks=2
+        ),
+        "PREFIX_TUNING": peft.PrefixTuningConfig(**common),
+        "CARTRIDGE": peft.CartridgeConfig(**common, num_frozen_tokens=1),
+    }
+
+
+@dataclass
+class Adapter:
+    """A PEFT model with a random adapter, and the same adapter saved to disk."""
+
+    model: Any
+    folder: Path
+    task_id: int | None
+
+    def generate(self, prompt: list[int], count: int) -> list[int]:
+        """PEFT's greedy tokens for a single unpadded request: the reference."""
+        ids = torch.tensor([prompt], device=self.model.device)
+        more = {}
+        if self.task_id is not None:
+            more["task_ids"] = torch.tensor([self.task_id], device=self.model.device)
+        with torch.no_grad():
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                **more,
+            )
+        return _new_tokens(out[0].tolist(), prompt, count)
+
+
+def plain_generate(model: Any, prompt: list[int], count: int) -> list[int]:
+    """transformers' greedy tokens for the bare base."""
+    ids = torch.tensor([prompt], device=model.device)
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return _new_tokens(out[0].tolist(), prompt, count)
+
+
+def _new_tokens(tokens: list[int], prompt: list[int], count: int) -> list[int]:
+    assert tokens[: len(prompt)] == prompt
+    assert len(tokens) == len(prompt) + count
+    return tokens[len(prompt) :]
+
+
+def make_adapter(
+    model: Any, peft_type: str, num_virtual_tokens: int, folder: Path, *, seed: int = 0
+) -> Adapter:
+    """Wrap a copy of ``model`` with a random adapter strong enough to change the output."""
+    torch.manual_seed(seed)
+    config = peft_configs(num_virtual_tokens)[peft_type]
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    for name, weight in wrapped.named_parameters():
+        if weight.requires_grad and weight.dim() > 1:
+            weight.data = torch.randn_like(weight) * (0.1 if "prompt_encoder" in name else 0.3)
+    wrapped.save_pretrained(folder)
+    return Adapter(wrapped, folder, TASK if peft_type.startswith("MULTITASK") else None)
+
+
+def spec_of(base: LoadedBase, *, max_virtual_tokens: int = 256) -> BaseSpec:
+    """The store's view of a base, with bounds wide enough for random adapters."""
+    shape = base.shape
+    return BaseSpec(
+        name=base.name,
+        fingerprint=base.fingerprint,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        hidden_size=shape.hidden_size,
+        max_virtual_tokens=max_virtual_tokens,
+        dtype=str(base.dtype).removeprefix("torch."),
+        max_abs_embedding=1e4,
+        max_abs_kv=1e4,
+    )
+
+
+def parse(adapter: Adapter, base: LoadedBase) -> Artifact:
+    """An adapter folder through the store's own strict parser."""
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "artifact"
+        config = (adapter.folder / "adapter_config.json").read_bytes()
+        weights = adapter.folder / "adapter_model.safetensors"
+        pack_peft(config, weights, target, task_id=adapter.task_id)
+        return read_artifact(target, base=spec_of(base), count_tokens=len)
+
+
+@dataclass
+class Served:
+    """An engine over a real runner, prefixes handed over directly."""
+
+    base: LoadedBase
+    engine: Engine
+    runner: TorchRunner
+    staged: dict[PrefixKey, Staged] = field(default_factory=dict)
+    numbers: Any = field(default_factory=itertools.count)
+
+    def add(self, adapter: Adapter, *, tenant: str = "t") -> PrefixHandle:
+        """Make an adapter available."""
+        return self.put(stage(parse(adapter, self.base), self.base, None), tenant=tenant)
+
+    def add_tokens(self, tokens: list[int], *, tenant: str = "t") -> PrefixHandle:
+        """Make a hard prompt available."""
+        return self.put(StagedTokens(tuple(tokens)), tenant=tenant)
+
+    def put(self, staged: Staged, *, tenant: str = "t") -> PrefixHandle:
+        """Make a staged prefix available."""
+        key = PrefixKey(tenant, f"digest-{next(self.numbers)}")
+        self.staged[key] = staged
+        return PrefixHandle(key, staged.num_tokens)
+
+    def fetch(self, key: PrefixKey) -> Staged:
+        """A PrefixSource over the table."""
+        return self.staged[key]
+
+    def start(
+        self,
+        prompt: list[int],
+        prefix: PrefixHandle | None = None,
+        *,
+        count: int = 16,
+        sampling: SamplingParams | None = None,
+    ) -> Callable[[], list[int]]:
+        """Submit a request; the returned call waits for its tokens."""
+        events: queue.Queue[Event] = queue.Queue()
+        request = AdmittedRequest(
+            request_id=str(next(self.numbers)),
+            tenant=prefix.key.tenant if prefix else "t",
+            prompt=tuple(prompt),
+            prefix=prefix,
+            sampling=sampling or SamplingParams(temperature=0),
+            stop=StopParams(max_tokens=count),
+        )
+        self.engine.submit(request, events.put)
+        return lambda: collect(events)
+
+    def generate(
+        self, prompt: list[int], prefix: PrefixHandle | None = None, *, count: int = 16
+    ) -> list[int]:
+        """One request alone."""
+        return self.start(prompt, prefix, count=count)()
+
+
+class RequestFailed(Exception):
+    """The engine ended a request with an error."""
+
+
+def collect(events: "queue.Queue[Event]") -> list[int]:
+    """Tokens of a request to its end."""
+    tokens: list[int] = []
+    while True:
+        event = events.get(timeout=120)
+        if isinstance(event, TokenEvent):
+            tokens += event.token_ids
+        elif isinstance(event, FinishEvent):
+            if event.reason is FinishReason.ERROR:
+                raise RequestFailed(event.error)
+            assert event.reason is FinishReason.LENGTH
+            return tokens
+
+
+class NoText(ByteDetokenizer):
+    """Token ids of a tiny random model mean nothing as text."""
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+
+def serve(
+    model: Any,
+    *,
+    num_blocks: int = 128,
+    block_size: int = 16,
+    dtype: str = "float32",
+    device: str = "cpu",
+    **config: int,
+) -> Served:
+    """Start an engine over a copy of ``model``; call ``served.engine.stop()`` at the end."""
+    base = prepare_base(
+        copy.deepcopy(model), None, name=model.config.model_type, dtype=dtype, device=device
+    )
+    runner = TorchRunner(base, num_blocks=num_blocks, block_size=block_size)
+    self_check(runner)
+    served = Served(base, engine=None, runner=runner)  # type: ignore[arg-type]  # set below
+    served.engine = Engine(
+        config=SchedulerConfig(num_blocks=num_blocks, block_size=block_size, **config),
+        runner=runner,
+        source=served,
+        detokenizer=NoText,
+    )
+    served.engine.start()
+    return served
+
+
+def prompts(count: int, *, seed: int = 0, vocab: int = VOCAB) -> list[list[int]]:
+    """Random prompts of 1 to 40 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 41, (count,), generator=generator).tolist()
+    return [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths]
