@@ -140,6 +140,11 @@ def set_alias(name: str, alias: str, *, version: int) -> Call[Prefix]:
     return Call(request, answers.prefix)
 
 
+def remove_alias(name: str, alias: str) -> Call[None]:
+    """Forget an alias; the version stays."""
+    return Call(_request("DELETE", "v1", "prefixes", name, "aliases", alias), answers.nothing)
+
+
 def delete_prefix(name: str) -> Call[None]:
     """Delete a prefix with all its versions and aliases."""
     return Call(_request("DELETE", "v1", "prefixes", name), answers.nothing)

@@ -71,6 +71,7 @@ class Client:
     show_prefix = _call(protocol.show_prefix)
     list_versions = _call(protocol.list_versions)
     set_alias = _call(protocol.set_alias)
+    remove_alias = _call(protocol.remove_alias)
     delete_prefix = _call(protocol.delete_prefix)
     complete = _call(protocol.complete)
     chat = _call(protocol.chat)

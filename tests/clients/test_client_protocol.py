@@ -8,27 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import MANIFEST, TEXT_CHUNKS, TEXT_EVENTS, USED
 
 from clients import answers, errors, protocol, streams
 from clients.answers import Response
 from clients.types import Choice, Chunk, Model, PrefixUsed, Usage
-
-MANIFEST = {
-    "name": "triage",
-    "version": 3,
-    "digest": "ab" * 32,
-    "kind": "soft_prompt",
-    "peft_type": "PROMPT_TUNING",
-    "num_virtual_tokens": 12,
-    "dtype": "float32",
-    "size_bytes": 27648,
-    "created_at": "2026-11-21T10:00:00+00:00",
-    "base_model_name_or_path": "demo",
-    "metadata": {"task_id": 1},
-    "aliases": ["latest", "prod"],
-    "a_field_of_next_year": 1,
-}
-USED = {"name": "triage", "version": 3, "digest": "ab" * 32}
 
 
 def _answer(body: object, *, status: int = 200, **headers: str) -> Response:
@@ -218,21 +202,6 @@ def test_readiness_is_an_answer_and_no_error(status: int, ready: bool):
 
 
 # ── Streams ──────────────────────────────────────────────────────────────────────────────────
-
-TEXT_EVENTS = (
-    'data: {"choices":[{"index":0,"text":"Grüß"}]}\n\n'
-    'data: {"choices":[{"index":1,"text":"b"},'
-    '{"index":0,"text":" dich","finish_reason":"stop"}]}\n\n'
-    'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":3}}\n\n'
-    "data: [DONE]\n\n"
-    "data: never read\n\n"
-).encode()
-TEXT_CHUNKS = [
-    Chunk("Grüß"),
-    Chunk("b", index=1),
-    Chunk(" dich", finish_reason="stop"),
-    Chunk("", usage=Usage(1, 3)),
-]
 
 
 @given(st.lists(st.integers(0, len(TEXT_EVENTS))))

@@ -1,0 +1,19 @@
+"""Fixtures of the client tests."""
+
+from collections.abc import Iterator
+
+import pytest
+from loopback import Loopback, loopback
+
+
+@pytest.fixture(scope="session")
+def _running() -> Iterator[Loopback]:
+    with loopback() as running:
+        yield running
+
+
+@pytest.fixture
+def server(_running: Loopback) -> Iterator[Loopback]:
+    _running.forget()
+    yield _running
+    assert not _running.replies, "the client asked less often than the test expects"

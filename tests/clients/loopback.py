@@ -1,0 +1,136 @@
+"""A small server on 127.0.0.1 that says what a test tells it, for clients with a real socket."""
+
+import json
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import anyio
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+
+@dataclass
+class Seen:
+    """One request as the server saw it."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    json: object
+    parts: dict[str, bytes]
+
+
+@dataclass
+class Reply:
+    """What to answer. ``stream`` replaces ``body`` by pieces; ``endless`` then stays open."""
+
+    body: object = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    stream: tuple[bytes, ...] = ()
+    endless: bool = False
+
+
+@dataclass
+class Loopback:
+    """The running server: queue replies, look at what came."""
+
+    url: str = ""
+    replies: deque[Reply] = field(default_factory=deque)
+    seen: list[Seen] = field(default_factory=list)
+    hung_up: threading.Event = field(default_factory=threading.Event)
+
+    def reply(self, body: object = None, *, status: int = 200, **headers: str) -> None:
+        """Queue an answer; ``retry_after="1"`` becomes the header ``retry-after``."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.replies.append(Reply(body=body, status=status, headers=named))
+
+    def stream(self, *pieces: bytes, endless: bool = False, **headers: str) -> None:
+        """Queue an event stream."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.replies.append(Reply(stream=pieces, endless=endless, headers=named))
+
+    def forget(self) -> None:
+        """Start anew for the next test."""
+        self.replies.clear()
+        self.seen.clear()
+        self.hung_up.clear()
+
+    async def handle(self, request: Request) -> Response:
+        self.seen.append(await _seen(request))
+        reply = self.replies.popleft()
+        if reply.stream:
+            return StreamingResponse(
+                self._pieces(reply), headers=reply.headers, media_type="text/event-stream"
+            )
+        body = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
+        return Response(body, status_code=reply.status, headers=reply.headers)
+
+    async def _pieces(self, reply: Reply) -> AsyncIterator[bytes]:
+        try:
+            for piece in reply.stream:
+                yield piece
+            if reply.endless:
+                await anyio.sleep_forever()  # until the client hangs up
+        finally:
+            self.hung_up.set()
+
+
+async def _seen(request: Request) -> Seen:
+    kind = request.headers.get("content-type", "")
+    parts: dict[str, bytes] = {}
+    body: object = None
+    if kind.startswith("multipart/"):
+        async with request.form() as form:
+            for name, part in form.items():
+                assert not isinstance(part, str), f"the part {name} came without a file name"
+                parts[name] = await part.read()
+    elif kind == "application/json":
+        body = await request.json()
+    return Seen(
+        method=request.method,
+        path=request.scope["raw_path"].decode(),
+        query=dict(request.query_params),
+        headers=dict(request.headers),
+        json=body,
+        parts=parts,
+    )
+
+
+class _Announcing(uvicorn.Server):
+    """A server that says when it listens, so that nobody has to poll."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = threading.Event()
+
+    async def startup(self, sockets: object = None) -> None:
+        await super().startup()
+        self.listening.set()
+
+
+@contextmanager
+def loopback() -> Iterator[Loopback]:
+    """Run the server in a thread while the block lasts."""
+    state = Loopback()
+    methods = ["GET", "PUT", "POST", "DELETE"]
+    app = Starlette(routes=[Route("/{path:path}", state.handle, methods=methods)])
+    config = uvicorn.Config(app, port=0, log_level="error", lifespan="off", ws="none")
+    server = _Announcing(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert server.listening.wait(10)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        state.url = f"http://127.0.0.1:{port}"
+        yield state
+    finally:
+        server.should_exit = True
+        thread.join(10)

@@ -1,0 +1,36 @@
+"""What a server says, for every client test."""
+
+from clients.types import Chunk, Usage
+
+MANIFEST = {
+    "name": "triage",
+    "version": 3,
+    "digest": "ab" * 32,
+    "kind": "soft_prompt",
+    "peft_type": "PROMPT_TUNING",
+    "num_virtual_tokens": 12,
+    "dtype": "float32",
+    "size_bytes": 27648,
+    "created_at": "2026-11-21T10:00:00+00:00",
+    "base_model_name_or_path": "demo",
+    "metadata": {"task_id": 1},
+    "aliases": ["latest", "prod"],
+    "a_field_of_next_year": 1,
+}
+USED = {"name": "triage", "version": 3, "digest": "ab" * 32}
+
+TEXT_EVENTS = (
+    'data: {"choices":[{"index":0,"text":"Grüß"}]}\n\n'
+    'data: {"choices":[{"index":1,"text":"b"},'
+    '{"index":0,"text":" dich","finish_reason":"stop"}]}\n\n'
+    '{"index":0,"text":" dich","finish_reason":"stop"}]}\n\n'
+    'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":3}}\n\n'
+    "data: [DONE]\n\n"
+    "data: never read\n\n"
+).encode()
+TEXT_CHUNKS = [
+    Chunk("Grüß"),
+    Chunk("b", index=1),
+    Chunk(" dich", finish_reason="stop"),
+    Chunk("", usage=Usage(1, 3)),
+]
