@@ -1,7 +1,7 @@
-"""The composition root: settings to parts, parts to an application.
+"""The composition root without the model: parts to an application, settings to a catalog.
 
-``create_app`` takes parts that are ready, so tests hand it fakes; ``build_services`` makes the real
-ones and is the only reader of the settings.
+``create_app`` takes parts that are ready, so tests hand it fakes and import no torch. The real
+model's parts are made in ``server.serving``.
 """
 
 import time
@@ -26,15 +26,12 @@ from server.api import (
     routes_public,
 )
 from server.api.auth import authenticated
-from server.api.metrics import Metrics
 from server.api.middleware import RequestLayer
-from server.api.served import ServedModel
 from server.api.services import ApiLimits, Services
-from server.engine.engine import Engine
 from server.settings import Settings
 from server.tenants.registry import Tenants
 
-__all__ = ["ApiLimits", "Catalog", "Services", "build_services", "create_app", "open_catalog"]
+__all__ = ["ApiLimits", "Catalog", "Services", "api_limits", "create_app", "open_catalog"]
 
 _UPLOAD_LIFETIME_S = 24 * 3600
 
@@ -102,24 +99,14 @@ def open_catalog(settings: Settings) -> Catalog:
     )
 
 
-def build_services(settings: Settings) -> Services:
-    """Everything for real: opens the catalog, loads the model, sizes the pool."""
-    catalog = open_catalog(settings)
-    uploads = _upload_folder(settings.root)
-    engine, served = _build_engine(settings, catalog.store)
-    return Services(
-        limits=ApiLimits(
-            upload_dir=uploads,
-            max_body_bytes=settings.max_body_bytes,
-            max_prefix_bytes=settings.max_prefix_bytes,
-            max_choices=settings.max_choices,
-            body_timeout=settings.body_timeout,
-        ),
-        store=catalog.store,
-        tenants=catalog.tenants,
-        engine=engine,
-        served=served,
-        metrics=Metrics(engine.stats),
+def api_limits(settings: Settings) -> ApiLimits:
+    """The API room's slice of the settings; makes the folder for uploads."""
+    return ApiLimits(
+        upload_dir=_upload_folder(settings.root),
+        max_body_bytes=settings.max_body_bytes,
+        max_prefix_bytes=settings.max_prefix_bytes,
+        max_choices=settings.max_choices,
+        body_timeout=settings.body_timeout,
     )
 
 
@@ -133,11 +120,3 @@ def _upload_folder(root: Path) -> Path:
         if leftover.stat().st_mtime < old:
             leftover.unlink(missing_ok=True)
     return folder
-
-
-# -- the model room: torch is imported from here on -----------------------------------------------
-
-
-def _build_engine(settings: Settings, store: PrefixStore) -> tuple[Engine, ServedModel]:
-    """Load the base, size its KV pool and put an engine over it."""
-    raise NotImplementedError("the model room is not wired yet")

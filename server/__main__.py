@@ -1,0 +1,5 @@
+"""``python -m server`` is ``prefixd``."""
+
+from server.cli import main
+
+main()

@@ -1,0 +1,123 @@
+"""The composition root of the real thing: the model, its engine and the catalog, from settings.
+
+The only module that brings the model room and the API room together, and with it torch; imported
+when a server starts and not before.
+"""
+
+import time
+
+import torch
+
+from prefix_store.artifact import Artifact, read_artifact
+from prefix_store.base import BaseSpec
+from prefix_store.errors import StoreError
+from prefix_store.store import PrefixStore
+from server.api.metrics import Metrics
+from server.api.served import ServedModel
+from server.app import Services, api_limits, open_catalog
+from server.engine.config import SchedulerConfig
+from server.engine.engine import Engine
+from server.engine.request import PrefixKey
+from server.engine.step import PrefixUnavailable
+from server.model.load import LoadedBase, load_base, resolve_device
+from server.model.runner import TorchRunner
+from server.model.selfcheck import Limits, self_check
+from server.model.source import StoreSource
+from server.model.text import Tokenizer
+from server.settings import Settings
+
+
+def build_services(settings: Settings) -> Services:
+    """Open the catalog, load the model, prove that it can be served, and put an engine over it.
+
+    Raises UnsupportedModel, DemoModelMissing, or OSError for a model that cannot be found.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    config = _scheduler_config(settings)
+    device = device_of(settings)
+    catalog = open_catalog(settings)
+    base = load_base(
+        settings.model,
+        dtype=settings.dtype,
+        device=device,
+        cache_dir=settings.root / "models",
+    )
+    runner = TorchRunner(base, num_blocks=config.num_blocks, block_size=config.block_size)
+    served = _served_model(settings, base, self_check(runner))
+    tokenizer = Tokenizer(base.tokenizer)
+    engine = Engine(
+        config=config,
+        runner=runner,
+        source=StoreSource(
+            open_artifact=_Artifacts(catalog.store, served), base=base, tokenizer=tokenizer
+        ),
+        detokenizer=tokenizer.detokenizer,
+    )
+    return Services(
+        limits=api_limits(settings),
+        store=catalog.store,
+        tenants=catalog.tenants,
+        engine=engine,
+        served=served,
+        metrics=Metrics(engine.stats),
+    )
+
+
+def device_of(settings: Settings) -> str:
+    """The device these settings mean on this machine; raise ValueError when it is not there."""
+    device = resolve_device(settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here")
+    return str(device)
+
+
+def _scheduler_config(settings: Settings) -> SchedulerConfig:
+    return SchedulerConfig(
+        num_blocks=-(-settings.kv_tokens // settings.block_size) + 1,  # and the null block
+        block_size=settings.block_size,
+        max_tokens_per_step=settings.max_tokens_per_step,
+        max_prefill_chunk=settings.max_prefill_chunk,
+        max_running=settings.max_running,
+    )
+
+
+def _served_model(settings: Settings, base: LoadedBase, limits: Limits) -> ServedModel:
+    name = settings.served_model_name or base.name
+    return ServedModel(
+        name=name,
+        base=BaseSpec(
+            name=name,
+            fingerprint=base.fingerprint,
+            num_layers=base.shape.num_layers,
+            num_kv_heads=base.shape.num_kv_heads,
+            head_dim=base.shape.head_dim,
+            hidden_size=base.shape.hidden_size,
+            max_virtual_tokens=min(settings.max_virtual_tokens, base.shape.max_positions - 1),
+            dtype=settings.dtype,
+            max_abs_embedding=limits.max_abs_embedding,
+            max_abs_kv=limits.max_abs_kv,
+        ),
+        max_positions=base.shape.max_positions,
+        vocab_size=base.shape.vocab_size,
+        eos_token_ids=base.eos_token_ids,
+        created=int(time.time()),
+        tokenizer=Tokenizer(base.tokenizer),
+    )
+
+
+class _Artifacts:
+    """Opens a stored artifact and judges it again, against the base served now."""
+
+    def __init__(self, store: PrefixStore, served: ServedModel) -> None:
+        self._store = store
+        self._served = served
+
+    def __call__(self, key: PrefixKey) -> Artifact:
+        try:
+            path = self._store.fetch(tenant=key.tenant, digest=key.digest)
+            return read_artifact(
+                path, base=self._served.base, count_tokens=self._served.count_prefix_tokens
+            )
+        except StoreError as error:
+            raise PrefixUnavailable(error.message) from error

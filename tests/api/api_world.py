@@ -1,0 +1,162 @@
+"""A whole server for tests: real store, tenants, engine and HTTP; only the model is a fake."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from sqlalchemy import Engine as Database
+
+from prefix_store.artifact import read_artifact
+from prefix_store.base import BaseSpec
+from prefix_store.blobs import LocalBlobs
+from prefix_store.database import create_tables, open_database
+from prefix_store.store import PrefixStore
+from server.api.metrics import Metrics
+from server.api.served import ServedModel
+from server.app import ApiLimits, Services, create_app
+from server.engine.config import SchedulerConfig
+from server.engine.engine import Engine
+from server.engine.request import PrefixKey
+from server.engine.step import PrefixUnavailable, Step, StepOutput
+from server.tenants.registry import Scope, Tenants
+from server.testing import (
+    EOS,
+    VOCAB_SIZE,
+    ByteDetokenizer,
+    ByteTokenizer,
+    FakeRunner,
+    FakeStaged,
+    fake_generate,
+)
+
+BASE = BaseSpec(
+    name="tiny",
+    fingerprint="f" * 64,
+    num_layers=2,
+    num_kv_heads=2,
+    head_dim=4,
+    hidden_size=8,
+    max_virtual_tokens=64,
+    dtype="float32",
+    max_abs_embedding=100.0,
+    max_abs_kv=100.0,
+)
+MAX_POSITIONS = 400
+POOL_BLOCKS = 32
+LIMITS = {"max_body_bytes": 64 * 1024, "max_prefix_bytes": 32 * 1024, "max_choices": 16}
+
+
+@dataclass
+class StoreBackedSource:
+    """A PrefixSource that reads the real blobs, for their lengths."""
+
+    store: PrefixStore
+
+    def fetch(self, key: PrefixKey) -> FakeStaged:
+        try:
+            path = self.store.fetch(tenant=key.tenant, digest=key.digest)
+        except Exception as error:
+            raise PrefixUnavailable("the prefix is gone from the store") from error
+        artifact = read_artifact(path, base=BASE, count_tokens=lambda text: len(text.encode()))
+        return FakeStaged(artifact.num_virtual_tokens)
+
+
+class GatedRunner(FakeRunner):
+    """A FakeRunner that can be held, or made to fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fail = False
+
+    def run(self, step: Step) -> StepOutput:
+        assert self.gate.wait(30), "the test never opened the gate"
+        if self.fail:
+            raise RuntimeError("a secret of the device")
+        return super().run(step)
+
+
+@dataclass
+class World:
+    """Everything a test may reach for."""
+
+    app: FastAPI
+    services: Services
+    runner: GatedRunner
+    keys: dict[str, str]
+
+    def headers(self, tenant: str = "acme") -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.keys[tenant]}"}
+
+
+@contextmanager
+def make_world(tmp_path: Path) -> Iterator[World]:
+    database: Database = open_database(f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
+    create_tables(database)
+    store = PrefixStore(database, LocalBlobs(tmp_path / "blobs"))
+    tenants = Tenants(database)
+    keys = {}
+    for name in ("acme", "beta"):
+        tenants.create_tenant(name)
+        keys[name] = tenants.create_key(tenant=name).text
+    for scope in Scope:
+        keys[f"acme:{scope}"] = tenants.create_key(tenant="acme", scopes=[scope]).text
+    runner = GatedRunner()
+    engine = Engine(
+        config=SchedulerConfig(num_blocks=POOL_BLOCKS + 1, max_tokens_per_step=128),
+        runner=runner,
+        source=StoreBackedSource(store),
+        detokenizer=ByteDetokenizer,
+    )
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    services = Services(
+        limits=ApiLimits(upload_dir=uploads, body_timeout=5.0, **LIMITS),
+        store=store,
+        tenants=tenants,
+        engine=engine,
+        served=ServedModel(
+            name="tiny",
+            base=BASE,
+            max_positions=MAX_POSITIONS,
+            vocab_size=VOCAB_SIZE,
+            eos_token_ids=frozenset({EOS}),
+            created=1_700_000_000,
+            tokenizer=ByteTokenizer(),
+        ),
+        metrics=Metrics(engine.stats),
+    )
+    yield World(app=create_app(services), services=services, runner=runner, keys=keys)
+    runner.gate.set()
+    database.dispose()
+
+
+def put_text(client: TestClient, name: str, text: str, headers: dict[str, str]) -> dict[str, Any]:
+    answer = client.put(
+        f"/v1/prefixes/{name}", json={"kind": "text", "text": text}, headers=headers
+    )
+    assert answer.status_code in {200, 201}, answer.text
+    manifest: dict[str, Any] = answer.json()
+    return manifest
+
+
+def said(digest: str | None, prompt: str, count: int) -> str:
+    """What the fake model says after ``prompt`` under a prefix."""
+    return bytes(fake_generate(digest, list(prompt.encode()), count)).decode()
+
+
+def error_of(answer: Any) -> dict[str, Any]:
+    """The error object of a response, its shape checked."""
+    body = answer.json()
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"message", "type", "code", "param", "request_id"}
+    assert error["message"]
+    assert error["request_id"] == answer.headers["x-request-id"]
+    return error

@@ -1,0 +1,21 @@
+"""The server under test."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from api_world import World, make_world
+from fastapi.testclient import TestClient
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with make_world(tmp_path) as world:
+        yield world
+
+
+@pytest.fixture
+def client(world: World) -> Iterator[TestClient]:
+    """A client with acme's key; the engine runs."""
+    with TestClient(world.app, headers=world.headers()) as client:
+        yield client
