@@ -90,6 +90,14 @@ class Scheduler:
             self._free(sequence)
         sequence.finish(reason, stop=stop, error=error)
 
+    def preempt(self, victim: Sequence) -> None:
+        """Put a running sequence back to the front of its queue; its KV will be recomputed."""
+        self.running.remove(victim)
+        self._free(victim)
+        victim.preempt()
+        self.waiting.push_front(victim)
+        self.num_preemptions += 1
+
     def prefix_staged(self, key: PrefixKey, payload: StagedPrefix) -> list[Sequence]:
         """A fetch ended well. Returns sequences failed because it is not what was announced."""
         entry = self.residency.get(key)
@@ -277,19 +285,12 @@ class Scheduler:
                 sequence.block_table += block
             else:
                 victim = self.running[-1]
-                self._preempt(plan, victim)
+                planned = {chunk.seq_id for chunk in plan.chunks}
+                assert victim.seq_id not in planned, "the youngest sequence is planned last"
+                self.preempt(victim)
                 if victim is sequence:
                     return False
         return True
-
-    def _preempt(self, plan: _Plan, victim: Sequence) -> None:
-        planned = {chunk.seq_id for chunk in plan.chunks}
-        assert victim.seq_id not in planned, "the youngest sequence is planned last"
-        self.running.remove(victim)
-        self._free(victim)
-        victim.preempt()
-        self.waiting.push_front(victim)
-        self.num_preemptions += 1
 
     def _make_room_for_one(self) -> bool:
         """See to it that a block is free: evict an idle prefix, else take a compile's blocks back.
