@@ -7,7 +7,7 @@ import structlog
 
 from server.settings import LogFormat, LogLevel
 
-_QUIET = ("uvicorn.access", "httpx", "httpx2", "filelock", "urllib3")
+_QUIET = ("uvicorn.access", "uvicorn.error", "httpx", "httpx2", "filelock", "urllib3")
 
 
 def configure(level: LogLevel, form: LogFormat) -> None:

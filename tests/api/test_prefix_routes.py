@@ -1,0 +1,235 @@
+"""/v1/prefixes over HTTP."""
+
+import hashlib
+import json
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+from api_world import BASE, LIMITS, World, error_of, put_text
+from fastapi.testclient import TestClient
+
+CONFIG = {
+    "peft_type": "PROMPT_TUNING",
+    "task_type": "CAUSAL_LM",
+    "num_virtual_tokens": 3,
+    "token_dim": BASE.hidden_size,
+    "base_model_name_or_path": "somewhere/tiny",
+}
+
+
+def weights(rows: int = 3, width: int = BASE.hidden_size, fill: float = 0.5) -> bytes:
+    data = np.full((rows, width), fill, dtype="<f4").tobytes()
+    header = json.dumps(
+        {
+            "prompt_embeddings": {
+                "dtype": "F32",
+                "shape": [rows, width],
+                "data_offsets": [0, len(data)],
+            }
+        }
+    ).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def files(**changes: Any) -> dict[str, Any]:
+    parts: dict[str, Any] = {
+        "config": ("adapter_config.json", json.dumps(CONFIG).encode(), "application/json"),
+        "weights": ("adapter_model.safetensors", weights(), "application/octet-stream"),
+        **changes,
+    }
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def test_upload_then_the_same_bytes_then_others(client: TestClient) -> None:
+    first = client.put("/v1/prefixes/voice", files=files())
+    assert first.status_code == 201, first.text
+    manifest = first.json()
+    assert manifest["object"] == "prefix"
+    assert (manifest["name"], manifest["version"]) == ("voice", 1)
+    assert manifest["kind"] == "soft_prompt"
+    assert manifest["num_virtual_tokens"] == 3
+    assert manifest["peft_type"] == "PROMPT_TUNING"
+    assert manifest["fingerprint"] == BASE.fingerprint
+    assert manifest["aliases"] == ["latest"]
+    again = client.put("/v1/prefixes/voice", files=files())
+    assert again.status_code == 200
+    assert again.json() == manifest
+    other = client.put("/v1/prefixes/voice", files=files(weights=("w", weights(fill=0.25))))
+    assert other.status_code == 201
+    assert other.json()["version"] == 2
+    used = client.post("/v1/completions", json={"model": "voice@1", "prompt": "x"})
+    assert used.json()["prefix"]["digest"] == manifest["digest"]
+
+
+def test_metadata_travels(client: TestClient) -> None:
+    metadata = {"owner": "ann", "nested": {"n": 1}}
+    sent = files(metadata=("m.json", json.dumps(metadata).encode(), "application/json"))
+    assert client.put("/v1/prefixes/voice", files=sent).json()["metadata"] == metadata
+    body = {"kind": "text", "text": "hi", "metadata": metadata}
+    assert client.put("/v1/prefixes/note", json=body).json()["metadata"] == metadata
+
+
+def test_nothing_stays_in_the_upload_folder(client: TestClient, world: World) -> None:
+    client.put("/v1/prefixes/voice", files=files())
+    client.put("/v1/prefixes/voice", files=files(weights=("w", b"rubbish")))
+    client.put(
+        "/v1/prefixes/voice", files=files(weights=("w", bytes(LIMITS["max_prefix_bytes"] + 1)))
+    )
+    assert list(world.services.limits.upload_dir.iterdir()) == []
+
+
+def test_the_content_has_the_digest(client: TestClient) -> None:
+    digest = client.put("/v1/prefixes/voice", files=files()).json()["digest"]
+    answer = client.get("/v1/prefixes/voice/versions/1/content")
+    assert answer.headers["content-type"] == "application/octet-stream"
+    assert hashlib.sha256(answer.content).hexdigest() == digest
+    assert answer.headers["x-prefixd-prefix-digest"] == digest
+
+
+def test_look_list_and_page(client: TestClient, world: World) -> None:
+    for name in ("a", "b", "c"):
+        put_text(client, name, f"text {name}", world.headers())
+    put_text(client, "b", "second", world.headers())
+    first = client.get("/v1/prefixes", params={"limit": 2}).json()
+    assert first["object"] == "list"
+    assert [(m["name"], m["version"]) for m in first["data"]] == [("a", 1), ("b", 2)]
+    rest = client.get("/v1/prefixes", params={"after": first["next_after"]}).json()
+    assert [m["name"] for m in rest["data"]] == ["c"]
+    assert rest["next_after"] is None
+    versions = client.get("/v1/prefixes/b/versions").json()
+    assert [m["version"] for m in versions["data"]] == [2, 1]
+    for reference, version in (("b", 2), ("b@1", 1), ("b@latest", 2)):
+        assert client.get(f"/v1/prefixes/{reference}").json()["version"] == version
+
+
+def test_aliases_move(client: TestClient, world: World) -> None:
+    put_text(client, "voice", "one", world.headers())
+    put_text(client, "voice", "two", world.headers())
+    for version in (1, 2):
+        answer = client.put("/v1/prefixes/voice/aliases/prod", json={"version": version})
+        assert answer.status_code == 200
+        assert answer.json()["version"] == version
+        assert "prod" in answer.json()["aliases"]
+        assert client.get("/v1/prefixes/voice@prod").json()["version"] == version
+    assert client.delete("/v1/prefixes/voice/aliases/prod").status_code == 204
+    assert client.get("/v1/prefixes/voice@prod").status_code == 404
+
+
+def test_delete_and_version_numbers_go_on(client: TestClient, world: World) -> None:
+    put_text(client, "voice", "one", world.headers())
+    answer = client.delete("/v1/prefixes/voice")
+    assert (answer.status_code, answer.content) == (204, b"")
+    assert client.get("/v1/prefixes/voice").status_code == 404
+    assert client.delete("/v1/prefixes/voice").status_code == 404
+    assert put_text(client, "voice", "one", world.headers())["version"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"weights": ("w", weights(width=16))}, None, ["8", "16"]),
+        ({"weights": ("w", weights(rows=4))}, None, ["3", "4"]),
+        ({"weights": ("w", weights(fill=float("nan")))}, None, ["finite"]),
+        ({"weights": ("w", b"\x80\x04pickle")}, None, []),
+        ({"weights": ("w", b"PK\x03\x04zip")}, None, []),
+        ({"weights": ("w", b"")}, None, []),
+        ({"config": ("c", b"{")}, None, []),
+        ({"metadata": ("m", b"[1]")}, "malformed_metadata", ["object"]),
+        ({"metadata": ("m", b'{"task_id": "x"}')}, "malformed_metadata", ["task_id"]),
+    ],
+)
+def test_malformed_artifacts_are_422(
+    client: TestClient, changes: dict[str, Any], code: str | None, words: list[str]
+) -> None:
+    answer = client.put("/v1/prefixes/voice", files=files(**changes))
+    assert answer.status_code == 422, answer.text
+    error = error_of(answer)
+    assert code is None or error["code"] == code
+    for word in words:
+        assert word in error["message"]
+    assert client.get("/v1/prefixes").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "code"),
+    [
+        ({"weights": None}, 400, "missing_part"),
+        ({"config": None}, 400, "missing_part"),
+        ({"weights": ("w", bytes(LIMITS["max_prefix_bytes"] + 1))}, 413, "request_too_large"),
+        ({"weights": ("w", bytes(400_000))}, 413, "request_too_large"),
+        ({"config": ("c", bytes(64 * 1024 + 1))}, 413, "request_too_large"),
+        ({"model": ("m", b"x")}, 400, "unknown_part"),
+    ],
+)
+def test_uploads_that_are_not_uploads(
+    client: TestClient, changes: dict[str, Any], status: int, code: str
+) -> None:
+    answer = client.put("/v1/prefixes/voice", files=files(**changes))
+    assert answer.status_code == status, answer.text
+    assert error_of(answer)["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        ("multipart/form-data", b"x"),
+        ("multipart/form-data; boundary=", b"x"),
+        ("multipart/form-data; boundary=b", b"rubbish"),
+        (
+            "multipart/form-data; boundary=b",
+            b'--b\r\ncontent-disposition: form-data; name="config"\r\n\r\n{}',
+        ),
+        ("application/octet-stream", b"x"),
+        ("application/json", b"{}"),
+        ("application/json", b'{"kind": "soft", "text": "x"}'),
+        ("application/json", b'{"kind": "text", "text": ""}'),
+    ],
+)
+def test_malformed_upload_bodies_are_400(
+    client: TestClient, content_type: str, body: bytes
+) -> None:
+    answer = client.put("/v1/prefixes/voice", content=body, headers={"content-type": content_type})
+    assert answer.status_code == 400, answer.text
+    error_of(answer)
+
+
+def test_a_part_twice(client: TestClient) -> None:
+    parts = [*files().items(), ("config", ("c", b"{}"))]
+    answer = client.put("/v1/prefixes/voice", files=parts)
+    assert answer.status_code == 400
+    assert error_of(answer)["code"] == "duplicate_part"
+
+
+def test_a_json_body_over_the_cap(client: TestClient) -> None:
+    answer = client.put("/v1/prefixes/n", json={"kind": "text", "text": "x" * 70_000})
+    assert answer.status_code == 413
+    assert str(LIMITS["max_body_bytes"]) in error_of(answer)["message"]
+
+
+def test_a_body_without_length_over_the_cap(client: TestClient) -> None:
+    def chunks() -> Any:
+        for _ in range(100):
+            yield b" " * 1024
+
+    answer = client.post(
+        "/v1/completions", content=chunks(), headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 413
+
+
+@pytest.mark.parametrize("name", ["-x", "a b", "a@b", "%2e%2e", "a" * 129])
+def test_malformed_names_are_400(client: TestClient, name: str) -> None:
+    answer = client.put(f"/v1/prefixes/{name}", json={"kind": "text", "text": "x"})
+    assert answer.status_code == 400
+    assert error_of(answer)["code"] == "invalid_reference"
+
+
+def test_a_prefix_uploaded_for_another_base_is_refused(client: TestClient, world: World) -> None:
+    put_text(client, "voice", "one", world.headers())
+    moved = type(BASE)(**{**{f: getattr(BASE, f) for f in BASE.__slots__}, "fingerprint": "e" * 64})
+    object.__setattr__(world.services.served, "base", moved)
+    answer = client.post("/v1/completions", json={"model": "voice", "prompt": "x"})
+    assert answer.status_code == 409
+    assert "e" * 64 in error_of(answer)["message"]
