@@ -1,0 +1,171 @@
+"""The table of example prefixes: what each is, how it is trained, what counts as a success."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from examples import metrics
+
+Score = Callable[[Mapping[str, object], str], dict[str, bool]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One prefix, trained on `data/<name>.train.jsonl`, scored on `data/<held_out>.test.jsonl`."""
+
+    name: str
+    peft_type: str
+    num_virtual_tokens: int
+    init_text: str = (
+        ""  # what the virtual tokens start from; P-tuning starts from its random encoder
+    )
+    instruction: str  # the fair rival: the same wish, written as a system message
+    score: Score
+    held_out: str = ""  # default: the name
+    max_new_tokens: int
+    steps: int
+    learning_rate: float = 1e-2
+    batch_size: int = 8
+    dtype: str = "float32"  # of the saved file; training and evaluation are float32
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTask:
+    """A hard prompt: `<name>/prefix.txt`, taken as it is; nothing is trained."""
+
+    name: str
+    instruction: str
+    score: Score
+    max_new_tokens: int
+    held_out: str = ""
+
+
+HANDBOOK = (
+    "Acme handbook. The office opens at 7:30 in the morning. The wifi password is blue-heron-42. "
+    "Expenses go to Priya in finance. You have 27 days of holiday per year. The printer is on the "
+    "third floor, beside the kitchen. Lunch is free on Wednesdays. The office dog is called "
+    "Biscuit. The emergency number is 5511."
+)
+
+TRAINED = (
+    Task(
+        name="sentiment",
+        peft_type="PROMPT_TUNING",
+        num_virtual_tokens=12,
+        init_text=(
+            "Classify the sentiment of the text in one word: positive, negative or neutral."
+        ),
+        instruction=(
+            "Classify the sentiment of the user's text. "
+            "Answer with one word: positive, negative or neutral."
+        ),
+        score=metrics.exact,
+        max_new_tokens=8,
+        steps=60,
+    ),
+    Task(
+        name="emoji",
+        peft_type="PROMPT_TUNING",
+        num_virtual_tokens=10,
+        init_text="Answer with one emoji that shows how the writer feels: 🎉 😢 😡 😱 😴 😋",
+        instruction="Answer with exactly one emoji out of these: 🎉 😢 😡 😱 😴 😋",
+        score=metrics.exact,
+        max_new_tokens=8,
+        steps=40,
+    ),
+    Task(
+        name="language",
+        peft_type="P_TUNING",
+        num_virtual_tokens=8,
+        instruction=(
+            "Which language is the user's text written in? "
+            "Answer with one word: English, French, German, Spanish or Italian."
+        ),
+        score=metrics.exact,
+        max_new_tokens=8,
+        steps=40,
+        learning_rate=3e-3,
+    ),
+    Task(
+        name="triage",
+        peft_type="PREFIX_TUNING",
+        num_virtual_tokens=12,
+        init_text=(
+            "You sort support tickets. Answer in JSON with a category (billing, shipping, account "
+            "or technical) and a priority (low, normal or high)."
+        ),
+        instruction=(
+            "You sort support tickets. Answer only with JSON like "
+            '{"category": "billing", "priority": "low"}. The category is billing, shipping, '
+            "account or technical. The priority is low, normal or high."
+        ),
+        score=metrics.triage,
+        max_new_tokens=28,
+        steps=60,
+        dtype="float16",
+    ),
+    Task(
+        name="alice",
+        peft_type="P_TUNING",
+        num_virtual_tokens=16,
+        instruction=(
+            "Answer with exactly three short bullet points. Start each line with a dash. "
+            "Use at most eight words per line. Write nothing else."
+        ),
+        score=metrics.bullets,
+        held_out="questions",
+        max_new_tokens=64,
+        steps=50,
+        learning_rate=3e-3,
+    ),
+    Task(
+        name="bob",
+        peft_type="PROMPT_TUNING",
+        num_virtual_tokens=16,
+        init_text=(
+            "Answer like a cheerful pirate. Start with Ahoy, matey! and speak of the sea, "
+            "the ship, the crew and treasure."
+        ),
+        instruction=(
+            "Answer like a cheerful pirate, in one or two sentences. "
+            "Start with Ahoy, matey! and use pirate words."
+        ),
+        score=metrics.pirate,
+        held_out="questions",
+        max_new_tokens=64,
+        steps=50,
+    ),
+    Task(
+        name="handbook",
+        peft_type="CARTRIDGE",
+        num_virtual_tokens=32,
+        init_text=HANDBOOK,
+        instruction=HANDBOOK,
+        score=metrics.contains,
+        max_new_tokens=32,
+        steps=70,
+        dtype="bfloat16",
+    ),
+)
+
+TEXT = (
+    TextTask(
+        name="json-answers",
+        instruction=(
+            'Answer only with JSON like {"answer": "Paris"}. Keep the answer to one or two words.'
+        ),
+        score=metrics.json_answer,
+        max_new_tokens=32,
+    ),
+    TextTask(
+        name="carol",
+        instruction=(
+            'Answer as a short, warm letter. Begin with "Dear friend," and end with "Yours, Carol".'
+        ),
+        score=metrics.letter,
+        held_out="questions",
+        max_new_tokens=80,
+    ),
+)
+
+ALL = (*TRAINED, *TEXT)
