@@ -1,0 +1,103 @@
+"""What the demo prints: answers side by side, the proof, and how to go on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from clients.demo.plan import Ask, Example, by_question
+from clients.demo.traffic import Answer
+from clients.terminal import printable
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What /metrics says of the demo's requests."""
+
+    requests: int
+    passes: int
+    distinct_prefixes: int
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether one forward pass was seen to mix prefixes."""
+        return self.distinct_prefixes >= 2 and self.passes > 0
+
+
+def answers_table(requests: Sequence[Ask], answers: Sequence[Answer]) -> Table:
+    """All answers, grouped by question, the bare base first."""
+    table = Table(expand=True, pad_edge=False, header_style="bold")
+    table.add_column("tenant", no_wrap=True)
+    table.add_column("prefix", no_wrap=True)
+    table.add_column("first token", justify="right", no_wrap=True)
+    table.add_column("answer", ratio=1)
+    for group in by_question(requests):
+        table.add_section()
+        table.add_row("", "", "", f"[bold]{escape(printable(requests[group[0]].question))}[/bold]")
+        for index in group:
+            answer = answers[index]
+            table.add_row(
+                requests[index].tenant,
+                escape(answer.prefix.reference) if answer.prefix else "[dim]bare base[/dim]",
+                f"{answer.first_token_s * 1000:.0f} ms",
+                escape(printable(answer.text.strip())) or "[dim](empty)[/dim]",
+            )
+    return table
+
+
+def print_proof(console: Console, proof: Proof) -> None:
+    """The figures that show prefixes were mixed in one pass."""
+    mark = "[green]✓[/green]" if proof.holds else "[red]✗[/red]"
+    console.print(
+        f"{mark} {proof.requests} concurrent requests took [bold]{proof.passes}[/bold] forward "
+        f"passes in {proof.seconds:.1f} s; the fullest pass carried "
+        f"[bold]{proof.distinct_prefixes}[/bold] distinct prefixes [dim](/metrics)[/dim]"
+    )
+
+
+def print_how_to_go_on(
+    console: Console, *, url: str, key: str, example: Example, other: Example
+) -> None:
+    """The URL, a key and lines to paste; unwrapped, so that they stay whole."""
+    question = example.prompts[0][-1]["content"].replace("'", "")
+    lines = [
+        f"export PREFIXD_URL={url}",
+        f"export PREFIXD_API_KEY={key}",
+        "",
+        "# generate under a prefix: its name is the model",
+        'curl -s $PREFIXD_URL/v1/chat/completions -H "Authorization: Bearer $PREFIXD_API_KEY" \\',
+        "  -H 'content-type: application/json' -d '{",
+        f'    "model": "{example.name}", "max_tokens": {example.max_tokens}, "temperature": 0,',
+        f'    "messages": [{{"role": "user", "content": "{question}"}}]}}\'',
+        "",
+        "# upload a prefix: what PEFT saved, as it is",
+        *_upload_lines(other),
+        "",
+        "# or from the command line",
+        ".venv/bin/prefixd prefix ls",
+        f".venv/bin/prefixd chat --model {example.name}",
+    ]
+    console.print()
+    for line in lines:
+        style = "dim" if line.startswith("#") else None
+        console.print(line, style=style, soft_wrap=True, markup=False, highlight=False)
+
+
+def _upload_lines(example: Example) -> list[str]:
+    where = _relative(example.folder)
+    return [
+        f"curl -s -X PUT $PREFIXD_URL/v1/prefixes/my-{example.name} \\",
+        '  -H "Authorization: Bearer $PREFIXD_API_KEY" \\',
+        f"  -F config=@{where}/adapter_config.json -F weights=@{where}/adapter_model.safetensors",
+    ]
+
+
+def _relative(path: Path) -> Path:
+    try:
+        return path.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path.resolve()

@@ -1,0 +1,195 @@
+"""The verbs on a real socket: what they print, what they send, how they fail."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import typer
+from loopback import Loopback
+from samples import MANIFEST
+from typer.testing import CliRunner, Result
+
+from clients.cli import chat, demo, prefix_app
+from clients.terminal import printable
+
+app = typer.Typer()
+app.add_typer(prefix_app, name="prefix")
+app.command("chat")(chat)
+app.command("demo")(demo)
+
+CHAT_EVENTS = (
+    'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
+    'data: {"choices":[{"index":0,"delta":{"content":"Ahoy,\\u001b[2J"}}]}\n\n'
+    'data: {"choices":[{"index":0,"delta":{"content":" 🦜!"}}]}\n\n'
+    "data: [DONE]\n\n"
+).encode()
+
+
+class Shell:
+    """Runs ``prefixd`` verbs against the loopback server, as a user's environment would."""
+
+    def __init__(self, url: str) -> None:
+        self.environment = {"PREFIXD_URL": url, "PREFIXD_API_KEY": "pfx_secret"}
+
+    def __call__(self, *arguments: str, stdin: str | None = None) -> Result:
+        return CliRunner().invoke(app, arguments, env=self.environment, input=stdin)
+
+
+@pytest.fixture
+def shell(server: Loopback) -> Shell:
+    return Shell(server.url)
+
+
+def test_push_a_folder(shell: Shell, server: Loopback, tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    server.reply(MANIFEST, status=201)
+    result = shell("prefix", "push", "triage", str(tmp_path), "--task-id", "1")
+    assert result.exit_code == 0
+    assert result.stdout == (f"triage@3  uploaded  soft_prompt, 12 virtual tokens, {'ab' * 6}\n")
+    assert server.seen[0].parts["weights"] == b"weights"
+    assert server.seen[0].parts["metadata"] == b'{"task_id":1}'
+    assert server.seen[0].headers["authorization"] == "Bearer pfx_secret"
+
+
+@pytest.mark.parametrize("way", ["option", "file", "stdin"])
+def test_push_a_text(way: str, shell: Shell, server: Loopback, tmp_path: Path):
+    file = tmp_path / "voice.txt"
+    file.write_text("Grüezi", "utf-8")
+    given = {"option": ["--text", "Grüezi"], "file": [str(file)], "stdin": ["-"]}[way]
+    server.reply(MANIFEST, status=200)
+    result = shell("prefix", "push", "voice", *given, stdin="Grüezi")
+    assert result.exit_code == 0
+    assert "already there" in result.stdout
+    assert server.seen[0].json == {"kind": "text", "text": "Grüezi"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["x.txt", "--text", "y"], ["--text", "y", "--metadata", "[1]"]]
+)
+def test_push_says_what_it_needs(arguments: list[str], shell: Shell):
+    assert shell("prefix", "push", "voice", *arguments).exit_code == 2
+
+
+def test_ls_reads_every_page(shell: Shell, server: Loopback):
+    server.reply({"data": [MANIFEST], "next_after": "triage"})
+    server.reply({"data": [MANIFEST | {"name": "voice", "aliases": []}], "next_after": None})
+    lines = shell("prefix", "ls").stdout.splitlines()
+    assert lines == [
+        "PREFIX    KIND         TOKENS  ALIASES      DIGEST        CREATED",
+        "triage@3  soft_prompt  12      latest,prod  abababababab  2026-11-21 10:00",
+        "voice@3   soft_prompt  12      -            abababababab  2026-11-21 10:00",
+    ]
+    assert server.seen[1].query == {"after": "triage"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reply"),
+    [
+        (["ls"], {"data": [MANIFEST]}),
+        (["versions", "triage"], {"data": [MANIFEST]}),
+        (["show", "triage@prod"], MANIFEST),
+    ],
+)
+def test_listings_take_json(arguments: list[str], reply: object, shell: Shell, server: Loopback):
+    server.reply(reply)
+    result = shell("prefix", *arguments, "--json")
+    found = json.loads(result.stdout)
+    one = found[0] if isinstance(found, list) else found
+    assert (one["digest"], one["aliases"]) == ("ab" * 32, ["latest", "prod"])
+    assert one["created_at"] == "2026-11-21T10:00:00+00:00"
+
+
+def test_show_for_people(shell: Shell, server: Loopback):
+    server.reply(MANIFEST)
+    assert "num_virtual_tokens       12\n" in shell("prefix", "show", "triage").stdout
+
+
+def test_alias_unalias_and_rm(shell: Shell, server: Loopback):
+    server.reply(MANIFEST)
+    server.reply("", status=204)
+    server.reply("", status=204)
+    assert shell("prefix", "alias", "triage", "prod", "3").stdout == "triage@prod is triage@3\n"
+    assert shell("prefix", "unalias", "triage", "prod").exit_code == 0
+    assert shell("prefix", "rm", "triage").stdout == "triage deleted\n"
+    assert [f"{seen.method} {seen.path}" for seen in server.seen] == [
+        "PUT /v1/prefixes/triage/aliases/prod",
+        "DELETE /v1/prefixes/triage/aliases/prod",
+        "DELETE /v1/prefixes/triage",
+    ]
+
+
+def test_chat_answers_once(shell: Shell, server: Loopback):
+    server.stream(CHAT_EVENTS[:70], CHAT_EVENTS[70:])
+    result = shell("chat", "Hello", "--model", "bob@prod", "--system", "Be brief.")
+    assert result.exit_code == 0
+    assert result.stdout == "Ahoy,[2J 🦜!\n"
+    sent = server.seen[0].json
+    assert isinstance(sent, dict)
+    assert sent["model"] == "bob@prod"
+    assert sent["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+    ]
+
+
+def test_chat_reads_a_pipe_and_finds_the_base(shell: Shell, server: Loopback):
+    server.reply({"data": [{"id": "bob", "parent": "smol"}, {"id": "smol", "parent": None}]})
+    server.stream(CHAT_EVENTS)
+    result = shell("chat", stdin="Hello\n")
+    assert result.stdout.endswith("!\n")
+    sent = server.seen[1].json
+    assert isinstance(sent, dict)
+    assert (sent["model"], sent["messages"][0]["content"]) == ("smol", "Hello")
+
+
+def test_a_refusal_is_a_sentence(shell: Shell, server: Loopback):
+    server.reply({"error": {"message": "no such prefix: 'x'"}}, status=404)
+    result = shell("prefix", "show", "x")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "prefixd: no such prefix: 'x'\n"
+
+
+def test_a_missing_key_says_where_it_goes(shell: Shell, server: Loopback):
+    server.reply({"error": {"message": "no key"}}, status=401)
+    assert "PREFIXD_API_KEY" in shell("prefix", "ls").stderr
+
+
+def test_no_server_says_what_to_do(shell: Shell, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("clients.retry.RetryPolicy.wait", lambda *_, **__: None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        result = shell("prefix", "ls", "--url", f"http://127.0.0.1:{free.getsockname()[1]}")
+    assert result.exit_code == 1
+    assert "is the server running?" in result.stderr
+
+
+def test_a_missing_file_is_a_sentence(shell: Shell, tmp_path: Path):
+    result = shell("prefix", "push", "triage", str(tmp_path))
+    assert result.exit_code == 1
+    assert "adapter_config.json" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_demo_without_examples_says_so(shell: Shell, tmp_path: Path):
+    result = shell("demo", "--examples", str(tmp_path), "--data-dir", str(tmp_path / "data"))
+    assert result.exit_code == 1
+    assert "prefixes.json" in result.stderr
+
+
+VERBS = [["chat"], ["demo"], *(["prefix", verb.name] for verb in prefix_app.registered_commands)]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_every_flag_has_a_variable(verb: list[str]):
+    command = typer.main.get_command(app)
+    for name in verb:
+        command = command.commands[name]
+    flags = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+    assert flags
+    assert {p.name: p.envvar for p in flags if not p.envvar} == {}
+
+
+def test_answers_cannot_steer_the_terminal():
+    assert printable("a\x1b[31mb\x07\x9bc\r\td\n") == "a[31mbc\td\n"
