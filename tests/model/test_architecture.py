@@ -1,0 +1,121 @@
+"""What cannot be right is refused by name, from the config or by the self-check."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from server.model.architecture import UnsupportedModel, refuse_unsupported
+from server.model.load import fingerprint_of, prepare_base
+from server.model.runner import TorchRunner
+from server.model.selfcheck import self_check
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (transformers.T5Config(), "t5.*encoder-decoder"),
+        (transformers.BartConfig(), "bart.*encoder-decoder"),
+        (transformers.MistralConfig(sliding_window=128), "mistral.*sliding window of 128"),
+        (transformers.Gemma2Config(num_hidden_layers=2), "gemma2.*sliding_attention"),
+        (transformers.Gemma3TextConfig(num_hidden_layers=2), "gemma3_text.*sliding_attention"),
+        (transformers.MambaConfig(num_hidden_layers=2), "mamba.*linear_attention"),
+        (transformers.GPT2Config(add_cross_attention=True), "gpt2.*cross-attention"),
+        (
+            transformers.LlamaConfig(
+                rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+            ),
+            "llama.*dynamic rotary",
+        ),
+    ],
+    ids=lambda value: value.model_type if hasattr(value, "model_type") else "",
+)
+def test_configs_that_are_refused(config: Any, words: str) -> None:
+    with pytest.raises(UnsupportedModel, match=words):
+        refuse_unsupported(config)
+
+
+def test_a_window_switched_off_is_no_window() -> None:
+    refuse_unsupported(transformers.MistralConfig(sliding_window=None))
+    refuse_unsupported(transformers.Qwen2Config(use_sliding_window=False))
+
+
+def runner(model: Any) -> TorchRunner:
+    base = prepare_base(model, None, name="m", dtype="float32", device="cpu")
+    return TorchRunner(base, num_blocks=16, block_size=16)
+
+
+def test_alibi_is_found_by_name() -> None:
+    model = transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
+    )
+    with pytest.raises(UnsupportedModel, match="bloom"):
+        runner(model)
+
+
+def test_the_self_check_finds_a_wrong_position() -> None:
+    """A model that makes up its own positions says something else over blocks."""
+
+    class Positionless(transformers.GPT2LMHeadModel):
+        def forward(self, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    torch.manual_seed(0)
+    model = Positionless(transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4))
+    for weight in model.parameters():
+        weight.data.mul_(4)
+    with pytest.raises(UnsupportedModel, match="other logits over KV blocks"):
+        self_check(runner(model))
+
+
+def test_the_self_check_finds_layers_that_do_not_attend() -> None:
+    class Skips(transformers.models.llama.modeling_llama.LlamaAttention):
+        def forward(self, hidden_states: Any, **_: Any) -> Any:
+            return hidden_states, None
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED))
+    model.model.layers[1].self_attn.__class__ = Skips
+    with pytest.raises(UnsupportedModel, match="has 2 layers but 1 attended"):
+        self_check(runner(model))
+
+
+def test_attention_that_would_ignore_a_soft_cap_refuses() -> None:
+    class Capped(transformers.models.llama.modeling_llama.LlamaAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs, softcap=30.0)
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED))
+    model.model.layers[0].self_attn.__class__ = Capped
+    with pytest.raises(UnsupportedModel, match="asks attention for softcap"):
+        self_check(runner(model))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_dtype_passes_the_self_check_and_leaves_an_empty_pool(dtype: str) -> None:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED))
+    base = prepare_base(model, None, name="m", dtype=dtype, device="cpu")
+    checked = TorchRunner(base, num_blocks=16, block_size=16)
+    limits = self_check(checked)
+    assert limits.max_abs_kv > 1
+    assert limits.max_abs_embedding > 1
+    assert all(not pool.any() for pool in (*checked.cache.keys, *checked.cache.values))
+
+
+def test_the_fingerprint_is_the_base_and_not_how_it_is_served() -> None:
+    def model(seed: int, **changes: Any) -> Any:
+        torch.manual_seed(seed)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED, **changes))
+
+    first = fingerprint_of(model(0), None)
+    assert fingerprint_of(model(0), None) == first
+    assert fingerprint_of(model(1), None) != first
+    assert fingerprint_of(model(0, rms_norm_eps=1e-5), None) != first
+    served = [
+        prepare_base(model(0), None, name="m", dtype=dtype, device="cpu").fingerprint
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert served == [first, first]

@@ -1,0 +1,140 @@
+"""The sampler: a row's token is a matter of that row alone."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.request import SamplingParams
+from server.engine.step import Chunk, Sampled
+from server.model.sampler import sample
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0])
+GREEDY = SamplingParams(temperature=0)
+
+
+def chunk(params: SamplingParams, *, uniform: float = 0.5, **more: object) -> Chunk:
+    return Chunk(0, [1], 0, [1], sampling=params, uniform=uniform, **more)  # type: ignore[arg-type]
+
+
+def one(params: SamplingParams, *, uniform: float = 0.5, **more: object) -> Sampled:
+    return sample(LOGITS[None], [chunk(params, uniform=uniform, **more)])[0]
+
+
+def reachable(params: SamplingParams) -> set[int]:
+    """Token ids that some draw gives."""
+    draws = [(i + 0.5) / 400 for i in range(400)]
+    rows = LOGITS.repeat(len(draws), 1)
+    return {s.token_id for s in sample(rows, [chunk(params, uniform=u) for u in draws])}
+
+
+def test_greedy_takes_the_largest() -> None:
+    assert one(GREEDY).token_id == 4
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        (SamplingParams(top_k=1), {4}),
+        (SamplingParams(top_k=2), {4, 0}),
+        (SamplingParams(top_p=0.01), {4}),
+        (SamplingParams(top_p=0.7), {4, 0}),  # probabilities 0.63, 0.23, 0.09, 0.05, 0.01
+        (SamplingParams(min_p=0.3), {4, 0}),
+        (SamplingParams(min_p=1.0), {4}),
+        (SamplingParams(top_k=3, top_p=0.7), {4, 0}),
+        (SamplingParams(), {0, 1, 2, 3, 4}),
+        (SamplingParams(temperature=0.05), {4}),
+        (SamplingParams(logit_bias={3: 100.0}), {3}),
+        (SamplingParams(logit_bias={4: -100.0}, top_k=1), {0}),
+    ],
+)
+def test_filters_leave_what_they_should(params: SamplingParams, expected: set[int]) -> None:
+    assert reachable(params) == expected
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_p=0.999)])
+def test_draws_follow_the_distribution(params: SamplingParams) -> None:
+    count = 4000
+    rows = LOGITS.repeat(count, 1)
+    drawn = sample(rows, [chunk(params, uniform=(i + 0.5) / count) for i in range(count)])
+    seen = Counter(s.token_id for s in drawn)
+    for token_id, probability in enumerate(LOGITS.softmax(0).tolist()):
+        assert seen[token_id] / count == pytest.approx(probability, abs=0.003)
+
+
+def test_penalties_count_what_they_say() -> None:
+    history = {"history": (4, 0, 0), "num_prompt_tokens": 1}  # prompt [4], output [0, 0]
+    assert one(SamplingParams(temperature=0, repetition_penalty=4.0), **history).token_id == 1
+    assert one(SamplingParams(temperature=0, presence_penalty=9.0), **history).token_id == 4
+    greedy_bias = {4: -2.0}  # token 0 leads by 1.0 until its two appearances count
+    leads = SamplingParams(temperature=0, logit_bias=greedy_bias)
+    assert one(leads, **history).token_id == 0
+    counted = SamplingParams(temperature=0, logit_bias=greedy_bias, frequency_penalty=0.6)
+    assert one(counted, **history).token_id in {1, 4}
+
+
+def test_banned_tokens_do_not_come() -> None:
+    assert one(GREEDY, banned=(4,)).token_id == 0
+    assert one(SamplingParams(top_k=1), banned=(4, 0)).token_id == 1
+
+
+def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
+    params = SamplingParams(temperature=0.3, logit_bias={3: 100.0}, top_logprobs=2)
+    sampled = one(params)
+    expected = LOGITS.log_softmax(0)
+    assert sampled.token_id == 3
+    assert sampled.logprob == pytest.approx(float(expected[3]), abs=1e-5)
+    assert [t.token_id for t in sampled.top_logprobs] == [4, 0]
+    assert sampled.top_logprobs[0].logprob == pytest.approx(float(expected[4]), abs=1e-5)
+    assert one(GREEDY).logprob is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_bad_row_fails_alone(bad: float, everywhere: bool) -> None:
+    broken = LOGITS.clone()
+    if everywhere:
+        broken[:] = bad
+    else:
+        broken[2] = bad
+    kinds = [GREEDY, SamplingParams(), SamplingParams(top_p=0.9, top_logprobs=1)]
+    chunks = [chunk(params, uniform=0.3) for params in kinds]
+    honest = sample(LOGITS.repeat(3, 1), chunks)
+    mixed = sample(torch.stack([LOGITS, broken] * 3), [c for c in chunks for _ in range(2)])
+    assert mixed[0::2] == honest
+    assert [s.finite for s in mixed[1::2]] == [False] * 3
+
+
+settings_of_a_row = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 5]),
+    top_p=st.sampled_from([1.0, 0.9, 0.1]),
+    min_p=st.sampled_from([0.0, 0.2]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    frequency_penalty=st.sampled_from([0.0, 0.5]),
+)
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(settings_of_a_row, st.floats(0, 1, exclude_max=True), st.integers(0, 999)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_neighbours_change_nothing(rows: list[tuple[SamplingParams, float, int]]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pool = 3 * torch.randn(1000, 40, generator=generator)
+    chunks = [
+        chunk(params, uniform=uniform, history=(1, 2, 2), num_prompt_tokens=1)
+        for params, uniform, _ in rows
+    ]
+    logits = torch.stack([pool[i] for *_, i in rows])
+    together = sample(logits, chunks)
+    alone = [sample(logits[i : i + 1], [c])[0] for i, c in enumerate(chunks)]
+    assert together == alone
