@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from clients import conversation, terminal
 from clients.conversation import Conversation
@@ -246,7 +245,7 @@ def chat(
         system=system,
     )
     if message is None and not piped:
-        conversation.interact(talk, Console())
+        conversation.interact(talk, terminal.console())
         return
     words = sys.stdin.read().strip() if message is None else message
     if not words:
@@ -294,6 +293,8 @@ def demo(
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the child ends with us
     try:
-        demonstration.run(Console(), examples=examples, data_dir=data_dir, port=port, once=once)
+        demonstration.run(
+            terminal.console(), examples=examples, data_dir=data_dir, port=port, once=once
+        )
     except KeyboardInterrupt:
         raise typer.Exit(130 if once else 0) from None

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
 
 import typer
+from rich.console import Console
 
 from clients._http import DEFAULT_TIMEOUT, DEFAULT_URL
 from clients.errors import ApiError, AuthenticationError, ClientError, ConnectError
@@ -29,6 +30,11 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def printable(text: str) -> str:
     """``text`` without control characters other than tab and newline."""
     return _CONTROLS.sub("", text)
+
+
+def console() -> Console:
+    """A console as wide as the terminal; 110 columns into a file, where rich would take 80."""
+    return Console(width=None if sys.stdout.isatty() else 110)
 
 
 @contextmanager

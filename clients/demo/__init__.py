@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from clients.demo import show, traffic
@@ -89,9 +90,12 @@ def _progress(console: Console) -> Progress:
 def _wait(console: Console, server: ServerProcess) -> None:
     started = time.monotonic()
     with _progress(console) as bar:
-        words = "Loading SmolLM2-135M-Instruct (the first time it is converted: about 20 s)"
-        bar.add_task(words, total=None)
-        server.wait_until_ready(timeout=START_TIMEOUT_S)
+        words = "Loading SmolLM2-135M-Instruct"
+        task = bar.add_task(words, total=None)
+        server.wait_until_ready(
+            timeout=START_TIMEOUT_S,
+            say=lambda event: bar.update(task, description=f"{words}: {escape(event)}"),
+        )
     console.print(
         f"[green]✓[/green] SmolLM2-135M-Instruct ready on {server.url} "
         f"after {time.monotonic() - started:.0f} s"
@@ -124,13 +128,10 @@ def _show(console: Console, url: str, examples: Sequence[Example], keys: Mapping
 
 def _upload(console: Console, examples: Sequence[Example], clients: Mapping[str, Client]) -> None:
     for example in examples:
-        prefix = traffic.upload_example(clients[example.tenant], example).prefix
-        console.print(
-            f"[green]✓[/green] {example.tenant} uploaded [bold]{prefix.reference}[/bold] "
-            f"[dim]{prefix.peft_type or 'text'}, {prefix.num_virtual_tokens} virtual tokens, "
-            f"{prefix.size_bytes / 1024:.0f} KiB[/dim] {example.summary}",
-            highlight=False,
-        )
+        client = clients[example.tenant]
+        prefix = traffic.upload_example(client, example)
+        first = traffic.first_use(client, example)
+        show.print_uploaded(console, example, prefix, first_use_s=first)
 
 
 def _check_isolation(

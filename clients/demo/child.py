@@ -8,17 +8,19 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from clients.errors import ClientError
+from clients.errors import ClientError, ProtocolError
 from clients.sync import Client
+from clients.wire import load_object
 
 # What an operator set for a server of theirs must not steer the demo's; these only choose speed.
 _KEPT = frozenset({"PREFIXD_DEVICE", "PREFIXD_DTYPE", "PREFIXD_THREADS"})
 _STOP_S = 15.0
+PROGRAM = (sys.executable, "-m", "server")
 _SHOWN_LINES = 15
 
 
@@ -38,7 +40,7 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def admin(data_dir: Path, *arguments: str) -> object:
     """Run one of the server's own verbs on the demo's catalog; return the JSON it prints."""
-    command = [sys.executable, "-m", "server", *arguments, "--data-dir", str(data_dir), "--json"]
+    command = [*PROGRAM, *arguments, "--data-dir", str(data_dir), "--json"]
     done = subprocess.run(  # noqa: S603 - our own interpreter and our own arguments
         command, capture_output=True, text=True, check=False, env=child_environment(os.environ)
     )
@@ -51,14 +53,14 @@ def admin(data_dir: Path, *arguments: str) -> object:
 class ServerProcess:
     """A ``prefixd serve`` of our own. Leaving the ``with`` ends it, whatever happened inside."""
 
-    def __init__(self, *, data_dir: Path, port: int) -> None:
+    def __init__(self, *, data_dir: Path, port: int, program: Sequence[str] = PROGRAM) -> None:
         self.log = data_dir / "server.log"
         self.url = ""
         self._last = deque[str](maxlen=_SHOWN_LINES)
-        self._urls = queue.SimpleQueue[str]()
+        self._events = queue.SimpleQueue[Mapping[str, object]]()
         # fmt: off
         self._command = [
-            sys.executable, "-m", "server", "serve", "--model", "demo", "--host", "127.0.0.1",
+            *program, "serve", "--model", "demo", "--host", "127.0.0.1",
             "--port", str(port), "--data-dir", str(data_dir),
             "--log-level", "info", "--log-format", "json",
         ]
@@ -88,17 +90,23 @@ class ServerProcess:
                 log.write(line)
                 log.flush()
                 self._last.append(line.rstrip())
-                if (url := _served_url(line)) is not None:
-                    self._urls.put(url)
+                self._events.put(_event(line))
 
-    def wait_until_ready(self, *, timeout: float) -> str:
-        """The URL, once the server takes requests; ``DemoFailed`` when it ends or is late."""
+    def wait_until_ready(self, *, timeout: float, say: Callable[[str], None]) -> str:
+        """The URL, once the server takes requests; ``DemoFailed`` when it ends or is late.
+
+        ``say`` gets what the server logs on the way.
+        """
         deadline = time.monotonic() + timeout
         while not self.url:
             try:
-                self.url = self._urls.get(timeout=0.2)
+                event = self._events.get(timeout=0.2)
             except queue.Empty:
                 self._check(deadline)
+                continue
+            say(str(event.get("event", "")))
+            if event.get("event") == "serving":
+                self.url = str(event["url"])
         with Client(self.url, timeout=5.0) as client:
             while not _is_ready(client):
                 self._check(deadline)
@@ -131,14 +139,12 @@ class ServerProcess:
         self._reader.join()
 
 
-def _served_url(line: str) -> str | None:
+def _event(line: str) -> Mapping[str, object]:
+    """A line of the server's JSON log; empty for a library's own words on standard error."""
     try:
-        entry = json.loads(line)
-    except ValueError:  # a library's own words on standard error
-        return None
-    if isinstance(entry, dict) and entry.get("event") == "serving":
-        return str(entry["url"])
-    return None
+        return load_object(line)
+    except ProtocolError:
+        return {}
 
 
 def _is_ready(client: Client) -> bool:

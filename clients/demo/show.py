@@ -11,6 +11,9 @@ from rich.table import Table
 from clients.demo.plan import Ask, Example, by_question
 from clients.demo.traffic import Answer
 from clients.terminal import printable
+from clients.types import Prefix
+
+_SHOWN_LINES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,19 @@ class Proof:
     def holds(self) -> bool:
         """Whether one forward pass was seen to mix prefixes."""
         return self.distinct_prefixes >= 2 and self.passes > 0
+
+
+def print_uploaded(
+    console: Console, example: Example, prefix: Prefix, *, first_use_s: float
+) -> None:
+    """One line for an upload, with the time of its first token."""
+    kind = (prefix.peft_type or "text").lower()
+    console.print(
+        f"[green]✓[/green] {example.tenant} uploaded [bold]{prefix.reference}[/bold]: "
+        f"{escape(example.summary)} [dim]({kind}, {prefix.num_virtual_tokens} virtual tokens, "
+        f"{prefix.size_bytes / 1024:.0f} KiB, answered after {first_use_s * 1000:.0f} ms)[/dim]",
+        highlight=False,
+    )
 
 
 def answers_table(requests: Sequence[Ask], answers: Sequence[Answer]) -> Table:
@@ -44,9 +60,16 @@ def answers_table(requests: Sequence[Ask], answers: Sequence[Answer]) -> Table:
                 requests[index].tenant,
                 escape(answer.prefix.reference) if answer.prefix else "[dim]bare base[/dim]",
                 f"{answer.first_token_s * 1000:.0f} ms",
-                escape(printable(answer.text.strip())) or "[dim](empty)[/dim]",
+                escape(_excerpt(answer.text)) or "[dim](empty)[/dim]",
             )
     return table
+
+
+def _excerpt(text: str) -> str:
+    """``text`` on a few lines: enough to compare, whole where it is short."""
+    lines = [line for line in printable(text).splitlines() if line.strip()]
+    kept = "\n".join(lines[:_SHOWN_LINES])
+    return kept if len(lines) <= _SHOWN_LINES else f"{kept} …"
 
 
 def print_proof(console: Console, proof: Proof) -> None:

@@ -9,9 +9,9 @@ import anyio
 
 from clients.aio import AsyncClient
 from clients.demo.plan import Ask, Example
-from clients.errors import NotFoundError
+from clients.errors import ClientError, NotFoundError
 from clients.sync import Client
-from clients.types import PrefixUsed, Uploaded
+from clients.types import Prefix, PrefixUsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,18 @@ class Answer:
     total_s: float
 
 
-def upload_example(client: Client, example: Example) -> Uploaded:
+def upload_example(client: Client, example: Example) -> Prefix:
     """Upload one example, as a text or as the folder PEFT saved."""
     if example.text is not None:
-        return client.upload_text(example.name, example.text.read_text("utf-8"))
-    return client.upload_folder(example.name, example.folder)
+        return client.upload_text(example.name, example.text.read_text("utf-8")).prefix
+    return client.upload_folder(example.name, example.folder).prefix
+
+
+def first_use(client: Client, example: Example) -> float:
+    """Seconds of a one-token answer: the first one under a prefix includes its compiling."""
+    started = time.perf_counter()
+    client.chat(example.prompts[0], model=example.name, max_tokens=1)
+    return time.perf_counter() - started
 
 
 def is_hidden(client: Client, name: str) -> bool:
@@ -48,11 +55,18 @@ def ask_all(
     base: str,
     on_done: Callable[[], None],
 ) -> list[Answer]:
-    """Send all requests at the same moment; answers in the order of ``requests``."""
+    """Send all requests at the same moment; answers in the order of ``requests``.
+
+    Raises the first request's error, after every request has ended.
+    """
     answers: dict[int, Answer] = {}
+    failures: list[ClientError] = []
 
     async def one(index: int, client: AsyncClient) -> None:
-        answers[index] = await _ask(client, requests[index], base=base)
+        try:
+            answers[index] = await _ask(client, requests[index], base=base)
+        except ClientError as error:
+            failures.append(error)
         on_done()
 
     async def everything() -> None:
@@ -66,6 +80,8 @@ def ask_all(
                 await client.close()
 
     anyio.run(everything)
+    if failures:
+        raise failures[0]
     return [answers[index] for index in range(len(requests))]
 
 
