@@ -1,5 +1,6 @@
 """Several threads and several processes on one catalog."""
 
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -123,6 +124,22 @@ def test_sqlite_is_opened_durably(tmp_path: Path) -> None:
         "foreign_keys": 1,
         "busy_timeout": 30000,
     }
+
+
+def test_a_new_file_that_another_process_is_writing_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite refuses to switch such a file to WAL at once, whatever the busy timeout."""
+    other = sqlite3.connect(tmp_path / "catalog.sqlite", isolation_level=None)
+    other.execute("CREATE TABLE t (a)")
+    other.execute("BEGIN IMMEDIATE")
+    other.execute("INSERT INTO t VALUES (1)")
+    monkeypatch.setattr("prefix_store.database.time.sleep", lambda _: other.execute("COMMIT"))
+    engine = open_database(f"sqlite:///{tmp_path}/catalog.sqlite")
+    create_tables(engine)
+    engine.dispose()
+    assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    other.close()
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
