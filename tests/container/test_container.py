@@ -1,0 +1,278 @@
+"""The container's files, checked as far as that goes without an engine."""
+
+import fnmatch
+import http.server
+import json
+import os
+import re
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from server.settings import ENV_PREFIX, Settings
+
+ROOT = Path(__file__).parents[2]
+VARIABLE = re.compile(rf"\b{ENV_PREFIX}([A-Z_]+)\b")
+# Read by docker-compose.yml itself and handed to no server.
+OF_COMPOSE = {"TARGET", "PUBLISHED_PORT", "MEMORY", "SHUTDOWN_TIMEOUT"}
+
+
+def _instructions() -> list[tuple[str, str]]:
+    text = (ROOT / "Dockerfile").read_text("utf-8")
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    return [tuple(line.split(None, 1)) for line in joined.splitlines() if line.strip()]
+
+
+def _stages() -> dict[str, tuple[str, list[tuple[str, str]]]]:
+    stages: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+    for word, rest in _instructions():
+        if word == "FROM":
+            source, _, name = rest.partition(" AS ")
+            stages[name] = (source, [])
+        else:
+            stages[next(reversed(stages))][1].append((word, rest))
+    return stages
+
+
+def _chain(target: str) -> list[tuple[str, str]]:
+    """Every instruction that shapes ``target``, its parent stages' first."""
+    source, own = _stages()[target]
+    return [*(_chain(source) if source in _stages() else []), *own]
+
+
+def _all(target: str, word: str) -> list[str]:
+    return [rest for found, rest in _chain(target) if found == word]
+
+
+def _environment(target: str) -> dict[str, str]:
+    pairs = (pair for line in _all(target, "ENV") for pair in shlex.split(line))
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def _compose() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]["prefixd"]
+
+
+def _default(text: str) -> str:
+    """``${NAME:-value}`` as compose reads it with an empty environment."""
+    return re.sub(r"\$\{[A-Z_]+:-([^}]*)\}", r"\1", text)
+
+
+# ── Dockerfile ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_both_targets_exist_and_cpu_is_the_default():
+    assert {"cpu", "cuda"} <= set(_stages())
+    assert list(_stages())[-1] == "cpu"
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_a_target_runs_the_server_as_nobody_special(target: str):
+    assert json.loads(_all(target, "ENTRYPOINT")[-1]) == ["/usr/local/bin/prefixd-entrypoint"]
+    assert _all(target, "CMD") == []
+    user, _, group = _all(target, "USER")[-1].partition(":")
+    assert int(user) >= 1000
+    assert int(group) >= 1000
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_a_target_agrees_with_the_settings(target: str):
+    environment = _environment(target)
+    given = {name.removeprefix(ENV_PREFIX).lower(): value for name, value in environment.items()}
+    fields = {name: given[name] for name in given if ENV_PREFIX + name.upper() in environment}
+    assert set(fields) <= set(Settings.model_fields)
+    settings = Settings(**fields)
+    assert settings.host == "0.0.0.0"
+    assert settings.device == target
+    assert _all(target, "EXPOSE") == [str(settings.port)]
+    assert settings.port == Settings.model_fields["port"].default
+    assert _all(target, "VOLUME") == [str(settings.data_dir)] == [environment["HOME"]]
+
+
+def test_everything_copied_is_there_and_not_ignored():
+    ignored = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+    kept = {line[1:] for line in ignored if line.startswith("!")}
+    assert "*" in ignored
+    copied = set()
+    for word, rest in _instructions():
+        words = [one for one in rest.split() if not one.startswith("--chmod")]
+        if word == "COPY" and not words[0].startswith("--from"):
+            copied.update(words[:-1])
+    assert all((ROOT / source).exists() for source in copied), copied
+    assert {source.split("/")[0] for source in copied} == kept
+
+
+def test_the_image_holds_every_package_the_wheel_lists():
+    copied = {rest.split()[0] for word, rest in _instructions() if word == "COPY"}
+    packages = {
+        path.parent.name
+        for path in ROOT.glob("*/__init__.py")
+        if any(
+            fnmatch.fnmatch(path.parent.name, pattern)
+            for pattern in ("server*", "prefix_store*", "clients*")
+        )
+    }
+    assert packages <= copied
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "docker-compose.yml", "docker/entrypoint.sh"])
+def test_nothing_names_a_host_or_a_floating_tag(name: str):
+    text = (ROOT / name).read_text("utf-8")
+    assert "://" not in text
+    assert ":latest" not in text
+    assert not re.search(r"^ADD ", text, re.MULTILINE)
+    assert not re.search(r"curl|wget|sudo", text)
+
+
+def test_images_are_named_with_a_version():
+    sources = [source for source, _ in _stages().values() if source not in _stages()]
+    assert sources
+    assert all(re.fullmatch(r"[\w/.-]+:\d[\w.-]+", source) for source in sources), sources
+
+
+# ── Compose ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_compose_builds_a_stage_that_exists():
+    assert _default(_compose()["build"]["target"]) in _stages()
+    arguments = {rest.split("=")[0] for word, rest in _instructions() if word == "ARG"}
+    assert set(_compose()["build"]["args"]) <= arguments
+
+
+def test_compose_passes_settings_that_exist_with_their_defaults():
+    text = (ROOT / "docker-compose.yml").read_text("utf-8")
+    named = {name for name in VARIABLE.findall(text) if name not in OF_COMPOSE}
+    assert {name.lower() for name in named} <= set(Settings.model_fields)
+    for name, value in _compose()["environment"].items():
+        field = name.removeprefix(ENV_PREFIX).lower()
+        assert _default(value) == str(Settings.model_fields[field].default), name
+
+
+def test_compose_publishes_the_port_on_loopback_only():
+    (port,) = _compose()["ports"]
+    assert _default(port) == f"127.0.0.1:8000:{_environment('cpu')['PREFIXD_PORT']}"
+
+
+def test_compose_keeps_data_and_locks_the_rest():
+    service = _compose()
+    assert service["volumes"] == [f"data:{_environment('cpu')['PREFIXD_DATA_DIR']}"]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    grace = int(service["stop_grace_period"].removesuffix("s"))
+    assert grace > Settings.model_fields["shutdown_timeout"].default
+
+
+def test_compose_checks_health_as_the_image_does():
+    (line,) = _all("cpu", "HEALTHCHECK")
+    flags, _, command = line.partition(" CMD ")
+    check = _compose()["healthcheck"]
+    assert check["test"] == ["CMD", *json.loads(command)]
+    names = ("interval", "timeout", "start_period", "retries")
+    said = " ".join(f"--{name.replace('_', '-')}={check[name]}" for name in names)
+    assert said == flags.strip()
+
+
+# ── Entry point ──────────────────────────────────────────────────────────────────────────────
+
+ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
+
+
+@pytest.fixture
+def fake_path(tmp_path: Path) -> dict[str, str]:
+    """An environment whose ``prefixd`` prints its pid and arguments, then waits for a signal."""
+    fake = tmp_path / "prefixd"
+    fake.write_text(
+        f"#!{sys.executable}\n"
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))\n"
+        "print(os.getpid(), *sys.argv[1:], sep='|', flush=True)\n"
+        "if 'wait' in sys.argv: signal.pause()\n"
+    )
+    fake.chmod(0o755)
+    return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+def test_the_entrypoint_is_a_shell_script_that_may_run():
+    assert subprocess.run(["sh", "-n", ENTRYPOINT], check=False).returncode == 0
+    assert ENTRYPOINT.stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.parametrize(
+    ("given", "run"),
+    [
+        ([], ["serve"]),
+        (["--dtype", "bfloat16"], ["serve", "--dtype", "bfloat16"]),
+        (["--model", "a folder"], ["serve", "--model", "a folder"]),
+        (["prefixd", "tenant", "ls"], ["tenant", "ls"]),
+    ],
+)
+def test_the_entrypoint_serves(given: list[str], run: list[str], fake_path: dict[str, str]):
+    done = subprocess.run(
+        [ENTRYPOINT, *given], env=fake_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().split("|")[1:] == run
+
+
+def test_signals_reach_the_server(fake_path: dict[str, str]):
+    with subprocess.Popen(
+        [ENTRYPOINT, "wait"], env=fake_path, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline().split("|")[0]) == process.pid
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 42
+
+
+# ── Health check ─────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _answering(status: int) -> Iterator[int]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/health/ready" else 404)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_args: object) -> None:
+            """Keep quiet."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _check(port: int) -> int:
+    script = ROOT / "docker" / "healthcheck.py"
+    environment = {"PREFIXD_PORT": str(port), "http_proxy": "http://127.0.0.1:9"}
+    return subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, check=False
+    ).returncode
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
+def test_the_health_check_asks_for_readiness(status: int, code: int):
+    with _answering(status) as port:
+        assert _check(port) == code
+
+
+def test_the_health_check_fails_where_nobody_listens():
+    with _answering(200) as port:
+        pass
+    assert _check(port) == 1
