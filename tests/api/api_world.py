@@ -73,9 +73,11 @@ class GatedRunner(FakeRunner):
         super().__init__()
         self.gate = threading.Event()
         self.gate.set()
+        self.entered = threading.Event()
         self.fail = False
 
     def run(self, step: Step) -> StepOutput:
+        self.entered.set()
         assert self.gate.wait(30), "the test never opened the gate"
         if self.fail:
             raise RuntimeError("a secret of the device")

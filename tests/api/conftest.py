@@ -4,8 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from api_world import World, make_world
 from fastapi.testclient import TestClient
+
+# Through the standard library, whose level hides the access log from the tests' output.
+structlog.configure(logger_factory=structlog.stdlib.LoggerFactory())
 
 
 @pytest.fixture

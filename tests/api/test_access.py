@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 from api_world import World, error_of, put_text
+from fastapi import APIRouter
 from fastapi.testclient import TestClient
 
+import server.app
 from server.app import KEYED, PUBLIC
 from server.tenants import keys
 from server.tenants.registry import Scope
@@ -72,6 +74,17 @@ def test_without_a_good_key_every_route_is_401(
     error = error_of(answer)
     assert error["type"] == "authentication_error"
     assert "nonsense" not in answer.text
+
+
+def test_a_route_that_forgets_to_ask_is_still_closed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgetful = APIRouter()
+    forgetful.add_api_route("/v1/forgotten", lambda: "open", methods=["GET"])
+    monkeypatch.setattr(server.app, "KEYED", (forgetful,))
+    client = TestClient(server.app.create_app(world.services))
+    assert client.get("/v1/forgotten").status_code == 401
+    assert client.get("/v1/forgotten", headers=world.headers()).status_code == 200
 
 
 def test_a_revoked_key_stops_at_once(client: TestClient, world: World) -> None:

@@ -1,0 +1,171 @@
+"""A client that leaves: the engine stops working for it, streaming or not."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from api_world import World
+
+from server.api.middleware import REQUEST_ID_HEADER
+
+SEQUENCES = 3
+
+
+class Caller:
+    """One request straight into the ASGI application, so that a test decides when it leaves."""
+
+    def __init__(self, world: World, body: dict[str, Any], path: str = "/v1/completions") -> None:
+        self.world = world
+        self.body = json.dumps({"model": "tiny", "prompt": "hello", **body}).encode()
+        self.path = path
+        self.leaves = asyncio.Event()
+        self.sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._told = False
+
+    async def receive(self) -> dict[str, Any]:
+        if not self._told:
+            self._told = True
+            return {"type": "http.request", "body": self.body, "more_body": False}
+        await self.leaves.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: dict[str, Any]) -> None:
+        await self.sent.put(message)
+
+    async def run(self) -> None:
+        key = self.world.keys["acme"].encode()
+        headers = [(b"authorization", b"Bearer " + key), (b"content-type", b"application/json")]
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+            "server": ("test", 80),
+            "headers": headers,
+        }
+        await self.world.app(scope, self.receive, self.send)  # type: ignore[arg-type]
+
+
+def run_with_engine(world: World, scenario: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with world.app.router.lifespan_context(world.app):
+            await scenario()
+
+    asyncio.run(main())
+
+
+async def aborted(world: World) -> int:
+    """Sequences the engine has aborted, once it has seen all that was posted so far: the figures
+    are those of the end of a step, and this takes two."""
+    await Caller(world, {"max_tokens": 2}).run()
+    return world.services.engine.stats().finished.get("abort", 0)
+
+
+def outcome(world: World, name: str) -> float:
+    labels = {"endpoint": "completions", "outcome": name}
+    registry = world.services.metrics.registry
+    return registry.get_sample_value("prefixd_generation_requests_total", labels) or 0.0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_leaving_before_the_first_token_aborts(world: World, *, stream: bool) -> None:
+    async def scenario() -> None:
+        world.runner.gate.clear()
+        caller = Caller(world, {"stream": stream, "max_tokens": 300, "n": SEQUENCES})
+        request = asyncio.create_task(caller.run())
+        assert await asyncio.to_thread(world.runner.entered.wait, 20)
+        caller.leaves.set()
+        await request
+        world.runner.gate.set()
+        assert await aborted(world) == SEQUENCES
+
+    run_with_engine(world, scenario)
+    assert outcome(world, "aborted") == 1
+    assert len(world.runner.steps) <= 3
+    world.services.engine.scheduler.check_integrity()
+
+
+def test_leaving_in_mid_stream_aborts(world: World) -> None:
+    async def scenario() -> None:
+        caller = Caller(world, {"stream": True, "max_tokens": 300, "n": SEQUENCES})
+        request = asyncio.create_task(caller.run())
+        start = await caller.sent.get()
+        assert dict(start["headers"])[REQUEST_ID_HEADER.encode()]
+        first = await caller.sent.get()
+        assert first["body"].startswith(b"data: {")
+        world.runner.gate.clear()
+        caller.leaves.set()
+        await request
+        world.runner.gate.set()
+        assert await aborted(world) == SEQUENCES
+
+    run_with_engine(world, scenario)
+    assert outcome(world, "aborted") == 1
+    assert world.services.engine.stats().generated_tokens < 300 * SEQUENCES
+
+
+def test_an_engine_that_fails_in_mid_stream_says_so_in_the_stream(world: World) -> None:
+    async def scenario() -> None:
+        caller = Caller(world, {"stream": True, "max_tokens": 300})
+        request = asyncio.create_task(caller.run())
+        await caller.sent.get()
+        await caller.sent.get()
+        world.runner.fail = True
+        await request
+        frames = b""
+        while not caller.sent.empty():
+            frames += (await caller.sent.get()).get("body", b"")
+        *_, last, done, rest = frames.split(b"\n\n")
+        error = json.loads(last.removeprefix(b"data: "))["error"]
+        assert error["code"] == "engine_error"
+        assert set(error) == {"message", "type", "code", "param", "request_id"}
+        assert b"secret" not in frames
+        assert (done, rest) == (b"data: [DONE]", b"")
+
+    run_with_engine(world, scenario)
+    assert outcome(world, "error") == 1
+
+
+def test_a_server_that_stops_ends_streams_politely(world: World) -> None:
+    async def scenario() -> None:
+        caller = Caller(world, {"stream": True, "max_tokens": 300})
+        request = asyncio.create_task(caller.run())
+        await caller.sent.get()
+        await caller.sent.get()
+        await asyncio.to_thread(world.services.engine.stop)
+        await request
+        frames = b""
+        while not caller.sent.empty():
+            frames += (await caller.sent.get()).get("body", b"")
+        assert b'"code":"unavailable"' in frames
+        assert frames.endswith(b"data: [DONE]\n\n")
+
+    run_with_engine(world, scenario)
+
+
+def test_a_body_that_stalls_is_cut_off(world: World) -> None:
+    class Stalling(Caller):
+        async def receive(self) -> dict[str, Any]:
+            if not self._told:
+                self._told = True
+                return {"type": "http.request", "body": b"{", "more_body": True}
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    async def scenario() -> None:
+        caller = Stalling(world, {})
+        await caller.run()
+        assert (await caller.sent.get())["status"] == 408
+
+    object.__setattr__(world.services.limits, "body_timeout", 0.05)
+    from server.app import create_app
+
+    world.app = create_app(world.services)
+    run_with_engine(world, scenario)

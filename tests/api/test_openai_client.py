@@ -1,0 +1,152 @@
+"""The official openai package, unmodified, against a real server on a real socket."""
+
+import threading
+from collections.abc import Iterator
+
+import openai
+import pytest
+import uvicorn
+from api_world import World, said
+
+
+@pytest.fixture
+def url(world: World) -> Iterator[str]:
+    config = uvicorn.Config(
+        world.app, host="127.0.0.1", port=0, http="httptools", ws="none", log_config=None
+    )
+    bound = config.bind_socket()
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    yield f"http://127.0.0.1:{bound.getsockname()[1]}/v1"
+    server.should_exit = True
+    thread.join(timeout=20)
+    bound.close()
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def api(world: World, url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(api_key=world.keys["acme"], base_url=url, max_retries=3) as api:
+        yield api
+
+
+@pytest.fixture
+def digest(world: World) -> str:
+    published = world.services.store.publish_text(
+        tenant="acme",
+        name="voice",
+        text="Be kind.",
+        metadata=None,
+        base=world.services.served.base,
+        count_tokens=world.services.served.count_prefix_tokens,
+    )
+    return published.manifest.digest
+
+
+def test_models(api: openai.OpenAI, digest: str) -> None:
+    assert digest
+    assert [model.id for model in api.models.list()] == ["tiny", "voice"]
+    assert api.models.retrieve("tiny:voice@1").id == "tiny:voice@1"
+
+
+def test_complete(api: openai.OpenAI, digest: str) -> None:
+    answer = api.completions.create(model="voice", prompt="hello", max_tokens=8, temperature=0)
+    assert answer.choices[0].text == said(digest, "hello", 8)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 13
+    assert answer.model_extra is not None
+    assert answer.model_extra["prefix"]["digest"] == digest
+
+
+def test_chat(api: openai.OpenAI, digest: str) -> None:
+    answer = api.chat.completions.create(
+        model="voice@1",
+        messages=[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
+        max_completion_tokens=5,
+        logprobs=True,
+        top_logprobs=1,
+    )
+    rendered = "system: s\nuser: u\nassistant: "
+    assert answer.choices[0].message.content == said(digest, rendered, 5)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert len(logprobs.content) == 5
+
+
+def test_an_answer_can_be_sent_back(api: openai.OpenAI) -> None:
+    first = api.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "u"}], max_tokens=2
+    )
+    turn = first.choices[0].message
+    second = api.chat.completions.create(
+        model="tiny",
+        messages=[
+            {"role": "user", "content": "u"},
+            turn.to_dict(),  # type: ignore[list-item]
+            {"role": "user", "content": "v"},
+        ],
+        max_tokens=2,
+    )
+    rendered = f"user: u\nassistant: {turn.content}\nuser: v\nassistant: "
+    assert second.choices[0].message.content == said(None, rendered, 2)
+
+
+def test_stream(api: openai.OpenAI, digest: str) -> None:
+    stream = api.chat.completions.create(
+        model="voice",
+        messages=[{"role": "user", "content": "u"}],
+        max_tokens=7,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == said(digest, "user: u\nassistant: ", 7)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 7
+
+
+def test_leaving_a_stream_frees_the_engine(api: openai.OpenAI, world: World) -> None:
+    stream = api.completions.create(model="tiny", prompt="x", max_tokens=300, stream=True, n=2)
+    next(iter(stream))
+    world.runner.gate.clear()
+    stream.close()
+    labels = {"endpoint": "completions", "outcome": "aborted"}
+    registry = world.services.metrics.registry
+    for _ in range(1000):
+        if registry.get_sample_value("prefixd_generation_requests_total", labels):
+            break
+        api.models.list()
+    world.runner.gate.set()
+    api.completions.create(model="tiny", prompt="y", max_tokens=2)
+    finished = world.services.engine.stats().finished
+    assert finished["abort"] == 2
+    assert finished.get("length", 0) <= 1
+
+
+def test_errors_are_the_packages_own(api: openai.OpenAI, url: str) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        api.completions.create(model="absent", prompt="x")
+    assert missing.value.code == "model_not_found"
+    assert missing.value.param == "model"
+    with pytest.raises(openai.BadRequestError) as long:
+        api.completions.create(model="tiny", prompt="x" * 1000)
+    assert long.value.code == "context_length_exceeded"
+    with (
+        openai.OpenAI(api_key="nonsense", base_url=url) as stranger,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        stranger.models.list()
+
+
+def test_a_failure_in_a_stream_is_raised(api: openai.OpenAI, world: World) -> None:
+    stream = api.completions.create(model="tiny", prompt="x", max_tokens=300, stream=True)
+    chunks = iter(stream)
+    next(chunks)
+    world.runner.fail = True
+    with pytest.raises(openai.APIError, match="engine"):
+        list(chunks)

@@ -1,0 +1,122 @@
+"""What every request gets: an id, a log line, figures; and what no log line ever holds."""
+
+import re
+from typing import Any
+
+import pytest
+import structlog
+from api_world import World, error_of, put_text
+from fastapi.testclient import TestClient
+
+CANARY = "canary-4711"
+
+
+def test_ids_are_made_or_taken_over(client: TestClient) -> None:
+    made = client.get("/health/live").headers["x-request-id"]
+    assert re.fullmatch(r"req-[0-9a-f]{32}", made)
+    taken = client.get("/health/live", headers={"x-request-id": "mine-1.2_3"})
+    assert taken.headers["x-request-id"] == "mine-1.2_3"
+    for bad in ("a b", "a" * 65, "<script>", ""):
+        answer = client.get("/health/live", headers={"x-request-id": bad})
+        assert answer.headers["x-request-id"].startswith("req-")
+
+
+def test_one_line_a_request_without_secrets(client: TestClient, world: World) -> None:
+    with structlog.testing.capture_logs() as lines:
+        client.put(f"/v1/prefixes/{CANARY}", json={"kind": "text", "text": CANARY})
+        client.post(
+            "/v1/completions?q=" + CANARY,
+            json={"model": CANARY, "prompt": CANARY, "user": CANARY},
+        )
+        client.post("/v1/completions", json={"prompt": CANARY, CANARY: CANARY})
+        client.get("/v1/models", headers={"authorization": f"Bearer {CANARY}"})
+        client.get(f"/{CANARY}")
+    assert [(line["method"], line["route"], line["status"]) for line in lines] == [
+        ("PUT", "/v1/prefixes/{name}", 201),
+        ("POST", "/v1/completions", 200),
+        ("POST", "/v1/completions", 400),
+        ("GET", "/v1/models", 401),
+        ("GET", "unknown", 404),
+    ]
+    assert [line.get("tenant") for line in lines] == ["acme", "acme", "acme", None, None]
+    assert CANARY not in repr(lines)
+    assert world.keys["acme"] not in repr(lines)
+    assert CANARY not in client.get("/metrics").text
+
+
+def test_what_nobody_caught_is_a_500_that_tells_nothing(client: TestClient, world: World) -> None:
+    def broken(**_: Any) -> None:
+        raise RuntimeError(CANARY)
+
+    world.services.store.list = broken  # type: ignore[assignment,method-assign]
+    answer = client.get("/v1/prefixes")
+    assert answer.status_code == 500
+    assert error_of(answer)["code"] == "internal_error"
+    assert CANARY not in answer.text
+
+
+def test_metrics_of_requests_and_engine(client: TestClient, world: World) -> None:
+    for name in ("a", "b"):
+        put_text(client, name, f"prefix {name}", world.headers())
+    for model in ("a", "b", "tiny", "absent"):
+        client.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 4})
+    client.request("BREW", "/v1/models")
+    page = client.get("/metrics").text
+    samples = dict(
+        line.rsplit(" ", 1) for line in page.splitlines() if line and not line.startswith("#")
+    )
+    ok = 'endpoint="completions",outcome="ok"'
+    assert samples[f"prefixd_generation_requests_total{{{ok}}}"] == "3.0"
+    refused = 'endpoint="completions",outcome="refused"'
+    assert samples[f"prefixd_generation_requests_total{{{refused}}}"] == "1.0"
+    for name in ("time_to_first_token", "time_per_output_token", "request"):
+        assert samples[f"prefixd_{name}_seconds_count{{{ok}}}"] == "3.0"
+    assert samples["prefixd_distinct_prefixes_per_step_max"] == "1.0"
+    steps = float(samples["prefixd_steps_total"])
+    assert float(samples['prefixd_distinct_prefixes_per_step_bucket{le="+Inf"}']) == steps
+    with_prefix = steps - float(samples['prefixd_distinct_prefixes_per_step_bucket{le="0.0"}'])
+    assert float(samples["prefixd_distinct_prefixes_per_step_sum"]) == with_prefix
+    assert 'method="OTHER"' in page
+    assert "acme" not in page
+
+
+def test_two_applications_keep_their_own_figures(client: TestClient, world: World) -> None:
+    from server.api.metrics import Metrics
+
+    other = Metrics(world.services.engine.stats)
+    client.get("/health/live")
+    assert b"prefixd_http_requests_total{" not in other.render()
+
+
+def test_the_document_declares_bodies_and_errors(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+    references = set(re.findall(r"#/components/schemas/(\w+)", repr(document)))
+    assert references <= set(schemas)
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path.startswith("/v1/"):
+                assert operation["security"]
+                for status in ("400", "401", "403", "404"):
+                    schema = operation["responses"][status]["content"]["application/json"]
+                    assert schema["schema"]["$ref"].endswith("/ErrorBody")
+    upload = document["paths"]["/v1/prefixes/{name}"]["put"]["requestBody"]["content"]
+    assert set(upload) == {"application/json", "multipart/form-data"}
+    completion = schemas["CompletionRequest"]
+    assert completion["additionalProperties"] is False
+    assert all(
+        field.get("description") or field.get("enum") or name
+        for name, field in completion["properties"].items()
+    )
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/prefixes/x"])
+def test_a_declared_length_over_the_cap_is_refused_unread(client: TestClient, path: str) -> None:
+    answer = client.request(
+        "PUT" if "prefixes" in path else "POST",
+        path,
+        content=b"x" * 70_000,
+        headers={"content-type": "application/json"},
+    )
+    assert answer.status_code == 413
+    error_of(answer)

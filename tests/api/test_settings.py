@@ -1,0 +1,145 @@
+"""Settings and the command line over them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+from prefix_store.database import open_database
+from server.cli import app
+from server.settings import ENV_PREFIX, Settings
+from server.tenants import keys
+from server.tenants.registry import Tenants
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"{ENV_PREFIX}{name.upper()}", raising=False)
+    monkeypatch.setenv("PREFIXD_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def run(*arguments: str, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return result
+
+
+def run_json(*arguments: str) -> Any:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def test_every_field_says_what_it_is() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+
+
+def test_the_environment_and_what_wins_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFIXD_PORT", "1234")
+    assert Settings().port == 1234
+    assert Settings(port=1).port == 1
+
+
+def test_settings_are_frozen_and_judged() -> None:
+    settings = Settings()
+    with pytest.raises(ValidationError):
+        settings.port = 1
+    with pytest.raises(ValidationError):
+        Settings(dtype="int8")  # type: ignore[arg-type]
+
+
+def test_the_catalog_is_in_the_data_folder_unless_told(tmp_path: Path) -> None:
+    assert Settings().catalog_url == f"sqlite:///{tmp_path}/data/catalog.sqlite3"
+    secret = Settings(database_url="postgresql://u:pass@h/d")  # type: ignore[arg-type]
+    assert secret.catalog_url.endswith("u:pass@h/d")
+    assert "pass" not in repr(secret)
+
+
+def test_serve_explains_each_flag_with_its_variable() -> None:
+    text = " ".join(run("serve", "--help").stdout.split())
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')}" in text
+        assert f"PREFIXD_{name.upper()}" in text
+
+
+def test_a_bad_flag_is_named() -> None:
+    result = run("serve", "--port", "x", code=1)
+    assert "--port (PREFIXD_PORT)" in result.stderr
+    assert "integer" in result.stderr
+
+
+def test_help_is_quick_because_it_imports_little() -> None:
+    code = (
+        "import sys; from server.cli import app; "
+        "heavy = {'torch', 'transformers', 'fastapi', 'sqlalchemy', 'uvicorn'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_sleeping_openmp_threads_are_asked_for() -> None:
+    code = "import os, server.cli; print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {"PATH": "/usr/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        timeout=60,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.stdout.strip() == "passive"
+
+
+def test_tenants_and_keys() -> None:
+    assert run_json("tenant", "create", "acme")["name"] == "acme"
+    assert "already exists" in run("tenant", "create", "acme", code=1).stderr
+    assert [t["name"] for t in run_json("tenant", "ls")] == ["acme"]
+    made = run_json("key", "create", "--tenant", "acme", "--label", "ci")
+    assert keys.parse(made["key"]) is not None
+    assert made["scopes"] == ["read", "generate", "write"]
+    listed = run_json("key", "ls", "--tenant", "acme")
+    assert [key["key_id"] for key in listed] == [made["key_id"]]
+    assert "key" not in listed[0]
+    database = open_database(Settings().catalog_url)
+    assert Tenants(database).authenticate(made["key"]).tenant == "acme"
+    database.dispose()
+    assert run_json("key", "revoke", made["key_id"])["revoked_at"]
+
+
+def test_a_key_for_people(tmp_path: Path) -> None:
+    run("tenant", "create", "acme", "--data-dir", str(tmp_path / "other"))
+    result = run(
+        "key", "create", "--tenant", "acme", "--scope", "read", "--scope", "admin",
+        "--expires-in-days", "1", "--data-dir", str(tmp_path / "other"),
+    )  # fmt: skip
+    assert keys.parse(result.stdout.strip()) is not None
+    assert "cannot be shown again" in result.stderr
+    shown = run("key", "ls", "--data-dir", str(tmp_path / "other")).stdout
+    assert "read,admin" in shown
+    assert result.stdout.strip() not in shown
+
+
+def test_refusals_of_the_key_command() -> None:
+    assert "no tenant" in run("key", "create", "--tenant", "nobody", code=1).stderr
+    run("tenant", "create", "acme")
+    result = run("key", "create", "--tenant", "acme", "--scope", "root", code=1)
+    assert "read, generate, write, admin" in result.stderr
+    assert "no key" in run("key", "revoke", "nothing", code=1).stderr
+
+
+def test_doctor(tmp_path: Path) -> None:
+    found = run_json("doctor", "--model", str(tmp_path), "--device", "cpu")
+    assert set(found) == {"data", "catalog", "torch", "device", "model"}
+    assert all(result["ok"] for result in found.values())
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    result = run("doctor", "--data-dir", str(blocked / "x"), "--device", "cpu", code=1)
+    assert "FAIL data" in result.stdout
