@@ -1,0 +1,120 @@
+"""What the pages say can be done: links resolve, targets exist, shell and Python parse."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from clients.cli import prefix_app
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+MAKE = re.compile(r"(?:^|`)make ([a-z-]+)", re.MULTILINE)
+PREFIX_VERB = re.compile(r"prefixd prefix ([a-z]+)\b")
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _blocks(*languages: str) -> list[tuple[str, str]]:
+    return [
+        (_name(page), code)
+        for page in PAGES
+        for language, code in BLOCK.findall(page.read_text("utf-8"))
+        if language in languages
+    ]
+
+
+def _anchors(page: Path) -> set[str]:
+    """Heading anchors as the usual renderers make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_links_resolve(page: Path):
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    broken = []
+    for link in LINK.findall(text):
+        if re.match(r"https?://|mailto:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page if not path else (page.parent / path).resolve()
+        if not target.exists() or (anchor and anchor not in _anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_make_targets_exist(page: Path):
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", page.read_text("utf-8"), re.DOTALL))
+    assert set(MAKE.findall(code)) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_verbs_exist(page: Path):
+    verbs = set(get_command(prefix_app).commands)
+    assert set(PREFIX_VERB.findall(page.read_text("utf-8"))) <= verbs
+
+
+@pytest.mark.parametrize(("page", "code"), _blocks("sh", "bash", "shell"))
+def test_shell_parses(page: str, code: str):
+    done = subprocess.run(["bash", "-n"], input=code, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{page}: {done.stderr}"
+
+
+@pytest.mark.parametrize(("page", "code"), _blocks("python"))
+def test_python_parses(page: str, code: str):
+    ast.parse(code, filename=page)
+
+
+def test_the_readme_has_the_two_commands_and_ci_runs_the_second():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert re.search(r"^make demo\b", readme, re.MULTILINE)
+    assert re.search(r"^make test\b", readme, re.MULTILINE)
+    lines = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
+    assert [line for line in lines if line.startswith("make")] == ["make test"]
+
+
+@pytest.mark.parametrize("target", ["test", "check", "demo", "serve", "clean", "help"])
+def test_make_can_plan_every_target(target: str):
+    done = subprocess.run(
+        ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_hooks_need_no_network_and_run_what_exists():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert [repository["repo"] for repository in hooks["repos"]] == ["local"]
+    for hook in hooks["repos"][0]["hooks"]:
+        assert hook["language"] == "system"
+        if hook["entry"].startswith("make"):
+            assert re.search(rf"^{hook['entry'].split()[-1]}:", makefile, re.MULTILINE)
+
+
+def test_every_dependency_is_pinned_once():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pinned = [line.split("==")[0] for line in lines if line and not line.startswith("#")]
+    names = {re.split(r"[<>=\[ ;]", line)[0].lower().replace("_", "-") for line in wanted}
+    assert len(pinned) == len(set(pinned))
+    assert names <= set(pinned)
+    assert not [line for line in lines if "+" in line and not line.startswith("#")]
