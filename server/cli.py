@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from clients.cli import chat, demo, prefix_app
 from server.errors import PrefixdError
 from server.flags import fail, with_settings
 from server.settings import Settings
@@ -39,6 +40,9 @@ tenant_app = typer.Typer(help="Tenants, on the configured catalog.", no_args_is_
 key_app = typer.Typer(help="API keys, on the configured catalog.", no_args_is_help=True)
 app.add_typer(tenant_app, name="tenant")
 app.add_typer(key_app, name="key")
+app.add_typer(prefix_app, name="prefix")
+app.command()(chat)
+app.command()(demo)
 
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
