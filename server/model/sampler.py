@@ -22,10 +22,10 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
     logits = logits.float()
     best = logits.max(dim=-1)
     finite = torch.isfinite(best.values)
-    logits = torch.where(finite[:, None], logits, 0.0)
+    if not finite.all():
+        logits = torch.where(finite[:, None], logits, 0.0)
     adjusted = _adjust(logits, chunks, params)
-    token_ids = best.indices if adjusted is logits else adjusted.argmax(dim=-1)
-    token_ids = torch.where(finite, token_ids, 0)
+    token_ids = best.indices if adjusted is logits else adjusted.max(dim=-1).indices
     random = [i for i, p in enumerate(params) if p.temperature > 0]
     if random:
         rows = torch.tensor(random, device=logits.device)

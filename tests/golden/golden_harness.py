@@ -6,6 +6,7 @@ machine without FastAPI, pydantic or SQLAlchemy.
 
 import copy
 import itertools
+import os
 import queue
 import tempfile
 from collections.abc import Callable
@@ -38,6 +39,9 @@ from server.model.selfcheck import self_check
 from server.model.staged import Staged, StagedTokens, stage
 from server.testing import ByteDetokenizer
 
+DEVICE = os.environ.get("PREFIXD_TEST_DEVICE", "cpu")
+"""Where both sides run; ``make gpu-check`` sets it to cuda."""
+
 VOCAB = 211
 TASK = 2
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -65,7 +69,7 @@ def tiny_model(name: str, seed: int = 0) -> Any:
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.data.mul_(4.0)
-    return model
+    return model.to(DEVICE)
 
 
 def peft_configs(num_virtual_tokens: int) -> dict[str, Any]:
@@ -147,7 +151,10 @@ def make_adapter(
     wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
     for name, weight in wrapped.named_parameters():
         if weight.requires_grad and weight.dim() > 1:
-            weight.data = torch.randn_like(weight) * (0.1 if "prompt_encoder" in name else 0.3)
+            weight.data = torch.randn(weight.shape).to(DEVICE) * (
+                0.1 if "prompt_encoder" in name else 0.3
+            )
+    wrapped = wrapped.to(DEVICE)
     wrapped.save_pretrained(folder)
     return Adapter(wrapped, folder, TASK if peft_type.startswith("MULTITASK") else None)
 
@@ -266,7 +273,7 @@ def serve(
     num_blocks: int = 128,
     block_size: int = 16,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str = DEVICE,
     **config: int,
 ) -> Served:
     """Start an engine over a copy of ``model``; call ``served.engine.stop()`` at the end."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_harness import prompts, spec_of, tiny_configs, tiny_model
+from golden_harness import DEVICE, prompts, spec_of, tiny_configs, tiny_model
 from safetensors.torch import save_file
 
 from prefix_store.artifact import pack_peft, read_artifact
@@ -24,10 +24,12 @@ LENGTHS = (1, 15, 16, 17, 37)
 def kv_of_real_tokens(model: torch.nn.Module, tokens: list[int], folder: Path) -> Path:
     """Save the KV that ``model`` computes for ``tokens`` as a PEFT prefix-tuning adapter."""
     with torch.no_grad():
-        cache = model(input_ids=torch.tensor([tokens]), use_cache=True).past_key_values
+        cache = model(
+            input_ids=torch.tensor([tokens], device=DEVICE), use_cache=True
+        ).past_key_values
     halves = [half[0] for layer in cache.layers for half in (layer.keys, layer.values)]
     # [2 * layers, kv_heads, P, head_dim] -> [P, 2 * layers * kv_heads * head_dim]
-    stacked = torch.stack(halves).permute(2, 0, 1, 3).reshape(len(tokens), -1).contiguous()
+    stacked = torch.stack(halves).permute(2, 0, 1, 3).reshape(len(tokens), -1).cpu().contiguous()
     folder.mkdir()
     save_file({"prompt_embeddings": stacked}, folder / "adapter_model.safetensors")
     config = {
@@ -75,9 +77,11 @@ def test_kv_of_real_tokens_gives_the_logits_of_the_full_text(
     text = [t for p in prompts(6, seed=length) for t in p][: length + 12]
     folder = kv_of_real_tokens(model, text[:length], tmp_path / "adapter")
     with torch.no_grad():
-        full = model(input_ids=torch.tensor([text]), use_cache=False).logits[0, length:]
+        full = model(input_ids=torch.tensor([text], device=DEVICE), use_cache=False).logits[
+            0, length:
+        ]
 
-    base = prepare_base(model, None, name=architecture, dtype="float32", device="cpu")
+    base = prepare_base(model, None, name=architecture, dtype="float32", device=DEVICE)
     runner = TorchRunner(base, num_blocks=128, block_size=16)
     ours = logits_under(runner, read(folder, base), text[length:], 16)
     assert (ours - full).abs().max() <= 1e-4

@@ -1,0 +1,119 @@
+"""The GPU's turn: golden tests on CUDA, then a smoke throughput. Fits ten minutes.
+
+``python3 tests/gpu/check.py [--out FILE.json]``. Needs torch, transformers, peft, pytest and
+hypothesis; no FastAPI, pydantic or SQLAlchemy, and nothing installed of this project. Without a
+CUDA device it says so and exits 0.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ("tests/golden", "tests/engine", "tests/machines", "tests/model/test_sampler.py")
+REQUESTS, PROMPT, OUTPUT, VIRTUAL = 32, 64, 64, 20
+BLOCKS = 1024
+
+
+def main() -> int:
+    """Run the checks; exit status 0 when all passed or there is no GPU."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="write device, versions and figures here as JSON")
+    options = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu-check: skipped, torch sees no CUDA device here")
+        return 0
+    device = torch.cuda.get_device_name()
+    print(f"gpu-check: {device}, torch {torch.__version__}")
+    status = run_tests()
+    report = {"device": device, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+    report |= {"golden": "passed" if status == 0 else f"failed ({status})"}
+    report |= {"tokens_per_second": throughput()}
+    print(json.dumps(report, indent=2))
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+    return status
+
+
+def run_tests() -> int:
+    """The golden tests with both sides on the GPU."""
+    environment = os.environ | {
+        "PREFIXD_TEST_DEVICE": "cuda",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "pytest", "-W", "default", "-x", *TESTS]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+def throughput() -> dict[str, float]:
+    """Output tokens per second on a random model of a billion weights, bare and mixed."""
+    import torch
+
+    model = billion_weights()
+    figures = {}
+    for dtype in ("bfloat16", "float32"):
+        figures[f"{dtype}, base"], figures[f"{dtype}, {REQUESTS} soft prompts"] = measure(
+            model, dtype
+        )
+        torch.cuda.empty_cache()
+    return figures
+
+
+def billion_weights() -> object:
+    """A random Llama of the size of a 1B model, on the GPU."""
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+    )
+    with torch.device("cuda"):
+        return transformers.LlamaForCausalLM(config)
+
+
+def measure(model: object, dtype: str) -> tuple[float, float]:
+    """Medians of three runs, base and mixed in turn."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
+    import torch
+    from golden_harness import serve
+
+    from server.model.staged import StagedEmbeddings
+
+    served = serve(model, num_blocks=BLOCKS, dtype=dtype, device="cuda", max_tokens_per_step=4096)
+    table = served.base.module.get_input_embeddings().weight
+    prefixes = [
+        served.put(StagedEmbeddings(table[100 * i : 100 * i + VIRTUAL].clone()))
+        for i in range(REQUESTS)
+    ]
+    prompts = torch.randint(3, 32000, (REQUESTS, PROMPT)).tolist()
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(4):
+        for mixed in (False, True):
+            started = time.perf_counter()
+            waits = [
+                served.start(prompt, prefix if mixed else None, count=OUTPUT)
+                for prompt, prefix in zip(prompts, prefixes, strict=True)
+            ]
+            for wait in waits:
+                wait()
+            seconds[mixed].append(time.perf_counter() - started)
+    served.engine.stop()
+    base, mixed_rate = (REQUESTS * OUTPUT / sorted(seconds[kind][1:])[1] for kind in (False, True))
+    return round(base, 1), round(mixed_rate, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
