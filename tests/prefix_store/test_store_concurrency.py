@@ -137,8 +137,9 @@ def test_a_new_file_that_another_process_is_writing_is_waited_for(
     monkeypatch.setattr("prefix_store.database.time.sleep", lambda _: other.execute("COMMIT"))
     engine = open_database(f"sqlite:///{tmp_path}/catalog.sqlite")
     create_tables(engine)
+    with reading(engine) as connection:
+        assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
     engine.dispose()
-    assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     other.close()
 
 
