@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn._types import ASGIApplication
 
 
 @dataclass
@@ -117,20 +118,25 @@ class _Announcing(uvicorn.Server):
 
 
 @contextmanager
-def loopback() -> Iterator[Loopback]:
-    """Run the server in a thread while the block lasts."""
-    state = Loopback()
-    methods = ["GET", "PUT", "POST", "DELETE"]
-    app = Starlette(routes=[Route("/{path:path}", state.handle, methods=methods)])
-    config = uvicorn.Config(app, port=0, log_level="error", lifespan="off", ws="none")
+def serving(app: ASGIApplication) -> Iterator[str]:
+    """Serve an application on a free port of 127.0.0.1, in a thread; its URL."""
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none")
     server = _Announcing(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        assert server.listening.wait(10)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        state.url = f"http://127.0.0.1:{port}"
-        yield state
+        assert server.listening.wait(30)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(30)
+
+
+@contextmanager
+def loopback() -> Iterator[Loopback]:
+    """Run the scripted server while the block lasts."""
+    state = Loopback()
+    methods = ["GET", "PUT", "POST", "DELETE"]
+    app = Starlette(routes=[Route("/{path:path}", state.handle, methods=methods)])
+    with serving(app) as state.url:
+        yield state

@@ -1,0 +1,142 @@
+"""The client against the real application: only the model is a fake.
+
+``FakeRunner``'s tokens are a hash of the prefix's digest and the tokens so far, so the text proves
+which prefix reached the request.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+from loopback import serving
+
+from clients import AsyncClient, Client, errors
+from clients.demo.plan import metric
+from server.testing import fake_generate
+
+sys.path.append(str(Path(__file__).parents[1] / "api"))
+from api_world import World, make_world
+
+PROMPT = "Where is my parcel?"
+HELLO = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, str]]:
+    with make_world(tmp_path_factory.mktemp("world")) as world, serving(world.app) as url:
+        yield world, url
+
+
+@pytest.fixture
+def client(served: tuple[World, str]) -> Iterator[Client]:
+    world, url = served
+    with Client(url, api_key=world.keys["acme"]) as one:
+        yield one
+
+
+def _expected(digest: str | None, count: int) -> str:
+    return bytes(fake_generate(digest, PROMPT.encode(), count)).decode()
+
+
+def test_the_life_of_a_prefix(client: Client):
+    first = client.upload_text("life", "Be brief.", metadata={"by": "Zoë"})
+    again = client.upload_text("life", "Be brief.", metadata={"by": "Zoë"})
+    second = client.upload_text("life", "Be long.")
+    assert (first.created, again.created, second.created) == (True, False, True)
+    assert again.prefix.digest == first.prefix.digest
+    assert [one.version for one in client.list_versions("life")] == [2, 1]
+    assert client.set_alias("life", "prod", version=1).reference == "life@1"
+    shown = client.show_prefix("life@prod")
+    assert (shown.digest, shown.metadata) == (first.prefix.digest, {"by": "Zoë"})
+    assert "life" in [model.id for model in client.list_models()]
+    client.remove_alias("life", "prod")
+    with pytest.raises(errors.NotFoundError):
+        client.show_prefix("life@prod")
+    client.delete_prefix("life")
+    with pytest.raises(errors.NotFoundError):
+        client.list_versions("life")
+
+
+def test_pages_follow_one_another(client: Client):
+    names = ["page-a", "page-b", "page-c"]
+    for name in names:
+        client.upload_text(name, name)
+    page = client.list_prefixes(limit=2, after="page-")
+    assert [one.name for one in page.prefixes] == names[:2]
+    last = client.list_prefixes(limit=2, after=page.next_after)
+    assert last.prefixes[0].name == "page-c"
+
+
+def test_a_completion_under_a_prefix_and_under_the_base(client: Client):
+    prefix = client.upload_text("voice", "Answer like a pirate.").prefix
+    base = next(model.id for model in client.list_models() if model.parent is None)
+    under = client.complete(PROMPT, model="voice@1", max_tokens=6, temperature=0.0)
+    bare = client.complete(PROMPT, model=base, max_tokens=6, temperature=0.0)
+    assert under.text == _expected(prefix.digest, 6)
+    assert under.prefix is not None
+    assert (under.prefix.reference, under.prefix.digest) == ("voice@1", prefix.digest)
+    assert under.usage is not None
+    assert (under.usage.prompt_tokens, under.usage.completion_tokens) == (len(PROMPT), 6)
+    assert under.request_id
+    assert (bare.text, bare.prefix) == (_expected(None, 6), None)
+
+
+def test_both_shells_stream_what_a_completion_says(client: Client, served: tuple[World, str]):
+    digest = client.upload_text("streamed", "Sing.").prefix.digest
+    with client.stream_complete(PROMPT, model="streamed", max_tokens=9, temperature=0.0) as stream:
+        chunks = list(stream)
+    assert stream.prefix is not None
+    assert stream.prefix.digest == digest
+    assert "".join(chunk.text for chunk in chunks) == _expected(digest, 9)
+    assert "length" in [chunk.finish_reason for chunk in chunks]
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 9
+
+    async def asynchronously() -> list[str]:
+        world, url = served
+        async with AsyncClient(url, api_key=world.keys["acme"]) as other:
+            stream = other.stream_complete(PROMPT, model="streamed", max_tokens=9, temperature=0.0)
+            return [chunk.text async for chunk in stream]
+
+    assert "".join(anyio.run(asynchronously)) == _expected(digest, 9)
+
+
+def test_a_chat_streams_what_it_says_at_once(client: Client):
+    client.upload_text("talk", "Chat.")
+    whole = client.chat(HELLO, model="talk", max_tokens=5, temperature=0.0)
+    with client.stream_chat(HELLO, model="talk", max_tokens=5, temperature=0.0) as stream:
+        pieces = [chunk.text for chunk in stream]
+    assert len(whole.text) == 5
+    assert "".join(pieces) == whole.text
+
+
+def test_refusals_have_their_types(client: Client, served: tuple[World, str], tmp_path: Path):
+    world, url = served
+    client.upload_text("mine", "x")
+    with (
+        Client(url, api_key=world.keys["beta"]) as stranger,
+        pytest.raises(errors.NotFoundError) as hidden,
+    ):
+        stranger.complete("x", model="mine")
+    assert hidden.value.request_id
+    with Client(url) as nobody, pytest.raises(errors.AuthenticationError):
+        nobody.list_models()
+    with pytest.raises(errors.BadRequestError, match="tokens"):
+        client.complete("x" * 1000, model="mine")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(errors.InvalidPrefixError, match="LORA"):
+        client.upload_folder("lora", tmp_path)
+
+
+def test_the_server_is_well_and_counts_its_passes(client: Client):
+    assert client.is_live()
+    assert client.is_ready()
+    before = metric(client.metrics(), "prefixd_steps_total")
+    client.upload_text("counted", "Count.")
+    client.complete(PROMPT, model="counted", max_tokens=3)
+    page = client.metrics()
+    assert metric(page, "prefixd_steps_total") > before
+    assert metric(page, "prefixd_distinct_prefixes_per_step_max") >= 1
