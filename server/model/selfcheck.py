@@ -44,7 +44,7 @@ def self_check(runner: TorchRunner) -> Limits:
     tokens = [(7919 * (i + 1)) % base.shape.vocab_size for i in range(length)]
     try:
         ours = _run_in_blocks(runner, tokens, prefix=size // 2 + 1)
-    except (NotImplementedError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:  # a NotImplementedError too
         raise UnsupportedModel(f"{base.name} cannot be run over KV blocks: {error}") from error
     if runner.layers_seen != base.shape.num_layers:
         raise UnsupportedModel(
