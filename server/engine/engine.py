@@ -80,6 +80,7 @@ class Engine:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._closed = False
         self._next_id = 0
         self._sequences: dict[str, list[Sequence]] = {}
         self._replies: dict[int, _Reply] = {}
@@ -89,8 +90,13 @@ class Engine:
     # -- for any thread ----
 
     def submit(self, request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
-        """Queue a request. ``on_event`` is called on the engine's thread and must not block."""
-        self._post(lambda: self._add(request, on_event))
+        """Queue a request. ``on_event`` is called on the engine's thread and must not block.
+
+        An engine that has stopped answers at once, on the caller's thread, with an abort.
+        """
+        if not self._post(lambda: self._add(request, on_event)):
+            for index in range(request.n):
+                on_event(FinishEvent(index, FinishReason.ABORT, completion_tokens=0))
 
     def abort(self, request_id: str) -> None:
         """End a request's sequences now and free everything they hold; unknown ids are ignored."""
@@ -119,14 +125,19 @@ class Engine:
             self._thread.join()
         self._fetchers.shutdown(wait=True, cancel_futures=True)
 
-    def _post(self, act: Callable[[], None]) -> None:
+    def _post(self, act: Callable[[], None]) -> bool:
+        """Have ``act`` done on the engine's thread; False when nobody will come to do it."""
         with self._wake:
+            if self._closed:
+                return False
             self._inbox.append(act)
             self._wake.notify()
+            return True
 
     # -- the loop ----
 
     def _loop(self) -> None:
+        reason, error = FinishReason.ABORT, None
         try:
             busy = False
             while self._take_inbox(patience=0.0 if busy else None):
@@ -139,11 +150,12 @@ class Engine:
                 self._snapshot = self._stats.snapshot(self.scheduler)
         except Exception:
             log.exception("the step loop died")
-            self._end_all(FinishReason.ERROR, "the engine stopped unexpectedly")
-        else:
-            self._end_all(FinishReason.ABORT, None)
-        finally:
-            self._stopping = True
+            reason, error = FinishReason.ERROR, "the engine stopped unexpectedly"
+        with self._wake:
+            self._stopping = self._closed = True
+        self._take_inbox(patience=0.0)
+        self._end_all(reason, error)
+        self._snapshot = self._stats.snapshot(self.scheduler)
 
     def _take_inbox(self, *, patience: float | None) -> bool:
         """Do what was posted, after waiting up to ``patience`` seconds for something to be

@@ -212,6 +212,23 @@ def test_stopping_ends_what_is_alive() -> None:
     bench.engine.stop()
     assert answer(events)[1].reason in {FinishReason.ABORT, FinishReason.LENGTH}
     assert not bench.engine.ready
+    _, late = bench.submit()
+    assert answer(late) == ("", FinishEvent(0, FinishReason.ABORT, 0))
+
+
+def test_a_loop_that_dies_tells_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    _, events = bench.submit()
+
+    def broken() -> Step:
+        raise AssertionError("a bug in the scheduler")
+
+    monkeypatch.setattr(bench.engine.scheduler, "schedule", broken)
+    bench.engine.start()
+    end = answer(events)[1]
+    assert (end.reason, end.error) == (FinishReason.ERROR, "the engine stopped unexpectedly")
+    bench.engine.stop()
+    assert not bench.engine.ready
 
 
 def test_draws_are_even_and_depend_on_seed_and_index() -> None:
