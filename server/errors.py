@@ -14,12 +14,14 @@
     ├── TooLarge                  413 request_too_large
     ├── Unprocessable             422 invalid_prefix
     ├── RateLimited               429 rate_limit_exceeded
+    │   └── QuotaExceeded         429 insufficient_quota
     ├── EngineFailure             500 engine_error
     └── Unavailable               503 unavailable
 
 ``str(error)`` is a sentence for the caller: what was expected and what came.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -37,12 +39,14 @@ class PrefixdError(Exception):
         code: str | None = None,
         param: str | None = None,
         retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.code = code or self.default_code
         self.param = param
         self.retry_after = retry_after
+        self.headers = headers or {}
 
 
 class BadRequest(PrefixdError):
@@ -129,6 +133,13 @@ class RateLimited(PrefixdError):
     status = 429
     type = "rate_limit_error"
     default_code = "rate_limit_exceeded"
+
+
+class QuotaExceeded(RateLimited):
+    """The tenant has all it may have; waiting alone does not help."""
+
+    type = "insufficient_quota"
+    default_code = "insufficient_quota"
 
 
 class EngineFailure(PrefixdError):

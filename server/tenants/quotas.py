@@ -1,0 +1,89 @@
+"""What a tenant may have: limits as a value, and the check of those on stored prefixes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from sqlalchemy import Connection, Row, func, select
+
+from prefix_store.tables import prefixes, versions
+from server.errors import BadRequest, QuotaExceeded
+from server.tenants.tables import tenants
+
+_LARGEST = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """Limits of one tenant; None is no limit. The fields are columns of the table ``tenants``."""
+
+    max_prefixes: int | None = None
+    max_bytes: int | None = None
+    max_virtual_tokens: int | None = None
+    max_resident_tokens: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent_requests: int | None = None
+
+    @classmethod
+    def of(cls, row: Row[Any]) -> Self:
+        """From a row that has the columns of ``tenants``."""
+        return cls(**{one.name: getattr(row, one.name) for one in fields(cls)})
+
+    @property
+    def is_metered(self) -> bool:
+        """Whether requests must be counted."""
+        rates = (self.requests_per_minute, self.tokens_per_minute, self.max_concurrent_requests)
+        return any(rate is not None for rate in rates)
+
+
+QUOTAS = tuple(one.name for one in fields(Quota))
+_RATES = frozenset({"requests_per_minute", "tokens_per_minute", "max_concurrent_requests"})
+
+
+def checked_quota(changes: Mapping[str, int | None]) -> dict[str, int | None]:
+    """``changes`` by name. Raises BadRequest for an unknown name or a value out of range."""
+    for name, value in changes.items():
+        if name not in QUOTAS:
+            raise BadRequest(f"expected one of {', '.join(QUOTAS)}; received {name[:80]!a}")
+        lowest = 1 if name in _RATES else 0
+        if value is not None and not lowest <= value <= _LARGEST:
+            raise BadRequest(
+                f"expected {name} from {lowest}, or none for no limit; received {value}", param=name
+            )
+    return dict(changes)
+
+
+def check_stored(connection: Connection, tenant: str, quota: Quota) -> None:
+    """Raise QuotaExceeded when ``tenant`` has more prefixes or bytes than it may.
+
+    To be called at the end of the transaction that added some: it locks the tenant's row, so that
+    of two publishes at once the second counts what the first added.
+    """
+    if quota.max_prefixes is None and quota.max_bytes is None:
+        return
+    row = select(tenants.c.name).where(tenants.c.name == tenant)
+    connection.execute(row.with_for_update())
+    if quota.max_prefixes is not None:
+        names = select(func.count()).select_from(prefixes)
+        here = (prefixes.c.tenant == tenant, prefixes.c.latest_version.is_not(None))
+        count = connection.execute(names.where(*here)).scalar_one()
+        if count > quota.max_prefixes:
+            raise QuotaExceeded(
+                f"the tenant may have {quota.max_prefixes} prefixes and has them; delete one first",
+                param="max_prefixes",
+            )
+    if quota.max_bytes is not None:
+        blobs = (
+            select(versions.c.digest, func.max(versions.c.size_bytes).label("size"))
+            .where(versions.c.tenant == tenant)
+            .group_by(versions.c.digest)
+            .subquery()
+        )
+        total = connection.execute(select(func.coalesce(func.sum(blobs.c.size), 0))).scalar_one()
+        if total > quota.max_bytes:
+            raise QuotaExceeded(
+                f"the tenant may store {quota.max_bytes} bytes and would store {total}; "
+                "delete a prefix first",
+                param="max_bytes",
+            )
