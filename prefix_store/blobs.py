@@ -1,88 +1,74 @@
-"""Blobs on local files, keyed by tenant and digest.
-
-::
-
-    root/.tmp/4f1c…          being written; what a crash leaves here was never acknowledged
-    root/acme/3a/3a7bd3e2…   a blob of tenant acme: link of a temporary file, never overwritten
+"""Blobs: the bytes of artifacts, keyed by tenant and digest. One contract, two drivers.
 
 Tenants are kept apart even for equal bytes: one blob shared by two would tell each, by the time an
 upload takes, what the other has.
 """
 
-import hashlib
-import os
-import re
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from datetime import datetime
 from pathlib import Path
+from typing import Protocol
 
-from prefix_store.durable import fsync_directory, make_directories
-from prefix_store.errors import CorruptArtifact, UnknownPrefix, quoted
-from prefix_store.names import check_tenant
+from prefix_store.digest import BlobKey
+from prefix_store.errors import BlobStoreRefused
+from prefix_store.local_blobs import LocalBlobs
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+__all__ = ["Blobs", "LocalBlobs", "open_blobs"]
 
 
-class LocalBlobs:
-    """Blobs under one directory, shared by any number of threads and processes."""
+class Blobs(Protocol):
+    """Immutable bytes, shared by any number of threads and processes.
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._staging = root / ".tmp"
-        make_directories(self._staging)
+    A tenant id or digest that could lead elsewhere raises InvalidReference or UnknownPrefix.
+    """
 
-    def __repr__(self) -> str:
-        return f"LocalBlobs({str(self._root)!r})"
-
-    @contextmanager
-    def staging(self) -> Iterator[Path]:
-        """A fresh path to write a blob to before ``put``; gone at the end of the block."""
-        path = self._staging / secrets.token_hex(16)
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
+    def staging(self) -> AbstractContextManager[Path]:
+        """A fresh local path to write a blob to before ``put``; gone at the end of the block."""
 
     def put(self, source: Path, *, tenant: str, digest: str) -> None:
         """Make the staged and fsynced file ``source`` the blob of ``digest``; durable on return.
 
         When the blob is there already it stays, unless it is corrupt: then the good bytes at hand
-        take its place.
+        take its place. ``source`` may be gone afterwards.
         """
-        target = self._path(tenant, digest)
-        make_directories(target.parent)
-        try:
-            os.link(source, target)
-        except FileExistsError:
-            if _sha256(target) != digest:
-                source.replace(target)
-        # Also when another publisher linked it: it may not have come to its fsync yet.
-        fsync_directory(target.parent)
 
     def fetch(self, *, tenant: str, digest: str) -> Path:
-        """The file of a blob, its digest verified now.
+        """A local file with the blob's bytes, their digest verified now.
 
         Raises UnknownPrefix when there is none, CorruptArtifact when its bytes changed.
         """
-        path = self._path(tenant, digest)
-        try:
-            found = _sha256(path)
-        except FileNotFoundError:
-            raise UnknownPrefix(f"no artifact has the digest {digest}") from None
-        if found != digest:
-            raise CorruptArtifact(
-                f"the artifact stored as {digest} now has the digest {found}; upload it again"
-            )
-        return path
 
-    def _path(self, tenant: str, digest: str) -> Path:
-        check_tenant(tenant)
-        if _DIGEST.fullmatch(digest) is None:
-            raise UnknownPrefix(f"a digest is 64 hexadecimal characters; got {quoted(digest)}")
-        return self._root / tenant / digest[:2] / digest
+    def quarantine(self, *, tenant: str, digest: str) -> None:
+        """Keep a corrupt blob's bytes aside for a look, before a ``put`` heals it.
+
+        The blob itself stays: moving it could take away what another process just healed.
+        """
+
+    def delete(self, *, tenant: str, digest: str) -> None:
+        """Remove a blob; durable on return. One that is not there is fine."""
+
+    def walk(self) -> Iterator[tuple[BlobKey, int]]:
+        """Every blob and its size in bytes, in no order."""
+
+    def tidy(self, *, before: datetime) -> None:
+        """Remove what no upload or load has used since ``before``: leavings of killed processes,
+        local copies of remote blobs."""
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def open_blobs(url: str | None, root: Path) -> Blobs:
+    """The blobs at ``url``: None for files under ``root``, or ``s3://bucket/prefix``.
+
+    S3 takes endpoint, region and credentials from the usual ``AWS_*`` variables, and keeps its
+    local copies under ``root``. Raises BlobStoreRefused for what cannot be trusted with blobs.
+    """
+    if url is None:
+        return LocalBlobs(root / "blobs")
+    if not url.startswith("s3://"):
+        raise BlobStoreRefused("expected a blobs URL of the form s3://bucket/prefix")
+    try:
+        # An extra of its own: who stays on files needs no S3 client.
+        from prefix_store.s3_blobs import S3Blobs  # noqa: PLC0415
+    except ImportError as error:
+        raise BlobStoreRefused("S3 needs the package obstore: pip install 'prefixd[s3]'") from error
+    return S3Blobs(url, local=root / "blob-copies")

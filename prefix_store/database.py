@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sqlalchemy import Connection, DateTime, Dialect, Engine, MetaData, create_engine, event
+from sqlalchemy import Connection, DateTime, Dialect, Engine, MetaData, Table, create_engine, event
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -56,15 +57,19 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 def open_database(url: str) -> Engine:
-    """An engine on ``url`` (``sqlite:///path/to/file``), safe to share between threads.
+    """An engine on ``url``, safe to share between threads: ``sqlite:///path/to/file`` or
+    ``postgresql://user@host/name``.
 
     SQLite runs in WAL mode with ``synchronous=FULL`` (NORMAL may lose acknowledged commits when
     the power fails), foreign keys on, and a busy timeout, so that a server and a command line may
     use one file at once. Makes the directory of the file, but no tables: see ``create_tables``.
     """
     parsed = make_url(url)
+    if parsed.get_backend_name() == "postgresql":
+        # Whatever driver SQLAlchemy prefers: this is the one that is tested.
+        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True)
+        raise ValueError(f"expected a database of sqlite or postgresql, got {parsed.drivername}")
     make_directories(_sqlite_file(parsed).parent)
     engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
     event.listen(engine, "connect", _prepare_sqlite)
@@ -83,6 +88,9 @@ def create_tables(engine: Engine) -> None:
 
 def reading(engine: Engine) -> AbstractContextManager[Connection]:
     """A transaction that only reads: one consistent snapshot, never waiting for a writer."""
+    if engine.dialect.name == "postgresql":
+        # Its default gives every statement a snapshot of its own.
+        return engine.execution_options(isolation_level="REPEATABLE READ").begin()
     return engine.begin()
 
 
@@ -95,6 +103,13 @@ def writing(engine: Engine) -> Iterator[Connection]:
     """
     with engine.execution_options(prefixd_write=True).begin() as connection:
         yield connection
+
+
+def insert_into(connection: Connection, table: Table) -> "sqlite.Insert | postgresql.Insert":
+    """An INSERT that can say ON CONFLICT: how writers that race for one key stay free of errors."""
+    if connection.dialect.name == "postgresql":
+        return postgresql.insert(table)
+    return sqlite.insert(table)
 
 
 def _sqlite_file(url: URL) -> Path:

@@ -6,7 +6,9 @@
     ├── ArtifactRefused      the uploaded bytes are not a prefix for this base
     ├── InvalidReference     a name, alias or reference is malformed
     ├── UnknownPrefix        no such name, version or alias for this tenant
-    └── CorruptArtifact      stored bytes no longer have the digest they were stored under
+    ├── CorruptArtifact      stored bytes no longer have the digest they were stored under
+    ├── BlobStoreRefused     the configured place for blobs cannot be trusted with them
+    └── SchemaRefused        the database was made by another version of prefixd
 
 ``str(error)`` is a sentence for the caller. It never depends on another tenant's things.
 """
@@ -45,6 +47,14 @@ class UnknownPrefix(StoreError):
 
 class CorruptArtifact(StoreError):
     """Stored bytes no longer have the digest they were stored under."""
+
+
+class BlobStoreRefused(StoreError):
+    """The configured place for blobs cannot be trusted with them. For the operator, at start."""
+
+
+class SchemaRefused(StoreError):
+    """The database was made by another version of prefixd. For the operator, at start."""
 
 
 def quoted(text: str) -> str:

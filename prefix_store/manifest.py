@@ -1,22 +1,22 @@
 """What the store knows and tells of a version."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from prefix_store.errors import ArtifactRefused
 from prefix_store.peft_config import Kind
-from prefix_store.strict_json import StrictJsonError, canonical, parse_object
-
-MAX_METADATA_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """An immutable version. Only ``aliases`` may differ the next time it is read: the names, with
-    ``latest``, that point at it now. ``fingerprint`` is that of the base it was judged against,
-    ``base_model_name_or_path`` what its config claims."""
+    """An immutable version. Only ``aliases`` (the names, with ``latest``, that point at it now) and
+    ``corrupt`` (its blob was found changed; upload it again) may differ the next time it is read.
+
+    ``fingerprint`` is that of the base it was judged against, ``base_model_name_or_path`` what its
+    config claims, ``creator`` the id of the key that published it. ``metadata`` is what the upload
+    gave beside the fields that have a place of their own here.
+    """
 
     tenant: str
     name: str
@@ -32,6 +32,11 @@ class Manifest:
     base_model_name_or_path: str | None
     metadata: Mapping[str, Any]
     aliases: tuple[str, ...]
+    creator: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    description: str | None = None
+    prompt_template: str | None = None
+    corrupt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +53,3 @@ class Page:
 
     manifests: tuple[Manifest, ...]
     next_after: str | None
-
-
-def encode_metadata(metadata: Mapping[str, Any] | None) -> str:
-    """Free metadata as one line of JSON; raise ArtifactRefused ``malformed_metadata``."""
-    try:
-        raw = canonical(dict(metadata or {}))
-        if len(raw) > MAX_METADATA_BYTES:
-            raise ArtifactRefused(
-                "malformed_metadata",
-                f"expected metadata of at most {MAX_METADATA_BYTES} bytes as JSON, got {len(raw)}",
-                param="metadata",
-            )
-        parse_object(raw)
-    except (StrictJsonError, TypeError, ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, StrictJsonError) else "it is not JSON"
-        raise ArtifactRefused(
-            "malformed_metadata",
-            f"expected metadata to be a JSON object: {reason}",
-            param="metadata",
-        ) from None
-    return raw.decode("ascii")

@@ -1,11 +1,12 @@
 """The prefix store: publish, resolve, delete, fetch. Bytes in blobs, names in the catalog.
 
-A publish judges the upload, writes the blob, and only then the catalog's row: a row always has its
-blob, and a blob without a row was never acknowledged.
+A publish judges the upload, notes that its blob is wanted, writes the blob, and only then the row
+of the version: a version always has its blob, and a blob without a version was never acknowledged.
 """
 
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime, timedelta
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,20 @@ from prefix_store.artifact import (
     pack_text,
 )
 from prefix_store.base import BaseSpec
-from prefix_store.blobs import LocalBlobs
-from prefix_store.catalog import Catalog
-from prefix_store.manifest import Manifest, Page, Published, encode_metadata
+from prefix_store.blob_rows import BlobCollected, BlobRows
+from prefix_store.blobs import Blobs
+from prefix_store.catalog import Catalog, Draft, Within, WithinAlias, WithinPublish
+from prefix_store.collect import DEFAULT_GRACE, Collected, collect
+from prefix_store.digest import BlobKey
+from prefix_store.errors import CorruptArtifact, UnknownPrefix
+from prefix_store.manifest import Manifest, Page, Published
+from prefix_store.metadata import encode_metadata
 from prefix_store.names import Reference, check_alias, check_name, check_tenant, parse_reference
 
 __all__ = ["Manifest", "Page", "PrefixStore", "Published"]
+
+_PUBLISH_ATTEMPTS = 10
+_log = getLogger("prefixd.store")
 
 
 def _utc_now() -> datetime:
@@ -38,12 +47,16 @@ class PrefixStore:
     The tables must exist (``prefix_store.database.create_tables``, once ``prefix_store.tables`` is
     imported, as it is by this module). Another tenant's prefix and a missing one raise the same
     UnknownPrefix.
+
+    ``within`` is called with the connection and the result in the transaction of a change, just
+    before it commits; what it raises undoes the change.
     """
 
     def __init__(
-        self, engine: Engine, blobs: LocalBlobs, *, clock: Callable[[], datetime] = _utc_now
+        self, engine: Engine, blobs: Blobs, *, clock: Callable[[], datetime] = _utc_now
     ) -> None:
         self._catalog = Catalog(engine)
+        self._rows = BlobRows(engine)
         self._blobs = blobs
         self._clock = clock
 
@@ -57,14 +70,17 @@ class PrefixStore:
         metadata: Mapping[str, Any] | None,
         base: BaseSpec,
         task_id: int | None = None,
+        creator: str | None = None,
+        within: WithinPublish | None = None,
     ) -> Published:
         """Publish ``adapter_config.json`` and a spooled ``adapter_model.safetensors``.
 
         Durable on return. The same content again under the same name is the same version, and
-        ``latest`` points at it again. Raises ArtifactRefused, InvalidReference.
+        ``latest`` points at it again. ``creator`` is the id of the key that publishes. Raises
+        ArtifactRefused, InvalidReference.
         """
         check_name(name)
-        metadata_json = encode_metadata(metadata)
+        metadata_json = encode_metadata(metadata, base=base)
         summary = inspect_peft(config, weights, base=base, task_id=task_id)
         return self._publish(
             summary,
@@ -73,6 +89,8 @@ class PrefixStore:
             name=name,
             metadata_json=metadata_json,
             base=base,
+            creator=creator,
+            within=within,
         )
 
     def publish_text(
@@ -84,10 +102,12 @@ class PrefixStore:
         metadata: Mapping[str, Any] | None,
         base: BaseSpec,
         count_tokens: Callable[[str], int],
+        creator: str | None = None,
+        within: WithinPublish | None = None,
     ) -> Published:
         """Publish a hard prompt; ``count_tokens`` is the base's tokenizer. As ``publish_peft``."""
         check_name(name)
-        metadata_json = encode_metadata(metadata)
+        metadata_json = encode_metadata(metadata, base=base)
         summary = inspect_text(text, base=base, count_tokens=count_tokens)
         return self._publish(
             summary,
@@ -96,6 +116,8 @@ class PrefixStore:
             name=name,
             metadata_json=metadata_json,
             base=base,
+            creator=creator,
+            within=within,
         )
 
     def resolve(self, *, tenant: str, reference: str) -> Manifest:
@@ -120,27 +142,86 @@ class PrefixStore:
             raise ValueError(f"expected a limit from 1, got {limit}")
         return self._catalog.page(tenant=tenant, limit=limit, after=after)
 
-    def set_alias(self, *, tenant: str, name: str, alias: str, version: int) -> Manifest:
+    def set_alias(
+        self,
+        *,
+        tenant: str,
+        name: str,
+        alias: str,
+        version: int,
+        within: WithinAlias | None = None,
+    ) -> Manifest:
         """Point ``alias`` at a version and return it; raise InvalidReference, UnknownPrefix."""
         return self._catalog.set_alias(
-            tenant=tenant, name=check_name(name), alias=check_alias(alias), version=version
+            tenant=tenant,
+            name=check_name(name),
+            alias=check_alias(alias),
+            version=version,
+            within=within,
         )
 
-    def remove_alias(self, *, tenant: str, name: str, alias: str) -> None:
+    def remove_alias(
+        self, *, tenant: str, name: str, alias: str, within: Within | None = None
+    ) -> None:
         """Forget ``alias``; raise InvalidReference, UnknownPrefix."""
-        self._catalog.remove_alias(tenant=tenant, name=check_name(name), alias=check_alias(alias))
+        self._catalog.remove_alias(
+            tenant=tenant, name=check_name(name), alias=check_alias(alias), within=within
+        )
 
-    def delete(self, *, tenant: str, name: str) -> int:
+    def delete(self, *, tenant: str, name: str, within: Within | None = None) -> int:
         """Forget a name with all its versions and aliases; how many versions there were.
 
         The numbers are not used again, and the blobs stay until they are collected. Raises
         InvalidReference, UnknownPrefix.
         """
-        return self._catalog.delete(tenant=tenant, name=check_name(name))
+        return self._catalog.delete(
+            tenant=tenant, name=check_name(name), now=self._clock(), within=within
+        )
 
     def fetch(self, *, tenant: str, digest: str) -> Path:
-        """The artifact file of a digest, verified now; raise UnknownPrefix, CorruptArtifact."""
-        return self._blobs.fetch(tenant=tenant, digest=digest)
+        """A local file with the artifact of a digest, verified now.
+
+        Raises UnknownPrefix, or CorruptArtifact: then the blob is quarantined, and stays so until
+        the same bytes are published again.
+        """
+        key = BlobKey(tenant, digest)
+        if self._rows.is_corrupt(key):
+            raise CorruptArtifact(f"the artifact {digest} is in quarantine; upload it again")
+        try:
+            return self._blobs.fetch(tenant=tenant, digest=digest)
+        except CorruptArtifact as error:
+            self._blobs.quarantine(tenant=tenant, digest=digest)
+            self._report_corrupt(key, error.message)
+            raise
+        except UnknownPrefix:
+            if not self._rows.is_referenced(key):
+                raise
+            message = f"the artifact {digest} is gone from the store of blobs; upload it again"
+            self._report_corrupt(key, message)
+            raise CorruptArtifact(message) from None
+
+    def collect(
+        self,
+        *,
+        grace: timedelta = DEFAULT_GRACE,
+        resident: Collection[BlobKey] = (),
+        adopt: bool = False,
+        dry_run: bool = False,
+    ) -> Collected:
+        """Remove blobs that no version has; see ``prefix_store.collect.collect``."""
+        return collect(
+            self._rows,
+            self._blobs,
+            now=self._clock(),
+            grace=grace,
+            resident=resident,
+            adopt=adopt,
+            dry_run=dry_run,
+        )
+
+    def _report_corrupt(self, key: BlobKey, message: str) -> None:
+        self._rows.mark_corrupt(key, now=self._clock())
+        _log.error("quarantined a blob of tenant %s: %s", key.tenant, message)
 
     def _publish(
         self,
@@ -151,18 +232,33 @@ class PrefixStore:
         name: str,
         metadata_json: str,
         base: BaseSpec,
+        creator: str | None,
+        within: WithinPublish | None,
     ) -> Published:
         check_tenant(tenant)
+        for _ in range(_PUBLISH_ATTEMPTS):
+            packed = self._write_blob(pack, tenant=tenant)
+            draft = Draft(
+                summary=summary,
+                digest=packed.digest,
+                size_bytes=packed.size_bytes,
+                fingerprint=base.fingerprint,
+                metadata_json=metadata_json,
+                creator=creator,
+                created_at=self._clock(),
+            )
+            try:
+                return self._catalog.publish(draft, tenant=tenant, name=name, within=within)
+            except BlobCollected:
+                # It took longer than the grace of a collection that ran meanwhile.
+                continue
+        raise RuntimeError(f"blobs are collected faster than they are published: {packed.digest}")
+
+    def _write_blob(self, pack: Callable[[Path], Packed], *, tenant: str) -> Packed:
         with self._blobs.staging() as staged:
             packed = pack(staged)
+            self._rows.want(
+                BlobKey(tenant, packed.digest), size_bytes=packed.size_bytes, now=self._clock()
+            )
             self._blobs.put(staged, tenant=tenant, digest=packed.digest)
-        return self._catalog.publish(
-            summary,
-            tenant=tenant,
-            name=name,
-            digest=packed.digest,
-            size_bytes=packed.size_bytes,
-            fingerprint=base.fingerprint,
-            metadata_json=metadata_json,
-            now=self._clock(),
-        )
+        return packed

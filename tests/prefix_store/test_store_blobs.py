@@ -1,53 +1,104 @@
-"""Blobs: written whole or not at all, durable in the right order, verified on every load."""
+"""Blobs: one contract, held by both drivers. Whole or not at all, verified on every load."""
 
 import hashlib
 import os
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import obstore
 import pytest
+from obstore.store import S3Store
 
-from prefix_store.blobs import LocalBlobs
-from prefix_store.errors import CorruptArtifact, InvalidReference, UnknownPrefix
+from prefix_store import s3_blobs
+from prefix_store.blobs import Blobs, LocalBlobs, open_blobs
+from prefix_store.digest import BlobKey
+from prefix_store.errors import (
+    BlobStoreRefused,
+    CorruptArtifact,
+    InvalidReference,
+    UnknownPrefix,
+)
 
 CONTENT = b"a prefix"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
+KEY = BlobKey("acme", DIGEST)
 
 
-def put(blobs: LocalBlobs, tenant: str = "acme", content: bytes = CONTENT) -> None:
+class Place:
+    """Where a driver keeps its blobs, seen from behind its back."""
+
+    def __init__(self, root: Path, url: str | None) -> None:
+        self.root = root
+        self.url = url
+        self.bucket = url and S3Store.from_url(url, client_options={"allow_http": True})
+
+    def open(self) -> Blobs:
+        return open_blobs(self.url, self.root)
+
+    def names(self) -> list[str]:
+        if self.bucket:
+            return sorted(entry["path"] for page in obstore.list(self.bucket) for entry in page)
+        blobs = self.root / "blobs"
+        return sorted(str(p.relative_to(blobs)) for p in blobs.rglob("*") if p.is_file())
+
+    def write(self, name: str, content: bytes) -> None:
+        if self.bucket:
+            obstore.put(self.bucket, name, content)
+            (self.root / "blob-copies" / name).unlink(missing_ok=True)
+        else:
+            (self.root / "blobs" / name).write_bytes(content)
+
+
+@pytest.fixture(params=["files", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    url = None if request.param == "files" else request.getfixturevalue("s3_url")
+    return Place(tmp_path, url)
+
+
+@pytest.fixture
+def blobs(place: Place) -> Blobs:
+    return place.open()
+
+
+def put(blobs: Blobs, tenant: str = "acme", content: bytes = CONTENT) -> str:
+    digest = hashlib.sha256(content).hexdigest()
     with blobs.staging() as staged:
         staged.write_bytes(content)
-        blobs.put(staged, tenant=tenant, digest=DIGEST)
+        blobs.put(staged, tenant=tenant, digest=digest)
+    return digest
 
 
-def files(root: Path) -> list[str]:
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
-
-
-def test_a_blob_lies_under_its_tenant_and_digest_and_nothing_else_is_left(tmp_path: Path) -> None:
-    blobs = LocalBlobs(tmp_path)
+def test_a_blob_lies_under_its_tenant_and_digest_and_nothing_else_is_left(
+    place: Place, blobs: Blobs
+) -> None:
     put(blobs)
     put(blobs, tenant="umbrella")
     put(blobs)
-    expected = [f"{tenant}/{DIGEST[:2]}/{DIGEST}" for tenant in ("acme", "umbrella")]
-    assert files(tmp_path) == expected
+    assert place.names() == [f"{tenant}/{DIGEST[:2]}/{DIGEST}" for tenant in ("acme", "umbrella")]
     assert blobs.fetch(tenant="acme", digest=DIGEST).read_bytes() == CONTENT
+    assert sorted(blobs.walk()) == [(KEY, 8), (BlobKey("umbrella", DIGEST), 8)]
 
 
-def test_an_interrupted_write_leaves_nothing_behind(tmp_path: Path) -> None:
-    blobs = LocalBlobs(tmp_path)
+def test_blobs_are_there_for_the_next_process(place: Place, tmp_path: Path) -> None:
+    put(place.open())
+    other = place.open() if place.url is None else open_blobs(place.url, tmp_path / "replica")
+    assert other.fetch(tenant="acme", digest=DIGEST).read_bytes() == CONTENT
 
-    def interrupted() -> None:
+
+def test_an_interrupted_write_leaves_nothing_behind(place: Place, blobs: Blobs) -> None:
+    def interrupted() -> Path:
         with blobs.staging() as staged:
             staged.write_bytes(b"half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert files(tmp_path) == []
+    assert place.names() == []
+    assert not [path for path in place.root.rglob("*") if path.is_file()]
 
 
-def test_there_is_no_blob_of_another_tenant(tmp_path: Path) -> None:
-    blobs = LocalBlobs(tmp_path)
+def test_there_is_no_blob_of_another_tenant(blobs: Blobs) -> None:
     put(blobs)
     with pytest.raises(UnknownPrefix) as foreign:
         blobs.fetch(tenant="umbrella", digest=DIGEST)
@@ -59,38 +110,71 @@ def test_there_is_no_blob_of_another_tenant(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"a prefiX", CONTENT + b"!"])
 def test_a_changed_blob_is_never_returned_and_healed_by_its_upload(
-    tmp_path: Path, content: bytes
+    place: Place, blobs: Blobs, content: bytes
 ) -> None:
-    blobs = LocalBlobs(tmp_path)
     put(blobs)
-    blobs.fetch(tenant="acme", digest=DIGEST).write_bytes(content)
+    place.write(KEY.place, content)
     with pytest.raises(CorruptArtifact, match=DIGEST):
         blobs.fetch(tenant="acme", digest=DIGEST)
+    blobs.quarantine(tenant="acme", digest=DIGEST)
+    put(blobs)
+    assert blobs.fetch(tenant="acme", digest=DIGEST).read_bytes() == CONTENT
+    assert place.names() == [f".quarantine/{KEY.place}", KEY.place]
+    assert list(blobs.walk()) == [(KEY, 8)]
+
+
+def test_a_deleted_blob_is_gone_and_may_come_again(place: Place, blobs: Blobs) -> None:
+    put(blobs)
+    for _ in range(2):
+        blobs.delete(tenant="acme", digest=DIGEST)
+        blobs.quarantine(tenant="acme", digest=DIGEST)
+        with pytest.raises(UnknownPrefix):
+            blobs.fetch(tenant="acme", digest=DIGEST)
+    assert place.names() == []
     put(blobs)
     assert blobs.fetch(tenant="acme", digest=DIGEST).read_bytes() == CONTENT
 
 
-def test_a_sound_blob_is_never_overwritten(tmp_path: Path) -> None:
+def test_what_killed_uploads_left_is_tidied_up_and_blobs_are_not(
+    place: Place, blobs: Blobs
+) -> None:
+    put(blobs)
+    left = blobs.staging()
+    staged = left.__enter__()
+    staged.write_bytes(b"half")
+    if place.url:
+        place.write(".staging/1f", b"half")
+    blobs.tidy(before=datetime.now(UTC) - timedelta(minutes=1))
+    assert staged.exists()
+    blobs.tidy(before=datetime.now(UTC) + timedelta(minutes=1))
+    assert not staged.exists()
+    assert place.names() == [KEY.place]
+    assert blobs.fetch(tenant="acme", digest=DIGEST).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("tenant", ["", ".", "..", ".tmp", "a/b", "../x", "a\0b", "a\n", "é"])
+def test_a_tenant_id_never_leads_elsewhere(place: Place, blobs: Blobs, tenant: str) -> None:
+    with pytest.raises(InvalidReference):
+        put(blobs, tenant=tenant)
+    for act in (blobs.fetch, blobs.delete, blobs.quarantine):
+        with pytest.raises(InvalidReference):
+            act(tenant=tenant, digest=DIGEST)
+    assert place.names() == []
+
+
+@pytest.mark.parametrize("digest", ["", "../../etc/passwd", DIGEST.upper(), DIGEST + "\n"])
+def test_a_digest_never_leads_elsewhere(blobs: Blobs, digest: str) -> None:
+    for act in (blobs.fetch, blobs.delete, blobs.quarantine):
+        with pytest.raises(UnknownPrefix):
+            act(tenant="acme", digest=digest)
+
+
+def test_a_sound_file_is_never_overwritten(tmp_path: Path) -> None:
     blobs = LocalBlobs(tmp_path)
     put(blobs)
     before = blobs.fetch(tenant="acme", digest=DIGEST).stat().st_ino
     put(blobs)
     assert blobs.fetch(tenant="acme", digest=DIGEST).stat().st_ino == before
-
-
-@pytest.mark.parametrize("tenant", ["", ".", "..", ".tmp", "a/b", "../x", "a\0b", "a\n", "é"])
-def test_a_tenant_id_never_leads_elsewhere(tmp_path: Path, tenant: str) -> None:
-    blobs = LocalBlobs(tmp_path / "blobs")
-    with pytest.raises(InvalidReference):
-        put(blobs, tenant=tenant)
-    with pytest.raises(InvalidReference):
-        blobs.fetch(tenant=tenant, digest=DIGEST)
-
-
-@pytest.mark.parametrize("digest", ["", "../../etc/passwd", DIGEST.upper(), DIGEST + "\n"])
-def test_a_digest_never_leads_elsewhere(tmp_path: Path, digest: str) -> None:
-    with pytest.raises(UnknownPrefix):
-        LocalBlobs(tmp_path).fetch(tenant="acme", digest=digest)
 
 
 def test_every_new_name_is_made_durable_after_it_is_made(
@@ -120,4 +204,46 @@ def test_every_new_name_is_made_durable_after_it_is_made(
     assert volatile == set()
     put(blobs)
     assert volatile == set()
-    assert files(tmp_path) == [f"new/blobs/acme/{DIGEST[:2]}/{DIGEST}"]
+
+
+@pytest.mark.parametrize("size", [s3_blobs.SINGLE_PUT_BYTES, s3_blobs.SINGLE_PUT_BYTES + 1])
+def test_a_large_blob_goes_up_in_parts_under_the_same_condition(
+    s3_url: str, tmp_path: Path, size: int
+) -> None:
+    place = Place(tmp_path, s3_url)
+    blobs = place.open()
+    content = os.urandom(size)
+    digest = put(blobs, content=content)
+    name = BlobKey("acme", digest).place
+    made = obstore.head(place.bucket, name)["last_modified"]
+    put(blobs, content=content)
+    assert place.names() == [name]
+    assert obstore.head(place.bucket, name)["last_modified"] == made
+    place.write(name, content[1:])
+    put(blobs, content=content)
+    assert blobs.fetch(tenant="acme", digest=digest).read_bytes() == content
+
+
+def test_a_changed_local_copy_is_fetched_again(s3_url: str, tmp_path: Path) -> None:
+    blobs = open_blobs(s3_url, tmp_path)
+    put(blobs)
+    blobs.fetch(tenant="acme", digest=DIGEST).write_bytes(b"changed")
+    assert blobs.fetch(tenant="acme", digest=DIGEST).read_bytes() == CONTENT
+
+
+def test_a_bucket_that_ignores_the_condition_is_refused(
+    careless_s3: Callable[[], str], tmp_path: Path
+) -> None:
+    with pytest.raises(BlobStoreRefused, match="ignores If-None-Match"):
+        open_blobs(careless_s3(), tmp_path)
+
+
+def test_a_bucket_that_is_not_there_is_refused(s3_url: str, tmp_path: Path) -> None:
+    with pytest.raises(BlobStoreRefused, match=r"s3://absent/x cannot be used.*not found"):
+        open_blobs("s3://absent/x", tmp_path)
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/x", "gs://bucket", "bucket"])
+def test_blobs_elsewhere_are_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(BlobStoreRefused, match="s3://bucket/prefix"):
+        open_blobs(url, tmp_path)

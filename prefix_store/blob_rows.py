@@ -1,0 +1,161 @@
+"""The catalog's rows of blobs: which may be there, since when nothing has them, which are corrupt.
+
+::
+
+    (no row) --want--> unreferenced_at = now --claim--> unreferenced_at = null
+        ^                   |         ^                         |
+        +-----collect-------+         +---release, at the last--+
+
+``want`` commits before the blob is written, ``claim`` in the transaction of the version, and
+``collect`` removes blob and row under the row's lock. So whoever publishes either finds the row
+and keeps the blob, or finds none and starts over; a blob is never removed beneath a version.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from datetime import datetime
+
+from sqlalchemy import ColumnElement, Connection, Engine, and_, case, delete, exists, select, update
+
+from prefix_store.database import insert_into, reading, writing
+from prefix_store.digest import BlobKey
+from prefix_store.tables import blobs, versions
+
+_PAGE = 500
+
+
+class BlobCollected(Exception):
+    """The row of a blob went while a publish was on its way: begin again."""
+
+
+def claim(connection: Connection, key: BlobKey) -> None:
+    """A version has this blob from now on, and its bytes were just verified.
+
+    Raises BlobCollected when there is no such row.
+    """
+    claimed = connection.execute(
+        update(blobs).where(_is(key)).values(unreferenced_at=None, corrupt_at=None)
+    )
+    if claimed.rowcount == 0:
+        raise BlobCollected
+
+
+def release(connection: Connection, tenant: str, digests: Iterable[str], *, now: datetime) -> None:
+    """Versions with these blobs went; mark those that no other version has."""
+    for digest in sorted(set(digests)):
+        key = BlobKey(tenant, digest)
+        connection.execute(
+            update(blobs).where(_is(key), ~_referenced()).values(unreferenced_at=now)
+        )
+
+
+class BlobRows:
+    """Blobs of all tenants, as rows. Every method is one transaction, ``collect`` one for each."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def want(self, key: BlobKey, *, size_bytes: int, now: datetime) -> None:
+        """Note a blob that is about to be written: from here on collecting spares it."""
+        with writing(self._engine) as connection:
+            row = insert_into(connection, blobs).values(
+                tenant=key.tenant, digest=key.digest, size_bytes=size_bytes, unreferenced_at=now
+            )
+            still = case((blobs.c.unreferenced_at.is_not(None), now))
+            connection.execute(
+                row.on_conflict_do_update(
+                    index_elements=["tenant", "digest"], set_={"unreferenced_at": still}
+                )
+            )
+
+    def adopt(self, found: Sequence[tuple[BlobKey, int]], *, now: datetime) -> int:
+        """Make rows for blobs (with their sizes) that have none, unreferenced; how many."""
+        adopted = 0
+        with writing(self._engine) as connection:
+            for key, size_bytes in found:
+                row = insert_into(connection, blobs).values(
+                    tenant=key.tenant, digest=key.digest, size_bytes=size_bytes, unreferenced_at=now
+                )
+                made = row.on_conflict_do_nothing(index_elements=["tenant", "digest"])
+                adopted += connection.execute(made).rowcount
+        return adopted
+
+    def touch(self, keys: Collection[BlobKey], *, now: datetime) -> None:
+        """These are in use: those that nothing references begin their grace again."""
+        with writing(self._engine) as connection:
+            for key in sorted(keys):
+                connection.execute(
+                    update(blobs)
+                    .where(_is(key), blobs.c.unreferenced_at < now)
+                    .values(unreferenced_at=now)
+                )
+
+    def is_referenced(self, key: BlobKey) -> bool:
+        """Whether a version has this blob."""
+        found = select(versions.c.version).where(
+            versions.c.tenant == key.tenant, versions.c.digest == key.digest
+        )
+        with reading(self._engine) as connection:
+            return connection.execute(found.limit(1)).first() is not None
+
+    def is_corrupt(self, key: BlobKey) -> bool:
+        """Whether the blob was found corrupt and not uploaded again since."""
+        with reading(self._engine) as connection:
+            found = select(blobs.c.corrupt_at).where(_is(key))
+            return connection.execute(found).scalar() is not None
+
+    def mark_corrupt(self, key: BlobKey, *, now: datetime) -> None:
+        """Note that the blob's bytes are not what they were."""
+        with writing(self._engine) as connection:
+            connection.execute(update(blobs).where(_is(key)).values(corrupt_at=now))
+
+    def unreferenced(self, *, before: datetime) -> Iterator[tuple[BlobKey, int]]:
+        """Blobs, with their sizes, that nothing has referenced or wanted since ``before``."""
+        after = None
+        while True:
+            page = (
+                select(blobs.c.unreferenced_at, blobs.c.tenant, blobs.c.digest, blobs.c.size_bytes)
+                .where(blobs.c.unreferenced_at < before, ~_referenced())
+                .order_by(blobs.c.tenant, blobs.c.digest)
+                .limit(_PAGE)
+            )
+            if after is not None:
+                page = page.where(
+                    (blobs.c.tenant > after.tenant)
+                    | and_(blobs.c.tenant == after.tenant, blobs.c.digest > after.digest)
+                )
+            with reading(self._engine) as connection:
+                found = connection.execute(page).all()
+            for row in found:
+                after = BlobKey(row.tenant, row.digest)
+                yield after, row.size_bytes
+            if len(found) < _PAGE:
+                return
+
+    def collect(self, key: BlobKey, *, before: datetime, remove: Callable[[], None]) -> bool:
+        """Remove one blob by ``remove``, and its row, unless something wants it by now.
+
+        The row stays locked meanwhile: a publish of the same bytes waits, and then finds no row.
+        """
+        with writing(self._engine) as connection:
+            locked = connection.execute(
+                select(blobs.c.digest)
+                .where(_is(key), blobs.c.unreferenced_at < before)
+                .with_for_update()
+            ).first()
+            # Asked again, now that the row is locked: the first answer may have been older.
+            if (
+                locked is None
+                or connection.execute(select(blobs.c.digest).where(_is(key), _referenced())).first()
+            ):
+                return False
+            remove()
+            connection.execute(delete(blobs).where(_is(key)))
+            return True
+
+
+def _is(key: BlobKey) -> ColumnElement[bool]:
+    return and_(blobs.c.tenant == key.tenant, blobs.c.digest == key.digest)
+
+
+def _referenced() -> ColumnElement[bool]:
+    return exists().where(versions.c.tenant == blobs.c.tenant, versions.c.digest == blobs.c.digest)

@@ -1,0 +1,93 @@
+"""Reading versions from the catalog's tables: which rows, and what manifest a row makes."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, and_, select
+
+from prefix_store.artifact import Kind
+from prefix_store.manifest import Manifest
+from prefix_store.metadata import decode_metadata
+from prefix_store.names import LATEST, MAX_VERSION, Reference
+from prefix_store.tables import aliases, blobs, prefixes, versions
+
+
+def rows(tenant: str) -> Select[Any]:
+    """Every version of a tenant."""
+    return (
+        select(prefixes.c.name, prefixes.c.latest_version, versions, blobs.c.corrupt_at)
+        .join_from(prefixes, versions, versions.c.prefix_id == prefixes.c.id)
+        .outerjoin(
+            blobs, and_(blobs.c.tenant == versions.c.tenant, blobs.c.digest == versions.c.digest)
+        )
+        .where(prefixes.c.tenant == tenant)
+    )
+
+
+def one_version(tenant: str, name: str, version: int) -> Select[Any]:
+    """One numbered version."""
+    # A number beyond the column is no version; the driver would raise on it.
+    known = version if 0 <= version <= MAX_VERSION else 0
+    return rows(tenant).where(prefixes.c.name == name, versions.c.version == known)
+
+
+def referenced(tenant: str, reference: Reference) -> Select[Any]:
+    """The version that a reference means."""
+    if reference.version is not None:
+        return one_version(tenant, reference.name, reference.version)
+    statement = rows(tenant).where(prefixes.c.name == reference.name)
+    if reference.alias == LATEST:
+        return statement.where(versions.c.version == prefixes.c.latest_version)
+    return statement.join(
+        aliases,
+        and_(
+            aliases.c.prefix_id == versions.c.prefix_id,
+            aliases.c.version == versions.c.version,
+            aliases.c.alias == reference.alias,
+        ),
+    )
+
+
+def manifests(connection: Connection, statement: Select[Any]) -> tuple[Manifest, ...]:
+    """Manifests of the versions that ``statement``, made here, selects; two queries."""
+    found = connection.execute(statement).all()
+    names = _alias_names(connection, {row.prefix_id for row in found})
+    return tuple(
+        _manifest(row, aliases_of=names.get((row.prefix_id, row.version), ())) for row in found
+    )
+
+
+def _alias_names(
+    connection: Connection, prefix_ids: set[int]
+) -> dict[tuple[int, int], tuple[str, ...]]:
+    found: dict[tuple[int, int], tuple[str, ...]] = {}
+    for row in connection.execute(select(aliases).where(aliases.c.prefix_id.in_(prefix_ids))):
+        key = (row.prefix_id, row.version)
+        found[key] = (*found.get(key, ()), row.alias)
+    return found
+
+
+def _manifest(row: Row[Any], *, aliases_of: Iterable[str]) -> Manifest:
+    details = decode_metadata(row.metadata_json)
+    latest = (LATEST,) if row.version == row.latest_version else ()
+    return Manifest(
+        tenant=row.tenant,
+        name=row.name,
+        version=row.version,
+        digest=row.digest,
+        kind=Kind(row.kind),
+        peft_type=row.peft_type,
+        num_virtual_tokens=row.num_virtual_tokens,
+        dtype=row.dtype,
+        size_bytes=row.size_bytes,
+        fingerprint=row.fingerprint,
+        created_at=row.created_at,
+        base_model_name_or_path=row.base_model_name_or_path,
+        metadata=details.free,
+        aliases=tuple(sorted((*latest, *aliases_of))),
+        creator=row.creator,
+        labels=details.labels,
+        description=details.description,
+        prompt_template=details.prompt_template,
+        corrupt=row.corrupt_at is not None,
+    )

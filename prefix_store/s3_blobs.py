@@ -1,0 +1,177 @@
+"""Blobs in an S3-compatible bucket, with local copies of what is in use.
+
+::
+
+    s3://bucket/prefix/acme/3a/3a7bd3e2…              a blob of tenant acme, created, never replaced
+    s3://bucket/prefix/.staging/4f1c…                 a large upload before it has its name
+    s3://bucket/prefix/.quarantine/acme/3a/3a7bd3e2…  what a blob was when its digest was wrong
+    local/.tmp/4f1c…                                  being written or downloaded
+    local/acme/3a/3a7bd3e2…                           a copy of a blob, verified at every use
+"""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import S3Store
+
+from prefix_store.digest import BlobKey, corrupt, missing, sha256_of
+from prefix_store.durable import make_directories
+from prefix_store.errors import BlobStoreRefused, CorruptArtifact
+from prefix_store.local_blobs import remove_older
+
+SINGLE_PUT_BYTES = 8 * 1024 * 1024
+"""Larger blobs go up in parts, so that none is ever in memory as a whole."""
+
+_READ_BYTES = 1024 * 1024
+_STAGING = ".staging"
+_QUARANTINE = ".quarantine"
+
+
+class S3Blobs:
+    """Blobs under one prefix of a bucket; see ``prefix_store.blobs.Blobs``.
+
+    ``url`` is ``s3://bucket/prefix``; endpoint, region and credentials come from the usual
+    ``AWS_*`` variables. Raises BlobStoreRefused when the bucket cannot be used or does not keep
+    the condition of a conditional create: on such a one, racing writers replace each other's blobs.
+    """
+
+    def __init__(self, url: str, *, local: Path) -> None:
+        self._url = url
+        self._local = local
+        self._staging = local / ".tmp"
+        make_directories(self._staging)
+        self._store = _open(url)
+        self._check_conditions()
+
+    def __repr__(self) -> str:
+        return f"S3Blobs({self._url!r})"
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        path = self._staging / secrets.token_hex(16)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def put(self, source: Path, *, tenant: str, digest: str) -> None:
+        place = BlobKey(tenant, digest).place
+        self._create(source, place)
+        # The bytes are read back: not every bucket holds an upload to its checksum. And a blob
+        # that was there already may have gone bad since.
+        try:
+            self._download(place, digest)
+        except CorruptArtifact:
+            obstore.put(self._store, place, source)
+            self._download(place, digest)
+
+    def fetch(self, *, tenant: str, digest: str) -> Path:
+        place = BlobKey(tenant, digest).place
+        copy = self._local / place
+        with suppress(FileNotFoundError):
+            if sha256_of(copy) == digest:
+                os.utime(copy)  # in use: see ``tidy``
+                return copy
+        return self._download(place, digest)
+
+    def quarantine(self, *, tenant: str, digest: str) -> None:
+        place = BlobKey(tenant, digest).place
+        with suppress(FileNotFoundError):
+            obstore.copy(self._store, place, f"{_QUARANTINE}/{place}")
+
+    def delete(self, *, tenant: str, digest: str) -> None:
+        place = BlobKey(tenant, digest).place
+        with suppress(FileNotFoundError):
+            obstore.delete(self._store, place)
+        (self._local / place).unlink(missing_ok=True)
+
+    def walk(self) -> Iterator[tuple[BlobKey, int]]:
+        for found in obstore.list(self._store):
+            for entry in found:
+                key = BlobKey.at(entry["path"])
+                if key is not None:
+                    yield key, entry["size"]
+
+    def tidy(self, *, before: datetime) -> None:
+        remove_older(self._local, before=before)
+        for found in obstore.list(self._store, prefix=_STAGING):
+            for entry in found:
+                if entry["last_modified"] < before.astimezone(UTC):
+                    with suppress(FileNotFoundError):
+                        obstore.delete(self._store, entry["path"])
+
+    def _create(self, source: Path, place: str) -> None:
+        """Upload ``source`` unless there is such a blob already."""
+        with suppress(AlreadyExistsError):
+            if source.stat().st_size <= SINGLE_PUT_BYTES:
+                obstore.put(self._store, place, source.read_bytes(), mode="create")
+                return
+            # An upload in parts cannot be conditional, but a copy within the bucket can.
+            staged = f"{_STAGING}/{secrets.token_hex(16)}"
+            obstore.put(self._store, staged, source, max_concurrency=2)
+            try:
+                obstore.copy(self._store, staged, place, overwrite=False)
+            finally:
+                obstore.delete(self._store, staged)
+
+    def _download(self, place: str, digest: str) -> Path:
+        """Bring a blob here and verify it on the way; raise UnknownPrefix, CorruptArtifact."""
+        hashed = hashlib.sha256()
+        with self.staging() as staged:
+            try:
+                chunks = obstore.get(self._store, place).stream(min_chunk_size=_READ_BYTES)
+                with staged.open("wb") as file:
+                    for chunk in chunks:
+                        hashed.update(chunk)
+                        file.write(chunk)
+            except FileNotFoundError:
+                raise missing(digest) from None
+            if hashed.hexdigest() != digest:
+                raise corrupt(digest, hashed.hexdigest())
+            copy = self._local / place
+            make_directories(copy.parent)
+            staged.replace(copy)
+        return copy
+
+    def _check_conditions(self) -> None:
+        """Create the same object twice; the second time has to fail."""
+        probe = f"{_STAGING}/probe-{secrets.token_hex(16)}"
+        try:
+            obstore.put(self._store, probe, b"prefixd", mode="create")
+            obstore.put(self._store, probe, b"prefixd", mode="create")
+        except AlreadyExistsError:
+            return
+        except (BaseError, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise BlobStoreRefused(f"the bucket {self._url} cannot be used: {reason}") from error
+        finally:
+            with suppress(BaseError, OSError):  # ``tidy`` takes what stays
+                obstore.delete(self._store, probe)
+        raise BlobStoreRefused(
+            f"the bucket {self._url} ignores If-None-Match: it let an object that exists be "
+            "created again. prefixd relies on that condition; use a store that keeps it"
+        )
+
+
+def _open(url: str) -> S3Store:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    try:
+        return S3Store.from_url(
+            url,
+            config={"copy_if_not_exists": "multipart"},
+            # Plain HTTP only where the operator wrote it.
+            client_options={
+                "allow_http": endpoint.startswith("http://"),
+                "connect_timeout": timedelta(seconds=5),
+            },
+            retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=30)},
+        )
+    except (BaseError, ValueError) as error:
+        raise BlobStoreRefused(f"cannot open the blobs at {url}: {error}") from error

@@ -1,0 +1,48 @@
+"""Real services for whoever asks: started once in a run, empty for each test."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from real_services import (
+    S3_ENVIRONMENT,
+    Postgres,
+    make_bucket,
+    running_postgres,
+    running_s3,
+)
+
+_number = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """A running PostgreSQL."""
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: Postgres) -> Iterator[str]:
+    """The SQLAlchemy URL of a fresh, empty database."""
+    name = f"test_{next(_number)}"
+    postgres_server.execute(f"CREATE DATABASE {name}")
+    yield postgres_server.url + name
+    postgres_server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The endpoint of a running S3."""
+    with running_s3() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3_url(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The blobs URL of a fresh, empty bucket; the environment leads to its endpoint."""
+    for variable, value in {**S3_ENVIRONMENT, "AWS_ENDPOINT_URL": s3_endpoint}.items():
+        monkeypatch.setenv(variable, value)
+    name = f"bucket-{next(_number)}"
+    make_bucket(s3_endpoint, name)
+    return f"s3://{name}/prefixes"

@@ -1,0 +1,171 @@
+"""The real PostgreSQL and moto's S3, started for a test run and ended by their process ids.
+
+PostgreSQL is Debian's package ``postgresql``: installed when it is missing and we may, and left out
+only when ``PREFIXD_TEST_POSTGRES=skip`` says so.
+"""
+
+import http.client
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+import pytest
+
+S3_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_REGION": "us-east-1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Postgres:
+    """A running PostgreSQL: ``url`` plus a database's name is its SQLAlchemy URL."""
+
+    binaries: Path
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/"
+
+    def execute(self, statement: str, database: str = "postgres") -> None:
+        with psycopg.connect(f"{self.url}{database}", autocommit=True) as connection:
+            connection.execute(statement)
+
+
+def install(package: str, *, program: str, skip: str | None = None) -> None:
+    """Install a Debian package for its ``program`` as root; else skip or fail and say why."""
+    if shutil.which(program) or postgres_binaries(program):
+        return
+    if skip is not None and os.environ.get(skip) == "skip":
+        pytest.skip(f"{skip}=skip, and {program} is not installed")
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        pytest.fail(f"this test needs {program}: apt-get install {package}")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", package]):
+        done = subprocess.run(
+            ["apt-get", "-qq", *command],
+            check=False,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            pytest.fail(f"apt-get {' '.join(command)} failed: {done.stderr[-2000:]}")
+
+
+def postgres_binaries(program: str = "initdb") -> Path | None:
+    """Where Debian keeps the newest PostgreSQL's programs, or where PATH has them."""
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: int(p.parent.name))
+    on_path = shutil.which(program)
+    folders += [Path(on_path).resolve().parent] if on_path else []
+    found = [folder for folder in folders if (folder / program).exists()]
+    return found[-1] if found else None
+
+
+@contextmanager
+def running_postgres() -> Iterator[Postgres]:
+    """A PostgreSQL on loopback with a fresh data directory; fast, so not durable."""
+    if os.environ.get("PREFIXD_TEST_POSTGRES") == "skip":
+        pytest.skip("PREFIXD_TEST_POSTGRES=skip")
+    install("postgresql", program="initdb")
+    binaries = postgres_binaries()
+    assert binaries is not None, "the package postgresql brought no initdb"
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="prefixd-pg-") as folder:
+        as_user: dict[str, str | int] = {}
+        if os.geteuid() == 0:  # it refuses to run as root
+            user = pwd.getpwnam("postgres")
+            os.chown(folder, user.pw_uid, user.pw_gid)
+            as_user = {"user": user.pw_uid, "group": user.pw_gid}
+        initdb = [f"{binaries}/initdb", "-D", f"{folder}/data", "-U", "postgres", "-A", "trust"]
+        initdb += ["--no-sync", "-E", "UTF8", "--locale", "C.UTF-8"]
+        subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **as_user)  # type: ignore[call-overload]
+        options = [f"-p{port}", f"-k{folder}", "-hlocalhost", "-cfsync=off"]
+        options += ["-csynchronous_commit=off", "-cfull_page_writes=off", "-cmax_connections=200"]
+        command = [f"{binaries}/postgres", "-D", f"{folder}/data", *options]
+        with running(command, port=port, stop=signal.SIGINT, cwd=folder, **as_user):
+            server = Postgres(binaries, port)
+            wait_until_it_answers(server)
+            yield server
+
+
+def wait_until_it_answers(server: Postgres) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            server.execute("SELECT 1")
+        except psycopg.OperationalError:
+            assert time.monotonic() < deadline, "PostgreSQL did not come up"
+            time.sleep(0.05)
+        else:
+            return
+
+
+@contextmanager
+def running_s3() -> Iterator[str]:
+    """moto's S3 on loopback; its endpoint."""
+    port = free_port()
+    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1"]
+    with running([*command, "-p", str(port)], port=port, stop=signal.SIGTERM):
+        yield f"http://127.0.0.1:{port}"
+
+
+def make_bucket(endpoint: str, name: str) -> None:
+    host = endpoint.removeprefix("http://")
+    connection = http.client.HTTPConnection(host, timeout=30)
+    try:
+        connection.request("PUT", f"/{name}")
+        assert connection.getresponse().status == 200
+    finally:
+        connection.close()
+
+
+@contextmanager
+def running(
+    command: Sequence[str], *, port: int, stop: signal.Signals, **options: object
+) -> Iterator[None]:
+    """A server process, from when its port answers until it ended."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        **options,  # type: ignore[call-overload]
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            except OSError:
+                assert time.monotonic() < deadline, f"{command[0]} does not listen"
+                time.sleep(0.05)
+            else:
+                break
+        yield
+    finally:
+        process.send_signal(stop)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
