@@ -4,6 +4,7 @@
 model's parts are made in ``server.serving``.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,32 +12,51 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import structlog
 from fastapi import Depends, FastAPI
+from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Engine as Database
+from sqlalchemy.exc import SQLAlchemyError
 
-from prefix_store.blobs import LocalBlobs
+from prefix_store.blobs import open_blobs
 from prefix_store.database import create_tables, open_database
 from prefix_store.store import PrefixStore
 from server.api import (
     openapi,
     refusals,
+    routes_admin,
     routes_generate,
     routes_models,
     routes_prefixes,
     routes_public,
+    routes_uploads,
+    routes_users,
 )
 from server.api.auth import authenticated
 from server.api.middleware import RequestLayer
 from server.api.services import ApiLimits, Services
 from server.settings import Settings
+from server.tenants.audit import AuditLog
+from server.tenants.bindings import Bindings
+from server.tenants.idempotency import Idempotency
+from server.tenants.limiter import RENEW_EVERY_S, Limiter
 from server.tenants.registry import Tenants
 
 __all__ = ["ApiLimits", "Catalog", "Services", "api_limits", "create_app", "open_catalog"]
 
+log = structlog.get_logger("prefixd")
+
 _UPLOAD_LIFETIME_S = 24 * 3600
 
 PUBLIC = (routes_public.router,)
-KEYED = (routes_generate.router, routes_models.router, routes_prefixes.router)
+KEYED = (
+    routes_generate.router,
+    routes_models.router,
+    routes_prefixes.router,
+    routes_uploads.router,
+    routes_users.router,
+    routes_admin.router,
+)
 
 
 def create_app(services: Services) -> FastAPI:
@@ -45,9 +65,11 @@ def create_app(services: Services) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         services.engine.start()
+        renewing = asyncio.create_task(_keep_leases(services.limiter))
         try:
             yield
         finally:
+            renewing.cancel()
             services.engine.stop()
 
     app = FastAPI(
@@ -67,9 +89,22 @@ def create_app(services: Services) -> FastAPI:
     refusals.install(app)
     openapi.install(app)
     app.add_middleware(
-        RequestLayer, metrics=services.metrics, body_timeout=services.limits.body_timeout
+        RequestLayer,
+        metrics=services.metrics,
+        body_timeout=services.limits.body_timeout,
+        min_body_rate=services.limits.min_body_rate,
     )
     return app
+
+
+async def _keep_leases(limiter: Limiter) -> None:
+    """Let the requests that run here go on counting, for as long as this process lives."""
+    while True:
+        await asyncio.sleep(RENEW_EVERY_S)
+        try:
+            await run_in_threadpool(limiter.renew)
+        except SQLAlchemyError:
+            log.exception("the leases of running requests were not renewed")
 
 
 def _version() -> str:
@@ -86,6 +121,10 @@ class Catalog:
     database: Database
     store: PrefixStore
     tenants: Tenants
+    bindings: Bindings
+    limiter: Limiter
+    audit: AuditLog
+    idempotency: Idempotency
 
 
 def open_catalog(settings: Settings) -> Catalog:
@@ -94,8 +133,12 @@ def open_catalog(settings: Settings) -> Catalog:
     create_tables(database)
     return Catalog(
         database=database,
-        store=PrefixStore(database, LocalBlobs(settings.root / "blobs")),
+        store=PrefixStore(database, open_blobs(settings.blobs_url, settings.root)),
         tenants=Tenants(database),
+        bindings=Bindings(database),
+        limiter=Limiter(database),
+        audit=AuditLog(database),
+        idempotency=Idempotency(database),
     )
 
 
@@ -107,6 +150,8 @@ def api_limits(settings: Settings) -> ApiLimits:
         max_prefix_bytes=settings.max_prefix_bytes,
         max_choices=settings.max_choices,
         body_timeout=settings.body_timeout,
+        min_body_rate=settings.min_body_rate,
+        max_import_bytes=settings.max_import_bytes,
     )
 
 

@@ -55,6 +55,11 @@ class Settings(BaseSettings):
         default=None,
         description="SQLAlchemy URL of the catalog. Default: an SQLite file in the data folder.",
     )
+    blobs_url: str | None = Field(
+        default=None,
+        description="Where uploaded prefixes are kept: s3://bucket/prefix, with the usual AWS_* "
+        "variables for endpoint and credentials. Default: files in the data folder.",
+    )
     block_size: int = Field(
         default=16, ge=1, le=1024, description="Token positions in one KV block."
     )
@@ -86,6 +91,15 @@ class Settings(BaseSettings):
     )
     body_timeout: float = Field(
         default=30.0, gt=0, description="Seconds a client may pause while sending a body."
+    )
+    min_body_rate: int = Field(
+        default=1024,
+        ge=1,
+        description="Slowest a client may send a body, in bytes per second, once body_timeout "
+        "has passed.",
+    )
+    max_import_bytes: int = Field(
+        default=256 * MIB, ge=1024, description="Largest import of bindings, in bytes."
     )
     shutdown_timeout: float = Field(
         default=30.0, ge=0, description="Seconds that running requests get to finish at shutdown."

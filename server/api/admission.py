@@ -8,8 +8,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prefix_store.errors import InvalidReference, UnknownPrefix
 from prefix_store.store import Manifest
+from server.api.choice import Choice, Chooser
 from server.api.sampling import ChatMessage, ChatRequest, CompletionRequest, GenerationFields
 from server.api.served import ServedModel
 from server.engine.request import (
@@ -19,7 +19,7 @@ from server.engine.request import (
     SamplingParams,
     StopParams,
 )
-from server.errors import BadRequest, Conflict, DoesNotFit, NotFound
+from server.errors import BadRequest, DoesNotFit
 
 DEFAULT_COMPLETION_TOKENS = 16
 """What OpenAI generates when a completion names no ``max_tokens``."""
@@ -35,8 +35,13 @@ class Admitted:
 
     id: str
     model: str
-    prefix: Manifest | None
+    choice: Choice
     requests: tuple[AdmittedRequest, ...]
+
+    @property
+    def prefix(self) -> Manifest | None:
+        """The version all of it runs under; None for the bare base."""
+        return self.choice.manifest
 
     @property
     def num_choices(self) -> int:
@@ -51,11 +56,11 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """What admission needs to know. ``resolve(tenant, reference)`` raises UnknownPrefix;
-    ``pool_tokens(prefix_tokens)`` is the most tokens one sequence can ever have in the pool."""
+    """What admission needs to know. ``pool_tokens(prefix_tokens)`` is the most tokens one
+    sequence can ever have in the pool."""
 
     served: ServedModel
-    resolve: Callable[[str, str], Manifest]
+    chooser: Chooser
     pool_tokens: Callable[[int], int]
     max_choices: int
 
@@ -63,14 +68,14 @@ class Door:
         """Admit a completion. Raises BadRequest, DoesNotFit, NotFound, Conflict. Blocking."""
         if isinstance(body.prompt, list) and not isinstance(next(iter(body.prompt), None), int):
             self._check_choices(len(body.prompt), 1)  # before the work of tokenizing them
-        prefix = self._prefix(tenant, body.model)
+        choice = self.chooser.choose(tenant, body.model, body.user)
         prompts = self._prompts(body.prompt)
         sampling = self._sampling(body, top_logprobs=body.logprobs)
         return self._admit(
             "cmpl",
             tenant,
             body,
-            prefix=prefix,
+            choice=choice,
             prompts=prompts,
             sampling=sampling,
             asked=body.max_tokens,
@@ -79,14 +84,14 @@ class Door:
 
     def chat(self, tenant: str, body: ChatRequest) -> Admitted:
         """Admit a chat. Raises as ``completion`` does. Blocking."""
-        prefix = self._prefix(tenant, body.model)
+        choice = self.chooser.choose(tenant, body.model, body.user)
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         sampling = self._sampling(body, top_logprobs=top_logprobs)
         return self._admit(
             "chatcmpl",
             tenant,
             body,
-            prefix=prefix,
+            choice=choice,
             prompts=[self._render(body.messages)],
             sampling=sampling,
             asked=body.max_completion_tokens or body.max_tokens,
@@ -99,7 +104,7 @@ class Door:
         tenant: str,
         body: GenerationFields,
         *,
-        prefix: Manifest | None,
+        choice: Choice,
         prompts: list[tuple[int, ...]],
         sampling: SamplingParams,
         asked: int | None,
@@ -108,6 +113,7 @@ class Door:
         n = body.n or 1
         self._check_choices(len(prompts), n)
         answer_id = f"{kind}-{uuid.uuid4().hex}"
+        prefix = choice.manifest
         handle = None if prefix is None else _handle(prefix)
         requests = tuple(
             AdmittedRequest(
@@ -121,7 +127,7 @@ class Door:
             )
             for position, prompt in enumerate(prompts)
         )
-        return Admitted(id=answer_id, model=body.model, prefix=prefix, requests=requests)
+        return Admitted(id=answer_id, model=body.model, choice=choice, requests=requests)
 
     def _check_choices(self, prompts: int, n: int) -> None:
         if prompts * n > self.max_choices:
@@ -130,31 +136,6 @@ class Door:
                 f"received {prompts} prompts times n = {n}",
                 param="n",
             )
-
-    def _prefix(self, tenant: str, model: str) -> Manifest | None:
-        """None for the base; never the base for a name that is not known."""
-        base = self.served.name
-        if model == base:
-            return None
-        reference = model.removeprefix(f"{base}:")
-        try:
-            manifest = self.resolve(tenant, reference)
-        except (UnknownPrefix, InvalidReference):
-            raise NotFound(
-                f"the model {model[:300]!a} does not exist: expected {base!a}, a prefix reference "
-                f"(name, name@3, name@alias) or {base!a}:reference",
-                code="model_not_found",
-                param="model",
-            ) from None
-        if manifest.fingerprint != self.served.base.fingerprint:
-            raise Conflict(
-                f"the prefix {manifest.name}@{manifest.version} was uploaded for another base "
-                f"model ({manifest.fingerprint}) than the one served now "
-                f"({self.served.base.fingerprint})",
-                code="base_mismatch",
-                param="model",
-            )
-        return manifest
 
     def _prompts(
         self, prompt: str | list[str] | list[int] | list[list[int]]

@@ -9,17 +9,19 @@ from pydantic import BaseModel
 from server.api.metrics import Endpoint
 from server.api.served import Tokenizer
 from server.engine.request import FinishReason, TokenEvent, TokenLogprob
+from server.tenants.bindings import ChosenBy
 
 # JSON has no minus infinity; vLLM writes this number for it.
 _LOWEST_LOGPROB = -9999.0
 
 
 class PrefixUsed(BaseModel):
-    """The version that answered, fixed when the request was admitted."""
+    """The version that answered, fixed when the request was admitted, and why this one."""
 
     name: str
     version: int
     digest: str
+    chosen_by: ChosenBy
 
 
 class Usage(BaseModel):

@@ -9,7 +9,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from server.api.services import ServicesDep
 from server.errors import Forbidden, NotAuthenticated
-from server.tenants.registry import Principal, Scope
+from server.tenants.principal import OPERATOR_TENANT, Actor, Principal, Scope
 
 _bearer = HTTPBearer(auto_error=False, description="An API key: `prefixd key create`.")
 
@@ -45,3 +45,24 @@ def requires(scope: Scope) -> Callable[[Principal], Principal]:
 Reader = Annotated[Principal, Depends(requires(Scope.READ))]
 Generator = Annotated[Principal, Depends(requires(Scope.GENERATE))]
 Writer = Annotated[Principal, Depends(requires(Scope.WRITE))]
+Admin = Annotated[Principal, Depends(requires(Scope.ADMIN))]
+
+
+def _operator(principal: Admin) -> Principal:
+    if not principal.is_operator:
+        raise Forbidden(
+            f"this needs an admin key of the tenant '{OPERATOR_TENANT}'", code="operator_only"
+        )
+    return principal
+
+
+Operator = Annotated[Principal, Depends(_operator)]
+
+
+def _actor(request: Request, principal: Annotated[Principal, Depends(authenticated)]) -> Actor:
+    request_id = getattr(request.state, "request_id", None)
+    return Actor(tenant=principal.tenant, key_id=principal.key_id, request_id=request_id)
+
+
+Acting = Annotated[Actor, Depends(_actor)]
+"""Who the audit log names for a request."""

@@ -14,15 +14,19 @@ from prefix_store.errors import StoreError
 from prefix_store.store import Manifest
 from server.api.admission import Admitted, Door
 from server.api.answers import Collected, Dialect, PrefixUsed
+from server.api.bill import Bill
 from server.api.bridge import ClientGone, Generation, while_connected
+from server.api.choice import Chooser
 from server.api.metrics import Outcome, Stopwatch
 from server.api.refusals import error_body, request_id_of
 from server.api.sampling import GenerationFields
 from server.api.services import Services
 from server.api.sse import DONE, EventStream, frame
 from server.engine.engine import Engine
-from server.engine.request import Event, FinishEvent, FinishReason
+from server.engine.request import Event, FinishEvent, FinishReason, TokenEvent
 from server.errors import EngineFailure, PrefixdError, Unavailable
+from server.tenants.limiter import Grant
+from server.tenants.principal import Principal
 
 CLIENT_CLOSED_REQUEST = 499
 """What nginx logs when the client left first; nobody receives it."""
@@ -36,7 +40,7 @@ def door_of(services: Services) -> Door:
 
     return Door(
         served=services.served,
-        resolve=resolve,
+        chooser=Chooser(services.served, resolve, services.bindings.chosen),
         pool_tokens=services.engine.config.max_tokens_for,
         max_choices=services.limits.max_choices,
     )
@@ -46,22 +50,32 @@ async def respond(
     request: Request,
     *,
     services: Services,
+    principal: Principal,
     body: GenerationFields,
     admit: Callable[[], Admitted],
     dialect: Dialect,
 ) -> Response:
-    """Run ``admit`` off the loop, then the engine, and word the outcome."""
+    """Run ``admit`` off the loop, count it, run it on the engine, and word the outcome."""
+
+    def admit_and_count() -> tuple[Admitted, Grant]:
+        admitted = admit()
+        grant = services.limiter.admit(
+            principal.tenant, principal.quota, tokens=admitted.prompt_tokens
+        )
+        return admitted, grant
+
     watch = Stopwatch(services.metrics, dialect.endpoint)
     try:
         if not services.engine.ready:
             raise Unavailable("the engine is not running", retry_after=1)
-        admitted = await run_in_threadpool(admit)
+        admitted, grant = await run_in_threadpool(admit_and_count)
     except (PrefixdError, StoreError):
         watch.finish(Outcome.REFUSED)
         raise
     answer = _Answer(
         engine=services.engine,
         admitted=admitted,
+        bill=Bill(services.limiter, grant),
         dialect=dialect,
         watch=watch,
         created=int(time.time()),
@@ -78,6 +92,7 @@ async def respond(
         first = await while_connected(request.receive, _next(frames))
         return EventStream(first, frames, answer.headers)
     except ClientGone:
+        await answer.bill.settle()  # for one who left before the work had begun
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
@@ -91,6 +106,7 @@ class _Answer:
 
     engine: Engine
     admitted: Admitted
+    bill: Bill
     dialect: Dialect
     watch: Stopwatch
     created: int
@@ -99,13 +115,15 @@ class _Answer:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Which prefix answers, for those who do not read bodies."""
-        prefix = self.admitted.prefix
-        if prefix is None:
-            return {}
+        """Which prefix answers and what is left of the rates, for those who read no bodies."""
+        used = self._used
+        if used is None:
+            return dict(self.bill.headers)
         return {
-            "x-prefixd-prefix": f"{prefix.name}@{prefix.version}",
-            "x-prefixd-prefix-digest": prefix.digest,
+            **self.bill.headers,
+            "x-prefixd-prefix": f"{used.name}@{used.version}",
+            "x-prefixd-prefix-digest": used.digest,
+            "x-prefixd-prefix-chosen-by": used.chosen_by,
         }
 
     async def whole(self) -> dict[str, Any]:
@@ -120,11 +138,12 @@ class _Answer:
                         choices[choice].finish_reason = event.reason
                         completion_tokens += event.completion_tokens
                     else:
-                        self.watch.tokens(len(event.token_ids))
+                        self._generated(event)
                         choices[choice].add(event)
             self.watch.finish(Outcome.OK, sequences=len(choices))
         finally:
             self.watch.finish(Outcome.ABORTED)
+            await self.bill.settle()
         return {
             **self._envelope(self.dialect.object),
             "choices": [
@@ -152,20 +171,28 @@ class _Answer:
                         completion_tokens += event.completion_tokens
                         yield self._chunk([self.dialect.closing(choice, event.reason)])
                         continue
-                    self.watch.tokens(len(event.token_ids))
+                    self._generated(event)
                     if event.text or event.logprobs:
                         yield self._chunk([self.dialect.delta(choice, event, choices[choice])])
             if self.wants_usage:
                 yield self._chunk([], usage=self._usage(completion_tokens))
+            # Before the last frame: who has read it may send the next request.
+            await self.bill.settle()
             yield DONE
             self.watch.finish(Outcome.OK, sequences=len(choices))
         except PrefixdError as error:
             if not opened:
                 raise
             yield frame(error_body(error, self.request_id))
+            await self.bill.settle()
             yield DONE
         finally:
             self.watch.finish(Outcome.ABORTED)
+            await self.bill.settle()
+
+    def _generated(self, event: TokenEvent) -> None:
+        self.watch.tokens(len(event.token_ids))
+        self.bill.output_tokens += len(event.token_ids)
 
     def _check(self, event: Event) -> None:
         """Raise when a sequence of this request failed: the others are not worth waiting for."""
@@ -185,8 +212,7 @@ class _Answer:
         return frame(chunk)
 
     def _envelope(self, kind: str) -> dict[str, Any]:
-        prefix = self.admitted.prefix
-        used = prefix and PrefixUsed(name=prefix.name, version=prefix.version, digest=prefix.digest)
+        used = self._used
         return {
             "id": self.admitted.id,
             "object": kind,
@@ -194,6 +220,15 @@ class _Answer:
             "model": self.admitted.model,
             "prefix": used and used.model_dump(),
         }
+
+    @property
+    def _used(self) -> PrefixUsed | None:
+        prefix, why = self.admitted.prefix, self.admitted.choice.chosen_by
+        if prefix is None or why is None:
+            return None
+        return PrefixUsed(
+            name=prefix.name, version=prefix.version, digest=prefix.digest, chosen_by=why
+        )
 
     def _usage(self, completion_tokens: int) -> dict[str, int]:
         prompt_tokens = self.admitted.prompt_tokens

@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -24,21 +25,24 @@ _METHODS = frozenset({"GET", "PUT", "POST", "DELETE", "HEAD", "OPTIONS", "PATCH"
 
 
 class RequestLayer:
-    """Gives each request an id, cuts off senders that stall, logs one line, and turns an
-    exception nobody caught into a 500 that tells nothing of it."""
+    """Gives each request an id, cuts off senders that stall or dribble, logs one line, and turns
+    an exception nobody caught into a 500 that tells nothing of it."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, body_timeout: float) -> None:
-        """``body_timeout`` is the longest pause, in seconds, while a body is being sent."""
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, body_timeout: float, min_body_rate: float
+    ) -> None:
+        """``body_timeout`` is the longest pause, in seconds, while a body is being sent, and all
+        that a body may take beyond its size divided by ``min_body_rate`` (bytes per second)."""
         self._app = app
         self._metrics = metrics
-        self._body_timeout = body_timeout
+        self._patience = Patience(body_timeout, min_body_rate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; other scopes pass through."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send, self._body_timeout)
+        exchange = _Exchange(scope, receive, send, self._patience)
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except Exception:
@@ -69,10 +73,22 @@ class RequestLayer:
         log.info("request", **fields)
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a body may be waited for. Only waiting counts, not what the server does between."""
+
+    pause: float
+    min_rate: float
+
+    def left(self, *, waited: float, received: int) -> float:
+        """Seconds the next piece may take, after ``waited`` seconds for ``received`` bytes."""
+        return min(self.pause, self.pause + received / self.min_rate - waited)
+
+
 class _Exchange:
     """One request and its answer, as they pass."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, body_timeout: float) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, patience: Patience) -> None:
         offered = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         good = _REQUEST_ID.fullmatch(offered) is not None
         self.request_id = offered if good else f"req-{uuid.uuid4().hex}"
@@ -80,21 +96,29 @@ class _Exchange:
         self.status: int | None = None
         self._receive = receive
         self._send = send
-        self._body_timeout = body_timeout
+        self._patience = patience
+        self._waited = 0.0
+        self._received = 0
         self._body_complete = False
         scope.setdefault("state", {})["request_id"] = self.request_id
 
     async def receive(self) -> Message:
-        """The next message; raise SlowBody when a body stalls."""
+        """The next message; raise SlowBody when a body stalls or dribbles."""
         if self._body_complete:
             return await self._receive()
+        left = self._patience.left(waited=self._waited, received=self._received)
+        began = time.perf_counter()
         try:
-            async with asyncio.timeout(self._body_timeout):
+            async with asyncio.timeout(left):
                 message = await self._receive()
         except TimeoutError:
             raise SlowBody(
-                f"expected the body to go on within {self._body_timeout:g} s; nothing came"
+                f"expected the body to go on within {self._patience.pause:g} s and at "
+                f"{self._patience.min_rate:g} bytes per second or more; received "
+                f"{self._received} bytes in all"
             ) from None
+        self._waited += time.perf_counter() - began
+        self._received += len(message.get("body", b""))
         if message["type"] != "http.request" or not message.get("more_body", False):
             self._body_complete = True
         return message

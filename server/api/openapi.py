@@ -5,12 +5,25 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from server.api.admin_schemas import NewKey, NewTenant, QuotaChange, Rotation
 from server.api.body import StrictModel
 from server.api.refusals import ErrorBody
-from server.api.routes_prefixes import AliasTarget, TextPrefix
+from server.api.routes_prefixes import AliasTarget
+from server.api.routes_uploads import TextPrefix
+from server.api.routes_users import BindingTarget
 from server.api.sampling import ChatRequest, CompletionRequest
 
-_BODIES: tuple[type[StrictModel], ...] = (CompletionRequest, ChatRequest, TextPrefix, AliasTarget)
+_BODIES: tuple[type[StrictModel], ...] = (
+    CompletionRequest,
+    ChatRequest,
+    TextPrefix,
+    AliasTarget,
+    BindingTarget,
+    NewTenant,
+    QuotaChange,
+    NewKey,
+    Rotation,
+)
 _REFERENCE = "#/components/schemas/{model}"
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -24,6 +37,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (409, "The state of the thing does not allow this now."),
         (413, "The body is too large."),
         (422, "The uploaded prefix is refused."),
+        (429, "The tenant is over one of its limits."),
         (500, "The server failed."),
         (503, "The server is starting, full or stopping."),
     )

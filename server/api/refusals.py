@@ -1,5 +1,6 @@
 """Every error in one shape: {"error": {"message", "type", "code", "param", "request_id"}}."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -62,9 +63,10 @@ def error_response(
     error: PrefixdError, request_id: str | None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """``error`` as a response."""
-    sent = dict(headers or {})
+    sent = {**(headers or {}), **error.headers}
     if error.retry_after is not None:
-        sent["Retry-After"] = str(max(1, round(error.retry_after)))
+        # Rounded up: who waits as long as told is not refused again.
+        sent["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if error.status == HTTPStatus.UNAUTHORIZED:
         sent["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error, request_id), error.status, headers=sent)

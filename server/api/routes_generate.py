@@ -31,6 +31,7 @@ async def create_completion(
     return await respond(
         request,
         services=services,
+        principal=principal,
         body=body,
         admit=partial(door_of(services).completion, principal.tenant, body),
         dialect=CompletionsDialect(services.served.tokenizer, body.logprobs),
@@ -53,6 +54,7 @@ async def create_chat_completion(
     return await respond(
         request,
         services=services,
+        principal=principal,
         body=body,
         admit=partial(door_of(services).chat, principal.tenant, body),
         dialect=ChatDialect(services.served.tokenizer, top_logprobs),

@@ -94,7 +94,12 @@ class GenerationFields(StrictModel):
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
     include_stop_str_in_output: bool | None = None
 
-    user: str | None = Field(default=None, max_length=512, description="Accepted; ignored for now.")
+    user: str | None = Field(
+        default=None,
+        max_length=512,
+        description="Your end user. With the base as `model`, the prefix "
+        "the user is bound to answers, else your default prefix, else the base.",
+    )
 
     metadata: dict[str, Any] | None = Field(default=None, description="Ignored.")
     store: bool | None = Field(default=None, description="Ignored: nothing is stored.")

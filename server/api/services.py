@@ -10,18 +10,25 @@ from prefix_store.store import PrefixStore
 from server.api.metrics import Metrics
 from server.api.served import ServedModel
 from server.engine.engine import Engine
+from server.tenants.audit import AuditLog
+from server.tenants.bindings import Bindings
+from server.tenants.idempotency import Idempotency
+from server.tenants.limiter import Limiter
 from server.tenants.registry import Tenants
 
 
 @dataclass(frozen=True, slots=True)
 class ApiLimits:
-    """The API room's slice of the settings. Sizes in bytes, times in seconds."""
+    """The API room's slice of the settings. Sizes in bytes, times in seconds, rates in bytes per
+    second."""
 
     upload_dir: Path
     max_body_bytes: int
     max_prefix_bytes: int
     max_choices: int
     body_timeout: float
+    min_body_rate: int
+    max_import_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,10 @@ class Services:
     limits: ApiLimits
     store: PrefixStore
     tenants: Tenants
+    bindings: Bindings
+    limiter: Limiter
+    audit: AuditLog
+    idempotency: Idempotency
     engine: Engine
     served: ServedModel
     metrics: Metrics

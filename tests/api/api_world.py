@@ -23,6 +23,10 @@ from server.engine.config import SchedulerConfig
 from server.engine.engine import Engine
 from server.engine.request import PrefixKey
 from server.engine.step import PrefixUnavailable, Step, StepOutput
+from server.tenants.audit import AuditLog
+from server.tenants.bindings import Bindings
+from server.tenants.idempotency import Idempotency
+from server.tenants.limiter import Limiter
 from server.tenants.registry import Scope, Tenants
 from server.testing import (
     EOS,
@@ -48,7 +52,12 @@ BASE = BaseSpec(
 )
 MAX_POSITIONS = 400
 POOL_BLOCKS = 32
-LIMITS = {"max_body_bytes": 64 * 1024, "max_prefix_bytes": 32 * 1024, "max_choices": 16}
+LIMITS = {
+    "max_body_bytes": 64 * 1024,
+    "max_prefix_bytes": 32 * 1024,
+    "max_choices": 16,
+    "max_import_bytes": 1024 * 1024,
+}
 
 
 @dataclass
@@ -85,6 +94,13 @@ class GatedRunner(FakeRunner):
 
 
 @dataclass
+class Clock:
+    """The limiter's clock, in seconds."""
+
+    now: float = 1_800_000_000.0
+
+
+@dataclass
 class World:
     """Everything a test may reach for."""
 
@@ -92,6 +108,18 @@ class World:
     services: Services
     runner: GatedRunner
     keys: dict[str, str]
+    clock: Clock
+    database: Database
+
+    def add_tenant(self, name: str) -> None:
+        """Keys ``name`` (all scopes but admin), ``name:all``, and ``name:scope`` of each scope."""
+        tenants = self.services.tenants
+        if name not in {known.name for known in tenants.list_tenants()}:
+            tenants.create_tenant(name)
+        self.keys[name] = tenants.create_key(tenant=name).text
+        self.keys[f"{name}:all"] = tenants.create_key(tenant=name, scopes=list(Scope)).text
+        for scope in Scope:
+            self.keys[f"{name}:{scope}"] = tenants.create_key(tenant=name, scopes=[scope]).text
 
     def headers(self, tenant: str = "acme") -> dict[str, str]:
         return {"Authorization": f"Bearer {self.keys[tenant]}"}
@@ -103,6 +131,7 @@ def make_world(tmp_path: Path) -> Iterator[World]:
     create_tables(database)
     store = PrefixStore(database, LocalBlobs(tmp_path / "blobs"))
     tenants = Tenants(database)
+    clock = Clock()
     keys = {}
     for name in ("acme", "beta"):
         tenants.create_tenant(name)
@@ -119,9 +148,13 @@ def make_world(tmp_path: Path) -> Iterator[World]:
     uploads = tmp_path / "uploads"
     uploads.mkdir()
     services = Services(
-        limits=ApiLimits(upload_dir=uploads, body_timeout=5.0, **LIMITS),
+        limits=ApiLimits(upload_dir=uploads, body_timeout=5.0, min_body_rate=1024, **LIMITS),
         store=store,
         tenants=tenants,
+        bindings=Bindings(database),
+        limiter=Limiter(database, now=lambda: clock.now),
+        audit=AuditLog(database),
+        idempotency=Idempotency(database),
         engine=engine,
         served=ServedModel(
             name="tiny",
@@ -134,7 +167,14 @@ def make_world(tmp_path: Path) -> Iterator[World]:
         ),
         metrics=Metrics(engine.stats),
     )
-    yield World(app=create_app(services), services=services, runner=runner, keys=keys)
+    yield World(
+        app=create_app(services),
+        services=services,
+        runner=runner,
+        keys=keys,
+        clock=clock,
+        database=database,
+    )
     runner.gate.set()
     database.dispose()
 

@@ -1,17 +1,23 @@
 """Who may do what: generated from the application's own table of routes."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
-from api_world import World, error_of, put_text
+from api_world import World, error_of, make_world, put_text
 from fastapi import APIRouter
 from fastapi.testclient import TestClient
+from sqlalchemy import update
 
 import server.app
+from prefix_store.database import writing
 from server.app import KEYED, PUBLIC
 from server.tenants import keys
 from server.tenants.registry import Scope
+from server.tenants.tables import api_keys
 
 EXAMPLES = {
     "name": "voice",
@@ -19,13 +25,25 @@ EXAMPLES = {
     "alias": "prod",
     "version": "1",
     "model:path": "voice",
+    "user:path": "ann",
+    "key_id": "KKKKKKKKKKKK",
+    "tenant": "gamma",
 }
 BODIES: dict[str, Any] = {
     "/v1/completions": {"model": "voice", "prompt": "x"},
     "/v1/chat/completions": {"model": "voice", "messages": [{"role": "user", "content": "x"}]},
     "/v1/prefixes/{name}/aliases/{alias}": {"version": 1},
     "/v1/prefixes/{name}": {"kind": "text", "text": "theirs"},
+    "/v1/users/{user:path}/prefix": {"prefix": "voice"},
+    "/v1/default/prefix": {"prefix": "voice@prod"},
+    "/v1/admin/tenants": {"name": "delta"},
+    "/v1/admin/tenants/{tenant}/quota": {"max_prefixes": 5},
+    "/v1/admin/keys": {"tenant": "gamma"},
+    "/v1/admin/keys/{key_id}/rotate": {"overlap_seconds": 60},
 }
+LINES = b'{"user": "ann", "prefix": "voice"}\n'
+# Listings that can be asked to be another tenant's.
+QUERIES = {("GET", "/v1/admin/keys"), ("GET", "/v1/admin/audit")}
 PUBLIC_PATHS = {"/health/live", "/health/ready", "/metrics"}
 
 
@@ -95,19 +113,43 @@ def test_a_revoked_key_stops_at_once(client: TestClient, world: World) -> None:
     assert client.get("/v1/models", headers=headers).status_code == 401
 
 
+def ask(client: TestClient, method: str, path: str, headers: dict[str, str]) -> httpx2.Response:
+    """A good request to a route, about the things of EXAMPLES."""
+    where = url(path) + ("?tenant=gamma" if (method, path) in QUERIES else "")
+    if path.endswith(":import"):
+        headers = {**headers, "content-type": "application/x-ndjson"}
+        return client.request(method, where, content=LINES, headers=headers)
+    body = BODIES.get(path) if method in {"PUT", "POST", "PATCH"} else None
+    return client.request(method, where, json=body, headers=headers)
+
+
+def give_things(client: TestClient, world: World, tenant: str) -> None:
+    """Everything EXAMPLES names, as ``tenant``'s own."""
+    headers = world.headers(tenant)
+    put_text(client, "voice", f"{tenant}'s", headers)
+    client.put("/v1/prefixes/voice/aliases/prod", json={"version": 1}, headers=headers)
+    client.put("/v1/users/ann/prefix", json={"prefix": "voice"}, headers=headers)
+    client.put("/v1/default/prefix", json={"prefix": "voice"}, headers=headers)
+    issued = world.services.tenants.create_key(tenant=tenant, label="theirs")
+    with writing(world.database) as connection:
+        mine = api_keys.c.key_id == issued.record.key_id
+        connection.execute(update(api_keys).where(mine).values(key_id=EXAMPLES["key_id"]))
+
+
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 def test_every_route_wants_one_scope(
     client: TestClient, world: World, method: str, path: str
 ) -> None:
-    put_text(client, "voice", "acme's", world.headers())
-    client.put("/v1/prefixes/voice/aliases/prod", json={"version": 1})
+    world.add_tenant("gamma")
+    world.add_tenant("operator")
+    give_things(client, world, "operator")
     wanted = Scope.GENERATE if "completions" in path else Scope.WRITE
     if method == "GET":
         wanted = Scope.READ
+    if path.startswith("/v1/admin/"):
+        wanted = Scope.ADMIN
     for scope in Scope:
-        answer = client.request(
-            method, url(path), json=BODIES.get(path), headers=world.headers(f"acme:{scope}")
-        )
+        answer = ask(client, method, path, world.headers(f"operator:{scope}"))
         if scope is wanted:
             assert answer.status_code < 300, answer.text
         else:
@@ -115,25 +157,57 @@ def test_every_route_wants_one_scope(
             assert error_of(answer)["code"] == "insufficient_scope"
 
 
+def masked(answer: httpx2.Response, world: World) -> tuple[int, str, dict[str, str]]:
+    """All there is to see of an answer but what any two answers differ in: times, new keys."""
+    text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", answer.text)
+    for name, key in world.keys.items():
+        text = text.replace(key.split("_")[1], f"ID-{name}")
+    text = re.sub(r'"(key|key_id)":"[^"]*"', r'"\1":"NEW"', text)
+    headers = {name: value for name, value in answer.headers.items() if name != "date"}
+    if '"NEW"' in text:
+        del headers["content-length"]
+    return answer.status_code, text, headers
+
+
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_anothers_prefix_and_no_prefix_are_the_same(
-    client: TestClient, world: World, method: str, path: str
-) -> None:
-    """What beta sees of a name is the same bytes whether acme has it or nobody has."""
-    if path in {"/v1/models", "/v1/prefixes"} or (method, path) == ("PUT", "/v1/prefixes/{name}"):
-        pytest.skip("no name to ask for, or it makes one")
+def test_anothers_thing_and_no_thing_are_the_same(tmp_path: Path, method: str, path: str) -> None:
+    """What beta, who may do everything within its tenant, sees of a thing is the same bytes
+    whether gamma has it or nobody has."""
     seen = []
     for present in (False, True):
-        if present:
-            put_text(client, "voice", "acme's", world.headers())
-            client.put("/v1/prefixes/voice/aliases/prod", json={"version": 1})
-        headers = {**world.headers("beta"), "x-request-id": "same"}
-        answer = client.request(method, url(path), json=BODIES.get(path), headers=headers)
-        assert answer.status_code == 404
-        error_of(answer)
-        dated = {name: v for name, v in answer.headers.items() if name != "date"}
-        seen.append((answer.status_code, answer.content, dated))
+        with make_world(tmp_path / str(present)) as world, TestClient(world.app) as client:
+            world.add_tenant("beta")
+            if present:
+                world.add_tenant("gamma")
+                give_things(client, world, "gamma")
+            headers = {**world.headers("beta:all"), "x-request-id": "same"}
+            answer = ask(client, method, path, headers)
+            assert answer.status_code < 500
+            assert "gamma's" not in answer.text
+            seen.append(masked(answer, world))
     assert seen[0] == seen[1]
+    named = "{" in path and path != "/v1/prefixes/{name}/aliases" and method == "GET"
+    assert seen[0][0] == 404 or not named
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_anothers_things_stay_as_they_are(
+    client: TestClient, world: World, method: str, path: str
+) -> None:
+    world.add_tenant("beta")
+    world.add_tenant("gamma")
+    give_things(client, world, "gamma")
+
+    def things() -> list[Any]:
+        headers = world.headers("gamma")
+        asked = ("prefixes/voice@prod", "users/ann/prefix", "default/prefix", "models", "users")
+        found: list[Any] = [client.get(f"/v1/{one}", headers=headers).json() for one in asked]
+        tenants = world.services.tenants
+        return [*found, tenants.tenant("gamma"), tenants.list_keys("gamma")]
+
+    before = things()
+    ask(client, method, path, world.headers("beta:all"))
+    assert things() == before
 
 
 def test_listings_hold_only_ones_own(client: TestClient, world: World) -> None:

@@ -38,7 +38,12 @@ def test_the_base_answers(client: TestClient) -> None:
 def test_a_prefix_answers_and_is_named(client: TestClient, world: World, model: str) -> None:
     manifest = put_text(client, "support", "You are terse.", world.headers())
     answer = complete(client, model=model)
-    used = {"name": "support", "version": 1, "digest": manifest["digest"]}
+    used = {
+        "name": "support",
+        "version": 1,
+        "digest": manifest["digest"],
+        "chosen_by": "model",
+    }
     assert answer.json()["prefix"] == used
     assert answer.json()["model"] == model
     assert answer.json()["choices"][0]["text"] == said(manifest["digest"], "hello", 8)
@@ -133,7 +138,12 @@ def test_a_stream_adds_up_to_the_answer(client: TestClient, world: World) -> Non
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["x-prefixd-prefix"] == "support@1"
     chunks = events(answer.text)
-    used = {"name": "support", "version": 1, "digest": manifest["digest"]}
+    used = {
+        "name": "support",
+        "version": 1,
+        "digest": manifest["digest"],
+        "chosen_by": "model",
+    }
     assert all(chunk["prefix"] == used for chunk in chunks)
     assert len({chunk["id"] for chunk in chunks}) == 1
     *pieces, last = chunks

@@ -1,0 +1,37 @@
+"""What a running request owes its tenant's limits, settled once, however the request ends."""
+
+import asyncio
+from collections.abc import Mapping
+
+from fastapi.concurrency import run_in_threadpool
+
+from server.tenants.limiter import Grant, Limiter
+
+
+class Bill:
+    """``output_tokens`` counts up while the request runs."""
+
+    def __init__(self, limiter: Limiter, grant: Grant) -> None:
+        self._limiter = limiter
+        self._grant = grant
+        self._settled = False
+        self.output_tokens = 0
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What was left of the tenant's rates when the request was let in."""
+        return self._grant.headers
+
+    async def settle(self) -> None:
+        """Charge the output and free the request's place; again does nothing.
+
+        Goes on to its end when the caller is cancelled: a place not freed would stay taken until
+        its lease runs out.
+        """
+        if self._settled or not self._grant.quota.is_metered:
+            return
+        self._settled = True
+        await asyncio.shield(asyncio.ensure_future(self._settle()))
+
+    async def _settle(self) -> None:
+        await run_in_threadpool(self._limiter.settle, self._grant, output_tokens=self.output_tokens)

@@ -1,0 +1,77 @@
+"""Which prefix a request runs under, and why: named by its model, bound to its user, by default.
+
+A reference becomes a digest here, once. Nothing below admission knows names, so an alias or a
+binding that moves later changes nothing about a request that was admitted.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prefix_store.errors import InvalidReference, UnknownPrefix
+from prefix_store.store import Manifest
+from server.api.served import ServedModel
+from server.errors import Conflict, NotFound
+from server.tenants.bindings import ChosenBy
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A version and why it was chosen; both None for the bare base."""
+
+    manifest: Manifest | None = None
+    chosen_by: ChosenBy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chooser:
+    """``resolve(tenant, reference)`` raises UnknownPrefix or InvalidReference;
+    ``bound(tenant, user)`` gives the reference of a user, or the tenant's default."""
+
+    served: ServedModel
+    resolve: Callable[[str, str], Manifest]
+    bound: Callable[[str, str], tuple[str, ChosenBy] | None]
+
+    def choose(self, tenant: str, model: str, user: str | None) -> Choice:
+        """Raises NotFound for what does not exist, never falling back to the base; Conflict for
+        a prefix of another base."""
+        base = self.served.name
+        if model != base:
+            found = self._find(tenant, model.removeprefix(f"{base}:"))
+            if found is None:
+                raise NotFound(
+                    f"the model {model[:300]!a} does not exist: expected {base!a}, a prefix "
+                    f"reference (name, name@3, name@alias) or {base!a}:reference",
+                    code="model_not_found",
+                    param="model",
+                )
+            return self._checked(found, ChosenBy.MODEL)
+        chosen = None if user is None else self.bound(tenant, user)
+        if chosen is None:
+            return Choice()
+        reference, why = chosen
+        found = self._find(tenant, reference)
+        if found is None:
+            whose = "this user's" if why is ChosenBy.USER else "the tenant's default"
+            raise NotFound(
+                f"{whose} prefix {reference!a} does not exist any more: bind another one",
+                code="bound_prefix_not_found",
+                param="user",
+            )
+        return self._checked(found, why)
+
+    def _find(self, tenant: str, reference: str) -> Manifest | None:
+        try:
+            return self.resolve(tenant, reference)
+        except (UnknownPrefix, InvalidReference):
+            return None
+
+    def _checked(self, manifest: Manifest, why: ChosenBy) -> Choice:
+        if manifest.fingerprint != self.served.base.fingerprint:
+            raise Conflict(
+                f"the prefix {manifest.name}@{manifest.version} was uploaded for another base "
+                f"model ({manifest.fingerprint}) than the one served now "
+                f"({self.served.base.fingerprint})",
+                code="base_mismatch",
+                param="model" if why is ChosenBy.MODEL else "user",
+            )
+        return Choice(manifest, why)

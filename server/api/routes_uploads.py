@@ -1,0 +1,129 @@
+"""PUT /v1/prefixes/{name}: a new version, from PEFT's files or a text."""
+
+from contextlib import AbstractAsyncContextManager
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from pydantic import Field
+
+from server.api.auth import Acting, Writer
+from server.api.body import StrictModel, json_request, media_type, parse_json, read_capped
+from server.api.manifests import PrefixManifest
+from server.api.multipart import Upload, received
+from server.api.publishing import Publishing, parse_metadata, task_id_of
+from server.api.services import Services, ServicesDep
+from server.errors import BadRequest
+
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
+
+
+class TextPrefix(StrictModel):
+    """A hard prompt, as the JSON body of PUT /v1/prefixes/{name}."""
+
+    kind: Literal["text"]
+    text: str = Field(min_length=1)
+    metadata: dict[str, Any] | None = None
+
+
+_UPLOAD = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            **json_request(TextPrefix)["requestBody"]["content"],
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["config", "weights"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "config": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "PEFT's adapter_config.json",
+                        },
+                        "weights": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "PEFT's adapter_model.safetensors",
+                        },
+                        "metadata": {
+                            "type": "string",
+                            "description": "A JSON object; `task_id` chooses the task of a "
+                            "MULTITASK_PROMPT_TUNING prefix.",
+                        },
+                    },
+                }
+            },
+        },
+    }
+}
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(description="The same key with the same upload gets the same answer, for a day."),
+]
+
+
+@router.put(
+    "/{name}",
+    response_model=PrefixManifest,
+    responses={
+        200: {"description": "The same bytes were there already, as this version."},
+        201: {"description": "A new version.", "model": PrefixManifest},
+    },
+    openapi_extra=_UPLOAD,
+)
+async def put_prefix(
+    *,
+    request: Request,
+    response: Response,
+    name: str,
+    services: ServicesDep,
+    principal: Writer,
+    actor: Acting,
+    idempotency_key: IdempotencyKey = None,
+) -> PrefixManifest:
+    """Upload a prefix: PEFT's two files as multipart, or a text as JSON. Durable on return."""
+    publishing = Publishing(
+        services=services, principal=principal, actor=actor, name=name, key=idempotency_key
+    )
+    kind = media_type(request)
+    if kind == "multipart/form-data":
+        async with _peft(request, services) as upload:
+            for part in ("config", "weights"):
+                if part not in upload.names:
+                    raise BadRequest(
+                        f"the part '{part}' is missing", code="missing_part", param=part
+                    )
+            metadata = parse_metadata(upload.parts.get("metadata"))
+            done = await run_in_threadpool(
+                publishing.peft,
+                upload.parts["config"],
+                upload.file,
+                metadata=metadata,
+                task_id=task_id_of(metadata),
+            )
+    elif kind == "application/json":
+        body = parse_json(TextPrefix, await read_capped(request, services.limits.max_body_bytes))
+        done = await run_in_threadpool(publishing.text, body.text, metadata=body.metadata)
+    else:
+        raise BadRequest(
+            "expected the content type multipart/form-data (parts config, weights and optionally "
+            f"metadata) or application/json (a text); received {kind[:80]!a}",
+            code="unsupported_media_type",
+        )
+    response.status_code = done.status
+    if done.replayed:
+        response.headers["idempotency-replayed"] = "true"
+    return PrefixManifest.model_validate(done.body)
+
+
+def _peft(request: Request, services: Services) -> AbstractAsyncContextManager[Upload]:
+    return received(
+        request,
+        small=("config", "metadata"),
+        file="weights",
+        folder=services.limits.upload_dir,
+        limit=services.limits.max_prefix_bytes,
+    )
