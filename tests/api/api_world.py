@@ -76,7 +76,7 @@ class StoreBackedSource:
 
 
 class GatedRunner(FakeRunner):
-    """A FakeRunner that can be held, or made to fail."""
+    """A FakeRunner that can be held, at once or before its step ``hold_at``, or made to fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,9 +84,12 @@ class GatedRunner(FakeRunner):
         self.gate.set()
         self.entered = threading.Event()
         self.fail = False
+        self.hold_at: int | None = None
 
     def run(self, step: Step) -> StepOutput:
         self.entered.set()
+        if self.hold_at is not None and len(self.steps) == self.hold_at:
+            self.gate.clear()
         assert self.gate.wait(30), "the test never opened the gate"
         if self.fail:
             raise RuntimeError("a secret of the device")

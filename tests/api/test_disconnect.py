@@ -113,11 +113,14 @@ def test_leaving_in_mid_stream_aborts(world: World) -> None:
 
 def test_an_engine_that_fails_in_mid_stream_says_so_in_the_stream(world: World) -> None:
     async def scenario() -> None:
+        world.runner.hold_at = 4
         caller = Caller(world, {"stream": True, "max_tokens": 300})
         request = asyncio.create_task(caller.run())
         await caller.sent.get()
         await caller.sent.get()
         world.runner.fail = True
+        world.runner.hold_at = None
+        world.runner.gate.set()
         await request
         frames = b""
         while not caller.sent.empty():
@@ -135,11 +138,17 @@ def test_an_engine_that_fails_in_mid_stream_says_so_in_the_stream(world: World) 
 
 def test_a_server_that_stops_ends_streams_politely(world: World) -> None:
     async def scenario() -> None:
+        world.runner.hold_at = 4
         caller = Caller(world, {"stream": True, "max_tokens": 300})
         request = asyncio.create_task(caller.run())
         await caller.sent.get()
         await caller.sent.get()
-        await asyncio.to_thread(world.services.engine.stop)
+        world.runner.hold_at = None
+        stopping = asyncio.create_task(asyncio.to_thread(world.services.engine.stop))
+        while world.services.engine.ready:
+            await asyncio.sleep(0)
+        world.runner.gate.set()
+        await stopping
         await request
         frames = b""
         while not caller.sent.empty():
