@@ -1,42 +1,16 @@
 """Tenants and API keys in the catalog."""
 
-from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import Engine, text
+from tenants_clock import Clock
 
-from prefix_store.database import create_tables, open_database, reading
+from prefix_store.database import reading
 from server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
 from server.tenants import keys
 from server.tenants.registry import Principal, Scope, Tenants
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = datetime(2026, 11, 1, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self.now
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    engine = open_database(f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
-    create_tables(engine)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def tenants(engine: Engine, clock: Clock) -> Tenants:
-    return Tenants(engine, now=clock)
 
 
 def test_a_key_names_its_tenant_and_scopes(tenants: Tenants) -> None:
@@ -91,15 +65,14 @@ def test_expiry_is_a_moment(tenants: Tenants, clock: Clock) -> None:
 
 
 def test_revocation_by_another_process_holds_at_the_next_request(
-    tenants: Tenants, engine: Engine
+    tenants: Tenants, open_engine: Callable[[], Engine]
 ) -> None:
     tenants.create_tenant("acme")
     issued = tenants.create_key(tenant="acme")
     assert tenants.authenticate(issued.text)
-    other = open_database(str(engine.url))
+    other = open_engine()
     first = Tenants(other).revoke_key(issued.record.key_id)
     second = Tenants(other).revoke_key(issued.record.key_id)
-    other.dispose()
     assert first.revoked_at is not None
     assert first.revoked_at == second.revoked_at
     with pytest.raises(NotAuthenticated):

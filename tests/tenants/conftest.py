@@ -1,0 +1,45 @@
+"""The catalog under test, on both databases."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+from tenants_clock import Clock
+
+from prefix_store.database import create_tables, open_database
+from server.tenants.registry import Tenants
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def open_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
+    """Opens the one catalog again and again, as several replicas do."""
+    opened: list[Engine] = []
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path / 'catalog.sqlite3'}"
+    else:
+        url = request.getfixturevalue("postgres_url")
+
+    def make() -> Engine:
+        opened.append(open_database(url))
+        return opened[-1]
+
+    create_tables(make())
+    yield make
+    for engine in opened:
+        engine.dispose()
+
+
+@pytest.fixture
+def engine(open_engine: Callable[[], Engine]) -> Engine:
+    return open_engine()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def tenants(engine: Engine, clock: Clock) -> Tenants:
+    return Tenants(engine, now=clock)

@@ -1,0 +1,127 @@
+"""Rotation with overlap, the first key, and keys that are another tenant's."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from sqlalchemy import Engine
+from tenants_clock import Clock
+
+from server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
+from server.tenants.registry import OPERATOR_TENANT, Scope, Tenants
+
+HOUR = timedelta(hours=1)
+
+
+def test_the_old_key_lives_on_for_the_overlap(tenants: Tenants, clock: Clock) -> None:
+    tenants.create_tenant("acme")
+    old = tenants.create_key(tenant="acme", scopes=[Scope.READ, Scope.WRITE], label="ci")
+    clock.now += HOUR
+    new = tenants.rotate_key(old.record.key_id, overlap=HOUR)
+    assert (new.record.scopes, new.record.label) == (old.record.scopes, "ci")
+    assert tenants.authenticate(old.text).key_id == old.record.key_id
+    assert tenants.authenticate(new.text).key_id == new.record.key_id
+    (listed, _) = tenants.list_keys("acme")
+    assert listed.state(clock.now) == "replaced"
+    assert listed.replaced_by == new.record.key_id
+    clock.now += HOUR
+    with pytest.raises(NotAuthenticated):
+        tenants.authenticate(old.text)
+    assert tenants.authenticate(new.text)
+
+
+def test_a_rotation_never_lengthens_the_old_key_and_renews_its_lifetime(
+    tenants: Tenants, clock: Clock
+) -> None:
+    tenants.create_tenant("acme")
+    old = tenants.create_key(tenant="acme", expires_at=clock.now + 3 * HOUR)
+    clock.now += 2 * HOUR
+    new = tenants.rotate_key(old.record.key_id, overlap=24 * HOUR)
+    assert tenants.list_keys("acme")[0].expires_at == old.record.expires_at
+    assert new.record.expires_at == clock.now + 3 * HOUR
+
+
+def test_what_cannot_be_rotated(tenants: Tenants, clock: Clock) -> None:
+    tenants.create_tenant("acme")
+    rotated, revoked, expired = (
+        tenants.create_key(tenant="acme", expires_at=clock.now + HOUR).record.key_id
+        for _ in range(3)
+    )
+    tenants.rotate_key(rotated, overlap=HOUR)
+    tenants.revoke_key(revoked)
+    for key_id, state in ((rotated, "replaced"), (revoked, "revoked")):
+        with pytest.raises(Conflict, match=state):
+            tenants.rotate_key(key_id, overlap=HOUR)
+    clock.now += HOUR
+    with pytest.raises(Conflict, match="expired"):
+        tenants.rotate_key(expired, overlap=HOUR)
+    with pytest.raises(NotFound):
+        tenants.rotate_key("nothing", overlap=HOUR)
+    with pytest.raises(BadRequest):
+        tenants.rotate_key(expired, overlap=-HOUR)
+
+
+def test_anothers_key_is_as_unknown_as_none(tenants: Tenants) -> None:
+    for name in ("acme", "beta"):
+        tenants.create_tenant(name)
+    key_id = tenants.create_key(tenant="acme").record.key_id
+    for act in (
+        lambda one: tenants.rotate_key(one, overlap=HOUR, owner="beta"),
+        lambda one: tenants.revoke_key(one, owner="beta"),
+    ):
+        messages = set()
+        for one in (key_id, "A" * 12):
+            with pytest.raises(NotFound) as refused:
+                act(one)
+            messages.add(refused.value.message.replace(one, "X"))
+        assert len(messages) == 1
+    assert tenants.list_keys("beta", after=key_id) == []
+    assert tenants.list_keys("acme")[0].revoked_at is None
+
+
+def test_pages_of_keys(tenants: Tenants, clock: Clock) -> None:
+    tenants.create_tenant("acme")
+    made = []
+    for _ in range(5):
+        made.append(tenants.create_key(tenant="acme").record.key_id)
+        clock.now += HOUR
+    first = tenants.list_keys("acme", limit=2)
+    rest = tenants.list_keys("acme", after=first[-1].key_id)
+    assert [key.key_id for key in (*first, *rest)] == made
+
+
+def test_the_first_key_is_the_operators_and_comes_once(tenants: Tenants) -> None:
+    issued = tenants.bootstrap()
+    assert issued is not None
+    principal = tenants.authenticate(issued.text)
+    assert principal.tenant == OPERATOR_TENANT
+    assert principal.scopes == frozenset(Scope)
+    assert principal.is_operator
+    assert tenants.bootstrap() is None
+    tenants.revoke_key(issued.record.key_id)
+    assert tenants.bootstrap() is None
+
+
+def test_no_first_key_where_there_is_one_already(tenants: Tenants) -> None:
+    tenants.create_tenant("acme")
+    tenants.create_key(tenant="acme")
+    assert tenants.bootstrap() is None
+
+
+def test_an_admin_of_another_tenant_is_no_operator(tenants: Tenants) -> None:
+    tenants.create_tenant("acme")
+    tenants.create_tenant(OPERATOR_TENANT)
+    for tenant, scope in (("acme", Scope.ADMIN), (OPERATOR_TENANT, Scope.WRITE)):
+        issued = tenants.create_key(tenant=tenant, scopes=[scope])
+        assert not tenants.authenticate(issued.text).is_operator
+
+
+def test_of_replicas_that_start_at_once_one_gets_the_first_key(
+    open_engine: Callable[[], Engine],
+) -> None:
+    replicas = [Tenants(open_engine()) for _ in range(6)]
+    with ThreadPoolExecutor(len(replicas)) as pool:
+        found = list(pool.map(lambda one: one.bootstrap(), replicas))
+    assert sum(issued is not None for issued in found) == 1
+    assert len(replicas[0].list_keys()) == 1
