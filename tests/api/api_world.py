@@ -85,11 +85,13 @@ class GatedRunner(FakeRunner):
         self.entered = threading.Event()
         self.fail = False
         self.hold_at: int | None = None
+        self.held = threading.Event()
 
     def run(self, step: Step) -> StepOutput:
         self.entered.set()
         if self.hold_at is not None and len(self.steps) == self.hold_at:
             self.gate.clear()
+            self.held.set()
         assert self.gate.wait(30), "the test never opened the gate"
         if self.fail:
             raise RuntimeError("a secret of the device")

@@ -3,12 +3,14 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from api_world import World
 
-from server.api.middleware import REQUEST_ID_HEADER
+from server.api.middleware import REQUEST_ID_HEADER, Patience
+from server.app import create_app
 
 SEQUENCES = 3
 
@@ -145,7 +147,7 @@ def test_a_server_that_stops_ends_streams_politely(world: World) -> None:
         await caller.sent.get()
         world.runner.hold_at = None
         stopping = asyncio.create_task(asyncio.to_thread(world.services.engine.stop))
-        while world.services.engine.ready:
+        while world.services.engine.ready:  # noqa: ASYNC110 - it tells nobody that it stops
             await asyncio.sleep(0)
         world.runner.gate.set()
         await stopping
@@ -173,8 +175,40 @@ def test_a_body_that_stalls_is_cut_off(world: World) -> None:
         await caller.run()
         assert (await caller.sent.get())["status"] == 408
 
-    object.__setattr__(world.services.limits, "body_timeout", 0.05)
-    from server.app import create_app
-
-    world.app = create_app(world.services)
+    with_patience(world, body_timeout=0.05)
     run_with_engine(world, scenario)
+
+
+def test_a_body_that_dribbles_is_cut_off_however_often_it_moves(world: World) -> None:
+    pieces = 0
+
+    class Dribbling(Caller):
+        async def receive(self) -> dict[str, Any]:
+            nonlocal pieces
+            pieces += 1
+            await asyncio.sleep(0.02)  # always in time for the pause, and hardly any bytes
+            return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def scenario() -> None:
+        caller = Dribbling(world, {})
+        await caller.run()
+        assert (await caller.sent.get())["status"] == 408
+
+    with_patience(world, body_timeout=0.1)
+    run_with_engine(world, scenario)
+    assert pieces <= 6
+
+
+def test_a_slow_server_is_no_slow_sender() -> None:
+    """Only waiting counts: a body of any size at the lowest rate gets through."""
+    patience = Patience(pause=1.0, min_rate=100)
+    waited, received = 0.0, 0
+    for _ in range(1000):
+        assert patience.left(waited=waited, received=received) >= 0.5
+        waited, received = waited + 0.5, received + 50
+    assert patience.left(waited=3.0, received=100) < 0
+
+
+def with_patience(world: World, *, body_timeout: float) -> None:
+    limits = replace(world.services.limits, body_timeout=body_timeout)
+    world.app = create_app(replace(world.services, limits=limits))

@@ -142,9 +142,14 @@ def test_pages_of_the_log(engine: Engine, bindings: Bindings) -> None:
 
 def test_an_entry_and_what_it_says_happen_together(engine: Engine, bindings: Bindings) -> None:
     log = AuditLog(engine)
-    with pytest.raises(RuntimeError), writing(engine) as connection:
-        log.add(connection, Action.PREFIX_PUBLISH, actor=ANN, tenant="acme", subject="x")
-        raise RuntimeError
+
+    def fail() -> None:
+        with writing(engine) as connection:
+            log.add(connection, Action.PREFIX_PUBLISH, actor=ANN, tenant="acme", subject="x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert [one.action for one in log.page(tenant="acme", limit=9)[0]] == ["tenant.create"]
 
 

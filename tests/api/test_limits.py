@@ -1,0 +1,168 @@
+"""A tenant's limits over HTTP: 429 with honest headers, and nothing leaks a place."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from api_world import World, error_of, put_text
+from fastapi.testclient import TestClient
+from sqlalchemy import select
+from test_disconnect import Caller, run_with_engine
+
+from prefix_store.database import reading
+from server.tenants.tables import request_leases
+
+
+def quota(world: World, **limits: int | None) -> None:
+    world.services.tenants.set_quota("acme", limits)
+
+
+def complete(client: TestClient, **fields: Any) -> Any:
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 5, **fields}
+    return client.post("/v1/completions", json=body)
+
+
+def places(world: World) -> int:
+    with reading(world.database) as connection:
+        return len(connection.execute(select(request_leases)).all())
+
+
+def test_a_tenant_without_limits_sees_no_headers(client: TestClient) -> None:
+    assert not [name for name in complete(client).headers if name.startswith("x-ratelimit")]
+
+
+def test_requests_per_minute(client: TestClient, world: World) -> None:
+    quota(world, requests_per_minute=2)
+    answer = complete(client)
+    assert answer.headers["x-ratelimit-limit-requests"] == "2"
+    assert answer.headers["x-ratelimit-remaining-requests"] == "1"
+    assert answer.headers["x-ratelimit-reset-requests"] == "30s"
+    assert complete(client, stream=True).headers["x-ratelimit-remaining-requests"] == "0"
+    refused = complete(client)
+    assert refused.status_code == 429
+    error = error_of(refused)
+    assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    assert refused.headers["retry-after"] == "30"
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    assert refused.headers["x-ratelimit-reset-requests"] == "1m0s"
+    world.clock.now += 29
+    assert complete(client).status_code == 429
+    world.clock.now += 1
+    assert complete(client).status_code == 200
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
+    other = client.post("/v1/completions", json=body, headers=world.headers("beta"))
+    assert other.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_per_minute_count_prompt_and_output(
+    client: TestClient, world: World, *, stream: bool
+) -> None:
+    quota(world, tokens_per_minute=60)
+    first = complete(client, stream=stream, n=2)  # 5 of prompt now, 2 times 5 of output later
+    assert first.headers["x-ratelimit-remaining-tokens"] == "55"
+    second = complete(client, stream=stream)
+    assert second.headers["x-ratelimit-remaining-tokens"] == "40"
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "x" * 300}], "max_tokens": 1}
+    refused = client.post("/v1/chat/completions", json=chat)
+    assert refused.status_code == 429
+    assert "60 tokens per minute" in error_of(refused)["message"]
+
+
+def test_what_is_refused_at_the_door_costs_nothing(client: TestClient, world: World) -> None:
+    quota(world, requests_per_minute=1)
+    assert complete(client, model="else").status_code == 404
+    assert complete(client, max_tokens=100_000).status_code == 400
+    assert complete(client).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_concurrent_requests(world: World, *, stream: bool) -> None:
+    quota(world, max_concurrent_requests=2)
+
+    async def scenario() -> None:
+        world.runner.gate.clear()
+        callers = [Caller(world, {"stream": stream, "max_tokens": 9}) for _ in range(2)]
+        running = [asyncio.create_task(one.run()) for one in callers]
+        while places(world) < 2:  # noqa: ASYNC110 - the catalog tells nobody
+            await asyncio.sleep(0.001)
+        third = Caller(world, {})
+        await third.run()
+        start = await third.sent.get()
+        assert start["status"] == 429
+        assert dict(start["headers"])[b"retry-after"] == b"1"
+        world.runner.gate.set()
+        await asyncio.gather(*running)
+        assert places(world) == 0
+        after = Caller(world, {"max_tokens": 1})
+        await after.run()
+        assert (await after.sent.get())["status"] == 200
+
+    run_with_engine(world, scenario)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_or_fails_frees_the_place_and_pays_for_what_came(
+    world: World, *, stream: bool
+) -> None:
+    quota(world, max_concurrent_requests=1, tokens_per_minute=1000)
+
+    async def scenario() -> None:
+        world.runner.hold_at = 3
+        caller = Caller(world, {"stream": stream, "max_tokens": 300})
+        request = asyncio.create_task(caller.run())
+        await asyncio.to_thread(world.runner.held.wait, 20)
+        caller.leaves.set()
+        await request
+        assert places(world) == 0
+        world.runner.hold_at = None
+        world.runner.gate.set()
+        world.runner.fail = True
+        failing = Caller(world, {"stream": stream})
+        await failing.run()
+        assert places(world) == 0
+
+    run_with_engine(world, scenario)
+
+
+def test_stored_prefixes_and_bytes(client: TestClient, world: World) -> None:
+    quota(world, max_prefixes=2)
+    for name in "ab":
+        put_text(client, name, f"prefix {name}", world.headers())
+    refused = client.put("/v1/prefixes/c", json={"kind": "text", "text": "one too many"})
+    assert refused.status_code == 429
+    error = error_of(refused)
+    assert (error["type"], error["code"]) == ("insufficient_quota", "insufficient_quota")
+    assert error["param"] == "max_prefixes"
+    assert "retry-after" not in refused.headers
+    assert client.get("/v1/prefixes/c").status_code == 404
+    put_text(client, "a", "another version is no other prefix", world.headers())
+    client.delete("/v1/prefixes/b")
+    size = put_text(client, "c", "in place of b", world.headers())["size_bytes"]
+    quota(world, max_bytes=size)
+    refused = client.put("/v1/prefixes/c", json={"kind": "text", "text": "x" * 60})
+    assert error_of(refused)["param"] == "max_bytes"
+    assert len(client.get("/v1/prefixes/c/versions").json()["data"]) == 1
+    put_text(client, "c", "in place of b", world.headers())  # nothing new: nothing to refuse
+
+
+def test_virtual_tokens_of_one_prefix(client: TestClient, world: World) -> None:
+    quota(world, max_virtual_tokens=8)
+    put_text(client, "short", "x" * 8, world.headers())
+    refused = client.put("/v1/prefixes/long", json={"kind": "text", "text": "x" * 9})
+    assert refused.status_code == 422
+    assert "8" in error_of(refused)["message"]
+
+
+def test_of_racing_uploads_as_many_get_in_as_may(client: TestClient, world: World) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    quota(world, max_prefixes=3)
+
+    def put(number: int) -> int:
+        body = {"kind": "text", "text": f"prefix {number}"}
+        return client.put(f"/v1/prefixes/p{number}", json=body).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = sorted(pool.map(put, range(12)))
+    assert statuses == [201] * 3 + [429] * 9
