@@ -76,7 +76,8 @@ class BlobRows:
                     tenant=key.tenant, digest=key.digest, size_bytes=size_bytes, unreferenced_at=now
                 )
                 made = row.on_conflict_do_nothing(index_elements=["tenant", "digest"])
-                adopted += connection.execute(made).rowcount
+                # Returned rows are counted, as an insert's rowcount is -1 with some drivers.
+                adopted += len(connection.execute(made.returning(blobs.c.digest)).all())
         return adopted
 
     def touch(self, keys: Collection[BlobKey], *, now: datetime) -> None:
