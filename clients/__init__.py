@@ -10,12 +10,25 @@ from clients.aio import AsyncClient, AsyncStream
 from clients.errors import ApiError, ClientError
 from clients.retry import RetryPolicy
 from clients.sync import Client, Stream
-from clients.types import Chunk, Completion, Model, Prefix, PrefixPage, PrefixUsed, Uploaded, Usage
+from clients.types import (
+    Binding,
+    BindingPage,
+    Chunk,
+    Completion,
+    Model,
+    Prefix,
+    PrefixPage,
+    PrefixUsed,
+    Uploaded,
+    Usage,
+)
 
 __all__ = [
     "ApiError",
     "AsyncClient",
     "AsyncStream",
+    "Binding",
+    "BindingPage",
     "Chunk",
     "Client",
     "ClientError",

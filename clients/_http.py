@@ -51,14 +51,21 @@ def built(client: httpx2.Client | httpx2.AsyncClient, request: Request) -> Itera
             )
             for part in request.parts
         ]
+        body, kind = _body(request)
         yield client.build_request(
             request.method,
             request.path,
             params=dict(request.params) or None,
-            content=None if request.json is None else dump(request.json),
+            content=body,
             files=parts or None,
-            headers=None if request.json is None else {"content-type": "application/json"},
+            headers=None if body is None else {"content-type": kind},
         )
+
+
+def _body(request: Request) -> tuple[bytes | None, str]:
+    if request.ndjson is not None:
+        return request.ndjson, "application/x-ndjson"
+    return None if request.json is None else dump(request.json), "application/json"
 
 
 def plain(response: httpx2.Response) -> Response:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from clients.errors import ApiError, ProtocolError, error_class
 from clients.types import (
+    Binding,
+    BindingPage,
     Choice,
     Completion,
     Model,
@@ -66,7 +68,8 @@ def prefix_used(headers: Mapping[str, str]) -> PrefixUsed | None:
     name, _, version = reference.rpartition("@")
     if not name or not version.isdecimal():
         raise ProtocolError(f"expected x-prefixd-prefix to be name@version, not {reference!r}")
-    return PrefixUsed(name=name, version=int(version), digest=digest)
+    why = headers.get("x-prefixd-prefix-chosen-by")
+    return PrefixUsed(name=name, version=int(version), digest=digest, chosen_by=why)
 
 
 def _accepted(response: Response) -> Response:
@@ -115,6 +118,28 @@ def versions(response: Response) -> tuple[Prefix, ...]:
 def models(response: Response) -> tuple[Model, ...]:
     """The names the ``model`` field takes."""
     return tuple(Model.from_wire(entry) for entry in objects(_json(response), "data"))
+
+
+def binding(response: Response) -> Binding:
+    """One binding."""
+    return Binding.from_wire(_json(response))
+
+
+def binding_page(response: Response) -> BindingPage:
+    """A page of bindings."""
+    body = _json(response)
+    found = tuple(Binding.from_wire(entry) for entry in objects(body, "data"))
+    return BindingPage(bindings=found, next_after=maybe(body, "next_after", str))
+
+
+def imported(response: Response) -> int:
+    """How many bindings an import held."""
+    return read(_json(response), "imported", int)
+
+
+def default_prefix(response: Response) -> str:
+    """The reference of users without a binding."""
+    return read(_json(response), "prefix", str)
 
 
 def text(response: Response) -> str:

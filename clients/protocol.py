@@ -50,13 +50,15 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to send, relative to the server's URL. ``json`` and ``parts`` exclude each other."""
+    """What to send, relative to the server's URL. ``json``, ``ndjson`` and ``parts`` exclude each
+    other."""
 
     method: str
     path: str
     params: Mapping[str, str | int]
     json: Mapping[str, object] | None = None
     parts: tuple[Part, ...] = ()
+    ndjson: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def upload(
     if metadata is not None:
         encoded = answers.dump(metadata)
         parts.append(Part("metadata", "metadata.json", encoded, "application/json"))
-    return Call(_request("PUT", "v1", "prefixes", name, parts=tuple(parts)), answers.uploaded)
+    return Call(request_of("PUT", "v1", "prefixes", name, parts=tuple(parts)), answers.uploaded)
 
 
 def upload_folder(
@@ -111,7 +113,7 @@ def upload_text(
     body: dict[str, object] = {"kind": "text", "text": text}
     if metadata is not None:
         body["metadata"] = metadata
-    return Call(_request("PUT", "v1", "prefixes", name, json=body), answers.uploaded)
+    return Call(request_of("PUT", "v1", "prefixes", name, json=body), answers.uploaded)
 
 
 def list_prefixes(*, limit: int | None = None, after: str | None = None) -> Call[PrefixPage]:
@@ -121,33 +123,33 @@ def list_prefixes(*, limit: int | None = None, after: str | None = None) -> Call
         params["limit"] = limit
     if after is not None:
         params["after"] = after
-    return Call(_request("GET", "v1", "prefixes", params=params), answers.prefix_page)
+    return Call(request_of("GET", "v1", "prefixes", params=params), answers.prefix_page)
 
 
 def show_prefix(name: str) -> Call[Prefix]:
     """The manifest behind a name (``name``, ``name@3`` or ``name@alias``)."""
-    return Call(_request("GET", "v1", "prefixes", name), answers.prefix)
+    return Call(request_of("GET", "v1", "prefixes", name), answers.prefix)
 
 
 def list_versions(name: str) -> Call[tuple[Prefix, ...]]:
     """Every version of a prefix."""
-    return Call(_request("GET", "v1", "prefixes", name, "versions"), answers.versions)
+    return Call(request_of("GET", "v1", "prefixes", name, "versions"), answers.versions)
 
 
 def set_alias(name: str, alias: str, *, version: int) -> Call[Prefix]:
     """Let ``name@alias`` mean a version from now on."""
-    request = _request("PUT", "v1", "prefixes", name, "aliases", alias, json={"version": version})
+    request = request_of("PUT", "v1", "prefixes", name, "aliases", alias, json={"version": version})
     return Call(request, answers.prefix)
 
 
 def remove_alias(name: str, alias: str) -> Call[None]:
     """Forget an alias; the version stays."""
-    return Call(_request("DELETE", "v1", "prefixes", name, "aliases", alias), answers.nothing)
+    return Call(request_of("DELETE", "v1", "prefixes", name, "aliases", alias), answers.nothing)
 
 
 def delete_prefix(name: str) -> Call[None]:
     """Delete a prefix with all its versions and aliases."""
-    return Call(_request("DELETE", "v1", "prefixes", name), answers.nothing)
+    return Call(request_of("DELETE", "v1", "prefixes", name), answers.nothing)
 
 
 # ── Generation ───────────────────────────────────────────────────────────────────────────────
@@ -158,7 +160,7 @@ def complete(
 ) -> Call[Completion]:
     """Continue a prompt (text or token ids) under a prefix reference or the bare base."""
     body: dict[str, object] = {"model": model, "prompt": prompt, **sampling}
-    return Call(_request("POST", "v1", "completions", json=body), answers.completion)
+    return Call(request_of("POST", "v1", "completions", json=body), answers.completion)
 
 
 def chat(
@@ -166,7 +168,7 @@ def chat(
 ) -> Call[Completion]:
     """Answer a conversation under a prefix reference or the bare base."""
     body = {"model": model, "messages": list(messages), **sampling}
-    return Call(_request("POST", "v1", "chat", "completions", json=body), answers.chat)
+    return Call(request_of("POST", "v1", "chat", "completions", json=body), answers.chat)
 
 
 def stream_complete(
@@ -174,7 +176,7 @@ def stream_complete(
 ) -> StreamCall:
     """Like ``complete``, a chunk at a time."""
     body = {"model": model, "prompt": prompt, **sampling, **_STREAMED}
-    return StreamCall(_request("POST", "v1", "completions", json=body), streams.text_piece)
+    return StreamCall(request_of("POST", "v1", "completions", json=body), streams.text_piece)
 
 
 def stream_chat(
@@ -182,7 +184,9 @@ def stream_chat(
 ) -> StreamCall:
     """Like ``chat``, a chunk at a time."""
     body = {"model": model, "messages": list(messages), **sampling, **_STREAMED}
-    return StreamCall(_request("POST", "v1", "chat", "completions", json=body), streams.chat_piece)
+    return StreamCall(
+        request_of("POST", "v1", "chat", "completions", json=body), streams.chat_piece
+    )
 
 
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
@@ -193,31 +197,35 @@ _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 def list_models() -> Call[tuple[Model, ...]]:
     """What the ``model`` field takes: the base first, then the caller's prefixes."""
-    return Call(_request("GET", "v1", "models"), answers.models)
+    return Call(request_of("GET", "v1", "models"), answers.models)
 
 
 def metrics() -> Call[str]:
     """The server's counters in the Prometheus text format."""
-    return Call(_request("GET", "metrics"), answers.text)
+    return Call(request_of("GET", "metrics"), answers.text)
 
 
 def is_live() -> Call[bool]:
     """Whether the process answers."""
-    return Call(_request("GET", "health", "live"), answers.is_healthy)
+    return Call(request_of("GET", "health", "live"), answers.is_healthy)
 
 
 def is_ready() -> Call[bool]:
     """Whether the server takes requests: the model is loaded and the engine runs."""
-    return Call(_request("GET", "health", "ready"), answers.is_healthy)
+    return Call(request_of("GET", "health", "ready"), answers.is_healthy)
 
 
-def _request(
+def request_of(
     method: str,
     *path: str,
     params: Mapping[str, str | int] | None = None,
     json: Mapping[str, object] | None = None,
     parts: tuple[Part, ...] = (),
+    ndjson: bytes | None = None,
 ) -> Request:
+    """A request; each of ``path`` is one segment."""
     # A name with a slash or a question mark must stay one segment: the server then refuses it.
-    joined = "/" + "/".join(quote(segment, safe="@") for segment in path)
-    return Request(method=method, path=joined, params=params or {}, json=json, parts=parts)
+    joined = "/" + "/".join(quote(segment, safe="@:") for segment in path)
+    return Request(
+        method=method, path=joined, params=params or {}, json=json, parts=parts, ndjson=ndjson
+    )

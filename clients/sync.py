@@ -9,7 +9,7 @@ from typing import Concatenate, ParamSpec, Self, TypeVar
 
 import httpx2
 
-from clients import protocol
+from clients import protocol, protocol_users
 from clients._http import DEFAULT_TIMEOUT, DEFAULT_URL, built, client_options, plain, translated
 from clients.answers import prefix_used, refusal
 from clients.errors import ClientError
@@ -77,6 +77,14 @@ class Client:
     chat = _call(protocol.chat)
     stream_complete = _stream(protocol.stream_complete)
     stream_chat = _stream(protocol.stream_chat)
+    bind_user = _call(protocol_users.bind_user)
+    show_binding = _call(protocol_users.show_binding)
+    unbind_user = _call(protocol_users.unbind_user)
+    list_bindings = _call(protocol_users.list_bindings)
+    import_bindings = _call(protocol_users.import_bindings)
+    show_default = _call(protocol_users.show_default)
+    set_default = _call(protocol_users.set_default)
+    remove_default = _call(protocol_users.remove_default)
     list_models = _call(protocol.list_models)
     metrics = _call(protocol.metrics)
     is_live = _call(protocol.is_live)

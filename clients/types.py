@@ -10,11 +10,15 @@ from clients.wire import maybe, moment, objects, read, strings
 
 @dataclass(frozen=True, slots=True)
 class PrefixUsed:
-    """The prefix a generation ran under: exactly which version, by digest."""
+    """The prefix a generation ran under: exactly which version, by digest.
+
+    ``chosen_by`` is ``model``, ``user`` (bound) or ``default``.
+    """
 
     name: str
     version: int
     digest: str
+    chosen_by: str | None = None
 
     @property
     def reference(self) -> str:
@@ -28,6 +32,7 @@ class PrefixUsed:
             name=read(source, "name", str),
             version=read(source, "version", int),
             digest=read(source, "digest", str),
+            chosen_by=maybe(source, "chosen_by", str),
         )
 
 
@@ -85,6 +90,32 @@ class PrefixPage:
     """Some of the tenant's prefixes; pass ``next_after`` as ``after`` for more, if it is set."""
 
     prefixes: tuple[Prefix, ...]
+    next_after: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """An end user and the prefix reference the user is bound to."""
+
+    user: str
+    prefix: str
+    updated_at: datetime
+
+    @classmethod
+    def from_wire(cls, source: Mapping[str, object]) -> Self:
+        """From a binding object."""
+        return cls(
+            user=read(source, "user", str),
+            prefix=read(source, "prefix", str),
+            updated_at=moment(source, "updated_at"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BindingPage:
+    """Some bindings; pass ``next_after`` as ``after`` for more, if it is set."""
+
+    bindings: tuple[Binding, ...]
     next_after: str | None
 
 

@@ -3,27 +3,24 @@
 Torch, FastAPI and the catalog are imported inside the commands, so that ``--help`` is quick.
 """
 
-import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from clients.cli import chat, demo, prefix_app
-from server.errors import PrefixdError
-from server.flags import fail, with_settings
+from clients.cli_users import user_app
+from server import cli_tenancy
+from server.flags import JsonFlag, fail, opened_catalog, print_json, with_settings
 from server.settings import Settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from server.app import Catalog
+    from server.tenants.registry import Tenants
 
 # A server shares its cores: spinning OpenMP threads make a step 3 to 9 times slower beside one
 # busy process, sleeping ones 1.6 times. Read by the runtime when torch is imported.
@@ -36,46 +33,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-tenant_app = typer.Typer(help="Tenants, on the configured catalog.", no_args_is_help=True)
-key_app = typer.Typer(help="API keys, on the configured catalog.", no_args_is_help=True)
-app.add_typer(tenant_app, name="tenant")
-app.add_typer(key_app, name="key")
+cli_tenancy.mount(app)
 app.add_typer(prefix_app, name="prefix")
+app.add_typer(user_app, name="user")
 app.command()(chat)
 app.command()(demo)
-
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
     """Run the command line."""
     app()
-
-
-_CATALOG = ("data_dir", "database_url")
-
-
-@contextmanager
-def _catalog(settings: Settings) -> Iterator["Catalog"]:
-    """The configured catalog, without a model; refusals end the command with their sentence."""
-    from server.app import open_catalog
-
-    catalog = open_catalog(settings)
-    try:
-        yield catalog
-    except PrefixdError as error:
-        fail(error.message)
-    finally:
-        catalog.database.dispose()
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=_plain))
-
-
-def _plain(value: object) -> str:
-    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 # -- serve ----------------------------------------------------------------------------------------
@@ -108,6 +75,7 @@ def serve(settings: Settings) -> None:
     )
     bound = config.bind_socket()
     served = application.state.services.served
+    _show_first_key(application.state.services.tenants)
     host, port = bound.getsockname()[:2]
     log.info(
         "serving",
@@ -119,6 +87,18 @@ def serve(settings: Settings) -> None:
         max_positions=served.max_positions,
     )
     uvicorn.Server(config).run(sockets=[bound])
+
+
+def _show_first_key(tenants: "Tenants") -> None:
+    """On a catalog without any key, issue the operator's and print it: to the terminal and never
+    to the log, which is kept and shipped elsewhere."""
+    issued = tenants.bootstrap()
+    if issued is not None:
+        typer.echo(
+            f"prefixd: no API key yet, so here is the operator's, this once:\n\n    {issued.text}"
+            "\n\nKeep it: it is not stored and cannot be shown again.",
+            err=True,
+        )
 
 
 def _load(settings: Settings) -> "FastAPI":
@@ -137,108 +117,6 @@ def _load(settings: Settings) -> "FastAPI":
     return application
 
 
-# -- tenants and keys -----------------------------------------------------------------------------
-
-
-@tenant_app.command("create")
-@with_settings(*_CATALOG)
-def create_tenant(
-    settings: Settings,
-    name: Annotated[str, typer.Argument(help="1 to 64 of A-Z a-z 0-9 . _ -")],
-    as_json: JsonFlag = False,
-) -> None:
-    """Add a tenant."""
-    with _catalog(settings) as catalog:
-        record = catalog.tenants.create_tenant(name)
-    if as_json:
-        _print_json(asdict(record))
-    else:
-        typer.echo(f"tenant {record.name} created")
-
-
-@tenant_app.command("ls")
-@with_settings(*_CATALOG)
-def list_tenants(settings: Settings, as_json: JsonFlag = False) -> None:
-    """List tenants."""
-    with _catalog(settings) as catalog:
-        records = catalog.tenants.list_tenants()
-    if as_json:
-        _print_json([asdict(record) for record in records])
-        return
-    for record in records:
-        typer.echo(f"{record.name:<32} {record.created_at:%Y-%m-%d %H:%M}")
-
-
-@key_app.command("create")
-@with_settings(*_CATALOG)
-def create_key(
-    *,
-    settings: Settings,
-    tenant: Annotated[str, typer.Option(help="Whose key.")],
-    scope: Annotated[
-        list[str] | None,
-        typer.Option(help="read, generate, write, admin; repeat. Default: all but admin."),
-    ] = None,
-    label: Annotated[str, typer.Option(help="A note to tell keys apart.")] = "",
-    expires_in_days: Annotated[float | None, typer.Option(help="Default: never.", min=0)] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Issue an API key and print it, this once."""
-    from server.tenants.registry import DEFAULT_SCOPES, Scope
-
-    try:
-        scopes = [Scope(word) for word in scope] if scope else DEFAULT_SCOPES
-    except ValueError as error:
-        fail(f"--scope: {error}; expected one of {', '.join(Scope)}")
-    expires_at = None
-    if expires_in_days is not None:
-        expires_at = datetime.now(UTC) + timedelta(days=expires_in_days)
-    with _catalog(settings) as catalog:
-        issued = catalog.tenants.create_key(
-            tenant=tenant, scopes=scopes, label=label, expires_at=expires_at
-        )
-    if as_json:
-        _print_json({"key": issued.text, **asdict(issued.record)})
-    else:
-        typer.echo(issued.text)
-        typer.echo("Keep it: it is not stored and cannot be shown again.", err=True)
-
-
-@key_app.command("ls")
-@with_settings(*_CATALOG)
-def list_keys(
-    settings: Settings,
-    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """List keys, without their secrets."""
-    with _catalog(settings) as catalog:
-        records = catalog.tenants.list_keys(tenant)
-    if as_json:
-        _print_json([asdict(record) for record in records])
-        return
-    for key in records:
-        state = "revoked" if key.revoked_at else "active"
-        scopes = ",".join(key.scopes)
-        typer.echo(f"{key.key_id}  {key.tenant:<24} {state:<8} {scopes:<30} {key.label}")
-
-
-@key_app.command("revoke")
-@with_settings(*_CATALOG)
-def revoke_key(
-    settings: Settings,
-    key_id: Annotated[str, typer.Argument(help="As `prefixd key ls` shows it.")],
-    as_json: JsonFlag = False,
-) -> None:
-    """Stop a key, at its next request, for good."""
-    with _catalog(settings) as catalog:
-        record = catalog.tenants.revoke_key(key_id)
-    if as_json:
-        _print_json(asdict(record))
-    else:
-        typer.echo(f"key {record.key_id} of {record.tenant} revoked")
-
-
 # -- doctor ---------------------------------------------------------------------------------------
 
 
@@ -253,7 +131,7 @@ def doctor(settings: Settings, as_json: JsonFlag = False) -> None:
         except Exception as error:  # noqa: BLE001 - whatever is wrong is what a doctor reports
             found[name] = {"ok": False, "detail": str(error) or type(error).__name__}
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         for name, result in found.items():
             typer.echo(f"{'ok  ' if result['ok'] else 'FAIL'} {name:<8} {result['detail']}")
@@ -270,7 +148,7 @@ def _check_data(settings: Settings) -> str:
 
 
 def _check_catalog(settings: Settings) -> str:
-    with _catalog(settings) as catalog:
+    with opened_catalog(settings) as catalog:
         return f"{len(catalog.tenants.list_tenants())} tenants"
 
 

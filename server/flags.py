@@ -1,14 +1,26 @@
 """Command-line options made from the settings: one description for flag, variable and help."""
 
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from server.errors import PrefixdError
 from server.settings import ENV_PREFIX, Settings
+
+if TYPE_CHECKING:
+    from server.app import Catalog
+
+CATALOG_FLAGS = ("data_dir", "database_url")
+"""Settings of a command that needs the catalog and no model."""
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 # Every option is text to typer; the settings judge it, in one place for flag and variable.
 _KINDS: dict[Any, str] = {int: "<int>", int | None: "<int>", float: "<float>"}
@@ -18,6 +30,29 @@ def fail(message: str) -> NoReturn:
     """End the command with a sentence on standard error and status 1."""
     typer.echo(f"prefixd: {message}", err=True)
     raise typer.Exit(1)
+
+
+@contextmanager
+def opened_catalog(settings: Settings) -> Iterator["Catalog"]:
+    """The configured catalog, without a model; refusals end the command with their sentence."""
+    from server.app import open_catalog  # noqa: PLC0415 - --help must not wait for SQLAlchemy
+
+    catalog = open_catalog(settings)
+    try:
+        yield catalog
+    except PrefixdError as error:
+        fail(error.message)
+    finally:
+        catalog.database.dispose()
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` as JSON, with times as ISO 8601."""
+    typer.echo(json.dumps(value, indent=2, default=_plain))
+
+
+def _plain(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
