@@ -1,7 +1,8 @@
 """The one database: how it is opened, how reads and writes begin, and its shared MetaData.
 
 The catalog keeps its tables here, and so does whoever else needs the same durability (tenants and
-their API keys): they add theirs to ``metadata`` and use ``reading`` and ``writing``.
+their API keys): they add theirs to ``metadata``, with a step in ``prefix_store.migrations``, and
+use ``reading`` and ``writing``.
 """
 
 import sqlite3
@@ -78,12 +79,12 @@ def open_database(url: str) -> Engine:
 
 
 def create_tables(engine: Engine) -> None:
-    """Make the tables of ``metadata`` that are missing. Safe when several processes start at once.
+    """Make the tables, or bring those of an earlier version up to date; see
+    ``prefix_store.migrate.upgrade``."""
+    # The steps need what is in this file.
+    from prefix_store.migrate import upgrade  # noqa: PLC0415
 
-    Import every module that adds tables first.
-    """
-    with writing(engine) as connection:
-        metadata.create_all(connection)
+    upgrade(engine)
 
 
 def reading(engine: Engine) -> AbstractContextManager[Connection]:
