@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from prefix_store.errors import InvalidReference, UnknownPrefix
 from prefix_store.store import Manifest
 from server.api.served import ServedModel
-from server.errors import Conflict, NotFound
+from server.errors import Conflict, EngineFailure, NotFound
 from server.tenants.bindings import ChosenBy
 
 
@@ -33,7 +33,7 @@ class Chooser:
 
     def choose(self, tenant: str, model: str, user: str | None) -> Choice:
         """Raises NotFound for what does not exist, never falling back to the base; Conflict for
-        a prefix of another base."""
+        a prefix of another base; EngineFailure for one that is known to be damaged."""
         base = self.served.name
         if model != base:
             found = self._find(tenant, model.removeprefix(f"{base}:"))
@@ -72,6 +72,13 @@ class Chooser:
                 f"model ({manifest.fingerprint}) than the one served now "
                 f"({self.served.base.fingerprint})",
                 code="base_mismatch",
+                param="model" if why is ChosenBy.MODEL else "user",
+            )
+        if manifest.corrupt:
+            raise EngineFailure(
+                f"the stored bytes of {manifest.name}@{manifest.version} are damaged and not "
+                "served: upload them again",
+                code="corrupt_prefix",
                 param="model" if why is ChosenBy.MODEL else "user",
             )
         return Choice(manifest, why)

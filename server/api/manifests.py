@@ -9,7 +9,11 @@ from prefix_store.store import Manifest
 
 
 class PrefixManifest(BaseModel):
-    """One immutable version of a prefix; only ``aliases`` may change."""
+    """One immutable version of a prefix; only ``aliases`` may change.
+
+    ``creator`` is the id of the key that uploaded it. ``corrupt``: its bytes were found damaged,
+    and are not served; upload them again.
+    """
 
     object: Literal["prefix"] = "prefix"
     name: str
@@ -23,8 +27,13 @@ class PrefixManifest(BaseModel):
     fingerprint: str
     created_at: datetime
     base_model_name_or_path: str | None
+    creator: str | None
+    labels: dict[str, str]
+    description: str | None
+    prompt_template: str | None
     metadata: dict[str, Any]
     aliases: list[str]
+    corrupt: bool
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -41,8 +50,13 @@ class PrefixManifest(BaseModel):
             fingerprint=manifest.fingerprint,
             created_at=manifest.created_at,
             base_model_name_or_path=manifest.base_model_name_or_path,
+            creator=manifest.creator,
+            labels=dict(manifest.labels),
+            description=manifest.description,
+            prompt_template=manifest.prompt_template,
             metadata=dict(manifest.metadata),
             aliases=list(manifest.aliases),
+            corrupt=manifest.corrupt,
         )
 
 

@@ -1,6 +1,7 @@
 """Settings and the command line over them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from prefix_store.database import open_database
+from prefix_store.database import create_tables, open_database
 from server.cli import app
 from server.settings import ENV_PREFIX, Settings
 from server.tenants import keys
@@ -143,3 +144,46 @@ def test_doctor(tmp_path: Path) -> None:
     blocked.write_text("")
     result = run("doctor", "--data-dir", str(blocked / "x"), "--device", "cpu", code=1)
     assert "FAIL data" in result.stdout
+
+
+def test_quotas_rotation_and_the_log() -> None:
+    run("tenant", "create", "acme")
+    shown = run_json("tenant", "quota", "acme", "max_prefixes=5", "tokens-per-minute=1000")
+    assert (shown["max_prefixes"], shown["tokens_per_minute"]) == (5, 1000)
+    assert run_json("tenant", "quota", "acme", "max_prefixes=none")["max_prefixes"] is None
+    assert "tokens_per_minute        1000" in run("tenant", "quota", "acme").stdout
+    assert "tokens_per_minute=1000" in run("tenant", "ls").stdout
+    for bad in ("max_prefixes=-1", "max_prefixes", "else=1", "requests_per_minute=0"):
+        run("tenant", "quota", "acme", bad, code=1)
+    assert "no tenant" in run("tenant", "quota", "nobody", "max_bytes=1", code=1).stderr
+    old = run_json("key", "create", "--tenant", "acme")
+    new = run_json("key", "rotate", old["key_id"], "--overlap-hours", "2")
+    assert keys.parse(new["key"]) is not None
+    assert "replaced" in run("key", "ls").stdout
+    assert "replaced" in run("key", "rotate", old["key_id"], code=1).stderr
+    log = run_json("audit", "--tenant", "acme", "--limit", "2")
+    assert [one["action"] for one in log] == ["key.rotate", "key.create"]
+    assert "key.rotate" in run("audit").stdout
+    assert new["key"] not in run("audit", "--json").stdout
+
+
+def test_the_first_key_goes_to_the_terminal_and_not_to_the_log(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    import structlog
+
+    from server.cli import _show_first_key
+
+    database = open_database(Settings().catalog_url)
+    create_tables(database)
+    tenants = Tenants(database)
+    with structlog.testing.capture_logs() as lines:
+        _show_first_key(tenants)
+        printed = capfd.readouterr()
+        _show_first_key(tenants)
+    (text,) = re.findall(r"pfx_\w+", printed.err)
+    assert tenants.authenticate(text).is_operator
+    assert printed.out == ""
+    assert capfd.readouterr().err == ""
+    assert lines == []
+    database.dispose()
