@@ -68,11 +68,13 @@ def open_database(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
         # Whatever driver SQLAlchemy prefers: this is the one that is tested.
-        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+        url = parsed.set(drivername="postgresql+psycopg")
+        return create_engine(url, pool_pre_ping=True, hide_parameters=True)
     if parsed.get_backend_name() != "sqlite":
         raise ValueError(f"expected a database of sqlite or postgresql, got {parsed.drivername}")
     make_directories(_sqlite_file(parsed).parent)
-    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S})
+    # Parameters hold users' names and templates: no error message, and so no log, shows them.
+    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

@@ -1,0 +1,107 @@
+"""Run by ``test_canary``: a server under its own logging, and every way a canary could get out.
+
+Prints one JSON object: the error bodies and the metrics page. The log goes to standard error.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from api_world import World, make_world
+from fastapi.testclient import TestClient
+from safetensors.numpy import save
+from sqlalchemy import text
+
+from server.logging import configure
+
+PROMPT, TEXT, USER, SECRET = "canary-prompt", "canary-text", "canary-user", "canary-secret"
+TENSOR = 54321.9876  # beyond the bounds of the fake base
+CONFIG = {
+    "peft_type": "PROMPT_TUNING",
+    "task_type": "CAUSAL_LM",
+    "num_virtual_tokens": 4,
+    "token_dim": 8,
+    "num_transformer_submodules": 1,
+    "base_model_name_or_path": "tiny",
+}
+
+
+def upload(client: TestClient, value: float) -> Any:
+    values = np.full((4, 8), 0.5, np.float32)
+    values[1, 2] = value
+    parts = {
+        "config": ("c.json", json.dumps(CONFIG)),
+        "weights": ("w", save({"prompt_embeddings": values})),
+        "metadata": ("m", json.dumps({"description": TEXT, "prompt_template": "{prompt}" + TEXT})),
+    }
+    return client.put("/v1/prefixes/tensor", files=parts)
+
+
+def generate(client: TestClient, world: World) -> list[Any]:
+    chat = {"messages": [{"role": "user", "content": PROMPT}]}
+    bodies: list[dict[str, Any]] = [
+        {"prompt": PROMPT},
+        {"prompt": PROMPT, "user": USER},
+        {"prompt": PROMPT, "stream": True},
+        {"prompt": [PROMPT, 1]},
+        {"prompt": {PROMPT: PROMPT}},
+        {"prompt": PROMPT * 100},
+        {"prompt": PROMPT, "stop": [PROMPT] * 17},
+        {"prompt": PROMPT, "temperature": PROMPT},
+        {"prompt": PROMPT, "logit_bias": {PROMPT: 1}},
+        {"prompt": PROMPT, "metadata": PROMPT},
+    ]
+    base = {"model": "tiny", "max_tokens": 3}
+    answers = [client.post("/v1/completions", json={**base, **body}) for body in bodies]
+    answers.append(client.post("/v1/completions", content=f'{{"prompt": "{PROMPT}'.encode()))
+    answers += [client.post("/v1/chat/completions", json={**base, **chat, "n": n}) for n in (1, 99)]
+    for stream in (True, False):
+        world.runner.fail = True
+        failing = {**base, "prompt": PROMPT, "stream": stream}
+        answers.append(client.post("/v1/completions", json=failing))
+        world.runner.fail = False
+    return answers
+
+
+def manage(client: TestClient, world: World) -> list[Any]:
+    answers = [
+        client.put("/v1/prefixes/voice", json={"kind": "text", "text": TEXT}),
+        client.put("/v1/prefixes/voice", json={"kind": "text", "text": TEXT * 100}),
+        client.put("/v1/prefixes/voice", json={"kind": TEXT, "text": [TEXT]}),
+        *(upload(client, value) for value in (0.25, TENSOR, float("nan"))),
+        client.put(f"/v1/users/{USER}/prefix", json={"prefix": "voice"}),
+        client.put(f"/v1/users/{USER}%7F/prefix", json={"prefix": "voice"}),
+    ]
+    for key in (SECRET, world.keys["acme"][:-1] + "!", f"pfx_{'A' * 12}_{SECRET}"):
+        headers = {"authorization": f"Bearer {key}"}
+        answers.append(client.get("/v1/models", headers=headers))
+    with world.database.begin() as connection:
+        connection.execute(text("DROP TABLE bindings"))
+    answers.append(client.get(f"/v1/users/{USER}/prefix"))
+    answers.append(client.put(f"/v1/users/{USER}/prefix", json={"prefix": "voice"}))
+    answers.append(
+        client.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT, "user": USER})
+    )
+    return answers
+
+
+def main() -> None:
+    # Our own client would log its URLs: it is the sender, who may.
+    logging.getLogger("httpx2").disabled = True
+    configure("debug", "json" if sys.argv[1] == "json" else "console")
+    with tempfile.TemporaryDirectory() as folder, make_world(Path(folder)) as world:
+        with TestClient(world.app, headers=world.headers(), raise_server_exceptions=False) as one:
+            answers = [*generate(one, world), *manage(one, world)]
+            metrics = one.get("/metrics").text
+        errors = [a.text for a in answers if a.status_code >= 400 or '"error"' in a.text]
+        counts = sorted({answer.status_code for answer in answers})
+        keys = [key.split("_")[2] for key in world.keys.values()]
+    json.dump({"errors": errors, "metrics": metrics, "statuses": counts, "keys": keys}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
