@@ -68,8 +68,8 @@ def open_database(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
         # Whatever driver SQLAlchemy prefers: this is the one that is tested.
-        url = parsed.set(drivername="postgresql+psycopg")
-        return create_engine(url, pool_pre_ping=True, hide_parameters=True)
+        tested = parsed.set(drivername="postgresql+psycopg")
+        return create_engine(tested, pool_pre_ping=True, hide_parameters=True)
     if parsed.get_backend_name() != "sqlite":
         raise ValueError(f"expected a database of sqlite or postgresql, got {parsed.drivername}")
     make_directories(_sqlite_file(parsed).parent)

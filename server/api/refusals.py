@@ -91,6 +91,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
     """The first of pydantic's complaints as one sentence: what was expected and what came."""
     first = errors[0]
     names = [str(part) for part in first["loc"] if part not in {"body", "query", "path"}]
+    if names and names[-1] == "[key]":
+        names = names[:-2]  # a key that the caller made up, as any value
     param = ".".join(names)[:200]
     field = f"'{param.encode('ascii', 'backslashreplace').decode()}'"
     kind = first["type"]

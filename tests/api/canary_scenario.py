@@ -71,7 +71,7 @@ def manage(client: TestClient, world: World) -> list[Any]:
     answers = [
         client.put("/v1/prefixes/voice", json={"kind": "text", "text": TEXT}),
         client.put("/v1/prefixes/voice", json={"kind": "text", "text": TEXT * 100}),
-        client.put("/v1/prefixes/voice", json={"kind": TEXT, "text": [TEXT]}),
+        client.put("/v1/prefixes/voice", json={"kind": "text", "text": [TEXT]}),
         *(upload(client, value) for value in (0.25, TENSOR, float("nan"))),
         client.put(f"/v1/users/{USER}/prefix", json={"prefix": "voice"}),
         client.put(f"/v1/users/{USER}%7F/prefix", json={"prefix": "voice"}),

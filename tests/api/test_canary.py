@@ -28,7 +28,8 @@ def test_no_canary_gets_out(form: str) -> None:
     assert set(found["statuses"]) == {200, 201, 400, 401, 422, 500}
     assert "request failed" in done.stderr
     assert done.stderr.count("/v1/completions") >= 10
-    places = {"log": done.stderr, "metrics": found["metrics"], "errors": "\n".join(found["errors"])}
+    errors = "\n".join(found["errors"])
+    places = {"log": done.stderr, "metrics": found["metrics"], "errors": errors}
     for place, text in places.items():
         for canary in (PROMPT, TEXT, USER, SECRET, str(TENSOR)[:7], *found["keys"]):
             assert canary not in text, f"{canary} in the {place}"
