@@ -15,6 +15,9 @@ DEFAULT_GRACE = timedelta(days=1)
 """How long a blob stays after the last thing that had or wanted it. It outlasts a request that
 was admitted just before a delete, and the clocks of replicas that disagree."""
 
+_IN_FLIGHT = timedelta(days=1)
+"""No upload takes as long, whatever the grace: an older file was left by a killed one."""
+
 _BATCH = 500
 _log = getLogger("prefixd.store")
 
@@ -59,7 +62,7 @@ def collect(
             removed += 1
             size += size_bytes
     if not dry_run:
-        blobs.tidy(before=before)
+        blobs.tidy(before=min(before, now - _IN_FLIGHT))
     return Collected(blobs=removed, bytes=size, resident=spared, adopted=adopted)
 
 

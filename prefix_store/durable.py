@@ -1,7 +1,10 @@
 """Files that survive a power failure: what must be fsynced beside the data itself."""
 
 import os
+import shutil
 from pathlib import Path
+
+_COPY_BYTES = 1024 * 1024
 
 
 def fsync_directory(path: Path) -> None:
@@ -20,3 +23,11 @@ def make_directories(path: Path) -> None:
         directory.mkdir(mode=0o700, exist_ok=True)
         # Also when another process was quicker: it may not have come to its fsync yet.
         fsync_directory(directory.parent)
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a file's bytes and fsync them; the new name is the caller's to make durable."""
+    with source.open("rb") as read, target.open("wb") as written:
+        shutil.copyfileobj(read, written, _COPY_BYTES)
+        written.flush()
+        os.fsync(written.fileno())

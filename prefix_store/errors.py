@@ -8,7 +8,8 @@
     ├── UnknownPrefix        no such name, version or alias for this tenant
     ├── CorruptArtifact      stored bytes no longer have the digest they were stored under
     ├── BlobStoreRefused     the configured place for blobs cannot be trusted with them
-    └── SchemaRefused        the database was made by another version of prefixd
+    ├── SchemaRefused        the database was changed by a later version of prefixd
+    └── CopyRefused          the place to copy to holds something already
 
 ``str(error)`` is a sentence for the caller. It never depends on another tenant's things.
 """
@@ -54,7 +55,11 @@ class BlobStoreRefused(StoreError):
 
 
 class SchemaRefused(StoreError):
-    """The database was made by another version of prefixd. For the operator, at start."""
+    """The database was changed by a later version of prefixd. For the operator, at start."""
+
+
+class CopyRefused(StoreError):
+    """The place to copy to holds something already. For the operator."""
 
 
 def quoted(text: str) -> str:

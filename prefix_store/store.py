@@ -237,22 +237,22 @@ class PrefixStore:
     ) -> Published:
         check_tenant(tenant)
         for _ in range(_PUBLISH_ATTEMPTS):
-            packed = self._write_blob(pack, tenant=tenant)
-            draft = Draft(
-                summary=summary,
-                digest=packed.digest,
-                size_bytes=packed.size_bytes,
-                fingerprint=base.fingerprint,
-                metadata_json=metadata_json,
-                creator=creator,
-                created_at=self._clock(),
-            )
             try:
+                packed = self._write_blob(pack, tenant=tenant)
+                draft = Draft(
+                    summary=summary,
+                    digest=packed.digest,
+                    size_bytes=packed.size_bytes,
+                    fingerprint=base.fingerprint,
+                    metadata_json=metadata_json,
+                    creator=creator,
+                    created_at=self._clock(),
+                )
                 return self._catalog.publish(draft, tenant=tenant, name=name, within=within)
             except BlobCollected:
                 # It took longer than the grace of a collection that ran meanwhile.
                 continue
-        raise RuntimeError(f"blobs are collected faster than they are published: {packed.digest}")
+        raise RuntimeError("blobs are collected faster than they are published: the grace is 0")
 
     def _write_blob(self, pack: Callable[[Path], Packed], *, tenant: str) -> Packed:
         with self._blobs.staging() as staged:
@@ -260,5 +260,8 @@ class PrefixStore:
             self._rows.want(
                 BlobKey(tenant, packed.digest), size_bytes=packed.size_bytes, now=self._clock()
             )
-            self._blobs.put(staged, tenant=tenant, digest=packed.digest)
+            try:
+                self._blobs.put(staged, tenant=tenant, digest=packed.digest)
+            except UnknownPrefix:  # when it was read back
+                raise BlobCollected from None
         return packed

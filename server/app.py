@@ -19,6 +19,7 @@ from sqlalchemy import Engine as Database
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefix_store.blobs import open_blobs
+from prefix_store.collect import Sweeper
 from prefix_store.database import create_tables, open_database
 from prefix_store.store import PrefixStore
 from server.api import (
@@ -59,17 +60,21 @@ KEYED = (
 )
 
 
-def create_app(services: Services) -> FastAPI:
-    """The application over ready parts. Its lifespan starts and stops the engine."""
+def create_app(services: Services, *, sweeper: Sweeper | None = None) -> FastAPI:
+    """The application over ready parts. Its lifespan starts and stops engine and ``sweeper``."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         services.engine.start()
         renewing = asyncio.create_task(_keep_leases(services.limiter))
+        if sweeper is not None:
+            sweeper.start()
         try:
             yield
         finally:
             renewing.cancel()
+            if sweeper is not None:
+                sweeper.stop()
             services.engine.stop()
 
     app = FastAPI(

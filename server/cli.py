@@ -13,7 +13,8 @@ import typer
 
 from clients.cli import chat, demo, prefix_app
 from clients.cli_users import user_app
-from server import cli_tenancy
+from prefix_store.errors import StoreError
+from server import cli_store, cli_tenancy
 from server.flags import JsonFlag, fail, opened_catalog, print_json, with_settings
 from server.settings import Settings
 
@@ -34,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 cli_tenancy.mount(app)
+cli_store.mount(app)
 app.add_typer(prefix_app, name="prefix")
 app.add_typer(user_app, name="user")
 app.command()(chat)
@@ -106,13 +108,13 @@ def _load(settings: Settings) -> "FastAPI":
     from server.app import create_app
     from server.model.architecture import UnsupportedModel
     from server.model.demo import DemoModelMissing
-    from server.serving import build_services, device_of
+    from server.serving import build_services, device_of, make_sweeper
 
     try:
         services = build_services(settings)
-    except (UnsupportedModel, DemoModelMissing, OSError, ValueError) as error:
+    except (UnsupportedModel, DemoModelMissing, StoreError, OSError, ValueError) as error:
         fail(str(error))
-    application = create_app(services)
+    application = create_app(services, sweeper=make_sweeper(settings, services))
     application.state.device = device_of(settings)
     return application
 

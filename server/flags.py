@@ -11,13 +11,14 @@ import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from prefix_store.errors import StoreError
 from server.errors import PrefixdError
 from server.settings import ENV_PREFIX, Settings
 
 if TYPE_CHECKING:
     from server.app import Catalog
 
-CATALOG_FLAGS = ("data_dir", "database_url")
+CATALOG_FLAGS = ("data_dir", "database_url", "blobs_url")
 """Settings of a command that needs the catalog and no model."""
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -37,10 +38,13 @@ def opened_catalog(settings: Settings) -> Iterator["Catalog"]:
     """The configured catalog, without a model; refusals end the command with their sentence."""
     from server.app import open_catalog  # noqa: PLC0415 - --help must not wait for SQLAlchemy
 
-    catalog = open_catalog(settings)
+    try:
+        catalog = open_catalog(settings)
+    except (StoreError, ValueError) as error:
+        fail(str(error))
     try:
         yield catalog
-    except PrefixdError as error:
+    except (PrefixdError, StoreError) as error:
         fail(error.message)
     finally:
         catalog.database.dispose()

@@ -5,11 +5,14 @@ when a server starts and not before.
 """
 
 import time
+from datetime import timedelta
 
 import torch
 
 from prefix_store.artifact import Artifact, read_artifact
 from prefix_store.base import BaseSpec
+from prefix_store.collect import Collected, Sweeper
+from prefix_store.digest import BlobKey
 from prefix_store.errors import StoreError
 from prefix_store.store import PrefixStore
 from server.api.metrics import Metrics
@@ -66,6 +69,18 @@ def build_services(settings: Settings) -> Services:
         served=served,
         metrics=Metrics(engine.stats),
     )
+
+
+def make_sweeper(settings: Settings, services: Services) -> Sweeper:
+    """Collects deleted prefixes in the background, but for those that the engine holds."""
+    grace = timedelta(seconds=settings.gc_grace)
+
+    def sweep() -> Collected:
+        held = services.engine.stats().prefixes_held
+        resident = [BlobKey(key.tenant, key.digest) for key in held]
+        return services.store.collect(grace=grace, resident=resident)
+
+    return Sweeper(sweep, interval_s=settings.gc_interval)
 
 
 def device_of(settings: Settings) -> str:

@@ -60,6 +60,14 @@ class Settings(BaseSettings):
         description="Where uploaded prefixes are kept: s3://bucket/prefix, with the usual AWS_* "
         "variables for endpoint and credentials. Default: files in the data folder.",
     )
+    gc_grace: float = Field(
+        default=86400.0,
+        ge=0,
+        description="Seconds for which the bytes of a deleted prefix are kept.",
+    )
+    gc_interval: float = Field(
+        default=3600.0, gt=0, description="Seconds between two background collections."
+    )
     block_size: int = Field(
         default=16, ge=1, le=1024, description="Token positions in one KV block."
     )

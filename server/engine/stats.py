@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from server.engine.request import PrefixKey
 from server.engine.residency import Stage
 from server.engine.scheduler import Progress, Scheduler
 from server.engine.step import Step
@@ -14,7 +15,8 @@ class EngineStats:
     """Counters since start (sums) and gauges of this moment.
 
     ``steps`` are forward passes run; ``distinct_prefixes_*`` count the different prefixes among
-    the rows of one pass; times are in seconds, blocks exclude the null block.
+    the rows of one pass; ``prefixes_held`` are in the pool or on their way into it; times are in
+    seconds, blocks exclude the null block.
     """
 
     steps: int
@@ -37,6 +39,7 @@ class EngineStats:
     prefix_fetches: int
     prefix_compiles: int
     prefix_evictions: int
+    prefixes_held: frozenset[PrefixKey]
 
 
 @dataclass(slots=True)
@@ -87,4 +90,5 @@ class StatsKeeper:
             prefix_fetches=residency.num_fetches,
             prefix_compiles=residency.num_compiles,
             prefix_evictions=residency.num_evictions,
+            prefixes_held=frozenset(entry.key for entry in entries),
         )

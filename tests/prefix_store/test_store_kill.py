@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -211,6 +211,7 @@ def check_after_kill(home: Path, *, acknowledged: bool) -> bool:
         manifests = opened.store.list(tenant="acme").manifests
         held = {key for key, _ in opened.blobs.walk()}
         assert held == {BlobKey("acme", manifest.digest) for manifest in manifests}
+        opened.blobs.tidy(before=datetime.now(UTC) + timedelta(minutes=1))
         assert not list((home / "blobs" / ".tmp").iterdir())
     return found is not None
 

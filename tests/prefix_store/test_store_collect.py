@@ -1,0 +1,128 @@
+"""Delete in two phases: what is collected, what never is."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from store_home import Home
+
+from prefix_store.collect import Collected, Sweeper
+from prefix_store.digest import BlobKey
+
+DAY = timedelta(days=1)
+NOW = timedelta(seconds=-60)
+"""A grace that has always passed."""
+
+
+def test_a_deleted_prefix_is_kept_for_the_grace_and_then_removed(home: Home) -> None:
+    manifest = home.put().manifest
+    home.store.delete(tenant="acme", name="style")
+    assert home.store.collect(grace=DAY) == Collected()
+    assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
+    home.clock.ahead = 2 * DAY
+    expected = Collected(blobs=1, bytes=manifest.size_bytes)
+    assert home.store.collect(grace=DAY, dry_run=True) == expected
+    assert len(home.held()) == 1
+    assert home.store.collect(grace=DAY) == expected
+    assert home.held() == set()
+
+
+def test_what_is_referenced_elsewhere_or_again_is_kept(home: Home) -> None:
+    home.put("a")
+    home.put("b")
+    home.put("a", tenant="umbrella")
+    home.store.delete(tenant="acme", name="a")
+    assert home.store.collect(grace=NOW).blobs == 0
+    home.store.delete(tenant="acme", name="b")
+    home.put("c")
+    assert home.store.collect(grace=NOW).blobs == 0
+    home.store.delete(tenant="acme", name="c")
+    assert home.store.collect(grace=NOW).blobs == 1
+    assert {key.tenant for key in home.held()} == {"umbrella"}
+
+
+def test_what_is_resident_is_kept_by_this_process_and_by_others(home: Home) -> None:
+    key = BlobKey("acme", home.put().manifest.digest)
+    home.store.delete(tenant="acme", name="style")
+    home.clock.ahead = 2 * DAY
+    assert home.store.collect(grace=DAY, resident=[key]).blobs == 0
+    assert home.store.collect(grace=NOW, resident=[key]) == Collected(resident=1)
+    # The sweep of the process that has it began its grace again.
+    assert home.store.collect(grace=DAY).blobs == 0
+    home.clock.ahead = 4 * DAY
+    assert home.store.collect(grace=DAY).blobs == 1
+
+
+def test_a_publish_that_is_overtaken_by_a_collection_begins_again(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = home.store._catalog.publish
+    taken: list[Any] = []
+
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        if not taken:
+            taken.append(home.store.collect(grace=NOW).blobs)
+            assert home.held() == set()
+        return publish(*arguments, **options)
+
+    monkeypatch.setattr(home.store._catalog, "publish", overtaken)
+    manifest = home.put().manifest
+    assert taken == [1]
+    assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
+
+
+def test_racing_publishes_deletes_and_collections_never_lose_a_blob(home: Home) -> None:
+    stop = threading.Event()
+
+    def collect() -> int:
+        removed = 0
+        while not stop.wait(0.01):
+            removed += home.store.collect(grace=NOW).blobs
+        return removed
+
+    def publish(name: str) -> None:
+        for number in range(8):
+            home.put_text(f"text {number % 2}", name)
+            manifest = home.store.resolve(tenant="acme", reference=name)
+            assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
+            home.store.delete(tenant="acme", name=name)
+
+    with ThreadPoolExecutor(4) as pool:
+        collector = pool.submit(collect)
+        try:
+            list(pool.map(publish, ["a", "b", "c"]))
+        finally:
+            stop.set()
+        removed = collector.result()
+    assert removed + home.store.collect(grace=NOW).blobs >= 1
+    assert home.held() == set()
+
+
+def test_an_upload_in_flight_is_no_leaving_of_a_killed_one(home: Home) -> None:
+    with home.blobs.staging() as staged:
+        staged.write_bytes(b"half")
+        home.store.collect(grace=NOW)
+        assert staged.exists()
+        home.clock.ahead = 2 * DAY
+        home.store.collect(grace=NOW)
+        assert not staged.exists()
+
+
+def test_a_sweeper_sweeps_until_it_is_stopped_whatever_happens(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    swept = threading.Semaphore(0)
+
+    def sweep() -> Collected:
+        swept.release()
+        raise ConnectionError("the database is away")
+
+    sweeper = Sweeper(sweep, interval_s=0.001)
+    sweeper.start()
+    for _ in range(2):
+        assert swept.acquire(timeout=30)
+    sweeper.stop()
+    assert "collecting blobs failed" in caplog.text
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefixd-sweep"]
