@@ -19,7 +19,7 @@ from server.engine.request import (
     SamplingParams,
     StopParams,
 )
-from server.errors import BadRequest, DoesNotFit
+from server.errors import BadRequest, DoesNotFit, QuotaExceeded
 
 DEFAULT_COMPLETION_TOKENS = 16
 """What OpenAI generates when a completion names no ``max_tokens``."""
@@ -57,15 +57,17 @@ class Admitted:
 @dataclass(frozen=True, slots=True)
 class Door:
     """What admission needs to know. ``pool_tokens(prefix_tokens)`` is the most tokens one
-    sequence can ever have in the pool."""
+    sequence can ever have in the pool; ``max_resident_tokens`` is the tenant's cap."""
 
     served: ServedModel
     chooser: Chooser
     pool_tokens: Callable[[int], int]
     max_choices: int
+    max_resident_tokens: int | None = None
 
     def completion(self, tenant: str, body: CompletionRequest) -> Admitted:
-        """Admit a completion. Raises BadRequest, DoesNotFit, NotFound, Conflict. Blocking."""
+        """Admit a completion. Raises BadRequest, DoesNotFit, NotFound, Conflict, QuotaExceeded.
+        Blocking."""
         if isinstance(body.prompt, list) and not isinstance(next(iter(body.prompt), None), int):
             self._check_choices(len(body.prompt), 1)  # before the work of tokenizing them
         choice = self.chooser.choose(tenant, body.model, body.user)
@@ -114,6 +116,7 @@ class Door:
         self._check_choices(len(prompts), n)
         answer_id = f"{kind}-{uuid.uuid4().hex}"
         prefix = choice.manifest
+        self._check_resident(prefix)
         handle = None if prefix is None else _handle(prefix)
         requests = tuple(
             AdmittedRequest(
@@ -124,10 +127,20 @@ class Door:
                 sampling=sampling,
                 stop=self._stop(body, self._output_tokens(len(prompt), prefix, asked, default)),
                 n=n,
+                max_resident_tokens=self.max_resident_tokens,
             )
             for position, prompt in enumerate(prompts)
         )
         return Admitted(id=answer_id, model=body.model, choice=choice, requests=requests)
+
+    def _check_resident(self, prefix: Manifest | None) -> None:
+        cap = self.max_resident_tokens
+        if prefix is not None and cap is not None and prefix.num_virtual_tokens > cap:
+            raise QuotaExceeded(
+                f"the tenant may keep {cap} virtual tokens resident; "
+                f"{prefix.name}@{prefix.version} has {prefix.num_virtual_tokens}",
+                param="max_resident_tokens",
+            )
 
     def _check_choices(self, prompts: int, n: int) -> None:
         if prompts * n > self.max_choices:

@@ -32,8 +32,8 @@ CLIENT_CLOSED_REQUEST = 499
 """What nginx logs when the client left first; nobody receives it."""
 
 
-def door_of(services: Services) -> Door:
-    """Admission with what it needs to know of ``services``."""
+def door_of(services: Services, principal: Principal) -> Door:
+    """Admission with what it needs to know of ``services`` and of the tenant's limits."""
 
     def resolve(tenant: str, reference: str) -> Manifest:
         return services.store.resolve(tenant=tenant, reference=reference)
@@ -43,6 +43,7 @@ def door_of(services: Services) -> Door:
         chooser=Chooser(services.served, resolve, services.bindings.chosen),
         pool_tokens=services.engine.config.max_tokens_for,
         max_choices=services.limits.max_choices,
+        max_resident_tokens=principal.quota.max_resident_tokens,
     )
 
 

@@ -33,7 +33,7 @@ async def create_completion(
         services=services,
         principal=principal,
         body=body,
-        admit=partial(door_of(services).completion, principal.tenant, body),
+        admit=partial(door_of(services, principal).completion, principal.tenant, body),
         dialect=CompletionsDialect(services.served.tokenizer, body.logprobs),
     )
 
@@ -56,6 +56,6 @@ async def create_chat_completion(
         services=services,
         principal=principal,
         body=body,
-        admit=partial(door_of(services).chat, principal.tenant, body),
+        admit=partial(door_of(services, principal).chat, principal.tenant, body),
         dialect=ChatDialect(services.served.tokenizer, top_logprobs),
     )

@@ -10,6 +10,7 @@ from sqlalchemy import select
 from test_disconnect import Caller, run_with_engine
 
 from prefix_store.database import reading
+from server.engine.request import AdmittedRequest
 from server.tenants.tables import request_leases
 
 
@@ -152,6 +153,29 @@ def test_virtual_tokens_of_one_prefix(client: TestClient, world: World) -> None:
     refused = client.put("/v1/prefixes/long", json={"kind": "text", "text": "x" * 9})
     assert refused.status_code == 422
     assert "8" in error_of(refused)["message"]
+
+
+def test_resident_tokens_reach_the_engine_unless_one_prefix_is_longer(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_text(client, "voice", "x" * 20, world.headers())
+    quota(world, max_resident_tokens=19)
+    refused = complete(client, model="voice")
+    assert refused.status_code == 429
+    assert error_of(refused)["param"] == "max_resident_tokens"
+    submitted: list[AdmittedRequest] = []
+    submit = world.services.engine.submit
+
+    def spy(request: AdmittedRequest, on_event: Any) -> None:
+        submitted.append(request)
+        submit(request, on_event)
+
+    monkeypatch.setattr(world.services.engine, "submit", spy)
+    quota(world, max_resident_tokens=20)
+    assert complete(client, model="voice").status_code == 200
+    quota(world, max_resident_tokens=None)
+    assert complete(client, model="voice").status_code == 200
+    assert [request.max_resident_tokens for request in submitted] == [20, None]
 
 
 def test_of_racing_uploads_as_many_get_in_as_may(client: TestClient, world: World) -> None:
