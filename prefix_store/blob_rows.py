@@ -14,7 +14,18 @@ and keeps the blob, or finds none and starts over; a blob is never removed benea
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 
-from sqlalchemy import ColumnElement, Connection, Engine, and_, case, delete, exists, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    and_,
+    case,
+    delete,
+    exists,
+    select,
+    tuple_,
+    update,
+)
 
 from prefix_store.database import insert_into, reading, writing
 from prefix_store.digest import BlobKey
@@ -111,26 +122,24 @@ class BlobRows:
 
     def unreferenced(self, *, before: datetime) -> Iterator[tuple[BlobKey, int]]:
         """Blobs, with their sizes, that nothing has referenced or wanted since ``before``."""
-        after = None
+        # In the order of the one index whose entries are few: all other blobs have null there.
+        order = tuple_(blobs.c.unreferenced_at, blobs.c.tenant, blobs.c.digest)
+        page = (
+            select(blobs.c.unreferenced_at, blobs.c.tenant, blobs.c.digest, blobs.c.size_bytes)
+            .where(blobs.c.unreferenced_at < before, ~_referenced())
+            .order_by(blobs.c.unreferenced_at, blobs.c.tenant, blobs.c.digest)
+            .limit(_PAGE)
+        )
+        statement = page
         while True:
-            page = (
-                select(blobs.c.unreferenced_at, blobs.c.tenant, blobs.c.digest, blobs.c.size_bytes)
-                .where(blobs.c.unreferenced_at < before, ~_referenced())
-                .order_by(blobs.c.tenant, blobs.c.digest)
-                .limit(_PAGE)
-            )
-            if after is not None:
-                page = page.where(
-                    (blobs.c.tenant > after.tenant)
-                    | and_(blobs.c.tenant == after.tenant, blobs.c.digest > after.digest)
-                )
             with reading(self._engine) as connection:
-                found = connection.execute(page).all()
+                found = connection.execute(statement).all()
             for row in found:
-                after = BlobKey(row.tenant, row.digest)
-                yield after, row.size_bytes
+                yield BlobKey(row.tenant, row.digest), row.size_bytes
             if len(found) < _PAGE:
                 return
+            last = found[-1]
+            statement = page.where(order > (last.unreferenced_at, last.tenant, last.digest))
 
     def collect(self, key: BlobKey, *, before: datetime, remove: Callable[[], None]) -> bool:
         """Remove one blob by ``remove``, and its row, unless something wants it by now.

@@ -29,6 +29,16 @@ def test_a_deleted_prefix_is_kept_for_the_grace_and_then_removed(home: Home) -> 
     assert home.held() == set()
 
 
+def test_collecting_goes_on_from_page_to_page(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefix_store.blob_rows._PAGE", 2)
+    for number in range(5):
+        home.put_text(f"text {number}", f"name-{number}")
+        home.store.delete(tenant="acme", name=f"name-{number}")
+    assert home.store.collect(grace=NOW, dry_run=True).blobs == 5
+    assert home.store.collect(grace=NOW).blobs == 5
+    assert home.held() == set()
+
+
 def test_what_is_referenced_elsewhere_or_again_is_kept(home: Home) -> None:
     home.put("a")
     home.put("b")
