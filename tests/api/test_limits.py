@@ -102,6 +102,19 @@ def test_concurrent_requests(world: World, *, stream: bool) -> None:
     run_with_engine(world, scenario)
 
 
+def test_who_has_read_the_end_of_a_stream_may_send_the_next(world: World) -> None:
+    quota(world, max_concurrent_requests=1)
+    taken_at_the_end = []
+
+    class Reading(Caller):
+        async def send(self, message: dict[str, Any]) -> None:
+            if b"[DONE]" in message.get("body", b""):
+                taken_at_the_end.append(places(world))
+
+    run_with_engine(world, Reading(world, {"stream": True, "max_tokens": 3}).run)
+    assert taken_at_the_end == [0]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_or_fails_frees_the_place_and_pays_for_what_came(
     world: World, *, stream: bool
