@@ -58,6 +58,7 @@ def serve(settings: Settings) -> None:
     import uvicorn
 
     from server import logging
+    from server.slow_heads import impatient
 
     logging.configure(settings.log_level, settings.log_format)
     log = structlog.get_logger("prefixd")
@@ -67,7 +68,7 @@ def serve(settings: Settings) -> None:
         application,
         host=settings.host,
         port=settings.port,
-        http="httptools",
+        http=impatient(settings.body_timeout),
         ws="none",
         lifespan="on",
         log_config=None,
