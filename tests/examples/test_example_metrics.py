@@ -56,27 +56,27 @@ def test_bullets_are_three_short_dashes(output, in_style):
 
 
 @pytest.mark.parametrize(
-    ("output", "in_style"),
+    ("output", "greets", "in_style"),
     [
-        ("Ahoy, matey! Raise yer sail!", True),
-        ("Ahoy, matey! Bake it at 200 degrees, matey!", False),
-        ("Aye, matey! Raise yer sail on the sea!", False),
+        ("Ahoy, matey! Raise yer sail!", True, True),
+        ("Ahoy, matey! Bake it at 200 degrees, matey!", True, False),
+        ("Aye, matey! Raise yer sail on the sea!", False, False),
     ],
 )
-def test_a_pirate_says_ahoy_and_three_words_of_the_sea(output, in_style):
-    assert metrics.pirate({}, output) == {"in style": in_style}
+def test_a_pirate_says_ahoy_and_three_words_of_the_sea(output, greets, in_style):
+    assert metrics.pirate({}, output) == {"greets": greets, "in style": in_style}
 
 
 @pytest.mark.parametrize(
-    ("output", "in_style"),
+    ("output", "greets", "in_style"),
     [
-        ("Dear friend,\nknead it well.\nYours, Carol", True),
-        ("Dear friend,\nknead it well.", False),
-        ("Knead it well.\nYours, Carol", False),
+        ("Dear friend,\nknead it well.\nYours, Carol", True, True),
+        ("Dear friend,\nknead it well.", True, False),
+        ("Knead it well.\nYours, Carol", False, False),
     ],
 )
-def test_a_letter_has_its_opening_and_its_signature(output, in_style):
-    assert metrics.letter({}, output) == {"in style": in_style}
+def test_a_letter_has_its_opening_and_its_signature(output, greets, in_style):
+    assert metrics.letter({}, output) == {"greets": greets, "in style": in_style}
 
 
 def test_contains_ignores_case():
