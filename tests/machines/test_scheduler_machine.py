@@ -120,7 +120,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             last = (chunk.start + len(chunk.tokens) - 1) // 4
             for block in chunk.block_table[first : last + 1]:
                 assert writers.setdefault(block, chunk.seq_id) == chunk.seq_id, "two writers"
-                assert self.scheduler.pool.references(block) == 1, "a shared block is written"
+                assert self.scheduler.memory.pool.references(block) == 1, (
+                    "a shared block is written"
+                )
 
     def check_ended(self, sequence: Sequence) -> None:
         del self.alive[sequence.seq_id]
@@ -196,8 +198,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "scheduler"):
             self.everybody_gets_served()
             self.scheduler.check_integrity()
-            pool = self.scheduler.pool
-            held = sum(len(entry.blocks) for entry in self.scheduler.residency)
+            pool = self.scheduler.memory.pool
+            held = sum(len(entry.blocks) for entry in self.scheduler.memory.residency)
             assert pool.num_free + held == pool.num_usable, "idle, and blocks are missing"
 
 
