@@ -93,6 +93,8 @@ def test_leaving_before_the_first_token_aborts(world: World, *, stream: bool) ->
 
 
 def test_leaving_in_mid_stream_aborts(world: World) -> None:
+    world.runner.hold_after = 3
+
     async def scenario() -> None:
         caller = Caller(world, {"stream": True, "max_tokens": 300, "n": SEQUENCES})
         request = asyncio.create_task(caller.run())
@@ -100,7 +102,6 @@ def test_leaving_in_mid_stream_aborts(world: World) -> None:
         assert dict(start["headers"])[REQUEST_ID_HEADER.encode()]
         first = await caller.sent.get()
         assert first["body"].startswith(b"data: {")
-        world.runner.gate.clear()
         caller.leaves.set()
         await request
         world.runner.gate.set()
@@ -112,12 +113,15 @@ def test_leaving_in_mid_stream_aborts(world: World) -> None:
 
 
 def test_an_engine_that_fails_in_mid_stream_says_so_in_the_stream(world: World) -> None:
+    world.runner.hold_after = 3
+
     async def scenario() -> None:
         caller = Caller(world, {"stream": True, "max_tokens": 300})
         request = asyncio.create_task(caller.run())
         await caller.sent.get()
         await caller.sent.get()
         world.runner.fail = True
+        world.runner.gate.set()
         await request
         frames = b""
         while not caller.sent.empty():
@@ -134,12 +138,19 @@ def test_an_engine_that_fails_in_mid_stream_says_so_in_the_stream(world: World) 
 
 
 def test_a_server_that_stops_ends_streams_politely(world: World) -> None:
+    world.runner.hold_after = 3
+
     async def scenario() -> None:
         caller = Caller(world, {"stream": True, "max_tokens": 300})
         request = asyncio.create_task(caller.run())
         await caller.sent.get()
         await caller.sent.get()
-        await asyncio.to_thread(world.services.engine.stop)
+        engine = world.services.engine
+        stopping = asyncio.create_task(asyncio.to_thread(engine.stop))
+        while engine.ready:
+            await asyncio.sleep(0)
+        world.runner.gate.set()
+        await stopping
         await request
         frames = b""
         while not caller.sent.empty():
