@@ -68,7 +68,11 @@ class StopParams:
 
 @dataclass(frozen=True, slots=True)
 class AdmittedRequest:
-    """One request that fits: ``n`` sequences of the same prompt under the same prefix."""
+    """One request that fits: ``n`` sequences of the same prompt under the same prefix.
+
+    ``max_resident_tokens`` caps the virtual tokens that the tenant's prefixes may hold in the pool
+    at a time (None: no cap); admission has refused a prefix that is longer than that by itself.
+    """
 
     request_id: str
     tenant: str
@@ -77,6 +81,7 @@ class AdmittedRequest:
     sampling: SamplingParams
     stop: StopParams
     n: int = 1
+    max_resident_tokens: int | None = None
 
 
 class FinishReason(StrEnum):

@@ -19,7 +19,7 @@ from server.engine.config import SchedulerConfig
 from server.engine.fair_queue import FairQueue
 from server.engine.memory import Memory
 from server.engine.request import FinishReason, PrefixKey
-from server.engine.residency import Residency, Stage
+from server.engine.residency import Entry, Residency, Stage
 from server.engine.sequence import Sequence, State
 from server.engine.step import (
     BlockCopy,
@@ -266,8 +266,21 @@ class Scheduler:
                 others = self.memory.idle_prefixes(sequence)
                 idle = [other for other in others if not self.waiting.wants(other.key)]
                 need = self._residency.blocks_needed(entry.num_tokens)
-                if self.memory.evict(idle, until=need):
+                if self._keep_cap(sequence, entry, idle) and self.memory.evict(idle, until=need):
                     plan.fresh += self._residency.place(entry)
+
+    def _keep_cap(self, sequence: Sequence, entry: Entry, idle: list[Entry]) -> bool:
+        """Whether ``entry`` fits under its tenant's cap, for which only its own idle prefixes
+        leave (and are taken off ``idle``)."""
+        cap, tenant = sequence.request.max_resident_tokens, sequence.tenant
+        if cap is None:
+            return True
+        for own in [other for other in idle if other.key.tenant == tenant]:
+            if self._residency.tokens_of(tenant) + entry.num_tokens <= cap:
+                break
+            self._residency.evict(own)
+            idle.remove(own)
+        return self._residency.tokens_of(tenant) + entry.num_tokens <= cap
 
     def _grow(self, plan: _Plan, sequence: Sequence) -> bool:
         """Give a decoding sequence the block its next token needs; False: it was preempted."""
