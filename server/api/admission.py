@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from prefix_store.artifact import Kind
 from prefix_store.store import Manifest
 from server.api.choice import Choice, Chooser
 from server.api.sampling import ChatMessage, ChatRequest, CompletionRequest, GenerationFields
@@ -71,7 +72,7 @@ class Door:
         if isinstance(body.prompt, list) and not isinstance(next(iter(body.prompt), None), int):
             self._check_choices(len(body.prompt), 1)  # before the work of tokenizing them
         choice = self.chooser.choose(tenant, body.model, body.user)
-        prompts = self._prompts(body.prompt)
+        prompts = self._prompts(body.prompt, opens=_opens(choice))
         sampling = self._sampling(body, top_logprobs=body.logprobs)
         return self._admit(
             "cmpl",
@@ -151,19 +152,21 @@ class Door:
             )
 
     def _prompts(
-        self, prompt: str | list[str] | list[int] | list[list[int]]
+        self, prompt: str | list[str] | list[int] | list[list[int]], *, opens: bool
     ) -> list[tuple[int, ...]]:
+        """Token ids of the prompts. Where a text ``opens`` the sequence it gets the tokenizer's
+        opening token; a text prefix has that token already."""
         if isinstance(prompt, str):
-            return [self._encode(prompt)]
+            return [self._encode(prompt, opens=opens)]
         texts = [part for part in prompt if isinstance(part, str)]
         if texts:
-            return [self._encode(text) for text in texts]
+            return [self._encode(text, opens=opens) for text in texts]
         lists = [part for part in prompt if isinstance(part, list)]
         ids = [part for part in prompt if isinstance(part, int)]
         return [self._checked(part) for part in (lists or [ids])]
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return self._checked(self.served.tokenizer.encode(text))
+    def _encode(self, text: str, *, opens: bool) -> tuple[int, ...]:
+        return self._checked(self.served.tokenizer.encode(text, add_special_tokens=opens))
 
     def _checked(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         if not token_ids:
@@ -264,6 +267,11 @@ class Door:
 def _handle(prefix: Manifest) -> PrefixHandle:
     key = PrefixKey(tenant=prefix.tenant, digest=prefix.digest)
     return PrefixHandle(key=key, num_tokens=prefix.num_virtual_tokens)
+
+
+def _opens(choice: Choice) -> bool:
+    """Whether a prompt starts its sequence; under a text prefix it goes on from there."""
+    return choice.manifest is None or choice.manifest.kind is not Kind.HARD_PROMPT
 
 
 def _or(value: float | None, default: float) -> float:
