@@ -18,6 +18,21 @@ def world(tmp_path: Path) -> Iterator[World]:
         yield world
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def either_world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    """A world on each of the two databases, for what depends on how they lock."""
+    url = None if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+    with make_world(tmp_path, database_url=url) as world:
+        yield world
+
+
+@pytest.fixture
+def either_client(either_world: World) -> Iterator[TestClient]:
+    """As ``client``."""
+    with TestClient(either_world.app, headers=either_world.headers()) as client:
+        yield client
+
+
 @pytest.fixture
 def client(world: World) -> Iterator[TestClient]:
     """A client with acme's key; the engine runs."""

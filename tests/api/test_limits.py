@@ -191,9 +191,12 @@ def test_resident_tokens_reach_the_engine_unless_one_prefix_is_longer(
     assert [request.max_resident_tokens for request in submitted] == [20, None]
 
 
-def test_of_racing_uploads_as_many_get_in_as_may(client: TestClient, world: World) -> None:
+def test_of_racing_uploads_as_many_get_in_as_may(
+    either_client: TestClient, either_world: World
+) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
+    client, world = either_client, either_world
     quota(world, max_prefixes=3)
 
     def put(number: int) -> int:
