@@ -30,6 +30,7 @@ SINGLE_PUT_BYTES = 8 * 1024 * 1024
 """Larger blobs go up in parts, so that none is ever in memory as a whole."""
 
 _READ_BYTES = 1024 * 1024
+_PARTS = 2  # in memory at once, of 5 MiB each
 _STAGING = ".staging"
 _QUARANTINE = ".quarantine"
 
@@ -69,7 +70,7 @@ class S3Blobs:
         try:
             self._download(place, digest)
         except CorruptArtifact:
-            obstore.put(self._store, place, source)
+            obstore.put(self._store, place, source, max_concurrency=_PARTS)
             self._download(place, digest)
 
     def fetch(self, *, tenant: str, digest: str) -> Path:
@@ -115,7 +116,7 @@ class S3Blobs:
                 return
             # An upload in parts cannot be conditional, but a copy within the bucket can.
             staged = f"{_STAGING}/{secrets.token_hex(16)}"
-            obstore.put(self._store, staged, source, max_concurrency=2)
+            obstore.put(self._store, staged, source, max_concurrency=_PARTS)
             try:
                 obstore.copy(self._store, staged, place, overwrite=False)
             finally:

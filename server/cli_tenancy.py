@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clients.terminal import printable
 from server.flags import (
     CATALOG_FLAGS,
     JsonFlag,
@@ -220,7 +221,8 @@ def audit(
     for one in found:
         who = one.actor_key or "command line"
         detail = " ".join(f"{name}={value}" for name, value in one.detail.items())
-        typer.echo(
+        line = (
             f"{one.id:<8} {one.at:%Y-%m-%d %H:%M:%S}  {who:<12}  {one.tenant:<20} "
-            f"{one.action:<16} {one.subject}  {detail}".rstrip()
+            f"{one.action:<16} {one.subject}  {detail}"
         )
+        typer.echo(printable(line).rstrip())

@@ -7,7 +7,15 @@ import structlog
 
 from server.settings import LogFormat, LogLevel
 
-_QUIET = ("uvicorn.access", "uvicorn.error", "httpx", "httpx2", "filelock", "urllib3")
+_QUIET = (
+    "uvicorn.access",
+    "uvicorn.error",
+    "httpx",
+    "httpx2",
+    "filelock",
+    "urllib3",
+    "alembic.runtime.plugins",
+)
 
 
 def configure(level: LogLevel, form: LogFormat) -> None:

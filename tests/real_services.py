@@ -14,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import psycopg
 import pytest
@@ -45,14 +46,12 @@ class Postgres:
             connection.execute(statement)
 
 
-def install(package: str, *, program: str, skip: str | None = None) -> None:
-    """Install a Debian package for its ``program`` as root; else skip or fail and say why."""
+def install(package: str, *, program: str, otherwise: Callable[[str], NoReturn]) -> None:
+    """Install a Debian package for its ``program`` as root, or say why not to ``otherwise``."""
     if shutil.which(program) or postgres_binaries(program):
         return
-    if skip is not None and os.environ.get(skip) == "skip":
-        pytest.skip(f"{skip}=skip, and {program} is not installed")
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        pytest.fail(f"this test needs {program}: apt-get install {package}")
+        otherwise(f"this test needs {program}: apt-get install {package}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update"], ["install", "--yes", "--no-install-recommends", package]):
         done = subprocess.run(
@@ -63,7 +62,7 @@ def install(package: str, *, program: str, skip: str | None = None) -> None:
             text=True,
         )
         if done.returncode != 0:
-            pytest.fail(f"apt-get {' '.join(command)} failed: {done.stderr[-2000:]}")
+            otherwise(f"apt-get {' '.join(command)} failed: {done.stderr[-2000:]}")
 
 
 def postgres_binaries(program: str = "initdb") -> Path | None:
@@ -80,7 +79,7 @@ def running_postgres() -> Iterator[Postgres]:
     """A PostgreSQL on loopback with a fresh data directory; fast, so not durable."""
     if os.environ.get("PREFIXD_TEST_POSTGRES") == "skip":
         pytest.skip("PREFIXD_TEST_POSTGRES=skip")
-    install("postgresql", program="initdb")
+    install("postgresql", program="initdb", otherwise=pytest.fail)
     binaries = postgres_binaries()
     assert binaries is not None, "the package postgresql brought no initdb"
     port = free_port()

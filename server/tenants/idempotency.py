@@ -72,13 +72,13 @@ class Idempotency:
         request_digest: str,
         replay: Replay,
     ) -> None:
-        """Keep the answer, in the transaction that does what it says; forget those too old.
+        """Keep the answer, in the transaction that does what it says; forget the tenant's old ones.
 
         Raises IntegrityError when a request under the same key came first: ask ``find`` again.
         """
         now = self._now()
         old = idempotency_keys.c.created_at <= now - KEPT_FOR
-        connection.execute(delete(idempotency_keys).where(old))
+        connection.execute(delete(idempotency_keys).where(idempotency_keys.c.tenant == tenant, old))
         connection.execute(
             insert(idempotency_keys).values(
                 tenant=tenant,

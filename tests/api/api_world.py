@@ -131,8 +131,9 @@ class World:
 
 
 @contextmanager
-def make_world(tmp_path: Path) -> Iterator[World]:
-    database: Database = open_database(f"sqlite:///{tmp_path / 'catalog.sqlite3'}")
+def make_world(tmp_path: Path, *, database_url: str | None = None) -> Iterator[World]:
+    url = database_url or f"sqlite:///{tmp_path / 'catalog.sqlite3'}"
+    database: Database = open_database(url)
     create_tables(database)
     store = PrefixStore(database, LocalBlobs(tmp_path / "blobs"))
     tenants = Tenants(database)

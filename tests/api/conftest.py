@@ -8,14 +8,33 @@ import structlog
 from api_world import World, make_world
 from fastapi.testclient import TestClient
 
-# Through the standard library, whose level hides the access log from the tests' output.
-structlog.configure(logger_factory=structlog.stdlib.LoggerFactory())
+# Through the standard library, whose level hides the access log from the tests' output; plainly,
+# for a traceback drawn with the locals of a whole server takes seconds.
+structlog.configure(
+    processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
+    logger_factory=structlog.stdlib.LoggerFactory(),
+)
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
     with make_world(tmp_path) as world:
         yield world
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def either_world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+    """A world on each of the two databases, for what depends on how they lock."""
+    url = None if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+    with make_world(tmp_path, database_url=url) as world:
+        yield world
+
+
+@pytest.fixture
+def either_client(either_world: World) -> Iterator[TestClient]:
+    """As ``client``."""
+    with TestClient(either_world.app, headers=either_world.headers()) as client:
+        yield client
 
 
 @pytest.fixture

@@ -71,7 +71,8 @@ def test_malformed_keys(client: TestClient, key: str) -> None:
     assert error_of(refused)["param"] == "Idempotency-Key"
 
 
-def test_racing_repetitions_get_one_answer(client: TestClient) -> None:
+def test_racing_repetitions_get_one_answer(either_client: TestClient) -> None:
+    client = either_client
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: put(client, "k1"), range(32)))
     assert {answer.status_code for answer in answers} == {201}

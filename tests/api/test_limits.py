@@ -1,12 +1,15 @@
 """A tenant's limits over HTTP: 429 with honest headers, and nothing leaks a place."""
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from api_world import World, error_of, put_text
 from fastapi.testclient import TestClient
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
 from test_disconnect import Caller, run_with_engine
 
 from prefix_store.database import reading
@@ -139,6 +142,23 @@ def test_who_leaves_or_fails_frees_the_place_and_pays_for_what_came(
     run_with_engine(world, scenario)
 
 
+def test_places_are_kept_while_the_server_runs_and_the_database_stumbles(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stumbled, renewed = threading.Event(), threading.Event()
+
+    def renew() -> None:
+        if not stumbled.is_set():
+            stumbled.set()
+            raise SQLAlchemyError
+        renewed.set()
+
+    monkeypatch.setattr("server.app.RENEW_EVERY_S", 0.001)
+    monkeypatch.setattr(world.services.limiter, "renew", renew)
+    with TestClient(world.app):
+        assert renewed.wait(20)
+
+
 def test_stored_prefixes_and_bytes(client: TestClient, world: World) -> None:
     quota(world, max_prefixes=2)
     for name in "ab":
@@ -191,9 +211,10 @@ def test_resident_tokens_reach_the_engine_unless_one_prefix_is_longer(
     assert [request.max_resident_tokens for request in submitted] == [20, None]
 
 
-def test_of_racing_uploads_as_many_get_in_as_may(client: TestClient, world: World) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
+def test_of_racing_uploads_as_many_get_in_as_may(
+    either_client: TestClient, either_world: World
+) -> None:
+    client, world = either_client, either_world
     quota(world, max_prefixes=3)
 
     def put(number: int) -> int:

@@ -1,7 +1,9 @@
 """Personalisation over HTTP: bindings, the default, what answers and why."""
 
 import json
+import threading
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from api_world import World, error_of, put_text, said
@@ -90,8 +92,6 @@ def test_a_bound_prefix_that_is_gone_is_never_the_base(client: TestClient, world
 
 @pytest.mark.parametrize("user", ["ann", "ann@example.org", "a/b", "é ü", "%"])
 def test_any_name_can_be_bound(client: TestClient, world: World, user: str) -> None:
-    from urllib.parse import quote
-
     put_text(client, "voice", "one", world.headers())
     shown = bind(client, quote(user, safe=""), "voice@latest").json()
     assert (shown["object"], shown["user"], shown["prefix"]) == ("binding", user, "voice@latest")
@@ -169,9 +169,6 @@ def test_an_alias_moved_in_mid_stream(client: TestClient, world: World) -> None:
     client.put("/v1/prefixes/voice/aliases/prod", json={"version": 1})
     bind(client, "ann", "voice@prod")
     world.runner.hold_at = len(world.runner.steps) + 4  # compile, prefill, and two tokens more
-
-    import threading
-
     found: dict[str, Any] = {}
 
     def stream() -> None:

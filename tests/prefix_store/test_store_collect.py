@@ -6,10 +6,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 from store_home import Home
 
 from prefix_store.collect import Collected, Sweeper
+from prefix_store.database import reading
 from prefix_store.digest import BlobKey
+from prefix_store.tables import blobs
 
 DAY = timedelta(days=1)
 NOW = timedelta(seconds=-60)
@@ -63,6 +66,34 @@ def test_what_is_resident_is_kept_by_this_process_and_by_others(home: Home) -> N
     assert home.store.collect(grace=DAY).blobs == 0
     home.clock.ahead = 4 * DAY
     assert home.store.collect(grace=DAY).blobs == 1
+
+
+def test_what_came_into_use_since_it_was_looked_up_is_kept(home: Home) -> None:
+    key = BlobKey("acme", home.put().manifest.digest)
+    home.store.delete(tenant="acme", name="style")
+    rows, now = home.store._rows, home.clock()
+    assert [found for found, _ in rows.unreferenced(before=now)] == [key]
+    later = now + DAY
+    rows.want(key, size_bytes=1, now=later)
+    assert not rows.collect(key, before=later, remove=lambda: pytest.fail("removed"))
+    home.put("again")
+    assert not rows.collect(key, before=later + DAY, remove=lambda: pytest.fail("removed"))
+
+
+def test_a_row_says_whether_its_blob_is_referenced(home: Home) -> None:
+    def since() -> list[bool]:
+        with reading(home.database) as connection:
+            found = connection.execute(select(blobs.c.unreferenced_at)).scalars()
+            return [moment is None for moment in found]
+
+    home.put("a")
+    home.put("b")
+    home.store.delete(tenant="acme", name="a")
+    assert since() == [True]
+    home.store.delete(tenant="acme", name="b")
+    assert since() == [False]
+    home.put("a")
+    assert since() == [True]
 
 
 def test_a_publish_that_is_overtaken_by_a_collection_begins_again(

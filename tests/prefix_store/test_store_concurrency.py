@@ -14,6 +14,7 @@ from sqlalchemy import text
 from store_artifacts import BASE, config_bytes, soft, spool
 from store_home import Home
 
+from prefix_store import rows
 from prefix_store.blobs import LocalBlobs
 from prefix_store.database import create_tables, open_database, reading, writing
 from prefix_store.store import PrefixStore
@@ -88,6 +89,24 @@ def test_readers_never_wait_for_a_writer(home: Home, open_home: Callable[[], Hom
     with writing(home.database) as connection:
         connection.execute(text("UPDATE prefixes SET latest_version = NULL"))
         assert other.store.resolve(tenant="acme", reference="style").version == 1
+
+
+def test_an_answer_is_of_one_moment(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An alias that moves between the two queries of a look-up is where the first one saw it."""
+    publish(home, 0)
+    publish(home, 1)
+    home.store.set_alias(tenant="acme", name="style", alias="prod", version=1)
+    alias_names = rows._alias_names
+
+    def late(*arguments: Any) -> Any:
+        monkeypatch.setattr(rows, "_alias_names", alias_names)
+        home.store.set_alias(tenant="acme", name="style", alias="prod", version=2)
+        return alias_names(*arguments)
+
+    monkeypatch.setattr(rows, "_alias_names", late)
+    found = home.store.resolve(tenant="acme", reference="style@prod")
+    assert (found.version, found.aliases) == (1, ("prod",))
+    assert home.store.resolve(tenant="acme", reference="style@prod").version == 2
 
 
 def test_a_failed_write_leaves_nothing(home: Home) -> None:
