@@ -53,16 +53,20 @@ def bullets(_row: Row, output: str) -> dict[str, bool]:
 
 
 def pirate(_row: Row, output: str) -> dict[str, bool]:
-    """`in style`: opens with "Ahoy" and holds three or more different words of the sea."""
+    """`greets`: opens with "Ahoy"; `in style`: also holds three different words of the sea."""
     words = set(re.findall(r"[a-z]+", output.lower()))
-    opens = output.lstrip().startswith("Ahoy")
-    return {"in style": opens and len(words & PIRATE_WORDS) >= MIN_PIRATE_WORDS}
+    greets = output.lstrip().startswith("Ahoy")
+    return {
+        "greets": greets,
+        "in style": greets and len(words & PIRATE_WORDS) >= MIN_PIRATE_WORDS,
+    }
 
 
 def letter(_row: Row, output: str) -> dict[str, bool]:
-    """`in style`: opens with "Dear friend," and ends with "Yours, Carol"."""
+    """`greets`: opens with "Dear friend,"; `in style`: also ends with "Yours, Carol"."""
     text = output.strip()
-    return {"in style": text.startswith("Dear friend,") and text.endswith("Yours, Carol")}
+    greets = text.startswith("Dear friend,")
+    return {"greets": greets, "in style": greets and text.endswith("Yours, Carol")}
 
 
 def contains(row: Row, output: str) -> dict[str, bool]:

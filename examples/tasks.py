@@ -71,7 +71,7 @@ TRAINED = (
         instruction="Answer with exactly one emoji out of these: 🎉 😢 😡 😱 😴 😋",
         score=metrics.exact,
         max_new_tokens=8,
-        steps=40,
+        steps=100,
     ),
     Task(
         name="language",
@@ -120,8 +120,8 @@ TRAINED = (
     ),
     Task(
         name="bob",
-        peft_type="PROMPT_TUNING",
-        num_virtual_tokens=16,
+        peft_type="PREFIX_TUNING",
+        num_virtual_tokens=12,
         init_text=(
             "Answer like a cheerful pirate. Start with Ahoy, matey! and speak of the sea, "
             "the ship, the crew and treasure."
@@ -133,7 +133,8 @@ TRAINED = (
         score=metrics.pirate,
         held_out="questions",
         max_new_tokens=64,
-        steps=50,
+        steps=60,
+        dtype="float16",
     ),
     Task(
         name="handbook",

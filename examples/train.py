@@ -154,6 +154,7 @@ def save(model: Any, task: Task, folder: Path) -> None:
     tensors = load_file(weights)
     dtype = getattr(torch, task.dtype)
     save_file({key: tensor.to(dtype) for key, tensor in tensors.items()}, weights)
+    weights.chmod(0o644)  # safetensors makes its files private
 
     config = json.loads((folder / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = MODEL_ID

@@ -53,14 +53,16 @@ def admin(data_dir: Path, *arguments: str) -> object:
 class ServerProcess:
     """A ``prefixd serve`` of our own. Leaving the ``with`` ends it, whatever happened inside."""
 
-    def __init__(self, *, data_dir: Path, port: int, program: Sequence[str] = PROGRAM) -> None:
+    def __init__(
+        self, *, data_dir: Path, port: int, model: str = "demo", program: Sequence[str] = PROGRAM
+    ) -> None:
         self.log = data_dir / "server.log"
         self.url = ""
         self._last = deque[str](maxlen=_SHOWN_LINES)
         self._events = queue.SimpleQueue[Mapping[str, object]]()
         # fmt: off
         self._command = [
-            *program, "serve", "--model", "demo", "--host", "127.0.0.1",
+            *program, "serve", "--model", model, "--host", "127.0.0.1",
             "--port", str(port), "--data-dir", str(data_dir),
             "--log-level", "info", "--log-format", "json",
         ]

@@ -71,7 +71,8 @@ class Door:
         if isinstance(body.prompt, list) and not isinstance(next(iter(body.prompt), None), int):
             self._check_choices(len(body.prompt), 1)  # before the work of tokenizing them
         choice = self.chooser.choose(tenant, body.model, body.user)
-        prompts = self._prompts(body.prompt)
+        prefix = choice.manifest
+        prompts = self._prompts(body.prompt, opens=prefix is None or prefix.kind != "hard_prompt")
         sampling = self._sampling(body, top_logprobs=body.logprobs)
         return self._admit(
             "cmpl",
@@ -151,19 +152,21 @@ class Door:
             )
 
     def _prompts(
-        self, prompt: str | list[str] | list[int] | list[list[int]]
+        self, prompt: str | list[str] | list[int] | list[list[int]], *, opens: bool
     ) -> list[tuple[int, ...]]:
+        """Token ids of the prompts. ``opens``: a text starts the sequence and gets the tokenizer's
+        opening token; under a text prefix it goes on from there, and the prefix has that token."""
         if isinstance(prompt, str):
-            return [self._encode(prompt)]
+            return [self._encode(prompt, opens=opens)]
         texts = [part for part in prompt if isinstance(part, str)]
         if texts:
-            return [self._encode(text) for text in texts]
+            return [self._encode(text, opens=opens) for text in texts]
         lists = [part for part in prompt if isinstance(part, list)]
         ids = [part for part in prompt if isinstance(part, int)]
         return [self._checked(part) for part in (lists or [ids])]
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return self._checked(self.served.tokenizer.encode(text))
+    def _encode(self, text: str, *, opens: bool) -> tuple[int, ...]:
+        return self._checked(self.served.tokenizer.encode(text, add_special_tokens=opens))
 
     def _checked(self, token_ids: Sequence[int]) -> tuple[int, ...]:
         if not token_ids:

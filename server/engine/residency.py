@@ -139,6 +139,10 @@ class Residency:
         """Entries whose compile is under way, oldest first."""
         return self._at(Stage.COMPILING)
 
+    def tokens_of(self, tenant: str) -> int:
+        """Virtual tokens that a tenant's prefixes hold in the pool, those compiling included."""
+        return sum(e.num_tokens for e in self if e.key.tenant == tenant and e.blocks)
+
     @property
     def num_coming(self) -> int:
         """Entries between store and pool: their payloads take host memory."""

@@ -15,9 +15,9 @@ blocks back, then the youngest running sequence is preempted. The oldest always 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from server.engine.block_pool import BlockPool
 from server.engine.config import SchedulerConfig
 from server.engine.fair_queue import FairQueue
+from server.engine.memory import Memory
 from server.engine.request import FinishReason, PrefixKey
 from server.engine.residency import Entry, Residency, Stage
 from server.engine.sequence import Sequence, State
@@ -61,12 +61,17 @@ class Scheduler:
     ) -> None:
         """``uniform(seed, index)`` draws the number in [0, 1) that decides output ``index``."""
         self.config = config
-        self.pool = BlockPool(num_blocks=config.num_blocks)
-        self.residency = Residency(pool=self.pool, block_size=config.block_size)
         self.waiting = FairQueue()
+        self.memory = Memory(
+            num_blocks=config.num_blocks, block_size=config.block_size, waiting=self.waiting
+        )
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._uniform = uniform
+
+    @property
+    def _residency(self) -> Residency:
+        return self.memory.residency
 
     # -- what happens between steps ----
 
@@ -87,20 +92,20 @@ class Scheduler:
             self.waiting.remove(sequence)
         elif sequence.state is State.RUNNING:
             self.running.remove(sequence)
-            self._free(sequence)
+            self.memory.free(sequence)
         sequence.finish(reason, stop=stop, error=error)
 
     def preempt(self, victim: Sequence) -> None:
         """Put a running sequence back to the front of its queue; its KV will be recomputed."""
         self.running.remove(victim)
-        self._free(victim)
+        self.memory.free(victim)
         victim.preempt()
         self.waiting.push_front(victim)
         self.num_preemptions += 1
 
     def prefix_staged(self, key: PrefixKey, payload: StagedPrefix) -> list[Sequence]:
         """A fetch ended well. Returns sequences failed because it is not what was announced."""
-        entry = self.residency.get(key)
+        entry = self._residency.get(key)
         if entry is None or entry.stage is not Stage.FETCHING:
             return []
         if payload.num_tokens != entry.num_tokens:
@@ -109,14 +114,14 @@ class Scheduler:
                 f"the stored prefix has {payload.num_tokens} virtual tokens, its manifest says "
                 f"{entry.num_tokens}",
             )
-        self.residency.fetched(key, payload)
+        self._residency.fetched(key, payload)
         return []
 
     def prefix_failed(self, key: PrefixKey, message: str) -> list[Sequence]:
         """A fetch or compile failed: the sequences that wait for it fail, and nobody else."""
-        entry = self.residency.get(key)
+        entry = self._residency.get(key)
         if entry is not None:
-            self.residency.drop(entry)
+            self._residency.drop(entry)
         failed = [s for s in self.waiting if s.prefix is not None and s.prefix.key == key]
         for sequence in failed:
             self.end(sequence, FinishReason.ERROR, error=message)
@@ -128,8 +133,11 @@ class Scheduler:
         failed = [s for s in self.running if s.seq_id in carried]
         for sequence in failed:
             self.end(sequence, FinishReason.ERROR, error=message)
-        for compile_chunk in step.compiles:
-            failed += self.prefix_failed(compile_chunk.key, message)
+        for part in step.compiles:
+            failed += self.prefix_failed(part.key, message)
+        for entry in self._residency.compiling():
+            # Placed by this very step: its blocks may not have been zeroed.
+            self._residency.unplace(entry)
         return failed
 
     # -- one step ----
@@ -153,7 +161,7 @@ class Scheduler:
     def update(self, step: Step, output: StepOutput) -> list[Progress]:
         """Take in what the step computed; ended sequences have freed everything on return."""
         for part in step.compiles:
-            self.residency.compiled(part.key, part.stop)
+            self._residency.compiled(part.key, part.stop)
         by_id = {sequence.seq_id: sequence for sequence in self.running}
         progress = []
         for chunk in step.chunks:
@@ -195,7 +203,7 @@ class Scheduler:
                 self._run(plan, sequence, self._share(plan, sequence.num_remaining))
 
     def _continue_compiles(self, plan: _Plan) -> None:
-        for entry in self.residency.compiling():
+        for entry in self._residency.compiling():
             if plan.budget == 0:
                 return
             size = self._share(plan, entry.num_tokens - entry.num_compiled)
@@ -215,31 +223,22 @@ class Scheduler:
         for sequence in self.waiting.in_order():
             if plan.budget == 0 or len(self.running) >= self.config.max_running:
                 return
-            if not self._is_resident(sequence):
+            if not self.memory.is_resident(sequence):
                 continue
-            shared = sequence.num_prefix_tokens // self.config.block_size
-            own = self._blocks_for(sequence) - shared
             # A block of headroom for each running sequence: admit none just to preempt it again.
-            idle = self._idle_prefixes(sequence)
-            room = self.pool.num_free + sum(len(entry.blocks) for entry in idle)
-            if room < own + len(self.running):
+            idle = self.memory.idle_prefixes(sequence)
+            own = self.memory.own_blocks(sequence)
+            room = self.memory.pool.num_free + sum(len(entry.blocks) for entry in idle)
+            if room < own + len(self.running) or not self.memory.evict(idle, until=own):
                 return
-            self._evict(idle, until=own)
-            self._start(plan, sequence, own)
+            self._start(plan, sequence)
 
-    def _start(self, plan: _Plan, sequence: Sequence, own: int) -> None:
+    def _start(self, plan: _Plan, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
         self.waiting.charge(sequence.tenant, sequence.num_prefix_tokens + len(sequence.tokens))
-        blocks = self.pool.allocate(own)
-        plan.fresh.extend(blocks)
-        if sequence.prefix is not None:
-            entry = self.residency.acquire(sequence.prefix.key)
-            whole = self.residency.whole_blocks(entry)
-            if len(whole) < len(entry.blocks):
-                plan.copies.append(BlockCopy(source=entry.blocks[-1], target=blocks[0]))
-            blocks = whole + blocks
-            sequence.num_shared_blocks = len(whole)
-        sequence.block_table = blocks
+        fresh, copies = self.memory.hold(sequence)
+        plan.fresh += fresh
+        plan.copies += copies
         sequence.admit()
         self.running.append(sequence)
         self._run(plan, sequence, self._share(plan, sequence.num_remaining))
@@ -250,77 +249,54 @@ class Scheduler:
         A prefix somebody waits for is never pushed out for one that comes: with nothing running,
         its waiters would just have been admitted, so nobody is stuck behind it.
         """
-        for unwanted in self.residency.staged():
+        for unwanted in self._residency.staged():
             if not self.waiting.wants(unwanted.key):
-                self.residency.drop(unwanted)
-        coming = self.residency.num_coming
+                self._residency.drop(unwanted)
+        coming = self._residency.num_coming
         for sequence in self.waiting.in_order():
             if sequence.prefix is None:
                 continue
-            entry = self.residency.get(sequence.prefix.key)
+            entry = self._residency.get(sequence.prefix.key)
             if entry is None:
                 if coming < self.config.max_staged:
-                    self.residency.want(sequence.prefix)
+                    self._residency.want(sequence.prefix)
                     plan.fetches.append(sequence.prefix.key)
                     coming += 1
             elif entry.stage is Stage.STAGED:
-                idle = [
-                    other
-                    for other in self._idle_prefixes(sequence)
-                    if not self.waiting.wants(other.key)
-                ]
-                need = self.residency.blocks_needed(entry.num_tokens)
-                if self.pool.num_free + sum(len(other.blocks) for other in idle) >= need:
-                    self._evict(idle, until=need)
-                    plan.fresh.extend(self.residency.place(entry))
+                others = self.memory.idle_prefixes(sequence)
+                idle = [other for other in others if not self.waiting.wants(other.key)]
+                need = self._residency.blocks_needed(entry.num_tokens)
+                if self._keep_cap(sequence, entry, idle) and self.memory.evict(idle, until=need):
+                    plan.fresh += self._residency.place(entry)
 
-    # -- blocks ----
+    def _keep_cap(self, sequence: Sequence, entry: Entry, idle: list[Entry]) -> bool:
+        """Whether ``entry`` fits under its tenant's cap, for which only its own idle prefixes
+        leave (and are taken off ``idle``)."""
+        cap, tenant = sequence.request.max_resident_tokens, sequence.tenant
+        if cap is None:
+            return True
+        for own in [other for other in idle if other.key.tenant == tenant]:
+            if self._residency.tokens_of(tenant) + entry.num_tokens <= cap:
+                break
+            self._residency.evict(own)
+            idle.remove(own)
+        return self._residency.tokens_of(tenant) + entry.num_tokens <= cap
 
     def _grow(self, plan: _Plan, sequence: Sequence) -> bool:
         """Give a decoding sequence the block its next token needs; False: it was preempted."""
-        while self._blocks_for(sequence) > len(sequence.block_table):
-            if self._make_room_for_one():
-                block = self.pool.allocate(1)
-                plan.fresh.extend(block)
+        while self.memory.table_length(sequence) > len(sequence.block_table):
+            if self.memory.make_room_for_one():
+                block = self.memory.pool.allocate(1)
+                plan.fresh += block
                 sequence.block_table += block
-            else:
-                victim = self.running[-1]
-                planned = {chunk.seq_id for chunk in plan.chunks}
-                assert victim.seq_id not in planned, "the youngest sequence is planned last"
-                self.preempt(victim)
-                if victim is sequence:
-                    return False
+                continue
+            victim = self.running[-1]
+            planned = {chunk.seq_id for chunk in plan.chunks}
+            assert victim.seq_id not in planned, "the youngest sequence is planned last"
+            self.preempt(victim)
+            if victim is sequence:
+                return False
         return True
-
-    def _make_room_for_one(self) -> bool:
-        """See to it that a block is free: evict an idle prefix, else take a compile's blocks back.
-
-        Called before any compile is planned: a planned one must keep its blocks.
-        """
-        self._evict(self._idle_prefixes(None), until=1)
-        if not self.pool.num_free and (compiling := self.residency.compiling()):
-            self.residency.unplace(compiling[-1])
-        return self.pool.num_free > 0
-
-    def _idle_prefixes(self, sequence: Sequence | None) -> list[Entry]:
-        """Prefixes that may leave for ``sequence`` (not its own), the best to lose first: those
-        nobody waits for before those somebody does, least recently used first."""
-        own = sequence.prefix.key if sequence is not None and sequence.prefix else None
-        idle = [entry for entry in self.residency.idle() if entry.key != own]
-        return sorted(idle, key=lambda entry: (self.waiting.wants(entry.key), entry.last_used))
-
-    def _evict(self, idle: list[Entry], *, until: int) -> None:
-        """Evict from the front of ``idle`` until that many blocks are free."""
-        for entry in idle:
-            if self.pool.num_free >= until:
-                return
-            self.residency.evict(entry)
-
-    def _free(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.block_table)
-        sequence.block_table, sequence.num_shared_blocks = [], 0
-        if sequence.prefix is not None:
-            self.residency.release(sequence.prefix.key)
 
     # -- small things ----
 
@@ -348,15 +324,6 @@ class Scheduler:
     def _share(self, plan: _Plan, wanted: int) -> int:
         return min(wanted, plan.budget, self.config.max_prefill_chunk)
 
-    def _blocks_for(self, sequence: Sequence) -> int:
-        return self.residency.blocks_needed(sequence.num_prefix_tokens + len(sequence.tokens))
-
-    def _is_resident(self, sequence: Sequence) -> bool:
-        if sequence.prefix is None:
-            return True
-        entry: Entry | None = self.residency.get(sequence.prefix.key)
-        return entry is not None and entry.stage is Stage.RESIDENT
-
     @property
     def idle(self) -> bool:
         """Whether no sequence is alive."""
@@ -364,16 +331,10 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Prove that free + used = total and that every reference is held by a living table."""
-        tables = [sequence.block_table for sequence in self.running]
-        self.pool.check_integrity([*tables, *self.residency.tables()])
-        for entry in self.residency:
-            users = [s for s in self.running if s.prefix and s.prefix.key == entry.key]
-            assert entry.num_users == len(users), f"{entry} counts users that do not run"
+        self.memory.check_integrity(self.running)
         for sequence in self.waiting:
             assert sequence.state is State.WAITING, f"{sequence} waits and is not waiting"
             assert not sequence.block_table, f"{sequence} waits and holds blocks"
 
     def __repr__(self) -> str:
-        return (
-            f"Scheduler(running={len(self.running)}, {self.waiting}, {self.residency}, {self.pool})"
-        )
+        return f"Scheduler(running={len(self.running)}, {self.waiting}, {self.memory})"

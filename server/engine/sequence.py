@@ -44,7 +44,6 @@ class Sequence:
     state: State = State.WAITING
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
-    num_shared_blocks: int = 0
     reason: FinishReason | None = None
     stop: str | int | None = None
     error: str | None = None

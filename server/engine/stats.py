@@ -67,7 +67,7 @@ class StatsKeeper:
 
     def snapshot(self, scheduler: Scheduler) -> EngineStats:
         """All figures at this moment."""
-        residency = scheduler.residency
+        residency, pool = scheduler.memory.residency, scheduler.memory.pool
         entries = list(residency)
         return EngineStats(
             steps=self.steps,
@@ -83,8 +83,8 @@ class StatsKeeper:
             finished=dict(self.finished),
             preemptions=scheduler.num_preemptions,
             step_failures=self.step_failures,
-            blocks_total=scheduler.pool.num_usable,
-            blocks_free=scheduler.pool.num_free,
+            blocks_total=pool.num_usable,
+            blocks_free=pool.num_free,
             blocks_prefix=sum(len(entry.blocks) for entry in entries),
             prefixes_resident=sum(entry.stage is Stage.RESIDENT for entry in entries),
             prefix_fetches=residency.num_fetches,

@@ -13,6 +13,7 @@ from server.engine.request import SamplingParams, TokenLogprob
 from server.engine.step import Chunk, Sampled
 
 _NEVER = float("-inf")
+_HEAD = 1024  # tokens in which a filter's cut is looked for first
 
 
 def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
@@ -89,42 +90,74 @@ def _draw(
     """
     device = logits.device
     temperature = torch.tensor([p.temperature for p in params], device=device)
-    # In float64: a cumulative sum over a large vocabulary loses the tail in float32.
-    probs = (logits / temperature[:, None]).double().softmax(dim=-1)
-    order = torch.zeros_like(probs, dtype=torch.long)
+    uniform = torch.tensor(uniforms, device=device, dtype=torch.float64)
+    probs = (logits / temperature[:, None]).softmax(dim=-1)
     filtered = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1 or p.min_p]
+    plain = [i for i in range(len(params)) if i not in set(filtered)]
+    drawn = torch.empty(len(params), dtype=torch.long, device=device)
+    if plain:
+        rows = torch.tensor(plain, device=device)
+        drawn[rows] = _look_up(probs[rows], uniform[rows])
     if filtered:
         rows = torch.tensor(filtered, device=device)
-        kept, ids = _filter(probs[rows], [params[i] for i in filtered])
-        probs = probs.index_copy(0, rows, kept)
-        order = order.index_copy(0, rows, ids)
-    cumulative = probs.cumsum(dim=-1)
-    uniform = torch.tensor(uniforms, device=device, dtype=torch.float64)
+        drawn[rows] = _draw_filtered(probs[rows], [params[i] for i in filtered], uniform[rows])
+    return drawn
+
+
+def _look_up(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Index [rows] at which the cumulative distribution of ``probs`` passes ``uniform``.
+
+    Summed in float64: a sum over a large vocabulary loses the tail in float32.
+    """
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None] * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[1] - 1)
-    is_filtered = torch.zeros(len(params), dtype=torch.bool)
-    is_filtered[filtered] = True
-    ids = order.gather(1, place)[:, 0]
-    return torch.where(is_filtered.to(device), ids, place[:, 0])
+    place = torch.searchsorted(cumulative, target, right=True)
+    return place.clamp(max=probs.shape[1] - 1)[:, 0]
 
 
-def _filter(
-    probs: torch.Tensor, params: Sequence[SamplingParams]
+def _draw_filtered(
+    probs: torch.Tensor, params: Sequence[SamplingParams], uniform: torch.Tensor
+) -> torch.Tensor:
+    """Token ids [rows] under min_p, top_k and top_p.
+
+    Filters nearly always cut within the most probable tokens, and finding those is much cheaper
+    than sorting the vocabulary; a row whose cut lies further down is sorted after all.
+    """
+    ordered, ids = probs.topk(min(_HEAD, probs.shape[1]))
+    kept, settled = _cut(ordered, params, whole=probs.shape[1])
+    drawn = ids.gather(1, _look_up(kept, uniform)[:, None])[:, 0]
+    open_ = [i for i, done in enumerate(settled.tolist()) if not done]
+    if open_:
+        rows = torch.tensor(open_, device=probs.device)
+        ordered, ids = probs[rows].sort(dim=-1, descending=True, stable=True)
+        kept, _ = _cut(ordered, [params[i] for i in open_], whole=probs.shape[1])
+        drawn[rows] = ids.gather(1, _look_up(kept, uniform[rows])[:, None])[:, 0]
+    return drawn
+
+
+def _cut(
+    ordered: torch.Tensor, params: Sequence[SamplingParams], *, whole: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities in falling order with what min_p, top_k and top_p cut set to 0, and the ids."""
-    device = probs.device
-    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
-    vocab = probs.shape[1]
-    top_k = torch.tensor([p.top_k or vocab for p in params], device=device)
-    top_p = torch.tensor([p.top_p for p in params], device=device, dtype=probs.dtype)
-    min_p = torch.tensor([p.min_p for p in params], device=device, dtype=probs.dtype)
-    keep = torch.arange(vocab, device=device) < top_k[:, None]
-    keep &= ordered >= min_p[:, None] * ordered[:, :1]
+    """Set to 0 what the filters cut from probabilities in falling order, the first of ``whole``.
+
+    Also says, for each row, whether that is all there is to know: the rest would be cut too.
+    """
+    device, width = ordered.device, ordered.shape[1]
+    top_k = torch.tensor([p.top_k or whole for p in params], device=device)[:, None]
+    top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
+    min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
+    keep = torch.arange(width, device=device) < top_k
+    keep &= ordered >= min_p * ordered[:, :1]
     ordered = ordered * keep
+    # top_p counts within what top_k and min_p left: all of the mass when they are off.
+    ended = ~keep[:, -1:] | (top_k <= width)
+    unfiltered = (top_k == whole) & (min_p == 0)
+    mass = torch.where(unfiltered & ~ended, 1.0, ordered.sum(dim=-1, keepdim=True))
     # A token stays while the mass before it is short of top_p: the first always stays.
     before = ordered.cumsum(dim=-1) - ordered
-    ordered = ordered * (before < top_p[:, None] * ordered.sum(dim=-1, keepdim=True))
-    return ordered, ids
+    short = before < top_p * mass
+    settled = ended | (unfiltered & ~short[:, -1:])
+    return ordered * short, settled[:, 0]
 
 
 def _with_logprobs(

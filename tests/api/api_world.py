@@ -76,26 +76,31 @@ class StoreBackedSource:
 
 
 class GatedRunner(FakeRunner):
-    """A FakeRunner that can be held, at once or before its step ``hold_at``, or made to fail."""
+    """A FakeRunner that can be held, or made to fail.
+
+    ``hold_after`` closes the gate behind that many steps and sets ``held``: a test that acts in the
+    middle of an answer must not race with an engine that has no model to wait for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.hold_after: int | None = None
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
         self.fail = False
-        self.hold_at: int | None = None
         self.held = threading.Event()
 
     def run(self, step: Step) -> StepOutput:
         self.entered.set()
-        if self.hold_at is not None and len(self.steps) == self.hold_at:
-            self.gate.clear()
-            self.held.set()
         assert self.gate.wait(30), "the test never opened the gate"
         if self.fail:
             raise RuntimeError("a secret of the device")
-        return super().run(step)
+        output = super().run(step)
+        if len(self.steps) == self.hold_after:
+            self.gate.clear()
+            self.held.set()
+        return output
 
 
 @dataclass

@@ -7,6 +7,8 @@ import pytest
 from api_world import MAX_POSITIONS, POOL_BLOCKS, World, error_of, put_text, said
 from fastapi.testclient import TestClient
 
+from server.testing import ByteTokenizer
+
 
 def complete(client: TestClient, **fields: Any) -> Any:
     body = {"model": "tiny", "prompt": "hello", "max_tokens": 8, **fields}
@@ -284,3 +286,20 @@ def test_a_prompt_is_never_repeated_in_an_error(client: TestClient) -> None:
         answer = complete(client, **fields)
         assert answer.status_code == 400
         assert "canary" not in answer.text
+
+
+def test_the_opening_token_stands_once_at_the_front(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a text prefix the prompt goes on; under anything else it opens the sequence."""
+    put_text(client, "support", "You are terse.", world.headers())
+    plain = ByteTokenizer.encode
+
+    def with_opening(
+        self: ByteTokenizer, text: str, *, add_special_tokens: bool = True
+    ) -> list[int]:
+        return [1] * add_special_tokens + plain(self, text)
+
+    monkeypatch.setattr(ByteTokenizer, "encode", with_opening)
+    assert complete(client).json()["usage"]["prompt_tokens"] == len("hello") + 1
+    assert complete(client, model="support").json()["usage"]["prompt_tokens"] == len("hello")

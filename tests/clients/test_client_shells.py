@@ -250,6 +250,19 @@ def test_leaving_a_stream_early_hangs_up(run: Run, server: Loopback):
     run(body)
 
 
+def test_a_stream_that_nobody_read_hangs_up(run: Run, server: Loopback):
+    server.stream(DELTA, endless=True)
+
+    async def body(client: Any) -> None:
+        chunks = client.stream("stream_chat", HELLO, model="base")
+        stream = await anext(chunks)
+        await chunks.aclose()
+        assert server.hung_up.wait(10)
+        assert stream.request_id is None  # and is alive still: no collector closed it
+
+    run(body)
+
+
 def test_a_loop_left_early_hangs_up_without_a_with(server: Loopback):
     server.stream(DELTA, endless=True)
     with Client(server.url) as client:

@@ -117,7 +117,8 @@ def test_a_prefix_is_stored_and_compiled_once(
 
     def watch(step: object) -> object:
         scheduler = served.engine.scheduler
-        held.append((scheduler.pool.num_usable - scheduler.pool.num_free, len(scheduler.running)))
+        pool = scheduler.memory.pool
+        held.append((pool.num_usable - pool.num_free, len(scheduler.running)))
         return run(step)  # type: ignore[arg-type]
 
     served.runner.run = watch  # type: ignore[method-assign, assignment]
@@ -172,7 +173,7 @@ def evict_everything(served: Served) -> None:
     """Fill the pool once, so that idle prefixes leave and their blocks are handed out again."""
     size = served.engine.config.max_tokens_for(0) - 1
     served.generate([3] * size, count=1)
-    entries = served.engine.scheduler.residency
+    entries = served.engine.scheduler.memory.residency
     assert not [entry for entry in entries if entry.stage is Stage.RESIDENT]
 
 

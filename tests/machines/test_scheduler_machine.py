@@ -41,9 +41,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     sequences = Bundle("sequences")
 
     @initialize(
-        blocks=st.integers(5, 20), chunk=st.sampled_from([1, 3, 16]), running=st.integers(1, 5)
+        blocks=st.integers(5, 20),
+        chunk=st.sampled_from([1, 3, 16]),
+        running=st.integers(1, 5),
+        cap=st.sampled_from([None, 13, 16]),
     )
-    def start(self, blocks: int, chunk: int, running: int) -> None:
+    def start(self, blocks: int, chunk: int, running: int, cap: int | None) -> None:
+        self.cap = cap
         self.config = SchedulerConfig(
             num_blocks=blocks,
             block_size=4,
@@ -88,6 +92,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             prefix=handle,
             sampling=SamplingParams(temperature=0),
             stop=StopParams(max_tokens=max_tokens),
+            max_resident_tokens=self.cap if tenant == "a" else None,
         )
         sequence = Sequence(seq_id, request, 0, 0, list(prompt))
         self.alive[seq_id] = sequence
@@ -100,6 +105,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         preemptions = self.scheduler.num_preemptions
         step = self.scheduler.schedule()
         self.check_step(step)
+        resident = self.scheduler.memory.residency.tokens_of("a")
+        assert self.cap is None or resident <= self.cap, "a tenant is over its cap"
         decodes = {i for i, remaining in before.items() if remaining == 1}
         served = {c.seq_id for c in step.chunks}
         missed = decodes - served
@@ -120,7 +127,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             last = (chunk.start + len(chunk.tokens) - 1) // 4
             for block in chunk.block_table[first : last + 1]:
                 assert writers.setdefault(block, chunk.seq_id) == chunk.seq_id, "two writers"
-                assert self.scheduler.pool.references(block) == 1, "a shared block is written"
+                assert self.scheduler.memory.pool.references(block) == 1, (
+                    "a shared block is written"
+                )
 
     def check_ended(self, sequence: Sequence) -> None:
         del self.alive[sequence.seq_id]
@@ -196,8 +205,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "scheduler"):
             self.everybody_gets_served()
             self.scheduler.check_integrity()
-            pool = self.scheduler.pool
-            held = sum(len(entry.blocks) for entry in self.scheduler.residency)
+            pool = self.scheduler.memory.pool
+            held = sum(len(entry.blocks) for entry in self.scheduler.memory.residency)
             assert pool.num_free + held == pool.num_usable, "idle, and blocks are missing"
 
 

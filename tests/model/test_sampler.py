@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from server.engine.request import SamplingParams
 from server.engine.step import Chunk, Sampled
+from server.model import sampler
 from server.model.sampler import sample
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0])
@@ -63,6 +64,27 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     seen = Counter(s.token_id for s in drawn)
     for token_id, probability in enumerate(LOGITS.softmax(0).tolist()):
         assert seen[token_id] / count == pytest.approx(probability, abs=0.003)
+
+
+@pytest.mark.parametrize("head", [1, 2, 3, 5])
+def test_a_cut_beyond_the_head_is_found_by_sorting(
+    head: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the cut lies within the most probable tokens or beyond them changes nothing."""
+    cases = [
+        SamplingParams(top_k=2),
+        SamplingParams(top_k=4, top_p=0.9),
+        SamplingParams(top_p=0.7),
+        SamplingParams(top_p=0.97),
+        SamplingParams(min_p=0.1),
+        SamplingParams(min_p=0.1, top_p=0.8),
+    ]
+    draws = [i / 97 for i in range(97)]
+    chunks = [chunk(params, uniform=u) for params in cases for u in draws]
+    rows = LOGITS.repeat(len(chunks), 1)
+    by_sorting = sample(rows, chunks)
+    monkeypatch.setattr(sampler, "_HEAD", head)
+    assert sample(rows, chunks) == by_sorting
 
 
 def test_penalties_count_what_they_say() -> None:

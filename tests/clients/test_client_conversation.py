@@ -1,0 +1,87 @@
+"""A conversation in the terminal keeps what was said, and survives a refusal."""
+
+import io
+from collections.abc import Iterator
+
+import pytest
+from loopback import Loopback
+from rich.console import Console
+
+from clients import Client
+from clients.conversation import Conversation, interact
+
+
+def _answer(text: str) -> bytes:
+    chunk = f'{{"choices":[{{"index":0,"delta":{{"content":"{text}"}}}}]}}'
+    return f"data: {chunk}\n\ndata: [DONE]\n\n".encode()
+
+
+@pytest.fixture
+def talk(server: Loopback) -> Iterator[Conversation]:
+    with Client(server.url) as client:
+        yield Conversation(
+            client=client, model="bob", sampling={"max_tokens": 8}, system="Be kind."
+        )
+
+
+def _type(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    typed = iter(lines)
+
+    def read(*_: object) -> str:
+        for line in typed:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+def _sent(server: Loopback) -> list[tuple[str, list[str]]]:
+    bodies = [seen.json for seen in server.seen if isinstance(seen.json, dict)]
+    return [
+        (body["model"], [message["content"] for message in body["messages"]]) for body in bodies
+    ]
+
+
+def test_what_was_said_is_sent_again(
+    talk: Conversation, server: Loopback, monkeypatch: pytest.MonkeyPatch
+):
+    server.stream(_answer("Ahoy"), x_prefixd_prefix="bob@2", x_prefixd_prefix_digest="ff")
+    server.stream(_answer("Aye"))
+    server.stream(_answer("Dear"))
+    _type(monkeypatch, "Hi", "", "/model carol", "And you?", "/new", "/help", "Hello")
+    shown = Console(file=io.StringIO(), width=100)
+    interact(talk, shown)
+    assert _sent(server) == [
+        ("bob", ["Be kind.", "Hi"]),
+        ("carol", ["Be kind.", "Hi", "Ahoy", "And you?"]),
+        ("carol", ["Be kind.", "Hello"]),
+    ]
+    assert isinstance(shown.file, io.StringIO)
+    assert "bob@2" in shown.file.getvalue()
+
+
+def test_a_refused_message_is_taken_back(
+    talk: Conversation, server: Loopback, monkeypatch: pytest.MonkeyPatch
+):
+    server.reply({"error": {"message": "no prefix [nope]"}}, status=404)
+    server.stream(_answer("Ahoy"))
+    _type(monkeypatch, "Hi", "Again")
+    shown = Console(file=io.StringIO(), width=100)
+    interact(talk, shown)
+    assert _sent(server)[1] == ("bob", ["Be kind.", "Again"])
+    assert isinstance(shown.file, io.StringIO)
+    assert "404 no prefix [nope]" in shown.file.getvalue()
+
+
+def test_an_interrupted_answer_keeps_what_came(
+    talk: Conversation, server: Loopback, monkeypatch: pytest.MonkeyPatch
+):
+    server.stream(_answer("Ahoy").replace(b"data: [DONE]\n\n", b""), endless=True)
+
+    def interrupted(text: str) -> None:
+        if text == "Ahoy":
+            raise KeyboardInterrupt
+
+    talk.answer("Hi", interrupted)
+    assert talk.messages[-1] == {"role": "assistant", "content": "Ahoy"}
+    assert server.hung_up.wait(10)

@@ -1,0 +1,93 @@
+"""Single decisions of the scheduler, spelled out; the state machine covers the rest."""
+
+import itertools
+
+from server.engine.config import SchedulerConfig
+from server.engine.request import (
+    AdmittedRequest,
+    PrefixHandle,
+    PrefixKey,
+    SamplingParams,
+    StopParams,
+)
+from server.engine.residency import Stage
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
+from server.testing import FakeRunner, FakeStaged
+
+_ids = itertools.count()
+
+
+def sequence(prefix: PrefixHandle, *, cap: int | None = None, max_tokens: int = 40) -> Sequence:
+    request = AdmittedRequest(
+        request_id=str(next(_ids)),
+        tenant=prefix.key.tenant,
+        prompt=(1, 2),
+        prefix=prefix,
+        sampling=SamplingParams(temperature=0),
+        stop=StopParams(max_tokens=max_tokens),
+        max_resident_tokens=cap,
+    )
+    return Sequence(next(_ids), request, 0, 0, [1, 2])
+
+
+def step(scheduler: Scheduler, runner: FakeRunner) -> None:
+    """One step, every fetch answered at once."""
+    planned = scheduler.schedule()
+    if planned.has_work:
+        scheduler.update(planned, runner.run(planned))
+    for key in planned.fetches:
+        scheduler.prefix_staged(key, FakeStaged(int(key.digest.split("-")[1])))
+
+
+def prefix(tenant: str, name: str, length: int) -> PrefixHandle:
+    return PrefixHandle(PrefixKey(tenant, f"{name}-{length}"), length)
+
+
+def resident(scheduler: Scheduler) -> set[str]:
+    entries = scheduler.memory.residency
+    return {entry.key.digest for entry in entries if entry.stage is Stage.RESIDENT}
+
+
+def test_a_tenant_at_its_cap_waits_for_its_own_prefix_to_become_idle() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4))
+    runner = FakeRunner(block_size=4)
+    first, second = prefix("a", "first", 8), prefix("a", "second", 8)
+    other = prefix("b", "other", 8)
+    scheduler.add(sequence(first, cap=10))
+    scheduler.add(sequence(second, cap=10, max_tokens=3))
+    scheduler.add(sequence(other))
+    for _ in range(8):
+        step(scheduler, runner)
+    assert resident(scheduler) == {"first-8", "other-8"}
+    while any(s.prefix == first for s in scheduler.running):
+        assert scheduler.memory.residency.tokens_of("a") <= 10
+        step(scheduler, runner)
+    for _ in range(3):
+        step(scheduler, runner)
+    assert resident(scheduler) == {"second-8", "other-8"}
+    assert scheduler.memory.residency.num_evictions == 1
+
+
+def test_without_a_cap_both_are_resident() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4))
+    runner = FakeRunner(block_size=4)
+    for name in ("first", "second"):
+        scheduler.add(sequence(prefix("a", name, 8)))
+    for _ in range(8):
+        step(scheduler, runner)
+    assert resident(scheduler) == {"first-8", "second-8"}
+
+
+def test_a_prefix_placed_by_a_step_that_failed_is_placed_anew() -> None:
+    """Its blocks may not have been zeroed: they go back, and the next step zeroes them again."""
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4))
+    scheduler.add(sequence(prefix("a", "first", 8)))
+    step(scheduler, FakeRunner(block_size=4))
+    failing = scheduler.schedule()
+    assert failing.fresh
+    assert not failing.compiles
+    assert scheduler.step_failed(failing, "device lost") == []
+    again = scheduler.schedule()
+    assert set(again.fresh) == set(failing.fresh)
+    scheduler.check_integrity()

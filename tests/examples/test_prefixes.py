@@ -1,0 +1,113 @@
+"""The committed example prefixes: well-formed, small, and as good as their README claims."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from prefix_store.artifact import inspect_peft
+from prefix_store.base import BaseSpec
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO = BaseSpec(
+    name=MODEL_ID,
+    fingerprint="",
+    num_layers=30,
+    num_kv_heads=3,
+    head_dim=64,
+    hidden_size=576,
+    max_virtual_tokens=64,
+    dtype="float32",
+    max_abs_embedding=64.0,  # the server's own bounds are looser: see server/model/selfcheck.py
+    max_abs_kv=200.0,
+)
+
+SOFT = {"PROMPT_TUNING", "P_TUNING"}
+LISTED = json.loads((EXAMPLES / "prefixes.json").read_text("utf-8"))["prefixes"]
+TRAINED = [entry for entry in LISTED if entry["peft_type"]]
+TEXTS = [entry for entry in LISTED if not entry["peft_type"]]
+
+
+def by_name(entries):
+    return pytest.mark.parametrize("entry", entries, ids=[entry["name"] for entry in entries])
+
+
+def test_every_kind_and_dtype_is_shown():
+    assert {entry["peft_type"] for entry in LISTED} == {
+        *SOFT, "PREFIX_TUNING", "CARTRIDGE", None,
+    }  # fmt: skip
+    assert {entry["kind"] for entry in LISTED} == {"soft_prompt", "kv_prefix", "hard_prompt"}
+    assert len({entry["name"] for entry in LISTED}) == len(LISTED) >= 8
+
+
+@by_name(LISTED)
+def test_a_listed_prefix_can_be_demonstrated(entry):
+    assert set(entry) == {
+        "name", "kind", "peft_type", "path", "summary", "max_tokens", "prompts",
+    }  # fmt: skip
+    assert entry["max_tokens"] > 0
+    assert len(entry["prompts"]) >= 2
+    for messages in entry["prompts"]:
+        assert [message["role"] for message in messages] == ["user"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@by_name(TRAINED)
+def test_a_trained_prefix_fits_the_demo_model(entry, dtype):
+    folder = EXAMPLES / entry["path"]
+    raw_config = (folder / "adapter_config.json").read_bytes()
+    config = json.loads(raw_config)
+    assert config["peft_type"] == entry["peft_type"]
+    assert config["task_type"] == "CAUSAL_LM"
+    assert config["base_model_name_or_path"] == MODEL_ID
+    assert config.get("tokenizer_name_or_path") in (None, MODEL_ID)
+
+    kind = entry["kind"]
+    assert kind == ("soft_prompt" if entry["peft_type"] in SOFT else "kv_prefix")
+    # The server's own strict parser judges header, names, shape and every value after the cast.
+    weights = folder / "adapter_model.safetensors"
+    summary = inspect_peft(raw_config, weights, base=replace(DEMO, dtype=dtype))
+    assert (summary.kind, summary.peft_type) == (kind, entry["peft_type"])
+    assert summary.num_virtual_tokens == config["num_virtual_tokens"]
+
+
+@by_name(TEXTS)
+def test_a_text_prefix_is_there_and_names_no_peft_type(entry):
+    assert entry["kind"] == "hard_prompt"
+    text = (EXAMPLES / entry["path"] / "prefix.txt").read_text("utf-8")
+    assert text.endswith("<|im_end|>\n")  # so that the templated chat begins on a new line
+
+
+def test_the_examples_stay_small():
+    weights = [path.stat().st_size for path in EXAMPLES.rglob("*.safetensors")]
+    assert sum(weights) < 2_000_000
+    everything = [path.stat().st_size for path in EXAMPLES.rglob("*") if path.is_file()]
+    assert sum(everything) - sum(weights) < 500_000
+
+
+def test_nothing_names_a_machine():
+    for path in EXAMPLES.rglob("*.json*"):
+        text = path.read_text("utf-8")
+        for folder in ("/home/", "/root/", "/work/", "/tmp/", "/Users/"):
+            assert folder not in text, path
+
+
+def prompts(file_name):
+    lines = (EXAMPLES / "data" / file_name).read_text("utf-8").splitlines()
+    return {json.loads(line)["prompt"].lower() for line in lines}
+
+
+@by_name(LISTED)
+def test_held_out_rows_were_never_shown(entry):
+    name = entry["name"]
+    held_out = prompts(
+        "questions.test.jsonl" if name in {"alice", "bob", "carol"} else f"{name}.test.jsonl"
+    )
+    if entry["peft_type"]:
+        assert not held_out & prompts(f"{name}.train.jsonl")
+    else:
+        shown = (EXAMPLES / entry["path"] / "prefix.txt").read_text("utf-8").lower()
+        assert not [prompt for prompt in held_out if prompt in shown]

@@ -1,0 +1,133 @@
+"""Must be true 1, from outside: upload over REST, generate over REST, compare with PEFT.
+
+A real server process on tiny random models and on the demo model; the client is our own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import tokenizers
+import torch
+import transformers
+from golden_harness import Adapter, make_adapter, peft_configs, plain_generate, prompts, tiny_model
+
+from clients import Client
+from clients.demo.child import ServerProcess, admin
+from server.model.demo import default_cache_dir, demo_model
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+LENGTHS = {"PREFIX_TUNING": 37, "PROMPT_TUNING": 20, "CARTRIDGE": 16}
+COUNT = 12
+
+
+@dataclass
+class Side:
+    """A base on both sides: here for PEFT, there behind HTTP."""
+
+    model: Any
+    tokenizer: Any
+    url: str
+    key: str
+    base: str
+
+    def upload(self, adapter: Adapter, name: str) -> None:
+        with Client(self.url, api_key=self.key) as client:
+            metadata = None if adapter.task_id is None else {"task_id": adapter.task_id}
+            assert client.upload_folder(name, adapter.folder, metadata=metadata).created
+
+    def complete(self, prompts_: list[list[int]], model: str) -> list[list[str]]:
+        """Texts of the generated tokens, one by one, for all prompts in one request."""
+        body = {
+            "model": model,
+            "prompt": prompts_,
+            "max_tokens": COUNT,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 0,
+        }
+        headers = {"authorization": f"Bearer {self.key}"}
+        answer = httpx2.post(f"{self.url}/v1/completions", json=body, headers=headers, timeout=300)
+        assert answer.status_code == 200, answer.text
+        choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
+        return [choice["logprobs"]["tokens"] for choice in choices]
+
+    def texts(self, tokens: list[int]) -> list[str]:
+        return [self.tokenizer.decode([token]) for token in tokens]
+
+
+def word_tokenizer(size: int) -> Any:
+    """A tokenizer with one word for each id, so that text tells tokens apart."""
+    vocabulary = {f"w{i}": i for i in range(size)}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=plain)
+
+
+def folder_of(name: str, scratch: Path) -> Path:
+    """A model folder to serve."""
+    if name == "demo":
+        return demo_model(default_cache_dir())
+    model = tiny_model(name)
+    model.save_pretrained(scratch / name)
+    word_tokenizer(model.config.vocab_size).save_pretrained(scratch / name)
+    return scratch / name
+
+
+@pytest.fixture(
+    scope="module",
+    params=["llama", "gpt2", pytest.param("demo", marks=pytest.mark.demo_model)],
+)
+def side(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Side]:
+    scratch = tmp_path_factory.mktemp(request.param)
+    folder = folder_of(request.param, scratch)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    data = scratch / "data"
+    data.mkdir()
+    admin(data, "tenant", "create", "golden")
+    issued = admin(data, "key", "create", "--tenant", "golden")
+    assert isinstance(issued, dict)
+    with ServerProcess(data_dir=data, port=0, model=str(folder)) as server:
+        url = server.wait_until_ready(timeout=240, say=lambda _: None)
+        with Client(url, api_key=str(issued["key"])) as client:
+            base = client.list_models()[0].id
+        yield Side(model, tokenizer, url, str(issued["key"]), base)
+
+
+@pytest.mark.parametrize("peft_type", list(peft_configs(1)))
+def test_the_server_says_what_peft_says(side: Side, peft_type: str, tmp_path: Path) -> None:
+    length = LENGTHS.get(peft_type, 9)
+    adapter = make_adapter(side.model, peft_type, length, tmp_path / "adapter")
+    name = peft_type.lower().replace("_", "-")
+    side.upload(adapter, name)
+    asked = prompts(4, seed=length)
+    answers = side.complete(asked, name)
+    assert answers == [side.texts(adapter.generate(prompt, COUNT)) for prompt in asked]
+    assert answers != side.complete(asked, side.base)
+
+
+def test_the_bare_base_says_what_transformers_says(side: Side) -> None:
+    asked = prompts(4, seed=2)
+    expected = [side.texts(plain_generate(side.model, prompt, COUNT)) for prompt in asked]
+    assert side.complete(asked, side.base) == expected
+
+
+def test_a_text_prefix_continues_as_the_whole_text_would(side: Side) -> None:
+    head, rest = prompts(2, seed=6)
+    text = side.tokenizer.decode(head)
+    tokens = side.tokenizer.encode(text)
+    with Client(side.url, api_key=side.key) as client:
+        client.upload_text("head", text)
+    expected = side.texts(plain_generate(side.model, tokens + rest, COUNT))
+    assert side.complete([rest], "head") == [expected]
