@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine as Database
@@ -36,6 +37,13 @@ from server.testing import (
     FakeRunner,
     FakeStaged,
     fake_generate,
+)
+
+# Through the standard library, whose level hides the access log from the tests' output; plainly,
+# for a traceback drawn with the locals of a whole server takes seconds.
+structlog.configure(
+    processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
+    logger_factory=structlog.stdlib.LoggerFactory(),
 )
 
 BASE = BaseSpec(
