@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prefix_store.artifact import Kind
 from prefix_store.store import Manifest
 from server.api.choice import Choice, Chooser
 from server.api.sampling import ChatMessage, ChatRequest, CompletionRequest, GenerationFields
@@ -72,7 +71,8 @@ class Door:
         if isinstance(body.prompt, list) and not isinstance(next(iter(body.prompt), None), int):
             self._check_choices(len(body.prompt), 1)  # before the work of tokenizing them
         choice = self.chooser.choose(tenant, body.model, body.user)
-        prompts = self._prompts(body.prompt, opens=_opens(choice))
+        prefix = choice.manifest
+        prompts = self._prompts(body.prompt, opens=prefix is None or prefix.kind != "hard_prompt")
         sampling = self._sampling(body, top_logprobs=body.logprobs)
         return self._admit(
             "cmpl",
@@ -154,8 +154,8 @@ class Door:
     def _prompts(
         self, prompt: str | list[str] | list[int] | list[list[int]], *, opens: bool
     ) -> list[tuple[int, ...]]:
-        """Token ids of the prompts. Where a text ``opens`` the sequence it gets the tokenizer's
-        opening token; a text prefix has that token already."""
+        """Token ids of the prompts. ``opens``: a text starts the sequence and gets the tokenizer's
+        opening token; under a text prefix it goes on from there, and the prefix has that token."""
         if isinstance(prompt, str):
             return [self._encode(prompt, opens=opens)]
         texts = [part for part in prompt if isinstance(part, str)]
@@ -267,11 +267,6 @@ class Door:
 def _handle(prefix: Manifest) -> PrefixHandle:
     key = PrefixKey(tenant=prefix.tenant, digest=prefix.digest)
     return PrefixHandle(key=key, num_tokens=prefix.num_virtual_tokens)
-
-
-def _opens(choice: Choice) -> bool:
-    """Whether a prompt starts its sequence; under a text prefix it goes on from there."""
-    return choice.manifest is None or choice.manifest.kind is not Kind.HARD_PROMPT
 
 
 def _or(value: float | None, default: float) -> float:

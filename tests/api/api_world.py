@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine as Database
@@ -36,6 +37,13 @@ from server.testing import (
     FakeRunner,
     FakeStaged,
     fake_generate,
+)
+
+# Through the standard library, whose level hides the access log from the tests' output; plainly,
+# for a traceback drawn with the locals of a whole server takes seconds.
+structlog.configure(
+    processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
+    logger_factory=structlog.stdlib.LoggerFactory(),
 )
 
 BASE = BaseSpec(
@@ -76,26 +84,31 @@ class StoreBackedSource:
 
 
 class GatedRunner(FakeRunner):
-    """A FakeRunner that can be held, at once or before its step ``hold_at``, or made to fail."""
+    """A FakeRunner that can be held, or made to fail.
+
+    ``hold_after`` closes the gate behind that many steps and sets ``held``: a test that acts in the
+    middle of an answer must not race with an engine that has no model to wait for.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.hold_after: int | None = None
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
         self.fail = False
-        self.hold_at: int | None = None
         self.held = threading.Event()
 
     def run(self, step: Step) -> StepOutput:
         self.entered.set()
-        if self.hold_at is not None and len(self.steps) == self.hold_at:
-            self.gate.clear()
-            self.held.set()
         assert self.gate.wait(30), "the test never opened the gate"
         if self.fail:
             raise RuntimeError("a secret of the device")
-        return super().run(step)
+        output = super().run(step)
+        if len(self.steps) == self.hold_after:
+            self.gate.clear()
+            self.held.set()
+        return output
 
 
 @dataclass

@@ -4,16 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 from api_world import World, make_world
 from fastapi.testclient import TestClient
-
-# Through the standard library, whose level hides the access log from the tests' output; plainly,
-# for a traceback drawn with the locals of a whole server takes seconds.
-structlog.configure(
-    processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
-    logger_factory=structlog.stdlib.LoggerFactory(),
-)
 
 
 @pytest.fixture

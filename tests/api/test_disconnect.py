@@ -95,6 +95,8 @@ def test_leaving_before_the_first_token_aborts(world: World, *, stream: bool) ->
 
 
 def test_leaving_in_mid_stream_aborts(world: World) -> None:
+    world.runner.hold_after = 3
+
     async def scenario() -> None:
         caller = Caller(world, {"stream": True, "max_tokens": 300, "n": SEQUENCES})
         request = asyncio.create_task(caller.run())
@@ -102,7 +104,6 @@ def test_leaving_in_mid_stream_aborts(world: World) -> None:
         assert dict(start["headers"])[REQUEST_ID_HEADER.encode()]
         first = await caller.sent.get()
         assert first["body"].startswith(b"data: {")
-        world.runner.gate.clear()
         caller.leaves.set()
         await request
         world.runner.gate.set()
@@ -114,14 +115,14 @@ def test_leaving_in_mid_stream_aborts(world: World) -> None:
 
 
 def test_an_engine_that_fails_in_mid_stream_says_so_in_the_stream(world: World) -> None:
+    world.runner.hold_after = 3
+
     async def scenario() -> None:
-        world.runner.hold_at = 4
         caller = Caller(world, {"stream": True, "max_tokens": 300})
         request = asyncio.create_task(caller.run())
         await caller.sent.get()
         await caller.sent.get()
         world.runner.fail = True
-        world.runner.hold_at = None
         world.runner.gate.set()
         await request
         frames = b""
@@ -139,16 +140,17 @@ def test_an_engine_that_fails_in_mid_stream_says_so_in_the_stream(world: World) 
 
 
 def test_a_server_that_stops_ends_streams_politely(world: World) -> None:
+    world.runner.hold_after = 3
+
     async def scenario() -> None:
-        world.runner.hold_at = 4
         caller = Caller(world, {"stream": True, "max_tokens": 300})
         request = asyncio.create_task(caller.run())
         await caller.sent.get()
         await caller.sent.get()
-        world.runner.hold_at = None
-        stopping = asyncio.create_task(asyncio.to_thread(world.services.engine.stop))
-        while world.services.engine.ready:  # noqa: ASYNC110 - it tells nobody that it stops
-            await asyncio.sleep(0)
+        engine = world.services.engine
+        stopping = asyncio.create_task(asyncio.to_thread(engine.stop))
+        while engine.ready:
+            await asyncio.to_thread(lambda: None)  # lets the other thread get on
         world.runner.gate.set()
         await stopping
         await request

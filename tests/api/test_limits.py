@@ -125,14 +125,14 @@ def test_who_leaves_or_fails_frees_the_place_and_pays_for_what_came(
     quota(world, max_concurrent_requests=1, tokens_per_minute=1000)
 
     async def scenario() -> None:
-        world.runner.hold_at = 3
+        world.runner.hold_after = 3
         caller = Caller(world, {"stream": stream, "max_tokens": 300})
         request = asyncio.create_task(caller.run())
         await asyncio.to_thread(world.runner.held.wait, 20)
         caller.leaves.set()
         await request
         assert places(world) == 0
-        world.runner.hold_at = None
+        world.runner.hold_after = None
         world.runner.gate.set()
         world.runner.fail = True
         failing = Caller(world, {"stream": stream})

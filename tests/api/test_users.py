@@ -168,7 +168,7 @@ def test_an_alias_moved_in_mid_stream(client: TestClient, world: World) -> None:
     digests = [put_text(client, "voice", word, world.headers())["digest"] for word in "ab"]
     client.put("/v1/prefixes/voice/aliases/prod", json={"version": 1})
     bind(client, "ann", "voice@prod")
-    world.runner.hold_at = len(world.runner.steps) + 4  # compile, prefill, and two tokens more
+    world.runner.hold_after = len(world.runner.steps) + 4  # compile, prefill, and two tokens more
     found: dict[str, Any] = {}
 
     def stream() -> None:
@@ -184,7 +184,7 @@ def test_an_alias_moved_in_mid_stream(client: TestClient, world: World) -> None:
     thread.start()
     assert world.runner.held.wait(20)
     assert client.put("/v1/prefixes/voice/aliases/prod", json={"version": 2}).status_code == 200
-    world.runner.hold_at = None
+    world.runner.hold_after = None
     world.runner.gate.set()
     thread.join()
     answer = found["answer"]
