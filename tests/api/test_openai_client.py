@@ -111,9 +111,9 @@ def test_stream(api: openai.OpenAI, digest: str) -> None:
 
 
 def test_leaving_a_stream_frees_the_engine(api: openai.OpenAI, world: World) -> None:
+    world.runner.hold_after = len(world.runner.steps) + 3
     stream = api.completions.create(model="tiny", prompt="x", max_tokens=300, stream=True, n=2)
     next(iter(stream))
-    world.runner.gate.clear()
     stream.close()
     labels = {"endpoint": "completions", "outcome": "aborted"}
     registry = world.services.metrics.registry
@@ -144,9 +144,11 @@ def test_errors_are_the_packages_own(api: openai.OpenAI, url: str) -> None:
 
 
 def test_a_failure_in_a_stream_is_raised(api: openai.OpenAI, world: World) -> None:
+    world.runner.hold_after = len(world.runner.steps) + 3
     stream = api.completions.create(model="tiny", prompt="x", max_tokens=300, stream=True)
     chunks = iter(stream)
     next(chunks)
     world.runner.fail = True
+    world.runner.gate.set()
     with pytest.raises(openai.APIError, match="engine"):
         list(chunks)
