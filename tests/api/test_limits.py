@@ -14,6 +14,7 @@ from test_disconnect import Caller, run_with_engine
 
 from prefix_store.database import reading
 from server.engine.request import AdmittedRequest
+from server.engine.step import Step, StepOutput
 from server.tenants.tables import request_leases
 
 
@@ -224,3 +225,26 @@ def test_of_racing_uploads_as_many_get_in_as_may(
     with ThreadPoolExecutor(8) as pool:
         statuses = sorted(pool.map(put, range(12)))
     assert statuses == [201] * 3 + [429] * 9
+
+
+def test_prefixes_of_a_tenant_at_its_cap_take_turns_in_the_pool(
+    client: TestClient, world: World
+) -> None:
+    """Everybody is answered, and the pool never holds more of the tenant's than the cap."""
+    quota(world, max_resident_tokens=30)
+    for name in ("first", "second", "third"):
+        put_text(client, name, f"A text of {name:>6}.", world.headers())  # 17 virtual tokens each
+    held: list[int] = []
+    run = world.runner.run
+
+    def watch(step: Step) -> StepOutput:
+        held.append(world.services.engine.scheduler.memory.residency.tokens_of("acme"))
+        return run(step)
+
+    world.runner.run = watch  # type: ignore[method-assign]
+    names = ["first", "second", "third"] * 4
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = list(pool.map(lambda name: complete(client, model=name), names))
+    assert [answer.status_code for answer in answers] == [200] * len(names)
+    assert max(held) == 17
+    assert world.services.engine.stats().prefix_evictions >= 2
