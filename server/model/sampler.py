@@ -13,6 +13,7 @@ from server.engine.request import SamplingParams, TokenLogprob
 from server.engine.step import Chunk, Sampled
 
 _NEVER = float("-inf")
+_GREEDY_BELOW = 1e-5  # dividing by less overflows; vLLM draws the same line
 _HEAD = 1024  # tokens in which a filter's cut is looked for first
 
 
@@ -27,7 +28,7 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
         logits = torch.where(finite[:, None], logits, 0.0)
     adjusted = _adjust(logits, chunks, params)
     token_ids = best.indices if adjusted is logits else adjusted.max(dim=-1).indices
-    random = [i for i, p in enumerate(params) if p.temperature > 0]
+    random = [i for i, p in enumerate(params) if p.temperature >= _GREEDY_BELOW]
     if random:
         rows = torch.tensor(random, device=logits.device)
         drawn = _draw(
@@ -168,7 +169,7 @@ def _with_logprobs(
         if wanted.top_logprobs is None or not sampled[row].finite:
             continue
         logprobs = logits[row].log_softmax(dim=-1)
-        top = logprobs.topk(wanted.top_logprobs)
+        top = logprobs.topk(min(wanted.top_logprobs, len(logprobs)))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         sampled[row] = Sampled(
             sampled[row].token_id,

@@ -98,6 +98,16 @@ def test_penalties_count_what_they_say() -> None:
     assert one(counted, **history).token_id in {1, 4}
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-45, 1e-300])
+def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
+    params = SamplingParams(temperature=temperature)
+    assert sample(LOGITS.flip(0)[None], [chunk(params)])[0].token_id == 0
+
+
+def test_more_logprobs_than_tokens_are_all_of_them() -> None:
+    assert len(one(SamplingParams(temperature=0, top_logprobs=20)).top_logprobs) == len(LOGITS)
+
+
 def test_banned_tokens_do_not_come() -> None:
     assert one(GREEDY, banned=(4,)).token_id == 0
     assert one(SamplingParams(top_k=1), banned=(4, 0)).token_id == 1
