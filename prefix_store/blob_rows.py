@@ -51,9 +51,14 @@ def claim(connection: Connection, key: BlobKey) -> None:
 
 
 def release(connection: Connection, tenant: str, digests: Iterable[str], *, now: datetime) -> None:
-    """Versions with these blobs went; mark those that no other version has."""
+    """Versions with these blobs went; mark those that no other version has.
+
+    The row is locked before it is asked who has the blob: of two that remove the last two versions
+    at once, the second waits for the first, and finds itself the last.
+    """
     for digest in sorted(set(digests)):
         key = BlobKey(tenant, digest)
+        connection.execute(select(blobs.c.digest).where(_is(key)).with_for_update())
         connection.execute(
             update(blobs).where(_is(key), ~_referenced()).values(unreferenced_at=now)
         )

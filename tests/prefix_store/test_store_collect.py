@@ -1,7 +1,8 @@
 """Delete in two phases: what is collected, what never is."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -112,6 +113,28 @@ def test_a_publish_that_is_overtaken_by_a_collection_begins_again(
     manifest = home.put().manifest
     assert taken == [1]
     assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
+
+
+def test_of_two_deletes_at_once_one_finds_that_it_was_the_last(home: Home) -> None:
+    home.put("a")
+    home.put("b")
+    overtaken = threading.Event()
+
+    def delete(name: str, within: Callable[[Any, None], None]) -> None:
+        home.store.delete(tenant="acme", name=name, within=within)
+
+    with ThreadPoolExecutor(1) as pool:
+        others: list[Future[None]] = []
+
+        def begin_another(_connection: Any, _none: None) -> None:
+            others.append(pool.submit(delete, "b", lambda _c, _n: overtaken.set()))
+            # It has to wait for this transaction; where it does not, it comes here at once.
+            overtaken.wait(timeout=0.5)
+
+        delete("a", begin_another)
+        others[0].result()
+    assert home.store.collect(grace=NOW).blobs == 1
+    assert home.held() == set()
 
 
 def test_racing_publishes_deletes_and_collections_never_lose_a_blob(home: Home) -> None:
