@@ -72,6 +72,10 @@ class AdmittedRequest:
 
     ``max_resident_tokens`` caps the virtual tokens that the tenant's prefixes may hold in the pool
     at a time (None: no cap); admission has refused a prefix that is longer than that by itself.
+    ``weight`` is the tenant's share against other tenants' (2 gets twice as much), ``priority``
+    orders the tenant's own requests (lower goes first, as in vLLM), ``timeout_s`` is how long after
+    it was submitted the request ends, finished or not, and ``kv_reuse`` says whether it may share
+    KV of equal tokens with other requests of its tenant under the same prefix.
     """
 
     request_id: str
@@ -82,15 +86,24 @@ class AdmittedRequest:
     stop: StopParams
     n: int = 1
     max_resident_tokens: int | None = None
+    weight: float = 1.0
+    priority: int = 0
+    timeout_s: float | None = None
+    kv_reuse: bool = True
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended; the first two are OpenAI's words."""
+    """Why a sequence ended; the first two are OpenAI's words.
+
+    TIMEOUT: its own ``timeout_s`` passed. SHED: it gave way, unstarted, to an overload.
+    """
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    TIMEOUT = "timeout"
+    SHED = "shed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +128,29 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
-    """The last event of sequence ``index``. ``error`` is a sentence for the caller, set when and
-    only when ``reason`` is ERROR; ``stop`` is the stop string or token id that ended it."""
+    """The last event of sequence ``index``.
+
+    ``error`` is a sentence for the caller, set when and only when ``reason`` is ERROR, TIMEOUT or
+    SHED; ``stop`` is the stop string or token id that ended it; ``cached_tokens`` of its prompt
+    were not computed but shared (KV reuse); ``retry_after`` is in seconds, set with SHED.
+    """
 
     index: int
     reason: FinishReason
     completion_tokens: int
     stop: str | int | None = None
     error: str | None = None
+    cached_tokens: int = 0
+    retry_after: float | None = None
 
 
 Event = TokenEvent | FinishEvent
+
+
+class QueueFull(Exception):
+    """The engine takes no more for now. ``retry_after`` is in seconds."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
