@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from server.engine.request import PrefixKey, TokenLogprob
-from server.engine.step import PrefixUnavailable, Sampled, Step, StepOutput
+from server.engine.step import (
+    PrefixUnavailable,
+    Sampled,
+    Save,
+    StagedPrefix,
+    Step,
+    StepOutput,
+)
 
 EOS = 256
 VOCAB_SIZE = 257
@@ -44,6 +51,7 @@ class FakeRunner:
     def run(self, step: Step) -> StepOutput:
         """Run one step over plain data."""
         self.steps.append(step)
+        saved: dict[PrefixKey, StagedPrefix] = {s.key: self._read_back(s) for s in step.saves}
         fresh = set(step.fresh)
         self.slots = {place: v for place, v in self.slots.items() if place[0] not in fresh}
         for copy in step.copies:
@@ -64,16 +72,23 @@ class FakeRunner:
                 sampled[chunk.seq_id] = Sampled(
                     token, logprob=None if wanted is None else -0.5, top_logprobs=top
                 )
-        return StepOutput(sampled)
+        return StepOutput(sampled, saved)
+
+    def _read_back(self, save: Save) -> "FakeStaged":
+        held = [self._read(save.block_table, position) for position in range(save.num_tokens)]
+        expected = [(save.key.digest, position) for position in range(save.num_tokens)]
+        assert held == expected, f"a prefix was saved from blocks that do not hold it: {held}"
+        return FakeStaged(save.num_tokens)
+
+    def _read(self, table: Sequence[int], position: int) -> object:
+        place = (table[position // self.block_size], position % self.block_size)
+        return self.slots.get(place, "hole")
 
     def _write(self, table: Sequence[int], position: int, value: object) -> None:
         self.slots[table[position // self.block_size], position % self.block_size] = value
 
     def _next(self, table: Sequence[int], length: int) -> int:
-        seen = [
-            self.slots.get((table[p // self.block_size], p % self.block_size), "hole")
-            for p in range(length)
-        ]
+        seen = [self._read(table, position) for position in range(length)]
         virtual = [value for value in seen if isinstance(value, tuple)]
         digests = {value[0] for value in virtual}
         assert len(digests) <= 1, f"one sequence read the KV of several prefixes: {digests}"

@@ -1,13 +1,19 @@
-"""Sizes the scheduler works with."""
+"""Sizes and patience the scheduler works with."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Sizes. ``num_blocks`` counts the null block; lengths are in tokens.
+    """Sizes. ``num_blocks`` counts the null block; lengths are in tokens, times in seconds.
 
-    ``max_staged`` bounds the prefixes in host memory between store and pool.
+    - ``max_staged``: prefixes on their way from the store into the pool, at a time.
+    - ``max_resident_tokens``: virtual tokens of all prefixes in the pool (None: the whole pool).
+    - ``host_tokens``: virtual tokens of compiled prefixes kept in host memory for a quick return.
+    - ``max_prefix_wait_s``: a sequence whose turn it has been for so long forces its prefix in.
+    - ``failed_prefix_memory_s``: how long a prefix that could not be had is not asked for again.
+    - ``max_waiting_tokens``: prompt and output tokens that may wait (None: no bound).
+    - ``max_queue_wait_s``: a sequence that has not started by then is shed (None: never).
     """
 
     num_blocks: int
@@ -16,6 +22,12 @@ class SchedulerConfig:
     max_prefill_chunk: int = 512
     max_running: int = 64
     max_staged: int = 16
+    max_resident_tokens: int | None = None
+    host_tokens: int = 0
+    max_prefix_wait_s: float = 0.5
+    failed_prefix_memory_s: float = 5.0
+    max_waiting_tokens: int | None = None
+    max_queue_wait_s: float | None = None
 
     def __post_init__(self) -> None:
         if min(self.block_size, self.max_prefill_chunk, self.max_running, self.max_staged) < 1:
@@ -33,12 +45,17 @@ class SchedulerConfig:
         """All blocks but the null block."""
         return self.num_blocks - 1
 
+    def blocks_needed(self, num_tokens: int) -> int:
+        """Blocks that hold ``num_tokens`` positions."""
+        return -(-num_tokens // self.block_size)
+
     def max_tokens_for(self, prefix_tokens: int) -> int:
         """Most real tokens (prompt and output) one sequence under a prefix of ``prefix_tokens``
         can have with the whole pool to itself; 0 or less means that the prefix does not fit.
 
         The last output token is never written, hence the one on top.
         """
-        held = -(-prefix_tokens // self.block_size)
-        own = (self.num_usable_blocks - held) * self.block_size
+        if self.max_resident_tokens is not None and prefix_tokens > self.max_resident_tokens:
+            return 0
+        own = (self.num_usable_blocks - self.blocks_needed(prefix_tokens)) * self.block_size
         return own - prefix_tokens % self.block_size + 1 if own > 0 else 0

@@ -10,19 +10,23 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from server.engine.config import SchedulerConfig
+from server.engine.gate import Gate
+from server.engine.health import Health
+from server.engine.picture import picture
+from server.engine.replies import Replies
 from server.engine.request import (
     AdmittedRequest,
     Event,
     FinishEvent,
     FinishReason,
+    PrefixHandle,
     PrefixKey,
-    TokenEvent,
-    TokenLogprob,
+    QueueFull,
 )
 from server.engine.scheduler import Progress, Scheduler
 from server.engine.sequence import Sequence
@@ -30,15 +34,19 @@ from server.engine.stats import EngineStats, StatsKeeper
 from server.engine.step import (
     Detokenizer,
     ModelRunner,
+    OutOfMemory,
     PrefixSource,
     PrefixUnavailable,
-    Sampled,
     StagedPrefix,
     Step,
 )
-from server.engine.stopping import StopStrings
 
 log = logging.getLogger(__name__)
+
+_IDLE_POLL_S = 0.05
+"""How often the loop looks again at what waits when no step can be run."""
+
+_MOST_WARMING = 256
 
 
 def seeded_uniform(seed: int, index: int) -> float:
@@ -48,17 +56,12 @@ def seeded_uniform(seed: int, index: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
 
 
-@dataclass(slots=True)
-class _Reply:
-    """The way back from one sequence to its caller: text is made final here."""
-
-    on_event: Callable[[Event], None]
-    detokenizer: Detokenizer
-    stop: StopStrings
-
-
 class Engine:
-    """Runs requests. ``submit``, ``abort`` and ``stats`` may be called from any thread."""
+    """Runs requests. All that is public may be called from any thread.
+
+    The scheduler is the engine's thread's own: it is public for tests, to look at once the engine
+    has stopped.
+    """
 
     def __init__(
         self,
@@ -67,54 +70,126 @@ class Engine:
         runner: ModelRunner,
         source: PrefixSource,
         detokenizer: Callable[[], Detokenizer],
+        namespace: str = "",
         fetch_threads: int = 2,
+        watchdog_s: float = 60.0,
     ) -> None:
-        """``detokenizer`` makes a fresh one for each sequence."""
+        """``detokenizer`` makes a fresh one for each sequence. ``namespace`` names what KV depends
+        on beside tokens: fingerprint and dtype. A step that takes longer than ``watchdog_s``
+        seconds makes the engine not ready."""
         self.config = config
-        self.scheduler = Scheduler(config, uniform=seeded_uniform)
+        self._namespace = namespace
+        self.scheduler = self._new_scheduler()
         self._runner = runner
         self._source = source
-        self._detokenizer = detokenizer
         self._fetchers = ThreadPoolExecutor(fetch_threads, thread_name_prefix="prefix-fetch")
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._closed = False
+        self._alive = False
         self._next_id = 0
-        self._sequences: dict[str, list[Sequence]] = {}
-        self._replies: dict[int, _Reply] = {}
+        self._pins: tuple[tuple[PrefixHandle, ...], Mapping[str, int] | None] = (), None
+        self._replies = Replies(detokenizer)
+        self._gate = Gate(config)
+        self._health = Health(watchdog_s=watchdog_s)
         self._stats = StatsKeeper()
         self._snapshot = self._stats.snapshot(self.scheduler)
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(self.config, uniform=seeded_uniform, namespace=self._namespace)
 
     # -- for any thread ----
 
     def submit(self, request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
         """Queue a request. ``on_event`` is called on the engine's thread and must not block.
 
-        An engine that has stopped answers at once, on the caller's thread, with an abort.
+        Raises QueueFull. An engine that has stopped answers at once, on the caller's thread, with
+        an abort.
         """
+        self._gate.enter(request)
         if not self._post(lambda: self._add(request, on_event)):
             for index in range(request.n):
                 on_event(FinishEvent(index, FinishReason.ABORT, completion_tokens=0))
 
     def abort(self, request_id: str) -> None:
         """End a request's sequences now and free everything they hold; unknown ids are ignored."""
-        self._post(lambda: self._abort(request_id))
+        self._post(lambda: self._end_each(self._replies.of(request_id), FinishReason.ABORT))
+
+    def warm(self, handle: PrefixHandle, *, max_resident_tokens: int | None = None) -> None:
+        """Bring a prefix into the pool when there is room, under its tenant's cap. Raises
+        QueueFull when too many are on their way."""
+        if self.scheduler.arrivals.num_warming >= _MOST_WARMING:
+            raise QueueFull("too many prefixes are being warmed", retry_after=1.0)
+        cap = max_resident_tokens
+        self._post(lambda: self.scheduler.arrivals.warm(handle, cap=cap, now=time.monotonic()))
+
+    def set_pins(
+        self, handles: Iterable[PrefixHandle], *, caps: Mapping[str, int] | None = None
+    ) -> None:
+        """Bring these prefixes in and keep them, and no others: they leave only where a request
+        could never run otherwise. ``caps``: virtual tokens that tenants may have in the pool."""
+        pins = tuple(handles)
+
+        def pin() -> None:
+            self._pins = pins, caps
+            self.scheduler.arrivals.set_pins(pins, caps=caps)
+
+        self._post(pin)
+
+    def retire(self, keys: Iterable[PrefixKey]) -> None:
+        """Versions that were deleted or replaced: they leave when their last sequence does."""
+        retired = tuple(keys)
+        self._post(lambda: self.scheduler.arrivals.retire(retired))
+
+    def tier(self, key: PrefixKey) -> str | None:
+        """How far a prefix has come: fetching, staged, compiling, resident, or in host memory."""
+        return self._snapshot.tiers.get(key)
 
     def stats(self) -> EngineStats:
         """The figures as of the end of the last step."""
         return self._snapshot
 
+    def state(self, *, timeout_s: float = 5.0) -> dict[str, Any]:
+        """The scheduler's picture between two steps. Raises TimeoutError when no step ends."""
+        answer: Future[dict[str, Any]] = Future()
+
+        def answer_with_picture() -> None:
+            answer.set_result(picture(self.scheduler, now=time.monotonic()))
+
+        if not self._post(answer_with_picture):
+            return picture(self.scheduler, now=time.monotonic())
+        return answer.result(timeout_s)
+
     @property
     def ready(self) -> bool:
-        """Whether the step loop is alive."""
-        return self._thread is not None and self._thread.is_alive() and not self._stopping
+        """Whether steps are being run."""
+        return self.trouble is None
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the engine is not ready, in a sentence."""
+        if self._gate.closed is not None:
+            return self._gate.closed
+        if self._thread is None or not self._thread.is_alive() or self._stopping:
+            return "the engine is not running"
+        return self._health.trouble(now=time.monotonic())
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is alive."""
+        with self._wake:
+            return not self._inbox and not self._alive
 
     def start(self) -> None:
         """Start the step loop."""
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
+
+    def drain(self) -> None:
+        """Take no new request from now on; what is alive goes on."""
+        self._gate.closed = "the server is shutting down"
 
     def stop(self) -> None:
         """End the loop after the step in flight; sequences still alive are aborted."""
@@ -137,77 +212,143 @@ class Engine:
     # -- the loop ----
 
     def _loop(self) -> None:
-        reason, error = FinishReason.ABORT, None
-        try:
-            busy = False
-            while self._take_inbox(patience=0.0 if busy else None):
-                step = self.scheduler.schedule()
-                for key in step.fetches:
-                    self._fetchers.submit(self._fetch, key)
-                busy = step.has_work
-                if busy:
-                    self._run(step)
-                self._snapshot = self._stats.snapshot(self.scheduler)
-        except Exception:
-            log.exception("the step loop died")
-            reason, error = FinishReason.ERROR, "the engine stopped unexpectedly"
+        while True:
+            try:
+                self._take_turns()
+                break
+            except Exception:
+                log.exception("the step loop failed; %d sequences end", len(self._replies.all()))
+                self._stats.restarts += 1
+                if not self._health.may_restart(now=time.monotonic()):
+                    self._start_over("the engine stopped unexpectedly")
+                    break
+                self._start_over("the engine had to start over; please try again")
         with self._wake:
             self._stopping = self._closed = True
-        self._take_inbox(patience=0.0)
-        self._end_all(reason, error)
-        self._snapshot = self._stats.snapshot(self.scheduler)
+        self._take_inbox(patience=0.0)  # what came last is aborted, and nothing comes any more
+        self._end_each(self._replies.all(), FinishReason.ABORT)
+        self._publish()
+
+    def _take_turns(self) -> None:
+        """Until it is time to stop: take what was posted, run a step, tell what came of it."""
+        busy = False
+        while self._take_inbox(patience=0.0 if busy else self._patience()):
+            now = time.monotonic()
+            self._health.turn_began(now=now)
+            self._close_each(self.scheduler.expire(now=now))
+            step = self.scheduler.schedule(now=now)
+            for key in step.fetches:
+                self._fetchers.submit(self._fetch, key)
+            busy = step.has_work
+            if busy:
+                self._run(step)
+            self._publish()
+            self._health.turn_ended()
+
+    def _patience(self) -> float | None:
+        """Seconds the loop may sleep when it has no step to run; None: until something comes."""
+        expiry = self.scheduler.next_expiry
+        if self.scheduler.idle and not self.scheduler.arrivals.num_warming:
+            return None
+        until_expiry = _IDLE_POLL_S if expiry is None else max(0.0, expiry - time.monotonic())
+        return min(_IDLE_POLL_S, until_expiry)
 
     def _take_inbox(self, *, patience: float | None) -> bool:
         """Do what was posted, after waiting up to ``patience`` seconds for something to be
         (None: for ever). False: time to stop."""
         with self._wake:
             self._wake.wait_for(lambda: self._inbox or self._stopping, timeout=patience)
-            posted, stopping = tuple(self._inbox), self._stopping
+            posted, stopping = deque(self._inbox), self._stopping
             self._inbox.clear()
-        for act in posted:
-            act()
+            self._alive = True  # until ``_publish`` has looked
+        try:
+            while posted:
+                posted.popleft()()
+        finally:
+            # One that fails takes no other with it.
+            with self._wake:
+                self._inbox.extendleft(reversed(posted))
         return not stopping
 
     def _run(self, step: Step) -> None:
         started = time.perf_counter()
         try:
             output = self._runner.run(step)
-        except Exception:
-            log.exception("a step of %d tokens failed; its sequences end", step.num_tokens)
-            self._stats.step_failures += 1
-            for sequence in self.scheduler.step_failed(step, "the engine failed on this step"):
-                self._finished(sequence)
+        except Exception as error:  # noqa: BLE001 - logged there; nothing a pass does ends the loop
+            self._step_failed(step, error)
             return
+        self._health.step_went_well()
         progress = self.scheduler.update(step, output)
         self._stats.step(step, time.perf_counter() - started, progress)
         for item in progress:
             self._report(item)
 
+    def _step_failed(self, step: Step, error: Exception) -> None:
+        """Say so, and go on with what can go on."""
+        now = time.monotonic()
+        out_of_memory = isinstance(error, OutOfMemory)
+        carried = {chunk.seq_id for chunk in step.chunks}
+        requests = [s.request.request_id for s in self.scheduler.running if s.seq_id in carried]
+        log.error(
+            "a step of %d tokens failed (%s); %d sequences start over: %s",
+            step.num_tokens,
+            type(error).__name__,
+            len(requests),
+            ", ".join(requests[:8]),
+            exc_info=None if out_of_memory else error,
+        )
+        if out_of_memory:
+            self._stats.out_of_memory += 1
+            message = "the device has not enough memory for this request"
+        else:
+            self._stats.step_failures += 1
+            message = "the engine failed on this request"
+            self._health.step_failed(now=now)
+        self._close_each(
+            self.scheduler.step_failed(step, message, now=now, out_of_memory=out_of_memory)
+        )
+
+    def _start_over(self, error: str) -> None:
+        """End what is alive without asking the scheduler, and begin with an empty one."""
+        for sequence in self._replies.all():
+            if not sequence.finished:
+                sequence.finish(FinishReason.ERROR, error=error)
+            self._close_each([sequence])
+        self.scheduler = self._new_scheduler()
+        pins, caps = self._pins
+        self.scheduler.arrivals.set_pins(pins, caps=caps)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Let other threads see where things stand."""
+        self._snapshot = self._stats.snapshot(self.scheduler)
+        self._gate.publish(self.scheduler.waiting, rate=self._stats.rate)
+        with self._wake:
+            self._alive = not self.scheduler.idle
+
     # -- messages ----
 
     def _add(self, request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
+        now = time.monotonic()
         seed = request.sampling.seed
         base_seed = secrets.randbits(63) if seed is None else seed
-        self._sequences[request.request_id] = []
         self._stats.prompt_tokens += len(request.prompt) * request.n
-        for index in range(request.n):
-            sequence = Sequence(
-                seq_id=self._next_id,
+        sequences = [
+            Sequence(
+                seq_id=self._next_id + index,
                 request=request,
                 index=index,
                 seed=base_seed + index,
                 tokens=list(request.prompt),
             )
-            self._next_id += 1
-            stop = StopStrings(request.stop.strings, include=request.stop.include_stop_string)
-            self._replies[sequence.seq_id] = _Reply(on_event, self._detokenizer(), stop)
-            self._sequences[request.request_id].append(sequence)
-            self.scheduler.add(sequence)
-
-    def _abort(self, request_id: str) -> None:
-        for sequence in tuple(self._sequences.get(request_id, ())):
-            self.scheduler.end(sequence, FinishReason.ABORT)
-            self._finished(sequence)
+            for index in range(request.n)
+        ]
+        self._next_id += request.n
+        for sequence in sequences:
+            self._replies.open(sequence, on_event)
+        self._gate.entered(request)
+        for sequence in sequences:
+            self._close_each(self.scheduler.add(sequence, now=now))
 
     def _fetch(self, key: PrefixKey) -> None:
         """On a fetch thread: bring one prefix and post what came of it."""
@@ -223,86 +364,34 @@ class Engine:
             self._post(lambda: self._fetched(key, payload))
 
     def _fetched(self, key: PrefixKey, payload: StagedPrefix) -> None:
-        for sequence in self.scheduler.prefix_staged(key, payload):
-            self._finished(sequence)
+        self._close_each(self.scheduler.prefix_staged(key, payload, now=time.monotonic()))
 
     def _fetch_failed(self, key: PrefixKey, message: str) -> None:
-        for sequence in self.scheduler.prefix_failed(key, message):
-            self._finished(sequence)
+        self._close_each(self.scheduler.prefix_failed(key, message, now=time.monotonic()))
 
     # -- replies ----
 
     def _report(self, item: Progress) -> None:
         sequence, sampled = item.sequence, item.sampled
-        reply = self._replies[sequence.seq_id]
         if sampled is not None and sequence.reason is not FinishReason.STOP:
-            self._tell(reply, sequence, sampled)
-        if sequence.finished:
-            self._finished(sequence)
-
-    def _tell(self, reply: _Reply, sequence: Sequence, sampled: Sampled) -> None:
-        """Pass a token on: text that is final goes out, a stop string ends the sequence."""
-        text = reply.detokenizer.push(sampled.token_id)
-        stop = None
-        if sequence.num_output > sequence.request.stop.min_tokens:
-            text, stop = reply.stop.push(text)
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if sampled.logprob is not None:
-            logprobs = (TokenLogprob(sampled.token_id, sampled.logprob),)
-        event = TokenEvent(
-            index=sequence.index,
-            text=text,
-            token_ids=(sampled.token_id,),
-            logprobs=logprobs,
-            top_logprobs=(sampled.top_logprobs,) if logprobs else (),
-        )
-        self._send(reply, event)
-        if stop is not None:
-            if sequence.finished:
+            stop = self._replies.token(sequence, sampled)
+            if stop is not None and sequence.finished:
                 sequence.reason, sequence.stop = FinishReason.STOP, stop
-            else:
+            elif stop is not None:
                 self.scheduler.end(sequence, FinishReason.STOP, stop=stop)
+        if sequence.finished:
+            self._close_each([sequence])
 
-    def _finished(self, sequence: Sequence) -> None:
-        """Send the last of the text and the end, and forget the sequence."""
-        assert sequence.reason is not None
-        reply = self._replies.pop(sequence.seq_id)
-        siblings = self._sequences[sequence.request.request_id]
-        siblings.remove(sequence)
-        if not siblings:
-            del self._sequences[sequence.request.request_id]
-        self._stats.finished[sequence.reason.value] += 1
-        if not isinstance(sequence.stop, str):
-            self._flush(reply, sequence)
-        self._send(
-            reply,
-            FinishEvent(
-                index=sequence.index,
-                reason=sequence.reason,
-                completion_tokens=sequence.num_output,
-                stop=sequence.stop,
-                error=sequence.error,
-            ),
-        )
+    def _end_each(
+        self, sequences: Iterable[Sequence], reason: FinishReason, error: str | None = None
+    ) -> None:
+        for sequence in sequences:
+            if not sequence.finished:
+                self.scheduler.end(sequence, reason, error=error)
+            self._close_each([sequence])
 
-    def _flush(self, reply: _Reply, sequence: Sequence) -> None:
-        text, stop = reply.stop.push(reply.detokenizer.flush())
-        if stop is not None:
-            sequence.reason, sequence.stop = FinishReason.STOP, stop
-        else:
-            text += reply.stop.flush()
-        if text:
-            self._send(reply, TokenEvent(index=sequence.index, text=text, token_ids=()))
-
-    def _send(self, reply: _Reply, event: Event) -> None:
-        try:
-            reply.on_event(event)
-        except Exception:
-            log.exception("a caller's event handler failed; the engine goes on")
-
-    def _end_all(self, reason: FinishReason, error: str | None) -> None:
-        for sequences in tuple(self._sequences.values()):
-            for sequence in tuple(sequences):
-                if not sequence.finished:
-                    self.scheduler.end(sequence, reason, error=error)
-                self._finished(sequence)
+    def _close_each(self, ended: Iterable[Sequence]) -> None:
+        for sequence in ended:
+            self._replies.close(sequence, retry_after=self._gate.retry_after)
+            assert sequence.reason is not None
+            self._stats.finished[sequence.reason.value] += 1

@@ -1,28 +1,43 @@
 """The blocks of sequences and prefixes together: who holds them, and who gives them back first."""
 
+from collections.abc import Collection
+
 from server.engine.block_pool import BlockPool
+from server.engine.config import SchedulerConfig
 from server.engine.fair_queue import FairQueue
+from server.engine.host_tier import HostTier
+from server.engine.plan import Plan
+from server.engine.request import PrefixKey
 from server.engine.residency import Entry, Residency, Stage
+from server.engine.reuse import KVReuse
 from server.engine.sequence import Sequence
-from server.engine.step import BlockCopy
+from server.engine.step import BlockCopy, Save
 
 
 class Memory:
-    """One pool, shared by the prefixes in residence and the running sequences."""
+    """One pool, shared by prefixes in residence, running sequences and KV that may be reused."""
 
-    def __init__(self, *, num_blocks: int, block_size: int, waiting: FairQueue) -> None:
-        """``num_blocks`` counts the null block; ``waiting`` tells which prefixes are wanted."""
-        self.pool = BlockPool(num_blocks=num_blocks)
-        self.residency = Residency(pool=self.pool, block_size=block_size)
-        self._block_size = block_size
+    def __init__(self, config: SchedulerConfig, *, waiting: FairQueue, namespace: str) -> None:
+        """``waiting`` tells which prefixes are wanted, ``namespace`` seeds KV reuse."""
+        self._block_size = config.block_size
         self._waiting = waiting
+        self.pool = BlockPool(num_blocks=config.num_blocks)
+        self.residency = Residency(pool=self.pool, block_size=config.block_size)
+        self.reuse = KVReuse(pool=self.pool, block_size=config.block_size, namespace=namespace)
+        self.host = HostTier(max_tokens=config.host_tokens)
+        self.pinned: Collection[PrefixKey] = frozenset()
 
-    def is_resident(self, sequence: Sequence) -> bool:
-        """Whether the prefix of ``sequence``, if it has one, is in the pool."""
+    def is_ready(self, sequence: Sequence) -> bool:
+        """Whether the prefix of ``sequence``, if it has one, is there for it to run under."""
         if sequence.prefix is None:
             return True
         entry = self.residency.get(sequence.prefix.key)
-        return entry is not None and entry.stage is Stage.RESIDENT
+        return entry is not None and entry.stage is Stage.RESIDENT and not entry.leaving
+
+    def is_first_use(self, sequence: Sequence) -> bool:
+        """Whether no sequence ran yet under the resident prefix of ``sequence``."""
+        entry = self.residency.get(sequence.prefix.key) if sequence.prefix else None
+        return entry is not None and entry.unused
 
     def table_length(self, sequence: Sequence) -> int:
         """Blocks in the table of ``sequence`` once all its tokens are in the pool."""
@@ -32,22 +47,31 @@ class Memory:
         """How many of those are its own; the others it shares with its prefix."""
         return self.table_length(sequence) - sequence.num_prefix_tokens // self._block_size
 
-    def hold(self, sequence: Sequence) -> tuple[list[int], list[BlockCopy]]:
-        """Give a starting sequence its block table. Returns its fresh blocks and what to copy.
+    def blocks_to_start(self, sequence: Sequence) -> int:
+        """Free blocks that ``sequence`` takes when it starts: its own but for those of running
+        sequences that it reuses."""
+        held = sum(self.pool.references(block) > 0 for block in self.reuse.find(sequence))
+        return self.own_blocks(sequence) - held
+
+    def hold(self, plan: Plan, sequence: Sequence) -> int:
+        """Give a starting sequence its block table. Returns how many of its tokens are in it.
 
         The caller has made room. A prefix's last block is never shared for writing: unless it is
-        full, its positions are copied into the first block of the sequence's own.
+        full, its positions are copied into the first block of the sequence's own (or are in it,
+        where that is reused).
         """
-        own = self.pool.allocate(self.own_blocks(sequence))
-        sequence.block_table = own
-        if sequence.prefix is None:
-            return own, []
-        entry = self.residency.acquire(sequence.prefix.key)
-        whole = self.residency.whole_blocks(entry)
-        sequence.block_table = whole + own
-        if len(whole) == len(entry.blocks):
-            return own, []
-        return own, [BlockCopy(source=entry.blocks[-1], target=own[0])]
+        reused = self.reuse.find(sequence)
+        self.pool.share(reused)
+        own = self.pool.allocate(self.own_blocks(sequence) - len(reused))
+        plan.fresh += own
+        sequence.block_table = reused + own
+        if sequence.prefix is not None:
+            entry = self.residency.acquire(sequence.prefix.key)
+            whole = self.residency.whole_blocks(entry)
+            sequence.block_table = whole + sequence.block_table
+            if len(whole) < len(entry.blocks) and not reused:
+                plan.copies.append(BlockCopy(source=entry.blocks[-1], target=own[0]))
+        return self.reuse.covered(sequence, len(reused))
 
     def free(self, sequence: Sequence) -> None:
         """Take everything back from a sequence that stops running."""
@@ -56,14 +80,32 @@ class Memory:
         if sequence.prefix is not None:
             self.residency.release(sequence.prefix.key)
 
-    def idle_prefixes(self, sequence: Sequence | None) -> list[Entry]:
+    def evictable(self, sequence: Sequence | None, *, desperate: bool) -> list[Entry]:
         """Prefixes that may leave for ``sequence`` (not its own), the best to lose first: those
-        nobody waits for before those somebody does, least recently used first."""
-        own = sequence.prefix.key if sequence is not None and sequence.prefix else None
-        idle = [entry for entry in self.residency.idle() if entry.key != own]
-        return sorted(idle, key=lambda entry: (self._waiting.wants(entry.key), entry.last_used))
+        nobody waits for before those somebody does, least recently used first.
 
-    def evict(self, idle: list[Entry], *, until: int) -> bool:
+        Those that are pinned or promised to another stay, unless the need is ``desperate``:
+        nothing could run otherwise.
+        """
+        own = sequence.prefix.key if sequence is not None and sequence.prefix else None
+        idle = [
+            entry
+            for entry in self.residency.idle()
+            if entry.key != own and (desperate or not (entry.leaving or entry.key in self.pinned))
+        ]
+        return sorted(idle, key=self._worth)
+
+    def _worth(self, entry: Entry) -> tuple[bool, bool, bool]:
+        wanted = self._waiting.wants(entry.key)
+        return entry.key in self.pinned, wanted and entry.unused, wanted
+
+    def evict(self, plan: Plan, entry: Entry) -> None:
+        """Let an idle prefix go; with a host tier it is read back to host memory first."""
+        if self.host.takes(entry.num_tokens) and not entry.retired and entry.key not in self.host:
+            plan.saves.append(Save(entry.key, entry.num_tokens, tuple(entry.blocks)))
+        self.residency.evict(entry)
+
+    def make_room(self, plan: Plan, idle: list[Entry], *, until: int) -> bool:
         """Evict from the front of ``idle`` until that many blocks are free; evicts none and says
         False when all of them would not be enough."""
         if self.pool.num_free + sum(len(entry.blocks) for entry in idle) < until:
@@ -71,27 +113,30 @@ class Memory:
         for entry in idle:
             if self.pool.num_free >= until:
                 break
-            self.residency.evict(entry)
+            self.evict(plan, entry)
         return True
 
-    def make_room_for_one(self) -> bool:
+    def make_room_for_one(self, plan: Plan, *, desperate: bool) -> bool:
         """See to it that a block is free: evict an idle prefix, else take a compile's blocks back.
 
         Called before any compile is planned: a planned one must keep its blocks.
         """
-        if self.evict(self.idle_prefixes(None), until=1):
+        if self.make_room(plan, self.evictable(None, desperate=False), until=1):
             return True
         if compiling := self.residency.compiling():
             self.residency.unplace(compiling[-1])
+        elif desperate:
+            self.make_room(plan, self.evictable(None, desperate=True), until=1)
         return self.pool.num_free > 0
 
     def check_integrity(self, running: list[Sequence]) -> None:
         """Prove that free + used = total and that every reference is held by a living table."""
         tables = [sequence.block_table for sequence in running]
         self.pool.check_integrity([*tables, *self.residency.tables()])
+        self.residency.check_integrity()
         for entry in self.residency:
             users = [s for s in running if s.prefix and s.prefix.key == entry.key]
             assert entry.num_users == len(users), f"{entry} counts users that do not run"
 
     def __repr__(self) -> str:
-        return f"Memory({self.pool}, {self.residency})"
+        return f"Memory({self.pool}, {self.residency}, {self.host})"

@@ -4,32 +4,38 @@ Order of service within one token budget:
 
 1. decode rows: one token each, so that nobody's stream stalls;
 2. prefill chunks of sequences already running;
-3. compile chunks of prefixes that have blocks;
-4. waiting sequences whose prefix is resident, in fair order;
-5. prefixes that waiting sequences need: fetch, or place and compile from the next step on.
+3. waiting sequences in fair order: those whose prefix is there start; for the others the prefix is
+   fetched, placed and compiled (``arrivals``), all compiles of a step together one chunk;
+4. prefixes that are pinned or warmed.
 
-When blocks run out: idle prefixes leave first (least recently used), then compiles give their
-blocks back, then the youngest running sequence is preempted. The oldest always gets on.
+When blocks run out: remembered blocks go first, then idle prefixes (least recently used), then
+compiles give their blocks back, then the youngest running sequence is preempted. The oldest always
+gets on.
+
+After a step that failed its sequences prove themselves one by one, so that only the one that
+breaks a step ends; after a want of memory steps are smaller for a while.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import heapq
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
+from server.engine.arrivals import Arrivals
 from server.engine.config import SchedulerConfig
 from server.engine.fair_queue import FairQueue
 from server.engine.memory import Memory
+from server.engine.plan import Plan
 from server.engine.request import FinishReason, PrefixKey
-from server.engine.residency import Entry, Residency, Stage
 from server.engine.sequence import Sequence, State
-from server.engine.step import (
-    BlockCopy,
-    Chunk,
-    CompileChunk,
-    Sampled,
-    StagedPrefix,
-    Step,
-    StepOutput,
-)
+from server.engine.step import Chunk, Sampled, StagedPrefix, Step, StepOutput
+from server.engine.throttle import Throttle
+
+_LOOKAHEAD = 128
+"""Waiting sequences of one tenant that a step considers."""
+
+_PREFETCHED = 64
+"""Sequences a step looks at, for the sake of their prefixes, when no more can start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,43 +47,53 @@ class Progress:
     finished: bool
 
 
-@dataclass(slots=True)
-class _Plan:
-    """A step while it is drawn up."""
-
-    budget: int
-    chunks: list[Chunk] = field(default_factory=list)
-    compiles: list[CompileChunk] = field(default_factory=list)
-    copies: list[BlockCopy] = field(default_factory=list)
-    fresh: list[int] = field(default_factory=list)
-    fetches: list[PrefixKey] = field(default_factory=list)
-
-
 class Scheduler:
-    """Owns sequences, blocks and residency between steps. Not thread-safe: one caller."""
+    """Owns sequences, blocks and residency between steps. Not thread-safe: one caller.
+
+    ``now`` is in seconds on any clock that does not go back.
+    """
 
     def __init__(
-        self, config: SchedulerConfig, *, uniform: Callable[[int, int], float] = lambda _s, _i: 0.0
+        self,
+        config: SchedulerConfig,
+        *,
+        uniform: Callable[[int, int], float] = lambda _s, _i: 0.0,
+        namespace: str = "",
     ) -> None:
-        """``uniform(seed, index)`` draws the number in [0, 1) that decides output ``index``."""
+        """``uniform(seed, index)`` draws the number in [0, 1) that decides output ``index``;
+        ``namespace`` seeds KV reuse: the model's fingerprint and dtype."""
         self.config = config
         self.waiting = FairQueue()
-        self.memory = Memory(
-            num_blocks=config.num_blocks, block_size=config.block_size, waiting=self.waiting
-        )
+        self.memory = Memory(config, waiting=self.waiting, namespace=namespace)
+        self.arrivals = Arrivals(config, memory=self.memory, waiting=self.waiting)
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.throttle = Throttle(config)
         self._uniform = uniform
-
-    @property
-    def _residency(self) -> Residency:
-        return self.memory.residency
+        self._suspects: deque[Sequence] = deque()
+        self._expiries: list[tuple[float, int, FinishReason, Sequence]] = []
 
     # -- what happens between steps ----
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence. Admission has checked that it can ever fit."""
+    def add(self, sequence: Sequence, *, now: float = 0.0) -> list[Sequence]:
+        """Queue a new sequence. Admission has checked that it can ever fit.
+
+        Returns the sequences that ended by it: itself, when its prefix could not be had a moment
+        ago; or those that give way in an overfull queue, the youngest of whoever has most waiting.
+        """
+        request = sequence.request
+        sequence.arrived = now
+        if sequence.prefix is not None:
+            message = self.arrivals.failure(sequence.prefix.key, now=now)
+            if message is not None:
+                sequence.finish(FinishReason.ERROR, error=message)
+                return [sequence]
+        if request.timeout_s is not None:
+            self._expire_at(now + request.timeout_s, FinishReason.TIMEOUT, sequence)
+        if self.config.max_queue_wait_s is not None:
+            self._expire_at(now + self.config.max_queue_wait_s, FinishReason.SHED, sequence)
         self.waiting.push(sequence)
+        return self._shed()
 
     def end(
         self,
@@ -95,90 +111,126 @@ class Scheduler:
             self.memory.free(sequence)
         sequence.finish(reason, stop=stop, error=error)
 
+    def expire(self, *, now: float) -> list[Sequence]:
+        """End what has run out of time: past its deadline, or too long in the queue."""
+        ended = []
+        while self._expiries and self._expiries[0][0] <= now:
+            _, _, reason, sequence = heapq.heappop(self._expiries)
+            if sequence.finished or (reason is FinishReason.SHED and sequence.started is not None):
+                continue
+            waited = now - sequence.arrived
+            if reason is FinishReason.SHED:
+                error = f"the server is full: the request waited {waited:.0f} s without a start"
+            else:
+                error = (
+                    f"the request's timeout of {sequence.request.timeout_s:g} s passed after "
+                    f"{sequence.num_output} tokens of output"
+                )
+            self.end(sequence, reason, error=error)
+            ended.append(sequence)
+        return ended
+
+    @property
+    def next_expiry(self) -> float | None:
+        """When ``expire`` has something to do next, at the earliest."""
+        return self._expiries[0][0] if self._expiries else None
+
     def preempt(self, victim: Sequence) -> None:
-        """Put a running sequence back to the front of its queue; its KV will be recomputed."""
+        """Put a running sequence back to its place in the queue; its KV will be recomputed."""
         self.running.remove(victim)
         self.memory.free(victim)
         victim.preempt()
-        self.waiting.push_front(victim)
+        self.waiting.push(victim)
         self.num_preemptions += 1
 
-    def prefix_staged(self, key: PrefixKey, payload: StagedPrefix) -> list[Sequence]:
+    def prefix_staged(
+        self, key: PrefixKey, payload: StagedPrefix, *, now: float = 0.0
+    ) -> list[Sequence]:
         """A fetch ended well. Returns sequences failed because it is not what was announced."""
-        entry = self._residency.get(key)
-        if entry is None or entry.stage is not Stage.FETCHING:
-            return []
-        if payload.num_tokens != entry.num_tokens:
-            return self.prefix_failed(
-                key,
-                f"the stored prefix has {payload.num_tokens} virtual tokens, its manifest says "
-                f"{entry.num_tokens}",
-            )
-        self._residency.fetched(key, payload)
-        return []
+        message = self.arrivals.staged(key, payload)
+        return [] if message is None else self.prefix_failed(key, message, now=now)
 
-    def prefix_failed(self, key: PrefixKey, message: str) -> list[Sequence]:
+    def prefix_failed(self, key: PrefixKey, message: str, *, now: float = 0.0) -> list[Sequence]:
         """A fetch or compile failed: the sequences that wait for it fail, and nobody else."""
-        entry = self._residency.get(key)
-        if entry is not None:
-            self._residency.drop(entry)
+        self.arrivals.failed(key, message, now=now)
         failed = [s for s in self.waiting if s.prefix is not None and s.prefix.key == key]
         for sequence in failed:
             self.end(sequence, FinishReason.ERROR, error=message)
         return failed
 
-    def step_failed(self, step: Step, message: str) -> list[Sequence]:
-        """The runner raised: what the step carried fails; what waited goes on waiting."""
+    def step_failed(
+        self, step: Step, message: str, *, now: float = 0.0, out_of_memory: bool = False
+    ) -> list[Sequence]:
+        """The runner raised: what the step carried starts over, and a part that fails alone ends.
+
+        Returns the sequences that ended.
+        """
         carried = {chunk.seq_id for chunk in step.chunks}
-        failed = [s for s in self.running if s.seq_id in carried]
-        for sequence in failed:
-            self.end(sequence, FinishReason.ERROR, error=message)
-        for part in step.compiles:
-            failed += self.prefix_failed(part.key, message)
-        for entry in self._residency.compiling():
-            # Placed by this very step: its blocks may not have been zeroed.
-            self._residency.unplace(entry)
-        return failed
+        sequences = [s for s in self.running if s.seq_id in carried]
+        alone = step.num_parts == 1
+        if out_of_memory:
+            alone = not self.throttle.shrink(step)
+        for entry in self.memory.residency.compiling():
+            # Also one placed by this very step: its blocks may not have been zeroed.
+            entry.suspect = not out_of_memory and any(p.key == entry.key for p in step.compiles)
+            self.memory.residency.unplace(entry)
+        if alone:
+            for sequence in sequences:
+                self.end(sequence, FinishReason.ERROR, error=message)
+            return sequences + [
+                failed
+                for part in step.compiles
+                for failed in self.prefix_failed(part.key, message, now=now)
+            ]
+        for sequence in reversed(sequences):
+            sequence.suspect = not out_of_memory
+            self.preempt(sequence)
+        if not out_of_memory:
+            self._suspects.extend(sequences)
+        return []
 
     # -- one step ----
 
-    def schedule(self) -> Step:
+    def schedule(self, *, now: float = 0.0) -> Step:
         """Draw up the next step. It must be run and handed to ``update`` before the next call."""
-        plan = _Plan(budget=self.config.max_tokens_per_step)
+        plan = Plan(budget=self.config.max_tokens_per_step, chunk=self.throttle.max_chunk)
+        self.arrivals.tend(now=now)
+        if self._prove(plan, now):
+            return plan.step()
         self._continue_decodes(plan)
         self._continue_prefills(plan)
-        self._continue_compiles(plan)
-        self._admit(plan)
-        self._bring_prefixes(plan)
-        return Step(
-            chunks=tuple(plan.chunks),
-            compiles=tuple(plan.compiles),
-            copies=tuple(plan.copies),
-            fresh=tuple(plan.fresh),
-            fetches=tuple(plan.fetches),
-        )
+        self._serve_waiting(plan, now)
+        self.arrivals.bring_others(plan)
+        return plan.step()
 
     def update(self, step: Step, output: StepOutput) -> list[Progress]:
         """Take in what the step computed; ended sequences have freed everything on return."""
+        self.throttle.step_went_well()
+        self.arrivals.saved(output.saved)
         for part in step.compiles:
-            self._residency.compiled(part.key, part.stop)
+            self.memory.residency.compiled(part.key, part.stop)
         by_id = {sequence.seq_id: sequence for sequence in self.running}
         progress = []
         for chunk in step.chunks:
             sequence = by_id[chunk.seq_id]
             sequence.num_computed += len(chunk.tokens)
-            if chunk.sampling is not None:
+            if chunk.sampling is None:
+                self.memory.reuse.remember(sequence)
+            else:
                 progress.append(self._take(sequence, output.sampled[chunk.seq_id]))
         return progress
 
     def _take(self, sequence: Sequence, sampled: Sampled) -> Progress:
+        sequence.suspect = False
         if not sampled.finite:
+            self.memory.reuse.distrust(sequence)
             self.end(
                 sequence,
                 FinishReason.ERROR,
                 error="the model produced non-finite logits for this request",
             )
             return Progress(sequence, None, finished=True)
+        self.memory.reuse.remember(sequence)
         self.waiting.charge(sequence.tenant, 1)
         reason = sequence.append(sampled.token_id)
         if reason is not None:
@@ -188,104 +240,85 @@ class Scheduler:
 
     # -- the parts of a step ----
 
-    def _continue_decodes(self, plan: _Plan) -> None:
+    def _prove(self, plan: Plan, now: float) -> bool:
+        """After a failure: one suspect, alone in a step. False: there is none (any more)."""
+        while self._suspects:
+            sequence = self._suspects[0]
+            if sequence.suspect and sequence.state is State.RUNNING:
+                self._run(plan, sequence, plan.share(sequence.num_remaining))
+                return True
+            if sequence.suspect and sequence.state is State.WAITING:
+                if self.memory.is_ready(sequence) and self._start(plan, sequence, now):
+                    return True
+                sequence.suspect = False  # it cannot run now; it takes its chance with others
+            self._suspects.popleft()
+        return self.arrivals.prove(plan)
+
+    def _continue_decodes(self, plan: Plan) -> None:
         for sequence in tuple(self.running):
             decodes = sequence.state is State.RUNNING and sequence.num_remaining == 1
             if decodes and self._grow(plan, sequence):
                 self._run(plan, sequence, 1)
 
-    def _continue_prefills(self, plan: _Plan) -> None:
+    def _continue_prefills(self, plan: Plan) -> None:
         started = {chunk.seq_id for chunk in plan.chunks}
         for sequence in self.running:
             if plan.budget == 0:
                 return
             if sequence.seq_id not in started:
-                self._run(plan, sequence, self._share(plan, sequence.num_remaining))
+                self._run(plan, sequence, plan.share(sequence.num_remaining))
 
-    def _continue_compiles(self, plan: _Plan) -> None:
-        for entry in self._residency.compiling():
-            if plan.budget == 0:
+    def _serve_waiting(self, plan: Plan, now: float) -> None:
+        """Start what can start, in fair order, and bring the prefixes of the others."""
+        full = False
+        looked_ahead = 0
+        passed_by: set[str] = set()
+        for sequence in self.waiting.in_order(lookahead=_LOOKAHEAD):
+            full = full or not plan.budget or len(self.running) >= self.throttle.max_running
+            looked_ahead += full
+            if looked_ahead > _PREFETCHED:
                 return
-            size = self._share(plan, entry.num_tokens - entry.num_compiled)
-            assert entry.payload is not None
-            plan.compiles.append(
-                CompileChunk(
-                    key=entry.key,
-                    payload=entry.payload,
-                    start=entry.num_compiled,
-                    stop=entry.num_compiled + size,
-                    block_table=tuple(entry.blocks),
-                )
-            )
-            plan.budget -= size
-
-    def _admit(self, plan: _Plan) -> None:
-        for sequence in self.waiting.in_order():
-            if plan.budget == 0 or len(self.running) >= self.config.max_running:
-                return
-            if not self.memory.is_resident(sequence):
+            if self.memory.is_ready(sequence):
+                level = self.waiting.counter(sequence.tenant)
+                # Whoever does not fit keeps those behind from taking the room it waits for.
+                full = full or not self._start(plan, sequence, now)
+                if not full:
+                    for tenant in passed_by - {sequence.tenant}:
+                        self.waiting.lift(tenant, level)
                 continue
-            # A block of headroom for each running sequence: admit none just to preempt it again.
-            idle = self.memory.idle_prefixes(sequence)
-            own = self.memory.own_blocks(sequence)
-            room = self.memory.pool.num_free + sum(len(entry.blocks) for entry in idle)
-            if room < own + len(self.running) or not self.memory.evict(idle, until=own):
-                return
-            self._start(plan, sequence)
+            if not full:
+                passed_by.add(sequence.tenant)
+                if sequence.due_since is None:
+                    sequence.due_since = now
+            self.arrivals.bring(plan, sequence, now=now)
 
-    def _start(self, plan: _Plan, sequence: Sequence) -> None:
+    def _start(self, plan: Plan, sequence: Sequence, now: float) -> bool:
+        """Let a waiting sequence run if there is room for it."""
+        memory = self.memory
+        need = memory.blocks_to_start(sequence)
+        # A block of headroom for each running sequence: admit none just to preempt it again. And
+        # what is kept for a prefix on its way, but not against the first use of one that came.
+        spared = len(self.running)
+        if not memory.is_first_use(sequence):
+            spared += self.arrivals.reserve
+        idle = memory.evictable(sequence, desperate=not self.running)
+        room = memory.pool.num_free + sum(len(entry.blocks) for entry in idle)
+        if room < need + spared or not memory.make_room(plan, idle, until=need):
+            return False
         self.waiting.remove(sequence)
-        self.waiting.charge(sequence.tenant, sequence.num_prefix_tokens + len(sequence.tokens))
-        fresh, copies = self.memory.hold(sequence)
-        plan.fresh += fresh
-        plan.copies += copies
-        sequence.admit()
+        reused = memory.hold(plan, sequence)
+        if sequence.started is None:
+            memory.reuse.count(sequence, reused)
+            self.waiting.charge(sequence.tenant, sequence.num_prefix_tokens + sequence.num_prompt)
+        sequence.admit(num_computed=reused, now=now)
         self.running.append(sequence)
-        self._run(plan, sequence, self._share(plan, sequence.num_remaining))
+        self._run(plan, sequence, plan.share(sequence.num_remaining))
+        return True
 
-    def _bring_prefixes(self, plan: _Plan) -> None:
-        """Fetch what waiting sequences lack, and place what has been fetched, in fair order.
-
-        A prefix somebody waits for is never pushed out for one that comes: with nothing running,
-        its waiters would just have been admitted, so nobody is stuck behind it.
-        """
-        for unwanted in self._residency.staged():
-            if not self.waiting.wants(unwanted.key):
-                self._residency.drop(unwanted)
-        coming = self._residency.num_coming
-        for sequence in self.waiting.in_order():
-            if sequence.prefix is None:
-                continue
-            entry = self._residency.get(sequence.prefix.key)
-            if entry is None:
-                if coming < self.config.max_staged:
-                    self._residency.want(sequence.prefix)
-                    plan.fetches.append(sequence.prefix.key)
-                    coming += 1
-            elif entry.stage is Stage.STAGED:
-                others = self.memory.idle_prefixes(sequence)
-                idle = [other for other in others if not self.waiting.wants(other.key)]
-                need = self._residency.blocks_needed(entry.num_tokens)
-                if self._keep_cap(sequence, entry, idle) and self.memory.evict(idle, until=need):
-                    plan.fresh += self._residency.place(entry)
-
-    def _keep_cap(self, sequence: Sequence, entry: Entry, idle: list[Entry]) -> bool:
-        """Whether ``entry`` fits under its tenant's cap, for which only its own idle prefixes
-        leave (and are taken off ``idle``)."""
-        cap, tenant = sequence.request.max_resident_tokens, sequence.tenant
-        if cap is None:
-            return True
-        for own in [other for other in idle if other.key.tenant == tenant]:
-            if self._residency.tokens_of(tenant) + entry.num_tokens <= cap:
-                break
-            self._residency.evict(own)
-            idle.remove(own)
-        return self._residency.tokens_of(tenant) + entry.num_tokens <= cap
-
-    def _grow(self, plan: _Plan, sequence: Sequence) -> bool:
+    def _grow(self, plan: Plan, sequence: Sequence) -> bool:
         """Give a decoding sequence the block its next token needs; False: it was preempted."""
         while self.memory.table_length(sequence) > len(sequence.block_table):
-            if self.memory.make_room_for_one():
+            if self.memory.make_room_for_one(plan, desperate=len(self.running) == 1):
                 block = self.memory.pool.allocate(1)
                 plan.fresh += block
                 sequence.block_table += block
@@ -300,13 +333,12 @@ class Scheduler:
 
     # -- small things ----
 
-    def _run(self, plan: _Plan, sequence: Sequence, size: int) -> None:
+    def _run(self, plan: Plan, sequence: Sequence, size: int) -> None:
         start = sequence.num_computed
         last = start + size == len(sequence.tokens)
         sampling = sequence.request.sampling
         stop = sequence.request.stop
-        plan.budget -= size
-        plan.chunks.append(
+        plan.run(
             Chunk(
                 seq_id=sequence.seq_id,
                 tokens=sequence.tokens[start : start + size],
@@ -321,13 +353,42 @@ class Scheduler:
             )
         )
 
-    def _share(self, plan: _Plan, wanted: int) -> int:
-        return min(wanted, plan.budget, self.config.max_prefill_chunk)
+    def _shed(self) -> list[Sequence]:
+        """Have the tenant with most waiting, for its weight, give way in an overfull queue."""
+        shed = []
+        bound = self.config.max_waiting_tokens
+        while bound is not None and self.waiting.num_tokens > bound and len(self.waiting) > 1:
+            tenant = max(
+                self.waiting.tenants,
+                key=lambda t: self.waiting.tokens_of(t) / self.waiting.weight(t),
+            )
+            unstarted = [s for s in self.waiting.of(tenant) if s.started is None]
+            if not unstarted:
+                break
+            error = f"the server is full: {self.waiting.num_tokens} tokens wait"
+            self.end(unstarted[-1], FinishReason.SHED, error=error)
+            shed.append(unstarted[-1])
+        return shed
+
+    def _expire_at(self, moment: float, reason: FinishReason, sequence: Sequence) -> None:
+        sequence.deadline = moment if reason is FinishReason.TIMEOUT else sequence.deadline
+        heapq.heappush(self._expiries, (moment, sequence.seq_id, reason, sequence))
+
+    @property
+    def proving(self) -> bool:
+        """Whether sequences of a failed step are being tried one by one, and all others pause."""
+        return any(s.suspect and not s.finished for s in self._suspects) or any(
+            entry.suspect for entry in self.memory.residency
+        )
 
     @property
     def idle(self) -> bool:
         """Whether no sequence is alive."""
         return not self.running and not len(self.waiting)
+
+    def sequences(self) -> Iterable[Sequence]:
+        """All living sequences."""
+        return [*self.running, *self.waiting]
 
     def check_integrity(self) -> None:
         """Prove that free + used = total and that every reference is held by a living table."""

@@ -34,6 +34,10 @@ class Sequence:
 
     ``tokens`` is prompt then output. ``num_computed`` counts the tokens whose KV is in the pool,
     virtual tokens not included. ``block_table`` begins with the shared blocks of the prefix.
+
+    Times are in seconds on the engine's clock: ``arrived``, ``started`` (first run; None before),
+    ``due_since`` (since when nothing but its prefix was missing) and ``deadline``. A ``suspect``
+    was in a step that failed and has to prove itself alone.
     """
 
     seq_id: int
@@ -44,6 +48,14 @@ class Sequence:
     state: State = State.WAITING
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    arrived: float = 0.0
+    deadline: float | None = None
+    due_since: float | None = None
+    started: float | None = None
+    suspect: bool = False
+    num_cached: int = 0
+    num_remembered: int = 0
+    block_names: list[bytes] = field(default_factory=list)
     reason: FinishReason | None = None
     stop: str | int | None = None
     error: str | None = None
@@ -83,14 +95,18 @@ class Sequence:
         """Whether its life is over."""
         return self.state is State.FINISHED
 
-    def admit(self) -> None:
-        """WAITING to RUNNING."""
+    def admit(self, *, num_computed: int, now: float) -> None:
+        """WAITING to RUNNING, with the KV of its first ``num_computed`` tokens at hand."""
         self._move(State.RUNNING)
+        self.num_computed = num_computed
+        self.due_since = None
+        if self.started is None:
+            self.started, self.num_cached = now, num_computed
 
     def preempt(self) -> None:
         """RUNNING back to WAITING: its KV is dropped and will be recomputed."""
         self._move(State.WAITING)
-        self.num_computed = 0
+        self.num_computed = self.num_remembered = 0
 
     def finish(
         self,

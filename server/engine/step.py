@@ -17,7 +17,7 @@ at position ``P + i``, in slot ``position % block_size`` of the block
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from server.engine.request import PrefixKey, SamplingParams, TokenLogprob
@@ -68,10 +68,20 @@ class BlockCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class Save:
+    """Read a compiled prefix back to host memory: its blocks were given up, and may already be
+    among this step's ``fresh``."""
+
+    key: PrefixKey
+    num_tokens: int
+    block_table: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One forward pass over any mix of decode rows, prefill chunks and prefix compiles.
 
-    The runner performs, in this order: zero ``fresh``, ``copies``, then ``chunks`` and
+    The runner performs, in this order: ``saves``, zero ``fresh``, ``copies``, then ``chunks`` and
     ``compiles`` in one pass. ``fetches`` is for the engine: prefixes to bring from the store, off
     the hot path.
     """
@@ -81,11 +91,17 @@ class Step:
     copies: tuple[BlockCopy, ...] = ()
     fresh: tuple[int, ...] = ()
     fetches: tuple[PrefixKey, ...] = ()
+    saves: tuple[Save, ...] = ()
 
     @property
     def has_work(self) -> bool:
         """Whether the runner has anything to do."""
-        return bool(self.chunks or self.compiles or self.fresh)
+        return bool(self.chunks or self.compiles or self.fresh or self.saves)
+
+    @property
+    def num_parts(self) -> int:
+        """Rows of the forward pass."""
+        return len(self.chunks) + len(self.compiles)
 
     @property
     def num_tokens(self) -> int:
@@ -113,9 +129,10 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """Sampled tokens by sequence id, for the chunks that asked for one."""
+    """Sampled tokens by sequence id, for the chunks that asked for one, and what was saved."""
 
     sampled: dict[int, Sampled]
+    saved: "dict[PrefixKey, StagedPrefix]" = field(default_factory=dict)
 
 
 class StagedPrefix(Protocol):
@@ -126,6 +143,10 @@ class StagedPrefix(Protocol):
 
     @property
     def num_tokens(self) -> int: ...
+
+
+class OutOfMemory(Exception):
+    """The device had no room for a step; smaller ones may go through."""
 
 
 class PrefixUnavailable(Exception):
@@ -143,7 +164,9 @@ class PrefixSource(Protocol):
 class ModelRunner(Protocol):
     """The device. ``run`` is called by one thread only."""
 
-    def run(self, step: Step) -> StepOutput: ...
+    def run(self, step: Step) -> StepOutput:
+        """Raises OutOfMemory, or anything else when the pass fails."""
+        ...
 
 
 class Detokenizer(Protocol):

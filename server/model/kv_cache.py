@@ -54,6 +54,12 @@ class KVCache:
         self.keys[layer].index_copy_(0, slots, keys)
         self.values[layer].index_copy_(0, slots, values)
 
+    def read(self, slots: torch.Tensor) -> torch.Tensor:
+        """What is at ``slots`` [n], as [2 * num_layers, n, num_kv_heads * head_dim]: keys of layer
+        i at 2i and values at 2i + 1."""
+        pools = (pool for pair in zip(self.keys, self.values, strict=True) for pool in pair)
+        return torch.stack([pool.index_select(0, slots) for pool in pools])
+
     def by_head(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of a layer's pools as [slots * num_kv_heads, head_dim]."""
         width = self.shape.head_dim

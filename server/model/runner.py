@@ -4,7 +4,16 @@ from typing import Any
 
 import torch
 
-from server.engine.step import Chunk, CompileChunk, Step, StepOutput
+from server.engine.request import PrefixKey
+from server.engine.step import (
+    Chunk,
+    CompileChunk,
+    OutOfMemory,
+    Save,
+    StagedPrefix,
+    Step,
+    StepOutput,
+)
 from server.model.attention import PagedBatch
 from server.model.batch import Row, group_rows, slots_of
 from server.model.kv_cache import KVCache
@@ -28,9 +37,20 @@ class TorchRunner:
         )
         self._embed: Any = base.module.get_input_embeddings()
 
-    @torch.inference_mode()
     def run(self, step: Step) -> StepOutput:
-        """One forward pass over the step's chunks and compiles."""
+        """One forward pass over the step's chunks and compiles. Raises OutOfMemory."""
+        try:
+            return self._run(step)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            if self.base.device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise OutOfMemory(str(error).partition("\n")[0]) from error
+
+    @torch.inference_mode()
+    def _run(self, step: Step) -> StepOutput:
+        saved: dict[PrefixKey, StagedPrefix] = {
+            save.key: self._read_kv(save) for save in step.saves
+        }
         self.cache.zero(step.fresh)
         self.cache.copy(step.copies)
         for part in step.compiles:
@@ -38,13 +58,14 @@ class TorchRunner:
                 self._write_kv(part, part.payload)
         run = [part for part in step.compiles if not isinstance(part.payload, StagedKV)]
         if not step.chunks and not run:
-            return StepOutput({})
+            return StepOutput({}, saved)
         sampled = [chunk for chunk in step.chunks if chunk.sampling is not None]
         logits = self.forward(step.chunks, run)
         if not sampled:
-            return StepOutput({})
+            return StepOutput({}, saved)
         tokens = sample(logits, sampled)
-        return StepOutput({c.seq_id: token for c, token in zip(sampled, tokens, strict=True)})
+        by_id = {c.seq_id: token for c, token in zip(sampled, tokens, strict=True)}
+        return StepOutput(by_id, saved)
 
     @torch.inference_mode()
     def forward(
@@ -99,6 +120,14 @@ class TorchRunner:
         for offset, values in soft:
             embeddings[offset : offset + len(values)] = values.to(self.base.device)
         return embeddings
+
+    def _read_kv(self, save: Save) -> StagedKV:
+        """The KV of a compiled prefix, in host memory and in the layout of a KV prefix."""
+        slots = torch.tensor(
+            slots_of(save.block_table, 0, save.num_tokens, self.cache.block_size),
+            device=self.base.device,
+        )
+        return StagedKV(self.cache.read(slots).cpu())
 
     def _write_kv(self, part: CompileChunk, payload: StagedKV) -> None:
         """A KV prefix needs no forward: copy its trained rows into its blocks."""

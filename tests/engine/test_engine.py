@@ -1,7 +1,9 @@
 """The loop: events, stop conditions, aborts and failures, with the shipped fakes."""
 
+import json
 import queue
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -14,11 +16,12 @@ from server.engine.request import (
     FinishReason,
     PrefixHandle,
     PrefixKey,
+    QueueFull,
     SamplingParams,
     StopParams,
     TokenEvent,
 )
-from server.engine.step import Step, StepOutput
+from server.engine.step import OutOfMemory, Step, StepOutput
 from server.testing import ByteDetokenizer, FakeRunner, FakeSource, fake_generate
 
 PREFIX = PrefixHandle(PrefixKey("t", "digest"), 5)
@@ -28,32 +31,45 @@ PROMPT = tuple(b"hello")
 class Bench:
     """An engine with its fakes and a way to wait for answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, watchdog_s: float = 60.0, max_waiting_tokens: int | None = None) -> None:
         self.runner = FakeRunner(block_size=4)
         self.source = FakeSource({PREFIX.key: 5})
         self.engine = Engine(
             config=SchedulerConfig(
-                num_blocks=64, block_size=4, max_tokens_per_step=32, max_running=8
+                num_blocks=64,
+                block_size=4,
+                max_tokens_per_step=32,
+                max_running=8,
+                max_waiting_tokens=max_waiting_tokens,
             ),
             runner=self.runner,
             source=self.source,
             detokenizer=ByteDetokenizer,
+            watchdog_s=watchdog_s,
         )
         self.count = 0
 
     def submit(
-        self, *, prefix: PrefixHandle | None = None, n: int = 1, **stop: object
+        self,
+        *,
+        prefix: PrefixHandle | None = None,
+        n: int = 1,
+        prompt: tuple[int, ...] = PROMPT,
+        tenant: str = "t",
+        timeout_s: float | None = None,
+        **stop: object,
     ) -> tuple[str, "queue.Queue[Event]"]:
         self.count += 1
         events: queue.Queue[Event] = queue.Queue()
         request = AdmittedRequest(
             request_id=f"r{self.count}",
-            tenant="t",
-            prompt=PROMPT,
+            tenant=tenant,
+            prompt=prompt,
             prefix=prefix,
             sampling=SamplingParams(temperature=0),
             stop=StopParams(**{"max_tokens": 12, **stop}),  # type: ignore[arg-type]
             n=n,
+            timeout_s=timeout_s,
         )
         self.engine.submit(request, events.put)
         return request.request_id, events
@@ -78,6 +94,11 @@ def answer(events: "queue.Queue[Event]") -> tuple[str, FinishEvent]:
         text += event.text
 
 
+def ended(events: "queue.Queue[Event]") -> tuple[str, FinishReason, int]:
+    text, end = answer(events)
+    return text, end.reason, end.completion_tokens
+
+
 def expected(count: int, digest: str | None = None) -> str:
     return bytes(fake_generate(digest, PROMPT, count)).decode()
 
@@ -85,8 +106,8 @@ def expected(count: int, digest: str | None = None) -> str:
 def test_a_request_gets_its_own_prefix_and_ends_at_its_length(bench: Bench) -> None:
     _, base = bench.submit()
     _, mine = bench.submit(prefix=PREFIX)
-    assert answer(base) == (expected(12), FinishEvent(0, FinishReason.LENGTH, 12))
-    assert answer(mine) == (expected(12, "digest"), FinishEvent(0, FinishReason.LENGTH, 12))
+    assert ended(base) == (expected(12), FinishReason.LENGTH, 12)
+    assert ended(mine) == (expected(12, "digest"), FinishReason.LENGTH, 12)
     assert expected(12) != expected(12, "digest")
 
 
@@ -129,7 +150,7 @@ def test_a_stop_string_may_be_included(bench: Bench) -> None:
 def test_half_a_stop_string_at_the_end_goes_out(bench: Bench) -> None:
     text = expected(12)
     _, events = bench.submit(strings=(text[10:] + "!",))
-    assert answer(events) == (text, FinishEvent(0, FinishReason.LENGTH, 12))
+    assert ended(events) == (text, FinishReason.LENGTH, 12)
 
 
 def test_min_tokens_holds_off_the_stop(bench: Bench) -> None:
@@ -172,24 +193,142 @@ def test_a_source_that_breaks_shows_no_internals(
     assert answer(events)[1].error == "the prefix could not be loaded"
 
 
-def test_a_step_that_fails_ends_its_sequences_and_the_engine_goes_on(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+def fail_steps(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, when: Callable[[Step], Exception | None]
 ) -> None:
+    """Have the runner raise what ``when`` gives for a step."""
     run = bench.runner.run
-    failures = iter([True])
 
-    def fails_once(step: Step) -> StepOutput:
-        if next(failures, False):
-            raise RuntimeError("device lost")
+    def run_or_fail(step: Step) -> StepOutput:
+        error = when(step)
+        if error is not None:
+            raise error
         return run(step)
 
-    monkeypatch.setattr(bench.runner, "run", fails_once)
-    _, first = bench.submit()
-    end = answer(first)[1]
-    assert (end.reason, end.error) == (FinishReason.ERROR, "the engine failed on this step")
-    _, second = bench.submit()
-    assert answer(second)[0] == expected(12)
-    assert bench.engine.stats().step_failures == 1
+    monkeypatch.setattr(bench.runner, "run", run_or_fail)
+
+
+def test_of_a_step_that_fails_only_the_request_that_breaks_it_ends(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = (66, 65, 68)
+
+    def when(step: Step) -> Exception | None:
+        return (
+            RuntimeError("device lost")
+            if any(bad == tuple(c.tokens) for c in step.chunks)
+            else None
+        )
+
+    fail_steps(bench, monkeypatch, when)
+    fine = [bench.submit()[1] for _ in range(3)]
+    _, broken = bench.submit(prompt=bad)
+    fine += [bench.submit()[1] for _ in range(3)]
+    end = answer(broken)[1]
+    assert (end.reason, end.error) == (FinishReason.ERROR, "the engine failed on this request")
+    assert [answer(events)[0] for events in fine] == 6 * [expected(12)]
+    assert bench.engine.ready
+
+
+def test_when_memory_is_short_steps_become_smaller_and_nobody_ends(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def when(step: Step) -> Exception | None:
+        return OutOfMemory("no room") if step.num_parts > 2 else None
+
+    fail_steps(bench, monkeypatch, when)
+    answers = [bench.submit()[1] for _ in range(6)]
+    assert [answer(events)[0] for events in answers] == 6 * [expected(12)]
+    assert bench.engine.stats().out_of_memory > 0
+    assert bench.engine.stats().step_failures == 0
+
+
+def test_a_device_that_fails_every_step_makes_the_engine_not_ready(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_steps(bench, monkeypatch, lambda _: RuntimeError("device lost"))
+    for _ in range(8):
+        _, events = bench.submit()
+        assert answer(events)[1].reason is FinishReason.ERROR
+    assert bench.engine.trouble == "the last 8 steps failed"
+    assert not bench.engine.ready
+
+
+def test_a_step_that_never_ends_makes_the_engine_not_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(watchdog_s=0.0)
+    entered, leave = threading.Event(), threading.Event()
+
+    def when(_: Step) -> Exception | None:
+        entered.set()
+        leave.wait(20)
+        return None
+
+    fail_steps(bench, monkeypatch, when)
+    bench.engine.start()
+    _, events = bench.submit()
+    assert entered.wait(20)
+    try:
+        assert str(bench.engine.trouble).startswith("no step has ended for")
+    finally:
+        leave.set()
+    assert answer(events)[0] == expected(12)
+    bench.engine.stop()
+
+
+def test_a_request_ends_at_its_timeout_while_its_prefix_is_on_its_way(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave = threading.Event()
+    fetch = bench.source.fetch
+
+    def slow(key: PrefixKey) -> object:
+        leave.wait(20)
+        return fetch(key)
+
+    monkeypatch.setattr(bench.source, "fetch", slow)
+    _, events = bench.submit(prefix=PREFIX, timeout_s=0.01)
+    end = answer(events)[1]
+    leave.set()
+    assert end.reason is FinishReason.TIMEOUT
+    assert end.error == "the request's timeout of 0.01 s passed after 0 tokens of output"
+
+
+def test_a_full_queue_refuses_and_a_lone_tenant_still_gets_in() -> None:
+    bench = Bench(max_waiting_tokens=68)
+    crowd = [bench.submit()[1] for _ in range(4)]  # 17 tokens each, and no loop yet
+    with pytest.raises(QueueFull, match="68 tokens wait, of at most 68") as refused:
+        bench.submit()
+    assert refused.value.retry_after >= 1
+    _, lone = bench.submit(tenant="lone")
+    bench.engine.start()
+    assert answer(lone)[0] == expected(12)
+    ends = [answer(events)[1] for events in crowd]
+    bench.engine.stop()
+    assert [end.reason for end in ends] == 3 * [FinishReason.LENGTH] + [FinishReason.SHED]
+    assert ends[-1].error == "the server is full: 85 tokens wait"
+    assert ends[-1].retry_after is not None
+
+
+def test_a_draining_engine_takes_nothing_and_ends_what_it_has(bench: Bench) -> None:
+    _, events = bench.submit()
+    bench.engine.drain()
+    with pytest.raises(QueueFull, match="shutting down"):
+        bench.submit()
+    assert answer(events)[0] == expected(12)
+    assert bench.engine.trouble == "the server is shutting down"
+
+
+def test_the_picture_shows_who_waits_and_no_token(bench: Bench) -> None:
+    bench.engine.set_pins([PREFIX])
+    _, events = bench.submit(prefix=PREFIX)
+    answer(events)
+    state = bench.engine.state()
+    assert state["prefixes"]["entries"][0]["digest"] == "digest"
+    assert state["prefixes"]["entries"][0]["pinned"]
+    assert bench.engine.tier(PREFIX.key) == "resident"
+    assert json.loads(json.dumps(state)) == state
 
 
 def test_a_caller_whose_handler_fails_harms_nobody(bench: Bench) -> None:
@@ -216,19 +355,43 @@ def test_stopping_ends_what_is_alive() -> None:
     assert answer(late) == ("", FinishEvent(0, FinishReason.ABORT, 0))
 
 
-def test_a_loop_that_dies_tells_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_that_fails_tells_everybody_and_starts_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     bench = Bench()
+    bench.engine.set_pins([PREFIX])
     _, events = bench.submit()
 
-    def broken() -> Step:
+    def broken(**_: object) -> Step:
         raise AssertionError("a bug in the scheduler")
 
     monkeypatch.setattr(bench.engine.scheduler, "schedule", broken)
     bench.engine.start()
     end = answer(events)[1]
-    assert (end.reason, end.error) == (FinishReason.ERROR, "the engine stopped unexpectedly")
+    assert end.error == "the engine had to start over; please try again"
+    _, after = bench.submit(prefix=PREFIX)
+    assert answer(after)[0] == expected(12, "digest")
+    assert bench.engine.stats().restarts == 1
+    assert bench.engine.stats().pinned_prefixes == 1
+    assert bench.engine.ready
     bench.engine.stop()
-    assert not bench.engine.ready
+
+
+def test_a_loop_that_keeps_failing_gives_up_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+
+    def broken(*_: object, **__: object) -> Step:
+        raise AssertionError("a bug in the scheduler")
+
+    monkeypatch.setattr("server.engine.scheduler.Scheduler.schedule", broken)
+    bench.engine.start()
+    errors = [answer(bench.submit()[1])[1].error for _ in range(6)]
+    assert errors[:5] == 5 * ["the engine had to start over; please try again"]
+    assert errors[5] == "the engine stopped unexpectedly"
+    bench.engine.stop()
+    assert bench.engine.trouble == "the engine is not running"
+    _, late = bench.submit()
+    assert answer(late) == ("", FinishEvent(0, FinishReason.ABORT, 0))
 
 
 def test_draws_are_even_and_depend_on_seed_and_index() -> None:

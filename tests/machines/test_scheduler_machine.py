@@ -1,6 +1,7 @@
 """The pure scheduler as a state machine: invariants hold after every rule, whatever happens."""
 
 import itertools
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -24,61 +25,108 @@ from server.engine.request import (
     SamplingParams,
     StopParams,
 )
+from server.engine.residency import Stage
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence, State
-from server.engine.step import StepOutput
+from server.engine.step import Sampled, Step, StepOutput
 from server.testing import FakeRunner, FakeStaged, fake_generate
 
+BLOCK = 4
+TENANTS = "abc"
+WEIGHTS = {"a": 1.0, "b": 1.0, "c": 2.0}
+LENGTHS = (1, 3, 4, 8, 13)
 PREFIXES = [
     PrefixHandle(PrefixKey(tenant, f"{tenant}-{length}"), length)
-    for tenant, length in itertools.product("ab", (1, 3, 4, 8, 13))
+    for tenant, length in itertools.product(TENANTS, LENGTHS)
 ]
+WAIT_S = 5.0
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests, fetches, failures and aborts in any order, on pools down to the smallest."""
+    """Requests, fetches, failures, aborts, pins, warms, retirements and the passing of time in any
+    order, on pools down to the smallest."""
 
     sequences = Bundle("sequences")
 
     @initialize(
-        blocks=st.integers(5, 20),
+        blocks=st.integers(5, 24),
         chunk=st.sampled_from([1, 3, 16]),
         running=st.integers(1, 5),
         cap=st.sampled_from([None, 13, 16]),
+        budget=st.sampled_from([None, 13, 17]),
+        host=st.sampled_from([0, 13, 40]),
+        queue=st.sampled_from([None, 60]),
     )
-    def start(self, blocks: int, chunk: int, running: int, cap: int | None) -> None:
+    def start(
+        self,
+        *,
+        blocks: int,
+        chunk: int,
+        running: int,
+        cap: int | None,
+        budget: int | None,
+        host: int,
+        queue: int | None,
+    ) -> None:
         self.cap = cap
         self.config = SchedulerConfig(
             num_blocks=blocks,
-            block_size=4,
+            block_size=BLOCK,
             max_tokens_per_step=12,
             max_prefill_chunk=chunk,
             max_running=running,
             max_staged=2,
+            max_resident_tokens=budget,
+            host_tokens=host,
+            max_prefix_wait_s=1.0,
+            failed_prefix_memory_s=2.0,
+            max_waiting_tokens=queue,
+            max_queue_wait_s=None if queue is None else 100.0,
         )
-        self.scheduler = Scheduler(self.config)
-        self.runner = FakeRunner(block_size=4)
+        self.scheduler = Scheduler(self.config, namespace="model")
+        self.runner = FakeRunner(block_size=BLOCK)
+        self.now = 0.0
         self.ids = itertools.count()
         self.fetching: list[PrefixKey] = []
+        self.failed_at: dict[PrefixKey, float] = {}
         self.alive: dict[int, Sequence] = {}
+        self.writers: dict[int, tuple[str, str | None]] = {}
+        self.service: Counter[str] = Counter()
+        self.backlogged: dict[tuple[str, str], float] = {}
+        charge = self.scheduler.waiting.charge
+
+        def charge_and_count(tenant: str, tokens: int) -> None:
+            self.service[tenant] += tokens / WEIGHTS[tenant]
+            charge(tenant, tokens)
+
+        self.scheduler.waiting.charge = charge_and_count
+
+    # -- requests ----
 
     @rule(
         target=sequences,
-        tenant=st.sampled_from("ab"),
+        tenant=st.sampled_from(TENANTS),
         prefix=st.none() | st.integers(0, 4),
-        prompt=st.lists(st.integers(0, 255), min_size=1, max_size=14),
+        prompt=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=14),
         max_tokens=st.integers(1, 16),
         to_the_brim=st.booleans(),
+        priority=st.integers(-1, 1),
+        timeout=st.sampled_from([None, None, 3.0]),
+        kv_reuse=st.booleans(),
     )
     def add(
         self,
+        *,
         tenant: str,
         prefix: int | None,
         prompt: list[int],
         max_tokens: int,
         to_the_brim: bool,
+        priority: int,
+        timeout: float | None,
+        kv_reuse: bool,
     ) -> object:
-        handle = None if prefix is None else PREFIXES["ab".index(tenant) * 5 + prefix]
+        handle = None if prefix is None else PREFIXES[TENANTS.index(tenant) * 5 + prefix]
         fits = self.config.max_tokens_for(handle.num_tokens if handle else 0)
         if to_the_brim and len(prompt) < fits:
             max_tokens = fits - len(prompt)
@@ -93,73 +141,28 @@ class SchedulerMachine(RuleBasedStateMachine):
             sampling=SamplingParams(temperature=0),
             stop=StopParams(max_tokens=max_tokens),
             max_resident_tokens=self.cap if tenant == "a" else None,
+            weight=WEIGHTS[tenant],
+            priority=priority,
+            timeout_s=timeout,
+            kv_reuse=kv_reuse,
         )
         sequence = Sequence(seq_id, request, 0, 0, list(prompt))
         self.alive[seq_id] = sequence
-        self.scheduler.add(sequence)
-        return sequence
-
-    @rule()
-    def step(self) -> None:
-        before = {s.seq_id: s.num_remaining for s in self.scheduler.running}
-        preemptions = self.scheduler.num_preemptions
-        step = self.scheduler.schedule()
-        self.check_step(step)
-        resident = self.scheduler.memory.residency.tokens_of("a")
-        assert self.cap is None or resident <= self.cap, "a tenant is over its cap"
-        decodes = {i for i, remaining in before.items() if remaining == 1}
-        served = {c.seq_id for c in step.chunks}
-        missed = decodes - served
-        assert len(missed) <= self.scheduler.num_preemptions - preemptions, "a decode row stalled"
-        self.fetching += step.fetches
-        output = self.runner.run(step) if step.has_work else StepOutput({})
-        for progress in self.scheduler.update(step, output):
-            if progress.finished:
-                self.check_ended(progress.sequence)
-
-    def check_step(self, step: object) -> None:
-        assert step.num_tokens <= self.config.max_tokens_per_step
-        assert len(step.chunks) <= self.config.max_running
-        assert len(set(step.fresh)) == len(step.fresh), "a block given out twice in one step"
-        writers: dict[int, object] = {}
-        for chunk in step.chunks:
-            first = chunk.start // 4
-            last = (chunk.start + len(chunk.tokens) - 1) // 4
-            for block in chunk.block_table[first : last + 1]:
-                assert writers.setdefault(block, chunk.seq_id) == chunk.seq_id, "two writers"
-                assert self.scheduler.memory.pool.references(block) == 1, (
-                    "a shared block is written"
-                )
-
-    def check_ended(self, sequence: Sequence) -> None:
-        del self.alive[sequence.seq_id]
-        assert sequence.reason is FinishReason.LENGTH
-        digest = sequence.prefix.key.digest if sequence.prefix else None
-        expected = fake_generate(digest, sequence.request.prompt, sequence.num_output)
-        assert sequence.tokens[sequence.num_prompt :] == expected
-
-    @rule(which=st.integers(0, 5))
-    def fetch_ends_well(self, which: int) -> None:
-        if not self.fetching:
-            return
-        key = self.fetching.pop(which % len(self.fetching))
-        length = next(p.num_tokens for p in PREFIXES if p.key == key)
-        assert self.scheduler.prefix_staged(key, FakeStaged(length)) == []
-
-    @rule(which=st.integers(0, 5), wrong_length=st.booleans())
-    def fetch_fails(self, which: int, wrong_length: bool) -> None:
-        if not self.fetching:
-            return
-        key = self.fetching.pop(which % len(self.fetching))
-        if wrong_length:
-            failed = self.scheduler.prefix_staged(key, FakeStaged(99))
-        else:
-            failed = self.scheduler.prefix_failed(key, "gone")
-        for sequence in failed:
-            assert sequence.prefix is not None
-            assert sequence.prefix.key == key
-            assert sequence.reason is FinishReason.ERROR
-            del self.alive[sequence.seq_id]
+        for ended in self.scheduler.add(sequence, now=self.now):
+            del self.alive[ended.seq_id]
+            if ended.reason is FinishReason.SHED:
+                assert ended.started is None, "what has started is not shed"
+            else:
+                assert ended is sequence
+                assert handle is not None
+                assert self.now < self.failed_at[handle.key] + 2.0, "an old failure is remembered"
+        bound = self.config.max_waiting_tokens
+        waiting = [s for s in self.scheduler.waiting if s.started is None]
+        if bound is not None and len(waiting) > 1:
+            assert self.scheduler.waiting.num_tokens <= bound or any(
+                s.started is not None for s in self.scheduler.waiting
+            )
+        return sequence if not sequence.finished else multiple()
 
     @rule(sequence=consumes(sequences))
     def abort(self, sequence: Sequence) -> None:
@@ -167,16 +170,212 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.end(sequence, FinishReason.ABORT)
             del self.alive[sequence.seq_id]
 
-    @rule()
-    def a_step_fails(self) -> None:
-        step = self.scheduler.schedule()
-        self.fetching += step.fetches
-        carried = {c.seq_id for c in step.chunks}
-        compiled = {c.key for c in step.compiles}
-        for sequence in self.scheduler.step_failed(step, "boom"):
-            waits = sequence.prefix is not None and sequence.prefix.key in compiled
-            assert sequence.seq_id in carried or waits
+    @rule(seconds=st.sampled_from([0.3, 1.1, 3.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        for sequence in self.scheduler.expire(now=self.now):
+            asked = sequence.request.timeout_s
+            if sequence.reason is FinishReason.TIMEOUT:
+                assert self.now >= sequence.arrived + asked
+            else:
+                assert sequence.reason is FinishReason.SHED
+                assert sequence.started is None
             del self.alive[sequence.seq_id]
+        for sequence in self.alive.values():
+            asked = sequence.request.timeout_s
+            assert asked is None or self.now < sequence.arrived + asked, "past its deadline"
+
+    # -- steps ----
+
+    @rule()
+    def step(self) -> None:
+        before = {s.seq_id: s.num_remaining for s in self.scheduler.running}
+        proving = self.scheduler.proving
+        preemptions = self.scheduler.num_preemptions
+        waited = self.ready_tenants()
+        step = self.scheduler.schedule(now=self.now)
+        self.check_step(step)
+        self.check_budgets()
+        self.check_fairness(waited & self.ready_tenants())
+        decodes = {i for i, remaining in before.items() if remaining == 1}
+        missed = decodes - {c.seq_id for c in step.chunks}
+        if proving and self.scheduler.proving:
+            assert step.num_parts <= 1, "a suspect has to prove itself alone"
+        elif not proving:
+            assert len(missed) <= self.scheduler.num_preemptions - preemptions, "a decode stalled"
+        self.fetching += step.fetches
+        output = self.runner.run(step) if step.has_work else StepOutput({})
+        for progress in self.scheduler.update(step, output):
+            if progress.finished:
+                self.check_ended(progress.sequence)
+
+    def check_step(self, step: Step) -> None:
+        assert step.num_tokens <= self.config.max_tokens_per_step
+        assert len(step.chunks) <= self.config.max_running
+        compiled = sum(part.stop - part.start for part in step.compiles)
+        assert compiled <= self.config.max_prefill_chunk, "a row waits for more than one chunk"
+        assert len(set(step.fresh)) == len(step.fresh), "a block given out twice in one step"
+        assert len(set(step.fetches)) == len(step.fetches)
+        assert not set(step.fetches) & set(self.fetching), "fetched twice at once"
+        for copy in step.copies:
+            self.writers.pop(copy.target, None)
+        for block in step.fresh:
+            self.writers.pop(block, None)
+        writers: dict[int, object] = {}
+        for chunk in step.chunks:
+            owner = self.alive[chunk.seq_id]
+            whose = owner.tenant, owner.prefix.key.digest if owner.prefix else None
+            first = chunk.start // BLOCK
+            last = (chunk.start + len(chunk.tokens) - 1) // BLOCK
+            for block in chunk.block_table[owner.num_prefix_tokens // BLOCK : first]:
+                assert self.writers[block] == whose, "KV of another tenant or prefix is reused"
+            for block in chunk.block_table[first : last + 1]:
+                assert writers.setdefault(block, chunk.seq_id) == chunk.seq_id, "two writers"
+                assert self.scheduler.memory.pool.references(block) == 1, (
+                    "a shared block is written"
+                )
+                self.writers[block] = whose
+
+    def check_budgets(self) -> None:
+        residency = self.scheduler.memory.residency
+        assert self.cap is None or residency.tokens_of("a") <= self.cap, "a tenant is over its cap"
+        budget = self.config.max_resident_tokens
+        assert budget is None or residency.num_tokens <= budget, "prefixes are over the budget"
+        assert self.scheduler.memory.host.num_tokens <= self.config.host_tokens
+        assert residency.num_coming <= self.config.max_staged
+
+    def ready_tenants(self) -> set[str]:
+        """Tenants with something waiting that could run now but for the room."""
+        if self.scheduler.proving or self.scheduler.arrivals.forcing is not None:
+            return set()
+        waiting = self.scheduler.waiting
+        return {s.tenant for s in waiting if self.scheduler.memory.is_ready(s)}
+
+    def check_fairness(self, backlogged: set[str]) -> None:
+        """While two tenants are backlogged, what they are served (by weight) stays within the bound
+        of Sheng et al., theorem 4.4: twice the larger of the largest input and the pool."""
+        bound = 2 * max(13 + 14, self.config.num_usable_blocks * BLOCK)
+        for pair in itertools.combinations(TENANTS, 2):
+            if not set(pair) <= backlogged:
+                self.backlogged.pop(pair, None)
+                continue
+            difference = self.service[pair[0]] - self.service[pair[1]]
+            since = self.backlogged.setdefault(pair, difference)
+            assert abs(difference - since) <= bound, "a backlogged tenant is served less than due"
+
+    def check_ended(self, sequence: Sequence) -> None:
+        del self.alive[sequence.seq_id]
+        assert sequence.reason is FinishReason.LENGTH
+        digest = sequence.prefix.key.digest if sequence.prefix else None
+        expected = fake_generate(digest, sequence.request.prompt, sequence.num_output)
+        assert sequence.tokens[sequence.num_prompt :] == expected
+        assert sequence.request.kv_reuse or sequence.num_cached == 0, "reuse was switched off"
+        assert sequence.num_cached < sequence.num_prompt
+
+    # -- failures ----
+
+    @rule(which=st.integers(0, 5), out_of_memory=st.booleans())
+    def a_step_fails(self, which: int, out_of_memory: bool) -> None:
+        """One part breaks every step it is in, or memory was short once: nobody else ends."""
+        step = self.scheduler.schedule(now=self.now)
+        self.check_step(step)
+        self.fetching += step.fetches
+        self.backlogged.clear()
+        if not step.num_parts:
+            self.scheduler.update(step, self.runner.run(step))
+            return
+        parts = [*(c.seq_id for c in step.chunks), *(c.key for c in step.compiles)]
+        culprit = parts[which % len(parts)]
+        if isinstance(culprit, PrefixKey):
+            self.failed_at[culprit] = self.now
+        ended = self.scheduler.step_failed(step, "boom", now=self.now, out_of_memory=out_of_memory)
+        self.scheduler.check_integrity()
+        if out_of_memory:
+            self.mourn(ended)
+            return
+        while True:
+            self.mourn(ended, only=culprit)
+            if ended or not self.scheduler.proving:
+                break
+            step = self.scheduler.schedule(now=self.now)
+            self.check_step(step)
+            self.fetching += step.fetches
+            parts = [*(c.seq_id for c in step.chunks), *(c.key for c in step.compiles)]
+            if culprit in parts:
+                ended = self.scheduler.step_failed(step, "boom", now=self.now)
+            else:
+                for progress in self.scheduler.update(step, self.runner.run(step)):
+                    if progress.finished:
+                        self.check_ended(progress.sequence)
+
+    def mourn(self, ended: list[Sequence], *, only: object = None) -> None:
+        for sequence in ended:
+            key = sequence.prefix.key if sequence.prefix else None
+            assert only is None or only in {sequence.seq_id, key}, "an innocent ended"
+            assert sequence.reason is FinishReason.ERROR
+            del self.alive[sequence.seq_id]
+
+    @rule(which=st.integers(0, 5))
+    def a_row_goes_wrong(self, which: int) -> None:
+        step = self.scheduler.schedule(now=self.now)
+        self.check_step(step)
+        self.fetching += step.fetches
+        output = self.runner.run(step) if step.has_work else StepOutput({})
+        sampled = dict(output.sampled)
+        if sampled:
+            wrong = sorted(sampled)[which % len(sampled)]
+            sampled[wrong] = Sampled(0, finite=False)
+        for progress in self.scheduler.update(step, StepOutput(sampled, output.saved)):
+            sequence = progress.sequence
+            if sampled and sequence.seq_id == wrong:
+                assert sequence.reason is FinishReason.ERROR
+                del self.alive[sequence.seq_id]
+            elif progress.finished:
+                self.check_ended(sequence)
+
+    # -- prefixes ----
+
+    @rule(which=st.integers(0, 5))
+    def fetch_ends_well(self, which: int) -> None:
+        if not self.fetching:
+            return
+        key = self.fetching.pop(which % len(self.fetching))
+        length = next(p.num_tokens for p in PREFIXES if p.key == key)
+        assert self.scheduler.prefix_staged(key, FakeStaged(length), now=self.now) == []
+
+    @rule(which=st.integers(0, 5), wrong_length=st.booleans())
+    def fetch_fails(self, which: int, wrong_length: bool) -> None:
+        if not self.fetching:
+            return
+        key = self.fetching.pop(which % len(self.fetching))
+        if wrong_length:
+            failed = self.scheduler.prefix_staged(key, FakeStaged(99), now=self.now)
+        else:
+            failed = self.scheduler.prefix_failed(key, "gone", now=self.now)
+        self.failed_at[key] = self.now
+        for sequence in failed:
+            assert sequence.prefix is not None
+            assert sequence.prefix.key == key
+            assert sequence.reason is FinishReason.ERROR
+            del self.alive[sequence.seq_id]
+
+    @rule(which=st.sets(st.integers(0, 14), max_size=2))
+    def pin(self, which: set[int]) -> None:
+        caps = None if self.cap is None else {"a": self.cap}
+        self.scheduler.arrivals.set_pins([PREFIXES[index] for index in which], caps=caps)
+
+    @rule(which=st.integers(0, 14))
+    def warm(self, which: int) -> None:
+        handle = PREFIXES[which]
+        cap = self.cap if handle.key.tenant == "a" else None
+        if cap is None or handle.num_tokens <= cap:
+            self.scheduler.arrivals.warm(handle, cap=cap, now=self.now)
+
+    @rule(which=st.integers(0, 14))
+    def retire(self, which: int) -> None:
+        self.scheduler.arrivals.retire([PREFIXES[which].key])
+
+    # -- the end ----
 
     @rule()
     def everybody_gets_served(self) -> None:
@@ -185,6 +384,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.scheduler.idle:
                 break
             self.step()
+            self.time_passes(0.05)
             while self.fetching:
                 self.fetch_ends_well(0)
         assert self.scheduler.idle, f"stuck: {self.scheduler!r}"
@@ -195,19 +395,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
             assert len(self.scheduler.running) <= self.config.max_running
-            assert {s.seq_id for s in self.scheduler.running} | {
-                s.seq_id for s in self.scheduler.waiting
-            } == set(self.alive)
+            assert {s.seq_id for s in self.scheduler.sequences()} == set(self.alive)
             for sequence in self.alive.values():
                 assert sequence.state is not State.FINISHED
 
     def teardown(self) -> None:
         if hasattr(self, "scheduler"):
             self.everybody_gets_served()
-            self.scheduler.check_integrity()
-            pool = self.scheduler.memory.pool
-            held = sum(len(entry.blocks) for entry in self.scheduler.memory.residency)
-            assert pool.num_free + held == pool.num_usable, "idle, and blocks are missing"
+            self.time_passes(40.0)
+            self.scheduler.arrivals.retire(prefix.key for prefix in PREFIXES)
+            for _ in range(200):
+                self.step()
+                while self.fetching:
+                    self.fetch_ends_well(0)
+            pool, residency = self.scheduler.memory.pool, self.scheduler.memory.residency
+            pins = set(self.scheduler.arrivals.pins)
+            assert {entry.key for entry in residency} <= pins, "idle, and more than pins is held"
+            assert all(e.stage is not Stage.COMPILING for e in residency)
+            assert set(self.scheduler.memory.host.keys()) <= pins
+            assert pool.num_free + residency.num_blocks == pool.num_usable, "blocks are missing"
 
 
 TestScheduler = pytest.mark.filterwarnings("default")(SchedulerMachine.TestCase)

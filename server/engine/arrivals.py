@@ -1,0 +1,312 @@
+"""Which prefixes come into the pool, and which leave for them.
+
+A prefix comes when a waiting sequence needs it, when it is warmed and when it is pinned. It takes
+the room of idle prefixes that nobody waits for, least recently used first. Requests for prefixes
+that are there ride along meanwhile; but a sequence whose turn it has been for longer than
+``max_prefix_wait_s`` forces its prefix in, one at a time: enough others are marked as leaving,
+take no more sequences, and make room when those they have are done. A prefix that has come is used
+at least once before it can be forced out again, so two that do not fit together alternate and
+never chase each other.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from server.engine.config import SchedulerConfig
+from server.engine.fair_queue import FairQueue
+from server.engine.memory import Memory
+from server.engine.plan import Plan
+from server.engine.request import PrefixHandle, PrefixKey
+from server.engine.residency import Entry, Residency, Stage
+from server.engine.sequence import Sequence
+from server.engine.step import StagedPrefix
+
+_REMEMBERED_FAILURES = 1024
+_WARM_PATIENCE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Warm:
+    """A prefix that shall come though no sequence waits for it."""
+
+    handle: PrefixHandle
+    cap: int | None
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Who would leave for a prefix, and whether that makes room for it."""
+
+    victims: list[Entry]
+    is_enough: bool
+    lacks_blocks: bool
+
+
+class Arrivals:
+    """Residency's decisions. ``bring`` is called for waiting sequences in fair order."""
+
+    def __init__(self, config: SchedulerConfig, *, memory: Memory, waiting: FairQueue) -> None:
+        self._config = config
+        self._memory = memory
+        self._waiting = waiting
+        self._pins: dict[PrefixKey, PrefixHandle] = {}
+        self._caps: Mapping[str, int] = {}
+        self._warming: dict[PrefixKey, _Warm] = {}
+        self._failures: OrderedDict[PrefixKey, tuple[str, float]] = OrderedDict()
+        self._retired: set[PrefixKey] = set()
+        self.forcing: PrefixKey | None = None
+        self.reserve = 0
+        self.num_loads: Counter[str] = Counter()
+        self.num_swaps = 0
+
+    @property
+    def _residency(self) -> Residency:
+        return self._memory.residency
+
+    @property
+    def num_warming(self) -> int:
+        """Warmed prefixes that are not there yet."""
+        return len(self._warming)
+
+    @property
+    def pins(self) -> tuple[PrefixKey, ...]:
+        """What is to stay."""
+        return tuple(self._pins)
+
+    # -- wishes from outside ----
+
+    def set_pins(
+        self, handles: Iterable[PrefixHandle], *, caps: Mapping[str, int] | None = None
+    ) -> None:
+        """Bring these in and keep them; those pinned before are as others again. ``caps``: what
+        tenants may have in the pool, where that is limited."""
+        self._pins = {handle.key: handle for handle in handles}
+        self._caps = caps or {}
+        self._memory.pinned = self._pins.keys()
+
+    def warm(self, handle: PrefixHandle, *, cap: int | None, now: float) -> None:
+        """Bring a prefix in when there is room, and forget it if there is none for a while."""
+        self._warming[handle.key] = _Warm(handle, cap, now + _WARM_PATIENCE_S)
+
+    def retire(self, keys: Iterable[PrefixKey]) -> None:
+        """Let versions that were deleted or replaced leave when their last sequence does."""
+        self._retired.update(keys)
+
+    # -- what became of a fetch ----
+
+    def staged(self, key: PrefixKey, payload: StagedPrefix) -> str | None:
+        """A fetch ended well. Returns why it is of no use, if it is not what was announced."""
+        entry = self._residency.get(key)
+        if entry is None or entry.stage is not Stage.FETCHING:
+            return None
+        if payload.num_tokens != entry.num_tokens:
+            return (
+                f"the stored prefix has {payload.num_tokens} virtual tokens, its manifest says "
+                f"{entry.num_tokens}"
+            )
+        self._residency.fetched(entry, payload)
+        return None
+
+    def failed(self, key: PrefixKey, message: str, *, now: float) -> None:
+        """A fetch or compile failed: forget the entry, and remember the failure for a while."""
+        entry = self._residency.get(key)
+        if entry is not None:
+            self._residency.drop(entry)
+        self._warming.pop(key, None)
+        self._failures[key] = message, now + self._config.failed_prefix_memory_s
+        self._failures.move_to_end(key)
+        while len(self._failures) > _REMEMBERED_FAILURES:
+            self._failures.popitem(last=False)
+
+    def failure(self, key: PrefixKey, *, now: float) -> str | None:
+        """Why ``key`` could not be had, if that was a moment ago."""
+        found = self._failures.get(key)
+        if found is None:
+            return None
+        message, until = found
+        if now < until:
+            return message
+        del self._failures[key]
+        return None
+
+    def saved(self, saved: dict[PrefixKey, StagedPrefix]) -> None:
+        """Evicted prefixes arrived in host memory."""
+        for key, payload in saved.items():
+            if key not in self._retired:
+                self._memory.host.put(key, payload)
+
+    # -- within a step ----
+
+    def tend(self, *, now: float) -> None:
+        """Let go what has become pointless since the last step."""
+        for key, warm in list(self._warming.items()):
+            entry = self._residency.get(key)
+            if now >= warm.until or (entry is not None and entry.stage is Stage.RESIDENT):
+                del self._warming[key]
+        for entry in [*self._residency.staged(), *self._residency.compiling()]:
+            if not self._wanted(entry.key):
+                self._residency.drop(entry)
+        for key in list(self._retired):
+            self._let_go(key)
+        if self.forcing is not None:
+            entry = self._residency.get(self.forcing)
+            coming = entry is not None and entry.stage is Stage.STAGED
+            if not coming or not self._waiting.wants(self.forcing):
+                self._stop_forcing()
+
+    def bring(self, plan: Plan, sequence: Sequence, *, now: float) -> None:
+        """Take the prefix of a waiting sequence one stage further."""
+        assert sequence.prefix is not None
+        due = sequence.due_since
+        overdue = due is not None and now - due > self._config.max_prefix_wait_s
+        cap = sequence.request.max_resident_tokens
+        self._advance(plan, sequence.prefix, cap=cap, overdue=overdue)
+
+    def bring_others(self, plan: Plan) -> None:
+        """Bring what is pinned or warmed, and go on with whatever compile is under way."""
+        for handle in self._pins.values():
+            self._advance(plan, handle, cap=self._caps.get(handle.key.tenant))
+        for warm in list(self._warming.values()):
+            self._advance(plan, warm.handle, cap=warm.cap)
+        for entry in self._residency.compiling():
+            self._compile(plan, entry)
+
+    def prove(self, plan: Plan) -> bool:
+        """Go on with a prefix whose compile was in a step that failed, and with nothing else."""
+        for entry in [*self._residency.compiling(), *self._residency.staged()]:
+            if entry.suspect:
+                self._advance(plan, PrefixHandle(entry.key, entry.num_tokens), cap=entry.cap)
+                if plan.compiles:
+                    return True
+                entry.suspect = False  # no room to try it alone; it takes its chance with others
+        return False
+
+    def _advance(
+        self, plan: Plan, handle: PrefixHandle, *, cap: int | None, overdue: bool = False
+    ) -> None:
+        entry = self._residency.get(handle.key) or self._want(plan, handle)
+        if entry is None:
+            return
+        if entry.stage is Stage.STAGED:
+            self._place(plan, entry, cap=cap, overdue=overdue)
+        if entry.stage is Stage.COMPILING:
+            self._compile(plan, entry)
+
+    def _want(self, plan: Plan, handle: PrefixHandle) -> Entry | None:
+        """Have an absent prefix fetched, unless too many are on their way."""
+        if self._residency.num_coming >= self._config.max_staged:
+            return None
+        entry = self._residency.want(handle)
+        payload = self._memory.host.get(handle.key)
+        if payload is not None:
+            self._residency.fetched(entry, payload)
+            self.num_loads["host"] += 1
+        else:
+            plan.fetches.append(handle.key)
+            self.num_loads["store"] += 1
+        return entry
+
+    def _compile(self, plan: Plan, entry: Entry) -> None:
+        """Run the next part, unless this step has one already."""
+        if all(part.key != entry.key for part in plan.compiles):
+            self._waiting.charge(entry.key.tenant, plan.compile(entry))
+
+    def _place(self, plan: Plan, entry: Entry, *, cap: int | None, overdue: bool) -> None:
+        """Give a staged prefix its blocks if room can be had; an overdue one may force it."""
+        forces = overdue and self.forcing in {None, entry.key}
+        if self.forcing == entry.key:
+            self._stop_forcing()  # chosen anew, as things are now
+        entry.cap = cap
+        choice = self._choose(entry, cap, self._candidates(entry, cap, forces=forces))
+        if choice.is_enough and all(victim.idle for victim in choice.victims):
+            self.num_swaps += any(self._waiting.wants(victim.key) for victim in choice.victims)
+            for victim in choice.victims:
+                self._memory.evict(plan, victim)
+            plan.fresh += self._residency.place(entry)
+        elif forces:
+            self.forcing = entry.key
+            # Blocks that running sequences hold themselves come free too: nobody else gets them.
+            self.reserve = self._residency.blocks_needed(entry.num_tokens) * choice.lacks_blocks
+            for victim in choice.victims:
+                victim.leaving = True
+
+    def _candidates(self, entry: Entry, cap: int | None, *, forces: bool) -> list[Entry]:
+        """Prefixes that may leave for ``entry``, the best to lose first."""
+        wanted = self._waiting.wants
+        if not forces:
+            idle = self._memory.evictable(None, desperate=False)
+            return [other for other in idle if not wanted(other.key)]
+        spared = self._spared_pins(entry, cap)
+        return sorted(
+            (
+                other
+                for other in self._residency.resident()
+                if other.key not in spared and not (other.unused and wanted(other.key))
+            ),
+            key=lambda other: (other.key in self._pins, wanted(other.key), not other.idle),
+        )
+
+    def _spared_pins(self, entry: Entry, cap: int | None) -> set[PrefixKey]:
+        """Pins that stay even for an overdue prefix: all but those beside which it never fits."""
+        budget, tenant = self._config.max_resident_tokens, entry.key.tenant
+        others = [pin for pin in self._pins.values() if pin.key != entry.key]
+        sizes = [entry.num_tokens, *(pin.num_tokens for pin in others)]
+        blocks = sum(map(self._config.blocks_needed, sizes))
+        if blocks > self._config.num_usable_blocks or (budget is not None and sum(sizes) > budget):
+            return set()
+        own = entry.num_tokens + sum(p.num_tokens for p in others if p.key.tenant == tenant)
+        tight = cap is not None and own > cap
+        return {pin.key for pin in others if not (tight and pin.key.tenant == tenant)}
+
+    def _choose(self, entry: Entry, cap: int | None, candidates: list[Entry]) -> _Choice:
+        """The first of ``candidates`` whose leaving makes room for ``entry`` in the pool, under the
+        budget and under its tenant's cap. For the cap only the tenant's own leave."""
+        residency, budget = self._residency, self._config.max_resident_tokens
+        tenant, size = entry.key.tenant, entry.num_tokens
+        victims: list[Entry] = []
+        over_cap = 0 if cap is None else residency.tokens_of(tenant) + size - cap
+        for own in candidates:
+            if over_cap > 0 and own.key.tenant == tenant:
+                victims.append(own)
+                over_cap -= own.num_tokens
+        if over_cap > 0:
+            return _Choice(victims, is_enough=False, lacks_blocks=False)
+        over_budget = 0 if budget is None else residency.num_tokens + size - budget
+        over_budget -= sum(victim.num_tokens for victim in victims)
+        lacking = residency.blocks_needed(size) - self._memory.pool.num_free
+        lacking -= sum(len(victim.blocks) for victim in victims)
+        for other in candidates:
+            if over_budget <= 0 and lacking <= 0:
+                break
+            if other not in victims:
+                victims.append(other)
+                over_budget -= other.num_tokens
+                lacking -= len(other.blocks)
+        return _Choice(
+            victims, is_enough=over_budget <= 0 and lacking <= 0, lacks_blocks=lacking > 0
+        )
+
+    def _wanted(self, key: PrefixKey) -> bool:
+        return self._waiting.wants(key) or key in self._warming or key in self._pins
+
+    def _let_go(self, key: PrefixKey) -> None:
+        """Drop a retired prefix once nothing runs under it and nobody waits for it."""
+        entry = self._residency.get(key)
+        if entry is not None:
+            entry.retired = True
+        if self._wanted(key) or (entry is not None and not entry.idle):
+            return
+        self._retired.discard(key)
+        self._memory.host.drop(key)
+        if entry is not None:
+            self._residency.evict(entry)
+
+    def _stop_forcing(self) -> None:
+        self.forcing, self.reserve = None, 0
+        for entry in self._residency.resident():
+            entry.leaving = False
+
+    def __repr__(self) -> str:
+        return f"Arrivals(forcing={self.forcing}, warming={len(self._warming)})"
