@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from server.api.admin_schemas import NewKey, NewTenant, QuotaChange, Rotation
+from server.api.admin_schemas import NewKey, NewTenant, QuotaChange, Rotation, TenantChange
 from server.api.body import StrictModel
 from server.api.refusals import ErrorBody
 from server.api.routes_prefixes import AliasTarget
@@ -20,6 +20,7 @@ _BODIES: tuple[type[StrictModel], ...] = (
     AliasTarget,
     BindingTarget,
     NewTenant,
+    TenantChange,
     QuotaChange,
     NewKey,
     Rotation,

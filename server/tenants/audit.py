@@ -31,6 +31,7 @@ class Action(StrEnum):
     KEY_REVOKE = "key.revoke"
     TENANT_CREATE = "tenant.create"
     TENANT_QUOTA = "tenant.quota"
+    TENANT_SETTINGS = "tenant.settings"
 
 
 @dataclass(frozen=True, slots=True)
