@@ -96,6 +96,7 @@ def create_app(services: Services, *, sweeper: Sweeper | None = None) -> FastAPI
     app.add_middleware(
         RequestLayer,
         metrics=services.metrics,
+        intake=services.intake,
         body_timeout=services.limits.body_timeout,
         min_body_rate=services.limits.min_body_rate,
     )

@@ -17,6 +17,7 @@ from server.api.answers import Collected, Dialect, PrefixUsed
 from server.api.bill import Bill
 from server.api.bridge import ClientGone, Generation, while_connected
 from server.api.choice import Chooser
+from server.api.intake import Intake
 from server.api.metrics import Outcome, Stopwatch
 from server.api.refusals import error_body, request_id_of
 from server.api.sampling import GenerationFields
@@ -67,6 +68,7 @@ async def respond(
 
     watch = Stopwatch(services.metrics, dialect.endpoint)
     try:
+        services.intake.check()
         if not services.engine.ready:
             raise Unavailable("the engine is not running", retry_after=1)
         admitted, grant = await run_in_threadpool(admit_and_count)
@@ -75,6 +77,7 @@ async def respond(
         raise
     answer = _Answer(
         engine=services.engine,
+        intake=services.intake,
         admitted=admitted,
         bill=Bill(services.limiter, grant),
         dialect=dialect,
@@ -106,6 +109,7 @@ class _Answer:
     """One admitted request on its way back."""
 
     engine: Engine
+    intake: Intake
     admitted: Admitted
     bill: Bill
     dialect: Dialect
@@ -132,7 +136,7 @@ class _Answer:
         choices = [Collected() for _ in range(self.admitted.num_choices)]
         completion_tokens = 0
         try:
-            async with Generation(self.engine, self.admitted) as generation:
+            async with Generation(self.engine, self.admitted, self.intake) as generation:
                 async for choice, event in generation:
                     self._check(event)
                     if isinstance(event, FinishEvent):
@@ -159,7 +163,7 @@ class _Answer:
         completion_tokens = 0
         opened = False
         try:
-            async with Generation(self.engine, self.admitted) as generation:
+            async with Generation(self.engine, self.admitted, self.intake) as generation:
                 async for choice, event in generation:
                     self._check(event)
                     if not opened:
@@ -204,7 +208,7 @@ class _Answer:
             raise EngineFailure(event.error or "the engine failed on this request")
         if event.reason is FinishReason.ABORT:
             self.watch.finish(Outcome.ABORTED)
-            raise Unavailable("the server stopped before the answer was complete", retry_after=1)
+            raise self.intake.refusal("the server stopped before the answer was complete")
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
         chunk = {**self._envelope(self.dialect.chunk_object), "choices": choices}

@@ -1,12 +1,13 @@
 """The parts a request needs, put together by ``server.app`` and found on the application."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
 from prefix_store.store import PrefixStore
+from server.api.intake import Intake
 from server.api.metrics import Metrics
 from server.api.served import ServedModel
 from server.engine.engine import Engine
@@ -45,6 +46,7 @@ class Services:
     engine: Engine
     served: ServedModel
     metrics: Metrics
+    intake: Intake = field(default_factory=Intake)
 
 
 def services_of(request: Request) -> Services:
