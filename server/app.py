@@ -158,6 +158,7 @@ def api_limits(settings: Settings) -> ApiLimits:
         body_timeout=settings.body_timeout,
         min_body_rate=settings.min_body_rate,
         max_import_bytes=settings.max_import_bytes,
+        max_request_seconds=settings.max_request_seconds,
     )
 
 

@@ -57,13 +57,17 @@ class Admitted:
 @dataclass(frozen=True, slots=True)
 class Door:
     """What admission needs to know. ``pool_tokens(prefix_tokens)`` is the most tokens one
-    sequence can ever have in the pool; ``max_resident_tokens`` is the tenant's cap."""
+    sequence can ever have in the pool; ``max_resident_tokens`` is the tenant's cap, ``weight`` its
+    share and ``kv_reuse`` its switch; ``max_seconds`` is the longest that a request may take."""
 
     served: ServedModel
     chooser: Chooser
     pool_tokens: Callable[[int], int]
     max_choices: int
     max_resident_tokens: int | None = None
+    weight: float = 1.0
+    kv_reuse: bool = True
+    max_seconds: float | None = None
 
     def completion(self, tenant: str, body: CompletionRequest) -> Admitted:
         """Admit a completion. Raises BadRequest, DoesNotFit, NotFound, Conflict, QuotaExceeded.
@@ -129,10 +133,18 @@ class Door:
                 stop=self._stop(body, self._output_tokens(len(prompt), prefix, asked, default)),
                 n=n,
                 max_resident_tokens=self.max_resident_tokens,
+                weight=self.weight,
+                priority=body.priority or 0,
+                timeout_s=self._timeout(body.timeout),
+                kv_reuse=self.kv_reuse and body.kv_reuse is not False,
             )
             for position, prompt in enumerate(prompts)
         )
         return Admitted(id=answer_id, model=body.model, choice=choice, requests=requests)
+
+    def _timeout(self, asked: float | None) -> float | None:
+        limits = [limit for limit in (asked, self.max_seconds) if limit is not None]
+        return min(limits, default=None)
 
     def _check_resident(self, prefix: Manifest | None) -> None:
         cap = self.max_resident_tokens

@@ -24,12 +24,19 @@ class PrefixUsed(BaseModel):
     chosen_by: ChosenBy
 
 
+class PromptTokensDetails(BaseModel):
+    """What the prompt's tokens were. ``cached_tokens`` were not computed: their KV was there."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Token counts; virtual tokens of a prefix are not among them."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(BaseModel):

@@ -7,9 +7,10 @@ from typing import Any, Self, TypeVar
 from starlette.types import Receive
 
 from server.api.admission import Admitted
+from server.api.endings import refusal_of
 from server.api.intake import Intake
 from server.engine.engine import Engine
-from server.engine.request import Event, FinishEvent, FinishReason
+from server.engine.request import Event, FinishEvent, FinishReason, QueueFull
 
 Result = TypeVar("Result")
 
@@ -21,7 +22,8 @@ class ClientGone(Exception):
 class Generation:
     """Runs an admitted request while entered; leaving it early aborts what still runs.
 
-    Iterating yields ``(choice, event)`` until every sequence has finished.
+    Entering raises Unavailable when the engine takes no more. Iterating yields ``(choice, event)``
+    until every sequence has finished.
     """
 
     def __init__(self, engine: Engine, admitted: Admitted, intake: Intake) -> None:
@@ -35,9 +37,14 @@ class Generation:
     async def __aenter__(self) -> Self:
         first_choice = 0
         self._intake.running.add(self)
-        for request in self._requests:
-            self._engine.submit(request, self._from_engine(first_choice))
-            first_choice += request.n
+        try:
+            for request in self._requests:
+                self._engine.submit(request, self._from_engine(first_choice))
+                first_choice += request.n
+        except QueueFull as full:
+            # All prompts or none: those before it would run for nobody.
+            await self.__aexit__()
+            raise refusal_of(full, self._intake) from full
         return self
 
     async def __aexit__(self, *exception: object) -> None:

@@ -17,15 +17,17 @@ from server.api.answers import Collected, Dialect, PrefixUsed
 from server.api.bill import Bill
 from server.api.bridge import ClientGone, Generation, while_connected
 from server.api.choice import Chooser
+from server.api.endings import failure_of
 from server.api.intake import Intake
 from server.api.metrics import Outcome, Stopwatch
 from server.api.refusals import error_body, request_id_of
 from server.api.sampling import GenerationFields
 from server.api.services import Services
 from server.api.sse import DONE, EventStream, frame
+from server.api.usage import Tally
 from server.engine.engine import Engine
-from server.engine.request import Event, FinishEvent, FinishReason, TokenEvent
-from server.errors import EngineFailure, PrefixdError, Unavailable
+from server.engine.request import Event, FinishEvent, TokenEvent
+from server.errors import PrefixdError, Unavailable
 from server.tenants.limiter import Grant
 from server.tenants.principal import Principal
 
@@ -45,6 +47,9 @@ def door_of(services: Services, principal: Principal) -> Door:
         pool_tokens=services.engine.config.max_tokens_for,
         max_choices=services.limits.max_choices,
         max_resident_tokens=principal.quota.max_resident_tokens,
+        weight=principal.weight,
+        kv_reuse=principal.kv_reuse,
+        max_seconds=services.limits.max_request_seconds,
     )
 
 
@@ -72,8 +77,8 @@ async def respond(
         if not services.engine.ready:
             raise Unavailable("the engine is not running", retry_after=1)
         admitted, grant = await run_in_threadpool(admit_and_count)
-    except (PrefixdError, StoreError):
-        watch.finish(Outcome.REFUSED)
+    except (PrefixdError, StoreError) as error:
+        watch.finish(Outcome.of(error))
         raise
     answer = _Answer(
         engine=services.engine,
@@ -132,20 +137,24 @@ class _Answer:
         }
 
     async def whole(self) -> dict[str, Any]:
-        """Everything at once. Raises EngineFailure or Unavailable when a sequence fails."""
+        """Everything at once. Raises EngineFailure, DeadlineExceeded or Unavailable when a
+        sequence has no complete answer."""
         choices = [Collected() for _ in range(self.admitted.num_choices)]
-        completion_tokens = 0
+        tally = Tally(self.admitted)
         try:
             async with Generation(self.engine, self.admitted, self.intake) as generation:
                 async for choice, event in generation:
                     self._check(event)
                     if isinstance(event, FinishEvent):
                         choices[choice].finish_reason = event.reason
-                        completion_tokens += event.completion_tokens
+                        tally.ended(choice, event)
                     else:
                         self._generated(event)
                         choices[choice].add(event)
             self.watch.finish(Outcome.OK, sequences=len(choices))
+        except PrefixdError as error:
+            self.watch.finish(Outcome.of(error))
+            raise
         finally:
             self.watch.finish(Outcome.ABORTED)
             await self.bill.settle()
@@ -154,13 +163,13 @@ class _Answer:
             "choices": [
                 self.dialect.whole(choice, collected) for choice, collected in enumerate(choices)
             ],
-            "usage": self._usage(completion_tokens),
+            "usage": tally.usage(),
         }
 
     async def frames(self) -> AsyncGenerator[bytes]:
         """The same as server-sent events. Raises only before the first frame."""
         choices = [Collected() for _ in range(self.admitted.num_choices)]
-        completion_tokens = 0
+        tally = Tally(self.admitted)
         opened = False
         try:
             async with Generation(self.engine, self.admitted, self.intake) as generation:
@@ -173,19 +182,20 @@ class _Answer:
                             if opening is not None:
                                 yield self._chunk([opening])
                     if isinstance(event, FinishEvent):
-                        completion_tokens += event.completion_tokens
+                        tally.ended(choice, event)
                         yield self._chunk([self.dialect.closing(choice, event.reason)])
                         continue
                     self._generated(event)
                     if event.text or event.logprobs:
                         yield self._chunk([self.dialect.delta(choice, event, choices[choice])])
             if self.wants_usage:
-                yield self._chunk([], usage=self._usage(completion_tokens))
+                yield self._chunk([], usage=tally.usage())
             # Before the last frame: who has read it may send the next request.
             await self.bill.settle()
             yield DONE
             self.watch.finish(Outcome.OK, sequences=len(choices))
         except PrefixdError as error:
+            self.watch.finish(Outcome.of(error))
             if not opened:
                 raise
             yield frame(error_body(error, self.request_id))
@@ -201,16 +211,11 @@ class _Answer:
 
     def _check(self, event: Event) -> None:
         """Raise when a sequence of this request failed: the others are not worth waiting for."""
-        if not isinstance(event, FinishEvent):
-            return
-        if event.reason is FinishReason.ERROR:
-            self.watch.finish(Outcome.ERROR)
-            raise EngineFailure(event.error or "the engine failed on this request")
-        if event.reason is FinishReason.ABORT:
-            self.watch.finish(Outcome.ABORTED)
-            raise self.intake.refusal("the server stopped before the answer was complete")
+        failure = failure_of(event, self.intake) if isinstance(event, FinishEvent) else None
+        if failure is not None:
+            raise failure
 
-    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
         chunk = {**self._envelope(self.dialect.chunk_object), "choices": choices}
         if self.wants_usage:
             chunk["usage"] = usage
@@ -234,11 +239,3 @@ class _Answer:
         return PrefixUsed(
             name=prefix.name, version=prefix.version, digest=prefix.digest, chosen_by=why
         )
-
-    def _usage(self, completion_tokens: int) -> dict[str, int]:
-        prompt_tokens = self.admitted.prompt_tokens
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        }

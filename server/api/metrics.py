@@ -7,6 +7,8 @@ is bounded; no tenant and no prefix name appears, which is why the route may be 
 import time
 from collections.abc import Callable, Iterable
 from enum import StrEnum
+from http import HTTPStatus
+from typing import Self
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import (
@@ -17,7 +19,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from prefix_store.errors import StoreError
 from server.engine.stats import EngineStats
+from server.errors import DeadlineExceeded, PrefixdError, Unavailable
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -53,12 +57,28 @@ class Endpoint(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How a request for generation ended."""
+    """How a request for generation ended: REFUSED is the caller's doing, UNAVAILABLE a server that
+    is full, starting or ending, ABORTED a client that left."""
 
     OK = "ok"
     REFUSED = "refused"
+    UNAVAILABLE = "unavailable"
+    TIMEOUT = "timeout"
     ABORTED = "aborted"
     ERROR = "error"
+
+    @classmethod
+    def of(cls, error: PrefixdError | StoreError) -> Self:
+        """The outcome of a request that is answered with ``error``."""
+        match error:
+            case Unavailable():
+                return cls.UNAVAILABLE
+            case DeadlineExceeded():
+                return cls.TIMEOUT
+            case PrefixdError() if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                return cls.ERROR
+            case _:
+                return cls.REFUSED
 
 
 class Metrics:

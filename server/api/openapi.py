@@ -41,6 +41,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (429, "The tenant is over one of its limits."),
         (500, "The server failed."),
         (503, "The server is starting, full or stopping."),
+        (504, "The request's own timeout passed."),
     )
 }
 """Declared on every route with a key."""

@@ -30,6 +30,7 @@ class ApiLimits:
     body_timeout: float
     min_body_rate: int
     max_import_bytes: int
+    max_request_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
