@@ -310,7 +310,7 @@ def test_the_last_event_of_a_stream_may_be_a_refusal(
     event = json.dumps({"error": {"message": "the server is shutting down", "code": code}})
     reader = streams.ChunkReader(streams.text_piece)
     reader.feed(b'data: {"choices":[{"index":0,"text":"so far"}]}\n\n')
-    with pytest.raises(kind, match="^the server is shutting down$") as caught:
+    with pytest.raises(kind, match=r"^the server is shutting down$") as caught:
         reader.feed(f"data: {event}\n\ndata: [DONE]\n\n".encode())
     assert type(caught.value) is kind
     assert (caught.value.status, caught.value.code) == (status, code)
