@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
-from server.api.metrics import Endpoint
+from server.api.record import Endpoint
 from server.api.served import Tokenizer
 from server.engine.request import FinishReason, TokenEvent, TokenLogprob
 from server.tenants.bindings import ChosenBy

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from prefix_store.store import PrefixStore
 from server.api.intake import Intake
 from server.api.metrics import Metrics
+from server.api.record import Tracer
 from server.api.served import ServedModel
 from server.engine.engine import Engine
 from server.tenants.audit import AuditLog
@@ -31,6 +32,7 @@ class ApiLimits:
     min_body_rate: int
     max_import_bytes: int
     max_request_seconds: float | None = None
+    max_pinned_tokens: int | None = None  # a quarter of the pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Services:
     engine: Engine
     served: ServedModel
     metrics: Metrics
+    trace: Tracer | None = None
     intake: Intake = field(default_factory=Intake)
 
 

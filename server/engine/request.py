@@ -132,7 +132,8 @@ class FinishEvent:
 
     ``error`` is a sentence for the caller, set when and only when ``reason`` is ERROR, TIMEOUT or
     SHED; ``stop`` is the stop string or token id that ended it; ``cached_tokens`` of its prompt
-    were not computed but shared (KV reuse); ``retry_after`` is in seconds, set with SHED.
+    were not computed but shared (KV reuse); ``queue_s`` is how many seconds it waited before it
+    ran (None: it never did); ``retry_after`` is in seconds, set with SHED.
     """
 
     index: int
@@ -141,6 +142,7 @@ class FinishEvent:
     stop: str | int | None = None
     error: str | None = None
     cached_tokens: int = 0
+    queue_s: float | None = None
     retry_after: float | None = None
 
 

@@ -218,3 +218,19 @@ def test_a_tally_without_an_end_is_nothing() -> None:
     request = AdmittedRequest("r", "acme", (1, 2), None, SamplingParams(), StopParams(1), n=2)
     tally = Tally(Admitted(id="r", model="tiny", choice=Choice(), requests=(request,)))
     assert tally.usage()["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+def test_the_time_in_the_queue_is_that_of_the_first_to_run(
+    client: TestClient, world: World, script: Script
+) -> None:
+    waits = iter((0.75, 0.5, None))
+    script.act = lambda request, on_event: [
+        on_event(FinishEvent(index, FinishReason.STOP, 1, queue_s=next(waits)))
+        for index in range(request.n)
+    ]
+    world.services.tenants.set_settings("acme", {"weight": 2})
+    complete(client, n=3)
+    name, labels = "prefixd_request_queue_time_seconds", {"tenant_class": "high"}
+    registry = world.services.metrics.registry
+    assert registry.get_sample_value(f"{name}_sum", labels) == 0.5
+    assert registry.get_sample_value(f"{name}_count", labels) == 1
