@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 from prefix_store.store import Manifest
 from server.api.choice import Choice, Chooser
+from server.api.manifests import handle_of
 from server.api.sampling import ChatMessage, ChatRequest, CompletionRequest, GenerationFields
 from server.api.served import ServedModel
 from server.engine.request import (
     AdmittedRequest,
-    PrefixHandle,
-    PrefixKey,
     SamplingParams,
     StopParams,
 )
@@ -121,8 +120,8 @@ class Door:
         self._check_choices(len(prompts), n)
         answer_id = f"{kind}-{uuid.uuid4().hex}"
         prefix = choice.manifest
-        self._check_resident(prefix)
-        handle = None if prefix is None else _handle(prefix)
+        check_resident(prefix, self.max_resident_tokens)
+        handle = None if prefix is None else handle_of(prefix)
         requests = tuple(
             AdmittedRequest(
                 request_id=f"{answer_id}-{position}",
@@ -145,15 +144,6 @@ class Door:
     def _timeout(self, asked: float | None) -> float | None:
         limits = [limit for limit in (asked, self.max_seconds) if limit is not None]
         return min(limits, default=None)
-
-    def _check_resident(self, prefix: Manifest | None) -> None:
-        cap = self.max_resident_tokens
-        if prefix is not None and cap is not None and prefix.num_virtual_tokens > cap:
-            raise QuotaExceeded(
-                f"the tenant may keep {cap} virtual tokens resident; "
-                f"{prefix.name}@{prefix.version} has {prefix.num_virtual_tokens}",
-                param="max_resident_tokens",
-            )
 
     def _check_choices(self, prompts: int, n: int) -> None:
         if prompts * n > self.max_choices:
@@ -276,9 +266,14 @@ class Door:
         )
 
 
-def _handle(prefix: Manifest) -> PrefixHandle:
-    key = PrefixKey(tenant=prefix.tenant, digest=prefix.digest)
-    return PrefixHandle(key=key, num_tokens=prefix.num_virtual_tokens)
+def check_resident(prefix: Manifest | None, cap: int | None) -> None:
+    """Raise QuotaExceeded for a prefix longer than all that its tenant may keep resident."""
+    if prefix is not None and cap is not None and prefix.num_virtual_tokens > cap:
+        raise QuotaExceeded(
+            f"the tenant may keep {cap} virtual tokens resident; "
+            f"{prefix.name}@{prefix.version} has {prefix.num_virtual_tokens}",
+            param="max_resident_tokens",
+        )
 
 
 def _or(value: float | None, default: float) -> float:
