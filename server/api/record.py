@@ -1,10 +1,10 @@
 """What is known of one request for generation when it has ended, for figures, log and trace."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from http import HTTPStatus
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from prefix_store.errors import StoreError
 from server.errors import DeadlineExceeded, PrefixdError, Unavailable
@@ -92,7 +92,7 @@ class Taken:
 class Record:
     """One request that has ended. Times in seconds; ``queue`` is from submission until its first
     sequence began to run, ``first_token`` and ``total`` count from arrival; all None where it did
-    not come to that. No prompt, no text, no name that a tenant gave."""
+    not come to that. No prompt and no text."""
 
     started: Started
     taken: Taken | None
@@ -107,7 +107,7 @@ class Record:
     finish_reasons: tuple[str, ...]
 
     def log_fields(self) -> dict[str, Any]:
-        """For a log line: what is None is left out."""
+        """For a log line: what is None is left out, and so is every name that a tenant gave."""
         started, taken = self.started, self.taken
         fields: dict[str, Any] = {
             "request_id": started.request_id,
@@ -134,8 +134,16 @@ class Record:
         return {name: value for name, value in fields.items() if value is not None}
 
 
-Tracer = Callable[[Record], None]
-"""Makes a span of a request that has ended. Must not block."""
+class Tracer(Protocol):
+    """Where records go on to, beside figures and log."""
+
+    def __call__(self, record: Record) -> None:
+        """Take one. Must neither block nor raise."""
+        ...
+
+    def close(self) -> None:
+        """Pass on what was taken, and take no more."""
+        ...
 
 
 def _rounded(seconds: float | None) -> float | None:
