@@ -136,6 +136,7 @@ BY_CODE = {
     "shutting_down": 503,
     "overloaded": 503,
     "unavailable": 503,
+    "storage_unavailable": 503,
     "deadline_exceeded": 504,
 }
 """The status that a failure in mid-stream would have had: its status line went out as 200."""
