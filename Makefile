@@ -6,6 +6,8 @@ VENV            ?= .venv
 ARGS            ?=
 MODEL           ?= demo
 PIP_FLAGS       ?= --quiet
+SOAK_SECONDS    ?= 1200
+SEED            ?=
 # A package index with CPU-only builds of torch saves gigabytes where no GPU is present.
 TORCH_INDEX_URL ?=
 
@@ -16,7 +18,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -
 FAST  := not slow and not demo_model
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check lint types imports fast format gpu-check bench lock clean
+.PHONY: help install demo serve test check lint types imports fast format gpu-check bench soak lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +75,10 @@ gpu-check: ## Golden tests and a smoke throughput on CUDA (any python with torch
 
 bench: install ## Measure throughput and time to first token on this machine
 	@$(BIN)/python -m benchmarks.throughput $(ARGS)
+
+soak: install ## Twenty minutes of mixed traffic with faults (SOAK_SECONDS, SEED)
+	@PREFIXD_SOAK_SECONDS=$(SOAK_SECONDS) PREFIXD_SOAK_SEED=$(SEED) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+	  $(BIN)/python -m pytest tests/faults/test_soak.py $(ARGS)
 
 lock: install ## Write constraints.txt from the versions in .venv
 	@$(BIN)/python .ci/lock.py

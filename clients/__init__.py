@@ -21,6 +21,7 @@ from clients.types import (
     PrefixUsed,
     Uploaded,
     Usage,
+    Warmed,
 )
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "Stream",
     "Uploaded",
     "Usage",
+    "Warmed",
 ]

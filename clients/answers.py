@@ -16,6 +16,7 @@ from clients.types import (
     PrefixUsed,
     Uploaded,
     Usage,
+    Warmed,
     manifests,
 )
 from clients.wire import as_object, load_object, maybe, objects, read
@@ -102,6 +103,11 @@ def uploaded(response: Response) -> Uploaded:
 def prefix(response: Response) -> Prefix:
     """One manifest."""
     return Prefix.from_wire(_json(response))
+
+
+def warmed(response: Response) -> Warmed:
+    """Where a version is on its way to the pool."""
+    return Warmed.from_wire(_json(response))
 
 
 def prefix_page(response: Response) -> PrefixPage:

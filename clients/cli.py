@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from clients import conversation, terminal
+from clients import cli_residency, conversation, terminal
 from clients.conversation import Conversation
 from clients.protocol import Sampling
 from clients.sync import Client
@@ -23,6 +23,7 @@ from clients.types import Prefix, Uploaded
 
 NameArgument = Annotated[str, typer.Argument(help="The prefix.", show_default=False)]
 prefix_app = typer.Typer(help="Prefixes of your tenant, on a running server.", no_args_is_help=True)
+cli_residency.mount(prefix_app)
 
 
 def _metadata(text: str | None, task_id: int | None) -> dict[str, object] | None:
@@ -47,16 +48,17 @@ def _upload(
     source: Path | None,
     text: str | None,
     metadata: Mapping[str, object] | None,
+    warm: bool,
 ) -> Uploaded:
     if (source is None) == (text is None):
         raise typer.BadParameter("give either a SOURCE or --text")
     if text is not None:
-        return client.upload_text(name, text, metadata=metadata)
+        return client.upload_text(name, text, metadata=metadata, warm=warm)
     assert source is not None
     if source.is_dir():
-        return client.upload_folder(name, source, metadata=metadata)
+        return client.upload_folder(name, source, metadata=metadata, warm=warm)
     content = sys.stdin.read() if str(source) == "-" else source.read_text("utf-8")
-    return client.upload_text(name, content, metadata=metadata)
+    return client.upload_text(name, content, metadata=metadata, warm=warm)
 
 
 @prefix_app.command("push")
@@ -84,10 +86,15 @@ def push(
         int | None,
         typer.Option("--task-id", envvar="PREFIXD_TASK_ID", help="Task of a multi-task prefix."),
     ] = None,
+    warm: Annotated[
+        bool,
+        typer.Option("--warm", envvar="PREFIXD_WARM", help="Make it resident at once."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Upload a prefix as a new version of NAME; the same bytes again change nothing."""
-    done = _upload(client, name, source=source, text=text, metadata=_metadata(metadata, task_id))
+    details = _metadata(metadata, task_id)
+    done = _upload(client, name, source=source, text=text, metadata=details, warm=warm)
     if as_json:
         terminal.print_json(done.prefix)
     else:

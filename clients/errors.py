@@ -18,7 +18,8 @@
         ├── InvalidPrefixError    422
         ├── RateLimitError        429
         └── ServerError           5xx
-            └── UnavailableError  503
+            ├── UnavailableError  503
+            └── DeadlineError     504
 """
 
 
@@ -113,6 +114,10 @@ class UnavailableError(ServerError):
     """The server is full, starting or draining."""
 
 
+class DeadlineError(ServerError):
+    """The request did not end within its own ``timeout``, or the server's longest."""
+
+
 BY_STATUS: dict[int, type[ApiError]] = {
     400: BadRequestError,
     401: AuthenticationError,
@@ -123,7 +128,18 @@ BY_STATUS: dict[int, type[ApiError]] = {
     422: InvalidPrefixError,
     429: RateLimitError,
     503: UnavailableError,
+    504: DeadlineError,
 }
+
+
+BY_CODE = {
+    "shutting_down": 503,
+    "overloaded": 503,
+    "unavailable": 503,
+    "storage_unavailable": 503,
+    "deadline_exceeded": 504,
+}
+"""The status that a failure in mid-stream would have had: its status line went out as 200."""
 
 
 def error_class(status: int) -> type[ApiError]:

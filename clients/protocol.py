@@ -11,14 +11,18 @@ from typing import Generic, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 from clients import answers, streams
-from clients.types import Completion, Model, Prefix, PrefixPage, Uploaded
+from clients.types import Completion, Model, Prefix, PrefixPage, Uploaded, Warmed
 
 T = TypeVar("T")
 Message = Mapping[str, str]
 
 
 class Sampling(TypedDict, total=False):
-    """How the next token is chosen and when to stop; names as in the OpenAI API and vLLM."""
+    """How the next token is chosen and when to stop; names as in the OpenAI API and vLLM.
+
+    ``priority`` orders the tenant's own requests, the lowest first; after ``timeout`` seconds the
+    server gives up (``DeadlineError``); ``kv_reuse`` off shares no KV with other requests.
+    """
 
     max_tokens: int
     temperature: float
@@ -36,6 +40,9 @@ class Sampling(TypedDict, total=False):
     ignore_eos: bool
     n: int
     user: str
+    priority: int
+    timeout: float
+    kv_reuse: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +93,12 @@ def upload(
     config: bytes | Path,
     weights: bytes | Path,
     metadata: Mapping[str, object] | None = None,
+    warm: bool = False,
 ) -> Call[Uploaded]:
-    """Upload a PEFT prefix as a new version of ``name``: its config (JSON) and safetensors."""
+    """Upload a PEFT prefix as a new version of ``name``: its config (JSON) and safetensors.
+
+    ``warm`` has the server that takes it make it resident at once.
+    """
     parts = [
         Part("config", "adapter_config.json", config, "application/json"),
         Part("weights", "adapter_model.safetensors", weights, "application/octet-stream"),
@@ -95,25 +106,41 @@ def upload(
     if metadata is not None:
         encoded = answers.dump(metadata)
         parts.append(Part("metadata", "metadata.json", encoded, "application/json"))
-    return Call(request_of("PUT", "v1", "prefixes", name, parts=tuple(parts)), answers.uploaded)
+    request = request_of(
+        "PUT", "v1", "prefixes", name, params=_warming(warm=warm), parts=tuple(parts)
+    )
+    return Call(request, answers.uploaded)
+
+
+def _warming(*, warm: bool) -> dict[str, str | int]:
+    return {"warm": "true"} if warm else {}
 
 
 def upload_folder(
-    name: str, folder: Path, *, metadata: Mapping[str, object] | None = None
+    name: str,
+    folder: Path,
+    *,
+    metadata: Mapping[str, object] | None = None,
+    warm: bool = False,
 ) -> Call[Uploaded]:
     """Upload what PEFT's ``save_pretrained`` wrote into ``folder`` as a new version of ``name``."""
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    return upload(name, config=config, weights=weights, metadata=metadata)
+    return upload(name, config=config, weights=weights, metadata=metadata, warm=warm)
 
 
 def upload_text(
-    name: str, text: str, *, metadata: Mapping[str, object] | None = None
+    name: str,
+    text: str,
+    *,
+    metadata: Mapping[str, object] | None = None,
+    warm: bool = False,
 ) -> Call[Uploaded]:
     """Upload a text as a new version of ``name``: a hard prompt, compiled once like any other."""
     body: dict[str, object] = {"kind": "text", "text": text}
     if metadata is not None:
         body["metadata"] = metadata
-    return Call(request_of("PUT", "v1", "prefixes", name, json=body), answers.uploaded)
+    request = request_of("PUT", "v1", "prefixes", name, params=_warming(warm=warm), json=body)
+    return Call(request, answers.uploaded)
 
 
 def list_prefixes(*, limit: int | None = None, after: str | None = None) -> Call[PrefixPage]:
@@ -145,6 +172,23 @@ def set_alias(name: str, alias: str, *, version: int) -> Call[Prefix]:
 def remove_alias(name: str, alias: str) -> Call[None]:
     """Forget an alias; the version stays."""
     return Call(request_of("DELETE", "v1", "prefixes", name, "aliases", alias), answers.nothing)
+
+
+def warm(reference: str) -> Call[Warmed]:
+    """Have the server make a version resident (``name``, ``name@3`` or ``name@alias``) before
+    anybody asks for it; returns at once."""
+    return Call(request_of("POST", "v1", "prefixes", reference, "warm"), answers.warmed)
+
+
+def pin(reference: str) -> Call[Prefix]:
+    """Have servers keep the version that a reference means now resident, in place of any other
+    version of its prefix."""
+    return Call(request_of("PUT", "v1", "prefixes", reference, "pin"), answers.prefix)
+
+
+def unpin(name: str) -> Call[None]:
+    """Let a pinned prefix go from residency as others do."""
+    return Call(request_of("DELETE", "v1", "prefixes", name, "pin"), answers.nothing)
 
 
 def delete_prefix(name: str) -> Call[None]:

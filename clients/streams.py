@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from clients.answers import described
-from clients.errors import ProtocolError, StreamInterruptedError
+from clients.errors import BY_CODE, ProtocolError, StreamInterruptedError
 from clients.sse import SseDecoder
 from clients.types import Chunk, Usage
 from clients.wire import as_object, load_object, maybe, objects, read
@@ -61,8 +61,9 @@ class ChunkReader:
     def _read(self, data: str) -> list[Chunk]:
         body = load_object(data)
         if (error := body.get("error")) is not None:
-            # The status line went out as 200 long ago: the failure is the server's, a 500.
-            raise described(as_object(error), status=500)
+            # The status line went out as 200 long ago: the failure is the server's.
+            refusal = as_object(error)
+            raise described(refusal, status=BY_CODE.get(maybe(refusal, "code", str) or "", 500))
         if "choices" not in body:
             raise ProtocolError(f"expected choices in a stream's event, got {data!r:.80}")
         chunks = [self._parse(choice) for choice in objects(body, "choices")]

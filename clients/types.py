@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Self
 
-from clients.wire import maybe, moment, objects, read, strings
+from clients.wire import as_object, maybe, moment, objects, read, strings
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,12 @@ class PrefixUsed:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """One immutable version of a prefix: the server's manifest."""
+    """One immutable version of a prefix: the server's manifest.
+
+    ``pinned``: servers keep it resident. ``tier`` says where the server that answered has it now:
+    ``resident`` (in the pool), ``host`` (compiled, in its memory), on its way (``fetching``,
+    ``staged``, ``compiling``), or None.
+    """
 
     name: str
     version: int
@@ -52,6 +57,8 @@ class Prefix:
     dtype: str | None = None
     base_model_name_or_path: str | None = None
     metadata: Mapping[str, object] = field(default_factory=dict)
+    pinned: bool = False
+    tier: str | None = None
 
     @property
     def reference(self) -> str:
@@ -74,6 +81,8 @@ class Prefix:
             dtype=maybe(source, "dtype", str),
             base_model_name_or_path=maybe(source, "base_model_name_or_path", str),
             metadata=maybe(source, "metadata", dict) or {},
+            pinned=maybe(source, "pinned", bool) or False,
+            tier=maybe(source, "tier", str),
         )
 
 
@@ -83,6 +92,32 @@ class Uploaded:
 
     prefix: Prefix
     created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """A version that is being made resident, and where it is: ``resident``, ``queued`` or one of
+    the other tiers."""
+
+    name: str
+    version: int
+    digest: str
+    state: str
+
+    @property
+    def reference(self) -> str:
+        """``name@version``, as the ``model`` field takes it."""
+        return f"{self.name}@{self.version}"
+
+    @classmethod
+    def from_wire(cls, source: Mapping[str, object]) -> Self:
+        """From the answer to a ``warm``."""
+        return cls(
+            name=read(source, "name", str),
+            version=read(source, "version", int),
+            digest=read(source, "digest", str),
+            state=read(source, "state", str),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +169,21 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens counted by the server. Virtual tokens of the prefix are not among them."""
+    """Tokens counted by the server. Virtual tokens of the prefix are not among them.
+
+    ``cached_tokens`` of the prompt were not computed: their KV was there (KV reuse).
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @classmethod
     def from_wire(cls, source: Mapping[str, object]) -> Self:
         """From a ``usage`` object."""
+        details = as_object(source.get("prompt_tokens_details") or {})
         return cls(
+            cached_tokens=maybe(details, "cached_tokens", int) or 0,
             prompt_tokens=read(source, "prompt_tokens", int),
             completion_tokens=read(source, "completion_tokens", int),
         )

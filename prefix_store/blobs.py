@@ -20,7 +20,8 @@ __all__ = ["Blobs", "LocalBlobs", "open_blobs"]
 class Blobs(Protocol):
     """Immutable bytes, shared by any number of threads and processes.
 
-    A tenant id or digest that could lead elsewhere raises InvalidReference or UnknownPrefix.
+    A tenant id or digest that could lead elsewhere raises InvalidReference or UnknownPrefix; every
+    method raises BlobsUnavailable where the place cannot be reached.
     """
 
     def staging(self) -> AbstractContextManager[Path]:

@@ -3,43 +3,43 @@
 Every statement begins with the tenant: there is no way to ask for a thing without its owner.
 
 Rows are locked in one order, so that writers wait for each other and never deadlock: the row of
-the prefix, then those of blobs by digest, then whatever ``within`` locks.
+the prefix, then those of blobs by digest, then all pins, then whatever ``within`` locks.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import datetime
 
-from sqlalchemy import Connection, Engine, delete, insert, select, update
+from sqlalchemy import Connection, Engine, delete, select, update
 
-from prefix_store.artifact import Summary
 from prefix_store.blob_rows import claim, release
 from prefix_store.database import insert_into, reading, writing
 from prefix_store.digest import BlobKey
+from prefix_store.drafts import Draft, insert_version, locked, prefix_for_writing
 from prefix_store.errors import UnknownPrefix
 from prefix_store.manifest import Manifest, Page, Published
 from prefix_store.names import LATEST, Reference
+from prefix_store.pins import (
+    Change,
+    Pinned,
+    digests_of,
+    drop_pin,
+    orphans,
+    pinned,
+    pinned_version,
+    put_pin,
+)
 from prefix_store.rows import manifests, one_version, referenced, rows
 from prefix_store.tables import aliases, prefixes, versions
 
+Watch = Callable[[Change], None]
+"""Called after a change that left something behind was committed."""
+
 WithinPublish = Callable[[Connection, Published], None]
-WithinAlias = Callable[[Connection, Manifest], None]
+WithinVersion = Callable[[Connection, Manifest], None]
 Within = Callable[[Connection, None], None]
 """Called in the writing transaction when all is written, before it commits: to write something
 more that must hold together with it. What it raises rolls everything back."""
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A version that has everything but its number."""
-
-    summary: Summary
-    digest: str
-    size_bytes: int
-    fingerprint: str
-    metadata_json: str
-    creator: str | None
-    created_at: datetime
 
 
 class Catalog:
@@ -47,6 +47,7 @@ class Catalog:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.watch: Watch = _nobody
 
     def publish(
         self, draft: Draft, *, tenant: str, name: str, within: WithinPublish | None = None
@@ -57,7 +58,7 @@ class Catalog:
         Raises BlobCollected when the blob's row is gone, and with it perhaps the blob.
         """
         with writing(self._engine) as connection:
-            prefix_id, next_version = _prefix_for_writing(connection, tenant, name)
+            prefix_id, next_version, latest = prefix_for_writing(connection, tenant, name)
             claim(connection, BlobKey(tenant, draft.digest))
             found = connection.execute(
                 select(versions.c.version).where(
@@ -68,7 +69,7 @@ class Catalog:
             ).scalar()
             version = next_version if found is None else found
             if found is None:
-                _insert_version(connection, draft, prefix_id, tenant=tenant, version=version)
+                insert_version(connection, draft, prefix_id, tenant=tenant, version=version)
             connection.execute(
                 update(prefixes)
                 .where(prefixes.c.id == prefix_id)
@@ -76,9 +77,11 @@ class Catalog:
             )
             (manifest,) = manifests(connection, one_version(tenant, name, version))
             published = Published(manifest, created=found is None)
+            left = self._left(connection, tenant, prefix_id, None if latest == version else latest)
             if within is not None:
                 within(connection, published)
-            return published
+        self._tell(left)
+        return published
 
     def resolve(self, reference: Reference, *, tenant: str) -> Manifest:
         """The version a reference means now; raise UnknownPrefix."""
@@ -119,14 +122,19 @@ class Catalog:
         name: str,
         alias: str,
         version: int,
-        within: WithinAlias | None = None,
+        within: WithinVersion | None = None,
     ) -> Manifest:
         """Point an alias at a version, from wherever it pointed; raise UnknownPrefix."""
         with writing(self._engine) as connection:
-            prefix_id = _locked(connection, tenant, name)
+            prefix_id = locked(connection, tenant, name)
             statement = one_version(tenant, name, version)
             if prefix_id is None or connection.execute(statement).first() is None:
                 raise UnknownPrefix(_unknown(Reference(name, alias=None, version=version)))
+            before = connection.execute(
+                select(aliases.c.version).where(
+                    aliases.c.prefix_id == prefix_id, aliases.c.alias == alias
+                )
+            ).scalar()
             moved = insert_into(connection, aliases).values(
                 prefix_id=prefix_id, alias=alias, version=version
             )
@@ -136,23 +144,73 @@ class Catalog:
                 )
             )
             manifest = manifests(connection, statement)[0]
+            left = self._left(connection, tenant, prefix_id, before)
             if within is not None:
                 within(connection, manifest)
-            return manifest
+        self._tell(left)
+        return manifest
 
     def remove_alias(
         self, *, tenant: str, name: str, alias: str, within: Within | None = None
     ) -> None:
         """Forget an alias; its version stays. Raise UnknownPrefix."""
         with writing(self._engine) as connection:
-            prefix_id = _locked(connection, tenant, name)
+            prefix_id = locked(connection, tenant, name)
             removed = connection.execute(
-                delete(aliases).where(aliases.c.prefix_id == prefix_id, aliases.c.alias == alias)
-            )
-            if removed.rowcount == 0:
+                delete(aliases)
+                .where(aliases.c.prefix_id == prefix_id, aliases.c.alias == alias)
+                .returning(aliases.c.version)
+            ).scalar()
+            if prefix_id is None or removed is None:
                 raise UnknownPrefix(_unknown(Reference(name, alias=alias)))
+            left = self._left(connection, tenant, prefix_id, removed)
             if within is not None:
                 within(connection, None)
+        self._tell(left)
+
+    def set_pin(
+        self,
+        *,
+        tenant: str,
+        reference: Reference,
+        now: datetime,
+        creator: str | None = None,
+        within: WithinVersion | None = None,
+    ) -> Manifest:
+        """Pin the version a reference means now, in place of any other of its prefix; raise
+        UnknownPrefix."""
+        with writing(self._engine) as connection:
+            prefix_id = locked(connection, tenant, reference.name)
+            found = manifests(connection, referenced(tenant, reference))
+            if prefix_id is None or not found:
+                raise UnknownPrefix(_unknown(reference))
+            before = pinned_version(connection, tenant, prefix_id)
+            version = found[0].version
+            put_pin(connection, tenant, prefix_id, version, since=now, pinned_by=creator)
+            left = self._left(connection, tenant, prefix_id, before)
+            manifest = replace(found[0], pinned=True)
+            if within is not None:
+                within(connection, manifest)
+        self._tell(replace(left, pins=True))
+        return manifest
+
+    def remove_pin(self, *, tenant: str, name: str, within: Within | None = None) -> None:
+        """Let a prefix go from residency as others do; raise UnknownPrefix when none is pinned."""
+        with writing(self._engine) as connection:
+            prefix_id = locked(connection, tenant, name)
+            before = pinned_version(connection, tenant, prefix_id)
+            if prefix_id is None or before is None:
+                raise UnknownPrefix(f"no version of {name} is pinned")
+            drop_pin(connection, tenant, prefix_id)
+            left = self._left(connection, tenant, prefix_id, before)
+            if within is not None:
+                within(connection, None)
+        self._tell(replace(left, pins=True))
+
+    def pinned(self, *, fingerprint: str) -> tuple[Pinned, ...]:
+        """What is pinned of the prefixes of one base, by all tenants."""
+        with reading(self._engine) as connection:
+            return pinned(connection, fingerprint=fingerprint)
 
     def delete(self, *, tenant: str, name: str, now: datetime, within: Within | None = None) -> int:
         """Forget all versions and aliases of a name; how many versions. Raise UnknownPrefix.
@@ -161,68 +219,39 @@ class Catalog:
         known as unreferenced from ``now`` where no other name has them.
         """
         with writing(self._engine) as connection:
-            prefix_id = _locked(connection, tenant, name)
+            prefix_id = locked(connection, tenant, name)
             ours = versions.c.prefix_id == prefix_id
             digests = connection.execute(select(versions.c.digest).where(ours)).scalars().all()
             if not digests:
                 raise UnknownPrefix(_unknown(Reference(name)))
             connection.execute(delete(aliases).where(aliases.c.prefix_id == prefix_id))
+            unpinned = drop_pin(connection, tenant, prefix_id)
             removed = connection.execute(delete(versions).where(ours))
             connection.execute(
                 update(prefixes).where(prefixes.c.id == prefix_id).values(latest_version=None)
             )
             release(connection, tenant, digests, now=now)
+            left = Change(orphans(connection, tenant, digests), pins=unpinned)
             if within is not None:
                 within(connection, None)
-            return removed.rowcount
+        self._tell(left)
+        return removed.rowcount
+
+    def _left(
+        self, connection: Connection, tenant: str, prefix_id: int, before: int | None
+    ) -> Change:
+        """What is left behind by that which meant the version ``before`` and now another."""
+        if before is None:
+            return Change()
+        return Change(orphans(connection, tenant, digests_of(connection, prefix_id, [before])))
+
+    def _tell(self, left: Change) -> None:
+        if left != Change():
+            self.watch(left)
 
 
-def _locked(connection: Connection, tenant: str, name: str) -> int | None:
-    """Row id of a name, locked; None when it never was."""
-    return connection.execute(
-        select(prefixes.c.id)
-        .where(prefixes.c.tenant == tenant, prefixes.c.name == name)
-        .with_for_update()
-    ).scalar()
-
-
-def _prefix_for_writing(connection: Connection, tenant: str, name: str) -> tuple[int, int]:
-    """Row id and next version number of a name, locked; made when there is none."""
-    made = insert_into(connection, prefixes).values(tenant=tenant, name=name, next_version=1)
-    statement = (
-        select(prefixes.c.id, prefixes.c.next_version)
-        .where(prefixes.c.tenant == tenant, prefixes.c.name == name)
-        .with_for_update()
-    )
-    row = connection.execute(statement).first()
-    if row is None:
-        connection.execute(made.on_conflict_do_nothing(index_elements=["tenant", "name"]))
-        row = connection.execute(statement).one()
-    return row.id, row.next_version
-
-
-def _insert_version(
-    connection: Connection, draft: Draft, prefix_id: int, *, tenant: str, version: int
-) -> None:
-    summary = draft.summary
-    connection.execute(
-        insert(versions).values(
-            prefix_id=prefix_id,
-            version=version,
-            tenant=tenant,
-            digest=draft.digest,
-            fingerprint=draft.fingerprint,
-            kind=str(summary.kind),
-            peft_type=summary.peft_type,
-            num_virtual_tokens=summary.num_virtual_tokens,
-            dtype=summary.dtype,
-            size_bytes=draft.size_bytes,
-            base_model_name_or_path=summary.base_model_name_or_path,
-            metadata_json=draft.metadata_json,
-            creator=draft.creator,
-            created_at=draft.created_at,
-        )
-    )
+def _nobody(_: Change) -> None:
+    """Before somebody watches."""
 
 
 def _unknown(reference: Reference) -> str:

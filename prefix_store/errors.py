@@ -7,6 +7,7 @@
     ├── InvalidReference     a name, alias or reference is malformed
     ├── UnknownPrefix        no such name, version or alias for this tenant
     ├── CorruptArtifact      stored bytes no longer have the digest they were stored under
+    ├── BlobsUnavailable     the place for blobs cannot be reached now
     ├── BlobStoreRefused     the configured place for blobs cannot be trusted with them
     ├── SchemaRefused        the database was changed by a later version of prefixd
     └── CopyRefused          the place to copy to holds something already
@@ -48,6 +49,10 @@ class UnknownPrefix(StoreError):
 
 class CorruptArtifact(StoreError):
     """Stored bytes no longer have the digest they were stored under."""
+
+
+class BlobsUnavailable(StoreError):
+    """The place for blobs cannot be reached now; the same may work later."""
 
 
 class BlobStoreRefused(StoreError):

@@ -10,8 +10,9 @@ from prefix_store.peft_config import Kind
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """An immutable version. Only ``aliases`` (the names, with ``latest``, that point at it now) and
-    ``corrupt`` (its blob was found changed; upload it again) may differ the next time it is read.
+    """An immutable version. Only ``aliases`` (the names, with ``latest``, that point at it now),
+    ``pinned`` (it shall stay resident) and ``corrupt`` (its blob was found changed; upload it
+    again) may differ the next time it is read.
 
     ``fingerprint`` is that of the base it was judged against, ``base_model_name_or_path`` what its
     config claims, ``creator`` the id of the key that published it. ``metadata`` is what the upload
@@ -37,6 +38,7 @@ class Manifest:
     description: str | None = None
     prompt_template: str | None = None
     corrupt: bool = False
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,30 @@ from prefix_store.artifact import Kind
 from prefix_store.manifest import Manifest
 from prefix_store.metadata import decode_metadata
 from prefix_store.names import LATEST, MAX_VERSION, Reference
-from prefix_store.tables import aliases, blobs, prefixes, versions
+from prefix_store.tables import aliases, blobs, pins, prefixes, versions
 
 
 def rows(tenant: str) -> Select[Any]:
     """Every version of a tenant."""
     return (
-        select(prefixes.c.name, prefixes.c.latest_version, versions, blobs.c.corrupt_at)
+        select(
+            prefixes.c.name,
+            prefixes.c.latest_version,
+            versions,
+            blobs.c.corrupt_at,
+            pins.c.since.label("pinned_since"),
+        )
         .join_from(prefixes, versions, versions.c.prefix_id == prefixes.c.id)
         .outerjoin(
             blobs, and_(blobs.c.tenant == versions.c.tenant, blobs.c.digest == versions.c.digest)
+        )
+        .outerjoin(
+            pins,
+            and_(
+                pins.c.tenant == versions.c.tenant,
+                pins.c.prefix_id == versions.c.prefix_id,
+                pins.c.version == versions.c.version,
+            ),
         )
         .where(prefixes.c.tenant == tenant)
     )
@@ -90,4 +104,5 @@ def _manifest(row: Row[Any], *, aliases_of: Iterable[str]) -> Manifest:
         description=details.description,
         prompt_template=details.prompt_template,
         corrupt=row.corrupt_at is not None,
+        pinned=row.pinned_since is not None,
     )

@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from logging import getLogger
 from pathlib import Path
 
 import obstore
@@ -23,7 +24,7 @@ from obstore.store import S3Store
 
 from prefix_store.digest import BlobKey, corrupt, missing, sha256_of
 from prefix_store.durable import make_directories
-from prefix_store.errors import BlobStoreRefused, CorruptArtifact
+from prefix_store.errors import BlobStoreRefused, BlobsUnavailable, CorruptArtifact
 from prefix_store.local_blobs import remove_older
 
 SINGLE_PUT_BYTES = 8 * 1024 * 1024
@@ -33,6 +34,24 @@ _READ_BYTES = 1024 * 1024
 _PARTS = 2  # in memory at once, of 5 MiB each
 _STAGING = ".staging"
 _QUARANTINE = ".quarantine"
+
+
+_log = getLogger("prefixd.store")
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """Raise BlobsUnavailable for what the bucket fails at. The reason, which names the endpoint, is
+    for the log."""
+    try:
+        yield
+    except AlreadyExistsError:
+        raise
+    except BaseError as error:
+        _log.error("the bucket failed: %s", _first_line(error))
+        raise BlobsUnavailable(
+            "the store of prefixes cannot be reached; try again in a while"
+        ) from error
 
 
 class S3Blobs:
@@ -62,6 +81,7 @@ class S3Blobs:
         finally:
             path.unlink(missing_ok=True)
 
+    @_reached()
     def put(self, source: Path, *, tenant: str, digest: str) -> None:
         place = BlobKey(tenant, digest).place
         self._create(source, place)
@@ -73,6 +93,7 @@ class S3Blobs:
             obstore.put(self._store, place, source, max_concurrency=_PARTS)
             self._download(place, digest)
 
+    @_reached()
     def fetch(self, *, tenant: str, digest: str) -> Path:
         place = BlobKey(tenant, digest).place
         copy = self._local / place
@@ -82,11 +103,13 @@ class S3Blobs:
                 return copy
         return self._download(place, digest)
 
+    @_reached()
     def quarantine(self, *, tenant: str, digest: str) -> None:
         place = BlobKey(tenant, digest).place
         with suppress(FileNotFoundError):
             obstore.copy(self._store, place, f"{_QUARANTINE}/{place}")
 
+    @_reached()
     def delete(self, *, tenant: str, digest: str) -> None:
         place = BlobKey(tenant, digest).place
         with suppress(FileNotFoundError):
@@ -94,12 +117,14 @@ class S3Blobs:
         (self._local / place).unlink(missing_ok=True)
 
     def walk(self) -> Iterator[tuple[BlobKey, int]]:
-        for found in obstore.list(self._store):
-            for entry in found:
-                key = BlobKey.at(entry["path"])
-                if key is not None:
-                    yield key, entry["size"]
+        with _reached():
+            for found in obstore.list(self._store):
+                for entry in found:
+                    key = BlobKey.at(entry["path"])
+                    if key is not None:
+                        yield key, entry["size"]
 
+    @_reached()
     def tidy(self, *, before: datetime) -> None:
         remove_older(self._local, before=before)
         for found in obstore.list(self._store, prefix=_STAGING):
@@ -150,8 +175,9 @@ class S3Blobs:
         except AlreadyExistsError:
             return
         except (BaseError, OSError) as error:
-            reason = str(error).partition("\n")[0]
-            raise BlobStoreRefused(f"the bucket {self._url} cannot be used: {reason}") from error
+            raise BlobStoreRefused(
+                f"the bucket {self._url} cannot be used: {_first_line(error)}"
+            ) from error
         finally:
             with suppress(BaseError, OSError):  # ``tidy`` takes what stays
                 obstore.delete(self._store, probe)
@@ -159,6 +185,10 @@ class S3Blobs:
             f"the bucket {self._url} ignores If-None-Match: it let an object that exists be "
             "created again. prefixd relies on that condition; use a store that keeps it"
         )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _open(url: str) -> S3Store:

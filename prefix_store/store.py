@@ -23,13 +23,15 @@ from prefix_store.artifact import (
 from prefix_store.base import BaseSpec
 from prefix_store.blob_rows import BlobCollected, BlobRows
 from prefix_store.blobs import Blobs
-from prefix_store.catalog import Catalog, Draft, Within, WithinAlias, WithinPublish
+from prefix_store.catalog import Catalog, Watch, Within, WithinPublish, WithinVersion
 from prefix_store.collect import DEFAULT_GRACE, Collected, collect
 from prefix_store.digest import BlobKey
+from prefix_store.drafts import Draft
 from prefix_store.errors import CorruptArtifact, UnknownPrefix
 from prefix_store.manifest import Manifest, Page, Published
 from prefix_store.metadata import encode_metadata
 from prefix_store.names import Reference, check_alias, check_name, check_tenant, parse_reference
+from prefix_store.pins import Pinned
 
 __all__ = ["Manifest", "Page", "PrefixStore", "Published"]
 
@@ -149,7 +151,7 @@ class PrefixStore:
         name: str,
         alias: str,
         version: int,
-        within: WithinAlias | None = None,
+        within: WithinVersion | None = None,
     ) -> Manifest:
         """Point ``alias`` at a version and return it; raise InvalidReference, UnknownPrefix."""
         return self._catalog.set_alias(
@@ -168,8 +170,40 @@ class PrefixStore:
             tenant=tenant, name=check_name(name), alias=check_alias(alias), within=within
         )
 
+    def set_pin(
+        self,
+        *,
+        tenant: str,
+        reference: str,
+        creator: str | None = None,
+        within: WithinVersion | None = None,
+    ) -> Manifest:
+        """Pin the version a reference means now: servers keep it resident, until it is unpinned or
+        another version of its prefix is pinned. Raises InvalidReference, UnknownPrefix."""
+        return self._catalog.set_pin(
+            tenant=tenant,
+            reference=parse_reference(reference),
+            now=self._clock(),
+            creator=creator,
+            within=within,
+        )
+
+    def remove_pin(self, *, tenant: str, name: str, within: Within | None = None) -> None:
+        """Unpin a prefix; raise InvalidReference, or UnknownPrefix when no version is pinned."""
+        self._catalog.remove_pin(tenant=tenant, name=check_name(name), within=within)
+
+    def pinned(self, *, fingerprint: str) -> tuple[Pinned, ...]:
+        """What is pinned of the prefixes of one base, by all tenants."""
+        return self._catalog.pinned(fingerprint=fingerprint)
+
+    def watch(self, watcher: Watch) -> None:
+        """Have ``watcher`` called, in place of any before it, after each change made through this
+        object that changed pins, or after which nothing means some blob any more. On the thread of
+        the change: it should be quick, and what it raises reaches whoever made the change."""
+        self._catalog.watch = watcher
+
     def delete(self, *, tenant: str, name: str, within: Within | None = None) -> int:
-        """Forget a name with all its versions and aliases; how many versions there were.
+        """Forget a name with its versions, aliases and pin; how many versions there were.
 
         The numbers are not used again, and the blobs stay until they are collected. Raises
         InvalidReference, UnknownPrefix.

@@ -4,7 +4,8 @@
 
     prefixes ──< versions      immutable; numbered from 1 within a prefix
         │           │   │
-        └──< aliases┘   │      movable names for a version
+        ├──< aliases┤   │      movable names for a version
+        └─── pins ──┘   │      the one version of a prefix that stays resident
                         │
                blobs ──<┘      one row for every blob that is, or may be, in the store of blobs
 
@@ -74,6 +75,18 @@ aliases = Table(
     Column("prefix_id", _Id, primary_key=True),
     Column("alias", String(128), primary_key=True),
     Column("version", Integer, nullable=False),
+    ForeignKeyConstraint(["prefix_id", "version"], ["versions.prefix_id", "versions.version"]),
+)
+
+pins = Table(
+    "pins",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("prefix_id", _Id, primary_key=True, autoincrement=False),
+    Column("version", Integer, nullable=False),
+    Column("since", UtcDateTime, nullable=False),
+    # The key that pinned it.
+    Column("pinned_by", String(64)),
     ForeignKeyConstraint(["prefix_id", "version"], ["versions.prefix_id", "versions.version"]),
 )
 

@@ -76,6 +76,8 @@ def create_app(services: Services, *, sweeper: Sweeper | None = None) -> FastAPI
             if sweeper is not None:
                 sweeper.stop()
             services.engine.stop()
+            if services.trace is not None:
+                services.trace.close()
 
     app = FastAPI(
         title="prefixd",
@@ -84,6 +86,8 @@ def create_app(services: Services, *, sweeper: Sweeper | None = None) -> FastAPI
         lifespan=lifespan,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
+        # What FastAPI would trace by itself holds paths, and with them users and prefixes.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.services = services
     for router in PUBLIC:
@@ -96,6 +100,7 @@ def create_app(services: Services, *, sweeper: Sweeper | None = None) -> FastAPI
     app.add_middleware(
         RequestLayer,
         metrics=services.metrics,
+        intake=services.intake,
         body_timeout=services.limits.body_timeout,
         min_body_rate=services.limits.min_body_rate,
     )
@@ -157,6 +162,7 @@ def api_limits(settings: Settings) -> ApiLimits:
         body_timeout=settings.body_timeout,
         min_body_rate=settings.min_body_rate,
         max_import_bytes=settings.max_import_bytes,
+        max_request_seconds=settings.max_request_seconds,
     )
 
 

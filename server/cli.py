@@ -58,10 +58,12 @@ def serve(settings: Settings) -> None:
     import uvicorn
 
     from server import logging
+    from server.draining import DrainingServer, leave_at_signal
     from server.slow_heads import impatient
 
     logging.configure(settings.log_level, settings.log_format)
     log = structlog.get_logger("prefixd")
+    leave_at_signal()
     log.info("loading", model=settings.model, dtype=settings.dtype, data_dir=str(settings.root))
     application = _load(settings)
     config = uvicorn.Config(
@@ -74,11 +76,11 @@ def serve(settings: Settings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=round(settings.shutdown_timeout),
     )
     bound = config.bind_socket()
-    served = application.state.services.served
-    _show_first_key(application.state.services.tenants)
+    services = application.state.services
+    served = services.served
+    _show_first_key(services.tenants)
     host, port = bound.getsockname()[:2]
     log.info(
         "serving",
@@ -89,7 +91,12 @@ def serve(settings: Settings) -> None:
         kv_tokens=settings.kv_tokens,
         max_positions=served.max_positions,
     )
-    uvicorn.Server(config).run(sockets=[bound])
+    DrainingServer(
+        config,
+        intake=services.intake,
+        engine=services.engine,
+        patience=settings.shutdown_timeout,
+    ).run(sockets=[bound])
 
 
 def _show_first_key(tenants: "Tenants") -> None:

@@ -24,6 +24,18 @@ tenant_app = typer.Typer(help="Tenants, on the configured catalog.", no_args_is_
 key_app = typer.Typer(help="API keys, on the configured catalog.", no_args_is_help=True)
 
 
+WeightOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of a busy server against other tenants', 0.01 to 100; 2 gets twice as much."
+    ),
+]
+ReuseOption = Annotated[
+    bool | None,
+    typer.Option("--kv-reuse/--no-kv-reuse", help="Whether its requests share KV of equal tokens."),
+]
+
+
 def mount(app: typer.Typer) -> None:
     """Add these verbs to the command line."""
     app.add_typer(tenant_app, name="tenant")
@@ -39,21 +51,50 @@ def mount(app: typer.Typer) -> None:
 def create_tenant(
     settings: Settings,
     name: Annotated[str, typer.Argument(help="1 to 64 of A-Z a-z 0-9 . _ -")],
+    weight: WeightOption = None,
+    kv_reuse: ReuseOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Add a tenant."""
+    given = _settings(weight, kv_reuse)
     with opened_catalog(settings) as catalog:
-        made = catalog.tenants.create_tenant(name)
+        made = catalog.tenants.create_tenant(name, settings=given)
     if as_json:
         print_json(asdict(made))
     else:
         typer.echo(f"tenant {made.name} created")
 
 
+@tenant_app.command("set")
+@with_settings(*CATALOG_FLAGS)
+def set_tenant(
+    settings: Settings,
+    name: Annotated[str, typer.Argument(help="The tenant.")],
+    weight: WeightOption = None,
+    kv_reuse: ReuseOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show or change how a tenant is treated beside others, from its next request on."""
+    given = _settings(weight, kv_reuse)
+    with opened_catalog(settings) as catalog:
+        tenants = catalog.tenants
+        found = tenants.set_settings(name, given) if given else tenants.tenant(name)
+    if as_json:
+        print_json(asdict(found))
+        return
+    typer.echo(f"{'weight':<24} {found.weight:g}")
+    typer.echo(f"{'kv_reuse':<24} {'on' if found.kv_reuse else 'off'}")
+
+
+def _settings(weight: float | None, kv_reuse: bool | None) -> dict[str, float | bool]:
+    given = {"weight": weight, "kv_reuse": kv_reuse}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 @tenant_app.command("ls")
 @with_settings(*CATALOG_FLAGS)
 def list_tenants(settings: Settings, as_json: JsonFlag = False) -> None:
-    """List tenants and their limits."""
+    """List tenants with their limits, and with their settings where they are not the usual."""
     with opened_catalog(settings) as catalog:
         found = catalog.tenants.list_tenants()
     if as_json:
@@ -96,8 +137,14 @@ def _change(text: str) -> tuple[str, int | None]:
 
 
 def _limits(tenant: "TenantRecord") -> str:
-    shown = asdict(tenant.quota).items()
-    return " ".join(f"{limit}={value}" for limit, value in shown if value is not None)
+    shown = [
+        f"{limit}={value}" for limit, value in asdict(tenant.quota).items() if value is not None
+    ]
+    if tenant.weight != 1.0:
+        shown.append(f"weight={tenant.weight:g}")
+    if not tenant.kv_reuse:
+        shown.append("kv_reuse=off")
+    return " ".join(shown)
 
 
 # -- keys -----------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@
     ├── RateLimited               429 rate_limit_exceeded
     │   └── QuotaExceeded         429 insufficient_quota
     ├── EngineFailure             500 engine_error
-    └── Unavailable               503 unavailable
+    ├── Unavailable               503 unavailable
+    └── DeadlineExceeded          504 deadline_exceeded
 
 ``str(error)`` is a sentence for the caller: what was expected and what came.
 """
@@ -156,3 +157,11 @@ class Unavailable(PrefixdError):
     status = 503
     type = "server_error"
     default_code = "unavailable"
+
+
+class DeadlineExceeded(PrefixdError):
+    """The request did not end within its own timeout."""
+
+    status = 504
+    type = "timeout_error"
+    default_code = "deadline_exceeded"

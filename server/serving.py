@@ -28,6 +28,7 @@ from server.model.selfcheck import Limits, self_check
 from server.model.source import StoreSource
 from server.model.text import Tokenizer
 from server.settings import Settings
+from server.telemetry import open_tracer
 
 
 def build_services(settings: Settings) -> Services:
@@ -68,6 +69,7 @@ def build_services(settings: Settings) -> Services:
         engine=engine,
         served=served,
         metrics=Metrics(engine.stats),
+        trace=open_tracer(),
     )
 
 

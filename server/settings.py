@@ -88,6 +88,12 @@ class Settings(BaseSettings):
     max_choices: int = Field(
         default=128, ge=1, description="Most sequences one request may ask for (prompts times n)."
     )
+    max_request_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Longest a request for generation may take, in seconds, waiting included; a "
+        "lower `timeout` of the request counts. Default: no limit.",
+    )
     max_virtual_tokens: int = Field(
         default=2048, ge=1, description="Most virtual tokens a prefix may have."
     )

@@ -10,6 +10,7 @@ from server.api.body import StrictModel
 from server.tenants.audit import AuditEntry
 from server.tenants.principal import Scope
 from server.tenants.registry import KeyRecord, TenantRecord
+from server.tenants.tenant_settings import LEAST_WEIGHT, MOST_WEIGHT
 
 _DAY = 24 * 3600
 _CENTURY = 100 * 366 * _DAY
@@ -30,7 +31,21 @@ class QuotaChange(StrictModel):
     max_concurrent_requests: Rate = None
 
 
-class NewTenant(StrictModel):
+class TenantChange(StrictModel):
+    """How a tenant is treated beside others. What is not named stays as it is."""
+
+    weight: float = Field(
+        default=1.0,
+        ge=LEAST_WEIGHT,
+        le=MOST_WEIGHT,
+        description="Share of a busy server against other tenants': 2 gets twice as much.",
+    )
+    kv_reuse: bool = Field(
+        default=True, description="Whether its requests share KV of equal tokens with one another."
+    )
+
+
+class NewTenant(TenantChange):
     """A tenant to be."""
 
     name: str
@@ -62,6 +77,8 @@ class TenantShown(BaseModel):
     created_at: datetime
     default_prefix: str | None
     quota: dict[str, int | None]
+    weight: float
+    kv_reuse: bool
 
     @classmethod
     def of(cls, tenant: TenantRecord) -> Self:
@@ -71,6 +88,8 @@ class TenantShown(BaseModel):
             created_at=tenant.created_at,
             default_prefix=tenant.default_prefix,
             quota=asdict(tenant.quota),
+            weight=tenant.weight,
+            kv_reuse=tenant.kv_reuse,
         )
 
 

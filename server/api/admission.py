@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 from prefix_store.store import Manifest
 from server.api.choice import Choice, Chooser
+from server.api.manifests import handle_of
 from server.api.sampling import ChatMessage, ChatRequest, CompletionRequest, GenerationFields
 from server.api.served import ServedModel
 from server.engine.request import (
     AdmittedRequest,
-    PrefixHandle,
-    PrefixKey,
     SamplingParams,
     StopParams,
 )
@@ -57,13 +56,17 @@ class Admitted:
 @dataclass(frozen=True, slots=True)
 class Door:
     """What admission needs to know. ``pool_tokens(prefix_tokens)`` is the most tokens one
-    sequence can ever have in the pool; ``max_resident_tokens`` is the tenant's cap."""
+    sequence can ever have in the pool; ``max_resident_tokens`` is the tenant's cap, ``weight`` its
+    share and ``kv_reuse`` its switch; ``max_seconds`` is the longest that a request may take."""
 
     served: ServedModel
     chooser: Chooser
     pool_tokens: Callable[[int], int]
     max_choices: int
     max_resident_tokens: int | None = None
+    weight: float = 1.0
+    kv_reuse: bool = True
+    max_seconds: float | None = None
 
     def completion(self, tenant: str, body: CompletionRequest) -> Admitted:
         """Admit a completion. Raises BadRequest, DoesNotFit, NotFound, Conflict, QuotaExceeded.
@@ -117,8 +120,8 @@ class Door:
         self._check_choices(len(prompts), n)
         answer_id = f"{kind}-{uuid.uuid4().hex}"
         prefix = choice.manifest
-        self._check_resident(prefix)
-        handle = None if prefix is None else _handle(prefix)
+        check_resident(prefix, self.max_resident_tokens)
+        handle = None if prefix is None else handle_of(prefix)
         requests = tuple(
             AdmittedRequest(
                 request_id=f"{answer_id}-{position}",
@@ -129,19 +132,18 @@ class Door:
                 stop=self._stop(body, self._output_tokens(len(prompt), prefix, asked, default)),
                 n=n,
                 max_resident_tokens=self.max_resident_tokens,
+                weight=self.weight,
+                priority=body.priority or 0,
+                timeout_s=self._timeout(body.timeout),
+                kv_reuse=self.kv_reuse and body.kv_reuse is not False,
             )
             for position, prompt in enumerate(prompts)
         )
         return Admitted(id=answer_id, model=body.model, choice=choice, requests=requests)
 
-    def _check_resident(self, prefix: Manifest | None) -> None:
-        cap = self.max_resident_tokens
-        if prefix is not None and cap is not None and prefix.num_virtual_tokens > cap:
-            raise QuotaExceeded(
-                f"the tenant may keep {cap} virtual tokens resident; "
-                f"{prefix.name}@{prefix.version} has {prefix.num_virtual_tokens}",
-                param="max_resident_tokens",
-            )
+    def _timeout(self, asked: float | None) -> float | None:
+        limits = [limit for limit in (asked, self.max_seconds) if limit is not None]
+        return min(limits, default=None)
 
     def _check_choices(self, prompts: int, n: int) -> None:
         if prompts * n > self.max_choices:
@@ -264,9 +266,14 @@ class Door:
         )
 
 
-def _handle(prefix: Manifest) -> PrefixHandle:
-    key = PrefixKey(tenant=prefix.tenant, digest=prefix.digest)
-    return PrefixHandle(key=key, num_tokens=prefix.num_virtual_tokens)
+def check_resident(prefix: Manifest | None, cap: int | None) -> None:
+    """Raise QuotaExceeded for a prefix longer than all that its tenant may keep resident."""
+    if prefix is not None and cap is not None and prefix.num_virtual_tokens > cap:
+        raise QuotaExceeded(
+            f"the tenant may keep {cap} virtual tokens resident; "
+            f"{prefix.name}@{prefix.version} has {prefix.num_virtual_tokens}",
+            param="max_resident_tokens",
+        )
 
 
 def _or(value: float | None, default: float) -> float:

@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
-from server.api.metrics import Endpoint
+from server.api.record import Endpoint
 from server.api.served import Tokenizer
 from server.engine.request import FinishReason, TokenEvent, TokenLogprob
 from server.tenants.bindings import ChosenBy
@@ -24,12 +24,19 @@ class PrefixUsed(BaseModel):
     chosen_by: ChosenBy
 
 
+class PromptTokensDetails(BaseModel):
+    """What the prompt's tokens were. ``cached_tokens`` were not computed: their KV was there."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Token counts; virtual tokens of a prefix are not among them."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(BaseModel):

@@ -57,21 +57,25 @@ def parse_json(model: type[Model], body: bytes) -> Model:
         raise from_validation(error.errors(include_url=False)) from None
 
 
-def json_body(model: type[Model]) -> Callable[..., Awaitable[Model]]:
-    """A dependency that yields the body as ``model``, for callers with a key only."""
+def json_body(model: type[Model], *, optional: bool = False) -> Callable[..., Awaitable[Model]]:
+    """A dependency that yields the body as ``model``, for callers with a key only. ``optional``:
+    no body at all reads as an empty object."""
 
     async def read(
         request: Request,
         services: ServicesDep,
         _principal: Annotated[Principal, Depends(authenticated)],
     ) -> Model:
+        body = await read_capped(request, services.limits.max_body_bytes)
+        if optional and not body:
+            return model()
         kind = media_type(request)
         if kind != "application/json" and not kind.endswith("+json"):
             raise BadRequest(
                 f"expected the content type application/json; received {kind[:80]!a}",
                 code="unsupported_media_type",
             )
-        return parse_json(model, await read_capped(request, services.limits.max_body_bytes))
+        return parse_json(model, body)
 
     return read
 
@@ -81,14 +85,15 @@ def media_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def json_request(*models: type[StrictModel]) -> dict[str, Any]:
+def json_request(*models: type[StrictModel], required: bool = True) -> dict[str, Any]:
     """What OpenAPI must be told of a body that FastAPI does not read itself.
 
     ``server.api.openapi`` puts the models' schemas where these references point.
     """
     references = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in models]
     schema = references[0] if len(references) == 1 else {"anyOf": references}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": required, "content": content}}
 
 
 def _too_large(limit: int, *, came: int | None) -> TooLarge:

@@ -7,8 +7,10 @@ from typing import Any, Self, TypeVar
 from starlette.types import Receive
 
 from server.api.admission import Admitted
+from server.api.endings import refusal_of
+from server.api.intake import Intake
 from server.engine.engine import Engine
-from server.engine.request import Event, FinishEvent
+from server.engine.request import Event, FinishEvent, FinishReason, QueueFull
 
 Result = TypeVar("Result")
 
@@ -20,11 +22,13 @@ class ClientGone(Exception):
 class Generation:
     """Runs an admitted request while entered; leaving it early aborts what still runs.
 
-    Iterating yields ``(choice, event)`` until every sequence has finished.
+    Entering raises Unavailable when the engine takes no more. Iterating yields ``(choice, event)``
+    until every sequence has finished.
     """
 
-    def __init__(self, engine: Engine, admitted: Admitted) -> None:
+    def __init__(self, engine: Engine, admitted: Admitted, intake: Intake) -> None:
         self._engine = engine
+        self._intake = intake
         self._requests = admitted.requests
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -32,15 +36,26 @@ class Generation:
 
     async def __aenter__(self) -> Self:
         first_choice = 0
-        for request in self._requests:
-            self._engine.submit(request, self._from_engine(first_choice))
-            first_choice += request.n
+        self._intake.running.add(self)
+        try:
+            for request in self._requests:
+                self._engine.submit(request, self._from_engine(first_choice))
+                first_choice += request.n
+        except QueueFull as full:
+            # All prompts or none: those before it would run for nobody.
+            await self.__aexit__()
+            raise refusal_of(full, self._intake) from full
         return self
 
     async def __aexit__(self, *exception: object) -> None:
+        self._intake.running.discard(self)
         if self._open:
             for request in self._requests:
                 self._engine.abort(request.request_id)
+
+    def end(self) -> None:
+        """Have the next event say that this was aborted, whatever the engine does."""
+        self._events.put_nowait((0, FinishEvent(0, FinishReason.ABORT, completion_tokens=0)))
 
     def __aiter__(self) -> Self:
         return self

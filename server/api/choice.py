@@ -66,19 +66,24 @@ class Chooser:
             return None
 
     def _checked(self, manifest: Manifest, why: ChosenBy) -> Choice:
-        if manifest.fingerprint != self.served.base.fingerprint:
-            raise Conflict(
-                f"the prefix {manifest.name}@{manifest.version} was uploaded for another base "
-                f"model ({manifest.fingerprint}) than the one served now "
-                f"({self.served.base.fingerprint})",
-                code="base_mismatch",
-                param="model" if why is ChosenBy.MODEL else "user",
-            )
-        if manifest.corrupt:
-            raise EngineFailure(
-                f"the stored bytes of {manifest.name}@{manifest.version} are damaged and not "
-                "served: upload them again",
-                code="corrupt_prefix",
-                param="model" if why is ChosenBy.MODEL else "user",
-            )
+        check_served(manifest, self.served, param="model" if why is ChosenBy.MODEL else "user")
         return Choice(manifest, why)
+
+
+def check_served(manifest: Manifest, served: ServedModel, *, param: str | None = None) -> None:
+    """Raise Conflict for a prefix of another base, EngineFailure for one known to be damaged."""
+    if manifest.fingerprint != served.base.fingerprint:
+        raise Conflict(
+            f"the prefix {manifest.name}@{manifest.version} was uploaded for another base "
+            f"model ({manifest.fingerprint}) than the one served now "
+            f"({served.base.fingerprint})",
+            code="base_mismatch",
+            param=param,
+        )
+    if manifest.corrupt:
+        raise EngineFailure(
+            f"the stored bytes of {manifest.name}@{manifest.version} are damaged and not "
+            "served: upload them again",
+            code="corrupt_prefix",
+            param=param,
+        )

@@ -17,19 +17,26 @@ from server.api.answers import Collected, Dialect, PrefixUsed
 from server.api.bill import Bill
 from server.api.bridge import ClientGone, Generation, while_connected
 from server.api.choice import Chooser
-from server.api.metrics import Outcome, Stopwatch
+from server.api.endings import failure_of
+from server.api.intake import Intake
+from server.api.record import Outcome, Started, TenantClass
 from server.api.refusals import error_body, request_id_of
 from server.api.sampling import GenerationFields
 from server.api.services import Services
 from server.api.sse import DONE, EventStream, frame
+from server.api.usage import Tally
+from server.api.watch import Watch
 from server.engine.engine import Engine
-from server.engine.request import Event, FinishEvent, FinishReason, TokenEvent
-from server.errors import EngineFailure, PrefixdError, Unavailable
+from server.engine.request import FinishEvent, TokenEvent
+from server.errors import PrefixdError, Unavailable
 from server.tenants.limiter import Grant
 from server.tenants.principal import Principal
 
 CLIENT_CLOSED_REQUEST = 499
 """What nginx logs when the client left first; nobody receives it."""
+
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""W3C trace context."""
 
 
 def door_of(services: Services, principal: Principal) -> Door:
@@ -44,6 +51,9 @@ def door_of(services: Services, principal: Principal) -> Door:
         pool_tokens=services.engine.config.max_tokens_for,
         max_choices=services.limits.max_choices,
         max_resident_tokens=principal.quota.max_resident_tokens,
+        weight=principal.weight,
+        kv_reuse=principal.kv_reuse,
+        max_seconds=services.limits.max_request_seconds,
     )
 
 
@@ -65,20 +75,34 @@ async def respond(
         )
         return admitted, grant
 
-    watch = Stopwatch(services.metrics, dialect.endpoint)
+    started = Started(
+        endpoint=dialect.endpoint,
+        tenant=principal.tenant,
+        tenant_class=TenantClass.of(principal.weight),
+        request_id=request_id_of(request),
+        stream=bool(body.stream),
+        at_ns=time.time_ns(),
+        trace={name: request.headers[name] for name in TRACE_HEADERS if name in request.headers},
+    )
+    watch = Watch(started, metrics=services.metrics, trace=services.trace)
     try:
+        services.intake.check()
         if not services.engine.ready:
             raise Unavailable("the engine is not running", retry_after=1)
         admitted, grant = await run_in_threadpool(admit_and_count)
-    except (PrefixdError, StoreError):
-        watch.finish(Outcome.REFUSED)
+    except (PrefixdError, StoreError) as error:
+        watch.finish(Outcome.of(error), error)
         raise
+    tally = Tally(admitted)
+    watch.admitted(admitted, tally, served_model=services.served.name)
     answer = _Answer(
         engine=services.engine,
+        intake=services.intake,
         admitted=admitted,
         bill=Bill(services.limiter, grant),
         dialect=dialect,
         watch=watch,
+        tally=tally,
         created=int(time.time()),
         wants_usage=body.wants_usage,
         request_id=request_id_of(request),
@@ -93,7 +117,9 @@ async def respond(
         first = await while_connected(request.receive, _next(frames))
         return EventStream(first, frames, answer.headers)
     except ClientGone:
-        await answer.bill.settle()  # for one who left before the work had begun
+        # For one who left before the work had begun.
+        watch.finish(Outcome.ABORTED)
+        await answer.bill.settle()
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
@@ -106,10 +132,12 @@ class _Answer:
     """One admitted request on its way back."""
 
     engine: Engine
+    intake: Intake
     admitted: Admitted
     bill: Bill
     dialect: Dialect
-    watch: Stopwatch
+    watch: Watch
+    tally: Tally
     created: int
     wants_usage: bool
     request_id: str | None
@@ -128,20 +156,22 @@ class _Answer:
         }
 
     async def whole(self) -> dict[str, Any]:
-        """Everything at once. Raises EngineFailure or Unavailable when a sequence fails."""
+        """Everything at once. Raises EngineFailure, DeadlineExceeded or Unavailable when a
+        sequence has no complete answer."""
         choices = [Collected() for _ in range(self.admitted.num_choices)]
-        completion_tokens = 0
         try:
-            async with Generation(self.engine, self.admitted) as generation:
+            async with Generation(self.engine, self.admitted, self.intake) as generation:
                 async for choice, event in generation:
-                    self._check(event)
                     if isinstance(event, FinishEvent):
+                        self._ended(choice, event)
                         choices[choice].finish_reason = event.reason
-                        completion_tokens += event.completion_tokens
                     else:
-                        self._generated(event)
+                        self._generated(choice, event)
                         choices[choice].add(event)
-            self.watch.finish(Outcome.OK, sequences=len(choices))
+            self.watch.finish(Outcome.OK)
+        except PrefixdError as error:
+            self.watch.finish(Outcome.of(error), error)
+            raise
         finally:
             self.watch.finish(Outcome.ABORTED)
             await self.bill.settle()
@@ -150,18 +180,18 @@ class _Answer:
             "choices": [
                 self.dialect.whole(choice, collected) for choice, collected in enumerate(choices)
             ],
-            "usage": self._usage(completion_tokens),
+            "usage": self.tally.usage(),
         }
 
     async def frames(self) -> AsyncGenerator[bytes]:
         """The same as server-sent events. Raises only before the first frame."""
         choices = [Collected() for _ in range(self.admitted.num_choices)]
-        completion_tokens = 0
         opened = False
         try:
-            async with Generation(self.engine, self.admitted) as generation:
+            async with Generation(self.engine, self.admitted, self.intake) as generation:
                 async for choice, event in generation:
-                    self._check(event)
+                    if isinstance(event, FinishEvent):
+                        self._ended(choice, event)
                     if not opened:
                         opened = True
                         for each in range(len(choices)):
@@ -169,19 +199,19 @@ class _Answer:
                             if opening is not None:
                                 yield self._chunk([opening])
                     if isinstance(event, FinishEvent):
-                        completion_tokens += event.completion_tokens
                         yield self._chunk([self.dialect.closing(choice, event.reason)])
                         continue
-                    self._generated(event)
+                    self._generated(choice, event)
                     if event.text or event.logprobs:
                         yield self._chunk([self.dialect.delta(choice, event, choices[choice])])
             if self.wants_usage:
-                yield self._chunk([], usage=self._usage(completion_tokens))
+                yield self._chunk([], usage=self.tally.usage())
             # Before the last frame: who has read it may send the next request.
             await self.bill.settle()
+            self.watch.finish(Outcome.OK)
             yield DONE
-            self.watch.finish(Outcome.OK, sequences=len(choices))
         except PrefixdError as error:
+            self.watch.finish(Outcome.of(error), error)
             if not opened:
                 raise
             yield frame(error_body(error, self.request_id))
@@ -191,22 +221,19 @@ class _Answer:
             self.watch.finish(Outcome.ABORTED)
             await self.bill.settle()
 
-    def _generated(self, event: TokenEvent) -> None:
-        self.watch.tokens(len(event.token_ids))
+    def _generated(self, choice: int, event: TokenEvent) -> None:
+        self.watch.tokens(choice, len(event.token_ids))
         self.bill.output_tokens += len(event.token_ids)
 
-    def _check(self, event: Event) -> None:
+    def _ended(self, choice: int, event: FinishEvent) -> None:
         """Raise when a sequence of this request failed: the others are not worth waiting for."""
-        if not isinstance(event, FinishEvent):
-            return
-        if event.reason is FinishReason.ERROR:
-            self.watch.finish(Outcome.ERROR)
-            raise EngineFailure(event.error or "the engine failed on this request")
-        if event.reason is FinishReason.ABORT:
-            self.watch.finish(Outcome.ABORTED)
-            raise Unavailable("the server stopped before the answer was complete", retry_after=1)
+        self.watch.ended(choice, event)
+        self.tally.ended(choice, event)
+        failure = failure_of(event, self.intake)
+        if failure is not None:
+            raise failure
 
-    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
         chunk = {**self._envelope(self.dialect.chunk_object), "choices": choices}
         if self.wants_usage:
             chunk["usage"] = usage
@@ -230,11 +257,3 @@ class _Answer:
         return PrefixUsed(
             name=prefix.name, version=prefix.version, digest=prefix.digest, chosen_by=why
         )
-
-    def _usage(self, completion_tokens: int) -> dict[str, int]:
-        prompt_tokens = self.admitted.prompt_tokens
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-        }

@@ -6,13 +6,24 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel
 
 from prefix_store.store import Manifest
+from server.engine.request import PrefixHandle, PrefixKey
+
+
+def key_of(manifest: Manifest) -> PrefixKey:
+    """What the engine knows a version by."""
+    return PrefixKey(tenant=manifest.tenant, digest=manifest.digest)
+
+
+def handle_of(manifest: Manifest) -> PrefixHandle:
+    """A version as the engine takes it."""
+    return PrefixHandle(key=key_of(manifest), num_tokens=manifest.num_virtual_tokens)
 
 
 class PrefixManifest(BaseModel):
-    """One immutable version of a prefix; only ``aliases`` may change.
+    """One immutable version of a prefix; only ``aliases``, ``pinned`` and ``corrupt`` may change.
 
-    ``creator`` is the id of the key that uploaded it. ``corrupt``: its bytes were found damaged,
-    and are not served; upload them again.
+    ``pinned``: every server keeps it resident. ``creator`` is the id of the key that uploaded it.
+    ``corrupt``: its bytes were found damaged, and are not served; upload them again.
     """
 
     object: Literal["prefix"] = "prefix"
@@ -33,6 +44,7 @@ class PrefixManifest(BaseModel):
     prompt_template: str | None
     metadata: dict[str, Any]
     aliases: list[str]
+    pinned: bool
     corrupt: bool
 
     @classmethod
@@ -56,6 +68,7 @@ class PrefixManifest(BaseModel):
             prompt_template=manifest.prompt_template,
             metadata=dict(manifest.metadata),
             aliases=list(manifest.aliases),
+            pinned=manifest.pinned,
             corrupt=manifest.corrupt,
         )
 

@@ -11,6 +11,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.intake import Intake
 from server.api.metrics import Metrics
 from server.api.refusals import error_response
 from server.errors import PrefixdError, SlowBody
@@ -29,12 +30,19 @@ class RequestLayer:
     an exception nobody caught into a 500 that tells nothing of it."""
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, body_timeout: float, min_body_rate: float
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        intake: Intake,
+        body_timeout: float,
+        min_body_rate: float,
     ) -> None:
         """``body_timeout`` is the longest pause, in seconds, while a body is being sent, and all
         that a body may take beyond its size divided by ``min_body_rate`` (bytes per second)."""
         self._app = app
         self._metrics = metrics
+        self._intake = intake
         self._patience = Patience(body_timeout, min_body_rate)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,11 +53,18 @@ class RequestLayer:
         exchange = _Exchange(scope, receive, send, self._patience)
         try:
             await self._app(scope, exchange.receive, exchange.send)
+        except asyncio.CancelledError:
+            # The server ends and its patience with this request, too.
+            if not self._intake.closed:
+                raise
+            if exchange.status is None:
+                error = self._intake.refusal("the server stopped before the request was done")
+                await error_response(error, exchange.request_id)(scope, receive, exchange.send)
         except Exception:
             log.exception("request failed", request_id=exchange.request_id)
             if exchange.status is None:
-                error = PrefixdError("the server failed on this request; the log says why")
-                response = error_response(error, exchange.request_id)
+                failure = PrefixdError("the server failed on this request; the log says why")
+                response = error_response(failure, exchange.request_id)
                 await response(scope, receive, exchange.send)
         finally:
             self._report(scope, exchange)

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from server.api.admin_schemas import NewKey, NewTenant, QuotaChange, Rotation
+from server.api.admin_schemas import NewKey, NewTenant, QuotaChange, Rotation, TenantChange
 from server.api.body import StrictModel
 from server.api.refusals import ErrorBody
 from server.api.routes_prefixes import AliasTarget
@@ -20,6 +20,7 @@ _BODIES: tuple[type[StrictModel], ...] = (
     AliasTarget,
     BindingTarget,
     NewTenant,
+    TenantChange,
     QuotaChange,
     NewKey,
     Rotation,
@@ -40,6 +41,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (429, "The tenant is over one of its limits."),
         (500, "The server failed."),
         (503, "The server is starting, full or stopping."),
+        (504, "The request's own timeout passed."),
     )
 }
 """Declared on every route with a key."""

@@ -6,14 +6,18 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from prefix_store.errors import (
     ArtifactRefused,
+    BlobsUnavailable,
     CorruptArtifact,
     InvalidReference,
     StoreError,
@@ -25,8 +29,14 @@ from server.errors import (
     MethodNotAllowed,
     NotFound,
     PrefixdError,
+    Unavailable,
     Unprocessable,
 )
+
+log = structlog.get_logger("prefixd")
+
+STORAGE_AWAY = "storage_unavailable"
+STORAGE_RETRY_S = 5.0
 
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 
@@ -81,6 +91,8 @@ def from_store(error: StoreError) -> PrefixdError:
             return BadRequest(error.message, code="invalid_reference")
         case UnknownPrefix():
             return NotFound(error.message, code="prefix_not_found")
+        case BlobsUnavailable():
+            return Unavailable(error.message, code=STORAGE_AWAY, retry_after=STORAGE_RETRY_S)
         case CorruptArtifact():
             return EngineFailure(error.message, code="corrupt_prefix")
         case _:
@@ -145,6 +157,19 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(StoreError)
     async def on_store(request: Request, error: StoreError) -> JSONResponse:
         return error_response(from_store(error), request_id_of(request))
+
+    @app.exception_handler(OperationalError)
+    @app.exception_handler(InterfaceError)
+    @app.exception_handler(PoolTimeout)
+    async def on_database(request: Request, error: SQLAlchemyError) -> JSONResponse:
+        # The reason, which may name the database's address, is for the log.
+        log.error("the catalog failed", why=str(error).partition("\n")[0])
+        away = Unavailable(
+            "the catalog cannot be reached; try again in a while",
+            code=STORAGE_AWAY,
+            retry_after=STORAGE_RETRY_S,
+        )
+        return error_response(away, request_id_of(request))
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -20,6 +20,7 @@ from server.api.admin_schemas import (
     NewTenant,
     QuotaChange,
     Rotation,
+    TenantChange,
     TenantList,
     TenantShown,
 )
@@ -29,6 +30,7 @@ from server.api.services import ServicesDep
 from server.errors import BadRequest, NotFound
 from server.tenants.principal import DEFAULT_SCOPES, Principal
 from server.tenants.registry import KeyRecord
+from server.tenants.tenant_settings import SETTINGS
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 
@@ -73,8 +75,9 @@ async def create_tenant(
 ) -> TenantShown:
     """Add a tenant. Operator only."""
     quota = {} if body.quota is None else body.quota.model_dump(exclude_unset=True)
+    settings = body.model_dump(exclude_unset=True, include=set(SETTINGS))
     made = await run_in_threadpool(
-        services.tenants.create_tenant, body.name, quota=quota, actor=actor
+        services.tenants.create_tenant, body.name, quota=quota, settings=settings, actor=actor
     )
     return TenantShown.of(made)
 
@@ -83,6 +86,23 @@ async def create_tenant(
 def get_tenant(tenant: str, services: ServicesDep, principal: Admin) -> TenantShown:
     """One tenant and its quotas."""
     return TenantShown.of(services.tenants.tenant(_tenant_for(principal, tenant) or tenant))
+
+
+@router.patch(
+    "/tenants/{tenant}", response_model=TenantShown, openapi_extra=json_request(TenantChange)
+)
+async def change_tenant(
+    tenant: str,
+    services: ServicesDep,
+    _principal: Operator,
+    actor: Acting,
+    body: Annotated[TenantChange, Depends(json_body(TenantChange))],
+) -> TenantShown:
+    """Change how a tenant is treated beside others, from its next request on. Operator only."""
+    changes = body.model_dump(exclude_unset=True)
+    return TenantShown.of(
+        await run_in_threadpool(services.tenants.set_settings, tenant, changes, actor=actor)
+    )
 
 
 @router.patch(

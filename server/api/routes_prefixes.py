@@ -1,21 +1,19 @@
-"""/v1/prefixes: look, name and delete. ``routes_uploads`` has the upload."""
+"""/v1/prefixes: look, name and delete. ``routes_uploads`` has the upload, ``routes_residency`` what
+keeps a prefix in the pool."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from pydantic import Field
-from sqlalchemy import Connection
 
 from server.api.auth import Acting, Reader, Writer
 from server.api.body import StrictModel, json_body, json_request
 from server.api.manifests import PrefixList, PrefixManifest
-from server.api.services import Services, ServicesDep
+from server.api.noted import Noted
+from server.api.services import ServicesDep
 from server.tenants.audit import Action
-from server.tenants.principal import Actor
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 
@@ -38,20 +36,22 @@ def list_prefixes(
     """The caller's prefixes by name, each at its latest version."""
     page = services.store.list(tenant=principal.tenant, limit=limit, after=after)
     return PrefixList(
-        data=[PrefixManifest.of(one) for one in page.manifests], next_after=page.next_after
+        data=[PrefixManifest.of(one) for one in page.manifests],
+        next_after=page.next_after,
     )
 
 
 @router.get("/{reference}", response_model=PrefixManifest)
 def get_prefix(reference: str, services: ServicesDep, principal: Reader) -> PrefixManifest:
     """The version that `name`, `name@3` or `name@alias` means now."""
-    return PrefixManifest.of(services.store.resolve(tenant=principal.tenant, reference=reference))
+    found = services.store.resolve(tenant=principal.tenant, reference=reference)
+    return PrefixManifest.of(found)
 
 
 @router.delete("/{name}", status_code=204)
 def delete_prefix(name: str, services: ServicesDep, principal: Writer, actor: Acting) -> None:
     """Forget a prefix with all its versions and aliases. Requests that run keep what they have."""
-    noted = _Noted(services, actor, Action.PREFIX_DELETE, principal.tenant, name, {})
+    noted = Noted(services, actor, Action.PREFIX_DELETE, principal.tenant, name, {})
     services.store.delete(tenant=principal.tenant, name=name, within=noted)
 
 
@@ -103,7 +103,7 @@ async def put_alias(
         name=name,
         alias=alias,
         version=body.version,
-        within=_Noted(services, actor, Action.ALIAS_SET, principal.tenant, name, detail),
+        within=Noted(services, actor, Action.ALIAS_SET, principal.tenant, name, detail),
     )
     return PrefixManifest.of(manifest)
 
@@ -114,27 +114,5 @@ def delete_alias(
 ) -> None:
     """Forget an alias; the version stays."""
     detail = {"alias": alias}
-    noted = _Noted(services, actor, Action.ALIAS_REMOVE, principal.tenant, name, detail)
+    noted = Noted(services, actor, Action.ALIAS_REMOVE, principal.tenant, name, detail)
     services.store.remove_alias(tenant=principal.tenant, name=name, alias=alias, within=noted)
-
-
-@dataclass(frozen=True, slots=True)
-class _Noted:
-    """Writes the audit entry into the store's transaction."""
-
-    services: Services
-    actor: Actor
-    action: Action
-    tenant: str
-    name: str
-    detail: Mapping[str, Any]
-
-    def __call__(self, connection: Connection, *_: object) -> None:
-        self.services.audit.add(
-            connection,
-            self.action,
-            actor=self.actor,
-            tenant=self.tenant,
-            subject=self.name,
-            **self.detail,
-        )

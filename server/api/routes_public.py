@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from server.api.services import ServicesDep
+from server.api.services import Services, ServicesDep
 
 router = APIRouter(tags=["operation"])
 
@@ -16,9 +16,10 @@ class Health(BaseModel):
     """``ok``, or why not."""
 
     status: Literal["ok", "not ready"]
+    reason: str | None = None
 
 
-@router.get("/health/live", response_model=Health)
+@router.get("/health/live", response_model=Health, response_model_exclude_none=True)
 def live() -> Health:
     """The process answers."""
     return Health(status="ok")
@@ -30,10 +31,17 @@ def live() -> Health:
     responses={503: {"description": "Not now.", "model": Health}},
 )
 def ready(services: ServicesDep) -> Response:
-    """The model is loaded and the engine's loop is alive."""
-    if services.engine.ready:
+    """The engine steps and the server takes requests; else a sentence says why not."""
+    reason = _why_not(services)
+    if reason is None:
         return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "not ready"}, 503)
+    return JSONResponse({"status": "not ready", "reason": reason}, 503)
+
+
+def _why_not(services: Services) -> str | None:
+    if services.intake.closed:
+        return "the server is shutting down"
+    return None if services.engine.ready else "the engine is not running"
 
 
 @router.get(

@@ -94,6 +94,24 @@ class GenerationFields(StrictModel):
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
     include_stop_str_in_output: bool | None = None
 
+    priority: int | None = Field(
+        default=None,
+        ge=-(2**31),
+        lt=2**31,
+        description="Of your tenant's requests the one with the lowest goes first; 0 unless given.",
+    )
+    timeout: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds after which the request ends, complete or not. The server may have a "
+        "lower limit of its own.",
+    )
+    kv_reuse: bool | None = Field(
+        default=None,
+        description="Whether KV of equal prompt beginnings may be shared with your tenant's other "
+        "requests; true unless given, and where your tenant allows it.",
+    )
+
     user: str | None = Field(
         default=None,
         max_length=512,

@@ -1,13 +1,15 @@
 """The parts a request needs, put together by ``server.app`` and found on the application."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
 from prefix_store.store import PrefixStore
+from server.api.intake import Intake
 from server.api.metrics import Metrics
+from server.api.record import Tracer
 from server.api.served import ServedModel
 from server.engine.engine import Engine
 from server.tenants.audit import AuditLog
@@ -29,6 +31,8 @@ class ApiLimits:
     body_timeout: float
     min_body_rate: int
     max_import_bytes: int
+    max_request_seconds: float | None = None
+    max_pinned_tokens: int | None = None  # a quarter of the pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,8 @@ class Services:
     engine: Engine
     served: ServedModel
     metrics: Metrics
+    trace: Tracer | None = None
+    intake: Intake = field(default_factory=Intake)
 
 
 def services_of(request: Request) -> Services:

@@ -21,6 +21,8 @@ class Action(StrEnum):
     PREFIX_DELETE = "prefix.delete"
     ALIAS_SET = "alias.set"
     ALIAS_REMOVE = "alias.remove"
+    PIN_SET = "pin.set"
+    PIN_REMOVE = "pin.remove"
     BINDING_SET = "binding.set"
     BINDING_REMOVE = "binding.remove"
     BINDINGS_IMPORT = "bindings.import"
@@ -31,6 +33,7 @@ class Action(StrEnum):
     KEY_REVOKE = "key.revoke"
     TENANT_CREATE = "tenant.create"
     TENANT_QUOTA = "tenant.quota"
+    TENANT_SETTINGS = "tenant.settings"
 
 
 @dataclass(frozen=True, slots=True)

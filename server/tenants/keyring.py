@@ -205,6 +205,8 @@ class Keyring:
             key_id=row.key_id,
             scopes=frozenset(_scopes(row.scopes)),
             quota=Quota.of(row),
+            weight=row.weight,
+            kv_reuse=row.kv_reuse,
         )
 
     def _issue(

@@ -23,12 +23,15 @@ DEFAULT_SCOPES = frozenset({Scope.READ, Scope.GENERATE, Scope.WRITE})
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who makes a request: the tenant a key belongs to, what the key may do, and how much."""
+    """Who makes a request: the tenant a key belongs to, what the key may do, and how much; how
+    the tenant is treated beside others (``TenantSettings`` says how)."""
 
     tenant: str
     key_id: str
     scopes: frozenset[Scope]
     quota: Quota = field(default_factory=Quota)
+    weight: float = 1.0
+    kv_reuse: bool = True
 
     @property
     def is_operator(self) -> bool:

@@ -1,13 +1,14 @@
 """What a tenant may have: limits as a value, and the check of those on stored prefixes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from sqlalchemy import Connection, Row, func, select
 
+from prefix_store.pins import Pinned
 from prefix_store.tables import prefixes, versions
-from server.errors import BadRequest, QuotaExceeded
+from server.errors import BadRequest, Conflict, QuotaExceeded
 from server.tenants.tables import tenants
 
 _LARGEST = 2**63 - 1
@@ -87,3 +88,26 @@ def check_stored(connection: Connection, tenant: str, quota: Quota) -> None:
                 "delete a prefix first",
                 param="max_bytes",
             )
+
+
+def check_pinned(
+    found: Iterable[Pinned], tenant: str, quota: Quota, *, max_pinned_tokens: int, block_size: int
+) -> None:
+    """``found`` is what all tenants have pinned, with what ``tenant`` just did. Raise QuotaExceeded
+    when its own is more than it may keep resident, Conflict when all together is more than
+    ``max_pinned_tokens`` positions, counted as whole blocks of the pool."""
+    pins = tuple(found)
+    own = sum(one.num_virtual_tokens for one in pins if one.key.tenant == tenant)
+    if quota.max_resident_tokens is not None and own > quota.max_resident_tokens:
+        raise QuotaExceeded(
+            f"the tenant may keep {quota.max_resident_tokens} virtual tokens resident and would "
+            f"have {own} pinned; unpin a prefix first",
+            param="max_resident_tokens",
+        )
+    total = sum(-(-one.num_virtual_tokens // block_size) * block_size for one in pins)
+    if total > max_pinned_tokens:
+        raise Conflict(
+            f"the server keeps {max_pinned_tokens} positions for pinned prefixes and would need "
+            f"{total}; unpin a prefix first",
+            code="pins_full",
+        )

@@ -23,6 +23,7 @@ from server.tenants.principal import (
 )
 from server.tenants.quotas import Quota, checked_quota
 from server.tenants.tables import tenants
+from server.tenants.tenant_settings import TenantSettings, checked_settings
 
 __all__ = [
     "DEFAULT_SCOPES",
@@ -46,6 +47,8 @@ class TenantRecord:
     created_at: datetime
     default_prefix: str | None = None
     quota: Quota = field(default_factory=Quota)
+    weight: float = 1.0
+    kv_reuse: bool = True
 
 
 class Tenants(Keyring):
@@ -63,9 +66,11 @@ class Tenants(Keyring):
         name: str,
         *,
         quota: Mapping[str, int | None] | None = None,
+        settings: Mapping[str, float | bool] | None = None,
         actor: Actor = COMMAND_LINE,
     ) -> TenantRecord:
-        """Add a tenant. Raises BadRequest for a malformed name, Conflict for one that exists."""
+        """Add a tenant, with what is named of its quota and settings. Raises BadRequest for a
+        malformed name or value, Conflict for a tenant that exists."""
         if _TENANT.fullmatch(name) is None:
             raise BadRequest(
                 "a tenant name must be 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or "
@@ -73,8 +78,10 @@ class Tenants(Keyring):
                 param="name",
             )
         limits = Quota(**checked_quota(quota or {}))
-        made = TenantRecord(name=name, created_at=self._now(), quota=limits)
-        row = {"name": name, "created_at": made.created_at, **asdict(limits)}
+        given = checked_settings(settings or {})
+        treated = asdict(TenantSettings(**given))  # type: ignore[arg-type]  # checked by name
+        made = TenantRecord(name=name, created_at=self._now(), quota=limits, **treated)
+        row = {"name": name, "created_at": made.created_at, **asdict(limits), **treated}
         try:
             with writing(self._engine) as connection:
                 connection.execute(insert(tenants).values(row))
@@ -85,7 +92,7 @@ class Tenants(Keyring):
                     actor=actor,
                     tenant=name,
                     subject=name,
-                    detail=quota,
+                    detail={**(quota or {}), **given},
                 )
         except IntegrityError as error:
             raise Conflict(f"tenant '{name}' already exists", param="name") from error
@@ -113,16 +120,26 @@ class Tenants(Keyring):
         self, name: str, changes: Mapping[str, int | None], *, actor: Actor = COMMAND_LINE
     ) -> TenantRecord:
         """Change the limits named in ``changes``; None lifts one. Raises BadRequest, NotFound."""
-        checked = checked_quota(changes)
+        return self._change(name, Action.TENANT_QUOTA, checked_quota(changes), actor)
+
+    def set_settings(
+        self, name: str, changes: Mapping[str, float | bool], *, actor: Actor = COMMAND_LINE
+    ) -> TenantRecord:
+        """Change the settings named in ``changes``. Raises BadRequest, NotFound."""
+        return self._change(name, Action.TENANT_SETTINGS, checked_settings(changes), actor)
+
+    def _change(
+        self, name: str, action: Action, checked: Mapping[str, Any], actor: Actor
+    ) -> TenantRecord:
         if checked:
             with writing(self._engine) as connection:
                 done = connection.execute(
-                    update(tenants).where(tenants.c.name == name).values(checked)
+                    update(tenants).where(tenants.c.name == name).values(dict(checked))
                 )
                 if done.rowcount:
                     record(
                         connection,
-                        Action.TENANT_QUOTA,
+                        action,
                         at=self._now(),
                         actor=actor,
                         tenant=name,
@@ -138,4 +155,6 @@ def _tenant_record(row: Row[Any]) -> TenantRecord:
         created_at=row.created_at,
         default_prefix=row.default_prefix,
         quota=Quota.of(row),
+        weight=row.weight,
+        kv_reuse=row.kv_reuse,
     )

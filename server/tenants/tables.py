@@ -12,6 +12,7 @@
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Double,
     ForeignKey,
@@ -20,6 +21,8 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    text,
+    true,
 )
 
 from prefix_store.database import UtcDateTime, metadata
@@ -44,6 +47,9 @@ tenants = Table(
     Column("requests_per_minute", BigInteger),
     Column("tokens_per_minute", BigInteger),
     Column("max_concurrent_requests", BigInteger),
+    # How the tenant is treated beside others: see TenantSettings.
+    Column("weight", Double, nullable=False, server_default=text("1")),
+    Column("kv_reuse", Boolean, nullable=False, server_default=true()),
 )
 
 api_keys = Table(

@@ -37,6 +37,7 @@ BODIES: dict[str, Any] = {
     "/v1/users/{user:path}/prefix": {"prefix": "voice"},
     "/v1/default/prefix": {"prefix": "voice@prod"},
     "/v1/admin/tenants": {"name": "delta"},
+    "/v1/admin/tenants/{tenant}": {"weight": 2.0},
     "/v1/admin/tenants/{tenant}/quota": {"max_prefixes": 5},
     "/v1/admin/keys": {"tenant": "gamma"},
     "/v1/admin/keys/{key_id}/rotate": {"overlap_seconds": 60},

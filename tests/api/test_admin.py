@@ -60,6 +60,29 @@ def test_quotas_are_changed_by_name(client: TestClient, operator: dict[str, str]
     assert client.patch(nobody, json={"max_bytes": 1}, headers=operator).status_code == 404
 
 
+def test_settings_are_changed_by_name(client: TestClient, operator: dict[str, str]) -> None:
+    path = "/v1/admin/tenants/acme"
+    assert client.get(path, headers=operator).json()["weight"] == 1.0
+    for change, shown in (
+        ({"weight": 3}, {"weight": 3.0, "kv_reuse": True}),
+        ({"kv_reuse": False}, {"weight": 3.0, "kv_reuse": False}),
+        ({}, {"weight": 3.0, "kv_reuse": False}),
+        ({"kv_reuse": True, "weight": 0.01}, {"weight": 0.01, "kv_reuse": True}),
+    ):
+        answer = client.patch(path, json=change, headers=operator)
+        assert answer.status_code == 200
+        assert shown.items() <= answer.json().items()
+    for bad in ({"weight": 0}, {"weight": 101}, {"weight": None}, {"kv_reuse": 0}, {"else": 1}):
+        assert client.patch(path, json=bad, headers=operator).status_code == 400
+    nobody = client.patch("/v1/admin/tenants/nobody", json={"weight": 2}, headers=operator)
+    assert nobody.status_code == 404
+    body = {"name": "new", "weight": 2.5, "kv_reuse": False}
+    made = client.post("/v1/admin/tenants", json=body, headers=operator).json()
+    assert (made["weight"], made["kv_reuse"]) == (2.5, False)
+    log = client.get("/v1/admin/audit?tenant=acme&limit=1", headers=operator).json()["data"]
+    assert log[0]["detail"] == {"kv_reuse": True, "weight": 0.01}
+
+
 def test_an_admin_rules_its_own_tenant_only(
     client: TestClient, world: World, admin: dict[str, str]
 ) -> None:
@@ -69,6 +92,7 @@ def test_an_admin_rules_its_own_tenant_only(
     for method, path, body in (
         ("POST", "/v1/admin/tenants", {"name": "mine"}),
         ("PATCH", "/v1/admin/tenants/acme/quota", {"max_prefixes": 1000}),
+        ("PATCH", "/v1/admin/tenants/acme", {"weight": 100.0}),
     ):
         answer = client.request(method, path, json=body, headers=admin)
         assert answer.status_code == 403

@@ -157,7 +157,7 @@ def test_a_server_that_stops_ends_streams_politely(world: World) -> None:
         frames = b""
         while not caller.sent.empty():
             frames += (await caller.sent.get()).get("body", b"")
-        assert b'"code":"unavailable"' in frames
+        assert b'"code":"shutting_down"' in frames
         assert frames.endswith(b"data: [DONE]\n\n")
 
     run_with_engine(world, scenario)

@@ -9,6 +9,7 @@ from api_world import World, error_of, put_text
 from fastapi.testclient import TestClient
 
 CANARY = "canary-4711"
+BLOCKS = ("nothing", "prefixes", "sequences")
 
 
 def test_ids_are_made_or_taken_over(client: TestClient) -> None:
@@ -31,14 +32,15 @@ def test_one_line_a_request_without_secrets(client: TestClient, world: World) ->
         client.post("/v1/completions", json={"prompt": CANARY, CANARY: CANARY})
         client.get("/v1/models", headers={"authorization": f"Bearer {CANARY}"})
         client.get(f"/{CANARY}")
-    assert [(line["method"], line["route"], line["status"]) for line in lines] == [
+    requests = [line for line in lines if line["event"] == "request"]
+    assert [(line["method"], line["route"], line["status"]) for line in requests] == [
         ("PUT", "/v1/prefixes/{name}", 201),
         ("POST", "/v1/completions", 200),
         ("POST", "/v1/completions", 400),
         ("GET", "/v1/models", 401),
         ("GET", "unknown", 404),
     ]
-    assert [line.get("tenant") for line in lines] == ["acme", "acme", "acme", None, None]
+    assert [line.get("tenant") for line in requests] == ["acme", "acme", "acme", None, None]
     assert CANARY not in repr(lines)
     assert world.keys["acme"] not in repr(lines)
     assert CANARY not in client.get("/metrics").text
@@ -69,8 +71,14 @@ def test_metrics_of_requests_and_engine(client: TestClient, world: World) -> Non
     assert samples[f"prefixd_generation_requests_total{{{ok}}}"] == "3.0"
     refused = 'endpoint="completions",outcome="refused"'
     assert samples[f"prefixd_generation_requests_total{{{refused}}}"] == "1.0"
-    for name in ("time_to_first_token", "time_per_output_token", "request"):
-        assert samples[f"prefixd_{name}_seconds_count{{{ok}}}"] == "3.0"
+    assert samples[f"prefixd_e2e_request_latency_seconds_count{{{ok}}}"] == "3.0"
+    of_endpoint = '_seconds_count{endpoint="completions"}'
+    assert samples[f"prefixd_time_to_first_token{of_endpoint}"] == "3.0"
+    assert samples[f"prefixd_time_per_output_token{of_endpoint}"] == "9.0"  # 4 tokens, 3 gaps
+    assert samples["prefixd_generation_tokens_total"] == "12.0"
+    assert samples["prefixd_kv_cache_usage_perc"] == str(2 / 32)  # a block of each prefix
+    holds = {what: samples[f'prefixd_kv_blocks{{holds="{what}"}}'] for what in BLOCKS}
+    assert holds == {"nothing": "30.0", "prefixes": "2.0", "sequences": "0.0"}
     assert samples["prefixd_distinct_prefixes_per_step_max"] == "1.0"
     steps = float(samples["prefixd_steps_total"])
     assert float(samples['prefixd_distinct_prefixes_per_step_bucket{le="+Inf"}']) == steps

@@ -167,6 +167,20 @@ def test_quotas_rotation_and_the_log() -> None:
     assert new["key"] not in run("audit", "--json").stdout
 
 
+def test_weights_and_reuse() -> None:
+    made = run_json("tenant", "create", "acme", "--weight", "2.5", "--no-kv-reuse")
+    assert (made["weight"], made["kv_reuse"]) == (2.5, False)
+    assert "weight=2.5 kv_reuse=off" in run("tenant", "ls").stdout
+    assert run("tenant", "set", "acme").stdout.split() == ["weight", "2.5", "kv_reuse", "off"]
+    changed = run_json("tenant", "set", "acme", "--kv-reuse")
+    assert (changed["weight"], changed["kv_reuse"]) == (2.5, True)
+    assert run("tenant", "set", "acme", "--weight", "1").stdout.split()[1] == "1"
+    assert "weight" not in run("tenant", "ls").stdout
+    assert "from 0.01 to 100" in run("tenant", "set", "acme", "--weight", "0", code=1).stderr
+    assert "no tenant" in run("tenant", "set", "nobody", "--weight", "2", code=1).stderr
+    assert run_json("audit")[0]["detail"] == {"weight": 1.0}
+
+
 def test_the_first_key_goes_to_the_terminal_and_not_to_the_log(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

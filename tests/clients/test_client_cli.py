@@ -120,6 +120,31 @@ def test_alias_unalias_and_rm(shell: Shell, server: Loopback):
     ]
 
 
+def test_warm_pin_and_unpin(shell: Shell, server: Loopback):
+    residency = {"name": "triage", "version": 3, "digest": "ab" * 32, "state": "fetching"}
+    server.reply(residency, status=202)
+    server.reply(residency, status=202)
+    server.reply(MANIFEST | {"pinned": True})
+    server.reply("", status=204)
+    assert shell("prefix", "warm", "triage@prod").stdout == "triage@3  fetching\n"
+    shown = json.loads(shell("prefix", "warm", "triage", "--json").stdout)
+    assert shown == residency
+    assert shell("prefix", "pin", "triage@3").stdout == "triage@3  pinned  12 virtual tokens\n"
+    assert shell("prefix", "unpin", "triage").stdout == "triage unpinned\n"
+    assert [f"{seen.method} {seen.path}" for seen in server.seen] == [
+        "POST /v1/prefixes/triage@prod/warm",
+        "POST /v1/prefixes/triage/warm",
+        "PUT /v1/prefixes/triage@3/pin",
+        "DELETE /v1/prefixes/triage/pin",
+    ]
+
+
+def test_push_may_warm(shell: Shell, server: Loopback):
+    server.reply(MANIFEST, status=201)
+    assert shell("prefix", "push", "voice", "--text", "x", "--warm").exit_code == 0
+    assert server.seen[0].query == {"warm": "true"}
+
+
 def test_chat_answers_once(shell: Shell, server: Loopback):
     server.stream(CHAT_EVENTS[:70], CHAT_EVENTS[70:])
     result = shell("chat", "Hello", "--model", "bob@prod", "--system", "Be brief.")

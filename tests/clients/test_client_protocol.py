@@ -62,6 +62,36 @@ def test_sampling_fields_travel_as_they_are():
     }
 
 
+def test_what_a_request_asks_of_the_queue_travels_too():
+    call = protocol.chat([], model="base", priority=-1, timeout=2.5, kv_reuse=False)
+    assert call.request.json is not None
+    assert call.request.json["priority"] == -1
+    assert call.request.json["timeout"] == 2.5
+    assert call.request.json["kv_reuse"] is False
+
+
+@pytest.mark.parametrize(
+    ("request_", "sent"),
+    [
+        (protocol.warm("triage@prod").request, ("POST", "/v1/prefixes/triage@prod/warm")),
+        (protocol.pin("triage@3").request, ("PUT", "/v1/prefixes/triage@3/pin")),
+        (protocol.unpin("triage").request, ("DELETE", "/v1/prefixes/triage/pin")),
+    ],
+)
+def test_warm_pin_and_unpin_have_no_body(request_: protocol.Request, sent: tuple[str, str]):
+    assert (request_.method, request_.path) == sent
+    assert (request_.json, dict(request_.params)) == (None, {})
+
+
+def test_an_upload_may_ask_to_be_warmed():
+    for call in (
+        protocol.upload_text("voice", "x", warm=True),
+        protocol.upload_folder("voice", Path("/nowhere"), warm=True),
+    ):
+        assert dict(call.request.params) == {"warm": "true"}
+    assert dict(protocol.upload_text("voice", "x").request.params) == {}
+
+
 def test_a_stream_asks_for_its_usage():
     sent = protocol.stream_chat([{"role": "user", "content": "Hi"}], model="base").request.json
     assert sent is not None
@@ -78,6 +108,30 @@ def test_a_manifest_is_typed():
     assert prefix.created_at == datetime(2026, 11, 21, 10, tzinfo=UTC)
     assert prefix.aliases == ("latest", "prod")
     assert prefix.metadata == {"task_id": 1}
+
+
+def test_a_manifest_says_where_it_is():
+    plain = protocol.show_prefix("triage").parse(_answer(MANIFEST))
+    assert (plain.pinned, plain.tier) == (False, None)
+    kept = protocol.pin("triage").parse(_answer({**MANIFEST, "pinned": True, "tier": "resident"}))
+    assert (kept.pinned, kept.tier) == (True, "resident")
+
+
+@pytest.mark.parametrize(("status", "state"), [(200, "resident"), (202, "fetching")])
+def test_warming_says_how_far_it_is(status: int, state: str):
+    body = {"object": "prefix.residency", **USED, "state": state}
+    found = protocol.warm("triage").parse(_answer(body, status=status))
+    assert (found.reference, found.digest, found.state) == ("triage@3", "ab" * 32, state)
+
+
+def test_usage_says_what_was_shared():
+    body = {
+        "prompt_tokens": 9,
+        "completion_tokens": 1,
+        "prompt_tokens_details": {"cached_tokens": 8},
+    }
+    assert Usage.from_wire(body) == Usage(9, 1, cached_tokens=8)
+    assert Usage.from_wire({**body, "prompt_tokens_details": None}) == Usage(9, 1)
 
 
 @pytest.mark.parametrize(("status", "created"), [(201, True), (200, False)])
@@ -166,6 +220,7 @@ def test_the_headers_name_the_prefix_of_a_stream(
         (500, errors.ServerError),
         (502, errors.ServerError),
         (503, errors.UnavailableError),
+        (504, errors.DeadlineError),
     ],
 )
 def test_every_status_has_its_error(status: int, kind: type[errors.ApiError]):
@@ -237,6 +292,28 @@ def test_a_failure_in_mid_stream_is_the_servers():
     with pytest.raises(errors.ServerError, match="the row failed") as caught:
         reader.feed(b'data: {"error":{"message":"the row failed","request_id":"r2"}}\n\n')
     assert caught.value.request_id == "r2"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "status"),
+    [
+        ("shutting_down", errors.UnavailableError, 503),
+        ("overloaded", errors.UnavailableError, 503),
+        ("deadline_exceeded", errors.DeadlineError, 504),
+        ("engine_error", errors.ServerError, 500),
+        (None, errors.ServerError, 500),
+    ],
+)
+def test_the_last_event_of_a_stream_may_be_a_refusal(
+    code: str | None, kind: type[errors.ApiError], status: int
+):
+    event = json.dumps({"error": {"message": "the server is shutting down", "code": code}})
+    reader = streams.ChunkReader(streams.text_piece)
+    reader.feed(b'data: {"choices":[{"index":0,"text":"so far"}]}\n\n')
+    with pytest.raises(kind, match=r"^the server is shutting down$") as caught:
+        reader.feed(f"data: {event}\n\ndata: [DONE]\n\n".encode())
+    assert type(caught.value) is kind
+    assert (caught.value.status, caught.value.code) == (status, code)
 
 
 def test_an_event_that_is_no_chunk_is_a_protocol_error():

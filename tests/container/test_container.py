@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from server.draining import LONGEST_CLOSING_S
 from server.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +171,7 @@ def test_compose_keeps_data_and_locks_the_rest():
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     grace = int(service["stop_grace_period"].removesuffix("s"))
-    assert grace > Settings.model_fields["shutdown_timeout"].default
+    assert grace > Settings.model_fields["shutdown_timeout"].default + LONGEST_CLOSING_S
 
 
 def test_compose_checks_health_as_the_image_does():

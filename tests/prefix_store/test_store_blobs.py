@@ -9,12 +9,14 @@ from pathlib import Path
 import obstore
 import pytest
 from obstore.store import S3Store
+from real_services import S3_ENVIRONMENT, make_bucket, running_s3
 
 from prefix_store import s3_blobs
 from prefix_store.blobs import Blobs, LocalBlobs, open_blobs
 from prefix_store.digest import BlobKey
 from prefix_store.errors import (
     BlobStoreRefused,
+    BlobsUnavailable,
     CorruptArtifact,
     InvalidReference,
     UnknownPrefix,
@@ -249,3 +251,30 @@ def test_a_bucket_that_is_not_there_is_refused(s3_url: str, tmp_path: Path) -> N
 def test_blobs_elsewhere_are_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(BlobStoreRefused, match="s3://bucket/prefix"):
         open_blobs(url, tmp_path)
+
+
+def test_a_bucket_that_is_away_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_s3() as endpoint:
+        for variable, value in {**S3_ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint}.items():
+            monkeypatch.setenv(variable, value)
+        make_bucket(endpoint, "bucket-away")
+        blobs = open_blobs("s3://bucket-away/prefixes", tmp_path)
+
+    def put() -> None:
+        with blobs.staging() as staged:
+            staged.write_bytes(CONTENT)
+            blobs.put(staged, tenant="acme", digest=DIGEST)
+
+    for act in (
+        put,
+        lambda: blobs.fetch(tenant="acme", digest=DIGEST),
+        lambda: blobs.delete(tenant="acme", digest=DIGEST),
+        lambda: list(blobs.walk()),
+    ):
+        with pytest.raises(BlobsUnavailable) as away:
+            act()
+        assert "cannot be reached" in away.value.message
+        assert endpoint not in away.value.message
+    assert endpoint in caplog.text

@@ -28,6 +28,7 @@ from prefix_store.blobs import open_blobs
 from prefix_store.database import create_tables, metadata, open_database, writing
 from prefix_store.digest import BlobKey
 from prefix_store.errors import UnknownPrefix
+from prefix_store.pins import Change
 from prefix_store.store import PrefixStore
 from server.tenants.bindings import Bindings, ChosenBy
 from server.tenants.registry import Tenants
@@ -58,6 +59,12 @@ class Name:
     texts: dict[int, str] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
     next_version: int = 1
+    pin: int | None = None
+
+    def meant(self) -> set[str]:
+        """Texts that an alias or the pin means."""
+        numbers = {*self.aliases.values(), *(() if self.pin is None else (self.pin,))}
+        return {self.texts[number] for number in numbers}
 
     def publish(self, text: str) -> tuple[int, bool]:
         """Version of the text from now on, and whether it is a new one."""
@@ -81,6 +88,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.bound: dict[tuple[str, str], str] = {}
         self.idle: dict[BlobKey, datetime] = {}  # wanted then, and by no version now
         self.digests: dict[str, str] = {}
+        self.told: list[Change] = []
+        self.meant: set[BlobKey] = set()
         self.engine: Engine | None = None
         self.urls = self.stack()
         self.restart()
@@ -100,6 +109,7 @@ class StoreMachine(RuleBasedStateMachine):
         create_tables(self.engine)
         self.blobs = open_blobs(blobs_url, self.home)
         self.store = PrefixStore(self.engine, self.blobs, clock=lambda: self.now)
+        self.store.watch(self.told.append)
         self.bindings = Bindings(self.engine)
 
     @rule(tenant=tenants, name=names, text=texts)
@@ -151,6 +161,28 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             del model.aliases[alias]
 
+    @rule(tenant=tenants, reference=references)
+    def pin(self, tenant: str, reference: str) -> None:
+        name, _, selector = reference.partition("@")
+        model = self.name(tenant, name)
+        meant = int(selector) if selector.isdigit() else model.aliases.get(selector or "latest")
+        try:
+            pinned = self.store.set_pin(tenant=tenant, reference=reference)
+        except UnknownPrefix:
+            assert meant not in model.texts
+        else:
+            assert (pinned.version, pinned.pinned) == (meant, True)
+            model.pin = pinned.version
+
+    @rule(tenant=tenants, name=names)
+    def unpin(self, tenant: str, name: str) -> None:
+        model = self.name(tenant, name)
+        try:
+            self.store.remove_pin(tenant=tenant, name=name)
+        except UnknownPrefix:
+            assert model.pin is None
+        model.pin = None
+
     @rule(tenant=tenants, user=users, reference=references)
     def bind(self, tenant: str, user: str, reference: str) -> None:
         self.bindings.bind_many(tenant, [(user, reference)])
@@ -167,6 +199,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert removed == len(model.texts)
         model.texts.clear()
         model.aliases.clear()
+        model.pin = None
         self.idle |= dict.fromkeys(before - self.referenced(), self.now)
 
     @rule(hours=st.sampled_from([1, 12, 24, 25]))
@@ -194,6 +227,31 @@ class StoreMachine(RuleBasedStateMachine):
                 assert alias in found.aliases
             manifests = self.store.versions(tenant=tenant, name=name) if model.texts else ()
             assert {m.version: self.text_of(tenant, m.digest) for m in manifests} == model.texts
+
+    @invariant()
+    def what_is_pinned_is_known(self) -> None:
+        pinned = {
+            self.key(tenant, model.texts[model.pin])
+            for (tenant, _), model in self.names.items()
+            if model.pin is not None
+        }
+        assert {one.key for one in self.store.pinned(fingerprint=BASE.fingerprint)} == pinned
+        for (tenant, name), model in self.names.items():
+            for one in self.store.versions(tenant=tenant, name=name) if model.texts else ():
+                assert one.pinned == (one.version == model.pin)
+
+    @invariant()
+    def the_watcher_hears_of_each_blob_that_nothing_means_any_more(self) -> None:
+        meant = {
+            self.key(tenant, text)
+            for (tenant, _), model in self.names.items()
+            for text in model.meant()
+        }
+        orphans = {key for change in self.told for key in change.orphans}
+        assert orphans >= self.meant - meant
+        assert not orphans & meant
+        self.meant = meant
+        self.told.clear()
 
     @invariant()
     def each_tenant_sees_its_own_names(self) -> None:

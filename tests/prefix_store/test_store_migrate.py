@@ -10,7 +10,7 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, inspect, text
+from sqlalchemy import Engine, inspect, select, text
 from store_home import Home
 
 from prefix_store.database import create_tables, metadata, open_database, writing
@@ -83,6 +83,18 @@ def test_a_catalog_of_the_first_release_is_taken_over(database: Engine, tmp_path
     with database.connect() as connection:
         rows = connection.execute(text("SELECT tenant, size_bytes, unreferenced_at FROM blobs"))
         assert rows.all() == [("acme", 113, None)]
+
+
+def test_tenants_of_before_weigh_the_same_and_reuse(database: Engine) -> None:
+    with writing(database) as connection:
+        command.upgrade(configured(connection), "0002")
+        connection.execute(
+            text("INSERT INTO tenants (name, created_at) VALUES ('acme', '2026-01-01')")
+        )
+    upgrade(database)
+    with database.connect() as connection:
+        found = connection.execute(select(tables.tenants)).one()
+    assert (found.name, found.weight, found.kv_reuse) == ("acme", 1.0, True)
 
 
 def test_a_database_of_a_later_version_is_refused(database: Engine) -> None:

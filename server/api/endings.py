@@ -1,0 +1,34 @@
+"""How an end that is no answer reads to the caller: the engine's reason as one of our errors."""
+
+from server.api.intake import Intake
+from server.engine.request import FinishEvent, FinishReason, QueueFull
+from server.errors import DeadlineExceeded, EngineFailure, PrefixdError, Unavailable
+
+OVERLOADED = "overloaded"
+_RETRY_AFTER_S = 1.0
+
+
+def failure_of(event: FinishEvent, intake: Intake) -> PrefixdError | None:
+    """Why this sequence has no complete answer; None when it has."""
+    match event.reason:
+        case FinishReason.STOP | FinishReason.LENGTH:
+            return None
+        case FinishReason.ERROR:
+            return EngineFailure(event.error or "the engine failed on this request")
+        case FinishReason.TIMEOUT:
+            return DeadlineExceeded(event.error or "the request's timeout has passed")
+        case FinishReason.SHED:
+            return Unavailable(
+                event.error or "the server is too busy to begin this request",
+                code=OVERLOADED,
+                retry_after=event.retry_after or _RETRY_AFTER_S,
+            )
+        case FinishReason.ABORT:
+            return intake.refusal("the server stopped before the answer was complete")
+
+
+def refusal_of(full: QueueFull, intake: Intake) -> PrefixdError:
+    """Why the engine did not take a request."""
+    if intake.closed:
+        return intake.refusal("the server is shutting down")
+    return Unavailable(full.message, code=OVERLOADED, retry_after=full.retry_after)

@@ -1,0 +1,90 @@
+"""What of the pool the catalog decides: pins are brought in and kept, what nothing means any more
+leaves.
+
+The catalog is the truth and several servers share it, so each reads it now and then, besides when
+it makes a change itself: all of them converge, and a restart forgets nothing.
+"""
+
+import threading
+from collections.abc import Iterable
+from logging import getLogger
+from typing import Protocol
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from prefix_store.digest import BlobKey
+from prefix_store.pins import Change
+from prefix_store.store import PrefixStore
+from server.engine.request import PrefixHandle, PrefixKey
+
+EVERY_S = 10.0
+"""How long another server's pin takes at most to be known here."""
+
+_log = getLogger("prefixd.pins")
+
+
+class Pool(Protocol):
+    """The part of the engine that this is about; both may be called from any thread."""
+
+    def set_pins(self, handles: Iterable[PrefixHandle]) -> None:
+        """Keep these and no others."""
+        ...
+
+    def retire(self, keys: Iterable[PrefixKey]) -> None:
+        """Let these go when their last sequence does."""
+        ...
+
+
+class PinKeeper:
+    """Tells ``pool`` what the catalog says of the prefixes of one base, in a thread of its own and
+    after each change made through ``store``."""
+
+    def __init__(
+        self, store: PrefixStore, pool: Pool, *, fingerprint: str, every_s: float = EVERY_S
+    ) -> None:
+        self._store = store
+        self._pool = pool
+        self._fingerprint = fingerprint
+        self._every_s = every_s
+        # One reads and tells after the other, or what was read first might be told last.
+        self._turn = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="prefixd-pins", daemon=True)
+
+    def start(self) -> None:
+        """Begin, with the pins there are."""
+        self._store.watch(self.changed)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End; pins stay as they are."""
+        self._stop.set()
+        self._thread.join()
+
+    def changed(self, change: Change) -> None:
+        """A change was committed, on the caller's thread; never raises."""
+        self.refresh()  # first, so that nothing is told to leave that is held as pinned
+        if change.orphans:
+            self._pool.retire([_prefix_key(key) for key in change.orphans])
+
+    def refresh(self) -> None:
+        """Tell the pool what is pinned now. Where the catalog is away, the next time will do."""
+        with self._turn:
+            try:
+                found = self._store.pinned(fingerprint=self._fingerprint)
+            except SQLAlchemyError:
+                _log.exception("the pins could not be read; those known stay")
+                return
+            self._pool.set_pins(
+                [PrefixHandle(_prefix_key(one.key), one.num_virtual_tokens) for one in found]
+            )
+
+    def _run(self) -> None:
+        while True:
+            self.refresh()
+            if self._stop.wait(self._every_s):
+                return
+
+
+def _prefix_key(key: BlobKey) -> PrefixKey:
+    return PrefixKey(tenant=key.tenant, digest=key.digest)

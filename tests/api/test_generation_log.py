@@ -1,0 +1,82 @@
+"""The line that the log has of each generation."""
+
+from typing import Any
+
+import pytest
+import structlog
+from api_world import World, put_text
+from fastapi.testclient import TestClient
+from test_completions import complete
+from test_disconnect import Caller, run_with_engine
+
+
+def lines_of(lines: list[Any]) -> list[Any]:
+    return [line for line in lines if line["event"] == "generation"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer(client: TestClient, world: World, *, stream: bool) -> None:
+    manifest = put_text(client, "voice", "acme's", world.headers())
+    with structlog.testing.capture_logs() as lines:
+        answer = complete(
+            client, model="voice", prompt=["abc", "de"], n=2, max_tokens=4, stream=stream
+        )
+    (line,) = lines_of(lines)
+    for name in ("seconds", "first_token_seconds"):
+        assert 0 < line.pop(name) < 10
+    assert line.pop("id").startswith("cmpl-")
+    assert line.pop("request_id") == answer.headers["x-request-id"]
+    line.pop("queue_seconds", None)
+    assert line == {
+        "event": "generation",
+        "log_level": "info",
+        "tenant": "acme",
+        "endpoint": "completions",
+        "stream": stream,
+        "outcome": "ok",
+        "prefix": manifest["digest"][:12],
+        "virtual_tokens": 6,
+        "choices": 4,
+        "prompt_tokens": 5,
+        "cached_tokens": 0,
+        "output_tokens": 16,
+        "finish_reasons": ["length"] * 4,
+    }
+
+
+def test_refusals_and_failures(client: TestClient, world: World) -> None:
+    with structlog.testing.capture_logs() as lines:
+        complete(client, model="absent")
+        world.runner.fail = True
+        complete(client)
+    refused, failed = lines_of(lines)
+    assert (refused["outcome"], refused["code"]) == ("refused", "model_not_found")
+    assert "id" not in refused
+    assert (failed["outcome"], failed["code"]) == ("error", "engine_error")
+    assert failed["finish_reasons"] == ["error"]
+
+
+def test_who_leaves_before_the_first_token(world: World) -> None:
+    async def scenario() -> None:
+        caller = Caller(world, {"stream": True})
+        caller.leaves.set()
+        await caller.run()
+
+    with structlog.testing.capture_logs() as lines:
+        run_with_engine(world, scenario)
+    (line,) = lines_of(lines)
+    assert line["outcome"] == "aborted"
+
+
+def test_who_leaves_at_the_end_has_had_it_all(world: World) -> None:
+    """The client closes with the last frame in its hands: that is no abort."""
+
+    class Leaving(Caller):
+        async def send(self, message: dict[str, Any]) -> None:
+            if b"[DONE]" in message.get("body", b""):
+                raise OSError
+
+    with structlog.testing.capture_logs() as lines:
+        run_with_engine(world, Leaving(world, {"stream": True, "max_tokens": 3}).run)
+    (line,) = lines_of(lines)
+    assert (line["outcome"], line["output_tokens"]) == ("ok", 3)

@@ -1,0 +1,56 @@
+"""docs/operations.md lists exactly what /metrics exports."""
+
+import re
+from pathlib import Path
+
+from api_world import World, put_text
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+from test_completions import complete
+
+PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
+ROW = re.compile(r"^\| `(prefixd_\w+)` \| (\w+) \|(.*?) \| (.+?) \|$", re.MULTILINE)
+BOUNDED = 8
+"""Most values a label may take, but for routes and statuses, which the program text bounds."""
+
+
+def listed() -> dict[str, tuple[str, frozenset[str]]]:
+    rows = ROW.findall(PAGE.read_text("utf-8"))
+    assert len({name for name, *_ in rows}) == len(rows)
+    return {
+        name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels, _ in rows
+    }
+
+
+def test_the_page_lists_what_is_exported(client: TestClient, world: World) -> None:
+    for name in ("a", "b"):
+        put_text(client, name, f"prefix {name}", world.headers())
+        complete(client, model=name)
+    complete(client, model="absent")
+    found = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        suffix = "_total" if family.type == "counter" else ""
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        assert family.samples, family.name
+        assert family.documentation.endswith("."), family.name
+        found[f"{family.name}{suffix}"] = (family.type, frozenset(labels))
+    # When a series began, which the library adds to what it counts itself.
+    made = {name for name in found if name.endswith("_created")}
+    assert {name: found[name] for name in found.keys() - made} == listed()
+
+
+def test_labels_do_not_grow_with_tenants_and_prefixes(client: TestClient, world: World) -> None:
+    for number in range(12):
+        world.add_tenant(f"t{number}")
+        world.services.tenants.set_settings(f"t{number}", {"weight": 0.5 + number / 10})
+        headers = world.headers(f"t{number}")
+        put_text(client, f"p{number}", f"prefix {number}", headers)
+        body = {"model": f"p{number}", "prompt": "x", "max_tokens": 2}
+        assert client.post("/v1/completions", json=body, headers=headers).status_code == 200
+    values: dict[tuple[str, str], set[str]] = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            for label, value in sample.labels.items():
+                values.setdefault((family.name, label), set()).add(value)
+    grown = {place for place, seen in values.items() if place[1] != "le" and len(seen) > BOUNDED}
+    assert grown == set()

@@ -1,0 +1,236 @@
+"""What a request may ask of the queue, and how it reads when the engine does not answer it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from api_world import World, error_of
+from fastapi.testclient import TestClient
+from test_completions import complete, events
+
+from server.api.admission import Admitted
+from server.api.choice import Choice
+from server.api.usage import Tally
+from server.app import create_app
+from server.engine.request import (
+    AdmittedRequest,
+    Event,
+    FinishEvent,
+    FinishReason,
+    QueueFull,
+    SamplingParams,
+    StopParams,
+    TokenEvent,
+)
+
+
+@dataclass
+class Script:
+    """Stands in for the engine's submit and abort: notes what came, does what the test says."""
+
+    act: Callable[[AdmittedRequest, Callable[[Event], None]], None]
+    submitted: list[AdmittedRequest] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+
+    def submit(self, request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
+        self.act(request, on_event)
+        self.submitted.append(request)
+
+
+@pytest.fixture
+def script(world: World, monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Runs requests as the engine does, unless a test changes ``act``."""
+    engine = world.services.engine
+    one = Script(engine.submit)
+    monkeypatch.setattr(engine, "submit", one.submit)
+    monkeypatch.setattr(engine, "abort", one.aborted.append)
+    return one
+
+
+def answering(*answers: Event) -> Callable[[AdmittedRequest, Callable[[Event], None]], None]:
+    def act(request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
+        for event in answers:
+            on_event(event)
+
+    return act
+
+
+def outcome(world: World, name: str) -> float:
+    labels = {"endpoint": "completions", "outcome": name}
+    registry = world.services.metrics.registry
+    return registry.get_sample_value("prefixd_generation_requests_total", labels) or 0.0
+
+
+def test_the_engine_is_told_what_was_asked(client: TestClient, script: Script) -> None:
+    complete(client)
+    complete(client, priority=-3, timeout=2.5, kv_reuse=False)
+    complete(client, priority=None, timeout=None, kv_reuse=None)
+    told = [(one.priority, one.timeout_s, one.kv_reuse, one.weight) for one in script.submitted]
+    assert told == [(0, None, True, 1.0), (-3, 2.5, False, 1.0), (0, None, True, 1.0)]
+
+
+def test_the_tenants_weight_and_switch_go_along(
+    client: TestClient, world: World, script: Script
+) -> None:
+    world.services.tenants.set_settings("acme", {"weight": 2.5, "kv_reuse": False})
+    complete(client, kv_reuse=True)
+    assert [(one.weight, one.kv_reuse) for one in script.submitted] == [(2.5, False)]
+
+
+def test_the_servers_own_limit_counts_where_it_is_lower(world: World, script: Script) -> None:
+    limits = replace(world.services.limits, max_request_seconds=10.0)
+    app = create_app(replace(world.services, limits=limits))
+    with TestClient(app, headers=world.headers()) as client:
+        for asked in (None, 5, 60):
+            complete(client, timeout=asked)
+    assert [one.timeout_s for one in script.submitted] == [10.0, 5.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("timeout", 0),
+        ("timeout", -1),
+        ("timeout", "5"),
+        ("timeout", True),
+        ("priority", 1.5),
+        ("priority", 2**31),
+        ("kv_reuse", 1),
+    ],
+)
+def test_refusals_name_the_field(client: TestClient, name: str, value: Any) -> None:
+    answer = complete(client, **{name: value})
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == name
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_full_queue_is_a_503_before_anything_is_said(
+    client: TestClient, world: World, script: Script, *, stream: bool
+) -> None:
+    def full(request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
+        raise QueueFull("the queue is full: 9 of 8 tokens", retry_after=3.2)
+
+    script.act = full
+    answer = complete(client, stream=stream)
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "4"
+    error = error_of(answer)
+    assert (error["type"], error["code"]) == ("server_error", "overloaded")
+    assert error["message"] == "the queue is full: 9 of 8 tokens"
+    assert outcome(world, "unavailable") == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_of_several_prompts_all_get_in_or_none(
+    client: TestClient, script: Script, *, stream: bool
+) -> None:
+    def full_at_the_third(request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
+        if len(script.submitted) == 2:
+            raise QueueFull("full", retry_after=1)
+
+    script.act = full_at_the_third
+    answer = complete(client, prompt=["a", "b", "c", "d"], stream=stream)
+    assert answer.status_code == 503
+    first, second = (one.request_id for one in script.submitted)
+    assert {first, second} <= set(script.aborted)
+
+
+def test_a_tenants_place_is_free_after_a_full_queue(
+    client: TestClient, world: World, script: Script
+) -> None:
+    runs = script.act
+
+    def full(request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
+        raise QueueFull("full", retry_after=1)
+
+    world.services.tenants.set_quota("acme", {"max_concurrent_requests": 1})
+    script.act = full
+    assert complete(client).status_code == 503
+    script.act = runs
+    assert complete(client).status_code == 200
+
+
+ENDS = [
+    (FinishReason.TIMEOUT, 504, "timeout_error", "deadline_exceeded", "timeout"),
+    (FinishReason.SHED, 503, "server_error", "overloaded", "unavailable"),
+]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("end", ENDS)
+def test_ends_that_are_no_answer(
+    client: TestClient, world: World, script: Script, *, end: tuple[Any, ...], stream: bool
+) -> None:
+    reason, status, kind, code, counted = end
+    script.act = answering(
+        FinishEvent(0, reason, completion_tokens=0, error="so it was", retry_after=7.0)
+    )
+    answer = complete(client, stream=stream)
+    assert answer.status_code == status
+    error = error_of(answer)
+    assert (error["type"], error["code"], error["message"]) == (kind, code, "so it was")
+    assert answer.headers.get("retry-after") == ("7" if status == 503 else None)
+    assert outcome(world, counted) == 1
+
+
+def test_a_deadline_in_mid_stream_is_the_last_event(client: TestClient, script: Script) -> None:
+    script.act = answering(
+        TokenEvent(0, "he", (104, 101)),
+        FinishEvent(0, FinishReason.TIMEOUT, completion_tokens=2, error="too late"),
+    )
+    answer = complete(client, stream=True)
+    assert answer.status_code == 200
+    text, last = events(answer.text)
+    assert text["choices"][0]["text"] == "he"
+    assert last["error"]["code"] == "deadline_exceeded"
+
+
+def test_cached_tokens_are_counted_once_for_each_prompt(client: TestClient, script: Script) -> None:
+    """Of the siblings of one prompt the one with the fewest counts: somebody computed the rest."""
+    cached = iter((0, 16, 48, 32))
+
+    def act(request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
+        for index in range(request.n):
+            on_event(
+                FinishEvent(
+                    index, FinishReason.STOP, completion_tokens=1, cached_tokens=next(cached)
+                )
+            )
+
+    script.act = act
+    usage = complete(client, prompt=["x" * 60, "y" * 60], n=2).json()["usage"]
+    assert usage == {
+        "prompt_tokens": 120,
+        "completion_tokens": 4,
+        "total_tokens": 124,
+        "prompt_tokens_details": {"cached_tokens": 32},
+    }
+    cached = iter((64, 16))
+    last = events(complete(client, n=2, stream=True, stream_options={"include_usage": True}).text)[
+        -1
+    ]
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
+
+
+def test_a_tally_without_an_end_is_nothing() -> None:
+    request = AdmittedRequest("r", "acme", (1, 2), None, SamplingParams(), StopParams(1), n=2)
+    tally = Tally(Admitted(id="r", model="tiny", choice=Choice(), requests=(request,)))
+    assert tally.usage()["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+def test_the_time_in_the_queue_is_that_of_the_first_to_run(
+    client: TestClient, world: World, script: Script
+) -> None:
+    waits = iter((0.75, 0.5, None))
+    script.act = lambda request, on_event: [
+        on_event(FinishEvent(index, FinishReason.STOP, 1, queue_s=next(waits)))
+        for index in range(request.n)
+    ]
+    world.services.tenants.set_settings("acme", {"weight": 2})
+    complete(client, n=3)
+    name, labels = "prefixd_request_queue_time_seconds", {"tenant_class": "high"}
+    registry = world.services.metrics.registry
+    assert registry.get_sample_value(f"{name}_sum", labels) == 0.5
+    assert registry.get_sample_value(f"{name}_count", labels) == 1

@@ -1,0 +1,12 @@
+"""The tiny model as a folder, and its oracle: made once in a run."""
+
+from pathlib import Path
+
+import pytest
+from faults_model import TINY, save_model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny random Llama, ready to serve."""
+    return save_model(tmp_path_factory.mktemp("model") / TINY)

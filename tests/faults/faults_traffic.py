@@ -1,0 +1,134 @@
+"""Requests as clients send them, and what came back as plain data."""
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+from faults_model import ids_of
+
+HANG_S = 90.0
+"""A request with no answer after this long is stuck: all loads here are answered in seconds."""
+
+
+@dataclass
+class Answer:
+    """How a request for generation ended. ``error`` is the error object, from the body or from a
+    terminal event of the stream; ``complete`` says that the stream had its last line."""
+
+    status: int
+    tokens: list[list[int]] = field(default_factory=list)
+    prefix: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    cached: int = 0
+    retry_after: str | None = None
+    complete: bool = True
+    reasons: list[str | None] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.status == 200 and self.error is None and self.complete
+
+    @property
+    def code(self) -> str | None:
+        return None if self.error is None else self.error["code"]
+
+    @property
+    def message(self) -> str:
+        return "" if self.error is None else self.error["message"]
+
+    @property
+    def digest(self) -> str | None:
+        return None if self.prefix is None else str(self.prefix["digest"])
+
+
+@asynccontextmanager
+async def caller(
+    url: str, key: str, *, connections: int = 100
+) -> AsyncIterator[httpx2.AsyncClient]:
+    """An HTTP client of one tenant."""
+    limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+    async with httpx2.AsyncClient(
+        base_url=url,
+        headers={"authorization": f"Bearer {key}"},
+        timeout=httpx2.Timeout(HANG_S, connect=30),
+        limits=limits,
+    ) as client:
+        yield client
+
+
+def greedy(model: str, prompt: Sequence[int], count: int, **more: Any) -> dict[str, Any]:
+    """The body of a completion that always has ``count`` tokens."""
+    return {
+        "model": model,
+        "prompt": list(prompt),
+        "max_tokens": count,
+        "temperature": 0,
+        "ignore_eos": True,
+        **more,
+    }
+
+
+async def complete(client: httpx2.AsyncClient, body: dict[str, Any]) -> Answer:
+    """Ask for everything at once."""
+    response = await client.post("/v1/completions", json=body)
+    parsed = response.json()
+    if response.status_code != 200:
+        return _refused(response, parsed)
+    choices = sorted(parsed["choices"], key=lambda choice: choice["index"])
+    return Answer(
+        200,
+        tokens=[ids_of(choice["text"]) for choice in choices],
+        prefix=parsed["prefix"],
+        cached=_cached(parsed["usage"]),
+        reasons=[choice["finish_reason"] for choice in choices],
+    )
+
+
+async def stream(
+    client: httpx2.AsyncClient, body: dict[str, Any], *, leave_after: int | None = None
+) -> Answer:
+    """Ask for a stream; hang up after ``leave_after`` events (0: before the first)."""
+    n = body.get("n") or 1
+    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    texts, answer = [""] * n, Answer(200, complete=False, reasons=[None] * n)
+    async with client.stream("POST", "/v1/completions", json=asked) as response:
+        if response.status_code != 200:
+            return _refused(response, json.loads(await response.aread()))
+        seen = 0
+        async for line in response.aiter_lines():
+            if leave_after is not None and seen >= leave_after:
+                break
+            if not line:
+                continue
+            seen += 1
+            if line == "data: [DONE]":
+                answer.complete = True
+                break
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                answer.error = event["error"]
+                continue
+            answer.prefix = event["prefix"]
+            if event.get("usage"):
+                answer.cached = _cached(event["usage"])
+            for choice in event["choices"]:
+                texts[choice["index"]] += choice["text"]
+                answer.reasons[choice["index"]] = choice["finish_reason"]
+    answer.tokens = [ids_of(text) for text in texts]
+    return answer
+
+
+def _refused(response: httpx2.Response, parsed: Any) -> Answer:
+    return Answer(
+        response.status_code,
+        error=parsed["error"],
+        retry_after=response.headers.get("retry-after"),
+    )
+
+
+def _cached(usage: dict[str, Any]) -> int:
+    details = usage.get("prompt_tokens_details") or {}
+    return int(details.get("cached_tokens") or 0)
