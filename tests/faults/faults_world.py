@@ -89,7 +89,7 @@ class World:
         )
 
     def _empty_handed(self) -> bool:
-        return not self.engine._sequences and not self.engine._inbox
+        return self.engine.idle
 
 
 @contextmanager

@@ -62,10 +62,10 @@ def preempt_often(served: Served) -> None:
     scheduler = served.engine.scheduler
     schedule, calls = scheduler.schedule, itertools.count(1)
 
-    def schedule_after_preempting() -> Step:
+    def schedule_after_preempting(*, now: float) -> Step:
         if next(calls) % 9 == 0 and len(scheduler.running) > 1:
             scheduler.preempt(scheduler.running[-1])
-        return schedule()
+        return schedule(now=now)
 
     scheduler.schedule = schedule_after_preempting  # type: ignore[method-assign]
 
@@ -92,7 +92,8 @@ def test_a_mixed_batch_gives_each_request_its_own_tokens(
     stats = mixed.engine.stats()
     assert (stats.preemptions >= 10) is tight
     if not tight:
-        assert stats.distinct_prefixes_max >= 8
+        # A token a step is also what prefixes come in by: some rows end before others begin.
+        assert stats.distinct_prefixes_max >= (8 if chunk > 1 else 3)
     assert len({tuple(tokens) for tokens in expected}) > len(prefixes)
 
 
@@ -107,7 +108,7 @@ def test_a_prefix_is_stored_and_compiled_once(
         wait()
     stats = served.engine.stats()
     assert stats.prefix_compiles == 1
-    assert stats.prefix_fetches == 1
+    assert stats.prefix_loads["store"] == 1
     assert stats.blocks_prefix == 3  # 40 virtual tokens in blocks of 16
     assert stats.blocks_free == stats.blocks_total - 3
 
