@@ -21,6 +21,7 @@ from clients.types import (
     PrefixUsed,
     Uploaded,
     Usage,
+    VersionPage,
     Warmed,
 )
 
@@ -42,5 +43,6 @@ __all__ = [
     "Stream",
     "Uploaded",
     "Usage",
+    "VersionPage",
     "Warmed",
 ]

@@ -16,6 +16,7 @@ from clients.types import (
     PrefixUsed,
     Uploaded,
     Usage,
+    VersionPage,
     Warmed,
     manifests,
 )
@@ -116,9 +117,10 @@ def prefix_page(response: Response) -> PrefixPage:
     return PrefixPage(prefixes=manifests(body), next_after=maybe(body, "next_after", str))
 
 
-def versions(response: Response) -> tuple[Prefix, ...]:
-    """Manifests of one name."""
-    return manifests(_json(response))
+def version_page(response: Response) -> VersionPage:
+    """A page of one name's manifests."""
+    body = _json(response)
+    return VersionPage(versions=manifests(body), next_before=maybe(body, "next_before", int))
 
 
 def models(response: Response) -> tuple[Model, ...]:

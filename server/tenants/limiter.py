@@ -75,6 +75,15 @@ class Limiter:
             lease = self._lease(connection, tenant, quota, now=now)
         return Grant(tenant, quota, headers_of(left), lease)
 
+    def count(self, tenant: str, quota: Quota) -> Mapping[str, str]:
+        """Take one request that generates nothing; headers that say what is left. Raises
+        RateLimited."""
+        if quota.requests_per_minute is None:
+            return {}
+        with writing(self._engine) as connection:
+            left = self._take(connection, tenant, quota, now=self._now(), tokens=None)
+        return headers_of(left)
+
     def settle(self, grant: Grant, *, output_tokens: int) -> None:
         """The request has ended: charge its output and free its place."""
         charge = grant.quota.tokens_per_minute is not None and output_tokens > 0
@@ -97,15 +106,19 @@ class Limiter:
             connection.execute(update(request_leases).where(mine).values(expires_at=later))
 
     def _take(
-        self, connection: Connection, tenant: str, quota: Quota, *, now: float, tokens: int
+        self, connection: Connection, tenant: str, quota: Quota, *, now: float, tokens: int | None
     ) -> tuple[Bucket, ...]:
+        """Take one request and ``tokens``; None is let in however few are left."""
         requests, left = _levels(quota, now)
-        needs = (1.0, float(min(tokens, quota.tokens_per_minute or tokens)))
+        asked = tokens or 0
+        needs = (1.0, float(min(asked, quota.tokens_per_minute or asked)))
+        if tokens is None:
+            needs = (1.0, -_FULL)
         taking = (
             update(rate_limits)
             .where(rate_limits.c.tenant == tenant, requests >= needs[0] - _ROUNDING)
             .where(left >= needs[1] - _ROUNDING)
-            .values(requests=requests - 1.0, tokens=left - float(tokens), at=_later(now))
+            .values(requests=requests - 1.0, tokens=left - float(asked), at=_later(now))
             .returning(rate_limits.c.requests, rate_limits.c.tokens)
         )
         row = connection.execute(taking).first()
