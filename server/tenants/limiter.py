@@ -91,9 +91,15 @@ class Limiter:
             return
         with writing(self._engine) as connection:
             if charge:
-                self._charge(connection, grant, output_tokens)
-            if grant.lease is not None:
-                connection.execute(delete(request_leases).where(request_leases.c.id == grant.lease))
+                self._charge(connection, grant, tokens=output_tokens)
+            _free(connection, grant)
+
+    def give_back(self, grant: Grant, *, tokens: int) -> None:
+        """The server did not serve the request: return it and its ``tokens`` of prompt, and free
+        its place."""
+        with writing(self._engine) as connection:
+            self._charge(connection, grant, tokens=-tokens, requests=-1)
+            _free(connection, grant)
 
     def renew(self) -> None:
         """Push on the leases of this process's requests; to be called every ``RENEW_EVERY_S``."""
@@ -157,14 +163,25 @@ class Limiter:
         )
         return lease
 
-    def _charge(self, connection: Connection, grant: Grant, output_tokens: int) -> None:
+    def _charge(
+        self, connection: Connection, grant: Grant, *, tokens: int, requests: int = 0
+    ) -> None:
         now = self._now()
-        requests, left = _levels(grant.quota, now)
+        left_requests, left = _levels(grant.quota, now)
         connection.execute(
             update(rate_limits)
             .where(rate_limits.c.tenant == grant.tenant)
-            .values(requests=requests, tokens=left - float(output_tokens), at=_later(now))
+            .values(
+                requests=left_requests - float(requests),
+                tokens=left - float(tokens),
+                at=_later(now),
+            )
         )
+
+
+def _free(connection: Connection, grant: Grant) -> None:
+    if grant.lease is not None:
+        connection.execute(delete(request_leases).where(request_leases.c.id == grant.lease))
 
 
 def _later(now: float) -> ColumnElement[float]:
