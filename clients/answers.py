@@ -16,6 +16,7 @@ from clients.types import (
     PrefixUsed,
     Uploaded,
     Usage,
+    VersionPage,
     Warmed,
     manifests,
 )
@@ -91,61 +92,63 @@ def _seconds(value: str | None) -> float | None:
 # ── Whole answers ────────────────────────────────────────────────────────────────────────────
 
 
-def _json(response: Response) -> Mapping[str, object]:
+def body_of(response: Response) -> Mapping[str, object]:
+    """The JSON object of an answer; raises the refusal that it is."""
     return load_object(_accepted(response).body)
 
 
 def uploaded(response: Response) -> Uploaded:
     """The manifest, and whether a version was made (201) or was there already (200)."""
-    return Uploaded(prefix=Prefix.from_wire(_json(response)), created=response.status == 201)
+    return Uploaded(prefix=Prefix.from_wire(body_of(response)), created=response.status == 201)
 
 
 def prefix(response: Response) -> Prefix:
     """One manifest."""
-    return Prefix.from_wire(_json(response))
+    return Prefix.from_wire(body_of(response))
 
 
 def warmed(response: Response) -> Warmed:
     """Where a version is on its way to the pool."""
-    return Warmed.from_wire(_json(response))
+    return Warmed.from_wire(body_of(response))
 
 
 def prefix_page(response: Response) -> PrefixPage:
     """A page of manifests."""
-    body = _json(response)
+    body = body_of(response)
     return PrefixPage(prefixes=manifests(body), next_after=maybe(body, "next_after", str))
 
 
-def versions(response: Response) -> tuple[Prefix, ...]:
-    """Manifests of one name."""
-    return manifests(_json(response))
+def version_page(response: Response) -> VersionPage:
+    """A page of one name's manifests."""
+    body = body_of(response)
+    return VersionPage(versions=manifests(body), next_before=maybe(body, "next_before", int))
 
 
 def models(response: Response) -> tuple[Model, ...]:
     """The names the ``model`` field takes."""
-    return tuple(Model.from_wire(entry) for entry in objects(_json(response), "data"))
+    return tuple(Model.from_wire(entry) for entry in objects(body_of(response), "data"))
 
 
 def binding(response: Response) -> Binding:
     """One binding."""
-    return Binding.from_wire(_json(response))
+    return Binding.from_wire(body_of(response))
 
 
 def binding_page(response: Response) -> BindingPage:
     """A page of bindings."""
-    body = _json(response)
+    body = body_of(response)
     found = tuple(Binding.from_wire(entry) for entry in objects(body, "data"))
     return BindingPage(bindings=found, next_after=maybe(body, "next_after", str))
 
 
 def imported(response: Response) -> int:
     """How many bindings an import held."""
-    return read(_json(response), "imported", int)
+    return read(body_of(response), "imported", int)
 
 
 def default_prefix(response: Response) -> str:
     """The reference of users without a binding."""
-    return read(_json(response), "prefix", str)
+    return read(body_of(response), "prefix", str)
 
 
 def text(response: Response) -> str:
@@ -167,13 +170,13 @@ def is_healthy(response: Response) -> bool:
 
 def completion(response: Response) -> Completion:
     """The answer of ``/v1/completions``."""
-    body = _json(response)
+    body = body_of(response)
     return _generation(body, response, [_text_choice(entry) for entry in objects(body, "choices")])
 
 
 def chat(response: Response) -> Completion:
     """The answer of ``/v1/chat/completions``."""
-    body = _json(response)
+    body = body_of(response)
     choices = [_chat_choice(entry) for entry in objects(body, "choices")]
     return _generation(body, response, choices)
 

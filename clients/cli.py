@@ -131,7 +131,11 @@ def list_versions(
     as_json: JsonOption = False,
 ) -> None:
     """List every version of a prefix."""
-    found = client.list_versions(name)
+    page = client.list_versions(name)
+    found = list(page.versions)
+    while page.next_before is not None:
+        page = client.list_versions(name, before=page.next_before)
+        found.extend(page.versions)
     _listing(found, as_json=as_json)
 
 

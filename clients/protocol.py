@@ -11,7 +11,7 @@ from typing import Generic, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 from clients import answers, streams
-from clients.types import Completion, Model, Prefix, PrefixPage, Uploaded, Warmed
+from clients.types import Completion, Model, Prefix, PrefixPage, Uploaded, VersionPage, Warmed
 
 T = TypeVar("T")
 Message = Mapping[str, str]
@@ -158,9 +158,14 @@ def show_prefix(name: str) -> Call[Prefix]:
     return Call(request_of("GET", "v1", "prefixes", name), answers.prefix)
 
 
-def list_versions(name: str) -> Call[tuple[Prefix, ...]]:
-    """Every version of a prefix."""
-    return Call(request_of("GET", "v1", "prefixes", name, "versions"), answers.versions)
+def list_versions(
+    name: str, *, limit: int | None = None, before: int | None = None
+) -> Call[VersionPage]:
+    """Versions of a prefix, newest first, a page at a time."""
+    given = {"limit": limit, "before": before}
+    params = {name: value for name, value in given.items() if value is not None}
+    request = request_of("GET", "v1", "prefixes", name, "versions", params=params)
+    return Call(request, answers.version_page)
 
 
 def set_alias(name: str, alias: str, *, version: int) -> Call[Prefix]:

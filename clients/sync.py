@@ -9,7 +9,7 @@ from typing import Concatenate, ParamSpec, Self, TypeVar
 
 import httpx2
 
-from clients import protocol, protocol_users
+from clients import protocol, protocol_admin, protocol_users
 from clients._http import DEFAULT_TIMEOUT, DEFAULT_URL, built, client_options, plain, translated
 from clients.answers import prefix_used, refusal
 from clients.errors import ClientError
@@ -88,6 +88,16 @@ class Client:
     show_default = _call(protocol_users.show_default)
     set_default = _call(protocol_users.set_default)
     remove_default = _call(protocol_users.remove_default)
+    list_tenants = _call(protocol_admin.list_tenants)
+    create_tenant = _call(protocol_admin.create_tenant)
+    show_tenant = _call(protocol_admin.show_tenant)
+    set_tenant = _call(protocol_admin.set_tenant)
+    set_quota = _call(protocol_admin.set_quota)
+    list_keys = _call(protocol_admin.list_keys)
+    create_key = _call(protocol_admin.create_key)
+    rotate_key = _call(protocol_admin.rotate_key)
+    revoke_key = _call(protocol_admin.revoke_key)
+    read_audit = _call(protocol_admin.read_audit)
     list_models = _call(protocol.list_models)
     metrics = _call(protocol.metrics)
     is_live = _call(protocol.is_live)

@@ -129,6 +129,15 @@ class PrefixPage:
 
 
 @dataclass(frozen=True, slots=True)
+class VersionPage:
+    """Some versions of a prefix, newest first; pass ``next_before`` as ``before`` for older ones,
+    if it is set."""
+
+    versions: tuple[Prefix, ...]
+    next_before: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Binding:
     """An end user and the prefix reference the user is bound to."""
 

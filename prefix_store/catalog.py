@@ -91,13 +91,19 @@ class Catalog:
             raise UnknownPrefix(_unknown(reference))
         return found[0]
 
-    def versions(self, *, tenant: str, name: str) -> tuple[Manifest, ...]:
-        """All versions under a name, newest first; raise UnknownPrefix."""
-        statement = rows(tenant).where(prefixes.c.name == name)
+    def versions(
+        self, *, tenant: str, name: str, limit: int | None, before: int | None
+    ) -> tuple[Manifest, ...]:
+        """Versions under a name, newest first: ``limit`` of those before the number ``before``;
+        raise UnknownPrefix when the name has none at all."""
+        everything = rows(tenant).where(prefixes.c.name == name)
+        statement = everything.order_by(versions.c.version.desc()).limit(limit)
+        if before is not None:
+            statement = statement.where(versions.c.version < before)
         with reading(self._engine) as connection:
-            found = manifests(connection, statement.order_by(versions.c.version.desc()))
-        if not found:
-            raise UnknownPrefix(_unknown(Reference(name)))
+            found = manifests(connection, statement)
+            if not found and connection.execute(everything.limit(1)).first() is None:
+                raise UnknownPrefix(_unknown(Reference(name)))
         return found
 
     def page(self, *, tenant: str, limit: int, after: str | None) -> Page:

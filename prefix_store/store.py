@@ -134,9 +134,14 @@ class PrefixStore:
         reference = Reference(check_name(name), alias=None, version=version)
         return self._catalog.resolve(reference, tenant=tenant)
 
-    def versions(self, *, tenant: str, name: str) -> tuple[Manifest, ...]:
-        """All versions under a name, newest first; raise InvalidReference, UnknownPrefix."""
-        return self._catalog.versions(tenant=tenant, name=check_name(name))
+    def versions(
+        self, *, tenant: str, name: str, limit: int | None = None, before: int | None = None
+    ) -> tuple[Manifest, ...]:
+        """All versions under a name, newest first, or ``limit`` of those before the number
+        ``before``; raise InvalidReference, UnknownPrefix."""
+        return self._catalog.versions(
+            tenant=tenant, name=check_name(name), limit=limit, before=before
+        )
 
     def list(self, *, tenant: str, limit: int = 100, after: str | None = None) -> Page:
         """The latest version of each name, by name, at most ``limit`` after the name ``after``."""

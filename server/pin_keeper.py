@@ -6,7 +6,7 @@ it makes a change itself: all of them converge, and a restart forgets nothing.
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from logging import getLogger
 from typing import Protocol
 
@@ -26,8 +26,10 @@ _log = getLogger("prefixd.pins")
 class Pool(Protocol):
     """The part of the engine that this is about; both may be called from any thread."""
 
-    def set_pins(self, handles: Iterable[PrefixHandle]) -> None:
-        """Keep these and no others."""
+    def set_pins(
+        self, handles: Iterable[PrefixHandle], *, caps: Mapping[str, int] | None = None
+    ) -> None:
+        """Keep these and no others. ``caps``: virtual tokens that tenants may have resident."""
         ...
 
     def retire(self, keys: Iterable[PrefixKey]) -> None:
@@ -37,13 +39,20 @@ class Pool(Protocol):
 
 class PinKeeper:
     """Tells ``pool`` what the catalog says of the prefixes of one base, in a thread of its own and
-    after each change made through ``store``."""
+    after each change made through ``store``. ``caps_of`` gives the caps of tenants that have one."""
 
     def __init__(
-        self, store: PrefixStore, pool: Pool, *, fingerprint: str, every_s: float = EVERY_S
+        self,
+        store: PrefixStore,
+        pool: Pool,
+        *,
+        fingerprint: str,
+        caps_of: Callable[[Collection[str]], Mapping[str, int]],
+        every_s: float = EVERY_S,
     ) -> None:
         self._store = store
         self._pool = pool
+        self._caps_of = caps_of
         self._fingerprint = fingerprint
         self._every_s = every_s
         # One reads and tells after the other, or what was read first might be told last.
@@ -72,11 +81,13 @@ class PinKeeper:
         with self._turn:
             try:
                 found = self._store.pinned(fingerprint=self._fingerprint)
+                caps = self._caps_of({one.key.tenant for one in found})
             except SQLAlchemyError:
                 _log.exception("the pins could not be read; those known stay")
                 return
             self._pool.set_pins(
-                [PrefixHandle(_prefix_key(one.key), one.num_virtual_tokens) for one in found]
+                [PrefixHandle(_prefix_key(one.key), one.num_virtual_tokens) for one in found],
+                caps=caps,
             )
 
     def _run(self) -> None:

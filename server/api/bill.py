@@ -9,13 +9,16 @@ from server.tenants.limiter import Grant, Limiter
 
 
 class Bill:
-    """``output_tokens`` counts up while the request runs."""
+    """``output_tokens`` counts up while the request runs; ``unserved`` is set when the server
+    could not serve it."""
 
-    def __init__(self, limiter: Limiter, grant: Grant) -> None:
+    def __init__(self, limiter: Limiter, grant: Grant, *, prompt_tokens: int) -> None:
         self._limiter = limiter
         self._grant = grant
+        self._prompt_tokens = prompt_tokens
         self._settled = False
         self.output_tokens = 0
+        self.unserved = False
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -23,7 +26,8 @@ class Bill:
         return self._grant.headers
 
     async def settle(self) -> None:
-        """Charge the output and free the request's place; again does nothing.
+        """Charge the output, or give back what an unserved request has paid, and free its place;
+        again does nothing.
 
         Goes on to its end when the caller is cancelled: a place not freed would stay taken until
         its lease runs out.
@@ -34,4 +38,9 @@ class Bill:
         await asyncio.shield(asyncio.ensure_future(self._settle()))
 
     async def _settle(self) -> None:
+        if self.unserved and not self.output_tokens:
+            await run_in_threadpool(
+                self._limiter.give_back, self._grant, tokens=self._prompt_tokens
+            )
+            return
         await run_in_threadpool(self._limiter.settle, self._grant, output_tokens=self.output_tokens)

@@ -99,7 +99,7 @@ async def respond(
         engine=services.engine,
         intake=services.intake,
         admitted=admitted,
-        bill=Bill(services.limiter, grant),
+        bill=Bill(services.limiter, grant, prompt_tokens=admitted.prompt_tokens),
         dialect=dialect,
         watch=watch,
         tally=tally,
@@ -170,7 +170,7 @@ class _Answer:
                         choices[choice].add(event)
             self.watch.finish(Outcome.OK)
         except PrefixdError as error:
-            self.watch.finish(Outcome.of(error), error)
+            self._failed(error)
             raise
         finally:
             self.watch.finish(Outcome.ABORTED)
@@ -211,7 +211,7 @@ class _Answer:
             self.watch.finish(Outcome.OK)
             yield DONE
         except PrefixdError as error:
-            self.watch.finish(Outcome.of(error), error)
+            self._failed(error)
             if not opened:
                 raise
             yield frame(error_body(error, self.request_id))
@@ -232,6 +232,11 @@ class _Answer:
         failure = failure_of(event, self.intake)
         if failure is not None:
             raise failure
+
+    def _failed(self, error: PrefixdError) -> None:
+        outcome = Outcome.of(error)
+        self.watch.finish(outcome, error)
+        self.bill.unserved = outcome is Outcome.UNAVAILABLE
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
         chunk = {**self._envelope(self.dialect.chunk_object), "choices": choices}

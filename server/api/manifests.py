@@ -79,3 +79,12 @@ class PrefixList(BaseModel):
     object: Literal["list"] = "list"
     data: list[PrefixManifest]
     next_after: str | None = None
+
+
+class VersionList(BaseModel):
+    """Some versions of one prefix, newest first; ``next_before`` asks for older ones, null at the
+    end."""
+
+    object: Literal["list"] = "list"
+    data: list[PrefixManifest]
+    next_before: int | None = None

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from server.api.auth import Acting, Reader, Writer
 from server.api.body import StrictModel, json_body, json_request
-from server.api.manifests import PrefixList, PrefixManifest
+from server.api.manifests import PrefixList, PrefixManifest, VersionList
 from server.api.noted import Noted
 from server.api.services import ServicesDep
 from server.tenants.audit import Action
@@ -55,11 +55,20 @@ def delete_prefix(name: str, services: ServicesDep, principal: Writer, actor: Ac
     services.store.delete(tenant=principal.tenant, name=name, within=noted)
 
 
-@router.get("/{name}/versions", response_model=PrefixList)
-def list_versions(name: str, services: ServicesDep, principal: Reader) -> PrefixList:
-    """All versions, newest first."""
-    found = services.store.versions(tenant=principal.tenant, name=name)
-    return PrefixList(data=[PrefixManifest.of(one) for one in found])
+@router.get("/{name}/versions", response_model=VersionList)
+def list_versions(
+    name: str,
+    services: ServicesDep,
+    principal: Reader,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    before: Annotated[int | None, Query(ge=1, le=2**31 - 1)] = None,
+) -> VersionList:
+    """Versions, newest first; `next_before` is what `before` takes for older ones."""
+    found = services.store.versions(
+        tenant=principal.tenant, name=name, limit=limit + 1, before=before
+    )
+    more = found[limit - 1].version if len(found) > limit else None
+    return VersionList(data=[PrefixManifest.of(one) for one in found[:limit]], next_before=more)
 
 
 @router.get(

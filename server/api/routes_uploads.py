@@ -85,6 +85,8 @@ async def put_prefix(
     idempotency_key: IdempotencyKey = None,
 ) -> PrefixManifest:
     """Upload a prefix: PEFT's two files as multipart, or a text as JSON. Durable on return."""
+    left = await run_in_threadpool(services.limiter.count, principal.tenant, principal.quota)
+    response.headers.update(left)
     publishing = Publishing(
         services=services, principal=principal, actor=actor, name=name, key=idempotency_key
     )

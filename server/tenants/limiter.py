@@ -75,6 +75,15 @@ class Limiter:
             lease = self._lease(connection, tenant, quota, now=now)
         return Grant(tenant, quota, headers_of(left), lease)
 
+    def count(self, tenant: str, quota: Quota) -> Mapping[str, str]:
+        """Take one request that generates nothing; headers that say what is left. Raises
+        RateLimited."""
+        if quota.requests_per_minute is None:
+            return {}
+        with writing(self._engine) as connection:
+            left = self._take(connection, tenant, quota, now=self._now(), tokens=None)
+        return headers_of(left)
+
     def settle(self, grant: Grant, *, output_tokens: int) -> None:
         """The request has ended: charge its output and free its place."""
         charge = grant.quota.tokens_per_minute is not None and output_tokens > 0
@@ -82,9 +91,15 @@ class Limiter:
             return
         with writing(self._engine) as connection:
             if charge:
-                self._charge(connection, grant, output_tokens)
-            if grant.lease is not None:
-                connection.execute(delete(request_leases).where(request_leases.c.id == grant.lease))
+                self._charge(connection, grant, tokens=output_tokens)
+            _free(connection, grant)
+
+    def give_back(self, grant: Grant, *, tokens: int) -> None:
+        """The server did not serve the request: return it and its ``tokens`` of prompt, and free
+        its place."""
+        with writing(self._engine) as connection:
+            self._charge(connection, grant, tokens=-tokens, requests=-1)
+            _free(connection, grant)
 
     def renew(self) -> None:
         """Push on the leases of this process's requests; to be called every ``RENEW_EVERY_S``."""
@@ -97,15 +112,19 @@ class Limiter:
             connection.execute(update(request_leases).where(mine).values(expires_at=later))
 
     def _take(
-        self, connection: Connection, tenant: str, quota: Quota, *, now: float, tokens: int
+        self, connection: Connection, tenant: str, quota: Quota, *, now: float, tokens: int | None
     ) -> tuple[Bucket, ...]:
+        """Take one request and ``tokens``; None is let in however few are left."""
         requests, left = _levels(quota, now)
-        needs = (1.0, float(min(tokens, quota.tokens_per_minute or tokens)))
+        asked = tokens or 0
+        needs = (1.0, float(min(asked, quota.tokens_per_minute or asked)))
+        if tokens is None:
+            needs = (1.0, -_FULL)
         taking = (
             update(rate_limits)
             .where(rate_limits.c.tenant == tenant, requests >= needs[0] - _ROUNDING)
             .where(left >= needs[1] - _ROUNDING)
-            .values(requests=requests - 1.0, tokens=left - float(tokens), at=_later(now))
+            .values(requests=requests - 1.0, tokens=left - float(asked), at=_later(now))
             .returning(rate_limits.c.requests, rate_limits.c.tokens)
         )
         row = connection.execute(taking).first()
@@ -144,14 +163,25 @@ class Limiter:
         )
         return lease
 
-    def _charge(self, connection: Connection, grant: Grant, output_tokens: int) -> None:
+    def _charge(
+        self, connection: Connection, grant: Grant, *, tokens: int, requests: int = 0
+    ) -> None:
         now = self._now()
-        requests, left = _levels(grant.quota, now)
+        left_requests, left = _levels(grant.quota, now)
         connection.execute(
             update(rate_limits)
             .where(rate_limits.c.tenant == grant.tenant)
-            .values(requests=requests, tokens=left - float(output_tokens), at=_later(now))
+            .values(
+                requests=left_requests - float(requests),
+                tokens=left - float(tokens),
+                at=_later(now),
+            )
         )
+
+
+def _free(connection: Connection, grant: Grant) -> None:
+    if grant.lease is not None:
+        connection.execute(delete(request_leases).where(request_leases.c.id == grant.lease))
 
 
 def _later(now: float) -> ColumnElement[float]:

@@ -1,7 +1,7 @@
 """Tenants and their quotas; opens the room of API keys beside them."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
@@ -115,6 +115,14 @@ class Tenants(Keyring):
             query = query.where(tenants.c.name > after)
         with reading(self._engine) as connection:
             return [_tenant_record(row) for row in connection.execute(query)]
+
+    def resident_caps(self, names: Collection[str]) -> dict[str, int]:
+        """``max_resident_tokens`` of those of ``names`` that have such a limit."""
+        query = select(tenants.c.name, tenants.c.max_resident_tokens).where(
+            tenants.c.name.in_(sorted(names)), tenants.c.max_resident_tokens.is_not(None)
+        )
+        with reading(self._engine) as connection:
+            return {row.name: row.max_resident_tokens for row in connection.execute(query)}
 
     def set_quota(
         self, name: str, changes: Mapping[str, int | None], *, actor: Actor = COMMAND_LINE

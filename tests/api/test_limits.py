@@ -81,6 +81,25 @@ def test_what_is_refused_at_the_door_costs_nothing(client: TestClient, world: Wo
     assert complete(client).status_code == 200
 
 
+def test_uploads_are_requests_too_but_cost_no_tokens(client: TestClient, world: World) -> None:
+    quota(world, requests_per_minute=3, tokens_per_minute=10)
+    assert complete(client, max_tokens=9).status_code == 200  # and the tokens are overdrawn
+    body = {"kind": "text", "text": "hello"}
+    answer = client.put("/v1/prefixes/voice", json=body)
+    assert answer.status_code == 201
+    assert answer.headers["x-ratelimit-remaining-requests"] == "1"
+    assert client.put("/v1/prefixes/voice", json={"kind": "text"}).status_code == 400
+    refused = client.put("/v1/prefixes/voice", json=body)
+    assert refused.status_code == 429
+    assert error_of(refused)["code"] == "rate_limit_exceeded"
+    assert "3 requests per minute" in error_of(refused)["message"]
+    assert refused.headers["retry-after"] == "20"
+    world.clock.now += 20
+    assert client.put("/v1/prefixes/voice", json=body).status_code == 200
+    quota(world, requests_per_minute=None)
+    assert "x-ratelimit-limit-requests" not in client.put("/v1/prefixes/voice", json=body).headers
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_concurrent_requests(world: World, *, stream: bool) -> None:
     quota(world, max_concurrent_requests=2)

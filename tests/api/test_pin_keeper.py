@@ -1,7 +1,7 @@
 """The keeper of pins alone: what it tells, when, and after which trouble."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import pytest
@@ -40,6 +40,7 @@ class FakePool:
 
     def __init__(self) -> None:
         self.told: list[tuple[str, list[object]]] = []
+        self.caps: Mapping[str, int] | None = None
         self.news = threading.Condition()
 
     def note(self, word: str, what: Iterable[object]) -> None:
@@ -47,7 +48,10 @@ class FakePool:
             self.told.append((word, list(what)))
             self.news.notify_all()
 
-    def set_pins(self, handles: Iterable[PrefixHandle]) -> None:
+    def set_pins(
+        self, handles: Iterable[PrefixHandle], *, caps: Mapping[str, int] | None = None
+    ) -> None:
+        self.caps = caps
         self.note("pins", handles)
 
     def retire(self, keys: Iterable[PrefixKey]) -> None:
@@ -71,7 +75,13 @@ def pool() -> FakePool:
 @contextmanager
 def keeping(store: FakeStore, pool: FakePool, *, every_s: float) -> Iterator[PinKeeper]:
     stand_in: PrefixStore = store  # type: ignore[assignment]  # the part of it that is used
-    keeper = PinKeeper(stand_in, pool, fingerprint="base", every_s=every_s)
+    keeper = PinKeeper(
+        stand_in,
+        pool,
+        fingerprint="base",
+        caps_of=lambda tenants: dict.fromkeys(tenants, 9),
+        every_s=every_s,
+    )
     keeper.start()
     try:
         yield keeper
@@ -90,6 +100,7 @@ def test_the_pins_there_are_are_told_at_the_start(store: FakeStore, pool: FakePo
     with keeping(store, pool, every_s=3600):
         pool.wait_until(PINNED)
     assert pool.told == [PINNED]
+    assert pool.caps == {"acme": 9}
     assert store.asked_for == {"base"}
 
 

@@ -104,6 +104,26 @@ def test_look_list_and_page(client: TestClient, world: World) -> None:
         assert client.get(f"/v1/prefixes/{reference}").json()["version"] == version
 
 
+def test_versions_by_page(client: TestClient, world: World) -> None:
+    for number in range(5):
+        put_text(client, "voice", f"text {number}", world.headers())
+    seen: list[int] = []
+    before: dict[str, int] = {}
+    while True:
+        page = client.get("/v1/prefixes/voice/versions", params={"limit": 2, **before}).json()
+        seen += [one["version"] for one in page["data"]]
+        if page["next_before"] is None:
+            break
+        assert len(page["data"]) == 2
+        before = {"before": page["next_before"]}
+    assert seen == [5, 4, 3, 2, 1]
+    past = client.get("/v1/prefixes/voice/versions?before=1")
+    assert (past.status_code, past.json()["data"]) == (200, [])
+    assert client.get("/v1/prefixes/other/versions?before=1").status_code == 404
+    for bad in ("limit=0", "limit=1001", "before=0", "before=x", "before=99999999999"):
+        assert client.get(f"/v1/prefixes/voice/versions?{bad}").status_code == 400
+
+
 def test_aliases_move(client: TestClient, world: World) -> None:
     put_text(client, "voice", "one", world.headers())
     put_text(client, "voice", "two", world.headers())

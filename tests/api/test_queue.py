@@ -152,6 +152,26 @@ def test_a_tenants_place_is_free_after_a_full_queue(
     assert complete(client).status_code == 200
 
 
+def test_what_a_full_server_does_not_serve_costs_nothing(
+    client: TestClient, world: World, script: Script
+) -> None:
+    runs = script.act
+    world.services.tenants.set_quota("acme", {"requests_per_minute": 2, "tokens_per_minute": 50})
+    script.act = answering(FinishEvent(0, FinishReason.SHED, 0, error="busy", retry_after=1))
+    for stream in (True, False, False):
+        assert complete(client, stream=stream).status_code == 503
+    script.act = runs
+    left = complete(client).headers
+    assert left["x-ratelimit-remaining-requests"] == "1"
+    assert left["x-ratelimit-remaining-tokens"] == "45"
+    script.act = answering(
+        TokenEvent(0, "a", (97,)), FinishEvent(0, FinishReason.SHED, 1, error="busy")
+    )
+    complete(client, stream=True)
+    script.act = runs
+    assert complete(client).status_code == 429  # what was served in part is paid for
+
+
 ENDS = [
     (FinishReason.TIMEOUT, 504, "timeout_error", "deadline_exceeded", "timeout"),
     (FinishReason.SHED, 503, "server_error", "overloaded", "unavailable"),

@@ -84,6 +84,14 @@ def test_ls_reads_every_page(shell: Shell, server: Loopback):
     assert server.seen[1].query == {"after": "triage"}
 
 
+def test_versions_reads_every_page(shell: Shell, server: Loopback):
+    server.reply({"data": [MANIFEST], "next_before": 3})
+    server.reply({"data": [MANIFEST | {"version": 2}], "next_before": None})
+    lines = shell("prefix", "versions", "triage").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["PREFIX", "triage@3", "triage@2"]
+    assert server.seen[1].query == {"before": "3"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "reply"),
     [

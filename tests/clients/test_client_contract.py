@@ -46,7 +46,10 @@ def test_the_life_of_a_prefix(client: Client):
     second = client.upload_text("life", "Be long.")
     assert (first.created, again.created, second.created) == (True, False, True)
     assert again.prefix.digest == first.prefix.digest
-    assert [one.version for one in client.list_versions("life")] == [2, 1]
+    newest = client.list_versions("life", limit=1)
+    assert ([one.version for one in newest.versions], newest.next_before) == ([2], 2)
+    oldest = client.list_versions("life", before=newest.next_before)
+    assert ([one.version for one in oldest.versions], oldest.next_before) == ([1], None)
     assert client.set_alias("life", "prod", version=1).reference == "life@1"
     shown = client.show_prefix("life@prod")
     assert (shown.digest, shown.metadata) == (first.prefix.digest, {"by": "Zoë"})

@@ -129,7 +129,7 @@ def test_the_rest_of_the_prefix_verbs(run: Run, server: Loopback):
     async def body(client: Any) -> None:
         page = await client.list_prefixes(limit=1, after="a")
         assert [page.prefixes[0].name, page.next_after] == ["triage", "triage"]
-        assert len(await client.list_versions("triage")) == 1
+        assert len((await client.list_versions("triage")).versions) == 1
         assert (await client.set_alias("triage", "prod", version=3)).version == 3
         await client.remove_alias("triage", "prod")
         await client.delete_prefix("triage")

@@ -6,6 +6,7 @@ no blocks, no batch of strangers. Rows are padded on the right, which a causal m
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -130,6 +131,10 @@ def make_prompts(count: int, *, lengths: tuple[int, ...], seed: int = 0) -> list
     ]
 
 
+Head = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values [rows, kv_heads, P, head_dim] by layer; empty without a prefix."""
+
+
 @dataclass
 class Oracle:
     """Greedy answers of the plain model to ``prompts`` under any content, kept once known."""
@@ -142,7 +147,8 @@ class Oracle:
         """Up to MOST_TOKENS tokens after prompt number ``prompt``; fewer where the model itself
         is nearly undecided, so that nothing is compared that noise may change."""
         if content not in self._known:
-            self._known[content] = self._answers(content)
+            head = [] if content is None else self._compiled([content])
+            self._known[content] = self._answers(head, self.prompts, MOST_TOKENS)
         return self._known[content][prompt]
 
     def agrees(
@@ -152,12 +158,25 @@ class Oracle:
         want = self.answer(content, prompt)[:count]
         return all(len(one) == count and one[: len(want)] == want for one in answers)
 
+    def each(self, contents: list[Content], count: int) -> dict[Content, list[int]]:
+        """Up to ``count`` tokens after the first prompt under each of ``contents``, which must
+        have one length: hundreds of them at once."""
+        found: dict[Content, list[int]] = {}
+        for kind in KINDS:
+            alike = [content for content in contents if content.kind == kind]
+            if alike:
+                rows = [self.prompts[0]] * len(alike)
+                answers = self._answers(self._compiled(alike), rows, count)
+                found.update(zip(alike, answers, strict=True))
+        return found
+
     @torch.inference_mode()
-    def _answers(self, content: Content | None) -> list[list[int]]:
-        head = self._compiled(content)
-        rows = [list(prompt) for prompt in self.prompts]
-        sure = [MOST_TOKENS] * len(rows)
-        for step in range(MOST_TOKENS):
+    def _answers(
+        self, head: Head, prompts: Sequence[tuple[int, ...]], count: int
+    ) -> list[list[int]]:
+        rows = [list(prompt) for prompt in prompts]
+        sure = [count] * len(rows)
+        for step in range(count):
             best = self._logits(head, rows).topk(2)  # [rows, 2]
             margins = (best.values[:, 0] - best.values[:, 1]).tolist()
             for index, row in enumerate(rows):
@@ -165,13 +184,11 @@ class Oracle:
                     sure[index] = min(sure[index], step)
                 row.append(int(best.indices[index, 0]))
         return [
-            row[len(prompt) : len(prompt) + count]
-            for row, prompt, count in zip(rows, self.prompts, sure, strict=True)
+            row[len(prompt) : len(prompt) + most]
+            for row, prompt, most in zip(rows, prompts, sure, strict=True)
         ]
 
-    def _logits(
-        self, head: "list[tuple[torch.Tensor, torch.Tensor]]", rows: list[list[int]]
-    ) -> torch.Tensor:
+    def _logits(self, head: Head, rows: list[list[int]]) -> torch.Tensor:
         """Logits [rows, vocab] of each row's last token."""
         longest, cache, past = max(map(len, rows)), transformers.DynamicCache(), 0
         for layer, (keys, values) in enumerate(head):
@@ -186,14 +203,15 @@ class Oracle:
         ).logits
         return logits[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
 
-    def _compiled(self, content: Content | None) -> "list[tuple[torch.Tensor, torch.Tensor]]":
-        """Keys and values [1, kv_heads, P, head_dim] by layer; none without a prefix."""
-        if content is None:
-            return []
-        if content.kind == "kv":
-            by_layer = content.values.view(-1, 2 * LAYERS, KV_HEADS, HEAD_DIM).permute(1, 2, 0, 3)
-            return [(by_layer[2 * i][None], by_layer[2 * i + 1][None]) for i in range(LAYERS)]
+    @torch.inference_mode()
+    def _compiled(self, contents: list[Content]) -> Head:
+        """The heads of prefixes of one kind and length, a row for each."""
+        kind, values = contents[0].kind, torch.stack([content.values for content in contents])
+        if kind == "kv":
+            shape = (len(contents), -1, 2 * LAYERS, KV_HEADS, HEAD_DIM)
+            by_layer = values.view(shape).permute(2, 0, 3, 1, 4)  # [2 * layers, rows, heads, P, hd]
+            return [(by_layer[2 * i], by_layer[2 * i + 1]) for i in range(LAYERS)]
         cache = transformers.DynamicCache()
-        given = "input_ids" if content.kind == "text" else "inputs_embeds"
-        self.model(**{given: content.values[None]}, past_key_values=cache, use_cache=True)
+        given = "input_ids" if kind == "text" else "inputs_embeds"
+        self.model(**{given: values}, past_key_values=cache, use_cache=True)
         return [(layer.keys, layer.values) for layer in cache.layers]

@@ -15,11 +15,12 @@ HANG_S = 90.0
 
 @dataclass
 class Answer:
-    """How a request for generation ended. ``error`` is the error object, from the body or from a
-    terminal event of the stream; ``complete`` says that the stream had its last line."""
+    """How a request for generation ended: a text for each choice. ``error`` is the error object,
+    from the body or from a terminal event of the stream; ``complete`` says that the stream had its
+    last line."""
 
     status: int
-    tokens: list[list[int]] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     prefix: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
     cached: int = 0
@@ -30,6 +31,11 @@ class Answer:
     @property
     def ok(self) -> bool:
         return self.status == 200 and self.error is None and self.complete
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """What the tiny model said, as token ids."""
+        return [ids_of(text) for text in self.texts]
 
     @property
     def code(self) -> str | None:
@@ -59,7 +65,9 @@ async def caller(
         yield client
 
 
-def greedy(model: str, prompt: Sequence[int], count: int, **more: Any) -> dict[str, Any]:
+def greedy(
+    model: str, prompt: Sequence[int] | Sequence[Sequence[int]], count: int, **more: Any
+) -> dict[str, Any]:
     """The body of a completion that always has ``count`` tokens."""
     return {
         "model": model,
@@ -80,7 +88,7 @@ async def complete(client: httpx2.AsyncClient, body: dict[str, Any]) -> Answer:
     choices = sorted(parsed["choices"], key=lambda choice: choice["index"])
     return Answer(
         200,
-        tokens=[ids_of(choice["text"]) for choice in choices],
+        texts=[choice["text"] for choice in choices],
         prefix=parsed["prefix"],
         cached=_cached(parsed["usage"]),
         reasons=[choice["finish_reason"] for choice in choices],
@@ -91,9 +99,10 @@ async def stream(
     client: httpx2.AsyncClient, body: dict[str, Any], *, leave_after: int | None = None
 ) -> Answer:
     """Ask for a stream; hang up after ``leave_after`` events (0: before the first)."""
-    n = body.get("n") or 1
+    several = isinstance(body["prompt"][0], list)
+    choices = body.get("n", 1) * (len(body["prompt"]) if several else 1)
     asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    texts, answer = [""] * n, Answer(200, complete=False, reasons=[None] * n)
+    answer = Answer(200, texts=[""] * choices, complete=False, reasons=[None] * choices)
     async with client.stream("POST", "/v1/completions", json=asked) as response:
         if response.status_code != 200:
             return _refused(response, json.loads(await response.aread()))
@@ -115,9 +124,8 @@ async def stream(
             if event.get("usage"):
                 answer.cached = _cached(event["usage"])
             for choice in event["choices"]:
-                texts[choice["index"]] += choice["text"]
+                answer.texts[choice["index"]] += choice["text"]
                 answer.reasons[choice["index"]] = choice["finish_reason"]
-    answer.tokens = [ids_of(text) for text in texts]
     return answer
 
 

@@ -144,6 +144,22 @@ def test_pins_of_a_deleted_name_do_not_come_back(home: Home) -> None:
     assert pins(home) == []
 
 
+def test_versions_are_had_in_parts(home: Home) -> None:
+    for text in ("one", "two", "three"):
+        home.put_text(text)
+
+    def part(**asked: int) -> list[int]:
+        found = home.store.versions(tenant="acme", name="style", **asked)
+        return [one.version for one in found]
+
+    assert part() == [3, 2, 1]
+    assert part(limit=2) == [3, 2]
+    assert part(limit=2, before=2) == [1]
+    assert part(before=1) == []
+    with pytest.raises(UnknownPrefix):
+        home.store.versions(tenant="umbrella", name="style", before=1)
+
+
 def test_pins_are_listed_as_values(home: Home) -> None:
     manifest = home.put_text("one").manifest
     home.store.set_pin(tenant="acme", reference="style", creator="k1")

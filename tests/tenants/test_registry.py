@@ -99,6 +99,14 @@ def test_listings(tenants: Tenants) -> None:
     assert {k.key_id for k in tenants.list_keys()} == {one.record.key_id, two.record.key_id}
 
 
+def test_caps_of_those_that_have_one(tenants: Tenants) -> None:
+    for name, cap in (("acme", 9), ("beta", None), ("gamma", 0)):
+        tenants.create_tenant(name, quota={"max_resident_tokens": cap})
+    assert tenants.resident_caps({"acme", "beta", "nobody"}) == {"acme": 9}
+    assert tenants.resident_caps({"gamma"}) == {"gamma": 0}
+    assert tenants.resident_caps(()) == {}
+
+
 @pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "..", "ä", "a" * 65, "a\n"])
 def test_malformed_tenant_names(tenants: Tenants, name: str) -> None:
     with pytest.raises(BadRequest):
