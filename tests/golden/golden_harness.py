@@ -221,6 +221,7 @@ class Served:
         *,
         count: int = 16,
         sampling: SamplingParams | None = None,
+        kv_reuse: bool = True,
     ) -> Callable[[], list[int]]:
         """Submit a request; the returned call waits for its tokens."""
         events: queue.Queue[Event] = queue.Queue()
@@ -231,6 +232,7 @@ class Served:
             prefix=prefix,
             sampling=sampling or SamplingParams(temperature=0),
             stop=StopParams(max_tokens=count),
+            kv_reuse=kv_reuse,
         )
         self.engine.submit(request, events.put)
         return lambda: collect(events)

@@ -1,0 +1,115 @@
+"""The virtual token counter: shares, returns from idleness, and order within a tenant."""
+
+import itertools
+from collections import Counter
+
+import pytest
+
+from server.engine.fair_queue import FairQueue
+from server.engine.request import AdmittedRequest, SamplingParams, StopParams
+from server.engine.sequence import Sequence
+
+_ids = itertools.count()
+
+
+def sequence(tenant: str, *, weight: float = 1.0, priority: int = 0) -> Sequence:
+    number = next(_ids)
+    request = AdmittedRequest(
+        request_id=str(number),
+        tenant=tenant,
+        prompt=(1, 2),
+        prefix=None,
+        sampling=SamplingParams(),
+        stop=StopParams(max_tokens=8),
+        weight=weight,
+        priority=priority,
+    )
+    return Sequence(number, request, 0, 0, [1, 2])
+
+
+def serve(queue: FairQueue, count: int, *, tokens: int = 10) -> list[str]:
+    """Serve the next ``count`` sequences and charge each the same."""
+    served = []
+    for found in queue.in_order(lookahead=1000):
+        queue.remove(found)
+        queue.charge(found.tenant, tokens)
+        served.append(found.tenant)
+        if len(served) == count:
+            break
+    return served
+
+
+def test_backlogged_tenants_get_service_by_weight() -> None:
+    queue = FairQueue()
+    for _ in range(300):
+        queue.push(sequence("a"))
+        queue.push(sequence("b", weight=2.0))
+        queue.push(sequence("c", weight=0.5))
+    assert Counter(serve(queue, 210)) == {"a": 60, "b": 120, "c": 30}
+
+
+def test_a_lone_client_goes_before_a_crowd_whatever_came_first() -> None:
+    queue = FairQueue()
+    for _ in range(50):
+        queue.push(sequence("crowd"))
+    serve(queue, 20)
+    queue.push(sequence("lone"))
+    assert "lone" in serve(queue, 2)
+
+
+def test_idleness_is_not_saved_up() -> None:
+    queue = FairQueue()
+    queue.push(sequence("a"))
+    queue.push(sequence("b"))
+    serve(queue, 2)
+    for _ in range(100):
+        queue.push(sequence("b"))
+    serve(queue, 90)
+    for _ in range(100):
+        queue.push(sequence("a"))
+    assert Counter(serve(queue, 10)) == {"a": 5, "b": 5}
+
+
+def test_nor_when_the_queue_was_empty_in_between() -> None:
+    """All that b asked for runs, nothing waits: a is lifted to where b stands, the last to leave."""
+    queue = FairQueue()
+    for _ in range(100):
+        queue.push(sequence("b"))
+    serve(queue, 100)
+    for _ in range(10):
+        queue.push(sequence("a"))
+        queue.push(sequence("b"))
+    assert Counter(serve(queue, 10)) == {"a": 5, "b": 5}
+
+
+def test_within_a_tenant_priority_then_arrival() -> None:
+    queue = FairQueue()
+    late, first, second, urgent = (sequence("t", priority=p) for p in (1, 0, 0, -1))
+    for each in (late, second, first, urgent):
+        queue.push(each)
+    assert list(queue.in_order(lookahead=10)) == [urgent, first, second, late]
+    queue.remove(second)
+    assert list(queue.in_order(lookahead=10)) == [urgent, first, late]
+    assert list(queue.in_order(lookahead=1)) == [urgent]
+
+
+def test_tokens_that_wait_are_counted() -> None:
+    queue = FairQueue()
+    one, other = sequence("a"), sequence("a")
+    queue.push(one)
+    queue.push(other)
+    assert (queue.num_tokens, queue.tokens_of("a"), queue.tokens_of("b")) == (20, 20, 0)
+    queue.remove(one)
+    assert (queue.num_tokens, queue.tokens_of("a")) == (10, 10)
+
+
+def test_tenants_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.fair_queue._REMEMBERED_TENANTS", 10)
+    queue = FairQueue()
+    for number in range(500):
+        queue.push(sequence(f"t{number}"))
+        serve(queue, 1)
+    assert len(queue._counters) < 50
+    queue.push(sequence("t3"))
+    queue.push(sequence("new"))
+    assert queue.counter("t3") == queue.counter("new")

@@ -1,0 +1,99 @@
+"""KV that is shared or comes back from host memory gives the tokens it gave when computed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from golden_harness import RequestFailed, Served, make_adapter, peft_configs, prompts, tiny_model
+
+from server.engine.request import PrefixHandle
+from server.model.staged import StagedEmbeddings
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+COUNT = 12
+LENGTHS = [5, 16, 20, 33, 21, 32]  # whole blocks of 16 and not
+
+
+def prefixes_of(served: Served, folder: Path) -> list[PrefixHandle | None]:
+    """One of each PEFT type, a hard prompt and the bare base."""
+    model = tiny_model("llama")
+    adapters = [
+        served.add(make_adapter(model, peft_type, length, folder / peft_type))
+        for peft_type, length in zip(peft_configs(1), LENGTHS, strict=True)
+    ]
+    return [*adapters, served.add_tokens(prompts(1, seed=9)[0]), None]
+
+
+def conversation(served: Served, prefix: PrefixHandle | None, *, kv_reuse: bool) -> list[list[int]]:
+    """Three turns, each with all that was said before."""
+    said: list[int] = []
+    answers = []
+    for turn in prompts(3, seed=6):
+        said = said + turn
+        answer = served.start(said, prefix, count=COUNT, kv_reuse=kv_reuse)()
+        said = said + answer
+        answers.append(answer)
+    return answers
+
+
+def test_reuse_on_and_off_give_the_same_tokens(
+    tmp_path: Path, serving: Callable[..., Served]
+) -> None:
+    served = serving(tiny_model("llama"), num_blocks=400)
+    prefixes = prefixes_of(served, tmp_path)
+    off = [conversation(served, prefix, kv_reuse=False) for prefix in prefixes]
+    assert served.engine.stats().kv_reused_tokens == 0
+    assert served.engine.stats().kv_queried_tokens == 0
+    for _ in range(2):
+        assert [conversation(served, prefix, kv_reuse=True) for prefix in prefixes] == off
+    stats = served.engine.stats()
+    assert stats.kv_reused_tokens > stats.kv_queried_tokens / 3
+
+
+def test_a_preempted_sequence_finds_its_own_blocks_again(serving: Callable[..., Served]) -> None:
+    served = serving(tiny_model("llama"), num_blocks=40, block_size=4, max_running=8)
+    asked = prompts(8, seed=2)
+    expected = [served.start(p, count=32, kv_reuse=False)() for p in asked]
+    waits = [served.start(prompt, count=32) for prompt in asked]
+    assert [wait() for wait in waits] == expected
+    stats = served.engine.stats()
+    assert stats.preemptions > 0
+    # At most what a request shared at its first start is reported, not what it found of its own.
+    assert stats.kv_queried_tokens == sum(map(len, asked))
+
+
+def test_prefixes_that_come_back_from_host_memory_are_what_they_were(
+    tmp_path: Path, serving: Callable[..., Served]
+) -> None:
+    lone = serving(tiny_model("llama"), num_blocks=400)
+    prefixes = prefixes_of(lone, tmp_path)
+    asked = [(p, prefixes[i % len(prefixes)]) for i, p in enumerate(prompts(24, seed=8))]
+    expected = [lone.generate(prompt, prefix, count=COUNT) for prompt, prefix in asked]
+    crowded = serving(tiny_model("llama"), num_blocks=400, max_resident_tokens=40, host_tokens=1000)
+    crowded.staged = lone.staged
+    waits = [crowded.start(prompt, prefix, count=COUNT) for prompt, prefix in asked]
+    assert [wait() for wait in waits] == expected
+    one_by_one = [crowded.generate(prompt, prefix, count=COUNT) for prompt, prefix in asked]
+    assert one_by_one == expected
+    stats = crowded.engine.stats()
+    assert stats.prefix_evictions > len(prefixes)
+    assert stats.prefix_loads["host"] > len(prefixes)
+    assert stats.prefix_loads["store"] < stats.prefix_loads["host"]
+    assert stats.resident_tokens <= 40
+
+
+def test_kv_that_holds_nan_is_never_reused(serving: Callable[..., Served]) -> None:
+    served = serving(tiny_model("llama"))
+    hidden = served.base.shape.hidden_size
+    bad = served.put(StagedEmbeddings(torch.full((5, hidden), float("nan"))))
+    prompt = prompts(1, seed=3)[0] * 4
+    for _ in range(3):
+        with pytest.raises(RequestFailed, match="non-finite"):
+            served.generate(prompt, bad)
+    assert served.engine.stats().kv_reused_tokens == 0
+    assert served.engine.stats().blocks_remembered == 0
