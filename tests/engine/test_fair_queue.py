@@ -71,7 +71,7 @@ def test_idleness_is_not_saved_up() -> None:
 
 
 def test_nor_when_the_queue_was_empty_in_between() -> None:
-    """All that b asked for runs, nothing waits: a is lifted to where b stands, the last to leave."""
+    """All that b asked for runs and nothing waits: a is lifted to where b stands, who left last."""
     queue = FairQueue()
     for _ in range(100):
         queue.push(sequence("b"))
