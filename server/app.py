@@ -30,12 +30,14 @@ from server.api import (
     routes_models,
     routes_prefixes,
     routes_public,
+    routes_residency,
     routes_uploads,
     routes_users,
 )
 from server.api.auth import authenticated
 from server.api.middleware import RequestLayer
 from server.api.services import ApiLimits, Services
+from server.pin_keeper import PinKeeper
 from server.settings import Settings
 from server.tenants.audit import AuditLog
 from server.tenants.bindings import Bindings
@@ -55,6 +57,7 @@ KEYED = (
     routes_models.router,
     routes_prefixes.router,
     routes_uploads.router,
+    routes_residency.router,
     routes_users.router,
     routes_admin.router,
 )
@@ -66,6 +69,13 @@ def create_app(services: Services, *, sweeper: Sweeper | None = None) -> FastAPI
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         services.engine.start()
+        keeper = PinKeeper(
+            services.store,
+            services.engine,
+            fingerprint=services.served.base.fingerprint,
+            caps_of=services.tenants.resident_caps,
+        )
+        keeper.start()
         renewing = asyncio.create_task(_keep_leases(services.limiter))
         if sweeper is not None:
             sweeper.start()
@@ -75,6 +85,7 @@ def create_app(services: Services, *, sweeper: Sweeper | None = None) -> FastAPI
             renewing.cancel()
             if sweeper is not None:
                 sweeper.stop()
+            keeper.stop()
             services.engine.stop()
             if services.trace is not None:
                 services.trace.close()

@@ -20,6 +20,7 @@ from server.engine.request import PrefixHandle, PrefixKey
 EVERY_S = 10.0
 """How long another server's pin takes at most to be known here."""
 
+_STOP_S = 5.0
 _log = getLogger("prefixd.pins")
 
 
@@ -39,7 +40,7 @@ class Pool(Protocol):
 
 class PinKeeper:
     """Tells ``pool`` what the catalog says of the prefixes of one base, in a thread of its own and
-    after each change made through ``store``. ``caps_of`` gives the caps of tenants that have one."""
+    after each change made through ``store``. ``caps_of`` gives the caps of those that have one."""
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class PinKeeper:
     def stop(self) -> None:
         """End; pins stay as they are."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_STOP_S)  # one that waits for a database that is away is left behind
 
     def changed(self, change: Change) -> None:
         """A change was committed, on the caller's thread; never raises."""

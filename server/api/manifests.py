@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel
 
 from prefix_store.store import Manifest
+from server.engine.engine import Engine
 from server.engine.request import PrefixHandle, PrefixKey
 
 
@@ -73,11 +74,26 @@ class PrefixManifest(BaseModel):
         )
 
 
+class PrefixShown(PrefixManifest):
+    """A version, and where the server that answers has it now.
+
+    ``tier`` is ``resident`` (in the KV pool), ``host`` (compiled, in host memory), or on its way
+    there: ``fetching``, ``staged``, ``compiling``. Null: nowhere, the first request brings it.
+    """
+
+    tier: str | None = None
+
+    @classmethod
+    def now(cls, manifest: Manifest, engine: Engine) -> Self:
+        """``manifest`` as it is shown at this moment."""
+        return cls.of(manifest).model_copy(update={"tier": engine.tier(key_of(manifest))})
+
+
 class PrefixList(BaseModel):
     """Some prefixes by name; ``next_after`` is what ``after`` takes for more, null at the end."""
 
     object: Literal["list"] = "list"
-    data: list[PrefixManifest]
+    data: list[PrefixShown]
     next_after: str | None = None
 
 
@@ -86,5 +102,5 @@ class VersionList(BaseModel):
     end."""
 
     object: Literal["list"] = "list"
-    data: list[PrefixManifest]
+    data: list[PrefixShown]
     next_before: int | None = None

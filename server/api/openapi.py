@@ -9,6 +9,7 @@ from server.api.admin_schemas import NewKey, NewTenant, QuotaChange, Rotation, T
 from server.api.body import StrictModel
 from server.api.refusals import ErrorBody
 from server.api.routes_prefixes import AliasTarget
+from server.api.routes_residency import ChosenVersion
 from server.api.routes_uploads import TextPrefix
 from server.api.routes_users import BindingTarget
 from server.api.sampling import ChatRequest, CompletionRequest
@@ -18,6 +19,7 @@ _BODIES: tuple[type[StrictModel], ...] = (
     ChatRequest,
     TextPrefix,
     AliasTarget,
+    ChosenVersion,
     BindingTarget,
     NewTenant,
     TenantChange,

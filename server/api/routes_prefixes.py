@@ -10,7 +10,7 @@ from pydantic import Field
 
 from server.api.auth import Acting, Reader, Writer
 from server.api.body import StrictModel, json_body, json_request
-from server.api.manifests import PrefixList, PrefixManifest, VersionList
+from server.api.manifests import PrefixList, PrefixManifest, PrefixShown, VersionList
 from server.api.noted import Noted
 from server.api.services import ServicesDep
 from server.tenants.audit import Action
@@ -36,16 +36,16 @@ def list_prefixes(
     """The caller's prefixes by name, each at its latest version."""
     page = services.store.list(tenant=principal.tenant, limit=limit, after=after)
     return PrefixList(
-        data=[PrefixManifest.of(one) for one in page.manifests],
+        data=[PrefixShown.now(one, services.engine) for one in page.manifests],
         next_after=page.next_after,
     )
 
 
-@router.get("/{reference}", response_model=PrefixManifest)
-def get_prefix(reference: str, services: ServicesDep, principal: Reader) -> PrefixManifest:
+@router.get("/{reference}", response_model=PrefixShown)
+def get_prefix(reference: str, services: ServicesDep, principal: Reader) -> PrefixShown:
     """The version that `name`, `name@3` or `name@alias` means now."""
     found = services.store.resolve(tenant=principal.tenant, reference=reference)
-    return PrefixManifest.of(found)
+    return PrefixShown.now(found, services.engine)
 
 
 @router.delete("/{name}", status_code=204)
@@ -68,7 +68,9 @@ def list_versions(
         tenant=principal.tenant, name=name, limit=limit + 1, before=before
     )
     more = found[limit - 1].version if len(found) > limit else None
-    return VersionList(data=[PrefixManifest.of(one) for one in found[:limit]], next_before=more)
+    return VersionList(
+        data=[PrefixShown.now(one, services.engine) for one in found[:limit]], next_before=more
+    )
 
 
 @router.get(

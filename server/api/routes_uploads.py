@@ -3,7 +3,7 @@
 from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from server.api.body import StrictModel, json_request, media_type, parse_json, r
 from server.api.manifests import PrefixManifest
 from server.api.multipart import Upload, received
 from server.api.publishing import Publishing, parse_metadata, task_id_of
+from server.api.residency import try_warm
 from server.api.services import Services, ServicesDep
 from server.errors import BadRequest
 
@@ -59,6 +60,10 @@ _UPLOAD = {
     }
 }
 
+Warm = Annotated[
+    bool,
+    Query(description="Bring it into this server's KV pool at once; the upload never fails by it."),
+]
 IdempotencyKey = Annotated[
     str | None,
     Header(description="The same key with the same upload gets the same answer, for a day."),
@@ -82,6 +87,7 @@ async def put_prefix(
     services: ServicesDep,
     principal: Writer,
     actor: Acting,
+    warm: Warm = False,
     idempotency_key: IdempotencyKey = None,
 ) -> PrefixManifest:
     """Upload a prefix: PEFT's two files as multipart, or a text as JSON. Durable on return."""
@@ -118,7 +124,11 @@ async def put_prefix(
     response.status_code = done.status
     if done.replayed:
         response.headers["idempotency-replayed"] = "true"
-    return PrefixManifest.model_validate(done.body)
+    manifest = PrefixManifest.model_validate(done.body)
+    if warm:
+        reference = f"{manifest.name}@{manifest.version}"
+        await run_in_threadpool(try_warm, reference, services, principal)
+    return manifest
 
 
 def _peft(request: Request, services: Services) -> AbstractAsyncContextManager[Upload]:

@@ -1,0 +1,91 @@
+"""What brings a prefix into the pool before a request does: warming, and the room for pins."""
+
+from collections.abc import Callable
+
+import structlog
+from sqlalchemy import Connection
+
+from prefix_store.errors import StoreError
+from prefix_store.pins import pinned
+from prefix_store.store import Manifest
+from server.api.admission import check_resident
+from server.api.choice import check_served
+from server.api.endings import refusal_of
+from server.api.manifests import handle_of, key_of
+from server.api.services import Services
+from server.engine.request import QueueFull
+from server.errors import DoesNotFit, PrefixdError, Unavailable
+from server.tenants.principal import Principal
+from server.tenants.quotas import check_pinned
+
+log = structlog.get_logger("prefixd")
+
+RESIDENT = "resident"
+QUEUED = "queued"
+"""Asked for, and the engine has not begun."""
+
+
+def check_fits(manifest: Manifest, services: Services, principal: Principal) -> None:
+    """Raise Conflict, EngineFailure, QuotaExceeded or DoesNotFit for a version that no request of
+    its tenant could ever run under here."""
+    check_served(manifest, services.served)
+    check_resident(manifest, principal.quota.max_resident_tokens)
+    if services.engine.config.max_tokens_for(manifest.num_virtual_tokens) < 1:
+        raise DoesNotFit(
+            f"the {manifest.num_virtual_tokens} virtual tokens of "
+            f"{manifest.name}@{manifest.version} can never fit the KV pool"
+        )
+
+
+def warm(manifest: Manifest, services: Services, principal: Principal) -> str:
+    """Have a version made resident, and say where it is. Raises as ``check_fits``, and Unavailable
+    where the engine takes no more."""
+    check_fits(manifest, services, principal)
+    services.intake.check()
+    if not services.engine.ready:
+        raise Unavailable("the engine is not running", retry_after=1)
+    state = services.engine.tier(key_of(manifest))
+    if state == RESIDENT:
+        return state
+    try:
+        services.engine.warm(
+            handle_of(manifest),
+            max_resident_tokens=principal.quota.max_resident_tokens,
+        )
+    except QueueFull as full:
+        raise refusal_of(full, services.intake) from None
+    return state or QUEUED
+
+
+def try_warm(reference: str, services: Services, principal: Principal) -> None:
+    """``warm`` where that is possible; what stands against it is for the log. Blocking."""
+    try:
+        manifest = services.store.resolve(tenant=principal.tenant, reference=reference)
+        warm(manifest, services, principal)
+    except (PrefixdError, StoreError) as error:
+        log.info("not warmed", tenant=principal.tenant, prefix=reference, why=error.message)
+
+
+def room_for_pin(
+    services: Services, principal: Principal, then: Callable[[Connection, Manifest], None]
+) -> Callable[[Connection, Manifest], None]:
+    """What the store is to call in the transaction of a pin: refuses it where there is no room, as
+    ``check_fits`` and ``check_pinned`` do, and goes on to ``then``."""
+
+    def check(connection: Connection, manifest: Manifest) -> None:
+        check_fits(manifest, services, principal)
+        config = services.engine.config
+        limit = services.limits.max_pinned_tokens
+        if limit is None:
+            room = config.num_usable_blocks * config.block_size
+            limit = min(room, config.max_resident_tokens or room) // 4
+        check_pinned(
+            pinned(connection, fingerprint=services.served.base.fingerprint),
+            principal.tenant,
+            principal.quota,
+            max_pinned_tokens=limit,
+            block_size=config.block_size,
+        )
+        then(connection, manifest)
+
+    return check
