@@ -5,14 +5,13 @@ right answer stay those of an honest request.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
-from server.engine.step import Chunk, Step, StepOutput
+from server.engine.step import Chunk, OutOfMemory, Step, StepOutput
 from server.model.runner import TorchRunner
 
 
@@ -28,6 +27,7 @@ class Fault(IntEnum):
 
 
 NANS = frozenset({Fault.NAN_PREFILL, Fault.NAN_LOGITS, Fault.NAN_KV})
+EXCEPTIONS = frozenset(Fault) - NANS
 _FAULT_STRIDE = 1_000_000
 
 
@@ -44,18 +44,13 @@ def _fault_of(seed: int | None) -> Fault | None:
 class FaultyRunner:
     """Runs steps through ``inner``; what else the engine asks of a runner goes there too.
 
-    ``harmed`` has the seeds of requests that a raised step carried, or whose prefix it compiled:
-    these may fail without being marked. ``fired`` counts faults by kind.
+    ``fired`` counts faults by kind.
     """
 
-    def __init__(
-        self, inner: TorchRunner, *, out_of_memory: Callable[[], Exception] = MemoryError
-    ) -> None:
+    def __init__(self, inner: TorchRunner) -> None:
         self.inner = inner
         self.engine: Engine | None = None  # set once there is one
-        self.harmed: set[int] = set()
         self.fired: Counter[Fault] = Counter()
-        self._out_of_memory = out_of_memory
         self._done: set[int] = set()
 
     @property
@@ -78,7 +73,6 @@ class FaultyRunner:
         output = self.inner.run(step)
         for seq_id, (_, fault) in faults.items():
             if fault is Fault.RAISE_ONCE and self._first(seeds[seq_id]):
-                self._harm(step, seeds)
                 self.fired[fault] += 1
                 raise RuntimeError("injected after the pass")
         for seq_id, (chunk, fault) in faults.items():
@@ -88,7 +82,6 @@ class FaultyRunner:
 
     def _raise_before(self, step: Step, seeds: dict[int, int], faults: list[Fault]) -> None:
         if Fault.RAISE in faults:
-            self._harm(step, seeds)
             self.fired[Fault.RAISE] += 1
             raise RuntimeError("injected before the pass")
         if Fault.MEMORY in faults:
@@ -98,9 +91,8 @@ class FaultyRunner:
                 if _fault_of(seed := seeds[chunk.seq_id]) is Fault.MEMORY and self._first(seed)
             }
             if fresh:
-                self._harm(step, seeds)
                 self.fired[Fault.MEMORY] += 1
-                raise self._out_of_memory()
+                raise OutOfMemory("injected")
 
     def _poison(self, chunk: Chunk, fault: Fault, seed: int, output: StepOutput) -> None:
         decodes = chunk.start + len(chunk.tokens) > self._prompt_end(chunk)
@@ -133,15 +125,6 @@ class FaultyRunner:
     @staticmethod
     def _no_number(chunk: Chunk, output: StepOutput) -> None:
         output.sampled[chunk.seq_id] = replace(output.sampled[chunk.seq_id], finite=False)
-
-    def _harm(self, step: Step, seeds: dict[int, int]) -> None:
-        self.harmed.update(seeds[chunk.seq_id] for chunk in step.chunks)
-        compiling = {part.key for part in step.compiles}
-        self.harmed.update(
-            sequence.request.sampling.seed or 0
-            for sequence in self._scheduler.waiting
-            if sequence.prefix is not None and sequence.prefix.key in compiling
-        )
 
     def _first(self, seed: int) -> bool:
         if seed in self._done:

@@ -1,6 +1,6 @@
 """Must be true 6: mixed traffic with faults, and nothing leaks, sticks or answers wrongly.
 
-``PREFIXD_SOAK_SECONDS`` bounds it (120 by default, ``make soak`` takes 20 minutes) and
+``PREFIXD_SOAK_SECONDS`` bounds it (90 by default, ``make soak`` takes 20 minutes) and
 ``PREFIXD_SOAK_SEED`` repeats one.
 """
 
@@ -16,14 +16,15 @@ import time
 from collections import Counter
 from pathlib import Path
 from statistics import linear_regression
+from typing import Any
 
 import pytest
 from faults_model import MOST_TOKENS, Oracle, library, make_prompts
 from faults_runner import Fault, FaultyRunner
 from faults_soak import Book, Soak, digest_of
-from faults_world import running
+from faults_world import World, running
 
-SECONDS = float(os.environ.get("PREFIXD_SOAK_SECONDS", "120"))
+SECONDS = float(os.environ.get("PREFIXD_SOAK_SECONDS", "90"))
 SEED = os.environ.get("PREFIXD_SOAK_SEED") or secrets.token_hex(4)
 TENANTS = ("acme", "beta", "crow")
 BLOCK = 8
@@ -32,7 +33,11 @@ PROMPTS = make_prompts(14, lengths=(1, 7, 16, 24, 40))
 LEAST = sum(-(-tokens // BLOCK) for tokens in (37, 40 + MOST_TOKENS + 37 % BLOCK)) * BLOCK
 """Positions that just admit one sequence of the longest prompt under the longest prefix."""
 
-POOLS = {"roomy": 2048, "tight": 3 * LEAST, "least": LEAST}
+SIZES: dict[str, dict[str, Any]] = {
+    "roomy": {"kv_tokens": 2048, "host_kv_tokens": 256},
+    "tight": {"kv_tokens": 3 * LEAST, "max_resident_tokens": 80},
+    "least": {"kv_tokens": LEAST, "host_kv_tokens": 64},
+}
 CLIENTS, ACTIONS = 18, 12
 
 _SLOPE = 0.35
@@ -77,17 +82,17 @@ def _soak(model: Path, scratch: Path) -> str:
     happened, numbers = Counter[str](), itertools.count(1)
     fired: Counter[Fault] = Counter()
     memory: list[tuple[int, int]] = []  # requests so far, KiB
-    phase_s = max(10.0, min(60.0, SECONDS / (2 * len(POOLS))))
-    for phase, pool in zip(itertools.count(), itertools.cycle(POOLS)):
-        if time.monotonic() - started > SECONDS - phase_s / 2 and phase >= len(POOLS):
+    phase_s = max(10.0, min(60.0, SECONDS / (2 * len(SIZES))))
+    for phase, size in zip(itertools.count(), itertools.cycle(SIZES)):
+        if time.monotonic() - started > SECONDS - phase_s / 2 and phase >= len(SIZES):
             break
-        seed = f"{SEED}/{phase}-{pool}"
+        seed = f"{SEED}/{phase}-{size}"
         with running(
             model,
             scratch / "data",
             tenants=TENANTS,
             wrap=FaultyRunner,
-            kv_tokens=POOLS[pool],
+            **SIZES[size],
             block_size=BLOCK,
             max_tokens_per_step=64,
             max_prefill_chunk=16,
@@ -113,7 +118,7 @@ def _soak(model: Path, scratch: Path) -> str:
     return f"{dict(happened)}; faults {dict(fired)}; {_check_memory(memory)}"
 
 
-def _check_idle(world, seed: str) -> None:
+def _check_idle(world: World, seed: str) -> None:
     stats = world.engine.stats()
     held = stats.blocks_free + stats.blocks_prefix
     assert held == stats.blocks_total, f"{seed}: blocks leaked: {world.engine.scheduler!r}"
