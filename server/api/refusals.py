@@ -2,6 +2,7 @@
 
 import math
 import re
+import sqlite3
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -11,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
@@ -162,6 +163,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(InterfaceError)
     @app.exception_handler(PoolTimeout)
     async def on_database(request: Request, error: SQLAlchemyError) -> JSONResponse:
+        if _is_ours(error):
+            raise error
         # The reason, which may name the database's address, is for the log.
         log.error("the catalog failed", why=str(error).partition("\n")[0])
         away = Unavailable(
@@ -178,6 +181,14 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:
         return error_response(_from_http(error, request), request_id_of(request), error.headers)
+
+
+def _is_ours(error: SQLAlchemyError) -> bool:
+    """Whether the database is there and what it was asked is wrong: SQLite has one class for that
+    and for a file that is locked or gone."""
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    name = getattr(cause, "sqlite_errorname", None)  # absent where Python itself raised
+    return isinstance(cause, sqlite3.Error) and name == "SQLITE_ERROR"
 
 
 def _from_http(error: HTTPException, request: Request) -> PrefixdError:

@@ -1,11 +1,15 @@
 """The bucket or the database is away for a while: a 503 that says so, and not where it is."""
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 from api_world import World, error_of, put_text
 from fastapi.testclient import TestClient
+from sqlalchemy import create_engine
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -57,3 +61,24 @@ def test_no_catalog(client: TestClient, monkeypatch: pytest.MonkeyPatch, error: 
     for method, path in (("GET", "models"), ("PUT", "prefixes/a"), ("POST", "completions")):
         assert_away(client.request(method, f"/v1/{path}"), "the catalog cannot be reached")
     assert client.get("/health/live").status_code == 200
+
+
+def test_a_locked_database_is_away_and_a_missing_table_is_our_fault(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "else.sqlite3"
+
+    def ask(statement: str) -> Callable[..., None]:
+        def run(*_: object, **__: object) -> None:
+            with create_engine(f"sqlite:///{file}", connect_args={"timeout": 0}).begin() as other:
+                other.exec_driver_sql(statement)
+
+        return run
+
+    with TestClient(world.app, headers=world.headers(), raise_server_exceptions=False) as client:
+        monkeypatch.setattr(Tenants, "authenticate", ask("SELECT * FROM nothing"))
+        assert client.get("/v1/models").status_code == 500
+        with closing(sqlite3.connect(file, isolation_level=None)) as holder:
+            holder.execute("BEGIN EXCLUSIVE")
+            monkeypatch.setattr(Tenants, "authenticate", ask("CREATE TABLE it (id INTEGER)"))
+            assert_away(client.get("/v1/models"), "the catalog cannot be reached")
