@@ -31,11 +31,13 @@ from server.api import (
     routes_prefixes,
     routes_public,
     routes_residency,
+    routes_state,
     routes_uploads,
     routes_users,
 )
 from server.api.auth import authenticated
 from server.api.middleware import RequestLayer
+from server.api.residency import pin_room
 from server.api.services import ApiLimits, Services
 from server.pin_keeper import PinKeeper
 from server.settings import Settings
@@ -60,6 +62,7 @@ KEYED = (
     routes_residency.router,
     routes_users.router,
     routes_admin.router,
+    routes_state.router,
 )
 
 
@@ -73,6 +76,7 @@ def create_app(services: Services, *, sweeper: Sweeper | None = None) -> FastAPI
             services.store,
             services.engine,
             fingerprint=services.served.base.fingerprint,
+            room=pin_room(services),
             caps_of=services.tenants.resident_caps,
         )
         keeper.start()
@@ -174,6 +178,8 @@ def api_limits(settings: Settings) -> ApiLimits:
         min_body_rate=settings.min_body_rate,
         max_import_bytes=settings.max_import_bytes,
         max_request_seconds=settings.max_request_seconds,
+        max_pinned_tokens=settings.max_pinned_tokens,
+        kv_reuse=settings.kv_reuse,
     )
 
 

@@ -84,6 +84,7 @@ class DrainingServer(uvicorn.Server):
     async def _let_finish(self, requests: set[asyncio.Task[None]]) -> None:
         """Wait for the requests that were running when the signal came. Those that come after it
         are answered too, but not waited for: a crowd that tries again must not keep us here."""
+        self._engine.drain()
         log.info("draining", requests=len(requests), timeout=self._patience)
         deadline = time.monotonic() + self._patience
         refresh = 0.0

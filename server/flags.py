@@ -24,7 +24,7 @@ CATALOG_FLAGS = ("data_dir", "database_url", "blobs_url")
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 # Every option is text to typer; the settings judge it, in one place for flag and variable.
-_KINDS: dict[Any, str] = {int: "<int>", int | None: "<int>", float: "<float>"}
+_KINDS: dict[Any, str] = {int: "<int>", int | None: "<int>", float: "<float>", bool: "true|false"}
 
 
 def fail(message: str) -> NoReturn:

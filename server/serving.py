@@ -30,6 +30,9 @@ from server.model.text import Tokenizer
 from server.settings import Settings
 from server.telemetry import open_tracer
 
+_QUEUED_POOLS = 8
+"""How many times the pool's size may wait, unless the operator says otherwise."""
+
 
 def build_services(settings: Settings) -> Services:
     """Open the catalog, load the model, prove that it can be served, and put an engine over it.
@@ -57,6 +60,8 @@ def build_services(settings: Settings) -> Services:
             open_artifact=_Artifacts(catalog.store, served), base=base, tokenizer=tokenizer
         ),
         detokenizer=tokenizer.detokenizer,
+        namespace=f"{base.fingerprint}:{settings.dtype}",
+        watchdog_s=settings.watchdog,
     )
     return Services(
         limits=api_limits(settings),
@@ -100,6 +105,11 @@ def _scheduler_config(settings: Settings) -> SchedulerConfig:
         max_tokens_per_step=settings.max_tokens_per_step,
         max_prefill_chunk=settings.max_prefill_chunk,
         max_running=settings.max_running,
+        max_resident_tokens=settings.max_resident_tokens,
+        host_tokens=settings.host_kv_tokens,
+        max_prefix_wait_s=settings.max_prefix_wait,
+        max_waiting_tokens=settings.max_waiting_tokens or _QUEUED_POOLS * settings.kv_tokens,
+        max_queue_wait_s=settings.max_queue_wait or None,
     )
 
 

@@ -88,6 +88,51 @@ class Settings(BaseSettings):
     max_choices: int = Field(
         default=128, ge=1, description="Most sequences one request may ask for (prompts times n)."
     )
+    max_waiting_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most tokens, prompt and output, that may wait to run; then requests get 503. "
+        "Default: eight times kv_tokens.",
+    )
+    max_queue_wait: float = Field(
+        default=60.0,
+        ge=0,
+        description="Seconds a request may wait to run before it gets 503; 0 is no limit.",
+    )
+    max_resident_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most virtual tokens that all prefixes together may have in the KV pool. "
+        "Default: as many as fit.",
+    )
+    host_kv_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Virtual tokens of compiled prefixes kept in host memory, for a quick return "
+        "to the pool; 0 keeps none.",
+    )
+    max_prefix_wait: float = Field(
+        default=0.5,
+        ge=0,
+        description="Seconds after which a request that waits for its prefix forces another one "
+        "out of the pool.",
+    )
+    max_pinned_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="Most positions of the KV pool that the pinned prefixes of all tenants may "
+        "take. Default: a quarter of the pool.",
+    )
+    kv_reuse: bool = Field(
+        default=True,
+        description="Whether requests of a tenant share the KV of equal prompt beginnings.",
+    )
+    watchdog: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds after which a forward pass that has not ended makes the server not "
+        "ready.",
+    )
     max_request_seconds: float | None = Field(
         default=None,
         gt=0,

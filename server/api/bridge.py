@@ -11,8 +11,12 @@ from server.api.endings import refusal_of
 from server.api.intake import Intake
 from server.engine.engine import Engine
 from server.engine.request import Event, FinishEvent, FinishReason, QueueFull
+from server.errors import DeadlineExceeded
 
 Result = TypeVar("Result")
+
+# The engine ends a request at its timeout; this is for one that hangs and ends nothing.
+_SLACK_S = 1.0
 
 
 class ClientGone(Exception):
@@ -33,9 +37,13 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open = admitted.num_choices
+        self._deadline: float | None = None
 
     async def __aenter__(self) -> Self:
         first_choice = 0
+        timeout = self._requests[0].timeout_s
+        if timeout is not None:
+            self._deadline = self._loop.time() + timeout + _SLACK_S
         self._intake.running.add(self)
         try:
             for request in self._requests:
@@ -63,7 +71,11 @@ class Generation:
     async def __anext__(self) -> tuple[int, Event]:
         if not self._open:
             raise StopAsyncIteration
-        choice, event = await self._events.get()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                choice, event = await self._events.get()
+        except TimeoutError:
+            raise DeadlineExceeded("the request's timeout has passed") from None
         if isinstance(event, FinishEvent):
             self._open -= 1
         return choice, event

@@ -10,7 +10,6 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from prefix_store.errors import StoreError
 from prefix_store.store import Manifest
 from server.api.admission import Admitted, Door
 from server.api.answers import Collected, Dialect, PrefixUsed
@@ -52,7 +51,7 @@ def door_of(services: Services, principal: Principal) -> Door:
         max_choices=services.limits.max_choices,
         max_resident_tokens=principal.quota.max_resident_tokens,
         weight=principal.weight,
-        kv_reuse=principal.kv_reuse,
+        kv_reuse=services.limits.kv_reuse and principal.kv_reuse,
         max_seconds=services.limits.max_request_seconds,
     )
 
@@ -86,11 +85,9 @@ async def respond(
     )
     watch = Watch(started, metrics=services.metrics, trace=services.trace)
     try:
-        services.intake.check()
-        if not services.engine.ready:
-            raise Unavailable("the engine is not running", retry_after=1)
+        _check_ready(services)
         admitted, grant = await run_in_threadpool(admit_and_count)
-    except (PrefixdError, StoreError) as error:
+    except Exception as error:
         watch.finish(Outcome.of(error), error)
         raise
     tally = Tally(admitted)
@@ -121,6 +118,13 @@ async def respond(
         watch.finish(Outcome.ABORTED)
         await answer.bill.settle()
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+def _check_ready(services: Services) -> None:
+    services.intake.check()
+    trouble = services.engine.trouble
+    if trouble is not None:
+        raise Unavailable(trouble, retry_after=1)
 
 
 async def _next(frames: AsyncGenerator[bytes]) -> bytes:

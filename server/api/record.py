@@ -6,7 +6,9 @@ from enum import StrEnum
 from http import HTTPStatus
 from typing import Any, Protocol, Self
 
-from prefix_store.errors import StoreError
+from sqlalchemy.exc import SQLAlchemyError
+
+from prefix_store.errors import BlobsUnavailable, CorruptArtifact, StoreError
 from server.errors import DeadlineExceeded, PrefixdError, Unavailable
 
 _SHORT_DIGEST = 12
@@ -21,7 +23,7 @@ class Endpoint(StrEnum):
 
 class Outcome(StrEnum):
     """How a request for generation ended: REFUSED is the caller's doing, UNAVAILABLE a server that
-    is full, starting or ending, ABORTED a client that left."""
+    is full, starting, ending or without its storage, ABORTED a client that left."""
 
     OK = "ok"
     REFUSED = "refused"
@@ -31,17 +33,19 @@ class Outcome(StrEnum):
     ERROR = "error"
 
     @classmethod
-    def of(cls, error: PrefixdError | StoreError) -> Self:
-        """The outcome of a request that is answered with ``error``."""
+    def of(cls, error: Exception) -> Self:
+        """The outcome of a request that is answered with ``error``, or for which it was raised."""
         match error:
-            case Unavailable():
+            case Unavailable() | BlobsUnavailable() | SQLAlchemyError():
                 return cls.UNAVAILABLE
             case DeadlineExceeded():
                 return cls.TIMEOUT
-            case PrefixdError() if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                return cls.ERROR
-            case _:
+            case PrefixdError() if error.status < HTTPStatus.INTERNAL_SERVER_ERROR:
                 return cls.REFUSED
+            case StoreError() if not isinstance(error, CorruptArtifact):
+                return cls.REFUSED
+            case _:
+                return cls.ERROR
 
 
 class TenantClass(StrEnum):

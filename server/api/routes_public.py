@@ -41,7 +41,7 @@ def ready(services: ServicesDep) -> Response:
 def _why_not(services: Services) -> str | None:
     if services.intake.closed:
         return "the server is shutting down"
-    return None if services.engine.ready else "the engine is not running"
+    return services.engine.trouble
 
 
 @router.get(

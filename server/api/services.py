@@ -32,6 +32,7 @@ class ApiLimits:
     min_body_rate: int
     max_import_bytes: int
     max_request_seconds: float | None = None
+    kv_reuse: bool = True
     max_pinned_tokens: int | None = None  # a quarter of the pool
 
 

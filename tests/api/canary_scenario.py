@@ -41,6 +41,19 @@ def upload(client: TestClient, value: float) -> Any:
     return client.put("/v1/prefixes/tensor", files=parts)
 
 
+def broken(client: TestClient, world: World) -> Any:
+    """A failure that nobody foresaw, with the prompt in the frames of its traceback."""
+    tokenizer = world.services.served.tokenizer
+
+    def encode(text: str, *, add_special_tokens: bool = True) -> list[int]:
+        raise RuntimeError("this should not happen")
+
+    tokenizer.encode = encode  # type: ignore[method-assign]
+    answer = client.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT})
+    del tokenizer.encode  # type: ignore[method-assign]
+    return answer
+
+
 def generate(client: TestClient, world: World) -> list[Any]:
     chat = {"messages": [{"role": "user", "content": PROMPT}]}
     bodies: list[dict[str, Any]] = [
@@ -59,6 +72,7 @@ def generate(client: TestClient, world: World) -> list[Any]:
     answers = [client.post("/v1/completions", json={**base, **body}) for body in bodies]
     answers.append(client.post("/v1/completions", content=f'{{"prompt": "{PROMPT}'.encode()))
     answers += [client.post("/v1/chat/completions", json={**base, **chat, "n": n}) for n in (1, 99)]
+    answers.append(broken(client, world))
     for stream in (True, False):
         world.runner.fail = True
         failing = {**base, "prompt": PROMPT, "stream": stream}

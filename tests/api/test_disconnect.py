@@ -18,7 +18,14 @@ SEQUENCES = 3
 class Caller:
     """One request straight into the ASGI application, so that a test decides when it leaves."""
 
-    def __init__(self, world: World, body: dict[str, Any], path: str = "/v1/completions") -> None:
+    def __init__(
+        self,
+        world: World,
+        body: dict[str, Any],
+        path: str = "/v1/completions",
+        method: str = "POST",
+    ) -> None:
+        self.method = method
         self.world = world
         self.body = json.dumps({"model": "tiny", "prompt": "hello", **body}).encode()
         self.path = path
@@ -43,7 +50,7 @@ class Caller:
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
-            "method": "POST",
+            "method": self.method,
             "path": self.path,
             "raw_path": self.path.encode(),
             "query_string": b"",

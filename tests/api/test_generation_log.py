@@ -6,6 +6,7 @@ import pytest
 import structlog
 from api_world import World, put_text
 from fastapi.testclient import TestClient
+from sqlalchemy.exc import OperationalError
 from test_completions import complete
 from test_disconnect import Caller, run_with_engine
 
@@ -44,12 +45,23 @@ def test_an_answer(client: TestClient, world: World, *, stream: bool) -> None:
     }
 
 
-def test_refusals_and_failures(client: TestClient, world: World) -> None:
+def away(*_: object, **__: object) -> None:
+    raise OperationalError("SELECT 1", {}, Exception("no connection"))
+
+
+def test_refusals_and_failures(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with structlog.testing.capture_logs() as lines:
         complete(client, model="absent")
         world.runner.fail = True
         complete(client)
-    refused, failed = lines_of(lines)
+        monkeypatch.setattr(world.services.limiter, "admit", lambda *_, **__: 1 / 0)
+        assert complete(client).status_code == 500
+        monkeypatch.setattr(world.services.limiter, "admit", away)
+        assert complete(client).status_code == 503
+    refused, failed, broken, waiting = lines_of(lines)
+    assert (broken["outcome"], waiting["outcome"]) == ("error", "unavailable")
     assert (refused["outcome"], refused["code"]) == ("refused", "model_not_found")
     assert "id" not in refused
     assert (failed["outcome"], failed["code"]) == ("error", "engine_error")

@@ -1,0 +1,168 @@
+"""What an operator sees of a running server: the scheduler's picture, readiness, figures."""
+
+import asyncio
+import json
+import threading
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from api_world import World, error_of, put_text
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+from test_completions import complete
+from test_disconnect import Caller, run_with_engine
+
+from server.app import create_app
+
+CANARY = "canary-4711"
+
+
+def state(client: TestClient, world: World) -> Any:
+    answer = client.get("/v1/admin/state", headers=world.headers("operator:all"))
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_an_idle_server(client: TestClient, world: World) -> None:
+    world.add_tenant("operator")
+    found = state(client, world)
+    assert found["object"] == "engine_state"
+    assert (found["ready"], found["trouble"]) == (True, None)
+    assert found["running"] == {"count": 0, "sequences": []}
+    assert found["waiting"]["count"] == 0
+    assert found["pool"]["free"] == found["pool"]["blocks"]
+
+
+def test_who_runs_and_what_is_resident(world: World) -> None:
+    world.add_tenant("operator")
+    world.runner.hold_after = 4
+
+    async def scenario() -> None:
+        caller = Caller(world, {"stream": True, "max_tokens": 300, "prompt": CANARY})
+        request = asyncio.create_task(caller.run())
+        assert await asyncio.to_thread(world.runner.held.wait, 20)
+        asked = threading.Thread(target=world.runner.gate.set)
+        picture = asyncio.create_task(asyncio.to_thread(world.services.engine.state))
+        asked.start()
+        found = await picture
+        caller.leaves.set()
+        await request
+        asked.join()
+        (sequence,) = found["running"]["sequences"]
+        assert sequence["tenant"] == "acme"
+        assert sequence["prompt_tokens"] == len(CANARY)
+        assert sequence["output_tokens"] >= 1
+        assert CANARY not in json.dumps(found)
+
+    run_with_engine(world, scenario)
+
+
+@pytest.mark.parametrize("key", ["acme", "acme:all", "operator:read"])
+def test_only_the_operators_admin_keys_see_it(client: TestClient, world: World, key: str) -> None:
+    world.add_tenant("acme")
+    world.add_tenant("operator")
+    put_text(client, "voice", "acme's", world.headers())
+    complete(client, model="voice")
+    answer = client.get("/v1/admin/state", headers=world.headers(key))
+    assert answer.status_code == 403
+    assert "tenants" not in answer.text
+    found = state(client, world)
+    assert [entry["tenant"] for entry in found["prefixes"]["entries"]] == ["acme"]
+    assert "voice" not in json.dumps(found)
+
+
+def test_an_engine_that_does_not_answer(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.add_tenant("operator")
+
+    def late() -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(world.services.engine, "state", late)
+    answer = client.get("/v1/admin/state", headers=world.headers("operator:all"))
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert "long step" in error_of(answer)["message"]
+
+
+def test_a_step_that_hangs_turns_readiness_off(world: World) -> None:
+    """And what comes then is refused at once; when the step ends all is well again."""
+    engine = world.services.engine
+    engine._health._watchdog_s = 0.05
+
+    async def scenario() -> None:
+        world.runner.gate.clear()
+        caller = Caller(world, {"max_tokens": 3})
+        request = asyncio.create_task(caller.run())
+        assert await asyncio.to_thread(world.runner.entered.wait, 20)
+        while engine.ready:  # noqa: ASYNC110 - the watchdog tells nobody
+            await asyncio.sleep(0.01)
+        second = Caller(world, {})
+        await second.run()
+        assert (await second.sent.get())["status"] == 503
+        assert b"no step has ended" in (await second.sent.get())["body"]
+        ready = Caller(world, {}, path="/health/ready", method="GET")
+        await ready.run()
+        assert (await ready.sent.get())["status"] == 503
+        assert b"no step has ended" in (await ready.sent.get())["body"]
+        world.runner.gate.set()
+        await request
+        assert (await caller.sent.get())["status"] == 200
+        assert engine.ready
+
+    run_with_engine(world, scenario)
+
+
+def test_a_deadline_holds_even_where_the_engine_hangs(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.bridge._SLACK_S", 0.05)
+
+    async def scenario() -> None:
+        world.runner.gate.clear()
+        caller = Caller(world, {"max_tokens": 3, "timeout": 0.05})
+        await caller.run()
+        assert (await caller.sent.get())["status"] == 504
+        world.runner.gate.set()
+
+    run_with_engine(world, scenario)
+
+
+def samples(client: TestClient) -> dict[str, float]:
+    found = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def test_shared_kv_shows_in_the_answer_and_in_the_figures(client: TestClient) -> None:
+    prompt = "a prompt of more than two whole blocks, said twice"
+    assert len(prompt) > 3 * 16
+    first, second, off = (
+        complete(client, prompt=prompt, kv_reuse=reuse).json() for reuse in (True, True, False)
+    )
+    cached = [
+        answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (first, second, off)
+    ]
+    assert cached == [0, 48, 0]
+    assert first["choices"] == second["choices"] == off["choices"]
+    found = samples(client)
+    assert found["prefixd_kv_reuse_hits_total"] == 48
+    assert found["prefixd_kv_reuse_queries_total"] >= 2 * 48
+    assert found["prefixd_kv_blocks{holds=reusable}"] >= 3
+    assert found["prefixd_request_queue_time_seconds_count{tenant_class=standard}"] == 3
+    assert found["prefixd_step_duration_seconds_count"] == found["prefixd_steps_total"]
+    assert found["prefixd_iteration_tokens_total_count"] == found["prefixd_steps_total"]
+
+
+def test_the_servers_switch_turns_reuse_off(world: World) -> None:
+    limits = replace(world.services.limits, kv_reuse=False)
+    app = create_app(replace(world.services, limits=limits))
+    with TestClient(app, headers=world.headers()) as client:
+        for _ in range(2):
+            usage = complete(client, prompt="x" * 60, kv_reuse=True).json()["usage"]
+            assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
