@@ -1,0 +1,113 @@
+"""Backlogged tenants are served alike: the bound of Sheng et al. (OSDI 2024), theorem 4.4."""
+
+import itertools
+import random
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.config import SchedulerConfig
+from server.engine.request import (
+    AdmittedRequest,
+    PrefixHandle,
+    PrefixKey,
+    SamplingParams,
+    StopParams,
+)
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
+from server.testing import FakeRunner, FakeStaged
+
+BLOCK, BLOCKS, STEPS = 4, 24, 250
+LONGEST_PREFIX, LONGEST_PROMPT = 16, 24
+LARGEST_INPUT = LONGEST_PREFIX + LONGEST_PROMPT
+
+habits = st.fixed_dictionaries(
+    {
+        "weight": st.sampled_from([0.5, 1.0, 2.0]),
+        "clients": st.integers(1, 12),
+        "prompt": st.integers(1, LONGEST_PROMPT),
+        "output": st.integers(1, 12),
+        "prefixes": st.integers(0, 3),
+        "comes_at": st.integers(0, 120),
+    }
+)
+
+
+class World:
+    """Tenants that keep some requests in the queue from some step on, and what each is served."""
+
+    def __init__(self, tenants: dict[str, dict], seed: int) -> None:
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                num_blocks=BLOCKS + 1, block_size=BLOCK, max_tokens_per_step=24, max_running=6
+            )
+        )
+        self.runner = FakeRunner(block_size=BLOCK)
+        self.tenants = tenants
+        self.chance = random.Random(seed)
+        self.ids = itertools.count()
+        self.service: Counter[str] = Counter()
+        charge = self.scheduler.waiting.charge
+
+        def charge_and_count(tenant: str, tokens: int) -> None:
+            self.service[tenant] += tokens / tenants[tenant]["weight"]
+            charge(tenant, tokens)
+
+        self.scheduler.waiting.charge = charge_and_count  # type: ignore[method-assign]
+
+    def ask(self, tenant: str) -> None:
+        habit, number = self.tenants[tenant], next(self.ids)
+        handle = None
+        if habit["prefixes"]:
+            length = 4 * self.chance.randint(1, LONGEST_PREFIX // 4)
+            which = self.chance.randrange(habit["prefixes"])
+            handle = PrefixHandle(PrefixKey(tenant, f"{which}-{length}"), length)
+        prompt = tuple(self.chance.choices(range(256), k=self.chance.randint(1, habit["prompt"])))
+        request = AdmittedRequest(
+            request_id=str(number),
+            tenant=tenant,
+            prompt=prompt,
+            prefix=handle,
+            sampling=SamplingParams(temperature=0),
+            stop=StopParams(max_tokens=self.chance.randint(1, habit["output"])),
+            weight=habit["weight"],
+        )
+        self.scheduler.add(Sequence(number, request, 0, 0, list(prompt)))
+
+    def ready(self) -> set[str]:
+        memory = self.scheduler.memory
+        return {s.tenant for s in self.scheduler.waiting if memory.is_ready(s)}
+
+    def step(self, moment: int) -> None:
+        for tenant, habit in self.tenants.items():
+            if moment >= habit["comes_at"]:
+                for _ in range(habit["clients"] - len(self.scheduler.waiting.of(tenant))):
+                    self.ask(tenant)
+        step = self.scheduler.schedule(now=moment / 10)
+        self.scheduler.update(step, self.runner.run(step))
+        for key in step.fetches:
+            self.scheduler.prefix_staged(key, FakeStaged(int(key.digest.split("-")[1])))
+
+
+@settings(max_examples=60, deadline=None)
+@given(tenants=st.fixed_dictionaries({"a": habits, "b": habits, "c": habits}), seed=st.integers())
+def test_while_two_tenants_are_backlogged_neither_falls_behind(
+    tenants: dict[str, dict], seed: int
+) -> None:
+    world = World(tenants, seed)
+    since: dict[tuple[str, str], float] = {}
+    for moment in range(STEPS):
+        before = world.ready()
+        world.step(moment)
+        backlogged = before & world.ready()
+        for one, other in itertools.combinations(sorted(tenants), 2):
+            if not {one, other} <= backlogged:
+                since.pop((one, other), None)
+                continue
+            ahead = world.service[one] - world.service[other]
+            began = since.setdefault((one, other), ahead)
+            least = min(tenants[one]["weight"], tenants[other]["weight"])
+            bound = 2 * max(LARGEST_INPUT, BLOCKS * BLOCK) / least
+            assert abs(ahead - began) <= bound
