@@ -214,7 +214,7 @@ class Catalog:
         self._tell(replace(left, pins=True))
 
     def pinned(self, *, fingerprint: str) -> tuple[Pinned, ...]:
-        """What is pinned of the prefixes of one base, by all tenants."""
+        """What is pinned of the prefixes of one base, by all tenants, the oldest pin first."""
         with reading(self._engine) as connection:
             return pinned(connection, fingerprint=fingerprint)
 

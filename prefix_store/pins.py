@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, delete, or_, select, text
+from sqlalchemy import ColumnElement, Connection, Table, and_, delete, func, or_, select, text
 
 from prefix_store.database import insert_into
 from prefix_store.digest import BlobKey
@@ -31,8 +31,8 @@ class Change:
 
 
 def pinned(connection: Connection, *, fingerprint: str) -> tuple[Pinned, ...]:
-    """What is pinned of the prefixes of one base, by all tenants; equal bytes once for a tenant.
-    Corrupt blobs are not among it: they cannot be loaded."""
+    """What is pinned of the prefixes of one base, by all tenants, the oldest pin first; equal bytes
+    once for a tenant. Corrupt blobs are not among it: they cannot be loaded."""
     statement = (
         select(pins.c.tenant, versions.c.digest, versions.c.num_virtual_tokens)
         .join_from(
@@ -44,8 +44,8 @@ def pinned(connection: Connection, *, fingerprint: str) -> tuple[Pinned, ...]:
             blobs, and_(blobs.c.tenant == pins.c.tenant, blobs.c.digest == versions.c.digest)
         )
         .where(versions.c.fingerprint == fingerprint, blobs.c.corrupt_at.is_(None))
-        .order_by(pins.c.tenant, versions.c.digest)
-        .distinct()
+        .group_by(pins.c.tenant, versions.c.digest, versions.c.num_virtual_tokens)
+        .order_by(func.min(pins.c.since), pins.c.tenant, versions.c.digest)
     )
     return tuple(
         Pinned(BlobKey(row.tenant, row.digest), row.num_virtual_tokens)

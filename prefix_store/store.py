@@ -198,7 +198,7 @@ class PrefixStore:
         self._catalog.remove_pin(tenant=tenant, name=check_name(name), within=within)
 
     def pinned(self, *, fingerprint: str) -> tuple[Pinned, ...]:
-        """What is pinned of the prefixes of one base, by all tenants."""
+        """What is pinned of the prefixes of one base, by all tenants, the oldest pin first."""
         return self._catalog.pinned(fingerprint=fingerprint)
 
     def watch(self, watcher: Watch) -> None:

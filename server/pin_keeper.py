@@ -16,6 +16,7 @@ from prefix_store.digest import BlobKey
 from prefix_store.pins import Change
 from prefix_store.store import PrefixStore
 from server.engine.request import PrefixHandle, PrefixKey
+from server.tenants.quotas import PinRoom, pins_that_fit
 
 EVERY_S = 10.0
 """How long another server's pin takes at most to be known here."""
@@ -48,12 +49,15 @@ class PinKeeper:
         pool: Pool,
         *,
         fingerprint: str,
+        room: PinRoom,
         caps_of: Callable[[Collection[str]], Mapping[str, int]],
         every_s: float = EVERY_S,
     ) -> None:
         self._store = store
         self._pool = pool
         self._caps_of = caps_of
+        self._room = room
+        self._left_out = 0
         self._fingerprint = fingerprint
         self._every_s = every_s
         # One reads and tells after the other, or what was read first might be told last.
@@ -86,10 +90,14 @@ class PinKeeper:
             except SQLAlchemyError:
                 _log.exception("the pins could not be read; those known stay")
                 return
+            kept = pins_that_fit(found, caps, self._room)
             self._pool.set_pins(
-                [PrefixHandle(_prefix_key(one.key), one.num_virtual_tokens) for one in found],
+                [PrefixHandle(_prefix_key(one.key), one.num_virtual_tokens) for one in kept],
                 caps=caps,
             )
+            if len(found) - len(kept) != self._left_out:
+                self._left_out = len(found) - len(kept)
+                _log.warning("%d pins have no room here", self._left_out)
 
     def _run(self) -> None:
         while True:

@@ -16,7 +16,7 @@ from server.api.services import Services
 from server.engine.request import QueueFull
 from server.errors import DoesNotFit, PrefixdError, Unavailable
 from server.tenants.principal import Principal
-from server.tenants.quotas import check_pinned
+from server.tenants.quotas import PinRoom, check_pinned
 
 log = structlog.get_logger("prefixd")
 
@@ -66,6 +66,15 @@ def try_warm(reference: str, services: Services, principal: Principal) -> None:
         log.info("not warmed", tenant=principal.tenant, prefix=reference, why=error.message)
 
 
+def pin_room(services: Services) -> PinRoom:
+    """What all pins together may take here: what the settings say, else a quarter of the pool."""
+    config, tokens = services.engine.config, services.limits.max_pinned_tokens
+    if tokens is None:
+        pool = config.num_usable_blocks * config.block_size
+        tokens = min(pool, config.max_resident_tokens or pool) // 4
+    return PinRoom(tokens, config.block_size)
+
+
 def room_for_pin(
     services: Services, principal: Principal, then: Callable[[Connection, Manifest], None]
 ) -> Callable[[Connection, Manifest], None]:
@@ -74,17 +83,11 @@ def room_for_pin(
 
     def check(connection: Connection, manifest: Manifest) -> None:
         check_fits(manifest, services, principal)
-        config = services.engine.config
-        limit = services.limits.max_pinned_tokens
-        if limit is None:
-            room = config.num_usable_blocks * config.block_size
-            limit = min(room, config.max_resident_tokens or room) // 4
         check_pinned(
             pinned(connection, fingerprint=services.served.base.fingerprint),
             principal.tenant,
             principal.quota,
-            max_pinned_tokens=limit,
-            block_size=config.block_size,
+            room=pin_room(services),
         )
         then(connection, manifest)
 

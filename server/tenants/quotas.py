@@ -90,12 +90,22 @@ def check_stored(connection: Connection, tenant: str, quota: Quota) -> None:
             )
 
 
-def check_pinned(
-    found: Iterable[Pinned], tenant: str, quota: Quota, *, max_pinned_tokens: int, block_size: int
-) -> None:
+@dataclass(frozen=True, slots=True)
+class PinRoom:
+    """What the pins of all tenants may take of a pool: ``tokens`` positions, in whole blocks."""
+
+    tokens: int
+    block_size: int
+
+    def taken_by(self, num_virtual_tokens: int) -> int:
+        """Positions of the blocks that so many virtual tokens are in."""
+        return -(-num_virtual_tokens // self.block_size) * self.block_size
+
+
+def check_pinned(found: Iterable[Pinned], tenant: str, quota: Quota, *, room: PinRoom) -> None:
     """``found`` is what all tenants have pinned, with what ``tenant`` just did. Raise QuotaExceeded
-    when its own is more than it may keep resident, Conflict when all together is more than
-    ``max_pinned_tokens`` positions, counted as whole blocks of the pool."""
+    when its own is more than it may keep resident, Conflict when all together is more than there is
+    room for."""
     pins = tuple(found)
     own = sum(one.num_virtual_tokens for one in pins if one.key.tenant == tenant)
     if quota.max_resident_tokens is not None and own > quota.max_resident_tokens:
@@ -104,10 +114,28 @@ def check_pinned(
             f"have {own} pinned; unpin a prefix first",
             param="max_resident_tokens",
         )
-    total = sum(-(-one.num_virtual_tokens // block_size) * block_size for one in pins)
-    if total > max_pinned_tokens:
+    total = sum(room.taken_by(one.num_virtual_tokens) for one in pins)
+    if total > room.tokens:
         raise Conflict(
-            f"the server keeps {max_pinned_tokens} positions for pinned prefixes and would need "
+            f"the server keeps {room.tokens} positions for pinned prefixes and would need "
             f"{total}; unpin a prefix first",
             code="pins_full",
         )
+
+
+def pins_that_fit(
+    found: Iterable[Pinned], caps: Mapping[str, int], room: PinRoom
+) -> tuple[Pinned, ...]:
+    """As many of ``found``, in that order, as there is room for now: limits may have been lowered
+    since, and another server's may be others. ``caps`` are those of tenants that have one."""
+    kept: list[Pinned] = []
+    free, left = room.tokens, dict(caps)
+    for one in found:
+        takes, cap = room.taken_by(one.num_virtual_tokens), left.get(one.key.tenant)
+        if takes > free or (cap is not None and one.num_virtual_tokens > cap):
+            continue
+        kept.append(one)
+        free -= takes
+        if cap is not None:
+            left[one.key.tenant] = cap - one.num_virtual_tokens
+    return tuple(kept)

@@ -12,6 +12,7 @@ from prefix_store.pins import Change, Pinned
 from prefix_store.store import PrefixStore
 from server.engine.request import PrefixHandle, PrefixKey
 from server.pin_keeper import PinKeeper
+from server.tenants.quotas import PinRoom
 
 KEY = BlobKey("acme", "d" * 64)
 
@@ -79,6 +80,7 @@ def keeping(store: FakeStore, pool: FakePool, *, every_s: float) -> Iterator[Pin
         stand_in,
         pool,
         fingerprint="base",
+        room=PinRoom(48, block_size=16),
         caps_of=lambda tenants: dict.fromkeys(tenants, 9),
         every_s=every_s,
     )
@@ -139,3 +141,28 @@ def test_a_catalog_that_is_away_unpins_nothing_and_ends_no_keeper(
         store.broken = False
         pool.wait_until(PINNED)
     assert "could not be read" in caplog.text
+
+
+def test_what_cannot_come_in_is_not_asked_for(
+    store: FakeStore, pool: FakePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nine tokens a tenant, three blocks in all; limits may have been higher once."""
+    store.pins = [
+        Pinned(BlobKey(tenant, digest), size)
+        for tenant, digest, size in (
+            ("acme", "a", 5),
+            ("acme", "b", 5),
+            ("acme", "c", 4),
+            ("beta", "a", 9),
+            ("gamma", "a", 1),
+        )
+    ]
+    with keeping(store, pool, every_s=0.001) as keeper:
+        keeper.refresh()
+        keeper.refresh()
+    assert pool.told[-1][1] == [
+        PrefixHandle(PrefixKey("acme", "a"), 5),
+        PrefixHandle(PrefixKey("acme", "c"), 4),
+        PrefixHandle(PrefixKey("beta", "a"), 9),
+    ]
+    assert caplog.text.count("2 pins have no room here") == 1

@@ -235,7 +235,7 @@ def test_pins_reach_the_engine_and_the_manifest(
     shown = client.get("/v1/prefixes/voice/versions").json()["data"]
     assert [(one["version"], one["pinned"]) for one in shown] == [(2, False), (1, True)]
     client.put("/v1/prefixes/voice/pin")
-    assert pool.pins == [handle(second), handle(theirs, "beta")]
+    assert pool.pins == [handle(theirs, "beta"), handle(second)]  # the oldest first
     assert client.delete("/v1/prefixes/voice/pin").status_code == 204
     assert pool.pins == [handle(theirs, "beta")]
     gone = client.delete("/v1/prefixes/voice/pin")

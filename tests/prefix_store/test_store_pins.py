@@ -1,6 +1,7 @@
 """Pins, and what a change leaves behind that nothing means any more; on both stacks."""
 
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import Connection
@@ -74,6 +75,17 @@ def test_equal_bytes_are_pinned_once_for_each_tenant(home: Home) -> None:
     home.store.remove_pin(tenant="acme", name="a")
     assert pins(home) == [("acme", digest, 3), ("umbrella", digest, 3)]
     assert home.store.pinned(fingerprint="another base") == ()
+
+
+def test_the_oldest_pin_comes_first(home: Home) -> None:
+    for name in ("b", "a", "c"):
+        home.put_text(f"text {name}", name)
+        home.clock.ahead += timedelta(seconds=1)
+        home.store.set_pin(tenant="acme", reference=name)
+    home.clock.ahead += timedelta(seconds=1)
+    home.store.set_pin(tenant="acme", reference="b")
+    digests = [home.store.resolve(tenant="acme", reference=name).digest for name in "acb"]
+    assert [digest for _, digest, _ in pins(home)] == digests
 
 
 def test_a_corrupt_blob_is_not_loaded_and_its_pin_waits(home: Home) -> None:
