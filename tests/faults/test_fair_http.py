@@ -66,7 +66,7 @@ def ask(world: World, rng: random.Random, *, prompts: int = 1, prompt: int = PRO
 
 @pytest.mark.parametrize(
     ("model", "weight"),
-    [pytest.param("demo", 1.0, marks=pytest.mark.demo_model), ("tiny", 1.0)],
+    [pytest.param("demo", 1.0, marks=pytest.mark.demo_model), ("tiny", 2.0), ("tiny", 0.5)],
 )
 def test_a_lone_client_with_much_to_do_gets_its_tenants_share(
     tiny_folder: Path, tmp_path: Path, model: str, weight: float
