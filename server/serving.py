@@ -41,7 +41,7 @@ def build_services(settings: Settings) -> Services:
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    config = _scheduler_config(settings)
+    config = scheduler_config(settings)
     device = device_of(settings)
     catalog = open_catalog(settings)
     base = load_base(
@@ -98,7 +98,8 @@ def device_of(settings: Settings) -> str:
     return str(device)
 
 
-def _scheduler_config(settings: Settings) -> SchedulerConfig:
+def scheduler_config(settings: Settings) -> SchedulerConfig:
+    """The engine's slice of the settings."""
     return SchedulerConfig(
         num_blocks=-(-settings.kv_tokens // settings.block_size) + 1,  # and the null block
         block_size=settings.block_size,

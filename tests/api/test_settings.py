@@ -201,3 +201,30 @@ def test_the_first_key_goes_to_the_terminal_and_not_to_the_log(
     assert capfd.readouterr().err == ""
     assert lines == []
     database.dispose()
+
+
+def test_the_queue_and_the_pool_are_bounded_as_told() -> None:
+    from server.serving import scheduler_config
+
+    config = scheduler_config(Settings(kv_tokens=1000))
+    assert config.num_usable_blocks == 63
+    assert (config.max_waiting_tokens, config.max_queue_wait_s) == (8000, 60.0)
+    assert (config.max_resident_tokens, config.host_tokens) == (None, 0)
+    told = scheduler_config(
+        Settings(
+            max_waiting_tokens=7,
+            max_queue_wait=0,
+            max_resident_tokens=320,
+            host_kv_tokens=640,
+            max_prefix_wait=0.25,
+        )
+    )
+    assert (told.max_waiting_tokens, told.max_queue_wait_s) == (7, None)
+    assert (told.max_resident_tokens, told.host_tokens) == (320, 640)
+    assert told.max_prefix_wait_s == 0.25
+
+
+def test_a_switch_is_true_or_false() -> None:
+    text = " ".join(run("serve", "--help").stdout.split())
+    assert "--kv-reuse true|false" in text
+    assert "--kv-reuse (PREFIXD_KV_REUSE)" in run("serve", "--kv-reuse", "maybe", code=1).stderr
