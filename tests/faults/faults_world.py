@@ -8,19 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import structlog
 import uvicorn
 
-from server import serving
 from server.api.services import Services
 from server.app import create_app
 from server.engine.engine import Engine
 from server.engine.step import ModelRunner
+from server.serving import build_services
 from server.settings import Settings
 
 structlog.configure(
@@ -100,22 +99,16 @@ def running(
     *,
     tenants: tuple[str, ...] = ("acme", "beta", "crow"),
     wrap: Callable[[ModelRunner], Any] = lambda runner: runner,
-    scheduler: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Iterator[World]:
-    """Serve ``model`` from the data folder ``data`` while the block lasts; ``scheduler`` changes
-    fields of the scheduler's config.
+    """Serve ``model`` from the data folder ``data`` while the block lasts.
 
     At the end the engine's books must balance.
     """
     data.mkdir(exist_ok=True)
-    configured = serving._scheduler_config
-    with mock.patch.object(
-        serving, "_scheduler_config", lambda given: replace(configured(given), **(scheduler or {}))
-    ):
-        services = serving.build_services(
-            Settings(model=str(model), data_dir=data, threads=1, host="127.0.0.1", **settings)
-        )
+    services = build_services(
+        Settings(model=str(model), data_dir=data, threads=1, host="127.0.0.1", **settings)
+    )
     runner = services.engine._runner = wrap(services.engine._runner)
     known = {tenant.name for tenant in services.tenants.list_tenants()}
     for name in tenants:
