@@ -1,12 +1,14 @@
 """SIGTERM on a real process: what runs finishes or is told, and the status is 0."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -163,6 +165,37 @@ def test_an_answer_that_is_not_whole_in_time_is_a_503(tmp_path: Path) -> None:
     assert asking.answer.status_code == 503
     assert asking.answer.json()["error"]["code"] == "shutting_down"
     assert int(asking.answer.headers["retry-after"]) >= 1
+
+
+def test_of_a_crowd_nobody_is_left_without_a_word(tmp_path: Path) -> None:
+    """Streams that run get their last event; those that still wait for their first token, and
+    whole answers, a status."""
+    with served(tmp_path, patience=0.5, step_s=SLOW_STEP_S) as server:
+        body = {"model": "tiny", "prompt": "x" * 20, "max_tokens": 200}
+        crowd = [Asking(server.client, {**body, "stream": bool(i % 2)}) for i in range(24)]
+        while True:
+            page = server.client.get("/metrics").text
+            (line,) = re.findall(r"num_requests_waiting{tenant_class=\"standard\"} (\S+)", page)
+            if float(line) > 0 and server.log.read_text().count("a step begins") > 8:
+                break
+        server.process.send_signal(signal.SIGTERM)
+        for one in crowd:
+            one.join(20)
+        server.ended()
+    endings = Counter(ending_of(one.answer) for one in crowd)
+    assert endings.total() == len(crowd)
+    assert set(endings) == {"503", "last event"}
+    assert endings["503"] >= len(crowd) / 2
+
+
+def ending_of(answer: httpx2.Response) -> str:
+    if answer.status_code == 503:
+        assert answer.json()["error"]["code"] == "shutting_down"
+        return "503"
+    *_, last, done = (line for line in answer.text.splitlines() if line)
+    assert done == "data: [DONE]"
+    assert error_in(last)["code"] == "shutting_down"
+    return "last event"
 
 
 def test_a_second_signal_ends_the_waiting(tmp_path: Path) -> None:
