@@ -225,6 +225,7 @@ class Arrivals:
             for victim in choice.victims:
                 self._memory.evict(plan, victim)
             plan.fresh += self._residency.place(entry)
+            entry.forced = overdue
         elif forces:
             self.forcing = entry.key
             # Blocks that running sequences hold themselves come free too: nobody else gets them.

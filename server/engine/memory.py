@@ -84,16 +84,20 @@ class Memory:
         """Prefixes that may leave for ``sequence`` (not its own), the best to lose first: those
         nobody waits for before those somebody does, least recently used first.
 
-        Those that are pinned or promised to another stay, unless the need is ``desperate``:
-        nothing could run otherwise.
+        Those that are pinned, were forced in for somebody or are to leave for somebody stay, unless
+        the need is ``desperate``: nothing could run otherwise.
         """
         own = sequence.prefix.key if sequence is not None and sequence.prefix else None
         idle = [
             entry
             for entry in self.residency.idle()
-            if entry.key != own and (desperate or not (entry.leaving or entry.key in self.pinned))
+            if entry.key != own and (desperate or not self._is_kept(entry))
         ]
         return sorted(idle, key=self._worth)
+
+    def _is_kept(self, entry: Entry) -> bool:
+        awaited = entry.forced and self._waiting.wants(entry.key)
+        return awaited or entry.leaving or entry.key in self.pinned
 
     def _worth(self, entry: Entry) -> tuple[bool, bool, bool]:
         wanted = self._waiting.wants(entry.key)
@@ -123,7 +127,10 @@ class Memory:
         """
         if self.make_room(plan, self.evictable(None, desperate=False), until=1):
             return True
-        if compiling := self.residency.compiling():
+        compiling = [
+            entry for entry in self.residency.compiling() if desperate or not self._is_kept(entry)
+        ]
+        if compiling:
             self.residency.unplace(compiling[-1])
         elif desperate:
             self.make_room(plan, self.evictable(None, desperate=True), until=1)

@@ -35,7 +35,8 @@ class Stage(Enum):
 class Entry:
     """One prefix on its way into the pool or in it.
 
-    ``unused``: no sequence ran under it yet. ``leaving``: it takes no more sequences, since its
+    ``unused``: no sequence ran under it yet. ``forced``: nor did one that forced it in, for which
+    its room is kept. ``leaving``: it takes no more sequences, since its
     room is promised to another. ``retired``: its version was deleted or replaced. ``suspect``: its
     compile was in a step that failed. ``cap``: of its tenant, as it was placed.
     """
@@ -48,6 +49,7 @@ class Entry:
     num_compiled: int = 0
     num_users: int = 0
     unused: bool = True
+    forced: bool = False
     leaving: bool = False
     retired: bool = False
     suspect: bool = False
@@ -134,7 +136,7 @@ class Residency:
         entry = self._entries[key]
         assert entry.stage is Stage.RESIDENT
         entry.num_users += 1
-        entry.unused = False
+        entry.unused = entry.forced = False
         self._pool.share(self.whole_blocks(entry))
         self._stages[Stage.RESIDENT].move_to_end(key)
         return entry

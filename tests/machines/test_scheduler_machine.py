@@ -39,7 +39,8 @@ PREFIXES = [
     PrefixHandle(PrefixKey(tenant, f"{tenant}-{length}"), length)
     for tenant, length in itertools.product(TENANTS, LENGTHS)
 ]
-WAIT_S = 5.0
+PROMPTS = [[1] * 14, [1] * 6 + [2] * 8]
+"""Whose beginnings are what is asked, so that there is something to share."""
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -78,7 +79,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_staged=2,
             max_resident_tokens=budget,
             host_tokens=host,
-            max_prefix_wait_s=1.0,
+            max_prefix_wait_s=0.3,
             failed_prefix_memory_s=2.0,
             max_waiting_tokens=queue,
             max_queue_wait_s=None if queue is None else 100.0,
@@ -107,7 +108,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         target=sequences,
         tenant=st.sampled_from(TENANTS),
         prefix=st.none() | st.integers(0, 4),
-        prompt=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=14),
+        prompt=st.builds(lambda text, n: text[:n], st.sampled_from(PROMPTS), st.integers(1, 14)),
         max_tokens=st.integers(1, 16),
         to_the_brim=st.booleans(),
         priority=st.integers(-1, 1),
@@ -189,6 +190,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
+        self.time_passes(0.1)
         before = {s.seq_id: s.num_remaining for s in self.scheduler.running}
         proving = self.scheduler.proving
         preemptions = self.scheduler.num_preemptions
@@ -384,7 +386,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.scheduler.idle:
                 break
             self.step()
-            self.time_passes(0.05)
             while self.fetching:
                 self.fetch_ends_well(0)
         assert self.scheduler.idle, f"stuck: {self.scheduler!r}"
