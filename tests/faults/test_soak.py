@@ -5,8 +5,6 @@
 """
 
 import asyncio
-import ctypes
-import gc
 import itertools
 import logging
 import os
@@ -19,6 +17,7 @@ from statistics import linear_regression
 from typing import Any
 
 import pytest
+from faults_memory import resident_kib
 from faults_model import MOST_TOKENS, Oracle, library, make_prompts
 from faults_runner import Fault, FaultyRunner
 from faults_soak import Book, Soak, digest_of
@@ -45,14 +44,6 @@ _SLOPE = 0.35
 several KiB; what stays for good reasons (rows in SQLite's cache, label sets) is bounded."""
 _NOISE = 8 * 1024
 """KiB by which the allocator may end above where it began, however long the run."""
-
-
-def resident_kib() -> int:
-    """Memory of this process after everything that can be given back was."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
 def open_files() -> int:
