@@ -15,6 +15,9 @@
 ``str(error)`` is a sentence for the caller. It never depends on another tenant's things.
 """
 
+BLOBS_AWAY = "the store of prefixes cannot be reached; try again in a while"
+"""What BlobsUnavailable says."""
+
 _SHOWN_CHARACTERS = 80
 
 

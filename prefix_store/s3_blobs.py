@@ -24,7 +24,12 @@ from obstore.store import S3Store
 
 from prefix_store.digest import BlobKey, corrupt, missing, sha256_of
 from prefix_store.durable import make_directories
-from prefix_store.errors import BlobStoreRefused, BlobsUnavailable, CorruptArtifact
+from prefix_store.errors import (
+    BLOBS_AWAY,
+    BlobStoreRefused,
+    BlobsUnavailable,
+    CorruptArtifact,
+)
 from prefix_store.local_blobs import remove_older
 
 SINGLE_PUT_BYTES = 8 * 1024 * 1024
@@ -49,9 +54,7 @@ def _reached() -> Iterator[None]:
         raise
     except BaseError as error:
         _log.error("the bucket failed: %s", _first_line(error))
-        raise BlobsUnavailable(
-            "the store of prefixes cannot be reached; try again in a while"
-        ) from error
+        raise BlobsUnavailable(BLOBS_AWAY) from error
 
 
 class S3Blobs:

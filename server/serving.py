@@ -7,7 +7,9 @@ when a server starts and not before.
 import time
 from datetime import timedelta
 
+import structlog
 import torch
+from sqlalchemy.exc import SQLAlchemyError
 
 from prefix_store.artifact import Artifact, read_artifact
 from prefix_store.base import BaseSpec
@@ -16,6 +18,7 @@ from prefix_store.digest import BlobKey
 from prefix_store.errors import StoreError
 from prefix_store.store import PrefixStore
 from server.api.metrics import Metrics
+from server.api.refusals import CATALOG_AWAY
 from server.api.served import ServedModel
 from server.app import Services, api_limits, open_catalog
 from server.engine.config import SchedulerConfig
@@ -29,6 +32,8 @@ from server.model.source import StoreSource
 from server.model.text import Tokenizer
 from server.settings import Settings
 from server.telemetry import open_tracer
+
+log = structlog.get_logger("prefixd")
 
 _QUEUED_POOLS = 8
 """How many times the pool's size may wait, unless the operator says otherwise."""
@@ -75,6 +80,7 @@ def build_services(settings: Settings) -> Services:
         served=served,
         metrics=Metrics(engine.stats),
         trace=open_tracer(),
+        database=catalog.database,
     )
 
 
@@ -153,3 +159,6 @@ class _Artifacts:
             )
         except StoreError as error:
             raise PrefixUnavailable(error.message) from error
+        except SQLAlchemyError as error:
+            log.exception("the catalog failed")
+            raise PrefixUnavailable(CATALOG_AWAY) from error

@@ -1,6 +1,8 @@
 """How an end that is no answer reads to the caller: the engine's reason as one of our errors."""
 
+from prefix_store.errors import BLOBS_AWAY
 from server.api.intake import Intake
+from server.api.refusals import CATALOG_AWAY, storage_away
 from server.engine.request import FinishEvent, FinishReason, QueueFull
 from server.errors import DeadlineExceeded, EngineFailure, PrefixdError, Unavailable
 
@@ -13,6 +15,9 @@ def failure_of(event: FinishEvent, intake: Intake) -> PrefixdError | None:
     match event.reason:
         case FinishReason.STOP | FinishReason.LENGTH:
             return None
+        case FinishReason.ERROR if event.error in {BLOBS_AWAY, CATALOG_AWAY}:
+            # The engine hands on what its source said: a sentence, and no more.
+            return storage_away(event.error)
         case FinishReason.ERROR:
             return EngineFailure(event.error or "the engine failed on this request")
         case FinishReason.TIMEOUT:

@@ -36,8 +36,8 @@ from server.errors import (
 
 log = structlog.get_logger("prefixd")
 
-STORAGE_AWAY = "storage_unavailable"
-STORAGE_RETRY_S = 5.0
+CATALOG_AWAY = "the catalog cannot be reached; try again in a while"
+_STORAGE_RETRY_S = 5.0
 
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 
@@ -83,6 +83,11 @@ def error_response(
     return JSONResponse(error_body(error, request_id), error.status, headers=sent)
 
 
+def storage_away(message: str) -> Unavailable:
+    """The database or the bucket cannot be reached now."""
+    return Unavailable(message, code="storage_unavailable", retry_after=_STORAGE_RETRY_S)
+
+
 def from_store(error: StoreError) -> PrefixdError:
     """The store's refusal in the server's words."""
     match error:
@@ -93,7 +98,7 @@ def from_store(error: StoreError) -> PrefixdError:
         case UnknownPrefix():
             return NotFound(error.message, code="prefix_not_found")
         case BlobsUnavailable():
-            return Unavailable(error.message, code=STORAGE_AWAY, retry_after=STORAGE_RETRY_S)
+            return storage_away(error.message)
         case CorruptArtifact():
             return EngineFailure(error.message, code="corrupt_prefix")
         case _:
@@ -167,12 +172,7 @@ def install(app: FastAPI) -> None:
             raise error
         # The reason, which may name the database's address, is for the log.
         log.error("the catalog failed", why=str(error).partition("\n")[0])
-        away = Unavailable(
-            "the catalog cannot be reached; try again in a while",
-            code=STORAGE_AWAY,
-            retry_after=STORAGE_RETRY_S,
-        )
-        return error_response(away, request_id_of(request))
+        return error_response(storage_away(CATALOG_AWAY), request_id_of(request))
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:

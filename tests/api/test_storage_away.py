@@ -13,7 +13,10 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from prefix_store.errors import BlobsUnavailable
+from prefix_store.errors import BLOBS_AWAY, BlobsUnavailable
+from server.api.refusals import CATALOG_AWAY
+from server.engine.request import PrefixKey
+from server.engine.step import PrefixUnavailable
 from server.tenants.registry import Tenants
 
 SECRET = "db.internal:5432"
@@ -61,6 +64,47 @@ def test_no_catalog(client: TestClient, monkeypatch: pytest.MonkeyPatch, error: 
     for method, path in (("GET", "models"), ("PUT", "prefixes/a"), ("POST", "completions")):
         assert_away(client.request(method, f"/v1/{path}"), "the catalog cannot be reached")
     assert client.get("/health/live").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("message", [BLOBS_AWAY, CATALOG_AWAY])
+def test_a_prefix_that_cannot_be_loaded_now(
+    client: TestClient,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    message: str,
+    stream: bool,
+) -> None:
+    put_text(client, "voice", "hello", world.headers())
+    body = {"model": "voice", "prompt": "x", "max_tokens": 1, "stream": stream}
+    source = world.services.engine._source
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "fetch", failing(PrefixUnavailable(message)))
+        assert_away(client.post("/v1/completions", json=body), message)
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "fetch", failing(PrefixUnavailable("the artifact is corrupt")))
+        put_text(client, "voice", "another", world.headers())
+        assert client.post("/v1/completions", json=body).status_code == 500
+
+
+def test_what_the_engine_is_told_of_storage_that_is_away(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from server.serving import _Artifacts  # with torch, which this alone needs
+
+    manifest = put_text(client, "voice", "hello", world.headers())
+    key = PrefixKey("acme", manifest["digest"])
+    store = world.services.store
+    opened = _Artifacts(store, world.services.served)
+    assert opened(key).text == "hello"
+    for error, message in (
+        (BlobsUnavailable(BLOBS_AWAY), BLOBS_AWAY),
+        (OperationalError("SELECT", {}, Exception(SECRET)), CATALOG_AWAY),
+    ):
+        monkeypatch.setattr(store, "fetch", failing(error))
+        with pytest.raises(PrefixUnavailable) as away:
+            opened(key)
+        assert str(away.value) == message
 
 
 def test_a_locked_database_is_away_and_a_missing_table_is_our_fault(
