@@ -93,6 +93,9 @@ def create_app(services: Services, *, sweeper: Sweeper | None = None) -> FastAPI
             services.engine.stop()
             if services.trace is not None:
                 services.trace.close()
+            if services.database is not None:
+                # The last connection to close leaves SQLite's catalog in one file.
+                services.database.dispose()
 
     app = FastAPI(
         title="prefixd",

@@ -58,7 +58,7 @@ def serve(settings: Settings) -> None:
     import uvicorn
 
     from server import logging
-    from server.draining import DrainingServer, leave_at_signal
+    from server.draining import DrainingServer, end_process, leave_at_signal
     from server.slow_heads import impatient
 
     logging.configure(settings.log_level, settings.log_format)
@@ -97,6 +97,7 @@ def serve(settings: Settings) -> None:
         engine=services.engine,
         patience=settings.shutdown_timeout,
     ).run(sockets=[bound])
+    end_process()
 
 
 def _show_first_key(tenants: "Tenants") -> None:

@@ -10,6 +10,7 @@
 """
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import threading
 import time
 from contextlib import suppress
 from types import FrameType
+from typing import NoReturn
 
 import structlog
 import uvicorn
@@ -109,6 +111,15 @@ class DrainingServer(uvicorn.Server):
         threading.Thread(target=stop, name="stop-engine", daemon=True).start()
         with suppress(TimeoutError):
             await asyncio.wait_for(stopped.wait(), self._closing)
+
+
+def end_process() -> NoReturn:
+    """End this process with status 0, after a shutdown in good order, without taking the
+    interpreter apart: with torch in it that takes seconds, and nothing is left to be done."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def leave_at_signal() -> None:

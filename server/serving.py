@@ -81,6 +81,7 @@ def build_services(settings: Settings) -> Services:
         metrics=Metrics(engine.stats),
         trace=open_tracer(),
         database=catalog.database,
+        database=catalog.database,
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
+from sqlalchemy import Engine as Database
 
 from prefix_store.store import PrefixStore
 from server.api.intake import Intake
@@ -51,6 +52,7 @@ class Services:
     served: ServedModel
     metrics: Metrics
     trace: Tracer | None = None
+    database: Database | None = None
     intake: Intake = field(default_factory=Intake)
 
 
