@@ -81,7 +81,6 @@ def build_services(settings: Settings) -> Services:
         metrics=Metrics(engine.stats),
         trace=open_tracer(),
         database=catalog.database,
-        database=catalog.database,
     )
 
 
