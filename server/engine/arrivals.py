@@ -164,12 +164,12 @@ class Arrivals:
         cap = sequence.request.max_resident_tokens
         self._advance(plan, sequence.prefix, cap=cap, overdue=overdue)
 
-    def bring_others(self, plan: Plan) -> None:
+    def bring_others(self, plan: Plan, *, now: float) -> None:
         """Bring what is pinned or warmed, and go on with whatever compile is under way."""
         for handle in self._pins.values():
-            self._advance(plan, handle, cap=self._caps.get(handle.key.tenant))
+            self._wish(plan, handle, cap=self._caps.get(handle.key.tenant), now=now)
         for warm in list(self._warming.values()):
-            self._advance(plan, warm.handle, cap=warm.cap)
+            self._wish(plan, warm.handle, cap=warm.cap, now=now)
         for entry in self._residency.compiling():
             self._compile(plan, entry)
 
@@ -183,6 +183,16 @@ class Arrivals:
                 entry.suspect = False  # no room to try it alone; it takes its chance with others
         return False
 
+    def _wish(self, plan: Plan, handle: PrefixHandle, *, cap: int | None, now: float) -> None:
+        """Bring a prefix nobody waits for. It is fetched when there is room for it and not before,
+        and not again at once if it could not be had."""
+        if self._residency.get(handle.key) is None:
+            coming = Entry(handle.key, handle.num_tokens)
+            room = self._choose(coming, cap, self._candidates(coming, cap, forces=False))
+            if not room.is_enough or self.failure(handle.key, now=now) is not None:
+                return
+        self._advance(plan, handle, cap=cap)
+
     def _advance(
         self, plan: Plan, handle: PrefixHandle, *, cap: int | None, overdue: bool = False
     ) -> None:
@@ -195,9 +205,14 @@ class Arrivals:
             self._compile(plan, entry)
 
     def _want(self, plan: Plan, handle: PrefixHandle) -> Entry | None:
-        """Have an absent prefix fetched, unless too many are on their way."""
+        """Have an absent prefix fetched, unless too many are on their way. One that nobody waits
+        for makes way for one that somebody does."""
         if self._residency.num_coming >= self._config.max_staged:
-            return None
+            wanted = self._waiting.wants
+            spare = [entry for entry in self._residency.staged() if not wanted(entry.key)]
+            if not spare or not wanted(handle.key):
+                return None
+            self._residency.drop(spare[-1])
         entry = self._residency.want(handle)
         payload = self._memory.host.get(handle.key)
         if payload is not None:

@@ -200,7 +200,7 @@ class Scheduler:
         self._continue_decodes(plan)
         self._continue_prefills(plan)
         self._serve_waiting(plan, now)
-        self.arrivals.bring_others(plan)
+        self.arrivals.bring_others(plan, now=now)
         return plan.step()
 
     def update(self, step: Step, output: StepOutput) -> list[Progress]:

@@ -236,6 +236,45 @@ def test_a_warmed_prefix_comes_and_pushes_nobody_out_who_is_wanted() -> None:
     assert world.scheduler.memory.residency.num_compiles == 1
 
 
+def test_wishes_that_cannot_come_true_block_nobody_and_fetch_nothing() -> None:
+    world = World(max_resident_tokens=16, max_staged=2)
+    running = [world.ask(prefix("t", name), tokens=40) for name in "ab"]
+    for _ in range(4):
+        world.step()
+    for name in "wxyz":
+        world.scheduler.arrivals.warm(prefix("t", name), cap=None, now=world.now)
+    world.scheduler.arrivals.set_pins([prefix("t", "pin")], caps={"t": 4})
+    for _ in range(4):
+        world.step()
+    assert {key.digest for step in world.steps for key in step.fetches} == {"a-8", "b-8"}
+    # And where they were fetched and then lost their room, they make way.
+    for sequence in running:
+        world.scheduler.end(sequence, FinishReason.ABORT)
+    step = world.scheduler.schedule(now=world.now)
+    assert {key.digest for key in step.fetches} == {"w-8", "x-8"}
+    world.scheduler.update(step, world.runner.run(step))
+    for name in "cd":
+        world.ask(prefix("t", name), tokens=1)
+    for key in step.fetches:
+        world.scheduler.prefix_staged(key, FakeStaged(8), now=world.now)
+    for _ in range(8):
+        world.step()
+    assert world.served["c-8"] == world.served["d-8"] == 1
+
+
+def test_a_wish_that_could_not_be_had_is_not_fetched_over_and_over() -> None:
+    world = World(failed_prefix_memory_s=5.0)
+    gone = prefix("t", "gone")
+    world.scheduler.arrivals.set_pins([gone])
+    fetches = 0
+    for _ in range(100):
+        world.now += 0.1
+        for key in world.scheduler.schedule(now=world.now).fetches:
+            fetches += 1
+            world.scheduler.prefix_failed(key, "gone", now=world.now)
+    assert fetches == 2
+
+
 def test_a_retired_prefix_leaves_with_its_last_sequence() -> None:
     world = World(host_tokens=100)
     running = world.ask(prefix("t", "old"), tokens=6)
