@@ -21,6 +21,7 @@ from server.engine.request import PrefixHandle, PrefixKey
 from server.engine.residency import Entry, Residency, Stage
 from server.engine.sequence import Sequence
 from server.engine.step import StagedPrefix
+from server.engine.victims import Victims
 
 _REMEMBERED_FAILURES = 1024
 _WARM_PATIENCE_S = 30.0
@@ -35,15 +36,6 @@ class _Warm:
     until: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """Who would leave for a prefix, and whether that makes room for it."""
-
-    victims: list[Entry]
-    is_enough: bool
-    lacks_blocks: bool
-
-
 class Arrivals:
     """Residency's decisions. ``bring`` is called for waiting sequences in fair order."""
 
@@ -51,6 +43,8 @@ class Arrivals:
         self._config = config
         self._memory = memory
         self._waiting = waiting
+        self._victims = Victims(config, memory=memory, waiting=waiting)
+        self._tried: set[tuple[PrefixKey, bool]] = set()
         self._pins: dict[PrefixKey, PrefixHandle] = {}
         self._caps: Mapping[str, int] = {}
         self._warming: dict[PrefixKey, _Warm] = {}
@@ -141,6 +135,7 @@ class Arrivals:
 
     def tend(self, *, now: float) -> None:
         """Let go what has become pointless since the last step."""
+        self._tried.clear()
         for key, warm in list(self._warming.items()):
             entry = self._residency.get(key)
             if now >= warm.until or (entry is not None and entry.stage is Stage.RESIDENT):
@@ -168,7 +163,7 @@ class Arrivals:
         """Bring what is pinned or warmed, and go on with whatever compile is under way."""
         for handle in self._pins.values():
             self._wish(plan, handle, cap=self._caps.get(handle.key.tenant), now=now)
-        for warm in list(self._warming.values()):
+        for warm in list(self._warming.values())[: self._config.max_staged]:
             self._wish(plan, warm.handle, cap=warm.cap, now=now)
         for entry in self._residency.compiling():
             self._compile(plan, entry)
@@ -188,7 +183,7 @@ class Arrivals:
         and not again at once if it could not be had."""
         if self._residency.get(handle.key) is None:
             coming = Entry(handle.key, handle.num_tokens)
-            room = self._choose(coming, cap, self._candidates(coming, cap, forces=False))
+            room = self._victims.choose(coming, cap=cap, pins=self._pins, forces=False)
             if not room.is_enough or self.failure(handle.key, now=now) is not None:
                 return
         self._advance(plan, handle, cap=cap)
@@ -230,11 +225,14 @@ class Arrivals:
 
     def _place(self, plan: Plan, entry: Entry, *, cap: int | None, overdue: bool) -> None:
         """Give a staged prefix its blocks if room can be had; an overdue one may force it."""
+        if (entry.key, overdue) in self._tried:
+            return  # for another sequence, in this very step
+        self._tried.add((entry.key, overdue))
         forces = overdue and self.forcing in {None, entry.key}
         if self.forcing == entry.key:
             self._stop_forcing()  # chosen anew, as things are now
         entry.cap = cap
-        choice = self._choose(entry, cap, self._candidates(entry, cap, forces=forces))
+        choice = self._victims.choose(entry, cap=cap, pins=self._pins, forces=forces)
         if choice.is_enough and all(victim.idle for victim in choice.victims):
             self.num_swaps += any(self._waiting.wants(victim.key) for victim in choice.victims)
             for victim in choice.victims:
@@ -247,62 +245,6 @@ class Arrivals:
             self.reserve = self._residency.blocks_needed(entry.num_tokens) * choice.lacks_blocks
             for victim in choice.victims:
                 victim.leaving = True
-
-    def _candidates(self, entry: Entry, cap: int | None, *, forces: bool) -> list[Entry]:
-        """Prefixes that may leave for ``entry``, the best to lose first."""
-        wanted = self._waiting.wants
-        if not forces:
-            idle = self._memory.evictable(None, desperate=False)
-            return [other for other in idle if not wanted(other.key)]
-        spared = self._spared_pins(entry, cap)
-        return sorted(
-            (
-                other
-                for other in self._residency.resident()
-                if other.key not in spared and not (other.unused and wanted(other.key))
-            ),
-            key=lambda other: (other.key in self._pins, wanted(other.key), not other.idle),
-        )
-
-    def _spared_pins(self, entry: Entry, cap: int | None) -> set[PrefixKey]:
-        """Pins that stay even for an overdue prefix: all but those beside which it never fits."""
-        budget, tenant = self._config.max_resident_tokens, entry.key.tenant
-        others = [pin for pin in self._pins.values() if pin.key != entry.key]
-        sizes = [entry.num_tokens, *(pin.num_tokens for pin in others)]
-        blocks = sum(map(self._config.blocks_needed, sizes))
-        if blocks > self._config.num_usable_blocks or (budget is not None and sum(sizes) > budget):
-            return set()
-        own = entry.num_tokens + sum(p.num_tokens for p in others if p.key.tenant == tenant)
-        tight = cap is not None and own > cap
-        return {pin.key for pin in others if not (tight and pin.key.tenant == tenant)}
-
-    def _choose(self, entry: Entry, cap: int | None, candidates: list[Entry]) -> _Choice:
-        """The first of ``candidates`` whose leaving makes room for ``entry`` in the pool, under the
-        budget and under its tenant's cap. For the cap only the tenant's own leave."""
-        residency, budget = self._residency, self._config.max_resident_tokens
-        tenant, size = entry.key.tenant, entry.num_tokens
-        victims: list[Entry] = []
-        over_cap = 0 if cap is None else residency.tokens_of(tenant) + size - cap
-        for own in candidates:
-            if over_cap > 0 and own.key.tenant == tenant:
-                victims.append(own)
-                over_cap -= own.num_tokens
-        if over_cap > 0:
-            return _Choice(victims, is_enough=False, lacks_blocks=False)
-        over_budget = 0 if budget is None else residency.num_tokens + size - budget
-        over_budget -= sum(victim.num_tokens for victim in victims)
-        lacking = residency.blocks_needed(size) - self._memory.pool.num_free
-        lacking -= sum(len(victim.blocks) for victim in victims)
-        for other in candidates:
-            if over_budget <= 0 and lacking <= 0:
-                break
-            if other not in victims:
-                victims.append(other)
-                over_budget -= other.num_tokens
-                lacking -= len(other.blocks)
-        return _Choice(
-            victims, is_enough=over_budget <= 0 and lacking <= 0, lacks_blocks=lacking > 0
-        )
 
     def _wanted(self, key: PrefixKey) -> bool:
         return self._waiting.wants(key) or key in self._warming or key in self._pins

@@ -11,10 +11,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from server.engine.config import SchedulerConfig
+from server.engine.fetchers import Fetchers
 from server.engine.gate import Gate
 from server.engine.health import Health
 from server.engine.picture import picture
@@ -36,7 +37,6 @@ from server.engine.step import (
     ModelRunner,
     OutOfMemory,
     PrefixSource,
-    PrefixUnavailable,
     StagedPrefix,
     Step,
 )
@@ -81,8 +81,7 @@ class Engine:
         self._namespace = namespace
         self.scheduler = self._new_scheduler()
         self._runner = runner
-        self._source = source
-        self._fetchers = ThreadPoolExecutor(fetch_threads, thread_name_prefix="prefix-fetch")
+        self._fetchers = Fetchers(source, num_threads=fetch_threads)
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -198,7 +197,7 @@ class Engine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
-        self._fetchers.shutdown(wait=True, cancel_futures=True)
+        self._fetchers.stop()
 
     def _post(self, act: Callable[[], None]) -> bool:
         """Have ``act`` done on the engine's thread; False when nobody will come to do it."""
@@ -238,7 +237,7 @@ class Engine:
             self._close_each(self.scheduler.expire(now=now))
             step = self.scheduler.schedule(now=now)
             for key in step.fetches:
-                self._fetchers.submit(self._fetch, key)
+                self._fetchers.fetch(key, self._fetch_ended)
             busy = step.has_work
             if busy:
                 self._run(step)
@@ -350,24 +349,17 @@ class Engine:
         for sequence in sequences:
             self._close_each(self.scheduler.add(sequence, now=now))
 
-    def _fetch(self, key: PrefixKey) -> None:
-        """On a fetch thread: bring one prefix and post what came of it."""
-        try:
-            payload = self._source.fetch(key)
-        except PrefixUnavailable as error:
-            message = str(error)
-            self._post(lambda: self._fetch_failed(key, message))
-        except Exception:
-            log.exception("prefix %s could not be loaded", key.digest)
-            self._post(lambda: self._fetch_failed(key, "the prefix could not be loaded"))
-        else:
-            self._post(lambda: self._fetched(key, payload))
+    def _fetch_ended(self, key: PrefixKey, payload: StagedPrefix | None, error: str) -> None:
+        """On a fetch thread: pass on what came of it."""
 
-    def _fetched(self, key: PrefixKey, payload: StagedPrefix) -> None:
-        self._close_each(self.scheduler.prefix_staged(key, payload, now=time.monotonic()))
+        def take_in() -> None:
+            now = time.monotonic()
+            if payload is None:
+                self._close_each(self.scheduler.prefix_failed(key, error, now=now))
+            else:
+                self._close_each(self.scheduler.prefix_staged(key, payload, now=now))
 
-    def _fetch_failed(self, key: PrefixKey, message: str) -> None:
-        self._close_each(self.scheduler.prefix_failed(key, message, now=time.monotonic()))
+        self._post(take_in)
 
     # -- replies ----
 

@@ -16,13 +16,13 @@ After a step that failed its sequences prove themselves one by one, so that only
 breaks a step ends; after a want of memory steps are smaller for a while.
 """
 
-import heapq
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from server.engine.arrivals import Arrivals
 from server.engine.config import SchedulerConfig
+from server.engine.expiries import Expiries
 from server.engine.fair_queue import FairQueue
 from server.engine.memory import Memory
 from server.engine.plan import Plan
@@ -71,7 +71,7 @@ class Scheduler:
         self.throttle = Throttle(config)
         self._uniform = uniform
         self._suspects: deque[Sequence] = deque()
-        self._expiries: list[tuple[float, int, FinishReason, Sequence]] = []
+        self._expiries = Expiries()
 
     # -- what happens between steps ----
 
@@ -81,17 +81,13 @@ class Scheduler:
         Returns the sequences that ended by it: itself, when its prefix could not be had a moment
         ago; or those that give way in an overfull queue, the youngest of whoever has most waiting.
         """
-        request = sequence.request
         sequence.arrived = now
         if sequence.prefix is not None:
             message = self.arrivals.failure(sequence.prefix.key, now=now)
             if message is not None:
                 sequence.finish(FinishReason.ERROR, error=message)
                 return [sequence]
-        if request.timeout_s is not None:
-            self._expire_at(now + request.timeout_s, FinishReason.TIMEOUT, sequence)
-        if self.config.max_queue_wait_s is not None:
-            self._expire_at(now + self.config.max_queue_wait_s, FinishReason.SHED, sequence)
+        self._expiries.add(sequence, max_queue_wait_s=self.config.max_queue_wait_s)
         self.waiting.push(sequence)
         return self._shed()
 
@@ -114,18 +110,7 @@ class Scheduler:
     def expire(self, *, now: float) -> list[Sequence]:
         """End what has run out of time: past its deadline, or too long in the queue."""
         ended = []
-        while self._expiries and self._expiries[0][0] <= now:
-            _, _, reason, sequence = heapq.heappop(self._expiries)
-            if sequence.finished or (reason is FinishReason.SHED and sequence.started is not None):
-                continue
-            waited = now - sequence.arrived
-            if reason is FinishReason.SHED:
-                error = f"the server is full: the request waited {waited:.0f} s without a start"
-            else:
-                error = (
-                    f"the request's timeout of {sequence.request.timeout_s:g} s passed after "
-                    f"{sequence.num_output} tokens of output"
-                )
+        for sequence, reason, error in self._expiries.due(now=now):
             self.end(sequence, reason, error=error)
             ended.append(sequence)
         return ended
@@ -133,7 +118,7 @@ class Scheduler:
     @property
     def next_expiry(self) -> float | None:
         """When ``expire`` has something to do next, at the earliest."""
-        return self._expiries[0][0] if self._expiries else None
+        return self._expiries.next
 
     def preempt(self, victim: Sequence) -> None:
         """Put a running sequence back to its place in the queue; its KV will be recomputed."""
@@ -369,10 +354,6 @@ class Scheduler:
             self.end(unstarted[-1], FinishReason.SHED, error=error)
             shed.append(unstarted[-1])
         return shed
-
-    def _expire_at(self, moment: float, reason: FinishReason, sequence: Sequence) -> None:
-        sequence.deadline = moment if reason is FinishReason.TIMEOUT else sequence.deadline
-        heapq.heappush(self._expiries, (moment, sequence.seq_id, reason, sequence))
 
     @property
     def proving(self) -> bool:

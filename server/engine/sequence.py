@@ -35,9 +35,9 @@ class Sequence:
     ``tokens`` is prompt then output. ``num_computed`` counts the tokens whose KV is in the pool,
     virtual tokens not included. ``block_table`` begins with the shared blocks of the prefix.
 
-    Times are in seconds on the engine's clock: ``arrived``, ``started`` (first run; None before),
-    ``due_since`` (since when nothing but its prefix was missing) and ``deadline``. A ``suspect``
-    was in a step that failed and has to prove itself alone.
+    Times are in seconds on the engine's clock: ``arrived``, ``started`` (first run; None before)
+    and ``due_since`` (since when nothing but its prefix was missing). A ``suspect`` was in a step
+    that failed and has to prove itself alone.
     """
 
     seq_id: int
@@ -49,7 +49,6 @@ class Sequence:
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
     arrived: float = 0.0
-    deadline: float | None = None
     due_since: float | None = None
     started: float | None = None
     suspect: bool = False
