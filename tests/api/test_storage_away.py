@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_world import World, error_of, put_text
+from api_world import StoreBackedSource, World, error_of, put_text
 from fastapi.testclient import TestClient
 from sqlalchemy import create_engine
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -72,17 +72,19 @@ def test_a_prefix_that_cannot_be_loaded_now(
     client: TestClient,
     world: World,
     monkeypatch: pytest.MonkeyPatch,
+    *,
     message: str,
     stream: bool,
 ) -> None:
     put_text(client, "voice", "hello", world.headers())
     body = {"model": "voice", "prompt": "x", "max_tokens": 1, "stream": stream}
-    source = world.services.engine._source
     with monkeypatch.context() as patch:
-        patch.setattr(source, "fetch", failing(PrefixUnavailable(message)))
+        patch.setattr(StoreBackedSource, "fetch", failing(PrefixUnavailable(message)))
         assert_away(client.post("/v1/completions", json=body), message)
     with monkeypatch.context() as patch:
-        patch.setattr(source, "fetch", failing(PrefixUnavailable("the artifact is corrupt")))
+        patch.setattr(
+            StoreBackedSource, "fetch", failing(PrefixUnavailable("the artifact is corrupt"))
+        )
         put_text(client, "voice", "another", world.headers())
         assert client.post("/v1/completions", json=body).status_code == 500
 
