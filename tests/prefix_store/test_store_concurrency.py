@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from store_home import Home
 from prefix_store import rows
 from prefix_store.blobs import LocalBlobs
 from prefix_store.database import create_tables, open_database, reading, writing
+from prefix_store.errors import UnknownPrefix
 from prefix_store.store import PrefixStore
 
 THREADS = 32
@@ -81,6 +83,48 @@ def test_racing_alias_moves_end_in_one_of_them(home: Home) -> None:
     )
     marked = [m for m in home.store.versions(tenant="acme", name="style") if "prod" in m.aliases]
     assert len(marked) == 1
+
+
+def test_of_racing_pins_one_stays(home: Home) -> None:
+    for number in range(4):
+        publish(home, number)
+    race(lambda number: home.store.set_pin(tenant="acme", reference=f"style@{number % 4 + 1}"))
+    pinned = [m for m in home.store.versions(tenant="acme", name="style") if m.pinned]
+    assert [m.digest for m in pinned] == [
+        one.key.digest for one in home.store.pinned(fingerprint=BASE.fingerprint)
+    ]
+
+
+def test_changes_of_every_kind_at_once_wait_for_each_other_and_end(home: Home) -> None:
+    """Two names with the same bytes: whoever locks in another order than the rest deadlocks."""
+
+    def change(number: int) -> None:
+        name = ("style", "tone")[number % 2]
+        with suppress(UnknownPrefix):
+            match number // 2 % 5:
+                case 0:
+                    home.put_text(f"text {number % 3}", name)
+                case 1:
+                    home.store.set_alias(tenant="acme", name=name, alias="prod", version=1)
+                case 2:
+                    home.store.set_pin(tenant="acme", reference=name)
+                case 3:
+                    home.store.remove_pin(tenant="acme", name=name)
+                case 4:
+                    home.store.delete(tenant="acme", name=name)
+
+    for _ in range(3):
+        for name in ("style", "tone"):
+            home.put_text("text 0", name)
+        race(change)
+    found = home.store.list(tenant="acme").manifests
+    for one in home.store.pinned(fingerprint=BASE.fingerprint):
+        versions = [
+            version
+            for manifest in found
+            for version in home.store.versions(tenant="acme", name=manifest.name)
+        ]
+        assert one.key.digest in {version.digest for version in versions if version.pinned}
 
 
 def test_readers_never_wait_for_a_writer(home: Home, open_home: Callable[[], Home]) -> None:

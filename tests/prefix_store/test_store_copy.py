@@ -84,6 +84,8 @@ def full(tmp_path: Path) -> Iterator[Opened]:
         source.publish("other", "three")
         source.publish("gone", "four")
         source.store.set_alias(tenant="acme", name="style", alias="prod", version=1)
+        source.store.set_pin(tenant="acme", reference="style@prod", creator="k1")
+        source.tenants.set_settings("acme", {"weight": 2.5, "kv_reuse": False})
         source.store.delete(tenant="acme", name="gone")
         with writing(source.engine) as connection:
             connection.execute(
@@ -108,7 +110,7 @@ def test_a_copy_moves_everything_from_sqlite_and_files_to_postgres_and_s3(
     before = full.rows()
     assert {name for name, rows in before.items() if rows} >= {
         *("tenants", "api_keys", "bindings", "audit_log", "prefixes", "versions", "aliases"),
-        *("blobs", "rate_limits"),
+        *("blobs", "rate_limits", "pins"),
     }
     before["blobs"] = [row for row in before["blobs"] if row[3] is None]  # nobody has the others
     assert done["rows"] == {name: len(rows) for name, rows in before.items()} | {"blobs": 4}
@@ -117,6 +119,7 @@ def test_a_copy_moves_everything_from_sqlite_and_files_to_postgres_and_s3(
         assert moved.rows() == before
         assert moved.texts() == {"style": "two", "other": "three"} == full.texts()
         assert moved.store.resolve(tenant="acme", reference="style@prod").version == 1
+        assert moved.store.resolve(tenant="acme", reference="style@prod").pinned
         # What the database counts goes on from where it was; numbers are not given again.
         moved.publish("new", "five")
         moved.publish("gone", "four")
