@@ -102,6 +102,9 @@ def _soak(model: Path, scratch: Path) -> str:
                     break
             fired += world.runner.fired
         left = set(threading.enumerate()) - threads
+        for thread in left:
+            thread.join(30)  # a loop that has ended tells its worker threads to end, in a moment
+        left = {thread for thread in left if thread.is_alive()}
         assert not left, f"{seed}: threads are left: {left}"
         files.append(open_files())
         assert files[-1] <= files[0], f"{seed}: files are left open: {files}"

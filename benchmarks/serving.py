@@ -1,0 +1,209 @@
+"""What the benchmarks under load share: a server process with flags, tenants, and timed streams."""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+from safetensors.torch import save
+
+from clients.demo.child import ServerProcess, admin
+from server.model.demo import default_cache_dir, demo_model
+
+MODEL = "SmolLM2-135M-Instruct"
+HIDDEN, VOCABULARY = 576, 49152
+HANG_S = 300.0
+
+
+class BenchServer(ServerProcess):
+    """A ``prefixd serve`` of the demo model with more flags."""
+
+    def __init__(self, data: Path, flags: Sequence[str]) -> None:
+        super().__init__(data_dir=data, port=0)
+        self._command += flags
+
+    @property
+    def resident_mib(self) -> float:
+        """Memory of the process."""
+        pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@contextmanager
+def serving(
+    data: Path, *flags: str, tenants: Sequence[str] = ("bench",), **weights: float
+) -> Iterator[tuple[BenchServer, dict[str, str]]]:
+    """A running server and a key for each tenant; ``weights`` of tenants are 1 unless given."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    demo_model(default_cache_dir())
+    if not data.exists():
+        data.mkdir()
+        for name in tenants:
+            weight = ("--weight", str(weights[name])) if name in weights else ()
+            admin(data, "tenant", "create", name, *weight)
+    keys = {}
+    for name in tenants:
+        issued = admin(data, "key", "create", "--tenant", name)
+        assert isinstance(issued, dict)
+        keys[name] = str(issued["key"])
+    with BenchServer(data, flags) as server:
+        server.wait_until_ready(timeout=600, say=lambda _: None)
+        yield server, keys
+
+
+@asynccontextmanager
+async def client(url: str, key: str) -> AsyncIterator[httpx2.AsyncClient]:
+    """An HTTP client of one key, with as many connections as it takes."""
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=100)
+    headers = {"authorization": f"Bearer {key}"}
+    timeout = httpx2.Timeout(HANG_S, connect=HANG_S)
+    async with httpx2.AsyncClient(
+        base_url=url, headers=headers, timeout=timeout, limits=limits
+    ) as http:
+        yield http
+
+
+@dataclass
+class Timed:
+    """One request: when it was sent and when each of its tokens came, in seconds of one clock."""
+
+    sent: float
+    status: int = 0
+    tokens: list[float] = field(default_factory=list)
+    ended: float = 0.0
+    text: str = ""
+    error: dict[str, Any] | None = None
+    retry_after: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.status == 200 and self.error is None
+
+    @property
+    def latency(self) -> float:
+        return self.ended - self.sent
+
+    @property
+    def first(self) -> float:
+        return self.tokens[0] - self.sent
+
+    def gaps(self, *, since: float = 0.0) -> list[float]:
+        """Between one token and the next."""
+        pairs = zip(self.tokens, self.tokens[1:], strict=False)
+        return [b - a for a, b in pairs if b >= since]
+
+
+def body(prompt: list[int], count: int, *, model: str = MODEL, **more: Any) -> dict[str, Any]:
+    """A greedy completion of exactly ``count`` tokens. Log-probabilities are asked for because
+    then every token has an event of its own, also in the middle of a character."""
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": count,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 0,
+        "stream": True,
+        **more,
+    }
+
+
+async def timed(
+    http: httpx2.AsyncClient, asked: dict[str, Any], *, seen: list[Timed] | None = None
+) -> Timed:
+    """Stream one completion and note the times; ``seen`` gets the result while it grows."""
+    result = Timed(sent=time.perf_counter())
+    if seen is not None:
+        seen.append(result)
+    async with http.stream("POST", "/v1/completions", json=asked) as response:
+        result.status = response.status_code
+        result.retry_after = response.headers.get("retry-after")
+        if response.status_code != 200:
+            result.error = json.loads(await response.aread())["error"]
+        else:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    _take(json.loads(line.removeprefix("data: ")), result)
+    result.ended = time.perf_counter()
+    return result
+
+
+def _take(event: dict[str, Any], result: Timed) -> None:
+    if "error" in event:
+        result.error = event["error"]
+        return
+    for choice in event["choices"]:
+        came = len((choice["logprobs"] or {}).get("tokens", ()))
+        result.tokens += [time.perf_counter()] * came
+        result.text += choice["text"]
+
+
+def prompts(count: int, length: int, *, seed: int = 0) -> list[list[int]]:
+    """Random token ids: no two prompts have anything in common."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1000, 40000, (count, length), generator=generator).tolist()
+
+
+def soft_prompt(length: int, *, seed: int) -> dict[str, Any]:
+    """A random soft prompt for the demo model, as keyword arguments of a ``put``."""
+    generator = torch.Generator().manual_seed(seed)
+    config = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": length,
+        "token_dim": HIDDEN,
+        "num_transformer_submodules": 1,
+    }
+    values = 0.1 * torch.randn(length, HIDDEN, generator=generator)
+    weights = save({"prompt_embeddings": values})
+    return {
+        "files": {
+            "config": ("adapter_config.json", json.dumps(config).encode()),
+            "weights": ("adapter_model.safetensors", weights),
+        }
+    }
+
+
+async def upload(http: httpx2.AsyncClient, name: str, content: dict[str, Any]) -> None:
+    """Publish a prefix."""
+    response = await http.put(f"/v1/prefixes/{name}", **content)
+    response.raise_for_status()
+
+
+async def figures(http: httpx2.AsyncClient) -> dict[str, float]:
+    """Numbers of /metrics that have no labels."""
+    page = (await http.get("/metrics")).text
+    lines = (line.split() for line in page.splitlines() if not line.startswith("#"))
+    return {parts[0]: float(parts[1]) for parts in lines if "{" not in parts[0]}
+
+
+async def closed_loop(
+    http: httpx2.AsyncClient, asked: Sequence[dict[str, Any]], *, clients: int
+) -> tuple[float, list[Timed]]:
+    """All of ``asked`` by so many clients, each one after another: seconds and results."""
+    left = iter(asked)
+
+    async def one() -> list[Timed]:
+        return [await timed(http, each) for each in left]
+
+    started = time.perf_counter()
+    done = await asyncio.gather(*(one() for _ in range(clients)))
+    return time.perf_counter() - started, [result for results in done for result in results]
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on: cores, and how busy they are already."""
+    return {"cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2)}
+
+
+def write(path: Path | None, report: dict[str, Any]) -> None:
+    """The report as JSON, when a file was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(report, indent=2) + "\n")
