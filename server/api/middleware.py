@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.intake import Intake
@@ -60,6 +61,8 @@ class RequestLayer:
             if exchange.status is None:
                 error = self._intake.refusal("the server stopped before the request was done")
                 await error_response(error, exchange.request_id)(scope, receive, exchange.send)
+        except ClientDisconnect:
+            pass  # in the middle of its body: nobody failed, and nobody listens
         except Exception:
             log.exception("request failed", request_id=exchange.request_id)
             if exchange.status is None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import structlog
 from api_world import World
 
 from server.api.middleware import REQUEST_ID_HEADER, Patience
@@ -186,6 +187,24 @@ def test_a_body_that_stalls_is_cut_off(world: World) -> None:
 
     with_patience(world, body_timeout=0.05)
     run_with_engine(world, scenario)
+
+
+def test_who_leaves_in_the_middle_of_a_body_is_no_failure(world: World) -> None:
+    class Leaving(Caller):
+        async def receive(self) -> dict[str, Any]:
+            if not self._told:
+                self._told = True
+                return {"type": "http.request", "body": b"{", "more_body": True}
+            return {"type": "http.disconnect"}
+
+    async def scenario() -> None:
+        caller = Leaving(world, {})
+        await caller.run()
+        assert caller.sent.empty()
+
+    with structlog.testing.capture_logs() as lines:
+        run_with_engine(world, scenario)
+    assert [(line["event"], line["status"]) for line in lines] == [("request", 499)]
 
 
 def test_a_body_that_dribbles_is_cut_off_however_often_it_moves(world: World) -> None:

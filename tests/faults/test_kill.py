@@ -184,6 +184,5 @@ async def all_running(http: httpx2.AsyncClient, count: int) -> None:
 async def running(http: httpx2.AsyncClient) -> float:
     """Sequences that run, as /metrics has it."""
     page = (await http.get("/metrics")).text
-    names = ("prefixd_num_requests_running ", "prefixd_running ")
-    line = next(line for line in page.splitlines() if line.startswith(names))
-    return float(line.split()[1])
+    lines = page.splitlines()
+    return sum(float(x.split()[-1]) for x in lines if x.startswith("prefixd_num_requests_running{"))
