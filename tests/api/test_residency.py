@@ -257,6 +257,8 @@ def test_a_tenant_pins_no_more_than_it_may_keep_resident(
     put_text(client, "a", "x" * 10, world.headers())
     put_text(client, "b", "y" * 11, world.headers())
     world.services.tenants.set_quota("acme", {"max_resident_tokens": 20})
+    put_text(client, "theirs", "z" * 30, world.headers("beta"))  # which is none of acme's
+    client.put("/v1/prefixes/theirs/pin", headers=world.headers("beta"))
     assert client.put("/v1/prefixes/a/pin").status_code == 200
     assert pool.caps == {"acme": 20}
     refused = client.put("/v1/prefixes/b/pin")
@@ -266,7 +268,7 @@ def test_a_tenant_pins_no_more_than_it_may_keep_resident(
     assert "20" in error["message"]
     assert "21" in error["message"]
     assert client.get("/v1/prefixes/b").json()["pinned"] is False
-    assert len(pool.pins) == 1
+    assert len(pool.pins) == 2
     world.services.tenants.set_quota("acme", {"max_resident_tokens": 21})
     assert client.put("/v1/prefixes/b/pin").status_code == 200
 
