@@ -64,6 +64,7 @@ def warm_prefix(
     reference: str, response: Response, services: ServicesDep, principal: Generator, chosen: Chosen
 ) -> Residency:
     """Bring a version into this server's KV pool before a request needs it; returns at once."""
+    response.headers.update(services.limiter.count(principal.tenant, principal.quota))
     found = services.store.resolve(tenant=principal.tenant, reference=_meant(reference, chosen))
     state = warm(found, services, principal)
     if state == RESIDENT:

@@ -198,6 +198,16 @@ def test_a_full_or_closing_engine_says_when_to_come_again(
     assert pool.warmed == []
 
 
+def test_warming_is_one_of_a_tenants_requests(pool: Pool, client: TestClient, world: World) -> None:
+    put_text(client, "voice", "hello", world.headers())
+    world.services.tenants.set_quota("acme", {"requests_per_minute": 1})
+    answer = client.post("/v1/prefixes/voice/warm")
+    assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+    refused = client.post("/v1/prefixes/voice/warm")
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
+    assert len(pool.warmed) == 1
+
+
 def test_an_upload_may_warm_and_never_fails_by_it(
     pool: Pool, client: TestClient, world: World
 ) -> None:
