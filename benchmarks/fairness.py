@@ -29,7 +29,7 @@ from benchmarks.serving import Timed, body, client, closed_loop, prompts, timed
 CROWD, ROWS = 50, 16
 PROMPT, OUTPUT = 32, 16
 ASKED = 5
-BATCH = 32
+BATCH = 64
 WEIGHTS = {"even": 1.0, "double": 2.0}
 
 
