@@ -44,6 +44,7 @@ class Arrivals:
         self._memory = memory
         self._waiting = waiting
         self._victims = Victims(config, memory=memory, waiting=waiting)
+        self._step = 0
         self._tried: set[tuple[PrefixKey, bool]] = set()
         self._pins: dict[PrefixKey, PrefixHandle] = {}
         self._caps: Mapping[str, int] = {}
@@ -135,6 +136,7 @@ class Arrivals:
 
     def tend(self, *, now: float) -> None:
         """Let go what has become pointless since the last step."""
+        self._step += 1
         self._tried.clear()
         for key, warm in list(self._warming.items()):
             entry = self._residency.get(key)
@@ -160,11 +162,14 @@ class Arrivals:
         self._advance(plan, sequence.prefix, cap=cap, overdue=overdue)
 
     def bring_others(self, plan: Plan, *, now: float) -> None:
-        """Bring what is pinned or warmed, and go on with whatever compile is under way."""
+        """Bring what is pinned or warmed, and go on with whatever is under way: the sequences that
+        wait for it may be further back in the queue than a step looks."""
         for handle in self._pins.values():
             self._wish(plan, handle, cap=self._caps.get(handle.key.tenant), now=now)
         for warm in list(self._warming.values())[: self._config.max_staged]:
             self._wish(plan, warm.handle, cap=warm.cap, now=now)
+        for entry in self._residency.staged():
+            self._place(plan, entry, overdue=entry.key == self.forcing)
         for entry in self._residency.compiling():
             self._compile(plan, entry)
 
@@ -194,20 +199,17 @@ class Arrivals:
         entry = self._residency.get(handle.key) or self._want(plan, handle)
         if entry is None:
             return
+        entry.asked, entry.cap = self._step, cap
         if entry.stage is Stage.STAGED:
-            self._place(plan, entry, cap=cap, overdue=overdue)
+            self._place(plan, entry, overdue=overdue)
         if entry.stage is Stage.COMPILING:
             self._compile(plan, entry)
 
     def _want(self, plan: Plan, handle: PrefixHandle) -> Entry | None:
-        """Have an absent prefix fetched, unless too many are on their way. One that nobody waits
-        for makes way for one that somebody does."""
-        if self._residency.num_coming >= self._config.max_staged:
-            wanted = self._waiting.wants
-            spare = [entry for entry in self._residency.staged() if not wanted(entry.key)]
-            if not spare or not wanted(handle.key):
-                return None
-            self._residency.drop(spare[-1])
+        """Have an absent prefix fetched, unless too many are on their way."""
+        full = self._residency.num_coming >= self._config.max_staged
+        if full and not (self._waiting.wants(handle.key) and self._give_way()):
+            return None
         entry = self._residency.want(handle)
         payload = self._memory.host.get(handle.key)
         if payload is not None:
@@ -218,12 +220,21 @@ class Arrivals:
             self.num_loads["store"] += 1
         return entry
 
+    def _give_way(self) -> bool:
+        """Let go of a prefix on its way that is only pinned or warmed, or that a whole step did not
+        come to ask for; False: there is none."""
+        for entry in self._residency.staged():
+            if entry.asked < self._step - 1 or not self._waiting.wants(entry.key):
+                self._residency.drop(entry)
+                return True
+        return False
+
     def _compile(self, plan: Plan, entry: Entry) -> None:
         """Run the next part, unless this step has one already."""
         if all(part.key != entry.key for part in plan.compiles):
             self._waiting.charge(entry.key.tenant, plan.compile(entry))
 
-    def _place(self, plan: Plan, entry: Entry, *, cap: int | None, overdue: bool) -> None:
+    def _place(self, plan: Plan, entry: Entry, *, overdue: bool) -> None:
         """Give a staged prefix its blocks if room can be had; an overdue one may force it."""
         if (entry.key, overdue) in self._tried:
             return  # for another sequence, in this very step
@@ -231,8 +242,7 @@ class Arrivals:
         forces = overdue and self.forcing in {None, entry.key}
         if self.forcing == entry.key:
             self._stop_forcing()  # chosen anew, as things are now
-        entry.cap = cap
-        choice = self._victims.choose(entry, cap=cap, pins=self._pins, forces=forces)
+        choice = self._victims.choose(entry, cap=entry.cap, pins=self._pins, forces=forces)
         if choice.is_enough and all(victim.idle for victim in choice.victims):
             self.num_swaps += any(self._waiting.wants(victim.key) for victim in choice.victims)
             for victim in choice.victims:

@@ -11,13 +11,21 @@ A tenant that waits and cannot be served (its prefix is not there yet) saves not
 import heapq
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from heapq import merge
+from itertools import islice
 
 from server.engine.request import PrefixKey
 from server.engine.sequence import Sequence
 
 _REMEMBERED_TENANTS = 4096
+
+LOOKAHEAD = 256
+"""Sequences whose prefix is not there that one walk comes to."""
+
+_LOOKAHEAD_OF_ONE = 64
+"""Of those, how far back in the line of one tenant."""
 
 
 def _place(sequence: Sequence) -> tuple[int, int]:
@@ -28,10 +36,28 @@ def _place(sequence: Sequence) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class _Line:
-    """One tenant's waiting sequences, in order."""
+    """One tenant's waiting sequences, in order, all and by the prefix they need."""
 
     sequences: list[Sequence] = field(default_factory=list)
+    by_prefix: dict[PrefixKey | None, list[Sequence]] = field(default_factory=dict)
     num_tokens: int = 0
+
+    def insert(self, sequence: Sequence) -> None:
+        for line in (self.sequences, self.by_prefix.setdefault(_key(sequence), [])):
+            insort(line, sequence, key=_place)
+        self.num_tokens += sequence.request.cost
+
+    def remove(self, sequence: Sequence) -> None:
+        same = self.by_prefix[_key(sequence)]
+        for line in (self.sequences, same):
+            del line[bisect_left(line, _place(sequence), key=_place)]
+        if not same:
+            del self.by_prefix[_key(sequence)]
+        self.num_tokens -= sequence.request.cost
+
+
+def _key(sequence: Sequence) -> PrefixKey | None:
+    return None if sequence.prefix is None else sequence.prefix.key
 
 
 class FairQueue:
@@ -88,8 +114,7 @@ class FairQueue:
         if line is None:
             self._enter(tenant)
             line = self._lines[tenant] = _Line()
-        insort(line.sequences, sequence, key=_place)
-        line.num_tokens += sequence.request.cost
+        line.insert(sequence)
         self.num_tokens += sequence.request.cost
         if sequence.prefix is not None:
             self._wanted[sequence.prefix.key] += 1
@@ -97,8 +122,7 @@ class FairQueue:
     def remove(self, sequence: Sequence) -> None:
         """Take out a sequence, wherever it stands."""
         line = self._lines[sequence.tenant]
-        del line.sequences[bisect_left(line.sequences, _place(sequence), key=_place)]
-        line.num_tokens -= sequence.request.cost
+        line.remove(sequence)
         self.num_tokens -= sequence.request.cost
         if not line.sequences:
             del self._lines[sequence.tenant]
@@ -116,27 +140,49 @@ class FairQueue:
         """``tenant`` had its turn when the counters stood at ``level``, and could not use it."""
         self._counters[tenant] = max(self.counter(tenant), level)
 
-    def in_order(self, *, lookahead: int) -> Iterator[Sequence]:
-        """Sequences in the order of service, over a snapshot; ``charge``, ``lift`` and ``remove``
-        may be called between two of them, and the next is chosen by the counters as they are.
+    def in_order(
+        self, *, ready: Iterable[PrefixKey], depth: int, lookahead: int = LOOKAHEAD
+    ) -> Iterator[Sequence]:
+        """Sequences in the order of service; ``charge``, ``lift`` and ``remove`` may be called
+        between two of them, and the next is chosen by the counters as they are.
 
-        Of each tenant at most ``lookahead`` come: a long queue costs no more than a short one.
+        Of those that could run now (no prefix, or one that is ``ready``) ``depth`` for each prefix
+        come, however far back they stand; of the others only the first ``lookahead`` of all. So a
+        long queue costs no more than a short one, and nothing that could run is out of sight.
         """
-        lines = {tenant: line.sequences[:lookahead] for tenant, line in self._lines.items()}
-        taken = dict.fromkeys(lines, 0)
-        turns = [(self.counter(tenant), place, tenant) for place, tenant in enumerate(lines)]
+        ready_of: dict[str, list[PrefixKey | None]] = {}
+        for key in ready:
+            ready_of.setdefault(key.tenant, [None]).append(key)
+        turns = [(self.counter(tenant), place, tenant) for place, tenant in enumerate(self._lines)]
         heapq.heapify(turns)
+        opened: dict[str, Iterator[Sequence]] = {}
         while turns:
             counter, place, tenant = turns[0]
             now = self.counter(tenant)
             if now > counter:  # it was charged since
                 heapq.heapreplace(turns, (now, place, tenant))
                 continue
-            if taken[tenant] == len(lines[tenant]):
+            if tenant not in opened:
+                keys = ready_of.get(tenant, [None])
+                able, others = self._choose(self._lines[tenant], keys, depth, lookahead)
+                lookahead -= len(others)
+                opened[tenant] = merge(able, others, key=_place)
+            sequence = next(opened[tenant], None)
+            if sequence is None:
                 heapq.heappop(turns)
-                continue
-            taken[tenant] += 1
-            yield lines[tenant][taken[tenant] - 1]
+            else:
+                yield sequence
+
+    @staticmethod
+    def _choose(
+        line: _Line, keys: list[PrefixKey | None], depth: int, lookahead: int
+    ) -> tuple[list[Sequence], list[Sequence]]:
+        """Those of ``line`` that could run now, and the first of the others; both in order."""
+        able = [s for key in keys for s in line.by_prefix.get(key, ())[:depth]]
+        able.sort(key=_place)
+        known = set(keys)
+        others = (s for s in line.sequences[:_LOOKAHEAD_OF_ONE] if _key(s) not in known)
+        return able, list(islice(others, lookahead))
 
     def _enter(self, tenant: str) -> None:
         """Lift a tenant that had nothing waiting: to the least of those that wait, or where the

@@ -34,6 +34,14 @@ class Memory:
         entry = self.residency.get(sequence.prefix.key)
         return entry is not None and entry.stage is Stage.RESIDENT and not entry.leaving
 
+    def ready_prefixes(self) -> list[PrefixKey]:
+        """Resident prefixes that a waiting sequence could run under now."""
+        return [
+            entry.key
+            for entry in self.residency.resident()
+            if not entry.leaving and self._waiting.wants(entry.key)
+        ]
+
     def is_first_use(self, sequence: Sequence) -> bool:
         """Whether no sequence ran yet under the resident prefix of ``sequence``."""
         entry = self.residency.get(sequence.prefix.key) if sequence.prefix else None

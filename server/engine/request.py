@@ -7,11 +7,14 @@ token ids, and a request that can never fit has already been refused at the door
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixKey:
-    """Identity of one prefix in the pool: never a name, so a re-upload cannot hit old KV."""
+class PrefixKey(NamedTuple):
+    """Identity of one prefix in the pool: never a name, so a re-upload cannot hit old KV.
+
+    A tuple, as it is a key of dictionaries in every step, and tuples hash without Python code.
+    """
 
     tenant: str
     digest: str

@@ -38,7 +38,8 @@ class Entry:
     ``unused``: no sequence ran under it yet. ``forced``: nor did one that forced it in, for which
     its room is kept. ``leaving``: it takes no more sequences, since its
     room is promised to another. ``retired``: its version was deleted or replaced. ``suspect``: its
-    compile was in a step that failed. ``cap``: of its tenant, as it was placed.
+    compile was in a step that failed. ``cap``: of its tenant.
+    ``asked``: the step in which it was last asked for.
     """
 
     key: PrefixKey
@@ -54,6 +55,7 @@ class Entry:
     retired: bool = False
     suspect: bool = False
     cap: int | None = None
+    asked: int = 0
 
     @property
     def idle(self) -> bool:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from server.engine.arrivals import Arrivals
 from server.engine.config import SchedulerConfig
 from server.engine.expiries import Expiries
-from server.engine.fair_queue import FairQueue
+from server.engine.fair_queue import LOOKAHEAD, FairQueue
 from server.engine.memory import Memory
 from server.engine.plan import Plan
 from server.engine.request import FinishReason, PrefixKey
@@ -31,11 +31,8 @@ from server.engine.sequence import Sequence, State
 from server.engine.step import Chunk, Sampled, StagedPrefix, Step, StepOutput
 from server.engine.throttle import Throttle
 
-_LOOKAHEAD = 128
-"""Waiting sequences of one tenant that a step considers."""
-
 _PREFETCHED = 64
-"""Sequences a step looks at, for the sake of their prefixes, when no more can start."""
+"""Waiting sequences whose prefixes a step cares for when no more can start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,27 +252,27 @@ class Scheduler:
 
     def _serve_waiting(self, plan: Plan, now: float) -> None:
         """Start what can start, in fair order, and bring the prefixes of the others."""
-        full = False
-        looked_ahead = 0
+        room = self.throttle.max_running - len(self.running) if plan.budget else 0
         passed_by: set[str] = set()
-        for sequence in self.waiting.in_order(lookahead=_LOOKAHEAD):
-            full = full or not plan.budget or len(self.running) >= self.throttle.max_running
-            looked_ahead += full
-            if looked_ahead > _PREFETCHED:
-                return
-            if self.memory.is_ready(sequence):
-                level = self.waiting.counter(sequence.tenant)
-                # Whoever does not fit keeps those behind from taking the room it waits for.
-                full = full or not self._start(plan, sequence, now)
+        for sequence in self.waiting.in_order(
+            ready=self.memory.ready_prefixes() if room > 0 else (),
+            depth=max(0, room),
+            lookahead=LOOKAHEAD if room > 0 else _PREFETCHED,
+        ):
+            full = not plan.budget or len(self.running) >= self.throttle.max_running
+            if not self.memory.is_ready(sequence):
                 if not full:
-                    for tenant in passed_by - {sequence.tenant}:
-                        self.waiting.lift(tenant, level)
+                    passed_by.add(sequence.tenant)
+                    if sequence.due_since is None:
+                        sequence.due_since = now
+                self.arrivals.bring(plan, sequence, now=now)
                 continue
-            if not full:
-                passed_by.add(sequence.tenant)
-                if sequence.due_since is None:
-                    sequence.due_since = now
-            self.arrivals.bring(plan, sequence, now=now)
+            level = self.waiting.counter(sequence.tenant)
+            if full or not self._start(plan, sequence, now):
+                # Whoever does not fit keeps those behind from taking the room it waits for.
+                return
+            for tenant in passed_by - {sequence.tenant}:
+                self.waiting.lift(tenant, level)
 
     def _start(self, plan: Plan, sequence: Sequence, now: float) -> bool:
         """Let a waiting sequence run if there is room for it."""
@@ -286,10 +283,11 @@ class Scheduler:
         spared = len(self.running)
         if not memory.is_first_use(sequence):
             spared += self.arrivals.reserve
-        idle = memory.evictable(sequence, desperate=not self.running)
-        room = memory.pool.num_free + sum(len(entry.blocks) for entry in idle)
-        if room < need + spared or not memory.make_room(plan, idle, until=need):
-            return False
+        if memory.pool.num_free < need + spared:
+            idle = memory.evictable(sequence, desperate=not self.running)
+            room = memory.pool.num_free + sum(len(entry.blocks) for entry in idle)
+            if room < need + spared or not memory.make_room(plan, idle, until=need):
+                return False
         self.waiting.remove(sequence)
         reused = memory.hold(plan, sequence)
         if sequence.started is None:

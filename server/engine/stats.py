@@ -70,11 +70,6 @@ class EngineStats:
     tiers: Mapping[PrefixKey, str]
 
     @property
-    def prefix_fetches(self) -> int:
-        """Prefixes brought from the store."""
-        return self.prefix_loads["store"]
-
-    @property
     def prefixes_held(self) -> frozenset[PrefixKey]:
         """Prefixes in the pool, on their way into it, or in host memory."""
         return frozenset(self.tiers)

@@ -36,20 +36,22 @@ class Victims:
         One that ``forces`` may take any but those that were not used yet; another only idle ones
         that nobody waits for.
         """
-        candidates = self._candidates(entry, cap=cap, pins=pins, forces=forces)
         residency, budget = self._memory.residency, self._config.max_resident_tokens
         tenant, size = entry.key.tenant, entry.num_tokens
-        victims: list[Entry] = []
         over_cap = 0 if cap is None else residency.tokens_of(tenant) + size - cap
+        over_budget = 0 if budget is None else residency.num_tokens + size - budget
+        lacking = residency.blocks_needed(size) - self._memory.pool.num_free
+        if max(over_cap, over_budget, lacking) <= 0:
+            return Choice([], is_enough=True, lacks_blocks=False)
+        victims: list[Entry] = []
+        candidates = self._candidates(entry, cap=cap, pins=pins, forces=forces)
         for own in candidates:
             if over_cap > 0 and own.key.tenant == tenant:
                 victims.append(own)
                 over_cap -= own.num_tokens
         if over_cap > 0:
             return Choice(victims, is_enough=False, lacks_blocks=False)
-        over_budget = 0 if budget is None else residency.num_tokens + size - budget
         over_budget -= sum(victim.num_tokens for victim in victims)
-        lacking = residency.blocks_needed(size) - self._memory.pool.num_free
         lacking -= sum(len(victim.blocks) for victim in victims)
         for other in candidates:
             if over_budget <= 0 and lacking <= 0:

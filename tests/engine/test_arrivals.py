@@ -4,6 +4,8 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 
+import pytest
+
 from server.engine.config import SchedulerConfig
 from server.engine.request import (
     AdmittedRequest,
@@ -148,6 +150,17 @@ def test_and_of_two_such_the_first_is_used_before_the_second_takes_its_room() ->
     for _ in zip(range(120), world.steps_with(first, second, None, waiting=2), strict=False):
         pass
     assert min(world.served[name] for name in ("first-40", "second-40", "base")) > 3
+
+
+def test_prefixes_of_those_further_back_than_a_step_looks_clog_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.engine.scheduler.LOOKAHEAD", 3)
+    world = World(max_staged=2, max_resident_tokens=16)
+    asked = [world.ask(prefix(tenant, name)) for tenant in "abcdef" for name in "xyz"]
+    for _ in range(200):
+        world.step()
+    assert all(sequence.reason is FinishReason.LENGTH for sequence in asked)
 
 
 def test_the_least_recently_used_leaves_first() -> None:

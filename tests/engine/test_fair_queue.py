@@ -30,7 +30,7 @@ def sequence(tenant: str, *, weight: float = 1.0, priority: int = 0) -> Sequence
 def serve(queue: FairQueue, count: int, *, tokens: int = 10) -> list[str]:
     """Serve the next ``count`` sequences and charge each the same."""
     served = []
-    for found in queue.in_order(lookahead=1000):
+    for found in queue.in_order(ready=(), depth=1000):
         queue.remove(found)
         queue.charge(found.tenant, tokens)
         served.append(found.tenant)
@@ -87,10 +87,10 @@ def test_within_a_tenant_priority_then_arrival() -> None:
     late, first, second, urgent = (sequence("t", priority=p) for p in (1, 0, 0, -1))
     for each in (late, second, first, urgent):
         queue.push(each)
-    assert list(queue.in_order(lookahead=10)) == [urgent, first, second, late]
+    assert list(queue.in_order(ready=(), depth=10)) == [urgent, first, second, late]
     queue.remove(second)
-    assert list(queue.in_order(lookahead=10)) == [urgent, first, late]
-    assert list(queue.in_order(lookahead=1)) == [urgent]
+    assert list(queue.in_order(ready=(), depth=10)) == [urgent, first, late]
+    assert list(queue.in_order(ready=(), depth=1)) == [urgent]
 
 
 def test_tokens_that_wait_are_counted() -> None:

@@ -57,6 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.sampled_from([None, 13, 17]),
         host=st.sampled_from([0, 13, 40]),
         queue=st.sampled_from([None, 60]),
+        looked_at=st.sampled_from([2, 256]),
     )
     def start(
         self,
@@ -68,7 +69,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int | None,
         host: int,
         queue: int | None,
+        looked_at: int,
     ) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("server.engine.scheduler.LOOKAHEAD", looked_at)
         self.cap = cap
         self.config = SchedulerConfig(
             num_blocks=blocks,
@@ -403,6 +407,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "scheduler"):
             self.everybody_gets_served()
+            self.patch.undo()
             self.time_passes(40.0)
             self.scheduler.arrivals.retire(prefix.key for prefix in PREFIXES)
             for _ in range(200):
