@@ -69,14 +69,16 @@ class World:
         self.scheduler.check_integrity()
         return step
 
-    def steps_with(self, *crowd: PrefixHandle | None, waiting: int = 3) -> Iterator[int]:
+    def steps_with(
+        self, *crowd: PrefixHandle | None, waiting: int = 3, tokens: int = 4
+    ) -> Iterator[int]:
         """Steps, before each of which so many requests of each of ``crowd`` wait."""
         for number in range(200):
             for handle in crowd:
                 tenant = handle.key.tenant if handle else "base"
                 lacking = waiting - len(self.scheduler.waiting.of(tenant))
                 for _ in range(lacking):
-                    self.ask(handle)
+                    self.ask(handle, tokens=tokens)
             self.step()
             yield number
 
@@ -134,14 +136,14 @@ def test_room_for_a_large_prefix_is_kept_from_small_requests_that_keep_coming() 
     """Nothing can leave for it: the pool is full of sequences under no prefix at all."""
     world = World(num_blocks=17, max_running=16, max_prefix_wait_s=0.2)
     large = prefix("lone", "large", 40)
-    for number in world.steps_with(None, waiting=8):
+    for number in world.steps_with(None, waiting=8, tokens=14):
         if number == 5:
             lone = world.ask(large)
         if number > 5 and lone.finished:
             break
     assert lone.reason is FinishReason.LENGTH
-    assert number < 60
-    assert world.served["base"] > 10
+    assert number < 80
+    assert world.served["base"] > 5
 
 
 def test_and_of_two_such_the_first_is_used_before_the_second_takes_its_room() -> None:

@@ -101,6 +101,24 @@ def test_the_off_switch_neither_takes_nor_gives() -> None:
     assert (reuse.num_queried_tokens, reuse.num_reused_tokens) == (24, 8)
 
 
+def test_what_a_preempted_sequence_computes_again_is_known_again() -> None:
+    scheduler = scheduler_of()
+    request = AdmittedRequest(
+        "r", "a", tuple(range(12)), None, SamplingParams(temperature=0), StopParams(max_tokens=9)
+    )
+    sequence = Sequence(0, request, 0, 0, list(range(12)))
+    scheduler.add(sequence)
+    runner = scheduler.runner  # type: ignore[attr-defined]
+    step = scheduler.schedule()
+    scheduler.update(step, runner.run(step))
+    scheduler.preempt(sequence)
+    scheduler.memory.pool.forget(range(1, 200))  # as if others had used the blocks since
+    while not sequence.finished:
+        step = scheduler.schedule()
+        scheduler.update(step, runner.run(step))
+    assert run(scheduler, 1, list(range(12))).num_cached == 8
+
+
 def test_another_model_has_other_names() -> None:
     names = []
     for namespace in ("float32", "bfloat16"):

@@ -86,7 +86,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_prefix_wait_s=0.3,
             failed_prefix_memory_s=2.0,
             max_waiting_tokens=queue,
-            max_queue_wait_s=None if queue is None else 100.0,
+            max_queue_wait_s=None if queue is None else 4.0,
         )
         self.scheduler = Scheduler(self.config, namespace="model")
         self.runner = FakeRunner(block_size=BLOCK)
@@ -248,7 +248,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget = self.config.max_resident_tokens
         assert budget is None or residency.num_tokens <= budget, "prefixes are over the budget"
         assert self.scheduler.memory.host.num_tokens <= self.config.host_tokens
-        assert residency.num_coming <= self.config.max_staged
+        coming = [entry for entry in residency if entry.stage is not Stage.RESIDENT]
+        assert len(coming) <= self.config.max_staged
 
     def ready_tenants(self) -> set[str]:
         """Tenants with something waiting that could run now but for the room."""
