@@ -143,7 +143,7 @@ def test_room_for_a_large_prefix_is_kept_from_small_requests_that_keep_coming() 
             break
     assert lone.reason is FinishReason.LENGTH
     assert number < 80
-    assert world.served["base"] > 5
+    assert world.served["base"] > 3
 
 
 def test_and_of_two_such_the_first_is_used_before_the_second_takes_its_room() -> None:
