@@ -40,18 +40,18 @@ class World:
         self.failed: list[Sequence] = []
 
     def ask(
-        self, handle: PrefixHandle | None = None, *, tokens: int = 4, tenant: str = "base"
+        self, handle: PrefixHandle | None = None, *, prompt: int = 2, tokens: int = 4
     ) -> Sequence:
         request = AdmittedRequest(
             request_id=str(next(self.ids)),
-            tenant=handle.key.tenant if handle else tenant,
-            prompt=(1, 2),
+            tenant=handle.key.tenant if handle else "base",
+            prompt=(1,) * prompt,
             prefix=handle,
             sampling=SamplingParams(temperature=0),
             stop=StopParams(max_tokens=tokens),
             kv_reuse=False,
         )
-        sequence = Sequence(next(self.ids), request, 0, 0, [1, 2])
+        sequence = Sequence(next(self.ids), request, 0, 0, list(request.prompt))
         self.failed += self.scheduler.add(sequence, now=self.now)
         return sequence
 
@@ -69,16 +69,14 @@ class World:
         self.scheduler.check_integrity()
         return step
 
-    def steps_with(
-        self, *crowd: PrefixHandle | None, waiting: int = 3, tokens: int = 4
-    ) -> Iterator[int]:
+    def steps_with(self, *crowd: PrefixHandle | None, waiting: int = 3) -> Iterator[int]:
         """Steps, before each of which so many requests of each of ``crowd`` wait."""
         for number in range(200):
             for handle in crowd:
                 tenant = handle.key.tenant if handle else "base"
                 lacking = waiting - len(self.scheduler.waiting.of(tenant))
                 for _ in range(lacking):
-                    self.ask(handle, tokens=tokens)
+                    self.ask(handle)
             self.step()
             yield number
 
@@ -133,17 +131,18 @@ def test_two_that_exclude_each_other_alternate_and_each_is_used_when_it_comes() 
 
 
 def test_room_for_a_large_prefix_is_kept_from_small_requests_that_keep_coming() -> None:
-    """Nothing can leave for it: the pool is full of sequences under no prefix at all."""
-    world = World(num_blocks=17, max_running=16, max_prefix_wait_s=0.2)
-    large = prefix("lone", "large", 40)
-    for number in world.steps_with(None, waiting=8, tokens=14):
+    """Nothing can leave for it: the pool is full of sequences under no prefix, which end at
+    different times, and no two of them hold as much as it needs."""
+    world = World(num_blocks=25, max_running=16, max_prefix_wait_s=0.2)
+    lengths = itertools.cycle([8, 11, 9, 13])
+    for number in range(80):
+        while len(world.scheduler.waiting.of("base")) < 6:
+            world.ask(prompt=14, tokens=next(lengths))
         if number == 5:
-            lone = world.ask(large)
-        if number > 5 and lone.finished:
-            break
+            lone = world.ask(prefix("lone", "large", 60))
+        world.step()
     assert lone.reason is FinishReason.LENGTH
-    assert number < 80
-    assert world.served["base"] > 3
+    assert world.served["base"] > 10
 
 
 def test_and_of_two_such_the_first_is_used_before_the_second_takes_its_room() -> None:
