@@ -41,7 +41,9 @@ class TorchRunner:
         """One forward pass over the step's chunks and compiles. Raises OutOfMemory."""
         try:
             return self._run(step)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             if self.base.device.type == "cuda":
                 torch.cuda.empty_cache()
             raise OutOfMemory(str(error).partition("\n")[0]) from error
@@ -151,3 +153,9 @@ def _lay_out(chunks: tuple[Chunk, ...], compiles: list[CompileChunk]) -> list[Ro
         rows.append(Row(offset, part.start, part.stop - part.start, part.block_table))
         offset += part.stop - part.start
     return rows
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """CUDA has a class for it; the CPU's allocator raises a RuntimeError like any other."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -1,0 +1,45 @@
+"""What the runner makes of a want of memory, and of any other failure."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from server.engine.request import SamplingParams
+from server.engine.step import Chunk, OutOfMemory, Step
+from server.model.load import prepare_base
+from server.model.runner import TorchRunner
+
+STEP = Step(chunks=(Chunk(0, [1, 2], 0, [1], sampling=SamplingParams(temperature=0)),), fresh=(1,))
+
+
+@pytest.fixture(scope="module")
+def runner() -> TorchRunner:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    base = prepare_base(LlamaForCausalLM(config), None, name="tiny", dtype="float32", device="cpu")
+    return TorchRunner(base, num_blocks=4, block_size=4)
+
+
+def test_memory_that_cannot_be_had_is_told_apart(
+    runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "forward", lambda *_: torch.empty(1 << 60))
+        with pytest.raises(OutOfMemory, match="can't allocate memory"):
+            runner.run(STEP)
+    assert list(runner.run(STEP).sampled) == [0]
+
+
+def test_any_other_failure_is_passed_on(
+    runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "forward", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        runner.run(STEP)
