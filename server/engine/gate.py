@@ -19,7 +19,7 @@ class Gate:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._most = config.max_waiting_tokens
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._coming: Counter[str] = Counter()
         self._waiting: dict[str, tuple[int, float]] = {}
         self._rate = 0.0
@@ -54,7 +54,8 @@ class Gate:
     @property
     def retry_after(self) -> float:
         """Seconds until what waits now will have run."""
-        wait = self._total / self._rate if self._rate else _SHORTEST_RETRY_S
+        with self._lock:
+            wait = self._total / self._rate if self._rate else _SHORTEST_RETRY_S
         return min(max(wait, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
 
     @property

@@ -1,0 +1,108 @@
+"""What may wait: the bound, each tenant's share of it, and an honest answer for the others."""
+
+import threading
+
+import pytest
+
+from server.engine.config import SchedulerConfig
+from server.engine.fair_queue import FairQueue
+from server.engine.gate import Gate
+from server.engine.request import AdmittedRequest, QueueFull, SamplingParams, StopParams
+from server.engine.sequence import Sequence
+
+
+def request(tenant: str, *, tokens: int = 10, n: int = 1, weight: float = 1.0) -> AdmittedRequest:
+    return AdmittedRequest(
+        request_id="r",
+        tenant=tenant,
+        prompt=(1,) * (tokens - 4),
+        prefix=None,
+        sampling=SamplingParams(),
+        stop=StopParams(max_tokens=4),
+        n=n,
+        weight=weight,
+    )
+
+
+def gate(bound: int | None) -> Gate:
+    return Gate(SchedulerConfig(num_blocks=9, max_waiting_tokens=bound))
+
+
+def waiting(*tenants: str, weight: float = 1.0) -> FairQueue:
+    queue = FairQueue()
+    for number, tenant in enumerate(tenants):
+        asked = request(tenant, weight=weight)
+        queue.push(Sequence(number, asked, 0, 0, list(asked.prompt)))
+    return queue
+
+
+def test_without_a_bound_all_enter() -> None:
+    unbounded = gate(None)
+    for _ in range(100):
+        unbounded.enter(request("a", n=50))
+
+
+def test_what_is_on_its_way_counts_as_what_waits_does() -> None:
+    bounded = gate(30)
+    first = request("a")
+    bounded.enter(first)
+    bounded.enter(request("a"))
+    bounded.entered(first)
+    bounded.publish(waiting("a"), rate=5.0)
+    bounded.enter(request("a"))
+    with pytest.raises(QueueFull, match="30 tokens wait, of at most 30") as refused:
+        bounded.enter(request("a"))
+    assert refused.value.retry_after == 6.0  # 30 tokens at 5 a second
+
+
+def test_a_tenant_below_its_share_enters_a_full_queue() -> None:
+    bounded = gate(40)
+    bounded.publish(waiting("crowd", "crowd", "crowd", "crowd"), rate=1e9)
+    with pytest.raises(QueueFull) as refused:
+        bounded.enter(request("crowd"))
+    assert refused.value.retry_after == 1.0, "never less than a second"
+    bounded.enter(request("lone", n=2))
+    with pytest.raises(QueueFull):
+        bounded.enter(request("lone"))
+
+
+def test_the_share_is_by_weight() -> None:
+    bounded = gate(40)
+    bounded.publish(waiting("crowd", "crowd", "crowd", "crowd"), rate=1.0)
+    with pytest.raises(QueueFull):
+        bounded.enter(request("light", weight=0.25))
+    bounded.enter(request("heavy", n=3, weight=3.0))
+
+
+def test_an_empty_queue_takes_even_one_that_is_larger_than_it() -> None:
+    gate(5).enter(request("a"))
+
+
+def test_a_closed_gate_says_why() -> None:
+    closed = gate(None)
+    closed.closed = "the server is shutting down"
+    with pytest.raises(QueueFull, match="shutting down"):
+        closed.enter(request("a"))
+
+
+def test_threads_may_ask_while_others_enter() -> None:
+    bounded = gate(None)
+    stop = threading.Event()
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            while not stop.is_set():
+                assert bounded.retry_after >= 1.0
+        except Exception as error:  # noqa: BLE001 - reported below
+            errors.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    for number in range(20_000):
+        one = request(f"tenant-{number}")
+        bounded.enter(one)
+        bounded.entered(one)
+    stop.set()
+    asking.join()
+    assert errors == []
