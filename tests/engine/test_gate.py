@@ -1,7 +1,5 @@
 """What may wait: the bound, each tenant's share of it, and an honest answer for the others."""
 
-import threading
-
 import pytest
 
 from server.engine.config import SchedulerConfig
@@ -83,26 +81,3 @@ def test_a_closed_gate_says_why() -> None:
     closed.closed = "the server is shutting down"
     with pytest.raises(QueueFull, match="shutting down"):
         closed.enter(request("a"))
-
-
-def test_threads_may_ask_while_others_enter() -> None:
-    bounded = gate(None)
-    stop = threading.Event()
-    errors: list[Exception] = []
-
-    def ask() -> None:
-        try:
-            while not stop.is_set():
-                assert bounded.retry_after >= 1.0
-        except Exception as error:  # noqa: BLE001 - reported below
-            errors.append(error)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    for number in range(20_000):
-        one = request(f"tenant-{number}")
-        bounded.enter(one)
-        bounded.entered(one)
-    stop.set()
-    asking.join()
-    assert errors == []
