@@ -22,7 +22,11 @@ def test_commands_and_their_options_exist() -> None:
             if hasattr(command, "commands"):  # a group of commands
                 assert word in command.commands, f"prefixd {words}"
                 command = command.commands[word]
-        options = {name for parameter in command.params for name in parameter.opts}
+        options = {
+            name
+            for parameter in command.params
+            for name in (*parameter.opts, *parameter.secondary_opts)
+        }
         assert set(re.findall(r"--[a-z-]+", rest)) <= options, f"prefixd {words}{rest}"
         seen.add(words.split()[0])
     assert seen >= {"serve", "gc", "copy", "migrate", "key"}
