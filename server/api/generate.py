@@ -16,7 +16,7 @@ from server.api.answers import Collected, Dialect, PrefixUsed
 from server.api.bill import Bill
 from server.api.bridge import ClientGone, Generation, while_connected
 from server.api.choice import Chooser
-from server.api.endings import failure_of
+from server.api.endings import failure_of, refusal_of
 from server.api.intake import Intake
 from server.api.record import Outcome, Started, TenantClass
 from server.api.refusals import error_body, request_id_of
@@ -26,7 +26,7 @@ from server.api.sse import DONE, EventStream, frame
 from server.api.usage import Tally
 from server.api.watch import Watch
 from server.engine.engine import Engine
-from server.engine.request import FinishEvent, TokenEvent
+from server.engine.request import FinishEvent, QueueFull, TokenEvent
 from server.errors import PrefixdError, Unavailable
 from server.tenants.limiter import Grant
 from server.tenants.principal import Principal
@@ -85,7 +85,7 @@ async def respond(
     )
     watch = Watch(started, metrics=services.metrics, trace=services.trace)
     try:
-        _check_ready(services)
+        _check_ready(services, principal)
         admitted, grant = await run_in_threadpool(admit_and_count)
     except Exception as error:
         watch.finish(Outcome.of(error), error)
@@ -120,11 +120,16 @@ async def respond(
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-def _check_ready(services: Services) -> None:
+def _check_ready(services: Services, principal: Principal) -> None:
+    """Raise Unavailable for what would be refused anyhow, before any work is done for it."""
     services.intake.check()
     trouble = services.engine.trouble
     if trouble is not None:
         raise Unavailable(trouble, retry_after=1)
+    try:
+        services.engine.check_room(principal.tenant, weight=principal.weight)
+    except QueueFull as full:
+        raise refusal_of(full, services.intake) from full
 
 
 async def _next(frames: AsyncGenerator[bytes]) -> bytes:

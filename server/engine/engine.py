@@ -112,6 +112,11 @@ class Engine:
             for index in range(request.n):
                 on_event(FinishEvent(index, FinishReason.ABORT, completion_tokens=0))
 
+    def check_room(self, tenant: str, *, weight: float = 1.0) -> None:
+        """Raise QueueFull when ``submit`` would, whatever ``tenant`` asks for: worth asking before
+        the work of admission."""
+        self._gate.check(tenant, weight=weight)
+
     def abort(self, request_id: str) -> None:
         """End a request's sequences now and free everything they hold; unknown ids are ignored."""
         self._post(lambda: self._end_each(self._replies.of(request_id), FinishReason.ABORT))

@@ -25,17 +25,17 @@ class Gate:
         self._rate = 0.0
         self.closed: str | None = None
 
+    def check(self, tenant: str, *, weight: float) -> None:
+        """Raise QueueFull when not even the smallest request of ``tenant`` would be let in: what
+        is refused in a crowd should cost next to nothing."""
+        with self._lock:
+            self._check(tenant, weight, cost=1)
+
     def enter(self, request: AdmittedRequest) -> None:
         """Let a request in, or raise QueueFull."""
         cost = request.cost * request.n
         with self._lock:
-            if self.closed is not None:
-                raise QueueFull(self.closed, retry_after=_SHORTEST_RETRY_S)
-            if not self._fits(request, cost):
-                raise QueueFull(
-                    f"the server is full: {self._total} tokens wait, of at most {self._most}",
-                    retry_after=self.retry_after,
-                )
+            self._check(request.tenant, request.weight, cost)
             self._coming[request.tenant] += cost
 
     def entered(self, request: AdmittedRequest) -> None:
@@ -62,12 +62,21 @@ class Gate:
     def _total(self) -> int:
         return sum(tokens for tokens, _ in self._waiting.values()) + self._coming.total()
 
-    def _fits(self, request: AdmittedRequest, cost: int) -> bool:
+    def _check(self, tenant: str, weight: float, cost: int) -> None:
+        if self.closed is not None:
+            raise QueueFull(self.closed, retry_after=_SHORTEST_RETRY_S)
+        if not self._fits(tenant, weight, cost):
+            raise QueueFull(
+                f"the server is full: {self._total} tokens wait, of at most {self._most}",
+                retry_after=self.retry_after,
+            )
+
+    def _fits(self, tenant: str, weight: float, cost: int) -> bool:
         total = self._total
         if self._most is None or total == 0 or total + cost <= self._most:
             return True
-        own, _ = self._waiting.get(request.tenant, (0, 0.0))
-        weights = {tenant: weight for tenant, (_, weight) in self._waiting.items()}
-        weights[request.tenant] = request.weight
-        share = self._most * request.weight / sum(weights.values())
-        return own + self._coming[request.tenant] + cost <= share
+        own, _ = self._waiting.get(tenant, (0, 0.0))
+        weights = {name: share for name, (_, share) in self._waiting.items()}
+        weights[tenant] = weight
+        share = self._most * weight / sum(weights.values())
+        return own + self._coming[tenant] + cost <= share

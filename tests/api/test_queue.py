@@ -122,6 +122,24 @@ def test_a_full_queue_is_a_503_before_anything_is_said(
     assert outcome(world, "unavailable") == 1
 
 
+def test_a_full_server_refuses_before_it_does_any_work(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tenant: str, *, weight: float) -> None:
+        raise QueueFull(f"full for {tenant} of weight {weight:g}", retry_after=3.2)
+
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("a refused request was looked at")
+
+    monkeypatch.setattr(world.services.engine, "check_room", full)
+    monkeypatch.setattr(world.services.store, "resolve", work)
+    monkeypatch.setattr(world.services.served.tokenizer, "encode", work)
+    answer = complete(client)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "4")
+    assert error_of(answer)["message"] == "full for acme of weight 1"
+    assert error_of(answer)["code"] == "overloaded"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_of_several_prompts_all_get_in_or_none(
     client: TestClient, script: Script, *, stream: bool

@@ -81,3 +81,13 @@ def test_a_closed_gate_says_why() -> None:
     closed.closed = "the server is shutting down"
     with pytest.raises(QueueFull, match="shutting down"):
         closed.enter(request("a"))
+
+
+def test_who_would_be_refused_anyhow_is_told_without_a_request() -> None:
+    bounded = gate(40)
+    bounded.publish(waiting("crowd", "crowd", "crowd", "crowd"), rate=1.0)
+    with pytest.raises(QueueFull, match="40 tokens wait, of at most 40"):
+        bounded.check("crowd", weight=1.0)
+    for _ in range(5):
+        bounded.check("lone", weight=1.0)  # asking takes no room
+    bounded.enter(request("lone", n=2))
