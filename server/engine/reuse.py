@@ -58,7 +58,8 @@ class KVReuse:
             self.num_reused_tokens += reused_tokens
 
     def remember(self, sequence: Sequence) -> None:
-        """Make the blocks that ``sequence`` has filled known to those that come after it."""
+        """Make the blocks that ``sequence`` has filled known to those that come after it. To be
+        called when its logits were finite: they vouch for all the KV they were made from."""
         if not sequence.request.kv_reuse:
             return
         own = sequence.block_table[sequence.num_prefix_tokens // self._block_size :]

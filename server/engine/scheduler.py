@@ -196,9 +196,7 @@ class Scheduler:
         for chunk in step.chunks:
             sequence = by_id[chunk.seq_id]
             sequence.num_computed += len(chunk.tokens)
-            if chunk.sampling is None:
-                self.memory.reuse.remember(sequence)
-            else:
+            if chunk.sampling is not None:
                 progress.append(self._take(sequence, output.sampled[chunk.seq_id]))
         return progress
 

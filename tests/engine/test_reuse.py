@@ -139,3 +139,19 @@ def test_a_pool_full_of_remembered_blocks_is_a_free_pool() -> None:
     # The oldest went first, and the newest are still known.
     assert run(scheduler, 200, [0] * 11).num_cached == 0
     assert run(scheduler, 201, [119] * 11).num_cached == 8
+
+
+def test_what_no_finite_logits_vouch_for_is_not_known() -> None:
+    """A prompt half run may hold NaN; its client left before a token could tell."""
+    scheduler = Scheduler(SchedulerConfig(num_blocks=200, block_size=4, max_prefill_chunk=8))
+    scheduler.runner = FakeRunner(block_size=4)  # type: ignore[attr-defined]
+    prompt = list(range(12))
+    request = AdmittedRequest("r", "a", tuple(prompt), None, SamplingParams(), StopParams(1))
+    half = Sequence(0, request, 0, 0, prompt)
+    scheduler.add(half)
+    step = scheduler.schedule()
+    scheduler.update(step, scheduler.runner.run(step))  # type: ignore[attr-defined]
+    assert half.num_computed == 8
+    scheduler.end(half, FinishReason.ABORT)
+    assert run(scheduler, 1, prompt).num_cached == 0
+    assert run(scheduler, 2, prompt).num_cached == 8
