@@ -166,7 +166,8 @@ class Arrivals:
         wait for it may be further back in the queue than a step looks."""
         for handle in self._pins.values():
             self._wish(plan, handle, cap=self._caps.get(handle.key.tenant), now=now)
-        for warm in list(self._warming.values())[: self._config.max_staged]:
+        for key in list(self._warming)[: self._config.max_staged]:
+            warm = self._warming[key] = self._warming.pop(key)  # to the end: all get their turn
             self._wish(plan, warm.handle, cap=warm.cap, now=now)
         for entry in self._residency.staged():
             self._place(plan, entry, overdue=entry.key == self.forcing)

@@ -276,6 +276,16 @@ def test_wishes_that_cannot_come_true_block_nobody_and_fetch_nothing() -> None:
     assert world.served["c-8"] == world.served["d-8"] == 1
 
 
+def test_one_tenants_warms_that_find_no_room_do_not_hold_up_anothers() -> None:
+    world = World(max_staged=2)
+    for number in range(20):
+        world.scheduler.arrivals.warm(prefix("full", f"w{number}"), cap=4, now=world.now)
+    world.scheduler.arrivals.warm(prefix("other", "mine"), cap=None, now=world.now)
+    for _ in range(15):
+        world.step()
+    assert world.resident() == {"mine-8"}
+
+
 def test_a_wish_that_could_not_be_had_is_not_fetched_over_and_over() -> None:
     world = World(failed_prefix_memory_s=5.0)
     gone = prefix("t", "gone")
