@@ -160,7 +160,10 @@ class Engine:
         answer: Future[dict[str, Any]] = Future()
 
         def answer_with_picture() -> None:
-            answer.set_result(picture(self.scheduler, now=time.monotonic()))
+            try:
+                answer.set_result(picture(self.scheduler, now=time.monotonic()))
+            except Exception as error:  # noqa: BLE001 - who looks must not end what runs
+                answer.set_exception(error)
 
         if not self._post(answer_with_picture):
             return picture(self.scheduler, now=time.monotonic())

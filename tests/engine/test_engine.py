@@ -355,6 +355,18 @@ def test_stopping_ends_what_is_alive() -> None:
     assert answer(late) == ("", FinishEvent(0, FinishReason.ABORT, 0))
 
 
+def test_a_picture_that_fails_harms_nobody(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> dict[str, object]:
+        raise LookupError("a bug in the picture")
+
+    monkeypatch.setattr("server.engine.engine.picture", broken)
+    _, events = bench.submit()
+    with pytest.raises(LookupError):
+        bench.engine.state()
+    assert answer(events)[0] == expected(12)
+    assert bench.engine.stats().restarts == 0
+
+
 def test_a_loop_that_fails_tells_everybody_and_starts_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
