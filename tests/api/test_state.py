@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -42,13 +41,13 @@ def test_who_runs_and_what_is_resident(world: World) -> None:
         caller = Caller(world, {"stream": True, "max_tokens": 300, "prompt": CANARY})
         request = asyncio.create_task(caller.run())
         assert await asyncio.to_thread(world.runner.held.wait, 20)
-        asked = threading.Thread(target=world.runner.gate.set)
         picture = asyncio.create_task(asyncio.to_thread(world.services.engine.state))
-        asked.start()
+        while not world.services.engine._inbox:  # noqa: ASYNC110 - asking tells nobody
+            await asyncio.sleep(0.001)
+        world.runner.gate.set()
         found = await picture
         caller.leaves.set()
         await request
-        asked.join()
         (sequence,) = found["running"]["sequences"]
         assert sequence["tenant"] == "acme"
         assert sequence["prompt_tokens"] == len(CANARY)
