@@ -11,7 +11,6 @@ never chase each other.
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from server.engine.config import SchedulerConfig
 from server.engine.fair_queue import FairQueue
@@ -22,18 +21,10 @@ from server.engine.residency import Entry, Residency, Stage
 from server.engine.sequence import Sequence
 from server.engine.step import StagedPrefix
 from server.engine.victims import Victims
+from server.engine.warms import Warms
 
 _REMEMBERED_FAILURES = 1024
-_WARM_PATIENCE_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Warm:
-    """A prefix that shall come though no sequence waits for it."""
-
-    handle: PrefixHandle
-    cap: int | None
-    until: float
+_MOST_WARMING = 256
 
 
 class Arrivals:
@@ -48,7 +39,7 @@ class Arrivals:
         self._tried: set[tuple[PrefixKey, bool]] = set()
         self._pins: dict[PrefixKey, PrefixHandle] = {}
         self._caps: Mapping[str, int] = {}
-        self._warming: dict[PrefixKey, _Warm] = {}
+        self.warms = Warms(most=_MOST_WARMING)
         self._failures: OrderedDict[PrefixKey, tuple[str, float]] = OrderedDict()
         self._retired: set[PrefixKey] = set()
         self.forcing: PrefixKey | None = None
@@ -59,11 +50,6 @@ class Arrivals:
     @property
     def _residency(self) -> Residency:
         return self._memory.residency
-
-    @property
-    def num_warming(self) -> int:
-        """Warmed prefixes that are not there yet."""
-        return len(self._warming)
 
     @property
     def pins(self) -> tuple[PrefixKey, ...]:
@@ -80,10 +66,6 @@ class Arrivals:
         self._pins = {handle.key: handle for handle in handles}
         self._caps = caps or {}
         self._memory.pinned = self._pins.keys()
-
-    def warm(self, handle: PrefixHandle, *, cap: int | None, now: float) -> None:
-        """Bring a prefix in when there is room, and forget it if there is none for a while."""
-        self._warming[handle.key] = _Warm(handle, cap, now + _WARM_PATIENCE_S)
 
     def retire(self, keys: Iterable[PrefixKey]) -> None:
         """Let versions that were deleted or replaced leave when their last sequence does."""
@@ -109,7 +91,7 @@ class Arrivals:
         entry = self._residency.get(key)
         if entry is not None:
             self._residency.drop(entry)
-        self._warming.pop(key, None)
+        self.warms.drop(key)
         self._failures[key] = message, now + self._config.failed_prefix_memory_s
         self._failures.move_to_end(key)
         while len(self._failures) > _REMEMBERED_FAILURES:
@@ -138,10 +120,10 @@ class Arrivals:
         """Let go what has become pointless since the last step."""
         self._step += 1
         self._tried.clear()
-        for key, warm in list(self._warming.items()):
-            entry = self._residency.get(key)
+        for warm in self.warms:
+            entry = self._residency.get(warm.handle.key)
             if now >= warm.until or (entry is not None and entry.stage is Stage.RESIDENT):
-                del self._warming[key]
+                self.warms.drop(warm.handle.key)
         for entry in [*self._residency.staged(), *self._residency.compiling()]:
             if not self._wanted(entry.key):
                 self._residency.drop(entry)
@@ -166,8 +148,7 @@ class Arrivals:
         wait for it may be further back in the queue than a step looks."""
         for handle in self._pins.values():
             self._wish(plan, handle, cap=self._caps.get(handle.key.tenant), now=now)
-        for key in list(self._warming)[: self._config.max_staged]:
-            warm = self._warming[key] = self._warming.pop(key)  # to the end: all get their turn
+        for warm in self.warms.take_turns(self._config.max_staged):
             self._wish(plan, warm.handle, cap=warm.cap, now=now)
         for entry in self._residency.staged():
             self._place(plan, entry, overdue=entry.key == self.forcing)
@@ -258,7 +239,7 @@ class Arrivals:
                 victim.leaving = True
 
     def _wanted(self, key: PrefixKey) -> bool:
-        return self._waiting.wants(key) or key in self._warming or key in self._pins
+        return self._waiting.wants(key) or key in self.warms or key in self._pins
 
     def _let_go(self, key: PrefixKey) -> None:
         """Drop a retired prefix once nothing runs under it and nobody waits for it."""
@@ -278,4 +259,4 @@ class Arrivals:
             entry.leaving = False
 
     def __repr__(self) -> str:
-        return f"Arrivals(forcing={self.forcing}, warming={len(self._warming)})"
+        return f"Arrivals(forcing={self.forcing}, warming={len(self.warms)})"

@@ -46,8 +46,6 @@ log = logging.getLogger(__name__)
 _IDLE_POLL_S = 0.05
 """How often the loop looks again at what waits when no step can be run."""
 
-_MOST_WARMING = 256
-
 
 def seeded_uniform(seed: int, index: int) -> float:
     """The draw in [0, 1) for output ``index`` under ``seed``: the same whatever else is in the
@@ -122,12 +120,12 @@ class Engine:
         self._post(lambda: self._end_each(self._replies.of(request_id), FinishReason.ABORT))
 
     def warm(self, handle: PrefixHandle, *, max_resident_tokens: int | None = None) -> None:
-        """Bring a prefix into the pool when there is room, under its tenant's cap. Raises
-        QueueFull when too many are on their way."""
-        if self.scheduler.arrivals.num_warming >= _MOST_WARMING:
+        """Bring a prefix into the pool when there is room for a while, under its tenant's cap.
+        Raises QueueFull when too many are being warmed and nobody has more of them."""
+        if self.scheduler.arrivals.warms.full_for(handle.key.tenant):
             raise QueueFull("too many prefixes are being warmed", retry_after=1.0)
         cap = max_resident_tokens
-        self._post(lambda: self.scheduler.arrivals.warm(handle, cap=cap, now=time.monotonic()))
+        self._post(lambda: self.scheduler.arrivals.warms.add(handle, cap=cap, now=time.monotonic()))
 
     def set_pins(
         self, handles: Iterable[PrefixHandle], *, caps: Mapping[str, int] | None = None
@@ -255,7 +253,7 @@ class Engine:
     def _patience(self) -> float | None:
         """Seconds the loop may sleep when it has no step to run; None: until something comes."""
         expiry = self.scheduler.next_expiry
-        if self.scheduler.idle and not self.scheduler.arrivals.num_warming:
+        if self.scheduler.idle and not self.scheduler.arrivals.warms:
             return None
         until_expiry = _IDLE_POLL_S if expiry is None else max(0.0, expiry - time.monotonic())
         return min(_IDLE_POLL_S, until_expiry)

@@ -47,7 +47,7 @@ def picture(scheduler: Scheduler, *, now: float) -> dict[str, Any]:
         },
         "host": {"count": len(memory.host), "tokens": memory.host.num_tokens},
         "pins": [{"tenant": key.tenant, "digest": key.digest} for key in arrivals.pins],
-        "warming": arrivals.num_warming,
+        "warming": len(arrivals.warms),
         "forcing": None if arrivals.forcing is None else arrivals.forcing.digest,
         "preemptions": scheduler.num_preemptions,
     }

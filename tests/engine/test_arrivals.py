@@ -19,6 +19,7 @@ from server.engine.residency import Stage
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.engine.step import Step
+from server.engine.warms import Warms
 from server.testing import FakeRunner, FakeStaged
 
 
@@ -242,11 +243,11 @@ def test_what_was_evicted_comes_back_from_host_memory_without_a_fetch() -> None:
 
 def test_a_warmed_prefix_comes_and_pushes_nobody_out_who_is_wanted() -> None:
     world = World(max_resident_tokens=16)
-    world.scheduler.arrivals.warm(prefix("t", "warm"), cap=None, now=0.0)
+    world.scheduler.arrivals.warms.add(prefix("t", "warm"), cap=None, now=0.0)
     for _ in range(3):
         world.step()
     assert world.resident() == {"warm-8"}
-    assert world.scheduler.arrivals.num_warming == 0
+    assert not world.scheduler.arrivals.warms
     assert world.scheduler.memory.residency.num_compiles == 1
 
 
@@ -256,7 +257,7 @@ def test_wishes_that_cannot_come_true_block_nobody_and_fetch_nothing() -> None:
     for _ in range(4):
         world.step()
     for name in "wxyz":
-        world.scheduler.arrivals.warm(prefix("t", name), cap=None, now=world.now)
+        world.scheduler.arrivals.warms.add(prefix("t", name), cap=None, now=world.now)
     world.scheduler.arrivals.set_pins([prefix("t", "pin")], caps={"t": 4})
     for _ in range(4):
         world.step()
@@ -279,11 +280,29 @@ def test_wishes_that_cannot_come_true_block_nobody_and_fetch_nothing() -> None:
 def test_one_tenants_warms_that_find_no_room_do_not_hold_up_anothers() -> None:
     world = World(max_staged=2)
     for number in range(20):
-        world.scheduler.arrivals.warm(prefix("full", f"w{number}"), cap=4, now=world.now)
-    world.scheduler.arrivals.warm(prefix("other", "mine"), cap=None, now=world.now)
+        world.scheduler.arrivals.warms.add(prefix("full", f"w{number}"), cap=4, now=world.now)
+    world.scheduler.arrivals.warms.add(prefix("other", "mine"), cap=None, now=world.now)
     for _ in range(15):
         world.step()
     assert world.resident() == {"mine-8"}
+
+
+def test_one_tenants_crowd_of_warms_leaves_places_for_others() -> None:
+    warms = Warms(most=4)
+    for name in "abcd":
+        assert not warms.full_for("crowd")
+        warms.add(prefix("crowd", name), cap=None, now=0.0)
+    assert warms.full_for("crowd")
+    warms.add(prefix("crowd", "e"), cap=None, now=0.0)  # one that raced past the question
+    assert [warm.handle for warm in warms] == [prefix("crowd", name) for name in "bcde"]
+    for name in "xy":
+        assert not warms.full_for("other")
+        warms.add(prefix("other", name), cap=None, now=0.0)
+    assert [warm.handle.key.tenant for warm in warms] == ["crowd", "crowd", "other", "other"]
+    assert warms.full_for("other")
+    assert not warms.full_for("third")
+    warms.add(prefix("other", "x"), cap=7, now=0.0)  # again: takes no other place
+    assert len(warms) == 4
 
 
 def test_a_wish_that_could_not_be_had_is_not_fetched_over_and_over() -> None:

@@ -169,6 +169,7 @@ def test_an_abort_frees_everything_and_says_so(bench: Bench) -> None:
     bench.engine.abort("unknown ids are ignored")
     _, after = bench.submit()
     answer(after)
+    bench.engine.stop()  # answers go out within a turn, and the figures are of its end
     stats = bench.engine.stats()
     assert stats.running == stats.waiting == 0
 
@@ -191,6 +192,15 @@ def test_a_source_that_breaks_shows_no_internals(
     monkeypatch.setattr(bench.source, "fetch", broken)
     _, events = bench.submit(prefix=PREFIX)
     assert answer(events)[1].error == "the prefix could not be loaded"
+
+
+def test_a_tenant_that_warms_more_than_there_are_places_for_is_told(bench: Bench) -> None:
+    for number in range(256):
+        bench.engine.warm(PrefixHandle(PrefixKey("t", f"too large {number}"), 10_000))
+    bench.engine.state()  # answered behind all that was posted before
+    with pytest.raises(QueueFull, match="too many prefixes are being warmed"):
+        bench.engine.warm(PrefixHandle(PrefixKey("t", "one more"), 10_000))
+    bench.engine.warm(PrefixHandle(PrefixKey("other", "digest"), 10_000))
 
 
 def fail_steps(

@@ -376,7 +376,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         handle = PREFIXES[which]
         cap = self.cap if handle.key.tenant == "a" else None
         if cap is None or handle.num_tokens <= cap:
-            self.scheduler.arrivals.warm(handle, cap=cap, now=self.now)
+            self.scheduler.arrivals.warms.add(handle, cap=cap, now=self.now)
 
     @rule(which=st.integers(0, 14))
     def retire(self, which: int) -> None:
