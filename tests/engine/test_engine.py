@@ -160,16 +160,27 @@ def test_min_tokens_holds_off_the_stop(bench: Bench) -> None:
     assert got.startswith(text[:6])
 
 
-def test_an_abort_frees_everything_and_says_so(bench: Bench) -> None:
+def test_an_abort_frees_everything_and_says_so(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aborted = threading.Event()
+
+    def when(step: Step) -> Exception | None:
+        if any(chunk.start > 20 for chunk in step.chunks):
+            assert aborted.wait(20)
+        return None
+
+    fail_steps(bench, monkeypatch, when)
     request_id, events = bench.submit(prefix=PREFIX, max_tokens=150)
     while not isinstance(events.get(timeout=20), TokenEvent):
         pass
     bench.engine.abort(request_id)
+    aborted.set()
     assert answer(events)[1].reason is FinishReason.ABORT
     bench.engine.abort("unknown ids are ignored")
     _, after = bench.submit()
     answer(after)
-    bench.engine.stop()  # answers go out within a turn, and the figures are of its end
+    bench.engine.state()  # answered after the turn in which the last answer went out
     stats = bench.engine.stats()
     assert stats.running == stats.waiting == 0
 
@@ -241,14 +252,17 @@ def test_of_a_step_that_fails_only_the_request_that_breaks_it_ends(
 
 
 def test_when_memory_is_short_steps_become_smaller_and_nobody_ends(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def when(step: Step) -> Exception | None:
         return OutOfMemory("no room") if step.num_parts > 2 else None
 
+    bench = Bench()
     fail_steps(bench, monkeypatch, when)
     answers = [bench.submit()[1] for _ in range(6)]
+    bench.engine.start()  # now, so that the first step has all six
     assert [answer(events)[0] for events in answers] == 6 * [expected(12)]
+    bench.engine.stop()
     assert bench.engine.stats().out_of_memory > 0
     assert bench.engine.stats().step_failures == 0
 
