@@ -70,9 +70,11 @@ def test_refusals_and_failures(
 
 def test_who_leaves_before_the_first_token(world: World) -> None:
     async def scenario() -> None:
+        world.runner.gate.clear()
         caller = Caller(world, {"stream": True})
         caller.leaves.set()
         await caller.run()
+        world.runner.gate.set()
 
     with structlog.testing.capture_logs() as lines:
         run_with_engine(world, scenario)
