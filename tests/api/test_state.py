@@ -109,6 +109,7 @@ def test_a_step_that_hangs_turns_readiness_off(world: World) -> None:
         world.runner.gate.set()
         await request
         assert (await caller.sent.get())["status"] == 200
+        await asyncio.to_thread(engine.state)  # answered after the turn of the last token
         assert engine.ready
 
     run_with_engine(world, scenario)
