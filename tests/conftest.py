@@ -1,29 +1,32 @@
-"""Real services for whoever asks: started once in a run, empty for each test."""
+"""Real services for whoever asks: started once in a run, empty for each test.
+
+They are imported where they are started: `make gpu-check` runs some of the tests on machines that
+have torch and no database driver.
+"""
 
 import itertools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-from real_services import (
-    S3_ENVIRONMENT,
-    Postgres,
-    make_bucket,
-    running_postgres,
-    running_s3,
-)
+
+if TYPE_CHECKING:
+    from real_services import Postgres
 
 _number = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
-def postgres_server() -> Iterator[Postgres]:
+def postgres_server() -> Iterator["Postgres"]:
     """A running PostgreSQL."""
+    from real_services import running_postgres
+
     with running_postgres() as server:
         yield server
 
 
 @pytest.fixture
-def postgres_url(postgres_server: Postgres) -> Iterator[str]:
+def postgres_url(postgres_server: "Postgres") -> Iterator[str]:
     """The SQLAlchemy URL of a fresh, empty database."""
     name = f"test_{next(_number)}"
     postgres_server.execute(f"CREATE DATABASE {name}")
@@ -34,6 +37,8 @@ def postgres_url(postgres_server: Postgres) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """The endpoint of a running S3."""
+    from real_services import running_s3
+
     with running_s3() as endpoint:
         yield endpoint
 
@@ -41,6 +46,8 @@ def s3_endpoint() -> Iterator[str]:
 @pytest.fixture
 def s3_url(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The blobs URL of a fresh, empty bucket; the environment leads to its endpoint."""
+    from real_services import S3_ENVIRONMENT, make_bucket
+
     for variable, value in {**S3_ENVIRONMENT, "AWS_ENDPOINT_URL": s3_endpoint}.items():
         monkeypatch.setenv(variable, value)
     name = f"bucket-{next(_number)}"
