@@ -87,7 +87,8 @@ class GatedRunner(FakeRunner):
     """A FakeRunner that can be held, or made to fail.
 
     ``hold_after`` closes the gate behind that many steps and sets ``held``: a test that acts in the
-    middle of an answer must not race with an engine that has no model to wait for.
+    middle of an answer must not race with an engine that has no model to wait for. Whoever asks for
+    it waits for ``held`` before opening the gate: opened earlier it would close again.
     """
 
     def __init__(self) -> None:

@@ -112,6 +112,7 @@ def test_leaving_in_mid_stream_aborts(world: World) -> None:
         assert dict(start["headers"])[REQUEST_ID_HEADER.encode()]
         first = await caller.sent.get()
         assert first["body"].startswith(b"data: {")
+        assert await asyncio.to_thread(world.runner.held.wait, 20)
         caller.leaves.set()
         await request
         world.runner.gate.set()
@@ -130,6 +131,7 @@ def test_an_engine_that_fails_in_mid_stream_says_so_in_the_stream(world: World) 
         request = asyncio.create_task(caller.run())
         await caller.sent.get()
         await caller.sent.get()
+        assert await asyncio.to_thread(world.runner.held.wait, 20)
         world.runner.fail = True
         world.runner.gate.set()
         await request
@@ -155,6 +157,7 @@ def test_a_server_that_stops_ends_streams_politely(world: World) -> None:
         request = asyncio.create_task(caller.run())
         await caller.sent.get()
         await caller.sent.get()
+        assert await asyncio.to_thread(world.runner.held.wait, 20)
         engine = world.services.engine
         stopping = asyncio.create_task(asyncio.to_thread(engine.stop))
         while engine.ready:

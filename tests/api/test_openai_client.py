@@ -114,6 +114,7 @@ def test_leaving_a_stream_frees_the_engine(api: openai.OpenAI, world: World) -> 
     world.runner.hold_after = len(world.runner.steps) + 3
     stream = api.completions.create(model="tiny", prompt="x", max_tokens=300, stream=True, n=2)
     next(iter(stream))
+    assert world.runner.held.wait(20)
     stream.close()
     labels = {"endpoint": "completions", "outcome": "aborted"}
     registry = world.services.metrics.registry
@@ -123,6 +124,7 @@ def test_leaving_a_stream_frees_the_engine(api: openai.OpenAI, world: World) -> 
         api.models.list()
     world.runner.gate.set()
     api.completions.create(model="tiny", prompt="y", max_tokens=2)
+    world.services.engine.state()  # answered after the turn in which the last answer went out
     finished = world.services.engine.stats().finished
     assert finished["abort"] == 2
     assert finished.get("length", 0) <= 1
@@ -148,6 +150,7 @@ def test_a_failure_in_a_stream_is_raised(api: openai.OpenAI, world: World) -> No
     stream = api.completions.create(model="tiny", prompt="x", max_tokens=300, stream=True)
     chunks = iter(stream)
     next(chunks)
+    assert world.runner.held.wait(20)
     world.runner.fail = True
     world.runner.gate.set()
     with pytest.raises(openai.APIError, match="engine"):
