@@ -114,6 +114,19 @@ class BlobRows:
         with reading(self._engine) as connection:
             return connection.execute(found.limit(1)).first() is not None
 
+    def deleted(self, keys: Collection[BlobKey]) -> tuple[BlobKey, ...]:
+        """Those of ``keys`` that no version has any more."""
+        left, kept = sorted(keys), set[BlobKey]()
+        pair = tuple_(versions.c.tenant, versions.c.digest)
+        with reading(self._engine) as connection:
+            for begin in range(0, len(left), _PAGE):
+                page = [(key.tenant, key.digest) for key in left[begin : begin + _PAGE]]
+                found = connection.execute(
+                    select(versions.c.tenant, versions.c.digest).where(pair.in_(page))
+                )
+                kept.update(BlobKey(row.tenant, row.digest) for row in found)
+        return tuple(key for key in left if key not in kept)
+
     def is_corrupt(self, key: BlobKey) -> bool:
         """Whether the blob was found corrupt and not uploaded again since."""
         with reading(self._engine) as connection:

@@ -217,6 +217,10 @@ class PrefixStore:
             tenant=tenant, name=check_name(name), now=self._clock(), within=within
         )
 
+    def deleted(self, keys: Collection[BlobKey]) -> tuple[BlobKey, ...]:
+        """Those of ``keys`` that no version of their tenant has any more."""
+        return self._rows.deleted(keys)
+
     def fetch(self, *, tenant: str, digest: str) -> Path:
         """A local file with the artifact of a digest, verified now.
 

@@ -77,6 +77,7 @@ def create_app(services: Services, *, sweeper: Sweeper | None = None) -> FastAPI
             services.engine,
             fingerprint=services.served.base.fingerprint,
             room=pin_room(services),
+            held=lambda: services.engine.stats().prefixes_held,
             caps_of=services.tenants.resident_caps,
         )
         keeper.start()

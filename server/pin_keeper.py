@@ -1,4 +1,4 @@
-"""What of the pool the catalog decides: pins are brought in and kept, what nothing means any more
+"""What of the pool the catalog decides: pins are brought in and kept, what was deleted or replaced
 leaves.
 
 The catalog is the truth and several servers share it, so each reads it now and then, besides when
@@ -19,7 +19,7 @@ from server.engine.request import PrefixHandle, PrefixKey
 from server.tenants.quotas import PinRoom, pins_that_fit
 
 EVERY_S = 10.0
-"""How long another server's pin takes at most to be known here."""
+"""How long another server's pin or delete takes at most to be known here."""
 
 _STOP_S = 5.0
 _log = getLogger("prefixd.pins")
@@ -41,7 +41,8 @@ class Pool(Protocol):
 
 class PinKeeper:
     """Tells ``pool`` what the catalog says of the prefixes of one base, in a thread of its own and
-    after each change made through ``store``. ``caps_of`` gives the caps of those that have one."""
+    after each change made through ``store``. ``held`` gives what the engine has or is fetching,
+    ``caps_of`` the caps of those tenants that have one."""
 
     def __init__(
         self,
@@ -50,11 +51,13 @@ class PinKeeper:
         *,
         fingerprint: str,
         room: PinRoom,
+        held: Callable[[], Collection[PrefixKey]],
         caps_of: Callable[[Collection[str]], Mapping[str, int]],
         every_s: float = EVERY_S,
     ) -> None:
         self._store = store
         self._pool = pool
+        self._held = held
         self._caps_of = caps_of
         self._room = room
         self._left_out = 0
@@ -99,9 +102,21 @@ class PinKeeper:
                 self._left_out = len(found) - len(kept)
                 _log.warning("%d pins have no room here", self._left_out)
 
+    def tidy(self) -> None:
+        """Let go what other servers deleted. Where the catalog is away, the next time will do."""
+        held = [BlobKey(key.tenant, key.digest) for key in self._held()]
+        try:
+            deleted = self._store.deleted(held)
+        except SQLAlchemyError:
+            _log.exception("what was deleted could not be read; it stays")
+            return
+        if deleted:
+            self._pool.retire([_prefix_key(key) for key in deleted])
+
     def _run(self) -> None:
         while True:
             self.refresh()
+            self.tidy()
             if self._stop.wait(self._every_s):
                 return
 

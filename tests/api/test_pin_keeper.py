@@ -1,7 +1,7 @@
 """The keeper of pins alone: what it tells, when, and after which trouble."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import pytest
@@ -24,6 +24,7 @@ class FakeStore:
         self.pins: list[Pinned] = []
         self.broken = False
         self.asked_for: set[str] = set()
+        self.gone: set[BlobKey] = set()
         self.watcher: Callable[[Change], None] | None = None
 
     def watch(self, watcher: Callable[[Change], None]) -> None:
@@ -35,6 +36,11 @@ class FakeStore:
             raise OperationalError("SELECT", {}, Exception("away"))
         return list(self.pins)
 
+    def deleted(self, keys: Collection[BlobKey]) -> list[BlobKey]:
+        if self.broken:
+            raise OperationalError("SELECT", {}, Exception("away"))
+        return [key for key in keys if key in self.gone]
+
 
 class FakePool:
     """Notes what it is told."""
@@ -42,6 +48,7 @@ class FakePool:
     def __init__(self) -> None:
         self.told: list[tuple[str, list[object]]] = []
         self.caps: Mapping[str, int] | None = None
+        self.held: set[PrefixKey] = set()
         self.news = threading.Condition()
 
     def note(self, word: str, what: Iterable[object]) -> None:
@@ -81,6 +88,7 @@ def keeping(store: FakeStore, pool: FakePool, *, every_s: float) -> Iterator[Pin
         pool,
         fingerprint="base",
         room=PinRoom(48, block_size=16),
+        held=lambda: pool.held,
         caps_of=lambda tenants: dict.fromkeys(tenants, 9),
         every_s=every_s,
     )
@@ -114,6 +122,16 @@ def test_another_servers_pins_come_with_time(store: FakeStore, pool: FakePool) -
         store.pins.clear()
         pool.told.clear()
         pool.wait_until(("pins", []))
+
+
+def test_what_another_server_deleted_leaves_with_time(store: FakeStore, pool: FakePool) -> None:
+    gone, kept = PrefixKey("acme", "e" * 64), PrefixKey("beta", "e" * 64)
+    pool.held = {gone, kept}
+    with keeping(store, pool, every_s=0.001):
+        pool.wait_until(("pins", []))
+        store.gone = {BlobKey("acme", "e" * 64), BlobKey("acme", "f" * 64)}
+        pool.wait_until(("retire", [gone]))
+    assert all(keys == [gone] for word, keys in pool.told if word == "retire")
 
 
 def test_an_own_change_is_told_at_once_and_pins_before_leavers(

@@ -97,6 +97,25 @@ def test_a_row_says_whether_its_blob_is_referenced(home: Home) -> None:
     assert since() == [True]
 
 
+def test_which_blobs_no_version_has_any_more(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefix_store.blob_rows._PAGE", 2)
+    keys = {
+        BlobKey(tenant, home.put_text(text, name, tenant=tenant).manifest.digest): (tenant, name)
+        for tenant in ("acme", "beta")
+        for name, text in (("first", "one"), ("second", "two"), ("third", "one"))
+    }
+    unknown = BlobKey("acme", "0" * 64)
+    assert len(keys) == 4
+    assert home.store.deleted([*keys, unknown]) == (unknown,)
+    home.store.delete(tenant="acme", name="first")
+    assert home.store.deleted(list(keys)) == ()
+    home.store.delete(tenant="acme", name="third")
+    (gone,) = home.store.deleted(list(keys))
+    assert keys[gone] == ("acme", "third")
+    home.put_text("one", "again", tenant="acme")
+    assert home.store.deleted(list(keys)) == home.store.deleted([]) == ()
+
+
 def test_a_publish_that_is_overtaken_by_a_collection_begins_again(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
