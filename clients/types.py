@@ -9,21 +9,27 @@ from clients.wire import as_object, maybe, moment, objects, read, strings
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixUsed:
-    """The prefix a generation ran under: exactly which version, by digest.
-
-    ``chosen_by`` is ``model``, ``user`` (bound) or ``default``.
-    """
+class PrefixVersion:
+    """Which version of which prefix, and the digest of its bytes."""
 
     name: str
     version: int
     digest: str
-    chosen_by: str | None = None
 
     @property
     def reference(self) -> str:
         """``name@version``, as the ``model`` field takes it."""
         return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixUsed(PrefixVersion):
+    """The prefix a generation ran under: exactly which version, by digest.
+
+    ``chosen_by`` is ``model``, ``user`` (bound) or ``default``.
+    """
+
+    chosen_by: str | None = None
 
     @classmethod
     def from_wire(cls, source: Mapping[str, object]) -> Self:
@@ -37,7 +43,7 @@ class PrefixUsed:
 
 
 @dataclass(frozen=True, slots=True)
-class Prefix:
+class Prefix(PrefixVersion):
     """One immutable version of a prefix: the server's manifest.
 
     ``pinned``: servers keep it resident. ``tier`` says where the server that answered has it now:
@@ -45,9 +51,6 @@ class Prefix:
     ``staged``, ``compiling``), or None.
     """
 
-    name: str
-    version: int
-    digest: str
     kind: str
     num_virtual_tokens: int
     size_bytes: int
@@ -59,11 +62,6 @@ class Prefix:
     metadata: Mapping[str, object] = field(default_factory=dict)
     pinned: bool = False
     tier: str | None = None
-
-    @property
-    def reference(self) -> str:
-        """``name@version``, as the ``model`` field takes it."""
-        return f"{self.name}@{self.version}"
 
     @classmethod
     def from_wire(cls, source: Mapping[str, object]) -> Self:
@@ -95,19 +93,11 @@ class Uploaded:
 
 
 @dataclass(frozen=True, slots=True)
-class Warmed:
+class Warmed(PrefixVersion):
     """A version that is being made resident, and where it is: ``resident``, ``queued`` or one of
     the other tiers."""
 
-    name: str
-    version: int
-    digest: str
     state: str
-
-    @property
-    def reference(self) -> str:
-        """``name@version``, as the ``model`` field takes it."""
-        return f"{self.name}@{self.version}"
 
     @classmethod
     def from_wire(cls, source: Mapping[str, object]) -> Self:
