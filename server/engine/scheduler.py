@@ -277,9 +277,10 @@ class Scheduler:
         memory = self.memory
         need = memory.blocks_to_start(sequence)
         # A block of headroom for each running sequence: admit none just to preempt it again. And
-        # what is kept for a prefix on its way, but not against the first use of one that came.
+        # what is kept for a prefix on its way, until nothing runs that could make room for it, but
+        # not against the first use of one that came.
         spared = len(self.running)
-        if not memory.is_first_use(sequence):
+        if self.running and not memory.is_first_use(sequence):
             spared += self.arrivals.reserve
         if memory.pool.num_free < need + spared:
             idle = memory.evictable(sequence, desperate=not self.running)
