@@ -181,8 +181,8 @@ class Scheduler:
             return plan.step()
         self._continue_decodes(plan)
         self._continue_prefills(plan)
-        self._serve_waiting(plan, now)
-        self.arrivals.bring_others(plan, now=now)
+        has_room = self._serve_waiting(plan, now)
+        self.arrivals.bring_others(plan, now=now, has_room=has_room)
         return plan.step()
 
     def update(self, step: Step, output: StepOutput) -> list[Progress]:
@@ -248,8 +248,9 @@ class Scheduler:
             if sequence.seq_id not in started:
                 self._run(plan, sequence, plan.share(sequence.num_remaining))
 
-    def _serve_waiting(self, plan: Plan, now: float) -> None:
-        """Start what can start, in fair order, and bring the prefixes of the others."""
+    def _serve_waiting(self, plan: Plan, now: float) -> bool:
+        """Start what can start, in fair order, and bring the prefixes of the others. False: the
+        next that could run has no room in the pool."""
         room = self.throttle.max_running - len(self.running) if plan.budget else 0
         passed_by: set[str] = set()
         for sequence in self.waiting.in_order(
@@ -268,9 +269,10 @@ class Scheduler:
             level = self.waiting.counter(sequence.tenant)
             if full or not self._start(plan, sequence, now):
                 # Whoever does not fit keeps those behind from taking the room it waits for.
-                return
+                return full
             for tenant in passed_by - {sequence.tenant}:
                 self.waiting.lift(tenant, level)
+        return True
 
     def _start(self, plan: Plan, sequence: Sequence, now: float) -> bool:
         """Let a waiting sequence run if there is room for it."""

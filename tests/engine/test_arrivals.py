@@ -151,6 +151,35 @@ def test_room_for_a_large_prefix_is_kept_from_small_requests_that_keep_coming() 
     assert world.served["base"] > 10
 
 
+def test_room_for_a_large_prefix_is_kept_from_small_prefixes_that_keep_coming() -> None:
+    world = World(num_blocks=33, max_running=16, max_prefix_wait_s=0.5)
+    names = itertools.count()
+    for number in range(220):
+        for tenant in "bcd":
+            while len(world.scheduler.waiting.of(tenant)) < 8:
+                world.ask(prefix(tenant, str(next(names))), tokens=20)
+        if number == 20:
+            lone = world.ask(prefix("a", "large", 72))
+        world.step()
+        if lone_has_ended := number > 20 and lone.finished:
+            break
+    assert lone_has_ended
+
+
+def test_warmed_prefixes_take_no_room_that_the_next_request_waits_for() -> None:
+    world = World(max_prefill_chunk=32)
+    names = itertools.count()
+    for number in range(40):
+        while len(world.scheduler.arrivals.warms) < 20:
+            warm = prefix("crowd", str(next(names)), 60)
+            world.scheduler.arrivals.warms.add(warm, cap=None, now=world.now)
+        if number == 10:
+            large = world.ask(prompt=200)
+        world.step()
+    assert large.reason is FinishReason.LENGTH
+    assert world.scheduler.memory.residency.num_compiles > 10
+
+
 def test_room_that_is_kept_stops_nobody_when_nothing_runs_to_make_more() -> None:
     """A large prefix lacked what another held that was not used yet, whose request stood behind one
     that had to leave room for the large one."""
