@@ -4,6 +4,7 @@ import gc
 import itertools
 
 from server.engine.config import SchedulerConfig
+from server.engine.picture import picture
 from server.engine.request import (
     AdmittedRequest,
     FinishReason,
@@ -108,6 +109,22 @@ def test_what_ended_in_time_is_not_kept_until_its_deadline() -> None:
     assert num_sequences() - before < 1000
     assert scheduler.next_expiry == 60.0
     assert scheduler.expire(now=61.0) == [patient]
+
+
+def test_the_picture_tells_how_much_of_a_prefix_is_compiled() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4, max_prefill_chunk=6))
+    scheduler.add(sequence(prefix("a", "first", 8)))
+    seen = []
+    runner = FakeRunner(block_size=4)
+    for _ in range(4):
+        step(scheduler, runner)
+        (entry,) = picture(scheduler, now=0.0)["prefixes"]["entries"]
+        seen.append((entry["tier"], entry["compiled"]))
+    assert seen == [("staged", 0), ("compiling", 6), ("resident", 8), ("resident", 8)]
+    scheduler.add(sequence(prefix("a", "second", 8)))
+    scheduler.schedule()
+    (_, entry) = picture(scheduler, now=0.0)["prefixes"]["entries"]
+    assert (entry["tier"], entry["compiled"]) == ("fetching", 0)
 
 
 def num_sequences() -> int:
