@@ -133,8 +133,11 @@ class FairQueue:
                 del self._wanted[sequence.prefix.key]
 
     def charge(self, tenant: str, tokens: int) -> None:
-        """Count ``tokens`` positions of service (prefix, prompt or output) to ``tenant``."""
-        self._counters[tenant] = self.counter(tenant) + tokens / self.weight(tenant)
+        """Count ``tokens`` positions of service (prefix, prompt or output) to ``tenant``. While
+        nobody waits it is taken from nobody: those that come are lifted to where it stands."""
+        counter = self._counters[tenant] = self.counter(tenant) + tokens / self.weight(tenant)
+        if not self._lines:
+            self._level = max(self._level, counter)
 
     def lift(self, tenant: str, level: float) -> None:
         """``tenant`` had its turn when the counters stood at ``level``, and could not use it."""
