@@ -156,7 +156,18 @@ class FairQueue:
         ready_of: dict[str, list[PrefixKey | None]] = {}
         for key in ready:
             ready_of.setdefault(key.tenant, [None]).append(key)
-        turns = [(self.counter(tenant), place, tenant) for place, tenant in enumerate(self._lines)]
+
+        def gives(tenant: str) -> bool:
+            others = self._lines[tenant].by_prefix
+            bare = None in others
+            runs = depth > 0 and (bare or tenant in ready_of)
+            return runs or (lookahead > 0 and len(others) > bare)
+
+        turns = [
+            (self.counter(tenant), place, tenant)
+            for place, tenant in enumerate(self._lines)
+            if gives(tenant)
+        ]
         heapq.heapify(turns)
         opened: dict[str, Iterator[Sequence]] = {}
         while turns:
@@ -170,6 +181,9 @@ class FairQueue:
                 able, others = self._choose(self._lines[tenant], keys, depth, lookahead)
                 lookahead -= len(others)
                 opened[tenant] = merge(able, others, key=_place)
+                if others and not lookahead:  # used up by these
+                    turns = [turn for turn in turns if turn[2] in opened or gives(turn[2])]
+                    heapq.heapify(turns)
             sequence = next(opened[tenant], None)
             if sequence is None:
                 heapq.heappop(turns)
