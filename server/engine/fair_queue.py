@@ -106,6 +106,10 @@ class FairQueue:
         """Whether a waiting sequence will run under the prefix."""
         return self._wanted[key] > 0
 
+    def first_under(self, key: PrefixKey) -> Sequence:
+        """The next in its tenant's line that will run under a wanted prefix."""
+        return self._lines[key.tenant].by_prefix[key][0]
+
     def push(self, sequence: Sequence) -> None:
         """Queue a new sequence, or one that was preempted."""
         tenant = sequence.tenant

@@ -251,6 +251,12 @@ class Scheduler:
     def _serve_waiting(self, plan: Plan, now: float) -> bool:
         """Start what can start, in fair order, and bring the prefixes of the others. False: the
         next that could run has no room in the pool."""
+        for first in self.memory.first_users():
+            # Their turn was before their prefix came; its compile has been charged since.
+            if not plan.budget or len(self.running) >= self.throttle.max_running:
+                break
+            if self.memory.is_ready(first) and not self._start(plan, first, now):
+                return False
         room = self.throttle.max_running - len(self.running) if plan.budget else 0
         passed_by: set[str] = set()
         for sequence in self.waiting.in_order(

@@ -151,15 +151,18 @@ def test_room_for_a_large_prefix_is_kept_from_small_requests_that_keep_coming() 
     assert world.served["base"] > 10
 
 
-def test_room_for_a_large_prefix_is_kept_from_small_prefixes_that_keep_coming() -> None:
+@pytest.mark.parametrize(("length", "tokens"), [(72, 20), (84, 40), (120, 20)])
+def test_a_large_prefix_gets_its_room_and_its_use_from_small_ones_that_keep_coming(
+    length: int, tokens: int
+) -> None:
     world = World(num_blocks=33, max_running=16, max_prefix_wait_s=0.5)
     names = itertools.count()
-    for number in range(220):
+    for number in range(150):
         for tenant in "bcd":
             while len(world.scheduler.waiting.of(tenant)) < 8:
-                world.ask(prefix(tenant, str(next(names))), tokens=20)
+                world.ask(prefix(tenant, str(next(names))), tokens=tokens)
         if number == 20:
-            lone = world.ask(prefix("a", "large", 72))
+            lone = world.ask(prefix("a", "large", length))
         world.step()
         if lone_has_ended := number > 20 and lone.finished:
             break
