@@ -55,8 +55,8 @@ def build_services(settings: Settings) -> Services:
         device=device,
         cache_dir=settings.root / "models",
     )
+    served = _served_model(settings, base, self_check(base, block_size=config.block_size))
     runner = TorchRunner(base, num_blocks=config.num_blocks, block_size=config.block_size)
-    served = _served_model(settings, base, self_check(runner))
     tokenizer = Tokenizer(base.tokenizer)
     engine = Engine(
         config=config,

@@ -143,15 +143,18 @@ class Arrivals:
         cap = sequence.request.max_resident_tokens
         self._advance(plan, sequence.prefix, cap=cap, overdue=overdue)
 
-    def bring_others(self, plan: Plan, *, now: float) -> None:
+    def bring_others(self, plan: Plan, *, now: float, has_room: bool) -> None:
         """Bring what is pinned or warmed, and go on with whatever is under way: the sequences that
-        wait for it may be further back in the queue than a step looks."""
-        for handle in self._pins.values():
-            self._wish(plan, handle, cap=self._caps.get(handle.key.tenant), now=now)
-        for warm in self.warms.take_turns(self._config.max_staged):
-            self._wish(plan, warm.handle, cap=warm.cap, now=now)
+        wait for it may be further back in the queue than a step looks. Unless the pool
+        ``has_room`` for the next that could run, nothing new takes any, but for what is forced."""
+        if has_room:
+            for handle in self._pins.values():
+                self._wish(plan, handle, cap=self._caps.get(handle.key.tenant), now=now)
+            for warm in self.warms.take_turns(self._config.max_staged):
+                self._wish(plan, warm.handle, cap=warm.cap, now=now)
         for entry in self._residency.staged():
-            self._place(plan, entry, overdue=entry.key == self.forcing)
+            if has_room or entry.key == self.forcing:
+                self._place(plan, entry, overdue=entry.key == self.forcing)
         for entry in self._residency.compiling():
             self._compile(plan, entry)
 
@@ -224,7 +227,10 @@ class Arrivals:
         forces = overdue and self.forcing in {None, entry.key}
         if self.forcing == entry.key:
             self._stop_forcing()  # chosen anew, as things are now
-        choice = self._victims.choose(entry, cap=entry.cap, pins=self._pins, forces=forces)
+        promised = None if self.forcing is None else self._residency.get(self.forcing)
+        choice = self._victims.choose(
+            entry, cap=entry.cap, pins=self._pins, forces=forces, promised=promised
+        )
         if choice.is_enough and all(victim.idle for victim in choice.victims):
             self.num_swaps += any(self._waiting.wants(victim.key) for victim in choice.victims)
             for victim in choice.victims:

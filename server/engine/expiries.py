@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from server.engine.request import FinishReason
 from server.engine.sequence import Sequence
 
+_FEWEST = 256
+"""Moments that are never too many to keep."""
+
 
 class Expiries:
     """Deadlines of requests, and the patience of the queue with those that have not started."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, FinishReason, Sequence]] = []
+        self._most = _FEWEST
 
     def add(self, sequence: Sequence, *, max_queue_wait_s: float | None) -> None:
         """Note when a sequence that has just arrived runs out of time, if it ever does."""
@@ -22,6 +26,8 @@ class Expiries:
             if patience is not None:
                 moment = sequence.arrived + patience
                 heapq.heappush(self._heap, (moment, sequence.seq_id, reason, sequence))
+        if len(self._heap) > self._most:
+            self._forget_finished()
 
     @property
     def next(self) -> float | None:
@@ -45,3 +51,9 @@ class Expiries:
                 waited = now - sequence.arrived
                 error = f"the server is full: the request waited {waited:.0f} s without a start"
                 yield sequence, reason, error
+
+    def _forget_finished(self) -> None:
+        """What ended in time would be kept, with all its tokens, until a moment years away."""
+        self._heap = [item for item in self._heap if not item[-1].finished]
+        heapq.heapify(self._heap)
+        self._most = max(_FEWEST, 2 * len(self._heap))

@@ -106,6 +106,10 @@ class FairQueue:
         """Whether a waiting sequence will run under the prefix."""
         return self._wanted[key] > 0
 
+    def first_under(self, key: PrefixKey) -> Sequence:
+        """The next in its tenant's line that will run under a wanted prefix."""
+        return self._lines[key.tenant].by_prefix[key][0]
+
     def push(self, sequence: Sequence) -> None:
         """Queue a new sequence, or one that was preempted."""
         tenant = sequence.tenant
@@ -133,8 +137,11 @@ class FairQueue:
                 del self._wanted[sequence.prefix.key]
 
     def charge(self, tenant: str, tokens: int) -> None:
-        """Count ``tokens`` positions of service (prefix, prompt or output) to ``tenant``."""
-        self._counters[tenant] = self.counter(tenant) + tokens / self.weight(tenant)
+        """Count ``tokens`` positions of service (prefix, prompt or output) to ``tenant``. While
+        nobody waits it is taken from nobody: those that come are lifted to where it stands."""
+        counter = self._counters[tenant] = self.counter(tenant) + tokens / self.weight(tenant)
+        if not self._lines:
+            self._level = max(self._level, counter)
 
     def lift(self, tenant: str, level: float) -> None:
         """``tenant`` had its turn when the counters stood at ``level``, and could not use it."""
@@ -153,7 +160,18 @@ class FairQueue:
         ready_of: dict[str, list[PrefixKey | None]] = {}
         for key in ready:
             ready_of.setdefault(key.tenant, [None]).append(key)
-        turns = [(self.counter(tenant), place, tenant) for place, tenant in enumerate(self._lines)]
+
+        def gives(tenant: str) -> bool:
+            others = self._lines[tenant].by_prefix
+            bare = None in others
+            runs = depth > 0 and (bare or tenant in ready_of)
+            return runs or (lookahead > 0 and len(others) > bare)
+
+        turns = [
+            (self.counter(tenant), place, tenant)
+            for place, tenant in enumerate(self._lines)
+            if gives(tenant)
+        ]
         heapq.heapify(turns)
         opened: dict[str, Iterator[Sequence]] = {}
         while turns:
@@ -167,6 +185,9 @@ class FairQueue:
                 able, others = self._choose(self._lines[tenant], keys, depth, lookahead)
                 lookahead -= len(others)
                 opened[tenant] = merge(able, others, key=_place)
+                if others and not lookahead:  # used up by these
+                    turns = [turn for turn in turns if turn[2] in opened or gives(turn[2])]
+                    heapq.heapify(turns)
             sequence = next(opened[tenant], None)
             if sequence is None:
                 heapq.heappop(turns)

@@ -42,6 +42,14 @@ class Memory:
             if not entry.leaving and self._waiting.wants(entry.key)
         ]
 
+    def first_users(self) -> list[Sequence]:
+        """Who waits to run first under each prefix that was forced in, the first to come first."""
+        return [
+            self._waiting.first_under(entry.key)
+            for entry in self.residency.resident()
+            if entry.forced and self._waiting.wants(entry.key)
+        ]
+
     def is_first_use(self, sequence: Sequence) -> bool:
         """Whether no sequence ran yet under the resident prefix of ``sequence``."""
         entry = self.residency.get(sequence.prefix.key) if sequence.prefix else None

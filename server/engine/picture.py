@@ -87,7 +87,7 @@ def _entry(entry: Entry, pinned: Any) -> dict[str, Any]:
         "digest": entry.key.digest,
         "tier": entry.stage.name.lower(),
         "tokens": entry.num_tokens,
-        "compiled": entry.num_tokens if not entry.payload else entry.num_compiled,
+        "compiled": entry.num_compiled,
         "blocks": len(entry.blocks),
         "users": entry.num_users,
         "pinned": entry.key in pinned,

@@ -181,8 +181,8 @@ class Scheduler:
             return plan.step()
         self._continue_decodes(plan)
         self._continue_prefills(plan)
-        self._serve_waiting(plan, now)
-        self.arrivals.bring_others(plan, now=now)
+        has_room = self._serve_waiting(plan, now)
+        self.arrivals.bring_others(plan, now=now, has_room=has_room)
         return plan.step()
 
     def update(self, step: Step, output: StepOutput) -> list[Progress]:
@@ -248,8 +248,15 @@ class Scheduler:
             if sequence.seq_id not in started:
                 self._run(plan, sequence, plan.share(sequence.num_remaining))
 
-    def _serve_waiting(self, plan: Plan, now: float) -> None:
-        """Start what can start, in fair order, and bring the prefixes of the others."""
+    def _serve_waiting(self, plan: Plan, now: float) -> bool:
+        """Start what can start, in fair order, and bring the prefixes of the others. False: the
+        next that could run has no room in the pool."""
+        for first in self.memory.first_users():
+            # Their turn was before their prefix came; its compile has been charged since.
+            if not plan.budget or len(self.running) >= self.throttle.max_running:
+                break
+            if self.memory.is_ready(first) and not self._start(plan, first, now):
+                return False
         room = self.throttle.max_running - len(self.running) if plan.budget else 0
         passed_by: set[str] = set()
         for sequence in self.waiting.in_order(
@@ -268,18 +275,20 @@ class Scheduler:
             level = self.waiting.counter(sequence.tenant)
             if full or not self._start(plan, sequence, now):
                 # Whoever does not fit keeps those behind from taking the room it waits for.
-                return
+                return full
             for tenant in passed_by - {sequence.tenant}:
                 self.waiting.lift(tenant, level)
+        return True
 
     def _start(self, plan: Plan, sequence: Sequence, now: float) -> bool:
         """Let a waiting sequence run if there is room for it."""
         memory = self.memory
         need = memory.blocks_to_start(sequence)
         # A block of headroom for each running sequence: admit none just to preempt it again. And
-        # what is kept for a prefix on its way, but not against the first use of one that came.
+        # what is kept for a prefix on its way, until nothing runs that could make room for it, but
+        # not against the first use of one that came.
         spared = len(self.running)
-        if not memory.is_first_use(sequence):
+        if self.running and not memory.is_first_use(sequence):
             spared += self.arrivals.reserve
         if memory.pool.num_free < need + spared:
             idle = memory.evictable(sequence, desperate=not self.running)

@@ -29,9 +29,18 @@ class Victims:
         self._memory = memory
         self._waiting = waiting
 
-    def choose(self, entry: Entry, *, cap: int | None, pins: Pins, forces: bool) -> Choice:
+    def choose(
+        self,
+        entry: Entry,
+        *,
+        cap: int | None,
+        pins: Pins,
+        forces: bool,
+        promised: Entry | None = None,
+    ) -> Choice:
         """Whose leaving makes room for ``entry`` in the pool, under the budget and under its
-        tenant's ``cap``. For the cap only the tenant's own leave.
+        tenant's ``cap``. For the cap only the tenant's own leave. Room that another one was
+        ``promised`` is none.
 
         One that ``forces`` may take any but those that were not used yet; another only idle ones
         that nobody waits for.
@@ -41,6 +50,9 @@ class Victims:
         over_cap = 0 if cap is None else residency.tokens_of(tenant) + size - cap
         over_budget = 0 if budget is None else residency.num_tokens + size - budget
         lacking = residency.blocks_needed(size) - self._memory.pool.num_free
+        if promised is not None:
+            over_budget += 0 if budget is None else promised.num_tokens
+            lacking += residency.blocks_needed(promised.num_tokens)
         if max(over_cap, over_budget, lacking) <= 0:
             return Choice([], is_enough=True, lacks_blocks=False)
         victims: list[Entry] = []

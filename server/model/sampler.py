@@ -144,7 +144,7 @@ def _cut(
     Also says, for each row, whether that is all there is to know: the rest would be cut too.
     """
     device, width = ordered.device, ordered.shape[1]
-    top_k = torch.tensor([p.top_k or whole for p in params], device=device)[:, None]
+    top_k = torch.tensor([min(p.top_k or whole, whole) for p in params], device=device)[:, None]
     top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
     min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
     keep = torch.arange(width, device=device) < top_k
@@ -154,9 +154,11 @@ def _cut(
     ended = ~keep[:, -1:] | (top_k <= width)
     unfiltered = (top_k == whole) & (min_p == 0)
     mass = torch.where(unfiltered & ~ended, 1.0, ordered.sum(dim=-1, keepdim=True))
-    # A token stays while the mass before it is short of top_p: the first always stays.
+    # A token stays while the mass before it is short of top_p: the first always stays, also where
+    # top_p is too small for float32.
     before = ordered.cumsum(dim=-1) - ordered
     short = before < top_p * mass
+    short[:, 0] = True
     settled = ended | (unfiltered & ~short[:, -1:])
     return ordered * short, settled[:, 0]
 

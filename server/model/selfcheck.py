@@ -14,6 +14,7 @@ from server.engine.request import PrefixKey, SamplingParams
 from server.engine.step import BlockCopy, Chunk, CompileChunk, Step
 from server.model.architecture import UnsupportedModel
 from server.model.attention import IMPLEMENTATION
+from server.model.load import LoadedBase
 from server.model.runner import TorchRunner
 from server.model.staged import StagedTokens
 
@@ -34,13 +35,15 @@ class Limits:
 
 
 @torch.inference_mode()
-def self_check(runner: TorchRunner) -> Limits:
-    """Prove that the model can be served and measure what it produces; leaves the pool empty.
+def self_check(base: LoadedBase, *, block_size: int) -> Limits:
+    """Prove that the model can be served and measure what it produces, in a small pool of its own:
+    the server's may have fewer blocks.
 
     Raises UnsupportedModel with the name of what went wrong.
     """
-    base, size = runner.base, runner.cache.block_size
+    size = block_size
     length = min(2 * size + 5, base.shape.max_positions - 1)
+    runner = TorchRunner(base, num_blocks=-(-length // size) + 3, block_size=size)
     tokens = [(7919 * (i + 1)) % base.shape.vocab_size for i in range(length)]
     try:
         ours = _run_in_blocks(runner, tokens, prefix=size // 2 + 1)
@@ -60,12 +63,10 @@ def self_check(runner: TorchRunner) -> Limits:
             "prefixd does not do"
         )
     pools = (*runner.cache.keys, *runner.cache.values)
-    limits = Limits(
+    return Limits(
         max_abs_embedding=_MARGIN * float(base.module.get_input_embeddings().weight.abs().max()),
         max_abs_kv=_MARGIN * max(float(pool.abs().max()) for pool in pools),
     )
-    runner.cache.zero(range(-(-length // size) + 3))
-    return limits
 
 
 def _run_plainly(runner: TorchRunner, tokens: list[int]) -> torch.Tensor:

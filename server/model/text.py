@@ -60,27 +60,41 @@ class StreamDetokenizer:
     """Token ids to text as they come; a character goes out when it is whole.
 
     ``DecodeStream`` keeps back an unfinished character and has no flush, so at the end the whole is
-    decoded once more and what is missing goes out (FACTS section 7).
+    decoded once more and what is missing goes out (FACTS section 7). And it raises where a
+    tokenizer with byte fallback takes back text that is out already: a run of bytes that is no
+    UTF-8 decodes to replacement characters throughout, its good beginning too. What was held back
+    then goes out by itself.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._token_ids: list[int] = []
+        self._held: list[int] = []
         self._sent = ""
 
     def push(self, token_id: int) -> str:
         """Text that became final with this token."""
         self._token_ids.append(token_id)
-        text = self._stream.step(self._tokenizer.backend, token_id) or ""
+        self._held.append(token_id)
+        try:
+            text = self._stream.step(self._tokenizer.backend, token_id) or ""
+        except Exception:  # noqa: BLE001 - tokenizers has no class of its own for it
+            text = self._tokenizer.decode(self._held)
+            self._stream = DecodeStream(skip_special_tokens=True)
+            self._stream.step(self._tokenizer.backend, token_id)
+        if text:
+            self._held.clear()
         self._sent += text
         return text
 
     def flush(self) -> str:
         """What is still held back, broken characters as replacement characters."""
         whole = self._tokenizer.decode(self._token_ids)
-        if not whole.startswith(self._sent):
-            return ""
-        text = whole[len(self._sent) :]
-        self._sent = whole
+        if whole.startswith(self._sent):
+            text = whole[len(self._sent) :]
+        else:
+            text = self._tokenizer.decode(self._held)
+        self._held.clear()
+        self._sent += text
         return text

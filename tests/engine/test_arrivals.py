@@ -41,11 +41,16 @@ class World:
         self.failed: list[Sequence] = []
 
     def ask(
-        self, handle: PrefixHandle | None = None, *, prompt: int = 2, tokens: int = 4
+        self,
+        handle: PrefixHandle | None = None,
+        *,
+        prompt: int = 2,
+        tokens: int = 4,
+        tenant: str = "base",
     ) -> Sequence:
         request = AdmittedRequest(
             request_id=str(next(self.ids)),
-            tenant=handle.key.tenant if handle else "base",
+            tenant=handle.key.tenant if handle else tenant,
             prompt=(1,) * prompt,
             prefix=handle,
             sampling=SamplingParams(temperature=0),
@@ -144,6 +149,55 @@ def test_room_for_a_large_prefix_is_kept_from_small_requests_that_keep_coming() 
         world.step()
     assert lone.reason is FinishReason.LENGTH
     assert world.served["base"] > 10
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(72, 20), (84, 40), (120, 20)])
+def test_a_large_prefix_gets_its_room_and_its_use_from_small_ones_that_keep_coming(
+    length: int, tokens: int
+) -> None:
+    world = World(num_blocks=33, max_running=16, max_prefix_wait_s=0.5)
+    names = itertools.count()
+    for number in range(150):
+        for tenant in "bcd":
+            while len(world.scheduler.waiting.of(tenant)) < 8:
+                world.ask(prefix(tenant, str(next(names))), tokens=tokens)
+        if number == 20:
+            lone = world.ask(prefix("a", "large", length))
+        world.step()
+        if lone_has_ended := number > 20 and lone.finished:
+            break
+    assert lone_has_ended
+
+
+def test_warmed_prefixes_take_no_room_that_the_next_request_waits_for() -> None:
+    world = World(max_prefill_chunk=32)
+    names = itertools.count()
+    for number in range(40):
+        while len(world.scheduler.arrivals.warms) < 20:
+            warm = prefix("crowd", str(next(names)), 60)
+            world.scheduler.arrivals.warms.add(warm, cap=None, now=world.now)
+        if number == 10:
+            large = world.ask(prompt=200)
+        world.step()
+    assert large.reason is FinishReason.LENGTH
+    assert world.scheduler.memory.residency.num_compiles > 10
+
+
+def test_room_that_is_kept_stops_nobody_when_nothing_runs_to_make_more() -> None:
+    """A large prefix lacked what another held that was not used yet, whose request stood behind one
+    that had to leave room for the large one."""
+    world = World(num_blocks=6, max_running=2, max_prefix_wait_s=0.0)
+    asked = [world.ask(prefix("a", "x", 8), prompt=1)]
+    asked.append(world.ask(prefix("b", "x", 13), prompt=1, tokens=1))
+    for _ in range(2):
+        world.step()
+    asked.append(world.ask(prompt=8, tokens=1, tenant="b"))
+    for _ in range(2):
+        world.step()
+    asked.append(world.ask(prompt=3, tenant="c"))
+    for _ in range(60):
+        world.step()
+    assert [sequence.reason for sequence in asked] == [FinishReason.LENGTH] * 4
 
 
 def test_and_of_two_such_the_first_is_used_before_the_second_takes_its_room() -> None:

@@ -6,19 +6,31 @@ from collections import Counter
 import pytest
 
 from server.engine.fair_queue import FairQueue
-from server.engine.request import AdmittedRequest, SamplingParams, StopParams
+from server.engine.request import (
+    AdmittedRequest,
+    PrefixHandle,
+    PrefixKey,
+    SamplingParams,
+    StopParams,
+)
 from server.engine.sequence import Sequence
 
 _ids = itertools.count()
 
 
-def sequence(tenant: str, *, weight: float = 1.0, priority: int = 0) -> Sequence:
+def sequence(
+    tenant: str,
+    *,
+    weight: float = 1.0,
+    priority: int = 0,
+    prefix: PrefixHandle | None = None,
+) -> Sequence:
     number = next(_ids)
     request = AdmittedRequest(
         request_id=str(number),
         tenant=tenant,
         prompt=(1, 2),
-        prefix=None,
+        prefix=prefix,
         sampling=SamplingParams(),
         stop=StopParams(max_tokens=8),
         weight=weight,
@@ -113,3 +125,26 @@ def test_tenants_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
     queue.push(sequence("t3"))
     queue.push(sequence("new"))
     assert queue.counter("t3") == queue.counter("new")
+
+
+def test_a_walk_opens_no_more_lines_than_can_give_it_something(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queue = FairQueue()
+    for number in range(100):
+        queue.push(sequence(f"bare {number}"))
+        tenant = f"under a prefix {number}"
+        queue.push(sequence(tenant, prefix=PrefixHandle(PrefixKey(tenant, "x"), 4)))
+    opened = 0
+    choose = FairQueue._choose
+
+    def count(*args: object) -> object:
+        nonlocal opened
+        opened += 1
+        return choose(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FairQueue, "_choose", staticmethod(count))
+    assert len(list(queue.in_order(ready=(), depth=0, lookahead=10))) == 10
+    assert opened == 10
+    assert len(list(queue.in_order(ready=(), depth=1, lookahead=10))) == 110
+    assert opened == 10 + 110

@@ -1,10 +1,13 @@
 """Single decisions of the scheduler, spelled out; the state machine covers the rest."""
 
+import gc
 import itertools
 
 from server.engine.config import SchedulerConfig
+from server.engine.picture import picture
 from server.engine.request import (
     AdmittedRequest,
+    FinishReason,
     PrefixHandle,
     PrefixKey,
     SamplingParams,
@@ -92,3 +95,44 @@ def test_a_prefix_placed_by_a_step_that_failed_is_placed_anew() -> None:
     assert set(again.fresh) == set(failing.fresh)
     assert again.compiles[0].start == 0
     scheduler.check_integrity()
+
+
+def test_what_ended_in_time_is_not_kept_until_its_deadline() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=9, max_queue_wait_s=60.0))
+    before = num_sequences()
+    patient = Sequence(next(_ids), bare(timeout_s=1e9), 0, 0, [1])
+    scheduler.add(patient)
+    for _ in range(5000):
+        brief = Sequence(next(_ids), bare(timeout_s=1e8), 0, 0, [1])
+        scheduler.add(brief)
+        scheduler.end(brief, FinishReason.ABORT)
+    assert num_sequences() - before < 1000
+    assert scheduler.next_expiry == 60.0
+    assert scheduler.expire(now=61.0) == [patient]
+
+
+def test_the_picture_tells_how_much_of_a_prefix_is_compiled() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4, max_prefill_chunk=6))
+    scheduler.add(sequence(prefix("a", "first", 8)))
+    seen = []
+    runner = FakeRunner(block_size=4)
+    for _ in range(4):
+        step(scheduler, runner)
+        (entry,) = picture(scheduler, now=0.0)["prefixes"]["entries"]
+        seen.append((entry["tier"], entry["compiled"]))
+    assert seen == [("staged", 0), ("compiling", 6), ("resident", 8), ("resident", 8)]
+    scheduler.add(sequence(prefix("a", "second", 8)))
+    scheduler.schedule()
+    (_, entry) = picture(scheduler, now=0.0)["prefixes"]["entries"]
+    assert (entry["tier"], entry["compiled"]) == ("fetching", 0)
+
+
+def num_sequences() -> int:
+    gc.collect()
+    return sum(type(thing) is Sequence for thing in gc.get_objects())
+
+
+def bare(*, timeout_s: float) -> AdmittedRequest:
+    return AdmittedRequest(
+        "r", "t", (1,), None, SamplingParams(), StopParams(max_tokens=4), timeout_s=timeout_s
+    )

@@ -283,7 +283,7 @@ def serve(
         copy.deepcopy(model), None, name=model.config.model_type, dtype=dtype, device=device
     )
     runner = TorchRunner(base, num_blocks=num_blocks, block_size=block_size)
-    self_check(runner)
+    self_check(base, block_size=block_size)
     served = Served(base, engine=None, runner=runner)  # type: ignore[arg-type]  # set below
     served.engine = Engine(
         config=SchedulerConfig(num_blocks=num_blocks, block_size=block_size, **config),

@@ -111,3 +111,19 @@ def test_while_two_tenants_are_backlogged_neither_falls_behind(
             least = min(tenants[one]["weight"], tenants[other]["weight"])
             bound = 2 * max(LARGEST_INPUT, BLOCKS * BLOCK) / least
             assert abs(ahead - began) <= bound
+
+
+def test_what_was_compiled_while_nobody_waited_is_not_held_against_a_tenant() -> None:
+    habit = {"weight": 1.0, "clients": 6, "prompt": 4, "output": 4, "prefixes": 0, "comes_at": 100}
+    world = World({"a": habit, "b": {**habit, "comes_at": 98}}, seed=0)
+    for number in range(40):
+        handle = PrefixHandle(PrefixKey("a", f"{number}-16"), 16)
+        world.scheduler.arrivals.warms.add(handle, cap=None, now=0.0)
+    for moment in range(100):
+        world.step(moment)
+    assert world.service["a"] == 40 * 16
+    for moment in range(100, 200):
+        world.step(moment)
+        ahead = world.service["b"] - (world.service["a"] - 40 * 16)
+        assert abs(ahead) <= 2 * BLOCKS * BLOCK
+    assert world.service["b"] > 2 * BLOCKS * BLOCK

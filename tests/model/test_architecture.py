@@ -8,8 +8,7 @@ import transformers
 
 from server.model.architecture import UnsupportedModel, refuse_unsupported
 from server.model.load import fingerprint_of, prepare_base
-from server.model.runner import TorchRunner
-from server.model.selfcheck import self_check
+from server.model.selfcheck import Limits, self_check
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
@@ -44,9 +43,9 @@ def test_a_window_switched_off_is_no_window() -> None:
     refuse_unsupported(transformers.Qwen2Config(use_sliding_window=False))
 
 
-def runner(model: Any) -> TorchRunner:
-    base = prepare_base(model, None, name="m", dtype="float32", device="cpu")
-    return TorchRunner(base, num_blocks=16, block_size=16)
+def check(model: Any, *, dtype: str = "float32", block_size: int = 16) -> Limits:
+    base = prepare_base(model, None, name="m", dtype=dtype, device="cpu")
+    return self_check(base, block_size=block_size)
 
 
 def test_alibi_is_found_by_name() -> None:
@@ -54,7 +53,7 @@ def test_alibi_is_found_by_name() -> None:
         transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
     )
     with pytest.raises(UnsupportedModel, match="bloom"):
-        runner(model)
+        check(model)
 
 
 def test_the_self_check_finds_a_wrong_position() -> None:
@@ -69,7 +68,7 @@ def test_the_self_check_finds_a_wrong_position() -> None:
     for weight in model.parameters():
         weight.data.mul_(4)
     with pytest.raises(UnsupportedModel, match="other logits over KV blocks"):
-        self_check(runner(model))
+        check(model)
 
 
 def test_the_self_check_finds_layers_that_do_not_attend() -> None:
@@ -80,7 +79,7 @@ def test_the_self_check_finds_layers_that_do_not_attend() -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED))
     model.model.layers[1].self_attn.__class__ = Skips
     with pytest.raises(UnsupportedModel, match="has 2 layers but 1 attended"):
-        self_check(runner(model))
+        check(model)
 
 
 def test_attention_that_would_ignore_a_soft_cap_refuses() -> None:
@@ -91,18 +90,18 @@ def test_attention_that_would_ignore_a_soft_cap_refuses() -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED))
     model.model.layers[0].self_attn.__class__ = Capped
     with pytest.raises(UnsupportedModel, match="asks attention for softcap"):
-        self_check(runner(model))
+        check(model)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_dtype_passes_the_self_check_and_leaves_an_empty_pool(dtype: str) -> None:
+@pytest.mark.parametrize("block_size", [1, 16, 1024])
+def test_every_dtype_passes_the_self_check_in_blocks_of_any_size(
+    dtype: str, block_size: int
+) -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED))
-    base = prepare_base(model, None, name="m", dtype=dtype, device="cpu")
-    checked = TorchRunner(base, num_blocks=16, block_size=16)
-    limits = self_check(checked)
+    limits = check(model, dtype=dtype, block_size=block_size)
     assert limits.max_abs_kv > 1
     assert limits.max_abs_embedding > 1
-    assert all(not pool.any() for pool in (*checked.cache.keys, *checked.cache.values))
 
 
 def test_the_fingerprint_is_the_base_and_not_how_it_is_served() -> None:

@@ -41,7 +41,9 @@ def test_greedy_takes_the_largest() -> None:
     [
         (SamplingParams(top_k=1), {4}),
         (SamplingParams(top_k=2), {4, 0}),
+        (SamplingParams(top_k=10**30), {0, 1, 2, 3, 4}),
         (SamplingParams(top_p=0.01), {4}),
+        (SamplingParams(top_p=1e-50), {4}),
         (SamplingParams(top_p=0.7), {4, 0}),  # probabilities 0.63, 0.23, 0.09, 0.05, 0.01
         (SamplingParams(min_p=0.3), {4, 0}),
         (SamplingParams(min_p=1.0), {4}),

@@ -1,0 +1,83 @@
+"""Crowds on pools that hold next to nothing: everybody is served in the end."""
+
+import itertools
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.engine.config import SchedulerConfig
+from server.engine.request import (
+    AdmittedRequest,
+    FinishReason,
+    PrefixHandle,
+    PrefixKey,
+    SamplingParams,
+    StopParams,
+)
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
+from server.testing import FakeRunner, FakeStaged, fake_generate
+
+BLOCK, ARRIVALS, MOST_STEPS = 4, 20, 1500
+
+
+def some_request(chance: random.Random, config: SchedulerConfig, number: int) -> Sequence | None:
+    """One that fits, up to one that takes the whole pool; None: admission refuses it."""
+    tenant = chance.choice("abcd")
+    handle = None
+    if chance.random() < 0.7:
+        length = chance.choice([1, 4, 8, 13])
+        handle = PrefixHandle(PrefixKey(tenant, f"{chance.choice('xy')}-{length}"), length)
+    fits = config.max_tokens_for(handle.num_tokens if handle else 0)
+    prompt = tuple(chance.choices(range(256), k=chance.randint(1, 10)))
+    output = chance.choice([2, 6, fits - len(prompt)])
+    if output < 1 or len(prompt) + output > fits:
+        return None
+    stop, sampling = StopParams(max_tokens=output), SamplingParams(temperature=0)
+    request = AdmittedRequest(str(number), tenant, prompt, handle, sampling, stop)
+    return Sequence(number, request, 0, 0, list(prompt))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    blocks=st.integers(5, 9),
+    running=st.integers(1, 4),
+    chunk=st.sampled_from([1, 3, 12]),
+    staged=st.sampled_from([2, 16]),
+    wait=st.sampled_from([0.0, 0.2]),
+    seed=st.integers(0, 10**9),
+)
+def test_a_crowd_that_fits_one_by_one_is_served(
+    *, blocks: int, running: int, chunk: int, staged: int, wait: float, seed: int
+) -> None:
+    config = SchedulerConfig(
+        num_blocks=blocks + 1,
+        block_size=BLOCK,
+        max_tokens_per_step=12,
+        max_prefill_chunk=chunk,
+        max_running=running,
+        max_staged=staged,
+        max_prefix_wait_s=wait,
+    )
+    scheduler, runner = Scheduler(config), FakeRunner(block_size=BLOCK)
+    chance, asked = random.Random(seed), []
+    for number in itertools.count():
+        if number < ARRIVALS:
+            sequence = some_request(chance, config, number)
+            if sequence is not None:
+                asked.append(sequence)
+                scheduler.add(sequence, now=number / 10)
+        elif scheduler.idle:
+            break
+        assert number < MOST_STEPS, f"stuck: {scheduler!r}"
+        step = scheduler.schedule(now=number / 10)
+        scheduler.update(step, runner.run(step))
+        for key in step.fetches:
+            scheduler.prefix_staged(key, FakeStaged(int(key.digest.split("-")[1])))
+    scheduler.check_integrity()
+    for sequence in asked:
+        assert sequence.reason is FinishReason.LENGTH
+        digest = sequence.prefix.key.digest if sequence.prefix else None
+        expected = fake_generate(digest, sequence.request.prompt, sequence.num_output)
+        assert sequence.tokens[sequence.num_prompt :] == expected
