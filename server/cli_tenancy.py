@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 tenant_app = typer.Typer(help="Tenants, on the configured catalog.", no_args_is_help=True)
 key_app = typer.Typer(help="API keys, on the configured catalog.", no_args_is_help=True)
 
+_CENTURY_DAYS = 100 * 366
 
 WeightOption = Annotated[
     float | None,
@@ -161,7 +162,9 @@ def create_key(
         typer.Option(help="read, generate, write, admin; repeat. Default: all but admin."),
     ] = None,
     label: Annotated[str, typer.Option(help="A note to tell keys apart.")] = "",
-    expires_in_days: Annotated[float | None, typer.Option(help="Default: never.", min=0)] = None,
+    expires_in_days: Annotated[
+        float | None, typer.Option(help="Default: never.", min=0, max=_CENTURY_DAYS)
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Issue an API key and print it, this once."""
@@ -214,7 +217,8 @@ def rotate_key(
     settings: Settings,
     key_id: Annotated[str, typer.Argument(help="As `prefixd key ls` shows it.")],
     overlap_hours: Annotated[
-        float, typer.Option(help="How long the old key stays good.", min=0)
+        float,
+        typer.Option(help="How long the old key stays good.", min=0, max=24 * _CENTURY_DAYS),
     ] = 24.0,
     as_json: JsonFlag = False,
 ) -> None:

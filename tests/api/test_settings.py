@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
@@ -144,6 +145,52 @@ def test_doctor(tmp_path: Path) -> None:
     blocked.write_text("")
     result = run("doctor", "--data-dir", str(blocked / "x"), "--device", "cpu", code=1)
     assert "FAIL data" in result.stdout
+
+
+NO_DATABASE = "postgresql://postgres@127.0.0.1:1/none"
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        (("--database-url", NO_DATABASE), "the database cannot be used: "),
+        (("--database-url", "no url"), "the database cannot be used: "),
+        (("--database-url", "mysql://host/name"), "sqlite or postgresql"),
+        (("--data-dir", "/dev/null/x"), "/dev/null"),
+    ],
+)
+def test_a_catalog_that_cannot_be_opened_is_a_sentence(
+    place: tuple[str, str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from server.cli import _load
+
+    for verb in (("tenant", "ls"), ("key", "ls"), ("audit",), ("gc",), ("migrate",)):
+        said = run(*verb, *place, code=1).stderr
+        assert said.startswith("prefixd: ")
+        assert reason in said
+        assert said.count("\n") == 1
+    result = run_failing_doctor(*place)
+    assert reason.removeprefix("the database cannot be used: ") in result["detail"]
+    assert len(result["detail"]) > len("1")
+    field, value = place[0].removeprefix("--").replace("-", "_"), place[1]
+    with pytest.raises(typer.Exit):
+        _load(Settings(**{field: value}))
+    assert reason in capsys.readouterr().err
+
+
+def run_failing_doctor(*arguments: str) -> Any:
+    found = json.loads(run("doctor", *arguments, "--device", "cpu", "--json", code=1).stdout)
+    assert not found["catalog"]["ok"]
+    return found["catalog"]
+
+
+def test_a_lifetime_that_no_calendar_has_is_refused() -> None:
+    run("tenant", "create", "acme")
+    made = run_json("key", "create", "--tenant", "acme")
+    days = run("key", "create", "--tenant", "acme", "--expires-in-days", "1e9", code=2)
+    assert "Invalid value for '--expires-in-days'" in days.stderr
+    hours = run("key", "rotate", made["key_id"], "--overlap-hours", "1e12", code=2)
+    assert "Invalid value for '--overlap-hours'" in hours.stderr
 
 
 def test_quotas_rotation_and_the_log() -> None:
