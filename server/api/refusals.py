@@ -83,6 +83,11 @@ def error_response(
     return JSONResponse(error_body(error, request_id), error.status, headers=sent)
 
 
+def fault_of_ours() -> PrefixdError:
+    """What a caller is told of an exception that nobody meant: nothing."""
+    return PrefixdError("the server failed on this request; the log says why")
+
+
 def storage_away(message: str) -> Unavailable:
     """The database or the bucket cannot be reached now."""
     return Unavailable(message, code="storage_unavailable", retry_after=_STORAGE_RETRY_S)
