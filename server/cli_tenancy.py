@@ -205,10 +205,11 @@ def list_keys(
     for key in found:
         until = "-" if key.expires_at is None else f"{key.expires_at:%Y-%m-%d %H:%M}"
         scopes = ",".join(key.scopes)
-        typer.echo(
+        line = (
             f"{key.key_id}  {key.tenant:<24} {key.state(now):<9} {until:<17} {scopes:<30} "
-            f"{key.label}".rstrip()
+            f"{key.label}"
         )
+        typer.echo(printable(line).rstrip())
 
 
 @key_app.command("rotate")

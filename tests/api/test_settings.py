@@ -129,6 +129,15 @@ def test_a_key_for_people(tmp_path: Path) -> None:
     assert result.stdout.strip() not in shown
 
 
+def test_what_a_tenant_wrote_does_not_steer_the_operators_terminal() -> None:
+    run("tenant", "create", "acme")
+    run("key", "create", "--tenant", "acme", "--label", "ci\x9b2J")
+    for verb in (("key", "ls"), ("audit",)):
+        shown = run(*verb).stdout
+        assert "ci" in shown
+        assert "\x9b" not in shown
+
+
 def test_refusals_of_the_key_command() -> None:
     assert "no tenant" in run("key", "create", "--tenant", "nobody", code=1).stderr
     run("tenant", "create", "acme")
