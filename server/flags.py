@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CATALOG_FLAGS = ("data_dir", "database_url", "blobs_url")
 """Settings of a command that needs the catalog and no model."""
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonFlag = Annotated[bool, typer.Option("--json", envvar="PREFIXD_JSON", help="Print JSON.")]
 
 # Every option is text to typer; the settings judge it, in one place for flag and variable.
 _KINDS: dict[Any, str] = {int: "<int>", int | None: "<int>", float: "<float>", bool: "true|false"}

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,21 @@ def test_the_queue_and_the_pool_are_bounded_as_told() -> None:
     assert (told.max_waiting_tokens, told.max_queue_wait_s) == (7, None)
     assert (told.max_resident_tokens, told.host_tokens) == (320, 640)
     assert told.max_prefix_wait_s == 0.25
+
+
+def options(command: Any, *path: str) -> Iterator[tuple[str, Any]]:
+    for name, verb in getattr(command, "commands", {}).items():
+        yield from options(verb, *path, name)
+    if not hasattr(command, "commands"):
+        for one in command.params:
+            if one.param_type_name == "option" and one.name != "help":
+                yield " ".join((*path, one.opts[0])), one.envvar
+
+
+def test_every_flag_has_a_variable() -> None:
+    found = dict(options(typer.main.get_command(app)))
+    assert len(found) > 100
+    assert [flag for flag, variable in found.items() if not variable] == []
 
 
 def test_a_switch_is_true_or_false() -> None:
