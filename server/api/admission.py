@@ -236,7 +236,7 @@ class Door:
         self._check_vocabulary(tuple(bias), param="logit_bias")
         return SamplingParams(
             temperature=_or(body.temperature, 1.0),
-            top_k=max(0, body.top_k or 0),
+            top_k=min(max(0, body.top_k or 0), self.served.vocab_size),
             top_p=_or(body.top_p, 1.0),
             min_p=_or(body.min_p, 0.0),
             repetition_penalty=_or(body.repetition_penalty, 1.0),

@@ -7,7 +7,7 @@ import pytest
 from api_world import MAX_POSITIONS, POOL_BLOCKS, World, error_of, put_text, said
 from fastapi.testclient import TestClient
 
-from server.testing import ByteTokenizer
+from server.testing import VOCAB_SIZE, ByteTokenizer
 
 
 def complete(client: TestClient, **fields: Any) -> Any:
@@ -121,6 +121,19 @@ def test_stop_token_ids(client: TestClient) -> None:
     body = complete(client, stop_token_ids=[ord(full[2])]).json()
     assert body["choices"][0]["finish_reason"] == "stop"
     assert body["usage"]["completion_tokens"] == full.index(full[2]) + 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "run"), [(None, 0), (-1, 0), (0, 0), (5, 5), (2**63, VOCAB_SIZE), (2**99, VOCAB_SIZE)]
+)
+def test_no_step_is_given_a_top_k_beyond_the_vocabulary(
+    client: TestClient, world: World, asked: int | None, run: int
+) -> None:
+    """A tensor of 64-bit integers is made of those of a whole batch: one that is none would fail
+    the neighbours' step."""
+    assert complete(client, top_k=asked).status_code == 200
+    chunks = [chunk for step in world.runner.steps for chunk in step.chunks]
+    assert {chunk.sampling.top_k for chunk in chunks if chunk.sampling} == {run}
 
 
 def test_logprobs_are_parallel_lists(client: TestClient) -> None:
