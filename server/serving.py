@@ -105,9 +105,17 @@ def device_of(settings: Settings) -> str:
 
 
 def scheduler_config(settings: Settings) -> SchedulerConfig:
-    """The engine's slice of the settings."""
+    """The engine's slice of the settings. Raises ValueError for a pool too small for anything."""
+    blocks = -(-settings.kv_tokens // settings.block_size)
+    least = _blocks_of_self_check(settings.block_size)
+    if blocks < least:
+        raise ValueError(
+            f"kv_tokens={settings.kv_tokens} makes {blocks} KV blocks of {settings.block_size}: "
+            f"expected at least {least * settings.block_size}, for the {least} blocks in which the "
+            "model is checked at start"
+        )
     return SchedulerConfig(
-        num_blocks=-(-settings.kv_tokens // settings.block_size) + 1,  # and the null block
+        num_blocks=blocks + 1,  # and the null block
         block_size=settings.block_size,
         max_tokens_per_step=settings.max_tokens_per_step,
         max_prefill_chunk=settings.max_prefill_chunk,
@@ -118,6 +126,11 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
         max_waiting_tokens=settings.max_waiting_tokens or _QUEUED_POOLS * settings.kv_tokens,
         max_queue_wait_s=settings.max_queue_wait or None,
     )
+
+
+def _blocks_of_self_check(block_size: int) -> int:
+    """Those of its text of two blocks and a little, of its prefix, and one to spare."""
+    return -(-(2 * block_size + 5) // block_size) + 2
 
 
 def _served_model(settings: Settings, base: LoadedBase, limits: Limits) -> ServedModel:

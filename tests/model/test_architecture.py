@@ -1,5 +1,6 @@
 """What cannot be right is refused by name, from the config or by the self-check."""
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from server.model.architecture import UnsupportedModel, refuse_unsupported
 from server.model.load import fingerprint_of, prepare_base
 from server.model.runner import TorchRunner
 from server.model.selfcheck import self_check
+from server.serving import scheduler_config
+from server.settings import Settings
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
@@ -103,6 +106,17 @@ def test_every_dtype_passes_the_self_check_and_leaves_an_empty_pool(dtype: str) 
     assert limits.max_abs_kv > 1
     assert limits.max_abs_embedding > 1
     assert all(not pool.any() for pool in (*checked.cache.keys, *checked.cache.values))
+
+
+@pytest.mark.parametrize("block_size", [4, 5, 16, 128])
+def test_a_pool_too_small_for_the_self_check_is_refused_with_the_figures(block_size: int) -> None:
+    with pytest.raises(ValueError, match="kv_tokens") as refused:
+        scheduler_config(Settings(kv_tokens=16, block_size=block_size))
+    (least,) = re.findall(r"expected at least (\d+)", str(refused.value))
+    enough = scheduler_config(Settings(kv_tokens=int(least), block_size=block_size))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED))
+    base = prepare_base(model, None, name="m", dtype="float32", device="cpu")
+    self_check(TorchRunner(base, num_blocks=enough.num_blocks, block_size=enough.block_size))
 
 
 def test_the_fingerprint_is_the_base_and_not_how_it_is_served() -> None:
