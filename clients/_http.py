@@ -8,7 +8,13 @@ from typing import TypedDict
 import httpx2
 
 from clients.answers import Response, dump
-from clients.errors import ConnectError, ProtocolError, TimedOutError, TransportError
+from clients.errors import (
+    ClientError,
+    ConnectError,
+    ProtocolError,
+    TimedOutError,
+    TransportError,
+)
 from clients.protocol import Request
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -26,10 +32,16 @@ class ClientOptions(TypedDict):
 
 
 def client_options(url: str, *, api_key: str | None, timeout: float) -> ClientOptions:
-    """Options for an httpx2 client that talks to one server as one key."""
+    """Options for an httpx2 client that talks to one server as one key.
+
+    ``ClientError`` for a key that no header can carry.
+    """
     headers = {"user-agent": "prefixd-client"}
-    if api_key:
-        headers["authorization"] = f"Bearer {api_key}"
+    key = (api_key or "").strip()  # one read from a file ends in a newline
+    if not (key.isascii() and key.isprintable()):
+        raise ClientError("the API key holds a character that no key has: copy it once more")
+    if key:
+        headers["authorization"] = f"Bearer {key}"
     limits = httpx2.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT))
     return ClientOptions(base_url=url, headers=headers, timeout=limits)
 

@@ -57,8 +57,7 @@ def _upload(
     assert source is not None
     if source.is_dir():
         return client.upload_folder(name, source, metadata=metadata, warm=warm)
-    content = sys.stdin.read() if str(source) == "-" else source.read_text("utf-8")
-    return client.upload_text(name, content, metadata=metadata, warm=warm)
+    return client.upload_text(name, terminal.read_text(source), metadata=metadata, warm=warm)
 
 
 @prefix_app.command("push")

@@ -1,6 +1,6 @@
 """Reading a streamed generation: bytes to chunks, whatever way the bytes are cut."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from clients.answers import described
 from clients.errors import BY_CODE, ProtocolError, StreamInterruptedError
@@ -42,16 +42,15 @@ class ChunkReader:
         self._events = SseDecoder()
         self.done = False
 
-    def feed(self, data: bytes) -> list[Chunk]:
-        """The chunks completed by ``data``; nothing after the closing event."""
-        chunks: list[Chunk] = []
+    def feed(self, data: bytes) -> Iterator[Chunk]:
+        """The chunks completed by ``data``, those before a failure included; nothing after the
+        closing event."""
         for event in self._events.feed(data):
             if event.data == _LAST_EVENT:
                 self.done = True
             if self.done:
                 break
-            chunks.extend(self._read(event.data))
-        return chunks
+            yield from self._read(event.data)
 
     def finish(self) -> None:
         """The bytes have ended: check that the stream had, too."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
 
 import typer
@@ -35,6 +36,17 @@ def printable(text: str) -> str:
 def console() -> Console:
     """A console as wide as the terminal; 110 columns into a file, where rich would take 80."""
     return Console(width=None if sys.stdout.isatty() else 110)
+
+
+def read_text(source: Path) -> str:
+    """The text in a file, or on standard input where that is ``-``."""
+    try:
+        return sys.stdin.read() if str(source) == "-" else source.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise typer.BadParameter(
+            f"{source} is no text in UTF-8; of a prefix that PEFT wrote, push its folder",
+            param_hint="SOURCE",
+        ) from None
 
 
 @contextmanager

@@ -13,9 +13,8 @@ import typer
 
 from clients.cli import chat, demo, prefix_app
 from clients.cli_users import user_app
-from prefix_store.errors import StoreError
 from server import cli_store, cli_tenancy
-from server.flags import JsonFlag, fail, opened_catalog, print_json, with_settings
+from server.flags import JsonFlag, fail, print_json, refusals, with_settings
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -119,10 +118,11 @@ def _load(settings: Settings) -> "FastAPI":
     from server.model.demo import DemoModelMissing
     from server.serving import build_services, device_of, make_sweeper
 
-    try:
-        services = build_services(settings)
-    except (UnsupportedModel, DemoModelMissing, StoreError, OSError, ValueError) as error:
-        fail(str(error))
+    with refusals():
+        try:
+            services = build_services(settings)
+        except (UnsupportedModel, DemoModelMissing) as error:
+            fail(str(error))
     application = create_app(services, sweeper=make_sweeper(settings, services))
     application.state.device = device_of(settings)
     return application
@@ -159,8 +159,13 @@ def _check_data(settings: Settings) -> str:
 
 
 def _check_catalog(settings: Settings) -> str:
-    with opened_catalog(settings) as catalog:
+    from server.app import open_catalog
+
+    catalog = open_catalog(settings)
+    try:
         return f"{len(catalog.tenants.list_tenants())} tenants"
+    finally:
+        catalog.database.dispose()
 
 
 def _check_torch(_settings: Settings) -> str:

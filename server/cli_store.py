@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import SecretStr
 
-from prefix_store.errors import StoreError
 from server.flags import (
     CATALOG_FLAGS,
     JsonFlag,
     fail,
     opened_catalog,
     print_json,
+    refusals,
     with_settings,
 )
 from server.settings import Settings
@@ -66,7 +66,7 @@ def migrate(settings: Settings, as_json: JsonFlag = False) -> None:
     from prefix_store.database import open_database
     from prefix_store.migrate import revision, upgrade
 
-    with _refusals():
+    with refusals():
         database = open_database(settings.catalog_url)
         before = revision(database)
         upgrade(database)
@@ -111,7 +111,7 @@ def copy(
     )
     from prefix_store.copying import copy_store
 
-    with _refusals(), _place(settings) as here, _place(target) as there:
+    with refusals(), _place(settings) as here, _place(target) as there:
         done = copy_store(here, there)
     if as_json:
         print_json(asdict(done))
@@ -134,16 +134,3 @@ def _place(settings: Settings) -> Iterator["Place"]:
         yield Place(database, open_blobs(settings.blobs_url, settings.root))
     finally:
         database.dispose()
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """End the command with the sentence of what was refused."""
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (StoreError, ValueError) as error:
-        fail(str(error))
-    except SQLAlchemyError as error:
-        fail(f"the database cannot be used: {str(error).partition(chr(10))[0]}")

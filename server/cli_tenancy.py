@@ -23,16 +23,22 @@ if TYPE_CHECKING:
 tenant_app = typer.Typer(help="Tenants, on the configured catalog.", no_args_is_help=True)
 key_app = typer.Typer(help="API keys, on the configured catalog.", no_args_is_help=True)
 
+_CENTURY_DAYS = 100 * 366
 
 WeightOption = Annotated[
     float | None,
     typer.Option(
-        help="Share of a busy server against other tenants', 0.01 to 100; 2 gets twice as much."
+        envvar="PREFIXD_TENANT_WEIGHT",
+        help="Share of a busy server against other tenants', 0.01 to 100; 2 gets twice as much.",
     ),
 ]
 ReuseOption = Annotated[
     bool | None,
-    typer.Option("--kv-reuse/--no-kv-reuse", help="Whether its requests share KV of equal tokens."),
+    typer.Option(
+        "--kv-reuse/--no-kv-reuse",
+        envvar="PREFIXD_TENANT_KV_REUSE",
+        help="Whether its requests share KV of equal tokens.",
+    ),
 ]
 
 
@@ -155,13 +161,26 @@ def _limits(tenant: "TenantRecord") -> str:
 def create_key(
     *,
     settings: Settings,
-    tenant: Annotated[str, typer.Option(help="Whose key.")],
+    tenant: Annotated[str, typer.Option(envvar="PREFIXD_KEY_TENANT", help="Whose key.")],
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="read, generate, write, admin; repeat. Default: all but admin."),
+        typer.Option(
+            envvar="PREFIXD_KEY_SCOPE",
+            help="read, generate, write, admin; repeat. Default: all but admin.",
+        ),
     ] = None,
-    label: Annotated[str, typer.Option(help="A note to tell keys apart.")] = "",
-    expires_in_days: Annotated[float | None, typer.Option(help="Default: never.", min=0)] = None,
+    label: Annotated[
+        str, typer.Option(envvar="PREFIXD_KEY_LABEL", help="A note to tell keys apart.")
+    ] = "",
+    expires_in_days: Annotated[
+        float | None,
+        typer.Option(
+            envvar="PREFIXD_KEY_EXPIRES_IN_DAYS",
+            help="Default: never.",
+            min=0,
+            max=_CENTURY_DAYS,
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Issue an API key and print it, this once."""
@@ -189,7 +208,9 @@ def create_key(
 @with_settings(*CATALOG_FLAGS)
 def list_keys(
     settings: Settings,
-    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
+    tenant: Annotated[
+        str | None, typer.Option(envvar="PREFIXD_KEY_TENANT", help="Only this tenant's.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """List keys, without their secrets."""
@@ -202,10 +223,11 @@ def list_keys(
     for key in found:
         until = "-" if key.expires_at is None else f"{key.expires_at:%Y-%m-%d %H:%M}"
         scopes = ",".join(key.scopes)
-        typer.echo(
+        line = (
             f"{key.key_id}  {key.tenant:<24} {key.state(now):<9} {until:<17} {scopes:<30} "
-            f"{key.label}".rstrip()
+            f"{key.label}"
         )
+        typer.echo(printable(line).rstrip())
 
 
 @key_app.command("rotate")
@@ -214,7 +236,13 @@ def rotate_key(
     settings: Settings,
     key_id: Annotated[str, typer.Argument(help="As `prefixd key ls` shows it.")],
     overlap_hours: Annotated[
-        float, typer.Option(help="How long the old key stays good.", min=0)
+        float,
+        typer.Option(
+            envvar="PREFIXD_KEY_OVERLAP_HOURS",
+            help="How long the old key stays good.",
+            min=0,
+            max=24 * _CENTURY_DAYS,
+        ),
     ] = 24.0,
     as_json: JsonFlag = False,
 ) -> None:
@@ -254,9 +282,16 @@ def revoke_key(
 @with_settings(*CATALOG_FLAGS)
 def audit(
     settings: Settings,
-    tenant: Annotated[str | None, typer.Option(help="Only this tenant's things.")] = None,
-    limit: Annotated[int, typer.Option(help="Most entries.", min=1)] = 50,
-    before: Annotated[int | None, typer.Option(help="Only entries older than this id.")] = None,
+    tenant: Annotated[
+        str | None, typer.Option(envvar="PREFIXD_AUDIT_TENANT", help="Only this tenant's things.")
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(envvar="PREFIXD_AUDIT_LIMIT", help="Most entries.", min=1)
+    ] = 50,
+    before: Annotated[
+        int | None,
+        typer.Option(envvar="PREFIXD_AUDIT_BEFORE", help="Only entries older than this id."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Show who did what to which prefix, key, binding and tenant, newest first."""

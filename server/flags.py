@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CATALOG_FLAGS = ("data_dir", "database_url", "blobs_url")
 """Settings of a command that needs the catalog and no model."""
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonFlag = Annotated[bool, typer.Option("--json", envvar="PREFIXD_JSON", help="Print JSON.")]
 
 # Every option is text to typer; the settings judge it, in one place for flag and variable.
 _KINDS: dict[Any, str] = {int: "<int>", int | None: "<int>", float: "<float>", bool: "true|false"}
@@ -34,20 +34,29 @@ def fail(message: str) -> NoReturn:
 
 
 @contextmanager
+def refusals() -> Iterator[None]:
+    """End the command with the sentence of what was refused, or of what is not there."""
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - --help must not wait for it
+
+    try:
+        yield
+    except (PrefixdError, StoreError, OSError, ValueError) as error:
+        fail(str(error))
+    except SQLAlchemyError as error:
+        fail(f"the database cannot be used: {str(error).partition(chr(10))[0]}")
+
+
+@contextmanager
 def opened_catalog(settings: Settings) -> Iterator["Catalog"]:
     """The configured catalog, without a model; refusals end the command with their sentence."""
     from server.app import open_catalog  # noqa: PLC0415 - --help must not wait for SQLAlchemy
 
-    try:
+    with refusals():
         catalog = open_catalog(settings)
-    except (StoreError, ValueError) as error:
-        fail(str(error))
-    try:
-        yield catalog
-    except (PrefixdError, StoreError) as error:
-        fail(error.message)
-    finally:
-        catalog.database.dispose()
+        try:
+            yield catalog
+        finally:
+            catalog.database.dispose()
 
 
 def print_json(value: Any) -> None:

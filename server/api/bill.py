@@ -3,9 +3,13 @@
 import asyncio
 from collections.abc import Mapping
 
+import structlog
 from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.exc import SQLAlchemyError
 
 from server.tenants.limiter import Grant, Limiter
+
+log = structlog.get_logger("prefixd")
 
 
 class Bill:
@@ -30,7 +34,8 @@ class Bill:
         again does nothing.
 
         Goes on to its end when the caller is cancelled: a place not freed would stay taken until
-        its lease runs out.
+        its lease runs out. Where the catalog is away that is what happens, and the log says so:
+        an answer that was made is not lost by it.
         """
         if self._settled or not self._grant.quota.is_metered:
             return
@@ -38,9 +43,13 @@ class Bill:
         await asyncio.shield(asyncio.ensure_future(self._settle()))
 
     async def _settle(self) -> None:
+        try:
+            await run_in_threadpool(self._write)
+        except SQLAlchemyError:
+            log.exception("a request's limits were not settled", tenant=self._grant.tenant)
+
+    def _write(self) -> None:
         if self.unserved and not self.output_tokens:
-            await run_in_threadpool(
-                self._limiter.give_back, self._grant, tokens=self._prompt_tokens
-            )
-            return
-        await run_in_threadpool(self._limiter.settle, self._grant, output_tokens=self.output_tokens)
+            self._limiter.give_back(self._grant, tokens=self._prompt_tokens)
+        else:
+            self._limiter.settle(self._grant, output_tokens=self.output_tokens)

@@ -19,7 +19,7 @@ from server.api.choice import Chooser
 from server.api.endings import failure_of, refusal_of
 from server.api.intake import Intake
 from server.api.record import Outcome, Started, TenantClass
-from server.api.refusals import error_body, request_id_of
+from server.api.refusals import error_body, fault_of_ours, request_id_of
 from server.api.sampling import GenerationFields
 from server.api.services import Services
 from server.api.sse import DONE, EventStream, frame
@@ -177,23 +177,22 @@ class _Answer:
                     else:
                         self._generated(choice, event)
                         choices[choice].add(event)
+            answer = {
+                **self._envelope(self.dialect.object),
+                "choices": [self.dialect.whole(choice, one) for choice, one in enumerate(choices)],
+                "usage": self.tally.usage(),
+            }
             self.watch.finish(Outcome.OK)
-        except PrefixdError as error:
+        except Exception as error:
             self._failed(error)
             raise
         finally:
             self.watch.finish(Outcome.ABORTED)
             await self.bill.settle()
-        return {
-            **self._envelope(self.dialect.object),
-            "choices": [
-                self.dialect.whole(choice, collected) for choice, collected in enumerate(choices)
-            ],
-            "usage": self.tally.usage(),
-        }
+        return answer
 
     async def frames(self) -> AsyncGenerator[bytes]:
-        """The same as server-sent events. Raises only before the first frame."""
+        """The same as server-sent events. A refusal is raised only before the first frame."""
         choices = [Collected() for _ in range(self.admitted.num_choices)]
         opened = False
         try:
@@ -219,13 +218,16 @@ class _Answer:
             await self.bill.settle()
             self.watch.finish(Outcome.OK)
             yield DONE
-        except PrefixdError as error:
+        except Exception as error:
             self._failed(error)
             if not opened:
                 raise
-            yield frame(error_body(error, self.request_id))
+            told = error if isinstance(error, PrefixdError) else fault_of_ours()
+            yield frame(error_body(told, self.request_id))
             await self.bill.settle()
             yield DONE
+            if told is not error:
+                raise  # for the log
         finally:
             self.watch.finish(Outcome.ABORTED)
             await self.bill.settle()
@@ -242,7 +244,7 @@ class _Answer:
         if failure is not None:
             raise failure
 
-    def _failed(self, error: PrefixdError) -> None:
+    def _failed(self, error: Exception) -> None:
         outcome = Outcome.of(error)
         self.watch.finish(outcome, error)
         self.bill.unserved = outcome is Outcome.UNAVAILABLE

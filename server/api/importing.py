@@ -86,15 +86,16 @@ class BindingImport:
 
 async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The lines of a body, without their ends. Raises BadRequest for one that is too long."""
-    rest = b""
+    rest, ended = b"", 0
     async for chunk in chunks:
         *whole, rest = (rest + chunk).split(b"\n")
-        for line in (*whole, rest):
+        for number, line in enumerate((*whole, rest), start=ended + 1):
             if len(line) > MAX_LINE_BYTES:
                 raise BadRequest(
-                    f"expected lines of at most {MAX_LINE_BYTES} bytes; received a longer one",
+                    f"line {number}: expected at most {MAX_LINE_BYTES} bytes; received more",
                     code="invalid_line",
                 )
+        ended += len(whole)
         for line in whole:
             yield line
     if rest:

@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.intake import Intake
 from server.api.metrics import Metrics
-from server.api.refusals import error_response
-from server.errors import PrefixdError, SlowBody
+from server.api.refusals import error_response, fault_of_ours
+from server.errors import SlowBody
 
 log = structlog.get_logger("prefixd.http")
 
@@ -66,8 +66,7 @@ class RequestLayer:
         except Exception:
             log.exception("request failed", request_id=exchange.request_id)
             if exchange.status is None:
-                failure = PrefixdError("the server failed on this request; the log says why")
-                response = error_response(failure, exchange.request_id)
+                response = error_response(fault_of_ours(), exchange.request_id)
                 await response(scope, receive, exchange.send)
         finally:
             self._report(scope, exchange)

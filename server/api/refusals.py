@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
@@ -81,6 +81,11 @@ def error_response(
     if error.status == HTTPStatus.UNAUTHORIZED:
         sent["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error, request_id), error.status, headers=sent)
+
+
+def fault_of_ours() -> PrefixdError:
+    """What a caller is told of an exception that nobody meant: nothing."""
+    return PrefixdError("the server failed on this request; the log says why")
 
 
 def storage_away(message: str) -> Unavailable:
@@ -173,6 +178,14 @@ def install(app: FastAPI) -> None:
         # The reason, which may name the database's address, is for the log.
         log.error("the catalog failed", why=str(error).partition("\n")[0])
         return error_response(storage_away(CATALOG_AWAY), request_id_of(request))
+
+    @app.exception_handler(DataError)
+    async def on_value(request: Request, error: DataError) -> JSONResponse:
+        if "NUL" not in str(error.orig):
+            raise error
+        # PostgreSQL cannot even look for such a text, SQLite finds nothing by it.
+        refusal = BadRequest("expected texts without NUL characters; received one with some")
+        return error_response(refusal, request_id_of(request))
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import structlog
 from sqlalchemy import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
 from prefix_store.errors import StoreError
 from prefix_store.pins import pinned
@@ -62,8 +63,9 @@ def try_warm(reference: str, services: Services, principal: Principal) -> None:
     try:
         manifest = services.store.resolve(tenant=principal.tenant, reference=reference)
         warm(manifest, services, principal)
-    except (PrefixdError, StoreError) as error:
-        log.info("not warmed", tenant=principal.tenant, prefix=reference, why=error.message)
+    except (PrefixdError, StoreError, SQLAlchemyError) as error:
+        why = str(error).partition("\n")[0]
+        log.info("not warmed", tenant=principal.tenant, prefix=reference, why=why)
 
 
 def pin_room(services: Services) -> PinRoom:

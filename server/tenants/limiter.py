@@ -24,7 +24,7 @@ from sqlalchemy import (
     update,
 )
 
-from prefix_store.database import reading, writing
+from prefix_store.database import writing
 from server.errors import RateLimited
 from server.tenants.quotas import Quota
 from server.tenants.ratelimit_headers import Bucket, headers_of
@@ -63,6 +63,7 @@ class Limiter:
         self._engine = engine
         self._now = now
         self._holder = uuid.uuid4().hex
+        self._running: set[str] = set()  # leases of requests that run in this process
 
     def admit(self, tenant: str, quota: Quota, *, tokens: int) -> Grant:
         """Take one request and ``tokens`` of prompt. Raises RateLimited."""
@@ -73,6 +74,8 @@ class Limiter:
             # The update locks the tenant's row, so that leases are counted one after the other.
             left = self._take(connection, tenant, quota, now=now, tokens=tokens)
             lease = self._lease(connection, tenant, quota, now=now)
+        if lease is not None:
+            self._running.add(lease)
         return Grant(tenant, quota, headers_of(left), lease)
 
     def count(self, tenant: str, quota: Quota) -> Mapping[str, str]:
@@ -86,6 +89,7 @@ class Limiter:
 
     def settle(self, grant: Grant, *, output_tokens: int) -> None:
         """The request has ended: charge its output and free its place."""
+        self._forget(grant)
         charge = grant.quota.tokens_per_minute is not None and output_tokens > 0
         if not charge and grant.lease is None:
             return
@@ -97,19 +101,28 @@ class Limiter:
     def give_back(self, grant: Grant, *, tokens: int) -> None:
         """The server did not serve the request: return it and its ``tokens`` of prompt, and free
         its place."""
+        self._forget(grant)
         with writing(self._engine) as connection:
             self._charge(connection, grant, tokens=-tokens, requests=-1)
             _free(connection, grant)
 
     def renew(self) -> None:
-        """Push on the leases of this process's requests; to be called every ``RENEW_EVERY_S``."""
-        mine = request_leases.c.holder == self._holder
-        with reading(self._engine) as connection:
-            if connection.execute(select(request_leases.c.id).where(mine).limit(1)).first() is None:
-                return
+        """Push on the leases of the requests that run here; to be called every ``RENEW_EVERY_S``.
+
+        Not of those that have ended: where the database was away just then, their places are free
+        again when the leases end.
+        """
+        running = self._running.copy()
+        if not running:
+            return
         with writing(self._engine) as connection:
+            mine = request_leases.c.id.in_(running)
             later = self._now() + LEASE_S
             connection.execute(update(request_leases).where(mine).values(expires_at=later))
+
+    def _forget(self, grant: Grant) -> None:
+        if grant.lease is not None:
+            self._running.discard(grant.lease)
 
     def _take(
         self, connection: Connection, tenant: str, quota: Quota, *, now: float, tokens: int | None

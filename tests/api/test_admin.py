@@ -207,3 +207,33 @@ def test_the_log_says_who_did_what(
     assert {one["tenant"] for one in everyones} == {"acme", "beta", "operator"}
     betas = client.get("/v1/admin/audit?tenant=beta", headers=operator).json()["data"]
     assert {one["tenant"] for one in betas} == {"beta"}
+
+
+NUL = [
+    ("GET", "/v1/prefixes?after=%00", None),
+    ("GET", "/v1/users?after=%00", None),
+    ("GET", "/v1/admin/tenants?after=%00", None),
+    ("GET", "/v1/admin/tenants/%00", None),
+    ("PATCH", "/v1/admin/tenants/%00", {"weight": 1}),
+    ("PATCH", "/v1/admin/tenants/%00/quota", {"max_prefixes": 1}),
+    ("GET", "/v1/admin/keys?after=%00", None),
+    ("GET", "/v1/admin/keys?tenant=%00", None),
+    ("POST", "/v1/admin/keys", {"tenant": "\0"}),
+    ("POST", "/v1/admin/keys/%00/rotate", {}),
+    ("DELETE", "/v1/admin/keys/%00", None),
+    ("GET", "/v1/admin/audit?tenant=%00", None),
+]
+
+
+def test_a_text_that_the_database_cannot_hold_is_the_callers_doing(either_world: World) -> None:
+    """PostgreSQL has no NUL in texts, and SQLite nothing by such a name."""
+    either_world.add_tenant("operator")
+    headers = either_world.headers("operator:all")
+    with TestClient(either_world.app, headers=headers, raise_server_exceptions=False) as client:
+        for method, path, body in NUL:
+            answer = client.request(method, path, json=body)
+            assert answer.status_code in {200, 400, 404}, (path, answer.text)
+            if either_world.database.dialect.name == "postgresql":
+                assert answer.status_code == 400, path
+                assert error_of(answer)["code"] == "invalid_request"
+                assert "NUL" in error_of(answer)["message"]

@@ -10,6 +10,9 @@ from sqlalchemy.exc import OperationalError
 from test_completions import complete
 from test_disconnect import Caller, run_with_engine
 
+from server.api.sse import DONE
+from server.testing import ByteTokenizer
+
 
 def lines_of(lines: list[Any]) -> list[Any]:
     return [line for line in lines if line["event"] == "generation"]
@@ -66,6 +69,30 @@ def test_refusals_and_failures(
     assert "id" not in refused
     assert (failed["outcome"], failed["code"]) == ("error", "engine_error")
     assert failed["finish_reasons"] == ["error"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_fault_of_ours_in_mid_answer_is_told_and_counted_as_one(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, stream: bool
+) -> None:
+    shown: list[int] = []
+
+    def show(_: ByteTokenizer, token_id: int) -> str:
+        shown.append(token_id)
+        return str(1 // (4 - len(shown)))
+
+    monkeypatch.setattr(ByteTokenizer, "token_text", show)
+    caller = Caller(world, {"logprobs": 0, "max_tokens": 9, "stream": stream})
+    with structlog.testing.capture_logs() as lines:
+        run_with_engine(world, caller.run)
+    (line,) = lines_of(lines)
+    assert line["outcome"] == "error"
+    sent = [caller.sent.get_nowait() for _ in range(caller.sent.qsize())]
+    assert sent[0]["status"] == (200 if stream else 500)
+    *_, told, done = [message.get("body", b"") for message in sent]
+    assert b'"code":"internal_error"' in (told if stream else done)
+    assert b"division" not in told + done
+    assert not stream or done == DONE
 
 
 def test_who_leaves_before_the_first_token(world: World) -> None:

@@ -9,8 +9,8 @@ import pytest
 from api_world import World, error_of, put_text
 from fastapi.testclient import TestClient
 from sqlalchemy import select
-from sqlalchemy.exc import SQLAlchemyError
-from test_disconnect import Caller, run_with_engine
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from test_disconnect import Caller, outcome, run_with_engine
 
 from prefix_store.database import reading
 from server.engine.request import AdmittedRequest
@@ -160,6 +160,23 @@ def test_who_leaves_or_fails_frees_the_place_and_pays_for_what_came(
         assert places(world) == 0
 
     run_with_engine(world, scenario)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_is_complete_is_given_though_its_limits_cannot_be_settled(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch, *, stream: bool
+) -> None:
+    quota(world, max_concurrent_requests=1)
+
+    def away(*_: object, **__: object) -> None:
+        raise OperationalError("DELETE", {}, Exception("gone"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.services.limiter, "settle", away)
+        answer = complete(client, stream=stream)
+    assert answer.status_code == 200
+    assert not stream or answer.text.endswith("data: [DONE]\n\n")
+    assert outcome(world, "ok") == 1
 
 
 def test_places_are_kept_while_the_server_runs_and_the_database_stumbles(

@@ -222,6 +222,15 @@ def test_a_part_twice(client: TestClient) -> None:
     assert error_of(answer)["code"] == "duplicate_part"
 
 
+def test_a_part_with_an_endless_header_is_not_gathered(client: TestClient) -> None:
+    """The parser gives a header up after 4 KiB; python-multipart before 0.0.27 did not."""
+    part = ("adapter_config.json", json.dumps(CONFIG).encode(), "application/json")
+    endless = files(config=(*part, {"x-filler": "x" * 100_000}))
+    answer = client.put("/v1/prefixes/voice", files=endless)
+    assert answer.status_code == 400
+    assert "malformed" in error_of(answer)["message"]
+
+
 def test_a_json_body_over_the_cap(client: TestClient) -> None:
     answer = client.put("/v1/prefixes/n", json={"kind": "text", "text": "x" * 70_000})
     assert answer.status_code == 413

@@ -4,10 +4,12 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
@@ -128,6 +130,15 @@ def test_a_key_for_people(tmp_path: Path) -> None:
     assert result.stdout.strip() not in shown
 
 
+def test_what_a_tenant_wrote_does_not_steer_the_operators_terminal() -> None:
+    run("tenant", "create", "acme")
+    run("key", "create", "--tenant", "acme", "--label", "ci\x9b2J")
+    for verb in (("key", "ls"), ("audit",)):
+        shown = run(*verb).stdout
+        assert "ci" in shown
+        assert "\x9b" not in shown
+
+
 def test_refusals_of_the_key_command() -> None:
     assert "no tenant" in run("key", "create", "--tenant", "nobody", code=1).stderr
     run("tenant", "create", "acme")
@@ -144,6 +155,52 @@ def test_doctor(tmp_path: Path) -> None:
     blocked.write_text("")
     result = run("doctor", "--data-dir", str(blocked / "x"), "--device", "cpu", code=1)
     assert "FAIL data" in result.stdout
+
+
+NO_DATABASE = "postgresql://postgres@127.0.0.1:1/none"
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        (("--database-url", NO_DATABASE), "the database cannot be used: "),
+        (("--database-url", "no url"), "the database cannot be used: "),
+        (("--database-url", "mysql://host/name"), "sqlite or postgresql"),
+        (("--data-dir", "/dev/null/x"), "/dev/null"),
+    ],
+)
+def test_a_catalog_that_cannot_be_opened_is_a_sentence(
+    place: tuple[str, str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from server.cli import _load
+
+    for verb in (("tenant", "ls"), ("key", "ls"), ("audit",), ("gc",), ("migrate",)):
+        said = run(*verb, *place, code=1).stderr
+        assert said.startswith("prefixd: ")
+        assert reason in said
+        assert said.count("\n") == 1
+    result = run_failing_doctor(*place)
+    assert reason.removeprefix("the database cannot be used: ") in result["detail"]
+    assert len(result["detail"]) > len("1")
+    field, value = place[0].removeprefix("--").replace("-", "_"), place[1]
+    with pytest.raises(typer.Exit):
+        _load(Settings(**{field: value}))
+    assert reason in capsys.readouterr().err
+
+
+def run_failing_doctor(*arguments: str) -> Any:
+    found = json.loads(run("doctor", *arguments, "--device", "cpu", "--json", code=1).stdout)
+    assert not found["catalog"]["ok"]
+    return found["catalog"]
+
+
+def test_a_lifetime_that_no_calendar_has_is_refused() -> None:
+    run("tenant", "create", "acme")
+    made = run_json("key", "create", "--tenant", "acme")
+    days = run("key", "create", "--tenant", "acme", "--expires-in-days", "1e9", code=2)
+    assert "Invalid value for '--expires-in-days'" in days.stderr
+    hours = run("key", "rotate", made["key_id"], "--overlap-hours", "1e12", code=2)
+    assert "Invalid value for '--overlap-hours'" in hours.stderr
 
 
 def test_quotas_rotation_and_the_log() -> None:
@@ -222,6 +279,21 @@ def test_the_queue_and_the_pool_are_bounded_as_told() -> None:
     assert (told.max_waiting_tokens, told.max_queue_wait_s) == (7, None)
     assert (told.max_resident_tokens, told.host_tokens) == (320, 640)
     assert told.max_prefix_wait_s == 0.25
+
+
+def options(command: Any, *path: str) -> Iterator[tuple[str, Any]]:
+    for name, verb in getattr(command, "commands", {}).items():
+        yield from options(verb, *path, name)
+    if not hasattr(command, "commands"):
+        for one in command.params:
+            if one.param_type_name == "option" and one.name != "help":
+                yield " ".join((*path, one.opts[0])), one.envvar
+
+
+def test_every_flag_has_a_variable() -> None:
+    found = dict(options(typer.main.get_command(app)))
+    assert len(found) > 100
+    assert [flag for flag, variable in found.items() if not variable] == []
 
 
 def test_a_switch_is_true_or_false() -> None:

@@ -66,6 +66,21 @@ def test_no_catalog(client: TestClient, monkeypatch: pytest.MonkeyPatch, error: 
     assert client.get("/health/live").status_code == 200
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OperationalError("SELECT", {}, Exception(SECRET)),
+        BlobsUnavailable(BLOBS_AWAY),
+    ],
+)
+def test_an_upload_that_is_durable_is_told_so_though_it_cannot_be_warmed(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(world.services.store, "resolve", failing(error))
+    body = {"kind": "text", "text": "hello"}
+    assert client.put("/v1/prefixes/voice?warm=true", json=body).status_code == 201
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("message", [BLOBS_AWAY, CATALOG_AWAY])
 def test_a_prefix_that_cannot_be_loaded_now(

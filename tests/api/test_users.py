@@ -157,6 +157,14 @@ def test_bad_lines(client: TestClient, world: World, line: str) -> None:
     assert client.post("/v1/users/bindings:import", content=line).status_code == 400
 
 
+def test_a_line_that_is_too_long_is_named_by_its_number(client: TestClient, world: World) -> None:
+    put_text(client, "voice", "one", world.headers())
+    line = json.dumps({"user": "x", "prefix": "voice"})
+    body = "\n".join([line] * 3 + ["x" * 9000, line])
+    answer = client.post("/v1/users/bindings:import", content=body, headers=NDJSON)
+    assert error_of(answer)["message"].startswith("line 4: expected at most 8192 bytes")
+
+
 def test_an_import_is_capped(client: TestClient) -> None:
     body = b"\n" * (1024 * 1024 + 1)
     answer = client.post("/v1/users/bindings:import", content=body, headers=NDJSON)

@@ -32,7 +32,7 @@ class Shell:
     def __init__(self, url: str) -> None:
         self.environment = {"PREFIXD_URL": url, "PREFIXD_API_KEY": "pfx_secret"}
 
-    def __call__(self, *arguments: str, stdin: str | None = None) -> Result:
+    def __call__(self, *arguments: str, stdin: str | bytes | None = None) -> Result:
         return CliRunner().invoke(app, arguments, env=self.environment, input=stdin)
 
 
@@ -65,11 +65,39 @@ def test_push_a_text(way: str, shell: Shell, server: Loopback, tmp_path: Path):
     assert server.seen[0].json == {"kind": "text", "text": "Grüezi"}
 
 
+@pytest.mark.parametrize("way", ["file", "stdin"])
+def test_push_of_what_is_no_text_says_what_is_pushed(way: str, shell: Shell, tmp_path: Path):
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(b"\x90\xf6\x00")
+    source = str(file) if way == "file" else "-"
+    result = shell("prefix", "push", "voice", source, stdin=file.read_bytes())
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.replace("│", " ").split())
+    assert "is no text in UTF-8; of a prefix that PEFT wrote, push its folder" in said
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["x.txt", "--text", "y"], ["--text", "y", "--metadata", "[1]"]]
 )
 def test_push_says_what_it_needs(arguments: list[str], shell: Shell):
     assert shell("prefix", "push", "voice", *arguments).exit_code == 2
+
+
+def test_a_key_out_of_a_file_ends_in_a_newline(shell: Shell, server: Loopback):
+    shell.environment["PREFIXD_API_KEY"] = "pfx_secret\r\n"
+    server.reply({"data": [], "next_after": None})
+    assert shell("prefix", "ls").exit_code == 0
+    assert server.seen[0].headers["authorization"] == "Bearer pfx_secret"
+
+
+@pytest.mark.parametrize("key", ["pfx_secr…", "pfx_sec\nret"])
+def test_a_key_that_cannot_be_one_is_not_shown(shell: Shell, server: Loopback, key: str):
+    shell.environment["PREFIXD_API_KEY"] = key
+    result = shell("prefix", "ls")
+    assert result.exit_code == 1
+    assert "the API key" in result.stderr
+    assert "sec" not in result.stderr
+    assert server.seen == []
 
 
 def test_ls_reads_every_page(shell: Shell, server: Loopback):

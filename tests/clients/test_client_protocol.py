@@ -272,17 +272,31 @@ def test_a_stream_reads_alike_however_it_is_cut(cuts: list[int]):
     assert chunks == TEXT_CHUNKS
 
 
+@given(st.lists(st.integers(0, 10_000)))
+def test_what_came_before_a_failure_is_read_however_it_is_cut(cuts: list[int]):
+    text = b'data: {"choices":[{"index":0,"text":"so far"}]}\n\n'
+    events = text + b'data: {"error":{"message":"the row failed"}}\n\n'
+    reader = streams.ChunkReader(streams.text_piece)
+    edges = [0, *sorted(min(cut, len(events)) for cut in cuts), len(events)]
+    pieces = (events[start:end] for start, end in itertools.pairwise(edges))
+    chunks = itertools.chain.from_iterable(map(reader.feed, pieces))
+    assert next(chunks) == Chunk("so far")
+    with pytest.raises(errors.ServerError, match="the row failed"):
+        next(chunks)
+
+
 def test_a_chat_stream_skips_what_has_no_text():
     reader = streams.ChunkReader(streams.chat_piece)
-    assert reader.feed(
+    events = (
         b'data: {"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
         b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n'
-    ) == [Chunk(""), Chunk("Hi")]
+    )
+    assert list(reader.feed(events)) == [Chunk(""), Chunk("Hi")]
 
 
 def test_a_stream_without_its_last_event_was_interrupted():
     reader = streams.ChunkReader(streams.text_piece)
-    reader.feed(b'data: {"choices":[]}\n\n')
+    assert list(reader.feed(b'data: {"choices":[]}\n\n')) == []
     with pytest.raises(errors.StreamInterruptedError):
         reader.finish()
 
@@ -290,7 +304,7 @@ def test_a_stream_without_its_last_event_was_interrupted():
 def test_a_failure_in_mid_stream_is_the_servers():
     reader = streams.ChunkReader(streams.text_piece)
     with pytest.raises(errors.ServerError, match="the row failed") as caught:
-        reader.feed(b'data: {"error":{"message":"the row failed","request_id":"r2"}}\n\n')
+        list(reader.feed(b'data: {"error":{"message":"the row failed","request_id":"r2"}}\n\n'))
     assert caught.value.request_id == "r2"
 
 
@@ -309,13 +323,13 @@ def test_the_last_event_of_a_stream_may_be_a_refusal(
 ):
     event = json.dumps({"error": {"message": "the server is shutting down", "code": code}})
     reader = streams.ChunkReader(streams.text_piece)
-    reader.feed(b'data: {"choices":[{"index":0,"text":"so far"}]}\n\n')
+    assert list(reader.feed(b'data: {"choices":[{"index":0,"text":"so far"}]}\n\n'))
     with pytest.raises(kind, match=r"^the server is shutting down$") as caught:
-        reader.feed(f"data: {event}\n\ndata: [DONE]\n\n".encode())
+        list(reader.feed(f"data: {event}\n\ndata: [DONE]\n\n".encode()))
     assert type(caught.value) is kind
     assert (caught.value.status, caught.value.code) == (status, code)
 
 
 def test_an_event_that_is_no_chunk_is_a_protocol_error():
     with pytest.raises(errors.ProtocolError, match="choices"):
-        streams.ChunkReader(streams.text_piece).feed(b'data: {"hello":1}\n\n')
+        list(streams.ChunkReader(streams.text_piece).feed(b'data: {"hello":1}\n\n'))

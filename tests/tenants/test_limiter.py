@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Engine, select
+from sqlalchemy.exc import OperationalError
 from tenants_clock import Clock
 
 from prefix_store.database import reading
@@ -148,6 +149,33 @@ def test_a_killed_replica_stops_counting_and_a_living_one_does_not(
     living.admit("acme", quota, tokens=1)
     with pytest.raises(RateLimited):
         living.admit("acme", quota, tokens=1)
+
+
+def test_a_place_that_could_not_be_freed_is_free_again_when_its_lease_ends(
+    limiter: Limiter, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The database was away when the request ended: its server must not go on renewing the lease
+    of a request that does not run any more."""
+    quota = Quota(max_concurrent_requests=2)
+    running, ended = (limiter.admit("acme", quota, tokens=1) for _ in range(2))
+
+    def away(*_: object) -> None:
+        raise OperationalError("DELETE", {}, Exception("gone"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("server.tenants.limiter._free", away)
+        for end in (
+            lambda: limiter.settle(ended, output_tokens=1),
+            lambda: limiter.give_back(ended, tokens=1),
+        ):
+            with pytest.raises(OperationalError):
+                end()
+    for _ in range(3):
+        clock.now += timedelta(seconds=LEASE_S / 2)
+        limiter.renew()
+    assert admitted(limiter, quota) == 1
+    limiter.settle(running, output_tokens=1)
+    assert admitted(limiter, quota) == 1
 
 
 def test_a_limit_set_later_begins_full_and_a_tenant_without_costs_nothing(
