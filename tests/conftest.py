@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 from real_services import (
     S3_ENVIRONMENT,
     Postgres,
@@ -11,6 +12,10 @@ from real_services import (
     running_postgres,
     running_s3,
 )
+
+# A shared machine may stop for a while at any example, or be slow at all of them.
+settings.register_profile("prefixd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("prefixd")
 
 _number = itertools.count(1)
 
