@@ -138,27 +138,29 @@ def test_of_two_deletes_at_once_one_finds_that_it_was_the_last(home: Home) -> No
 
 
 def test_racing_publishes_deletes_and_collections_never_lose_a_blob(home: Home) -> None:
-    stop = threading.Event()
+    """Each delete has a collection follow it: more of them would be faster than a slow machine
+    publishes, which the store gives up against."""
+    names, times = ("a", "b", "c"), 8
+    deleted = threading.Semaphore(0)
 
     def collect() -> int:
         removed = 0
-        while not stop.wait(0.01):
+        for _ in range(times * len(names)):
+            assert deleted.acquire(timeout=60)
             removed += home.store.collect(grace=NOW).blobs
         return removed
 
     def publish(name: str) -> None:
-        for number in range(8):
+        for number in range(times):
             home.put_text(f"text {number % 2}", name)
             manifest = home.store.resolve(tenant="acme", reference=name)
             assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
             home.store.delete(tenant="acme", name=name)
+            deleted.release()
 
     with ThreadPoolExecutor(4) as pool:
         collector = pool.submit(collect)
-        try:
-            list(pool.map(publish, ["a", "b", "c"]))
-        finally:
-            stop.set()
+        list(pool.map(publish, names))
         removed = collector.result()
     assert removed + home.store.collect(grace=NOW).blobs >= 1
     assert home.held() == set()
