@@ -140,18 +140,17 @@ def test_of_two_deletes_at_once_one_finds_that_it_was_the_last(home: Home) -> No
 def test_racing_publishes_deletes_and_collections_never_lose_a_blob(home: Home) -> None:
     """Each delete has a collection follow it: more of them would be faster than a slow machine
     publishes, which the store gives up against."""
-    names, times = ("a", "b", "c"), 8
-    deleted = threading.Semaphore(0)
+    stop, deleted = threading.Event(), threading.Semaphore(0)
 
     def collect() -> int:
         removed = 0
-        for _ in range(times * len(names)):
-            assert deleted.acquire(timeout=60)
-            removed += home.store.collect(grace=NOW).blobs
+        while not stop.is_set():
+            if deleted.acquire(timeout=0.1):
+                removed += home.store.collect(grace=NOW).blobs
         return removed
 
     def publish(name: str) -> None:
-        for number in range(times):
+        for number in range(8):
             home.put_text(f"text {number % 2}", name)
             manifest = home.store.resolve(tenant="acme", reference=name)
             assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
@@ -160,7 +159,10 @@ def test_racing_publishes_deletes_and_collections_never_lose_a_blob(home: Home) 
 
     with ThreadPoolExecutor(4) as pool:
         collector = pool.submit(collect)
-        list(pool.map(publish, names))
+        try:
+            list(pool.map(publish, ["a", "b", "c"]))
+        finally:
+            stop.set()
         removed = collector.result()
     assert removed + home.store.collect(grace=NOW).blobs >= 1
     assert home.held() == set()
