@@ -9,9 +9,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from real_services import Postgres
+
+# A shared machine may stop for a while at any example, or be slow at all of them.
+settings.register_profile("prefixd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("prefixd")
 
 _number = itertools.count(1)
 

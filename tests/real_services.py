@@ -82,7 +82,6 @@ def running_postgres() -> Iterator[Postgres]:
     install("postgresql", program="initdb", otherwise=pytest.fail)
     binaries = postgres_binaries()
     assert binaries is not None, "the package postgresql brought no initdb"
-    port = free_port()
     with tempfile.TemporaryDirectory(prefix="prefixd-pg-") as folder:
         as_user: dict[str, str | int] = {}
         if os.geteuid() == 0:  # it refuses to run as root
@@ -92,17 +91,17 @@ def running_postgres() -> Iterator[Postgres]:
         initdb = [f"{binaries}/initdb", "-D", f"{folder}/data", "-U", "postgres", "-A", "trust"]
         initdb += ["--no-sync", "-E", "UTF8", "--locale", "C.UTF-8"]
         subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **as_user)  # type: ignore[call-overload]
-        options = [f"-p{port}", f"-k{folder}", "-hlocalhost", "-cfsync=off"]
+        options = [f"-k{folder}", "-hlocalhost", "-cfsync=off"]
         options += ["-csynchronous_commit=off", "-cfull_page_writes=off", "-cmax_connections=200"]
         command = [f"{binaries}/postgres", "-D", f"{folder}/data", *options]
-        with running(command, port=port, stop=signal.SIGINT, cwd=folder, **as_user):
+        with running(command, port="-p", stop=signal.SIGINT, cwd=folder, **as_user) as port:
             server = Postgres(binaries, port)
             wait_until_it_answers(server)
             yield server
 
 
 def wait_until_it_answers(server: Postgres) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:
         try:
             server.execute("SELECT 1")
@@ -116,9 +115,8 @@ def wait_until_it_answers(server: Postgres) -> None:
 @contextmanager
 def running_s3() -> Iterator[str]:
     """moto's S3 on loopback; its endpoint."""
-    port = free_port()
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1"]
-    with running([*command, "-p", str(port)], port=port, stop=signal.SIGTERM):
+    with running(command, port="-p", stop=signal.SIGTERM) as port:
         yield f"http://127.0.0.1:{port}"
 
 
@@ -134,27 +132,30 @@ def make_bucket(endpoint: str, name: str) -> None:
 
 @contextmanager
 def running(
-    command: Sequence[str], *, port: int, stop: signal.Signals, **options: object
-) -> Iterator[None]:
-    """A server process, from when its port answers until it ended."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        **options,  # type: ignore[call-overload]
-    )
+    command: Sequence[str], *, port: str, stop: signal.Signals, **options: object
+) -> Iterator[int]:
+    """A server process, from when its port answers until it ended; its port, which it is given by
+    the option ``port``. Another program may have that by the time the server asks for it: then
+    another one is tried."""
+    for left in reversed(range(5)):
+        number = free_port()
+        process = subprocess.Popen(
+            [*command, port, str(number)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            **options,  # type: ignore[call-overload]
+        )
+        try:
+            listening = listens(process, number)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        if listening:
+            break
+        assert left, f"{command[0]} ended with {process.returncode}"
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            except OSError:
-                assert time.monotonic() < deadline, f"{command[0]} does not listen"
-                time.sleep(0.05)
-            else:
-                break
-        yield
+        yield number
     finally:
         process.send_signal(stop)
         try:
@@ -162,6 +163,20 @@ def running(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def listens(process: "subprocess.Popen[bytes]", port: int) -> bool:
+    """Whether the process came to listen on its port; False when it ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert time.monotonic() < deadline, f"{process.args} does not listen"
+            time.sleep(0.05)
+        else:
+            return process.poll() is None
+    return False
 
 
 def free_port() -> int:

@@ -22,6 +22,8 @@ CHILD = Path(__file__).with_name("draining_child.py")
 ENDS = (signal.SIGTERM, signal.SIGINT)
 # A fake stream of 300 steps at this pace outlasts every test here.
 SLOW_STEP_S = 0.1
+SOON_S = 20
+"""Less than what is cut short would have taken: 30 seconds of patience, or of a stream."""
 
 
 class Served:
@@ -55,7 +57,7 @@ class Served:
 
     def ended(self) -> list[str]:
         """Wait for the end, which must be a good one; the log's lines."""
-        assert self.process.wait(20) == 0, self.log.read_text()
+        assert self.process.wait(60) == 0, self.log.read_text()
         last = json.loads(self._said.readline())
         assert last["threads"] == []
         return self.log.read_text().splitlines()
@@ -110,7 +112,7 @@ def test_an_idle_server_ends_at_once(tmp_path: Path, sig: signal.Signals) -> Non
         began = time.monotonic()
         server.process.send_signal(sig)
         log = server.ended()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < SOON_S
     assert any('"draining"' in line for line in log)
     assert any('"stopped"' in line for line in log)
 
@@ -146,7 +148,7 @@ def test_a_stream_that_does_not_end_is_told(tmp_path: Path) -> None:
             server.process.send_signal(signal.SIGTERM)
             *_, last, done = lines
         log = server.ended()
-    assert 0.3 <= time.monotonic() - began < 5
+    assert 0.3 <= time.monotonic() - began < SOON_S
     assert error_in(last)["code"] == "shutting_down"
     assert error_in(last)["type"] == "server_error"
     assert done == "data: [DONE]"
@@ -208,7 +210,7 @@ def test_a_second_signal_ends_the_waiting(tmp_path: Path) -> None:
             server.process.send_signal(signal.SIGTERM)
             *_, last, done = lines
         log = server.ended()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < SOON_S
     assert error_in(last)["code"] == "shutting_down"
     assert done == "data: [DONE]"
     assert any("a second signal" in line for line in log)

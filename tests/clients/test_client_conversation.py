@@ -84,4 +84,4 @@ def test_an_interrupted_answer_keeps_what_came(
 
     talk.answer("Hi", interrupted)
     assert talk.messages[-1] == {"role": "assistant", "content": "Ahoy"}
-    assert server.hung_up.wait(10)
+    assert server.hung_up.wait(30)

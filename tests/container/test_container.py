@@ -191,14 +191,15 @@ ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 
 @pytest.fixture
 def fake_path(tmp_path: Path) -> dict[str, str]:
-    """An environment whose ``prefixd`` prints its pid and arguments, then waits for a signal."""
+    """An environment whose ``prefixd`` prints its pid and arguments, then waits for a signal, also
+    for one that is there already."""
     fake = tmp_path / "prefixd"
     fake.write_text(
         f"#!{sys.executable}\n"
         "import os, signal, sys\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n"
         "print(os.getpid(), *sys.argv[1:], sep='|', flush=True)\n"
-        "if 'wait' in sys.argv: signal.pause()\n"
+        "if 'wait' in sys.argv: sys.exit(42 if signal.sigwait({signal.SIGTERM}) else 0)\n"
     )
     fake.chmod(0o755)
     return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -232,7 +233,7 @@ def test_signals_reach_the_server(fake_path: dict[str, str]):
         assert process.stdout is not None
         assert int(process.stdout.readline().split("|")[0]) == process.pid
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 42
+        assert process.wait(30) == 42
 
 
 # ── Health check ─────────────────────────────────────────────────────────────────────────────

@@ -1,5 +1,6 @@
 """Requests as clients send them, and what came back as plain data."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -96,9 +97,14 @@ async def complete(client: httpx2.AsyncClient, body: dict[str, Any]) -> Answer:
 
 
 async def stream(
-    client: httpx2.AsyncClient, body: dict[str, Any], *, leave_after: int | None = None
+    client: httpx2.AsyncClient,
+    body: dict[str, Any],
+    *,
+    leave_after: int | None = None,
+    begun: asyncio.Event | None = None,
 ) -> Answer:
-    """Ask for a stream; hang up after ``leave_after`` events (0: before the first)."""
+    """Ask for a stream; hang up after ``leave_after`` events (0: before the first). ``begun`` is
+    set at the first event."""
     several = isinstance(body["prompt"][0], list)
     choices = body.get("n", 1) * (len(body["prompt"]) if several else 1)
     asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -113,6 +119,8 @@ async def stream(
             if not line:
                 continue
             seen += 1
+            if begun is not None:
+                begun.set()
             if line == "data: [DONE]":
                 answer.complete = True
                 break

@@ -41,11 +41,19 @@ async def crowd(world: World, body: Body) -> AsyncIterator[None]:
 
     async with caller(world.url, world.keys["acme"]) as http, asyncio.TaskGroup() as group:
         clients = [group.create_task(client(number, http)) for number in range(CROWD)]
-        while world.engine.stats().waiting < CROWD // 2:
-            await http.get("/health/live")
+        await until_waiting(world, CROWD // 2)
         yield
+        world.runner.backlog = 0
         for one in clients:
             one.cancel()
+
+
+async def until_waiting(world: World, count: int) -> None:
+    """Wait until so many wait; from then on no step goes on before they do."""
+    world.runner.backlog = count
+    async with caller(world.url, world.keys["crow"]) as http:
+        while world.engine.stats().waiting < count:
+            await http.get("/health/live")
 
 
 async def lone(world: World, bodies: Sequence[dict[str, Any]]) -> None:
@@ -82,10 +90,13 @@ def test_a_lone_client_with_much_to_do_gets_its_tenants_share(
 
         async def scenario() -> int:
             async with crowd(world, lambda rng: ask(world, rng)):
-                await lone(world, [ask(world, rng, prompts=BATCH) for _ in range(2)])
+                await lone(world, [ask(world, rng, prompts=BATCH) for _ in range(3)])
             await asyncio.to_thread(world.settle, tasks=tasks)
             alone_from = len(ledger.entries)
-            await lone(world, [ask(world, rng, prompts=BATCH)])
+            alone = asyncio.create_task(lone(world, [ask(world, rng, prompts=BATCH)]))
+            await until_waiting(world, BATCH - ROWS)
+            world.runner.backlog = 0
+            await alone
             return alone_from
 
         alone_from = asyncio.run(scenario())

@@ -5,7 +5,7 @@ import os
 import random
 import secrets
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SEED = os.environ.get("PREFIXD_KILL_SEED") or secrets.token_hex(4)
 KILLS = int(os.environ.get("PREFIXD_KILLS", "3"))
 WRITERS, READERS = 3, 3
-LONG = 1900
-"""Tokens of an answer that no drain here is long enough for."""
+LONG, FINITE = 1900, 800
+"""Tokens of an answer that outlasts a drain of 0.3 seconds, and of one that is waited for."""
 CLOSING_S = 60.0
 """Generous: how long after its limit a drained process may take to be gone."""
 
@@ -80,28 +80,28 @@ def test_what_was_acknowledged_survives_kill_9(
 def test_a_server_asked_to_stop_finishes_what_runs(
     tiny_folder: Path, data: Path, oracle: Oracle
 ) -> None:
-    """Every stream under way when SIGTERM comes is whole, what is acknowledged stays."""
+    """Every stream under way when SIGTERM comes is whole, what is acknowledged stays, and who comes
+    then is turned away."""
     key, book = make_key(data), Book()
-    with Victim(data_dir=data, model=tiny_folder, flags=["--shutdown-timeout", "60"]) as victim:
+    with Victim(data_dir=data, model=tiny_folder, flags=["--shutdown-timeout", "120"]) as victim:
         url = victim.ready()
 
-        async def scenario() -> list[Answer]:
+        async def scenario() -> tuple[list[Answer], Answer]:
             async with caller(url, key) as http, writing(http, book, 0):
                 await enough(http, book, 10)
-                streams = [
-                    asyncio.create_task(stream(http, greedy(TINY, oracle.prompts[i], 200)))
-                    for i in range(4)
-                ]
-                await all_running(http, 4)
+                streams = await all_begun(http, oracle.prompts[:4], FINITE)
                 victim.send(signal.SIGTERM)
-                return await asyncio.gather(*streams)
+                late = await not_ready(http)
+                return await asyncio.gather(*streams), late
 
-        answers = asyncio.run(scenario())
-        assert victim.ended(limit=60 + CLOSING_S) == 0
+        answers, late = asyncio.run(scenario())
+        assert victim.ended(limit=120 + CLOSING_S) == 0
         assert victim.family == []
     for prompt, answer in enumerate(answers):
         assert answer.ok, answer
-        assert oracle.agrees(None, prompt, answer.tokens, count=200)
+        assert oracle.agrees(None, prompt, answer.tokens, count=FINITE)
+    assert late.status == 503
+    assert late.retry_after is not None
     with Victim(data_dir=data, model=tiny_folder) as again:
         url = again.ready()
 
@@ -115,21 +115,16 @@ def test_a_server_asked_to_stop_finishes_what_runs(
 def test_a_drain_that_takes_too_long_tells_the_streams(tiny_folder: Path, data: Path) -> None:
     """Streams that the limit cuts get an error event and their last line; the status is 0."""
     key = make_key(data)
-    with Victim(data_dir=data, model=tiny_folder, flags=["--shutdown-timeout", "1"]) as victim:
+    with Victim(data_dir=data, model=tiny_folder, flags=["--shutdown-timeout", "0.3"]) as victim:
         url = victim.ready()
 
-        async def scenario() -> tuple[list[Answer], Answer]:
+        async def scenario() -> list[Answer]:
             async with caller(url, key) as http:
-                streams = [
-                    asyncio.create_task(stream(http, greedy(TINY, [5, 6, 7 + i], LONG)))
-                    for i in range(12)
-                ]
-                await all_running(http, 12)
+                streams = await all_begun(http, [(5, 6, 7 + i) for i in range(12)], LONG)
                 victim.send(signal.SIGTERM)
-                late = await not_ready(http)
-                return await asyncio.gather(*streams), late
+                return await asyncio.gather(*streams)
 
-        answers, late = asyncio.run(scenario())
+        answers = asyncio.run(scenario())
         assert victim.ended(limit=CLOSING_S) == 0
         assert victim.family == []
     for answer in answers:
@@ -137,8 +132,6 @@ def test_a_drain_that_takes_too_long_tells_the_streams(tiny_folder: Path, data: 
         assert answer.error is not None
         assert set(answer.error) == {"message", "type", "code", "param", "request_id"}
         assert 0 < len(answer.tokens[0]) < LONG
-    assert late.status == 503
-    assert late.retry_after is not None
 
 
 async def not_ready(http: httpx2.AsyncClient) -> Answer:
@@ -175,14 +168,16 @@ async def enough(http: httpx2.AsyncClient, book: Book, acknowledged: int) -> Non
         await http.get("/health/live")
 
 
-async def all_running(http: httpx2.AsyncClient, count: int) -> None:
-    """Wait until the engine runs at least ``count`` sequences."""
-    while await running(http) < count:
-        pass
-
-
-async def running(http: httpx2.AsyncClient) -> float:
-    """Sequences that run, as /metrics has it."""
-    page = (await http.get("/metrics")).text
-    lines = page.splitlines()
-    return sum(float(x.split()[-1]) for x in lines if x.startswith("prefixd_num_requests_running{"))
+async def all_begun(
+    http: httpx2.AsyncClient, prompts: Sequence[Sequence[int]], count: int
+) -> list[asyncio.Task[Answer]]:
+    """Streams of ``count`` tokens, each of which has said something."""
+    streams = []
+    for prompt in prompts:
+        begun = asyncio.Event()
+        body = greedy(TINY, prompt, count)
+        streams.append((asyncio.create_task(stream(http, body, begun=begun)), begun))
+    for task, begun in streams:
+        task.add_done_callback(lambda _, begun=begun: begun.set())  # type: ignore[misc]
+        await begun.wait()
+    return [task for task, _ in streams]

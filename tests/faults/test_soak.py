@@ -38,6 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "least": {"kv_tokens": LEAST, "host_kv_tokens": 64},
 }
 CLIENTS, ACTIONS = 18, 12
+MOST_PHASES = 12
 
 _SLOPE = 0.35
 """Most KiB of resident memory that a request may leave behind. A leaked answer or sequence is
@@ -51,7 +52,7 @@ def open_files() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(SECONDS * 2 + 240)
+@pytest.mark.timeout(SECONDS * 3 + 600)
 def test_soak(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logging.disable(logging.CRITICAL)  # pytest would keep every injected failure's record
     try:
@@ -75,7 +76,9 @@ def _soak(model: Path, scratch: Path) -> str:
     memory: list[tuple[int, int]] = []  # requests so far, KiB
     phase_s = max(10.0, min(60.0, SECONDS / (2 * len(SIZES))))
     for phase, size in zip(itertools.count(), itertools.cycle(SIZES)):
-        if time.monotonic() - started > SECONDS - phase_s / 2 and phase >= len(SIZES):
+        over = time.monotonic() - started > SECONDS - phase_s / 2 and phase >= len(SIZES)
+        # On a slow machine a rare fault may not have had its turn yet.
+        if over and (set(fired) == set(Fault) or phase >= MOST_PHASES):
             break
         seed = f"{SEED}/{phase}-{size}"
         with running(

@@ -9,7 +9,9 @@ import itertools
 import os
 import queue
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ from server.engine.request import (
     StopParams,
     TokenEvent,
 )
+from server.engine.stats import EngineStats
+from server.engine.step import Step, StepOutput
 from server.model.load import LoadedBase, prepare_base
 from server.model.runner import TorchRunner
 from server.model.selfcheck import self_check
@@ -242,6 +246,31 @@ class Served:
     ) -> list[int]:
         """One request alone."""
         return self.start(prompt, prefix, count=count)()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """No step goes on while the block lasts: what is started in it runs together, however late
+        this thread comes to start the last of it."""
+        go_on, run = threading.Event(), self.runner.run
+
+        def run_later(step: Step) -> StepOutput:
+            go_on.wait()
+            return run(step)
+
+        self.runner.run = run_later  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            self.runner.run = run  # type: ignore[method-assign]
+            go_on.set()
+
+    def stats(self) -> EngineStats:
+        """The figures when all is done: an answer arrives before those of its last step do."""
+        for _ in range(6000):
+            if self.engine.idle:
+                return self.engine.stats()
+            threading.Event().wait(0.01)
+        raise AssertionError(f"the engine never became idle: {self.engine.scheduler!r}")
 
 
 class RequestFailed(Exception):

@@ -53,7 +53,8 @@ def alone(served: Served, requests: list[tuple[list[int], PrefixHandle | None]])
 def together(
     served: Served, requests: list[tuple[list[int], PrefixHandle | None]]
 ) -> list[list[int]]:
-    waits = [served.start(prompt, prefix, count=COUNT) for prompt, prefix in requests]
+    with served.held():
+        waits = [served.start(prompt, prefix, count=COUNT) for prompt, prefix in requests]
     return [wait() for wait in waits]
 
 
@@ -89,7 +90,7 @@ def test_a_mixed_batch_gives_each_request_its_own_tokens(
         preempt_often(mixed)
     assert together(mixed, requests) == expected
 
-    stats = mixed.engine.stats()
+    stats = mixed.stats()
     assert (stats.preemptions >= 10) is tight
     if not tight:
         # A token a step is also what prefixes come in by: some rows end before others begin.
@@ -106,7 +107,7 @@ def test_a_prefix_is_stored_and_compiled_once(
     waits = [served.start(prompt, prefix, count=8) for prompt in prompts(16)]
     for wait in waits:
         wait()
-    stats = served.engine.stats()
+    stats = served.stats()
     assert stats.prefix_compiles == 1
     assert stats.prefix_loads["store"] == 1
     assert stats.blocks_prefix == 3  # 40 virtual tokens in blocks of 16
@@ -123,11 +124,12 @@ def test_a_prefix_is_stored_and_compiled_once(
         return run(step)  # type: ignore[arg-type]
 
     served.runner.run = watch  # type: ignore[method-assign, assignment]
-    waits = [served.start([5, 6, 7], prefix, count=3) for _ in range(10)]
+    with served.held():
+        waits = [served.start([5, 6, 7], prefix, count=3) for _ in range(10)]
     for wait in waits:
         wait()
     assert (3 + 10, 10) in held  # one own block each (8 virtual + 6 real tokens), 3 shared once
-    assert served.engine.stats().prefix_compiles == 1
+    assert served.stats().prefix_compiles == 1
 
 
 def test_the_same_bytes_of_two_tenants_are_two_prefixes(
@@ -138,7 +140,7 @@ def test_the_same_bytes_of_two_tenants_are_two_prefixes(
     adapter = make_adapter(model, "PROMPT_TUNING", 5, tmp_path)
     mine, theirs = served.add(adapter, tenant="a"), served.add(adapter, tenant="b")
     assert served.generate([3, 4], mine) == served.generate([3, 4], theirs)
-    assert served.engine.stats().prefix_compiles == 2
+    assert served.stats().prefix_compiles == 2
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])

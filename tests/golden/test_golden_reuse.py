@@ -47,11 +47,11 @@ def test_reuse_on_and_off_give_the_same_tokens(
     served = serving(tiny_model("llama"), num_blocks=400)
     prefixes = prefixes_of(served, tmp_path)
     off = [conversation(served, prefix, kv_reuse=False) for prefix in prefixes]
-    assert served.engine.stats().kv_reused_tokens == 0
-    assert served.engine.stats().kv_queried_tokens == 0
+    assert served.stats().kv_reused_tokens == 0
+    assert served.stats().kv_queried_tokens == 0
     for _ in range(2):
         assert [conversation(served, prefix, kv_reuse=True) for prefix in prefixes] == off
-    stats = served.engine.stats()
+    stats = served.stats()
     assert stats.kv_reused_tokens > stats.kv_queried_tokens / 3
 
 
@@ -59,9 +59,10 @@ def test_a_preempted_sequence_finds_its_own_blocks_again(serving: Callable[..., 
     served = serving(tiny_model("llama"), num_blocks=40, block_size=4, max_running=8)
     asked = prompts(8, seed=2)
     expected = [served.start(p, count=32, kv_reuse=False)() for p in asked]
-    waits = [served.start(prompt, count=32) for prompt in asked]
+    with served.held():
+        waits = [served.start(prompt, count=32) for prompt in asked]
     assert [wait() for wait in waits] == expected
-    stats = served.engine.stats()
+    stats = served.stats()
     assert stats.preemptions > 0
     # At most what a request shared at its first start is reported, not what it found of its own.
     assert stats.kv_queried_tokens == sum(map(len, asked))
@@ -76,11 +77,12 @@ def test_prefixes_that_come_back_from_host_memory_are_what_they_were(
     expected = [lone.generate(prompt, prefix, count=COUNT) for prompt, prefix in asked]
     crowded = serving(tiny_model("llama"), num_blocks=400, max_resident_tokens=40, host_tokens=1000)
     crowded.staged = lone.staged
-    waits = [crowded.start(prompt, prefix, count=COUNT) for prompt, prefix in asked]
+    with crowded.held():
+        waits = [crowded.start(prompt, prefix, count=COUNT) for prompt, prefix in asked]
     assert [wait() for wait in waits] == expected
     one_by_one = [crowded.generate(prompt, prefix, count=COUNT) for prompt, prefix in asked]
     assert one_by_one == expected
-    stats = crowded.engine.stats()
+    stats = crowded.stats()
     assert stats.prefix_evictions > len(prefixes)
     assert stats.prefix_loads["host"] > len(prefixes)
     assert stats.prefix_loads["store"] < stats.prefix_loads["host"]
@@ -95,5 +97,5 @@ def test_kv_that_holds_nan_is_never_reused(serving: Callable[..., Served]) -> No
     for _ in range(3):
         with pytest.raises(RequestFailed, match="non-finite"):
             served.generate(prompt, bad)
-    assert served.engine.stats().kv_reused_tokens == 0
-    assert served.engine.stats().blocks_remembered == 0
+    assert served.stats().kv_reused_tokens == 0
+    assert served.stats().blocks_remembered == 0

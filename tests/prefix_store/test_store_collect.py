@@ -157,12 +157,15 @@ def test_of_two_deletes_at_once_one_finds_that_it_was_the_last(home: Home) -> No
 
 
 def test_racing_publishes_deletes_and_collections_never_lose_a_blob(home: Home) -> None:
-    stop = threading.Event()
+    """Each delete has a collection follow it: more of them would be faster than a slow machine
+    publishes, which the store gives up against."""
+    stop, deleted = threading.Event(), threading.Semaphore(0)
 
     def collect() -> int:
         removed = 0
-        while not stop.wait(0.01):
-            removed += home.store.collect(grace=NOW).blobs
+        while not stop.is_set():
+            if deleted.acquire(timeout=0.1):
+                removed += home.store.collect(grace=NOW).blobs
         return removed
 
     def publish(name: str) -> None:
@@ -171,6 +174,7 @@ def test_racing_publishes_deletes_and_collections_never_lose_a_blob(home: Home) 
             manifest = home.store.resolve(tenant="acme", reference=name)
             assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
             home.store.delete(tenant="acme", name=name)
+            deleted.release()
 
     with ThreadPoolExecutor(4) as pool:
         collector = pool.submit(collect)

@@ -182,7 +182,7 @@ def test_a_back_up_of_postgres_by_its_own_tools_is_whole(
     subprocess.run([tools / "pg_restore", "-d", restored_url, dump], check=True)
     with opened(restored_url, None, tmp_path / "on-pg") as restored:
         assert restored.texts() == full.texts()
-    postgres_server.execute("DROP DATABASE restored")
+    postgres_server.execute("DROP DATABASE restored WITH (FORCE)")
 
 
 def test_migrate_says_where_it_came_from(tmp_path: Path) -> None:

@@ -444,15 +444,15 @@ def test_a_header_bomb_costs_little(tmp_path: Path) -> None:
     second.write_bytes(with_header(capped, b""))
     for bomb, code in ((path, "header_too_large"), (second, "unknown_tensor")):
         tracemalloc.start()
-        began = time.perf_counter()
+        began = time.thread_time()  # of this thread, whoever else wants the machine
         with pytest.raises(ArtifactRefused) as refusal:
             inspect_peft(config_bytes(), bomb, base=BASE)
-        seconds = time.perf_counter() - began
+        seconds = time.thread_time() - began
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert refusal.value.code == code
         assert peak < 5e6
-        # 50 ms without the tracer, which makes it several times slower, on a machine shared by all.
+        # 50 ms without the tracer, which makes it several times slower.
         assert seconds < 0.5
 
 

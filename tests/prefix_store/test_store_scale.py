@@ -17,6 +17,7 @@ from server.tenants.bindings import Bindings, ChosenBy
 
 FEW, MANY = 1_000, 1_000_000
 LIMIT = 1.5
+TRIES = 4
 
 _NUMBERS = {
     "sqlite": "WITH RECURSIVE numbers(n) AS "
@@ -139,17 +140,25 @@ def catalogs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[C
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_million_take_as_long_as_a_thousand(catalogs: tuple[Catalog, Catalog]) -> None:
-    ratios = {}
-    for name, (ask, times) in ASKED.items():
-        taken: tuple[list[float], list[float]] = ([], [])
-        for turn in range(times + 10):
-            # By turns, so that whatever else the machine does meets both.
-            for catalog, seconds in zip(catalogs, taken, strict=True):
-                began = time.perf_counter()
-                ask(catalog)
-                if turn >= 10:
-                    seconds.append(time.perf_counter() - began)
-        few, many = (statistics.median(seconds) for seconds in taken)
-        ratios[name] = round(many / few, 2)
-    assert max(ratios.values()) < LIMIT, ratios
+    """What grows with the catalog is slower every time; what another program made slower is not."""
+    ratios = {name: [ratio(*asked, catalogs)] for name, asked in ASKED.items()}
+    for name, measured in ratios.items():
+        while measured[-1] >= LIMIT and len(measured) < TRIES:
+            measured.append(ratio(*ASKED[name], catalogs))
+    assert max(map(min, ratios.values())) < LIMIT, ratios
+
+
+def ratio(ask: Callable[[Catalog], None], times: int, catalogs: tuple[Catalog, Catalog]) -> float:
+    """How many times longer the large catalog takes than the small one."""
+    taken: tuple[list[float], list[float]] = ([], [])
+    for turn in range(times + 10):
+        # By turns, so that whatever else the machine does meets both.
+        for catalog, seconds in zip(catalogs, taken, strict=True):
+            began = time.perf_counter()
+            ask(catalog)
+            if turn >= 10:
+                seconds.append(time.perf_counter() - began)
+    few, many = (statistics.median(seconds) for seconds in taken)
+    return round(many / few, 2)
