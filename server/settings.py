@@ -92,7 +92,7 @@ class Settings(BaseSettings):
         default=None,
         ge=1,
         description="Most tokens, prompt and output, that may wait to run; then requests get 503. "
-        "Default: eight times kv_tokens.",
+        "A chat that names no max_tokens counts 512 of output. Default: eight times kv_tokens.",
     )
     max_queue_wait: float = Field(
         default=60.0,

@@ -23,6 +23,10 @@ from server.errors import BadRequest, DoesNotFit, QuotaExceeded
 DEFAULT_COMPLETION_TOKENS = 16
 """What OpenAI generates when a completion names no ``max_tokens``."""
 
+_EXPECTED_CHAT_TOKENS = 512
+"""What a chat counts in the queue that names no limit: it may run to the end of the context, and
+hardly any does."""
+
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
@@ -122,6 +126,8 @@ class Door:
         prefix = choice.manifest
         check_resident(prefix, self.max_resident_tokens)
         handle = None if prefix is None else handle_of(prefix)
+        lengths = [self._output_tokens(len(one), prefix, asked, default) for one in prompts]
+        open_ended = asked is None and default is None
         requests = tuple(
             AdmittedRequest(
                 request_id=f"{answer_id}-{position}",
@@ -129,15 +135,16 @@ class Door:
                 prompt=prompt,
                 prefix=handle,
                 sampling=sampling,
-                stop=self._stop(body, self._output_tokens(len(prompt), prefix, asked, default)),
+                stop=self._stop(body, length),
                 n=n,
+                expected_tokens=min(length, _EXPECTED_CHAT_TOKENS) if open_ended else None,
                 max_resident_tokens=self.max_resident_tokens,
                 weight=self.weight,
                 priority=body.priority or 0,
                 timeout_s=self._timeout(body.timeout),
                 kv_reuse=self.kv_reuse and body.kv_reuse is not False,
             )
-            for position, prompt in enumerate(prompts)
+            for position, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         )
         return Admitted(id=answer_id, model=body.model, choice=choice, requests=requests)
 

@@ -73,12 +73,14 @@ class StopParams:
 class AdmittedRequest:
     """One request that fits: ``n`` sequences of the same prompt under the same prefix.
 
-    ``max_resident_tokens`` caps the virtual tokens that the tenant's prefixes may hold in the pool
-    at a time (None: no cap); admission has refused a prefix that is longer than that by itself.
-    ``weight`` is the tenant's share against other tenants' (2 gets twice as much), ``priority``
-    orders the tenant's own requests (lower goes first, as in vLLM), ``timeout_s`` is how long after
-    it was submitted the request ends, finished or not, and ``kv_reuse`` says whether it may share
-    KV of equal tokens with other requests of its tenant under the same prefix.
+    ``expected_tokens`` is the length of output to reckon with where the caller named none (None:
+    ``stop.max_tokens``). ``max_resident_tokens`` caps the virtual tokens that the tenant's prefixes
+    may hold in the pool at a time (None: no cap); admission has refused a prefix that is longer
+    than that by itself. ``weight`` is the tenant's share against other tenants' (2 gets twice as
+    much), ``priority`` orders the tenant's own requests (lower goes first, as in vLLM),
+    ``timeout_s`` is how long after it was submitted the request ends, finished or not, and
+    ``kv_reuse`` says whether it may share KV of equal tokens with other requests of its tenant
+    under the same prefix.
     """
 
     request_id: str
@@ -88,6 +90,7 @@ class AdmittedRequest:
     sampling: SamplingParams
     stop: StopParams
     n: int = 1
+    expected_tokens: int | None = None
     max_resident_tokens: int | None = None
     weight: float = 1.0
     priority: int = 0
@@ -97,7 +100,8 @@ class AdmittedRequest:
     @property
     def cost(self) -> int:
         """Tokens one of its sequences brings to the queue: prompt and output."""
-        return len(self.prompt) + self.stop.max_tokens
+        expected = self.expected_tokens
+        return len(self.prompt) + (self.stop.max_tokens if expected is None else expected)
 
 
 class FinishReason(StrEnum):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from api_world import World, error_of
+from api_world import MAX_POSITIONS, World, error_of
 from fastapi.testclient import TestClient
 from test_completions import complete, events
 
@@ -68,6 +68,27 @@ def test_the_engine_is_told_what_was_asked(client: TestClient, script: Script) -
     complete(client, priority=None, timeout=None, kv_reuse=None)
     told = [(one.priority, one.timeout_s, one.kv_reuse, one.weight) for one in script.submitted]
     assert told == [(0, None, True, 1.0), (-3, 2.5, False, 1.0), (0, None, True, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "counted"),
+    [({}, 64), ({"max_tokens": 300}, 300), ({"max_completion_tokens": 7}, 7)],
+    ids=["open-ended", "limited", "limited by its new name"],
+)
+def test_a_chat_that_names_no_limit_is_not_reckoned_to_fill_the_context(
+    client: TestClient,
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, int],
+    counted: int,
+) -> None:
+    """Sixteen such chats filled the queue of an idle server."""
+    monkeypatch.setattr("server.api.admission._EXPECTED_CHAT_TOKENS", 64)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], **fields}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    (request,) = script.submitted
+    assert request.cost - len(request.prompt) == counted
+    assert request.stop.max_tokens == (counted if fields else MAX_POSITIONS - len(request.prompt))
 
 
 def test_the_tenants_weight_and_switch_go_along(
