@@ -2,7 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,9 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect, select, text
 from store_home import Home
 
+from prefix_store.blob_rows import BlobRows, claim
 from prefix_store.database import create_tables, metadata, open_database, writing
+from prefix_store.digest import BlobKey
 from prefix_store.errors import SchemaRefused
 from prefix_store.migrate import FIRST, HEAD, configured, revision, upgrade
 from prefix_store.store import PrefixStore
@@ -95,6 +97,24 @@ def test_tenants_of_before_weigh_the_same_and_reuse(database: Engine) -> None:
     with database.connect() as connection:
         found = connection.execute(select(tables.tenants)).one()
     assert (found.name, found.weight, found.kv_reuse) == ("acme", 1.0, True)
+
+
+def test_blobs_of_before_are_wanted_and_collected_like_others(database: Engine) -> None:
+    wanted, idle = (BlobKey("acme", digit * 64) for digit in "ab")
+    with writing(database) as connection:
+        command.upgrade(configured(connection), "0003")
+        for key in (wanted, idle):
+            statement = (
+                f"INSERT INTO blobs VALUES ('acme', '{key.digest}', 113, '2026-01-01', NULL)"
+            )
+            connection.exec_driver_sql(statement)
+    upgrade(database)
+    rows, now = BlobRows(database), datetime(2026, 1, 2, tzinfo=UTC)
+    ticket = rows.want(wanted, size_bytes=113, now=now)
+    with writing(database) as connection:
+        claim(connection, wanted, ticket=ticket)
+    assert list(rows.unreferenced(before=now)) == [(idle, 113)]
+    assert rows.collect(idle, before=now, remove=lambda: None)
 
 
 def test_a_database_of_a_later_version_is_refused(database: Engine) -> None:
