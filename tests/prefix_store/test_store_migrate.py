@@ -70,8 +70,11 @@ def test_a_catalog_of_the_first_release_is_taken_over(database: Engine, tmp_path
             "INSERT INTO prefixes VALUES (1, 'acme', 'style', 3, 2)",
             *(
                 f"INSERT INTO versions VALUES (1, {version}, 'acme', '{'a' * 64}', '{base}',"
-                " 'hard_prompt', NULL, 9, NULL, 113, NULL, '{\"labels\":[]}', '2026-01-01')"
-                for version, base in ((1, "one"), (2, "two"))
+                f" 'hard_prompt', NULL, 9, NULL, 113, NULL, '{free}', '2026-01-01')"
+                for version, base, free in (
+                    (1, "one", '{"labels":[]}'),
+                    (2, "two", '{"labels":{"stage":2}}'),
+                )
             ),
             "INSERT INTO aliases VALUES (1, 'prod', 1)",
         ):
@@ -81,7 +84,8 @@ def test_a_catalog_of_the_first_release_is_taken_over(database: Engine, tmp_path
     found = store.resolve(tenant="acme", reference="style@prod")
     assert (found.version, found.metadata, found.labels) == (1, {"labels": []}, {})
     assert (found.creator, found.corrupt) == (None, False)
-    assert store.resolve(tenant="acme", reference="style").version == 2
+    found = store.resolve(tenant="acme", reference="style")
+    assert (found.version, found.metadata, found.labels) == (2, {"labels": {"stage": 2}}, {})
     with database.connect() as connection:
         rows = connection.execute(text("SELECT tenant, size_bytes, unreferenced_at FROM blobs"))
         assert rows.all() == [("acme", 113, None)]
