@@ -9,8 +9,13 @@
 ``want`` commits before the blob is written, ``claim`` in the transaction of the version, and
 ``collect`` removes blob and row under the row's lock. So whoever publishes either finds the row
 and keeps the blob, or finds none and starts over; a blob is never removed beneath a version.
+
+A row that is there need not be the row that was wanted: it may have gone, and its blob with it, and
+another publish, still to write the blob, made it anew. The row's ticket tells: all who want a blob
+share it, ``claim`` asks for it, and ``collect`` commits that it is void before it removes anything.
 """
 
+import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 
@@ -22,6 +27,7 @@ from sqlalchemy import (
     case,
     delete,
     exists,
+    func,
     select,
     tuple_,
     update,
@@ -35,16 +41,18 @@ _PAGE = 500
 
 
 class BlobCollected(Exception):
-    """The row of a blob went while a publish was on its way: begin again."""
+    """A collection came to a blob while a publish was on its way: begin again."""
 
 
-def claim(connection: Connection, key: BlobKey) -> None:
+def claim(connection: Connection, key: BlobKey, *, ticket: str) -> None:
     """A version has this blob from now on, and its bytes were just verified.
 
-    Raises BlobCollected when there is no such row.
+    Raises BlobCollected when there is no such row, or not with the ticket that ``want`` gave.
     """
     claimed = connection.execute(
-        update(blobs).where(_is(key)).values(unreferenced_at=None, corrupt_at=None)
+        update(blobs)
+        .where(_is(key), blobs.c.ticket == ticket)
+        .values(unreferenced_at=None, corrupt_at=None)
     )
     if claimed.rowcount == 0:
         raise BlobCollected
@@ -65,23 +73,34 @@ def release(connection: Connection, tenant: str, digests: Iterable[str], *, now:
 
 
 class BlobRows:
-    """Blobs of all tenants, as rows. Every method is one transaction, ``collect`` one for each."""
+    """Blobs of all tenants, as rows. Every method is one transaction, ``collect`` two for each."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def want(self, key: BlobKey, *, size_bytes: int, now: datetime) -> None:
-        """Note a blob that is about to be written: from here on collecting spares it."""
+    def want(self, key: BlobKey, *, size_bytes: int, now: datetime) -> str:
+        """Note a blob that is about to be written: from here on collecting spares it for its grace.
+
+        Gives the ticket to ``claim`` it with.
+        """
+        fresh = secrets.token_hex(16)
         with writing(self._engine) as connection:
             row = insert_into(connection, blobs).values(
-                tenant=key.tenant, digest=key.digest, size_bytes=size_bytes, unreferenced_at=now
+                tenant=key.tenant,
+                digest=key.digest,
+                size_bytes=size_bytes,
+                unreferenced_at=now,
+                ticket=fresh,
             )
-            still = case((blobs.c.unreferenced_at.is_not(None), now))
-            connection.execute(
-                row.on_conflict_do_update(
-                    index_elements=["tenant", "digest"], set_={"unreferenced_at": still}
-                )
+            noted = row.on_conflict_do_update(
+                index_elements=["tenant", "digest"],
+                set_={
+                    "unreferenced_at": case((blobs.c.unreferenced_at.is_not(None), now)),
+                    "ticket": func.coalesce(blobs.c.ticket, fresh),
+                },
             )
+            ticket: str = connection.execute(noted.returning(blobs.c.ticket)).scalar_one()
+            return ticket
 
     def adopt(self, found: Sequence[tuple[BlobKey, int]], *, now: datetime) -> int:
         """Make rows for blobs (with their sizes) that have none, unreferenced; how many."""
@@ -164,11 +183,13 @@ class BlobRows:
 
         The row stays locked meanwhile: a publish of the same bytes waits, and then finds no row.
         """
+        idle = and_(_is(key), blobs.c.unreferenced_at < before)
+        # Committed first: where the removal is cut short, its row stays and its blob may be gone.
+        with writing(self._engine) as connection:
+            connection.execute(update(blobs).where(idle, ~_referenced()).values(ticket=None))
         with writing(self._engine) as connection:
             locked = connection.execute(
-                select(blobs.c.digest)
-                .where(_is(key), blobs.c.unreferenced_at < before)
-                .with_for_update()
+                select(blobs.c.digest).where(idle, blobs.c.ticket.is_(None)).with_for_update()
             ).first()
             # Asked again, now that the row is locked: the first answer may have been older.
             if (

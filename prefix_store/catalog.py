@@ -55,11 +55,11 @@ class Catalog:
         """Give the draft's bytes a version under ``name`` and point ``latest`` at it.
 
         The same bytes for the same base keep the version they have, with its first metadata.
-        Raises BlobCollected when the blob's row is gone, and with it perhaps the blob.
+        Raises BlobCollected when a collection came to the blob since it was wanted.
         """
         with writing(self._engine) as connection:
             prefix_id, next_version, latest = prefix_for_writing(connection, tenant, name)
-            claim(connection, BlobKey(tenant, draft.digest))
+            claim(connection, BlobKey(tenant, draft.digest), ticket=draft.ticket)
             found = connection.execute(
                 select(versions.c.version).where(
                     versions.c.prefix_id == prefix_id,

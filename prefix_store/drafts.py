@@ -21,6 +21,8 @@ class Draft:
     metadata_json: str
     creator: str | None
     created_at: datetime
+    ticket: str
+    """What its blob was wanted with; see ``prefix_store.blob_rows``."""
 
 
 def locked(connection: Connection, tenant: str, name: str) -> int | None:

@@ -59,7 +59,7 @@ def encode_metadata(metadata: Mapping[str, Any] | None, *, base: BaseSpec) -> st
 def decode_metadata(raw: str) -> Details:
     """Stored metadata, taken apart. What was stored before a field was known stays in the rest."""
     free = json.loads(raw)
-    labels = free.pop("labels") if isinstance(free.get("labels"), dict) else {}
+    labels = free.pop("labels") if _are_labels(free.get("labels")) else {}
     texts = {name: free.pop(name) if isinstance(free.get(name), str) else None for name in _TEXTS}
     return Details(
         labels=labels,
@@ -67,6 +67,10 @@ def decode_metadata(raw: str) -> Details:
         prompt_template=texts["prompt_template"],
         free=free,
     )
+
+
+def _are_labels(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
 
 
 def _check_labels(labels: object) -> None:

@@ -11,7 +11,7 @@ from prefix_store.errors import SchemaRefused
 FIRST = "0001"
 """The tables of the first release, which made them without noting a revision."""
 
-HEAD = "0003"
+HEAD = "0004"
 """The tables of this version."""
 
 _LOCK = 0x70726566697864  # any number, but the same for all: "prefixd"

@@ -65,19 +65,23 @@ def referenced(tenant: str, reference: Reference) -> Select[Any]:
 def manifests(connection: Connection, statement: Select[Any]) -> tuple[Manifest, ...]:
     """Manifests of the versions that ``statement``, made here, selects; two queries."""
     found = connection.execute(statement).all()
-    names = _alias_names(connection, {row.prefix_id for row in found})
-    return tuple(
-        _manifest(row, aliases_of=names.get((row.prefix_id, row.version), ())) for row in found
-    )
+    names = _alias_names(connection, {(row.prefix_id, row.version) for row in found})
+    return tuple(_manifest(row, aliases_of=names[row.prefix_id, row.version]) for row in found)
 
 
 def _alias_names(
-    connection: Connection, prefix_ids: set[int]
-) -> dict[tuple[int, int], tuple[str, ...]]:
-    found: dict[tuple[int, int], tuple[str, ...]] = {}
-    for row in connection.execute(select(aliases).where(aliases.c.prefix_id.in_(prefix_ids))):
-        key = (row.prefix_id, row.version)
-        found[key] = (*found.get(key, ()), row.alias)
+    connection: Connection, keys: set[tuple[int, int]]
+) -> dict[tuple[int, int], list[str]]:
+    found: dict[tuple[int, int], list[str]] = {key: [] for key in keys}
+    numbers = [version for _, version in keys]
+    statement = select(aliases.c.prefix_id, aliases.c.version, aliases.c.alias).where(
+        aliases.c.prefix_id.in_({prefix_id for prefix_id, _ in keys}),
+        # A range, as a list of all numbers of a prefix may be longer than a statement may be.
+        aliases.c.version.between(min(numbers, default=0), max(numbers, default=0)),
+    )
+    for prefix_id, version, alias in connection.execute(statement):
+        if (prefix_id, version) in found:
+            found[prefix_id, version].append(alias)
     return found
 
 

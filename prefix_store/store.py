@@ -281,7 +281,7 @@ class PrefixStore:
         check_tenant(tenant)
         for _ in range(_PUBLISH_ATTEMPTS):
             try:
-                packed = self._write_blob(pack, tenant=tenant)
+                packed, ticket = self._write_blob(pack, tenant=tenant)
                 draft = Draft(
                     summary=summary,
                     digest=packed.digest,
@@ -290,6 +290,7 @@ class PrefixStore:
                     metadata_json=metadata_json,
                     creator=creator,
                     created_at=self._clock(),
+                    ticket=ticket,
                 )
                 return self._catalog.publish(draft, tenant=tenant, name=name, within=within)
             except BlobCollected:
@@ -297,14 +298,14 @@ class PrefixStore:
                 continue
         raise RuntimeError("blobs are collected faster than they are published: the grace is 0")
 
-    def _write_blob(self, pack: Callable[[Path], Packed], *, tenant: str) -> Packed:
+    def _write_blob(self, pack: Callable[[Path], Packed], *, tenant: str) -> tuple[Packed, str]:
         with self._blobs.staging() as staged:
             packed = pack(staged)
-            self._rows.want(
+            ticket = self._rows.want(
                 BlobKey(tenant, packed.digest), size_bytes=packed.size_bytes, now=self._clock()
             )
             try:
                 self._blobs.put(staged, tenant=tenant, digest=packed.digest)
             except UnknownPrefix:  # when it was read back
                 raise BlobCollected from None
-        return packed
+        return packed, ticket

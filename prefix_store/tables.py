@@ -99,4 +99,6 @@ blobs = Table(
     Column("unreferenced_at", UtcDateTime, index=True),
     # When its bytes were found changed or gone; not read again until they are uploaded again.
     Column("corrupt_at", UtcDateTime),
+    # What a publish that wants the blob must still find when it has written it; null: start over.
+    Column("ticket", String(32)),
 )

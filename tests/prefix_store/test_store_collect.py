@@ -13,6 +13,8 @@ from store_home import Home
 from prefix_store.collect import Collected, Sweeper
 from prefix_store.database import reading
 from prefix_store.digest import BlobKey
+from prefix_store.drafts import Draft
+from prefix_store.manifest import Published
 from prefix_store.tables import blobs
 
 DAY = timedelta(days=1)
@@ -116,22 +118,65 @@ def test_which_blobs_no_version_has_any_more(home: Home, monkeypatch: pytest.Mon
     assert home.store.deleted(list(keys)) == home.store.deleted([]) == ()
 
 
+@pytest.fixture
+def overtaken(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Published]:
+    """Publishes, and twice lets something happen between its blob and its row."""
+
+    def publish(happens: Callable[[BlobKey], None]) -> Published:
+        late, left = home.store._catalog.publish, [happens] * 2
+
+        def publish_late(draft: Draft, **options: Any) -> Published:
+            if left:
+                left.pop()(BlobKey("acme", draft.digest))
+                assert home.held() == set()
+            return late(draft, **options)
+
+        monkeypatch.setattr(home.store._catalog, "publish", publish_late)
+        published = home.put()
+        assert left == []
+        return published
+
+    return publish
+
+
 def test_a_publish_that_is_overtaken_by_a_collection_begins_again(
-    home: Home, monkeypatch: pytest.MonkeyPatch
+    home: Home, overtaken: Callable[..., Published]
 ) -> None:
-    publish = home.store._catalog.publish
-    taken: list[Any] = []
+    def collected(_: BlobKey) -> None:
+        assert home.store.collect(grace=NOW).blobs == 1
 
-    def overtaken(*arguments: Any, **options: Any) -> Any:
-        if not taken:
-            taken.append(home.store.collect(grace=NOW).blobs)
-            assert home.held() == set()
-        return publish(*arguments, **options)
-
-    monkeypatch.setattr(home.store._catalog, "publish", overtaken)
-    manifest = home.put().manifest
-    assert taken == [1]
+    manifest = overtaken(collected).manifest
     assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
+
+
+def test_a_row_that_another_publish_made_anew_does_not_vouch_for_a_blob(
+    home: Home, overtaken: Callable[..., Published]
+) -> None:
+    def collected_and_wanted(key: BlobKey) -> None:
+        assert home.store.collect(grace=NOW).blobs == 1
+        # Another publish of the same bytes comes as far as this, and is killed.
+        home.store._rows.want(key, size_bytes=1, now=home.clock())
+
+    manifest = overtaken(collected_and_wanted).manifest
+    assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
+
+
+def test_a_row_that_a_killed_collection_left_does_not_vouch_for_a_blob(
+    home: Home, overtaken: Callable[..., Published]
+) -> None:
+    def half_collected(key: BlobKey) -> None:
+        def killed() -> None:
+            home.blobs.delete(tenant=key.tenant, digest=key.digest)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            home.store._rows.collect(key, before=home.clock() - NOW, remove=killed)
+
+    manifest = overtaken(half_collected).manifest
+    assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
+    home.store.delete(tenant="acme", name="style")
+    assert home.store.collect(grace=NOW).blobs == 1
+    assert home.held() == set()
 
 
 def test_of_two_deletes_at_once_one_finds_that_it_was_the_last(home: Home) -> None:
@@ -156,9 +201,12 @@ def test_of_two_deletes_at_once_one_finds_that_it_was_the_last(home: Home) -> No
     assert home.held() == set()
 
 
-def test_racing_publishes_deletes_and_collections_never_lose_a_blob(home: Home) -> None:
-    """Each delete has a collection follow it: more of them would be faster than a slow machine
-    publishes, which the store gives up against."""
+def test_racing_publishes_deletes_and_collections_never_lose_a_blob(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each delete has a collection follow it, and a publish may begin again after every one."""
+    names, times = ("a", "b", "c"), 8
+    monkeypatch.setattr("prefix_store.store._PUBLISH_ATTEMPTS", len(names) * times + 1)
     stop, deleted = threading.Event(), threading.Semaphore(0)
 
     def collect() -> int:
@@ -169,7 +217,7 @@ def test_racing_publishes_deletes_and_collections_never_lose_a_blob(home: Home) 
         return removed
 
     def publish(name: str) -> None:
-        for number in range(8):
+        for number in range(times):
             home.put_text(f"text {number % 2}", name)
             manifest = home.store.resolve(tenant="acme", reference=name)
             assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
@@ -179,7 +227,7 @@ def test_racing_publishes_deletes_and_collections_never_lose_a_blob(home: Home) 
     with ThreadPoolExecutor(4) as pool:
         collector = pool.submit(collect)
         try:
-            list(pool.map(publish, ["a", "b", "c"]))
+            list(pool.map(publish, names))
         finally:
             stop.set()
         removed = collector.result()

@@ -119,6 +119,28 @@ class StoreMachine(RuleBasedStateMachine):
         published = self.put(tenant, name, text)
         assert (published.manifest.version, published.created) == (version, created)
 
+    @rule(tenant=tenants, name=names, text=texts, again=st.booleans())
+    def publish_overtaken(self, tenant: str, name: str, text: str, again: bool) -> None:
+        """A publish takes longer than the grace, and a collection and another publish of the same
+        bytes, killed before it wrote them, come between its blob and its row."""
+        key = self.key(tenant, text)
+        known = key in self.referenced()
+        publish = self.store._catalog.publish
+
+        def late(*arguments: Any, **options: Any) -> Any:
+            patch.undo()
+            if not known:
+                self.idle[key] = self.now
+            self.now += 2 * GRACE
+            self.collect(tenant, [], adopt=False)
+            if again:
+                self.store._rows.want(key, size_bytes=1, now=self.now)
+            return publish(*arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.store._catalog, "publish", late)
+            self.publish(tenant, name, text)
+
     @rule(
         tenant=tenants,
         name=names,

@@ -2,7 +2,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,9 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect, select, text
 from store_home import Home
 
+from prefix_store.blob_rows import BlobRows, claim
 from prefix_store.database import create_tables, metadata, open_database, writing
+from prefix_store.digest import BlobKey
 from prefix_store.errors import SchemaRefused
 from prefix_store.migrate import FIRST, HEAD, configured, revision, upgrade
 from prefix_store.store import PrefixStore
@@ -68,8 +70,11 @@ def test_a_catalog_of_the_first_release_is_taken_over(database: Engine, tmp_path
             "INSERT INTO prefixes VALUES (1, 'acme', 'style', 3, 2)",
             *(
                 f"INSERT INTO versions VALUES (1, {version}, 'acme', '{'a' * 64}', '{base}',"
-                " 'hard_prompt', NULL, 9, NULL, 113, NULL, '{\"labels\":[]}', '2026-01-01')"
-                for version, base in ((1, "one"), (2, "two"))
+                f" 'hard_prompt', NULL, 9, NULL, 113, NULL, '{free}', '2026-01-01')"
+                for version, base, free in (
+                    (1, "one", '{"labels":[]}'),
+                    (2, "two", '{"labels":{"stage":2}}'),
+                )
             ),
             "INSERT INTO aliases VALUES (1, 'prod', 1)",
         ):
@@ -79,7 +84,8 @@ def test_a_catalog_of_the_first_release_is_taken_over(database: Engine, tmp_path
     found = store.resolve(tenant="acme", reference="style@prod")
     assert (found.version, found.metadata, found.labels) == (1, {"labels": []}, {})
     assert (found.creator, found.corrupt) == (None, False)
-    assert store.resolve(tenant="acme", reference="style").version == 2
+    found = store.resolve(tenant="acme", reference="style")
+    assert (found.version, found.metadata, found.labels) == (2, {"labels": {"stage": 2}}, {})
     with database.connect() as connection:
         rows = connection.execute(text("SELECT tenant, size_bytes, unreferenced_at FROM blobs"))
         assert rows.all() == [("acme", 113, None)]
@@ -95,6 +101,24 @@ def test_tenants_of_before_weigh_the_same_and_reuse(database: Engine) -> None:
     with database.connect() as connection:
         found = connection.execute(select(tables.tenants)).one()
     assert (found.name, found.weight, found.kv_reuse) == ("acme", 1.0, True)
+
+
+def test_blobs_of_before_are_wanted_and_collected_like_others(database: Engine) -> None:
+    wanted, idle = (BlobKey("acme", digit * 64) for digit in "ab")
+    with writing(database) as connection:
+        command.upgrade(configured(connection), "0003")
+        for key in (wanted, idle):
+            statement = (
+                f"INSERT INTO blobs VALUES ('acme', '{key.digest}', 113, '2026-01-01', NULL)"
+            )
+            connection.exec_driver_sql(statement)
+    upgrade(database)
+    rows, now = BlobRows(database), datetime(2026, 1, 2, tzinfo=UTC)
+    ticket = rows.want(wanted, size_bytes=113, now=now)
+    with writing(database) as connection:
+        claim(connection, wanted, ticket=ticket)
+    assert list(rows.unreferenced(before=now)) == [(idle, 113)]
+    assert rows.collect(idle, before=now, remove=lambda: None)
 
 
 def test_a_database_of_a_later_version_is_refused(database: Engine) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from real_services import Postgres
 from sqlalchemy import Engine, text
+from store_home import Home
 
 from prefix_store.blobs import open_blobs
 from prefix_store.database import create_tables, open_database, writing
@@ -148,6 +149,30 @@ def test_a_million_take_as_long_as_a_thousand(catalogs: tuple[Catalog, Catalog])
         while measured[-1] >= LIMIT and len(measured) < TRIES:
             measured.append(ratio(*ASKED[name], catalogs))
     assert max(map(min, ratios.values())) < LIMIT, ratios
+
+
+def test_a_version_takes_time_for_each_of_its_aliases_once(home: Home) -> None:
+    def seconds(name: str, count: int) -> float:
+        home.put_text("text", name)
+        names = [{"alias": f"a{number}", "name": name} for number in range(count)]
+        with writing(home.database) as connection:
+            connection.execute(
+                text(
+                    "INSERT INTO aliases (prefix_id, alias, version) "
+                    "SELECT id, :alias, 1 FROM prefixes WHERE name = :name"
+                ),
+                names,
+            )
+        taken = []
+        for _ in range(3):
+            began = time.perf_counter()
+            manifest = home.store.resolve(tenant="acme", reference=name)
+            taken.append(time.perf_counter() - began)
+            assert len(manifest.aliases) == count + 1
+        return min(taken)
+
+    few, many = seconds("few", 2_500), seconds("many", 40_000)
+    assert many / few < 3 * 16
 
 
 def ratio(ask: Callable[[Catalog], None], times: int, catalogs: tuple[Catalog, Catalog]) -> float:
