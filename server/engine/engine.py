@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from server.engine.config import SchedulerConfig
@@ -30,7 +31,7 @@ from server.engine.request import (
     QueueFull,
 )
 from server.engine.scheduler import Progress, Scheduler
-from server.engine.sequence import Sequence
+from server.engine.sequence import Sequence, sequences_of
 from server.engine.stats import EngineStats, StatsKeeper
 from server.engine.step import (
     Detokenizer,
@@ -243,7 +244,7 @@ class Engine:
             self._close_each(self.scheduler.expire(now=now))
             step = self.scheduler.schedule(now=now)
             for key in step.fetches:
-                self._fetchers.fetch(key, self._fetch_ended)
+                self._fetchers.fetch(key, partial(self._fetch_ended, self.scheduler))
             busy = step.has_work
             if busy:
                 self._run(step)
@@ -338,16 +339,7 @@ class Engine:
         seed = request.sampling.seed
         base_seed = secrets.randbits(63) if seed is None else seed
         self._stats.prompt_tokens += len(request.prompt) * request.n
-        sequences = [
-            Sequence(
-                seq_id=self._next_id + index,
-                request=request,
-                index=index,
-                seed=base_seed + index,
-                tokens=list(request.prompt),
-            )
-            for index in range(request.n)
-        ]
+        sequences = sequences_of(request, first_id=self._next_id, seed=base_seed)
         self._next_id += request.n
         for sequence in sequences:
             self._replies.open(sequence, on_event)
@@ -355,15 +347,20 @@ class Engine:
         for sequence in sequences:
             self._close_each(self.scheduler.add(sequence, now=now))
 
-    def _fetch_ended(self, key: PrefixKey, payload: StagedPrefix | None, error: str) -> None:
-        """On a fetch thread: pass on what came of it."""
+    def _fetch_ended(
+        self, asker: Scheduler, key: PrefixKey, payload: StagedPrefix | None, error: str
+    ) -> None:
+        """On a fetch thread: pass on what came of it, but to nobody but who asked for it: since
+        the loop started over another fetch may have brought the prefix."""
 
         def take_in() -> None:
             now = time.monotonic()
+            if asker is not self.scheduler:
+                return
             if payload is None:
-                self._close_each(self.scheduler.prefix_failed(key, error, now=now))
+                self._close_each(asker.prefix_failed(key, error, now=now))
             else:
-                self._close_each(self.scheduler.prefix_staged(key, payload, now=now))
+                self._close_each(asker.prefix_staged(key, payload, now=now))
 
         self._post(take_in)
 

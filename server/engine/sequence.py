@@ -137,3 +137,17 @@ class Sequence:
             f"Sequence({self.seq_id}, {self.tenant}, {self.state.name.lower()}, "
             f"{self.num_computed}/{len(self.tokens)} tokens, {len(self.block_table)} blocks)"
         )
+
+
+def sequences_of(request: AdmittedRequest, *, first_id: int, seed: int) -> list[Sequence]:
+    """The ``n`` sequences that ``request`` asks for, with ids and seeds that follow each other."""
+    return [
+        Sequence(
+            seq_id=first_id + index,
+            request=request,
+            index=index,
+            seed=seed + index,
+            tokens=list(request.prompt),
+        )
+        for index in range(request.n)
+    ]
