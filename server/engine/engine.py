@@ -218,22 +218,20 @@ class Engine:
     # -- the loop ----
 
     def _loop(self) -> None:
-        while True:
-            try:
-                self._take_turns()
-                break
-            except Exception:
-                log.exception("the step loop failed; %d sequences end", len(self._replies.all()))
-                self._stats.restarts += 1
-                if not self._health.may_restart(now=time.monotonic()):
-                    self._start_over("the engine stopped unexpectedly")
+        try:
+            while True:
+                try:
+                    self._take_turns()
                     break
-                self._start_over("the engine had to start over; please try again")
-        with self._wake:
-            self._stopping = self._closed = True
-        self._take_inbox(patience=0.0)  # what came last is aborted, and nothing comes any more
-        self._end_each(self._replies.all(), FinishReason.ABORT)
-        self._publish()
+                except Exception as error:  # noqa: BLE001 - logged there
+                    if not self._start_over(error):
+                        break
+        finally:
+            with self._wake:
+                self._stopping = self._closed = True
+            self._take_inbox(patience=0.0)  # what came last is aborted, and nothing comes any more
+            self._end_each(self._replies.all(), FinishReason.ABORT)
+            self._publish()
 
     def _take_turns(self) -> None:
         """Until it is time to stop: take what was posted, run a step, tell what came of it."""
@@ -314,16 +312,22 @@ class Engine:
             self.scheduler.step_failed(step, message, now=now, out_of_memory=out_of_memory)
         )
 
-    def _start_over(self, error: str) -> None:
-        """End what is alive without asking the scheduler, and begin with an empty one."""
-        for sequence in self._replies.all():
+    def _start_over(self, error: Exception) -> bool:
+        """End what is alive, begin with an empty scheduler; False: there is no use in going on."""
+        alive = self._replies.all()
+        log.error("the step loop failed; %d sequences end", len(alive), exc_info=error)
+        self._stats.restarts += 1
+        goes_on = self._health.may_restart(now=time.monotonic())
+        message = "had to start over; please try again" if goes_on else "stopped unexpectedly"
+        for sequence in alive:
             if not sequence.finished:
-                sequence.finish(FinishReason.ERROR, error=error)
+                sequence.finish(FinishReason.ERROR, error=f"the engine {message}")
             self._close_each([sequence])
         self.scheduler = self._new_scheduler()
         pins, caps = self._pins
         self.scheduler.arrivals.set_pins(pins, caps=caps)
         self._publish()
+        return goes_on
 
     def _publish(self) -> None:
         """Let other threads see where things stand."""
@@ -341,8 +345,7 @@ class Engine:
         self._stats.prompt_tokens += len(request.prompt) * request.n
         sequences = sequences_of(request, first_id=self._next_id, seed=base_seed)
         self._next_id += request.n
-        for sequence in sequences:
-            self._replies.open(sequence, on_event)
+        self._replies.open(sequences, on_event)
         self._gate.entered(request)
         for sequence in sequences:
             self._close_each(self.scheduler.add(sequence, now=now))
@@ -369,11 +372,11 @@ class Engine:
     def _report(self, item: Progress) -> None:
         sequence, sampled = item.sequence, item.sampled
         if sampled is not None and sequence.reason is not FinishReason.STOP:
-            stop = self._replies.token(sequence, sampled)
-            if stop is not None and sequence.finished:
-                sequence.reason, sequence.stop = FinishReason.STOP, stop
-            elif stop is not None:
-                self.scheduler.end(sequence, FinishReason.STOP, stop=stop)
+            end = self._replies.token(sequence, sampled)
+            if end is not None and not sequence.finished:
+                self.scheduler.end(sequence, end.reason, stop=end.stop, error=end.error)
+            elif end is not None:
+                sequence.correct(end.reason, stop=end.stop, error=end.error)
         if sequence.finished:
             self._close_each([sequence])
 

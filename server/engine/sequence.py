@@ -118,6 +118,17 @@ class Sequence:
         self._move(State.FINISHED)
         self.reason, self.stop, self.error = reason, stop, error
 
+    def correct(
+        self,
+        reason: FinishReason,
+        *,
+        stop: str | int | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Say otherwise how it ended: its last text decides."""
+        assert self.finished
+        self.reason, self.stop, self.error = reason, stop, error
+
     def append(self, token_id: int) -> FinishReason | None:
         """Take a sampled token and say whether it ends the sequence (without ending it)."""
         self.tokens.append(token_id)
