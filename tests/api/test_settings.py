@@ -157,6 +157,25 @@ def test_doctor(tmp_path: Path) -> None:
     assert "FAIL data" in result.stdout
 
 
+@pytest.mark.parametrize("model", ["/nowhere/model", "./nowhere", "../nowhere/model", "a/b/c"])
+def test_a_model_folder_that_is_not_there_is_called_that(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from server.cli import _load
+
+    sentence = f"the model folder {model} is not there"
+    found = json.loads(run("doctor", "--model", model, "--device", "cpu", "--json", code=1).stdout)
+    assert found["model"] == {"ok": False, "detail": sentence}
+    with pytest.raises(typer.Exit):
+        _load(Settings(model=model, device="cpu"))
+    assert capsys.readouterr().err == f"prefixd: {sentence}\n"
+
+
+def test_a_name_that_is_no_folder_is_one_on_hugging_face() -> None:
+    found = run_json("doctor", "--model", "org/model", "--device", "cpu")
+    assert found["model"]["detail"] == "org/model would be looked up on Hugging Face"
+
+
 NO_DATABASE = "postgresql://postgres@127.0.0.1:1/none"
 
 
