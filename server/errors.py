@@ -12,6 +12,7 @@
     ├── SlowBody                  408 request_timeout
     ├── Conflict                  409 conflict
     ├── TooLarge                  413 request_too_large
+    ├── RangeNotSatisfiable       416 range_not_satisfiable
     ├── Unprocessable             422 invalid_prefix
     ├── RateLimited               429 rate_limit_exceeded
     │   └── QuotaExceeded         429 insufficient_quota
@@ -118,6 +119,14 @@ class TooLarge(PrefixdError):
     status = 413
     type = "invalid_request_error"
     default_code = "request_too_large"
+
+
+class RangeNotSatisfiable(PrefixdError):
+    """A part of a file is asked for that the file does not have."""
+
+    status = 416
+    type = "invalid_request_error"
+    default_code = "range_not_satisfiable"
 
 
 class Unprocessable(PrefixdError):

@@ -39,6 +39,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (408, "The body stalled."),
         (409, "The state of the thing does not allow this now."),
         (413, "The body is too large."),
+        (416, "The file has no such part."),
         (422, "The uploaded prefix is refused."),
         (429, "The tenant is over one of its limits."),
         (500, "The server failed."),

@@ -5,7 +5,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse
 from pydantic import Field
 
 from server.api.auth import Acting, Reader, Writer
@@ -13,6 +12,7 @@ from server.api.body import StrictModel, json_body, json_request
 from server.api.manifests import PrefixList, PrefixManifest, PrefixShown, VersionList
 from server.api.noted import Noted
 from server.api.services import ServicesDep
+from server.api.stored_file import StoredFile
 from server.tenants.audit import Action
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
@@ -75,16 +75,16 @@ def list_versions(
 
 @router.get(
     "/{name}/versions/{version}/content",
-    response_class=FileResponse,
+    response_class=StoredFile,
     responses={200: {"content": {"application/octet-stream": {}}}},
 )
 def get_content(
     name: str, version: Version, services: ServicesDep, principal: Reader
-) -> FileResponse:
+) -> StoredFile:
     """The stored artifact, byte for byte; its SHA-256 is the digest."""
     manifest = services.store.manifest(tenant=principal.tenant, name=name, version=version)
     path = services.store.fetch(tenant=principal.tenant, digest=manifest.digest)
-    return FileResponse(
+    return StoredFile(
         path,
         media_type="application/octet-stream",
         filename=f"{manifest.name}-{manifest.version}.prefix",

@@ -86,7 +86,9 @@ class GenerationFields(StrictModel):
 
     top_k: int | None = Field(default=None, ge=-1, description="0 or -1: off.")
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    repetition_penalty: float | None = Field(
+        default=None, ge=0.01, le=10, description="Nearer to 0 logits would overflow."
+    )
     ignore_eos: bool | None = Field(
         default=None, description="Go on after the model's own end of text."
     )

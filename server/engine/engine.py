@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from server.engine.config import SchedulerConfig
@@ -30,7 +31,7 @@ from server.engine.request import (
     QueueFull,
 )
 from server.engine.scheduler import Progress, Scheduler
-from server.engine.sequence import Sequence
+from server.engine.sequence import Sequence, sequences_of
 from server.engine.stats import EngineStats, StatsKeeper
 from server.engine.step import (
     Detokenizer,
@@ -217,22 +218,20 @@ class Engine:
     # -- the loop ----
 
     def _loop(self) -> None:
-        while True:
-            try:
-                self._take_turns()
-                break
-            except Exception:
-                log.exception("the step loop failed; %d sequences end", len(self._replies.all()))
-                self._stats.restarts += 1
-                if not self._health.may_restart(now=time.monotonic()):
-                    self._start_over("the engine stopped unexpectedly")
+        try:
+            while True:
+                try:
+                    self._take_turns()
                     break
-                self._start_over("the engine had to start over; please try again")
-        with self._wake:
-            self._stopping = self._closed = True
-        self._take_inbox(patience=0.0)  # what came last is aborted, and nothing comes any more
-        self._end_each(self._replies.all(), FinishReason.ABORT)
-        self._publish()
+                except Exception as error:  # noqa: BLE001 - logged there
+                    if not self._start_over(error):
+                        break
+        finally:
+            with self._wake:
+                self._stopping = self._closed = True
+            self._take_inbox(patience=0.0)  # what came last is aborted, and nothing comes any more
+            self._end_each(self._replies.all(), FinishReason.ABORT)
+            self._publish()
 
     def _take_turns(self) -> None:
         """Until it is time to stop: take what was posted, run a step, tell what came of it."""
@@ -243,7 +242,7 @@ class Engine:
             self._close_each(self.scheduler.expire(now=now))
             step = self.scheduler.schedule(now=now)
             for key in step.fetches:
-                self._fetchers.fetch(key, self._fetch_ended)
+                self._fetchers.fetch(key, partial(self._fetch_ended, self.scheduler))
             busy = step.has_work
             if busy:
                 self._run(step)
@@ -313,16 +312,22 @@ class Engine:
             self.scheduler.step_failed(step, message, now=now, out_of_memory=out_of_memory)
         )
 
-    def _start_over(self, error: str) -> None:
-        """End what is alive without asking the scheduler, and begin with an empty one."""
-        for sequence in self._replies.all():
+    def _start_over(self, error: Exception) -> bool:
+        """End what is alive, begin with an empty scheduler; False: there is no use in going on."""
+        alive = self._replies.all()
+        log.error("the step loop failed; %d sequences end", len(alive), exc_info=error)
+        self._stats.restarts += 1
+        goes_on = self._health.may_restart(now=time.monotonic())
+        message = "had to start over; please try again" if goes_on else "stopped unexpectedly"
+        for sequence in alive:
             if not sequence.finished:
-                sequence.finish(FinishReason.ERROR, error=error)
+                sequence.finish(FinishReason.ERROR, error=f"the engine {message}")
             self._close_each([sequence])
         self.scheduler = self._new_scheduler()
         pins, caps = self._pins
         self.scheduler.arrivals.set_pins(pins, caps=caps)
         self._publish()
+        return goes_on
 
     def _publish(self) -> None:
         """Let other threads see where things stand."""
@@ -338,32 +343,27 @@ class Engine:
         seed = request.sampling.seed
         base_seed = secrets.randbits(63) if seed is None else seed
         self._stats.prompt_tokens += len(request.prompt) * request.n
-        sequences = [
-            Sequence(
-                seq_id=self._next_id + index,
-                request=request,
-                index=index,
-                seed=base_seed + index,
-                tokens=list(request.prompt),
-            )
-            for index in range(request.n)
-        ]
+        sequences = sequences_of(request, first_id=self._next_id, seed=base_seed)
         self._next_id += request.n
-        for sequence in sequences:
-            self._replies.open(sequence, on_event)
+        self._replies.open(sequences, on_event)
         self._gate.entered(request)
         for sequence in sequences:
             self._close_each(self.scheduler.add(sequence, now=now))
 
-    def _fetch_ended(self, key: PrefixKey, payload: StagedPrefix | None, error: str) -> None:
-        """On a fetch thread: pass on what came of it."""
+    def _fetch_ended(
+        self, asker: Scheduler, key: PrefixKey, payload: StagedPrefix | None, error: str
+    ) -> None:
+        """On a fetch thread: pass on what came of it, but to nobody but who asked for it: since
+        the loop started over another fetch may have brought the prefix."""
 
         def take_in() -> None:
             now = time.monotonic()
+            if asker is not self.scheduler:
+                return
             if payload is None:
-                self._close_each(self.scheduler.prefix_failed(key, error, now=now))
+                self._close_each(asker.prefix_failed(key, error, now=now))
             else:
-                self._close_each(self.scheduler.prefix_staged(key, payload, now=now))
+                self._close_each(asker.prefix_staged(key, payload, now=now))
 
         self._post(take_in)
 
@@ -372,11 +372,11 @@ class Engine:
     def _report(self, item: Progress) -> None:
         sequence, sampled = item.sequence, item.sampled
         if sampled is not None and sequence.reason is not FinishReason.STOP:
-            stop = self._replies.token(sequence, sampled)
-            if stop is not None and sequence.finished:
-                sequence.reason, sequence.stop = FinishReason.STOP, stop
-            elif stop is not None:
-                self.scheduler.end(sequence, FinishReason.STOP, stop=stop)
+            end = self._replies.token(sequence, sampled)
+            if end is not None and not sequence.finished:
+                self.scheduler.end(sequence, end.reason, stop=end.stop, error=end.error)
+            elif end is not None:
+                sequence.correct(end.reason, stop=end.stop, error=end.error)
         if sequence.finished:
             self._close_each([sequence])
 

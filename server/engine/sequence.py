@@ -118,6 +118,17 @@ class Sequence:
         self._move(State.FINISHED)
         self.reason, self.stop, self.error = reason, stop, error
 
+    def correct(
+        self,
+        reason: FinishReason,
+        *,
+        stop: str | int | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Say otherwise how it ended: its last text decides."""
+        assert self.finished
+        self.reason, self.stop, self.error = reason, stop, error
+
     def append(self, token_id: int) -> FinishReason | None:
         """Take a sampled token and say whether it ends the sequence (without ending it)."""
         self.tokens.append(token_id)
@@ -137,3 +148,17 @@ class Sequence:
             f"Sequence({self.seq_id}, {self.tenant}, {self.state.name.lower()}, "
             f"{self.num_computed}/{len(self.tokens)} tokens, {len(self.block_table)} blocks)"
         )
+
+
+def sequences_of(request: AdmittedRequest, *, first_id: int, seed: int) -> list[Sequence]:
+    """The ``n`` sequences that ``request`` asks for, with ids and seeds that follow each other."""
+    return [
+        Sequence(
+            seq_id=first_id + index,
+            request=request,
+            index=index,
+            seed=seed + index,
+            tokens=list(request.prompt),
+        )
+        for index in range(request.n)
+    ]

@@ -17,18 +17,21 @@ class Throttle:
         self.num_shrinks = 0
 
     def shrink(self, step: Step) -> bool:
-        """Halve what ``step`` was; False when it was as small as can be."""
-        parts = step.num_parts
-        longest = max(
-            [len(chunk.tokens) for chunk in step.chunks]
-            + [part.stop - part.start for part in step.compiles],
-            default=1,
-        )
+        """Halve what of ``step`` can be halved; False when it was as small as can be.
+
+        What it carried one of says nothing of how many there may be. And what it was to save is
+        gone: the next step needs no room for that.
+        """
+        rows = len(step.chunks)
+        compiled = sum(part.stop - part.start for part in step.compiles)
+        longest = max([compiled, *(len(chunk.tokens) for chunk in step.chunks)])
         self._went_well = 0
         self.num_shrinks += 1
-        self.max_running = max(1, min(self.max_running, parts // 2))
-        self.max_chunk = max(1, min(self.max_chunk, longest // 2))
-        return parts > 1 or longest > 1
+        if rows > 1:
+            self.max_running = min(self.max_running, rows // 2)
+        if longest > 1:
+            self.max_chunk = min(self.max_chunk, longest // 2)
+        return rows > 1 or longest > 1 or bool(step.saves)
 
     def step_went_well(self) -> None:
         """Count one towards the old limits."""

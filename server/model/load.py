@@ -46,13 +46,28 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def is_folder(model: str) -> bool:
+    """Whether ``model`` is a local folder; else it is the name of one on Hugging Face.
+
+    Raises FileNotFoundError for what can be no such name, and is no folder either.
+    """
+    if Path(model).is_dir():
+        return True
+    if model.startswith(("/", ".", "~")) or model.endswith("/") or model.count("/") > 1:
+        raise FileNotFoundError(f"the model folder {model} is not there")
+    return False
+
+
 def load_base(model: str, *, dtype: str, device: str, cache_dir: Path) -> LoadedBase:
     """Load ``model``: ``demo``, a local folder or a Hugging Face id.
 
     Raises UnsupportedModel for what cannot be served correctly, DemoModelMissing when the demo
     model's package is not installed, and OSError when the model cannot be found.
     """
-    source = str(demo_model(cache_dir, progress=log.info)) if model == "demo" else model
+    if model == "demo":
+        source, name = str(demo_model(cache_dir, progress=log.info)), MODEL_ID.rpartition("/")[2]
+    else:
+        source, name = model, Path(model).resolve().name if is_folder(model) else model
     config = AutoConfig.from_pretrained(source)
     refuse_unsupported(config)
     # Weights are taken in the checkpoint's own dtype first: the fingerprint must not depend on
@@ -61,7 +76,6 @@ def load_base(model: str, *, dtype: str, device: str, cache_dir: Path) -> Loaded
         module = AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto")
     except ValueError as error:
         raise UnsupportedModel(f"{model}: {error}") from error
-    name = MODEL_ID.rsplit("/", maxsplit=1)[-1] if model == "demo" else _name_of(model)
     tokenizer = AutoTokenizer.from_pretrained(source)
     return prepare_base(module, tokenizer, name=name, dtype=dtype, device=device)
 
@@ -126,11 +140,6 @@ def fingerprint_of(module: Any, tokenizer: Any) -> str:
     if tokenizer is not None:
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()
-
-
-def _name_of(model: str) -> str:
-    path = Path(model)
-    return path.resolve().name if path.exists() else model
 
 
 def _eos_token_ids(module: Any, tokenizer: Any) -> frozenset[int]:

@@ -21,6 +21,12 @@ from server.model.load import LoadedBase
 from server.model.sampler import sample
 from server.model.staged import StagedEmbeddings, StagedKV, StagedTokens
 
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "error: out of memory",  # the CUDA runtime and driver; an AcceleratorError where torch has one
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
 
 class TorchRunner:
     """Runs steps on an unmodified transformers model; owns the KV pool. One thread at a time."""
@@ -156,6 +162,6 @@ def _lay_out(chunks: tuple[Chunk, ...], compiles: list[CompileChunk]) -> list[Ro
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """CUDA has a class for it; the CPU's allocator raises a RuntimeError like any other."""
+    """Only torch's own allocator on the device has a class for it."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return known or any(words in str(error) for words in _OUT_OF_MEMORY)

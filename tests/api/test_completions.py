@@ -220,6 +220,8 @@ def test_the_pool_bounds_too(client: TestClient, world: World) -> None:
         ({"temperature": -1}, "temperature", "received -1"),
         ({"temperature": True}, "temperature", "received true"),
         ({"top_p": 0}, "top_p", "received 0"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty", "0.01"),
+        ({"repetition_penalty": 11}, "repetition_penalty", "received 11"),
         ({"logit_bias": {"257": 1}}, "logit_bias", "257"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "expected"),
         ({"stop": ""}, "stop", "1 to 1024"),

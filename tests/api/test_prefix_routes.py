@@ -88,6 +88,36 @@ def test_the_content_has_the_digest(client: TestClient) -> None:
     assert answer.headers["x-prefixd-prefix-digest"] == digest
 
 
+@pytest.mark.parametrize(
+    ("asked", "status", "code"),
+    [
+        ("lines=1-2", 400, "invalid_range"),
+        ("bytes=9-1", 400, "invalid_range"),
+        ("rubbish", 400, "invalid_range"),
+        ("bytes=999999-", 416, "range_not_satisfiable"),
+    ],
+)
+def test_a_bad_range_is_refused_in_the_shape_of_every_error(
+    client: TestClient, asked: str, status: int, code: str
+) -> None:
+    client.put("/v1/prefixes/voice", files=files())
+    where = "/v1/prefixes/voice/versions/1/content"
+    size = len(client.get(where).content)
+    answer = client.get(where, headers={"Range": asked})
+    assert answer.status_code == status
+    assert error_of(answer)["code"] == code
+    assert answer.headers.get("content-range") == (f"bytes */{size}" if status == 416 else None)
+    assert "etag" not in answer.headers
+
+
+def test_a_part_of_the_content(client: TestClient) -> None:
+    client.put("/v1/prefixes/voice", files=files())
+    where = "/v1/prefixes/voice/versions/1/content"
+    whole, part = client.get(where), client.get(where, headers={"Range": "bytes=4-9"})
+    assert part.status_code == 206
+    assert part.content == whole.content[4:10]
+
+
 def test_look_list_and_page(client: TestClient, world: World) -> None:
     for name in ("a", "b", "c"):
         put_text(client, name, f"text {name}", world.headers())

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from prefix_store.database import create_tables, open_database
 from server.cli import app
+from server.listening import address, bind
 from server.settings import ENV_PREFIX, Settings
 from server.tenants import keys
 from server.tenants.registry import Tenants
@@ -155,6 +157,48 @@ def test_doctor(tmp_path: Path) -> None:
     blocked.write_text("")
     result = run("doctor", "--data-dir", str(blocked / "x"), "--device", "cpu", code=1)
     assert "FAIL data" in result.stdout
+
+
+@pytest.mark.parametrize("model", ["/nowhere/model", "./nowhere", "../nowhere/model", "a/b/c"])
+def test_a_model_folder_that_is_not_there_is_called_that(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from server.cli import _load
+
+    sentence = f"the model folder {model} is not there"
+    found = json.loads(run("doctor", "--model", model, "--device", "cpu", "--json", code=1).stdout)
+    assert found["model"] == {"ok": False, "detail": sentence}
+    with pytest.raises(typer.Exit):
+        _load(Settings(model=model, device="cpu"))
+    assert capsys.readouterr().err == f"prefixd: {sentence}\n"
+
+
+def test_a_name_that_is_no_folder_is_one_on_hugging_face() -> None:
+    found = run_json("doctor", "--model", "org/model", "--device", "cpu")
+    assert found["model"]["detail"] == "org/model would be looked up on Hugging Face"
+
+
+def test_an_address_that_is_taken_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        words = ["serve", "--port", port, "--model", "/nowhere", "--data-dir", str(tmp_path)]
+        done = subprocess.run(
+            [sys.executable, "-m", "server", *words],
+            check=False,
+            timeout=60,
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr == f"prefixd: cannot listen on 127.0.0.1:{port}: address already in use\n"
+
+
+def test_an_address_can_be_told_and_is_free_again() -> None:
+    with bind("127.0.0.1", 0) as bound:
+        host, port = bound.getsockname()
+        assert address(host, port) == f"127.0.0.1:{port}"
+    bind(host, port).close()
+    assert address("::1", 8000) == "[::1]:8000"
 
 
 NO_DATABASE = "postgresql://postgres@127.0.0.1:1/none"

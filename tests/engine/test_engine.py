@@ -21,7 +21,7 @@ from server.engine.request import (
     StopParams,
     TokenEvent,
 )
-from server.engine.step import OutOfMemory, Step, StepOutput
+from server.engine.step import Detokenizer, OutOfMemory, Step, StepOutput
 from server.testing import ByteDetokenizer, FakeRunner, FakeSource, fake_generate
 
 PREFIX = PrefixHandle(PrefixKey("t", "digest"), 5)
@@ -31,7 +31,13 @@ PROMPT = tuple(b"hello")
 class Bench:
     """An engine with its fakes and a way to wait for answers."""
 
-    def __init__(self, *, watchdog_s: float = 60.0, max_waiting_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        watchdog_s: float = 60.0,
+        max_waiting_tokens: int | None = None,
+        detokenizer: Callable[[], Detokenizer] = ByteDetokenizer,
+    ) -> None:
         self.runner = FakeRunner(block_size=4)
         self.source = FakeSource({PREFIX.key: 5})
         self.engine = Engine(
@@ -44,7 +50,7 @@ class Bench:
             ),
             runner=self.runner,
             source=self.source,
-            detokenizer=ByteDetokenizer,
+            detokenizer=detokenizer,
             watchdog_s=watchdog_s,
         )
         self.count = 0

@@ -37,6 +37,44 @@ def test_memory_that_cannot_be_had_is_told_apart(
     assert list(runner.run(STEP).sampled) == [0]
 
 
+class AcceleratorError(RuntimeError):
+    """What newer versions of torch raise for an error of the CUDA runtime."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+    ],
+)
+def test_a_want_of_memory_is_known_by_whatever_torch_calls_it(
+    error: Exception, runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(runner, "forward", fail)
+    with pytest.raises(OutOfMemory) as caught:
+        runner.run(STEP)
+    assert caught.value.__cause__ is error
+
+
+def test_a_device_that_is_lost_is_no_want_of_memory(
+    runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(runner, "forward", fail)
+    with pytest.raises(AcceleratorError):
+        runner.run(STEP)
+
+
 def test_any_other_failure_is_passed_on(
     runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
