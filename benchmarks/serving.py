@@ -14,8 +14,8 @@ import httpx2
 import torch
 from safetensors.torch import save
 
-from clients.demo.child import ServerProcess, admin
-from server.model.demo import default_cache_dir, demo_model
+from prefixd.server.cli.demo.child import ServerProcess, admin
+from prefixd.server.model.demo import default_cache_dir, demo_model
 
 MODEL = "SmolLM2-135M-Instruct"
 HIDDEN, VOCABULARY = 576, 49152

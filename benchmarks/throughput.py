@@ -26,11 +26,11 @@ from peft import PeftModel
 
 from benchmarks import workload
 from benchmarks.workload import OUTPUT, REQUESTS
-from clients.aio import AsyncClient
-from clients.demo.child import ServerProcess, admin
-from clients.sync import Client
-from server.model.demo import default_cache_dir, demo_model
-from server.model.load import DTYPES
+from prefixd.client.aio import AsyncClient
+from prefixd.client.sync import Client
+from prefixd.server.cli.demo.child import ServerProcess, admin
+from prefixd.server.model.demo import default_cache_dir, demo_model
+from prefixd.server.model.load import DTYPES
 
 
 @dataclass(frozen=True)

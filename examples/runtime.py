@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.model.demo import default_cache_dir, demo_model
+from prefixd.server.model.demo import default_cache_dir, demo_model
 
 EXAMPLES = Path(__file__).parent
 

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from examples.runtime import EXAMPLES, Base, load_base, read_rows
 from examples.tasks import TRAINED, Task
-from server.model.demo import MODEL_ID
+from prefixd.server.model.demo import MODEL_ID
 
 WARM_UP_STEPS = 5
 SOFT_PROMPTS = {"PROMPT_TUNING", "P_TUNING"}

@@ -12,24 +12,19 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine as Database
 
-from prefix_store.artifact import read_artifact
-from prefix_store.base import BaseSpec
-from prefix_store.blobs import LocalBlobs
-from prefix_store.database import create_tables, open_database
-from prefix_store.store import PrefixStore
-from server.api.metrics import Metrics
-from server.api.served import ServedModel
-from server.app import ApiLimits, Services, create_app
-from server.engine.config import SchedulerConfig
-from server.engine.engine import Engine
-from server.engine.request import PrefixKey
-from server.engine.step import PrefixUnavailable, Step, StepOutput
-from server.tenants.audit import AuditLog
-from server.tenants.bindings import Bindings
-from server.tenants.idempotency import Idempotency
-from server.tenants.limiter import Limiter
-from server.tenants.registry import Scope, Tenants
-from server.testing import (
+from prefixd.server.api.metrics import Metrics
+from prefixd.server.api.served import ServedModel
+from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.request import PrefixKey
+from prefixd.server.engine.step import PrefixUnavailable, Step, StepOutput
+from prefixd.server.serve.app import ApiLimits, Services, create_app
+from prefixd.server.tenants.audit import AuditLog
+from prefixd.server.tenants.bindings import Bindings
+from prefixd.server.tenants.idempotency import Idempotency
+from prefixd.server.tenants.limiter import Limiter
+from prefixd.server.tenants.registry import Scope, Tenants
+from prefixd.server.testing import (
     EOS,
     VOCAB_SIZE,
     ByteDetokenizer,
@@ -38,6 +33,11 @@ from server.testing import (
     FakeStaged,
     fake_generate,
 )
+from prefixd.store.artifact.artifact import read_artifact
+from prefixd.store.artifact.base import BaseSpec
+from prefixd.store.blobs.blobs import LocalBlobs
+from prefixd.store.db.database import create_tables, open_database
+from prefixd.store.store import PrefixStore
 
 # Through the standard library, whose level hides the access log from the tests' output; plainly,
 # for a traceback drawn with the locals of a whole server takes seconds.

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from safetensors.numpy import save
 from sqlalchemy import text
 
-from server.logging import configure
+from prefixd.server.serve.logging import configure
 
 PROMPT, TEXT, USER, SECRET = "canary-prompt", "canary-text", "canary-user", "canary-secret"
 TENSOR = 54321.9876  # beyond the bounds of the fake base

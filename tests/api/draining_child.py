@@ -14,10 +14,10 @@ import structlog
 import uvicorn
 from api_world import make_world
 
-from server.draining import DrainingServer
-from server.engine.step import Step, StepOutput
-from server.logging import configure
-from server.slow_heads import impatient
+from prefixd.server.engine.step import Step, StepOutput
+from prefixd.server.serve.header_timeout import impatient
+from prefixd.server.serve.logging import configure
+from prefixd.server.serve.shutdown import DrainingServer
 
 log = structlog.get_logger("draining_child")
 
@@ -41,7 +41,7 @@ def main() -> None:
         print(json.dumps({"port": bound.getsockname()[1], "key": world.keys["acme"]}), flush=True)
         DrainingServer(
             config,
-            intake=world.services.intake,
+            drain_state=world.services.drain_state,
             engine=world.services.engine,
             patience=patience,
             closing=1,

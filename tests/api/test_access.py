@@ -12,12 +12,11 @@ from fastapi import APIRouter
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
-import server.app
-from prefix_store.database import writing
-from server.app import KEYED, PUBLIC
-from server.tenants import keys
-from server.tenants.registry import Scope
-from server.tenants.tables import api_keys
+from prefixd.server.serve.app import KEYED, PUBLIC, create_app
+from prefixd.server.tenants import keys
+from prefixd.server.tenants.registry import Scope
+from prefixd.server.tenants.tables import api_keys
+from prefixd.store.db.database import writing
 
 EXAMPLES = {
     "name": "voice",
@@ -100,8 +99,8 @@ def test_a_route_that_forgets_to_ask_is_still_closed(
 ) -> None:
     forgetful = APIRouter()
     forgetful.add_api_route("/v1/forgotten", lambda: "open", methods=["GET"])
-    monkeypatch.setattr(server.app, "KEYED", (forgetful,))
-    client = TestClient(server.app.create_app(world.services))
+    monkeypatch.setattr("prefixd.server.serve.app.KEYED", (forgetful,))
+    client = TestClient(create_app(world.services))
     assert client.get("/v1/forgotten").status_code == 401
     assert client.get("/v1/forgotten", headers=world.headers()).status_code == 200
 

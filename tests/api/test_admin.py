@@ -6,7 +6,7 @@ import pytest
 from api_world import World, error_of, put_text
 from fastapi.testclient import TestClient
 
-from server.tenants import keys
+from prefixd.server.tenants import keys
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from api_world import MAX_POSITIONS, POOL_BLOCKS, World, error_of, put_text, said
 from fastapi.testclient import TestClient
 
-from server.testing import ByteTokenizer
+from prefixd.server.testing import ByteTokenizer
 
 
 def complete(client: TestClient, **fields: Any) -> Any:

@@ -10,8 +10,8 @@ import pytest
 import structlog
 from api_world import World
 
-from server.api.middleware import REQUEST_ID_HEADER, Patience
-from server.app import create_app
+from prefixd.server.api.middleware import REQUEST_ID_HEADER, ReceiveTimeout
+from prefixd.server.serve.app import create_app
 
 SEQUENCES = 3
 
@@ -232,7 +232,7 @@ def test_a_body_that_dribbles_is_cut_off_however_often_it_moves(world: World) ->
 
 def test_a_slow_server_is_no_slow_sender() -> None:
     """Only waiting counts: a body of any size at the lowest rate gets through."""
-    patience = Patience(pause=1.0, min_rate=100)
+    patience = ReceiveTimeout(pause=1.0, min_rate=100)
     waited, received = 0.0, 0
     for _ in range(1000):
         assert patience.left(waited=waited, received=received) >= 0.5

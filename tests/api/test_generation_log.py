@@ -10,8 +10,8 @@ from sqlalchemy.exc import OperationalError
 from test_completions import complete
 from test_disconnect import Caller, run_with_engine
 
-from server.api.sse import DONE
-from server.testing import ByteTokenizer
+from prefixd.server.api.generate.sse import DONE
+from prefixd.server.testing import ByteTokenizer
 
 
 def lines_of(lines: list[Any]) -> list[Any]:

@@ -12,10 +12,10 @@ from sqlalchemy import select
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from test_disconnect import Caller, outcome, run_with_engine
 
-from prefix_store.database import reading
-from server.engine.request import AdmittedRequest
-from server.engine.step import Step, StepOutput
-from server.tenants.tables import request_leases
+from prefixd.server.engine.request import AdmittedRequest
+from prefixd.server.engine.step import Step, StepOutput
+from prefixd.server.tenants.tables import request_leases
+from prefixd.store.db.database import reading
 
 
 def quota(world: World, **limits: int | None) -> None:
@@ -190,7 +190,7 @@ def test_places_are_kept_while_the_server_runs_and_the_database_stumbles(
             raise SQLAlchemyError
         renewed.set()
 
-    monkeypatch.setattr("server.app.RENEW_EVERY_S", 0.001)
+    monkeypatch.setattr("prefixd.server.serve.app.RENEW_EVERY_S", 0.001)
     monkeypatch.setattr(world.services.limiter, "renew", renew)
     with TestClient(world.app):
         assert renewed.wait(20)

@@ -9,11 +9,10 @@ from api_world import MAX_POSITIONS, World, error_of
 from fastapi.testclient import TestClient
 from test_completions import complete, events
 
-from server.api.admission import Admitted
-from server.api.choice import Choice
-from server.api.usage import Tally
-from server.app import create_app
-from server.engine.request import (
+from prefixd.server.api.generate.admission import Admitted
+from prefixd.server.api.generate.resolver import ResolvedPrefix
+from prefixd.server.api.generate.usage import UsageCounter
+from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
     FinishEvent,
@@ -23,6 +22,7 @@ from server.engine.request import (
     StopParams,
     TokenEvent,
 )
+from prefixd.server.serve.app import create_app
 
 
 @dataclass
@@ -83,7 +83,7 @@ def test_a_chat_that_names_no_limit_is_not_reckoned_to_fill_the_context(
     counted: int,
 ) -> None:
     """Sixteen such chats filled the queue of an idle server."""
-    monkeypatch.setattr("server.api.admission._EXPECTED_CHAT_TOKENS", 64)
+    monkeypatch.setattr("prefixd.server.api.generate.admission._EXPECTED_CHAT_TOKENS", 64)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], **fields}
     assert client.post("/v1/chat/completions", json=body).status_code == 200
     (request,) = script.submitted
@@ -275,8 +275,10 @@ def test_cached_tokens_are_counted_once_for_each_prompt(client: TestClient, scri
 
 def test_a_tally_without_an_end_is_nothing() -> None:
     request = AdmittedRequest("r", "acme", (1, 2), None, SamplingParams(), StopParams(1), n=2)
-    tally = Tally(Admitted(id="r", model="tiny", choice=Choice(), requests=(request,)))
-    assert tally.usage()["prompt_tokens_details"] == {"cached_tokens": 0}
+    usage = UsageCounter(
+        Admitted(id="r", model="tiny", choice=ResolvedPrefix(), requests=(request,))
+    )
+    assert usage.usage()["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
 def test_the_time_in_the_queue_is_that_of_the_first_to_run(

@@ -89,7 +89,7 @@ def test_metrics_of_requests_and_engine(client: TestClient, world: World) -> Non
 
 
 def test_two_applications_keep_their_own_figures(client: TestClient, world: World) -> None:
-    from server.api.metrics import Metrics
+    from prefixd.server.api.metrics import Metrics
 
     other = Metrics(world.services.engine.stats)
     client.get("/health/live")

@@ -9,12 +9,12 @@ import pytest
 from api_world import BASE, POOL_BLOCKS, StoreBackedSource, World, error_of, put_text, said
 from fastapi.testclient import TestClient
 
-from prefix_store.digest import BlobKey
-from server.app import create_app
-from server.engine.engine import Engine
-from server.engine.request import PrefixHandle, PrefixKey, QueueFull
-from server.tenants.registry import Scope
-from server.testing import ByteDetokenizer
+from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.request import PrefixHandle, PrefixKey, QueueFull
+from prefixd.server.serve.app import create_app
+from prefixd.server.tenants.registry import Scope
+from prefixd.server.testing import ByteDetokenizer
+from prefixd.store.digest import BlobKey
 
 BLOCK = 16
 MOST_PINNED = POOL_BLOCKS * BLOCK // 4
@@ -192,7 +192,7 @@ def test_a_full_or_closing_engine_says_when_to_come_again(
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "3")
     assert "9 prefixes" in error_of(answer)["message"]
     pool.full = None
-    world.services.intake.close()
+    world.services.drain_state.close()
     answer = client.post("/v1/prefixes/voice/warm")
     assert answer.status_code == 503
     assert pool.warmed == []

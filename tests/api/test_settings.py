@@ -14,12 +14,12 @@ import typer
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from prefix_store.database import create_tables, open_database
-from server.cli import app
-from server.listening import address, bind
-from server.settings import ENV_PREFIX, Settings
-from server.tenants import keys
-from server.tenants.registry import Tenants
+from prefixd.server.cli.main import app
+from prefixd.server.serve.listening import address, bind
+from prefixd.server.serve.settings import ENV_PREFIX, Settings
+from prefixd.server.tenants import keys
+from prefixd.server.tenants.registry import Tenants
+from prefixd.store.db.database import create_tables, open_database
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_a_bad_flag_is_named() -> None:
 
 def test_help_is_quick_because_it_imports_little() -> None:
     code = (
-        "import sys; from server.cli import app; "
+        "import sys; from prefixd.server.cli.main import app; "
         "heavy = {'torch', 'transformers', 'fastapi', 'sqlalchemy', 'uvicorn'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
@@ -90,7 +90,7 @@ def test_help_is_quick_because_it_imports_little() -> None:
 
 
 def test_sleeping_openmp_threads_are_asked_for() -> None:
-    code = "import os, server.cli; print(os.environ['OMP_WAIT_POLICY'])"
+    code = "import os, prefixd.server.cli.main; print(os.environ['OMP_WAIT_POLICY'])"
     environment = {"PATH": "/usr/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -163,7 +163,7 @@ def test_doctor(tmp_path: Path) -> None:
 def test_a_model_folder_that_is_not_there_is_called_that(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from server.cli import _load
+    from prefixd.server.cli.main import _load
 
     sentence = f"the model folder {model} is not there"
     found = json.loads(run("doctor", "--model", model, "--device", "cpu", "--json", code=1).stdout)
@@ -183,7 +183,7 @@ def test_an_address_that_is_taken_is_told_before_the_model_is_loaded(tmp_path: P
         port = str(taken.getsockname()[1])
         words = ["serve", "--port", port, "--model", "/nowhere", "--data-dir", str(tmp_path)]
         done = subprocess.run(
-            [sys.executable, "-m", "server", *words],
+            [sys.executable, "-P", "-m", "prefixd.server", *words],
             check=False,
             timeout=60,
             capture_output=True,
@@ -216,7 +216,7 @@ NO_DATABASE = "postgresql://postgres@127.0.0.1:1/none"
 def test_a_catalog_that_cannot_be_opened_is_a_sentence(
     place: tuple[str, str], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from server.cli import _load
+    from prefixd.server.cli.main import _load
 
     for verb in (("tenant", "ls"), ("key", "ls"), ("audit",), ("gc",), ("migrate",)):
         said = run(*verb, *place, code=1).stderr
@@ -287,7 +287,7 @@ def test_the_first_key_goes_to_the_terminal_and_not_to_the_log(
 ) -> None:
     import structlog
 
-    from server.cli import _show_first_key
+    from prefixd.server.cli.main import _show_first_key
 
     database = open_database(Settings().catalog_url)
     create_tables(database)
@@ -305,7 +305,7 @@ def test_the_first_key_goes_to_the_terminal_and_not_to_the_log(
 
 
 def test_the_queue_and_the_pool_are_bounded_as_told() -> None:
-    from server.serving import scheduler_config
+    from prefixd.server.serve.build import scheduler_config
 
     config = scheduler_config(Settings(kv_tokens=1000))
     assert config.num_usable_blocks == 63

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_completions import complete
 from test_disconnect import Caller, run_with_engine
 
-from server.app import create_app
+from prefixd.server.serve.app import create_app
 
 CANARY = "canary-4711"
 
@@ -41,11 +41,11 @@ def test_who_runs_and_what_is_resident(world: World) -> None:
         caller = Caller(world, {"stream": True, "max_tokens": 300, "prompt": CANARY})
         request = asyncio.create_task(caller.run())
         assert await asyncio.to_thread(world.runner.held.wait, 20)
-        picture = asyncio.create_task(asyncio.to_thread(world.services.engine.state))
+        debug_state = asyncio.create_task(asyncio.to_thread(world.services.engine.state))
         while not world.services.engine._inbox:  # noqa: ASYNC110 - asking tells nobody
             await asyncio.sleep(0.001)
         world.runner.gate.set()
-        found = await picture
+        found = await debug_state
         caller.leaves.set()
         await request
         (sequence,) = found["running"]["sequences"]
@@ -89,7 +89,7 @@ def test_an_engine_that_does_not_answer(
 def test_a_step_that_hangs_turns_readiness_off(world: World) -> None:
     """And what comes then is refused at once; when the step ends all is well again."""
     engine = world.services.engine
-    engine._health._watchdog_s = 0.05
+    engine._watchdog._watchdog_s = 0.05
 
     async def scenario() -> None:
         world.runner.gate.clear()
@@ -118,7 +118,7 @@ def test_a_step_that_hangs_turns_readiness_off(world: World) -> None:
 def test_a_deadline_holds_even_where_the_engine_hangs(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.api.bridge._SLACK_S", 0.05)
+    monkeypatch.setattr("prefixd.server.api.generate.event_stream._SLACK_S", 0.05)
 
     async def scenario() -> None:
         world.runner.gate.clear()

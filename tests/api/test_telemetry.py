@@ -20,8 +20,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 from test_completions import complete
 
-from server.app import create_app
-from server.telemetry import Spans, open_tracer
+from prefixd.server.serve.app import create_app
+from prefixd.server.serve.telemetry import Spans, open_tracer
 
 ROOT = Path(__file__).parents[2]
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -151,7 +151,8 @@ def test_off_unless_an_endpoint_is_named(environment: dict[str, str]) -> None:
 
 def test_what_is_off_imports_nothing() -> None:
     code = (
-        "import sys; from server.telemetry import open_tracer; assert open_tracer({}) is None; "
+        "import sys; from prefixd.server.serve.telemetry import open_tracer; "
+        "assert open_tracer({}) is None; "
         "found = [m for m in sys.modules if m.startswith('opentelemetry.sdk') or '.otlp' in m]; "
         "assert not found, found"
     )
@@ -161,7 +162,7 @@ def test_what_is_off_imports_nothing() -> None:
 def test_without_the_extra_a_line_says_so() -> None:
     code = (
         "import sys; sys.modules['opentelemetry.sdk'] = None; "
-        "from server.telemetry import open_tracer; "
+        "from prefixd.server.serve.telemetry import open_tracer; "
         "assert open_tracer({'OTEL_EXPORTER_OTLP_ENDPOINT': 'http://c'}) is None"
     )
     done = subprocess.run(
@@ -222,7 +223,7 @@ def test_the_last_spans_are_sent_when_the_server_ends(
 def test_a_collector_that_is_gone_does_not_keep_the_server(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.telemetry._LAST_EXPORT_S", 0.1)
+    monkeypatch.setattr("prefixd.server.serve.telemetry._LAST_EXPORT_S", 0.1)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     services = replace(world.services, trace=open_tracer())
     with TestClient(create_app(services), headers=world.headers()) as client:

@@ -121,7 +121,7 @@ def test_pages_of_users(client: TestClient, world: World) -> None:
 
 
 def test_an_import(client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.api.importing.BATCH", 10)
+    monkeypatch.setattr("prefixd.server.api.users.importing.BATCH", 10)
     put_text(client, "voice", "one", world.headers())
     lines = [json.dumps({"user": f"user-{n:03}", "prefix": "voice@1"}) for n in range(35)]
     answer = client.post(

@@ -1,6 +1,6 @@
 """What a server says, for every client test."""
 
-from clients.types import Chunk, Usage
+from prefixd.client.types import CompletionChunk, Usage
 
 MANIFEST = {
     "name": "triage",
@@ -29,8 +29,8 @@ TEXT_EVENTS = (
     "data: never read\n\n"
 ).encode()
 TEXT_CHUNKS = [
-    Chunk("Grüß"),
-    Chunk("b", index=1),
-    Chunk(" dich", finish_reason="stop"),
-    Chunk("", usage=Usage(1, 3)),
+    CompletionChunk("Grüß"),
+    CompletionChunk("b", index=1),
+    CompletionChunk(" dich", finish_reason="stop"),
+    CompletionChunk("", usage=Usage(1, 3)),
 ]

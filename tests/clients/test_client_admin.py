@@ -8,8 +8,8 @@ import anyio
 import pytest
 from loopback import serving
 
-from clients import AsyncClient, Client, errors, protocol_admin
-from clients.answers import Response
+from prefixd.client import AsyncClient, Client, errors, protocol_admin
+from prefixd.client.answers import Response
 
 sys.path.append(str(Path(__file__).parents[1] / "api"))
 from api_world import World, make_world

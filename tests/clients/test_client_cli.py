@@ -10,8 +10,8 @@ from loopback import Loopback
 from samples import MANIFEST
 from typer.testing import CliRunner, Result
 
-from clients.cli import chat, demo, prefix_app
-from clients.terminal import printable
+from prefixd.server.cli.output import printable
+from prefixd.server.cli.prefixes import chat, demo, prefix_app
 
 app = typer.Typer()
 app.add_typer(prefix_app, name="prefix")
@@ -218,7 +218,7 @@ def test_a_missing_key_says_where_it_goes(shell: Shell, server: Loopback):
 
 
 def test_no_server_says_what_to_do(shell: Shell, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("clients.retry.RetryPolicy.wait", lambda *_, **__: None)
+    monkeypatch.setattr("prefixd.client.retry.RetryPolicy.wait", lambda *_, **__: None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         result = shell("prefix", "ls", "--url", f"http://127.0.0.1:{free.getsockname()[1]}")

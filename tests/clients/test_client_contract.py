@@ -12,9 +12,9 @@ import anyio
 import pytest
 from loopback import serving
 
-from clients import AsyncClient, Client, errors
-from clients.demo.plan import metric
-from server.testing import fake_generate
+from prefixd.client import AsyncClient, Client, errors
+from prefixd.server.cli.demo.plan import metric
+from prefixd.server.testing import fake_generate
 
 sys.path.append(str(Path(__file__).parents[1] / "api"))
 from api_world import World, make_world

@@ -7,8 +7,8 @@ import pytest
 from loopback import Loopback
 from rich.console import Console
 
-from clients import Client
-from clients.conversation import Conversation, interact
+from prefixd.client import Client
+from prefixd.server.cli.chat import Conversation, interact
 
 
 def _answer(text: str) -> bytes:

@@ -11,9 +11,11 @@ import pytest
 from loopback import Loopback
 from rich.console import Console
 
-from clients.demo import show, traffic
-from clients.demo.child import DemoFailed, ServerProcess, child_environment
-from clients.demo.plan import (
+from prefixd.client.errors import NotFoundError
+from prefixd.client.types import PrefixUsed
+from prefixd.server.cli.demo import show, traffic
+from prefixd.server.cli.demo.child import DemoFailed, ServerProcess, child_environment
+from prefixd.server.cli.demo.plan import (
     FRIENDS,
     SUPPORT,
     Ask,
@@ -23,8 +25,6 @@ from clients.demo.plan import (
     metric,
     read_examples,
 )
-from clients.errors import NotFoundError
-from clients.types import PrefixUsed
 
 ROOT = Path(__file__).parents[2]
 DELTA = b'data: {"choices":[{"index":0,"delta":{"content":"Ahoy"}}]}\n\ndata: [DONE]\n\n'
@@ -212,7 +212,7 @@ def test_the_table_names_versions_and_first_tokens():
 @pytest.mark.demo_model
 @pytest.mark.timeout(600)
 def test_the_demo_shows_what_it_promises(tmp_path: Path):
-    command = [sys.executable, "-m", "server", "demo", "--once", "--port", "0"]
+    command = [sys.executable, "-P", "-m", "prefixd.server", "demo", "--once", "--port", "0"]
     command += ["--data-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

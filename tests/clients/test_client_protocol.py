@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import MANIFEST, TEXT_CHUNKS, TEXT_EVENTS, USED
 
-from clients import answers, errors, protocol, streams
-from clients.answers import Response
-from clients.types import Choice, Chunk, Model, PrefixUsed, Usage
+from prefixd.client import answers, errors, protocol, streams
+from prefixd.client.answers import Response
+from prefixd.client.types import Choice, CompletionChunk, Model, PrefixUsed, Usage
 
 
 def _answer(body: object, *, status: int = 200, **headers: str) -> Response:
@@ -280,7 +280,7 @@ def test_what_came_before_a_failure_is_read_however_it_is_cut(cuts: list[int]):
     edges = [0, *sorted(min(cut, len(events)) for cut in cuts), len(events)]
     pieces = (events[start:end] for start, end in itertools.pairwise(edges))
     chunks = itertools.chain.from_iterable(map(reader.feed, pieces))
-    assert next(chunks) == Chunk("so far")
+    assert next(chunks) == CompletionChunk("so far")
     with pytest.raises(errors.ServerError, match="the row failed"):
         next(chunks)
 
@@ -291,7 +291,7 @@ def test_a_chat_stream_skips_what_has_no_text():
         b'data: {"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
         b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n'
     )
-    assert list(reader.feed(events)) == [Chunk(""), Chunk("Hi")]
+    assert list(reader.feed(events)) == [CompletionChunk(""), CompletionChunk("Hi")]
 
 
 def test_a_stream_without_its_last_event_was_interrupted():

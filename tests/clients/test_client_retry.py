@@ -2,7 +2,7 @@
 
 import pytest
 
-from clients.errors import (
+from prefixd.client.errors import (
     ApiError,
     ClientError,
     ConnectError,
@@ -12,7 +12,7 @@ from clients.errors import (
     TimedOutError,
     UnavailableError,
 )
-from clients.retry import RetryPolicy
+from prefixd.client.retry import RetryPolicy
 
 POLICY = RetryPolicy(attempts=3, first_wait=1.0, max_wait=5.0)
 

@@ -11,7 +11,7 @@ import pytest
 from loopback import Loopback
 from samples import MANIFEST, TEXT_CHUNKS, TEXT_EVENTS, USED
 
-from clients import AsyncClient, Chunk, Client, PrefixUsed, errors
+from prefixd.client import AsyncClient, Client, CompletionChunk, PrefixUsed, errors
 
 DELTA = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -243,7 +243,7 @@ def test_leaving_a_stream_early_hangs_up(run: Run, server: Loopback):
     async def body(client: Any) -> None:
         chunks = client.stream("stream_chat", HELLO, model="base")
         await anext(chunks)
-        assert await anext(chunks) == Chunk("a")
+        assert await anext(chunks) == CompletionChunk("a")
         await chunks.aclose()
         assert server.hung_up.wait(30)
 
@@ -267,7 +267,7 @@ def test_a_loop_left_early_hangs_up_without_a_with(server: Loopback):
     server.stream(DELTA, endless=True)
     with Client(server.url) as client:
         for chunk in client.stream_chat(HELLO, model="base"):
-            assert chunk == Chunk("a")
+            assert chunk == CompletionChunk("a")
             break
         assert server.hung_up.wait(30)
 

@@ -10,8 +10,8 @@ import typer
 from loopback import serving
 from typer.testing import CliRunner, Result
 
-from clients import Client, errors
-from clients.cli_users import user_app
+from prefixd.client import Client, errors
+from prefixd.server.cli.users import user_app
 
 sys.path.append(str(Path(__file__).parents[1] / "api"))
 from api_world import World, make_world

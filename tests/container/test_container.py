@@ -1,6 +1,5 @@
 """The container's files, checked as far as that goes without an engine."""
 
-import fnmatch
 import http.server
 import json
 import os
@@ -11,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
-from server.draining import LONGEST_CLOSING_S
-from server.settings import ENV_PREFIX, Settings
+from prefixd.server.serve.settings import ENV_PREFIX, Settings
+from prefixd.server.serve.shutdown import LONGEST_CLOSING_S
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = re.compile(rf"\b{ENV_PREFIX}([A-Z_]+)\b")
@@ -116,15 +116,10 @@ def test_everything_copied_is_there_and_not_ignored():
 
 def test_the_image_holds_every_package_the_wheel_lists():
     copied = {rest.split()[0] for word, rest in _instructions() if word == "COPY"}
-    packages = {
-        path.parent.name
-        for path in ROOT.glob("*/__init__.py")
-        if any(
-            fnmatch.fnmatch(path.parent.name, pattern)
-            for pattern in ("server*", "prefix_store*", "clients*")
-        )
-    }
-    assert packages <= copied
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    sources = project["tool"]["hatch"]["build"]["targets"]["wheel"]["sources"]
+    assert sources
+    assert set(sources) <= copied
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "docker-compose.yml", "docker/entrypoint.sh"])

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
-from clients.cli import prefix_app
+from prefixd.server.cli.prefixes import prefix_app
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from server.engine.config import SchedulerConfig
-from server.engine.engine import Engine, seeded_uniform
-from server.engine.request import (
+from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.engine import Engine, seeded_uniform
+from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
     FinishEvent,
@@ -21,8 +21,8 @@ from server.engine.request import (
     StopParams,
     TokenEvent,
 )
-from server.engine.step import Detokenizer, OutOfMemory, Step, StepOutput
-from server.testing import ByteDetokenizer, FakeRunner, FakeSource, fake_generate
+from prefixd.server.engine.step import Detokenizer, OutOfMemory, Step, StepOutput
+from prefixd.server.testing import ByteDetokenizer, FakeRunner, FakeSource, fake_generate
 
 PREFIX = PrefixHandle(PrefixKey("t", "digest"), 5)
 PROMPT = tuple(b"hello")
@@ -389,7 +389,7 @@ def test_a_picture_that_fails_harms_nobody(bench: Bench, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> dict[str, object]:
         raise LookupError("a bug in the picture")
 
-    monkeypatch.setattr("server.engine.engine.picture", broken)
+    monkeypatch.setattr("prefixd.server.engine.engine.debug_state", broken)
     _, events = bench.submit()
     with pytest.raises(LookupError):
         bench.engine.state()
@@ -425,7 +425,7 @@ def test_a_loop_that_keeps_failing_gives_up_and_says_so(monkeypatch: pytest.Monk
     def broken(*_: object, **__: object) -> Step:
         raise AssertionError("a bug in the scheduler")
 
-    monkeypatch.setattr("server.engine.scheduler.Scheduler.schedule", broken)
+    monkeypatch.setattr("prefixd.server.engine.scheduler.Scheduler.schedule", broken)
     bench.engine.start()
     errors = [answer(bench.submit()[1])[1].error for _ in range(6)]
     assert errors[:5] == 5 * ["the engine had to start over; please try again"]

@@ -5,15 +5,15 @@ from collections import Counter
 
 import pytest
 
-from server.engine.fair_queue import FairQueue
-from server.engine.request import (
+from prefixd.server.engine.fair_queue import FairQueue
+from prefixd.server.engine.request import (
     AdmittedRequest,
     PrefixHandle,
     PrefixKey,
     SamplingParams,
     StopParams,
 )
-from server.engine.sequence import Sequence
+from prefixd.server.engine.sequence import Sequence
 
 _ids = itertools.count()
 
@@ -116,7 +116,7 @@ def test_tokens_that_wait_are_counted() -> None:
 
 
 def test_tenants_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.fair_queue._REMEMBERED_TENANTS", 10)
+    monkeypatch.setattr("prefixd.server.engine.fair_queue._REMEMBERED_TENANTS", 10)
     queue = FairQueue()
     for number in range(500):
         queue.push(sequence(f"t{number}"))

@@ -3,9 +3,9 @@
 import gc
 import itertools
 
-from server.engine.config import SchedulerConfig
-from server.engine.picture import picture
-from server.engine.request import (
+from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.debug_state import debug_state
+from prefixd.server.engine.request import (
     AdmittedRequest,
     FinishReason,
     PrefixHandle,
@@ -13,10 +13,10 @@ from server.engine.request import (
     SamplingParams,
     StopParams,
 )
-from server.engine.residency import Stage
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.testing import FakeRunner, FakeStaged
+from prefixd.server.engine.residency import Stage
+from prefixd.server.engine.scheduler import Scheduler
+from prefixd.server.engine.sequence import Sequence
+from prefixd.server.testing import FakeRunner, FakeStaged
 
 _ids = itertools.count()
 
@@ -118,12 +118,12 @@ def test_the_picture_tells_how_much_of_a_prefix_is_compiled() -> None:
     runner = FakeRunner(block_size=4)
     for _ in range(4):
         step(scheduler, runner)
-        (entry,) = picture(scheduler, now=0.0)["prefixes"]["entries"]
+        (entry,) = debug_state(scheduler, now=0.0)["prefixes"]["entries"]
         seen.append((entry["tier"], entry["compiled"]))
     assert seen == [("staged", 0), ("compiling", 6), ("resident", 8), ("resident", 8)]
     scheduler.add(sequence(prefix("a", "second", 8)))
     scheduler.schedule()
-    (_, entry) = picture(scheduler, now=0.0)["prefixes"]["entries"]
+    (_, entry) = debug_state(scheduler, now=0.0)["prefixes"]["entries"]
     assert (entry["tier"], entry["compiled"]) == ("fetching", 0)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prefix_store.artifact import inspect_peft
-from prefix_store.base import BaseSpec
+from prefixd.store.artifact.artifact import inspect_peft
+from prefixd.store.artifact.base import BaseSpec
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from server.engine.engine import Engine
-from server.engine.step import Step, StepOutput
+from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.step import Step, StepOutput
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from clients.demo.child import ServerProcess
+from prefixd.server.cli.demo.child import ServerProcess
 
 
 class Victim(ServerProcess):

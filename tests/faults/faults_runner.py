@@ -9,10 +9,10 @@ from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
-from server.engine.engine import Engine
-from server.engine.scheduler import Scheduler
-from server.engine.step import Chunk, OutOfMemory, Step, StepOutput
-from server.model.runner import TorchRunner
+from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.scheduler import Scheduler
+from prefixd.server.engine.step import Chunk, OutOfMemory, Step, StepOutput
+from prefixd.server.model.runner import TorchRunner
 
 
 class Fault(IntEnum):

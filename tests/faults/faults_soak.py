@@ -18,7 +18,7 @@ from faults_runner import EXCEPTIONS, NANS, Fault, marked
 from faults_traffic import Answer, caller, complete, greedy, stream
 from faults_world import World
 
-from prefix_store.artifact import pack_peft, pack_text
+from prefixd.store.artifact.artifact import pack_peft, pack_text
 
 NAN_MESSAGE = "non-finite"
 REFERENCES = tuple(f"p{i}" for i in range(6))

@@ -15,12 +15,12 @@ from typing import Any
 import structlog
 import uvicorn
 
-from server.api.services import Services
-from server.app import create_app
-from server.engine.engine import Engine
-from server.engine.step import ModelRunner
-from server.serving import build_services
-from server.settings import Settings
+from prefixd.server.api.services import Services
+from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.step import ModelRunner
+from prefixd.server.serve.app import create_app
+from prefixd.server.serve.build import build_services
+from prefixd.server.serve.settings import Settings
 
 structlog.configure(
     processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],

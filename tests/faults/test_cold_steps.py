@@ -12,8 +12,8 @@ from faults_model import Content
 from faults_traffic import caller, complete, greedy
 from faults_world import running
 
-from server.engine.step import Step, StepOutput
-from server.testing import FakeRunner
+from prefixd.server.engine.step import Step, StepOutput
+from prefixd.server.testing import FakeRunner
 
 STREAMS, COLD, CHUNK, LONG = 16, 1024, 64, 900
 

@@ -17,7 +17,7 @@ from faults_model import VOCAB, Content
 from faults_traffic import caller, complete, greedy
 from faults_world import World, running
 
-from server.model.demo import default_cache_dir, demo_model
+from prefixd.server.model.demo import default_cache_dir, demo_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -16,7 +16,7 @@ from faults_process import Victim
 from faults_traffic import Answer, caller, greedy, stream
 from faults_writers import Book, Writer, check
 
-from clients.demo.child import admin
+from prefixd.server.cli.demo.child import admin
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

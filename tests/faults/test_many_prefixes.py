@@ -15,7 +15,7 @@ from faults_model import KINDS, Content, Oracle, make_prompts
 from faults_traffic import Answer, caller, greedy, stream
 from faults_world import World, running
 
-from server.testing import FakeRunner, fake_generate
+from prefixd.server.testing import FakeRunner, fake_generate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -20,8 +20,8 @@ from faults_model import Oracle, make_prompts
 from faults_traffic import caller, greedy, stream
 from faults_world import World, running
 
-from server.engine.engine import Engine
-from server.engine.step import Step, StepOutput
+from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.step import Step, StepOutput
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -1,7 +1,7 @@
 """Reference and candidate side by side: PEFT's own ``generate``, and this project's engine.
 
-Uses ``server.engine``, ``server.model`` and ``prefix_store.artifact`` alone: it also runs on a GPU
-machine without FastAPI, pydantic or SQLAlchemy.
+Uses the engine, the model and the store's artifacts alone: it also runs on a GPU machine
+without FastAPI, pydantic or SQLAlchemy.
 """
 
 import copy
@@ -20,11 +20,9 @@ import peft
 import torch
 import transformers
 
-from prefix_store.artifact import Artifact, pack_peft, read_artifact
-from prefix_store.base import BaseSpec
-from server.engine.config import SchedulerConfig
-from server.engine.engine import Engine
-from server.engine.request import (
+from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
     FinishEvent,
@@ -35,13 +33,15 @@ from server.engine.request import (
     StopParams,
     TokenEvent,
 )
-from server.engine.stats import EngineStats
-from server.engine.step import Step, StepOutput
-from server.model.load import LoadedBase, prepare_base
-from server.model.runner import TorchRunner
-from server.model.selfcheck import self_check
-from server.model.staged import Staged, StagedTokens, stage
-from server.testing import ByteDetokenizer
+from prefixd.server.engine.stats import EngineStats
+from prefixd.server.engine.step import Step, StepOutput
+from prefixd.server.model.load import LoadedBase, prepare_base
+from prefixd.server.model.prefix import Staged, StagedTokens, stage
+from prefixd.server.model.runner import TorchRunner
+from prefixd.server.model.selfcheck import self_check
+from prefixd.server.testing import ByteDetokenizer
+from prefixd.store.artifact.artifact import Artifact, pack_peft, read_artifact
+from prefixd.store.artifact.base import BaseSpec
 
 DEVICE = os.environ.get("PREFIXD_TEST_DEVICE", "cpu")
 """Where both sides run; ``make gpu-check`` sets it to cuda."""

@@ -15,10 +15,10 @@ from golden_harness import (
     tiny_model,
 )
 
-from server.engine.request import PrefixHandle, SamplingParams
-from server.engine.residency import Stage
-from server.engine.step import Step
-from server.model.staged import StagedEmbeddings, StagedKV
+from prefixd.server.engine.request import PrefixHandle, SamplingParams
+from prefixd.server.engine.residency import Stage
+from prefixd.server.engine.step import Step
+from prefixd.server.model.prefix import StagedEmbeddings, StagedKV
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

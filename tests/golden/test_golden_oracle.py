@@ -11,12 +11,12 @@ import torch
 from golden_harness import DEVICE, prompts, spec_of, tiny_configs, tiny_model
 from safetensors.torch import save_file
 
-from prefix_store.artifact import pack_peft, read_artifact
-from server.engine.request import PrefixKey, SamplingParams
-from server.engine.step import BlockCopy, Chunk, CompileChunk, Step
-from server.model.load import LoadedBase, prepare_base
-from server.model.runner import TorchRunner
-from server.model.staged import Staged, stage
+from prefixd.server.engine.request import PrefixKey, SamplingParams
+from prefixd.server.engine.step import BlockCopy, Chunk, CompileChunk, Step
+from prefixd.server.model.load import LoadedBase, prepare_base
+from prefixd.server.model.prefix import Staged, stage
+from prefixd.server.model.runner import TorchRunner
+from prefixd.store.artifact.artifact import pack_peft, read_artifact
 
 LENGTHS = (1, 15, 16, 17, 37)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from golden_harness import RequestFailed, Served, make_adapter, peft_configs, prompts, tiny_model
 
-from server.engine.request import PrefixHandle
-from server.model.staged import StagedEmbeddings
+from prefixd.server.engine.request import PrefixHandle
+from prefixd.server.model.prefix import StagedEmbeddings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

@@ -15,9 +15,9 @@ import torch
 import transformers
 from golden_harness import Adapter, make_adapter, peft_configs, plain_generate, prompts, tiny_model
 
-from clients import Client
-from clients.demo.child import ServerProcess, admin
-from server.model.demo import default_cache_dir, demo_model
+from prefixd.client import Client
+from prefixd.server.cli.demo.child import ServerProcess, admin
+from prefixd.server.model.demo import default_cache_dir, demo_model
 
 pytestmark = [
     pytest.mark.slow,

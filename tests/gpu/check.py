@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = tuple(ROOT / folder for folder in ("server", "prefix_store", "clients"))
 TESTS = ("tests/golden", "tests/engine", "tests/machines", "tests/model")
 NOT_THERE = ("tests/golden/test_golden_server.py", "tests/model/test_demo.py")
 """They need the HTTP server and the demo model."""
@@ -55,7 +56,7 @@ def pytest_call(device: str) -> tuple[list[str], dict[str, str]]:
     environment = os.environ | {
         "PREFIXD_TEST_DEVICE": device,
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(str(folder) for folder in (ROOT, *SOURCES)),
     }
     without = [f"--ignore={path}" for path in NOT_THERE]
     return [sys.executable, "-m", "pytest", "-W", "default", "-x", *TESTS, *without], environment
@@ -94,11 +95,11 @@ def billion_weights() -> object:
 
 def measure(model: object, dtype: str, device: str) -> tuple[float, float]:
     """Medians of three runs, base and mixed in turn."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
+    sys.path[:0] = [str(folder) for folder in (ROOT, *SOURCES, ROOT / "tests" / "golden")]
     import torch
     from golden_harness import serve
 
-    from server.model.staged import StagedEmbeddings
+    from prefixd.server.model.prefix import StagedEmbeddings
 
     served = serve(model, num_blocks=BLOCKS, dtype=dtype, device=device, max_tokens_per_step=4096)
     table = served.base.module.get_input_embeddings().weight

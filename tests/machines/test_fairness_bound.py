@@ -7,17 +7,17 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.config import SchedulerConfig
-from server.engine.request import (
+from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.request import (
     AdmittedRequest,
     PrefixHandle,
     PrefixKey,
     SamplingParams,
     StopParams,
 )
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.testing import FakeRunner, FakeStaged
+from prefixd.server.engine.scheduler import Scheduler
+from prefixd.server.engine.sequence import Sequence
+from prefixd.server.testing import FakeRunner, FakeStaged
 
 BLOCK, BLOCKS, STEPS = 4, 24, 250
 LONGEST_PREFIX, LONGEST_PROMPT = 16, 24
@@ -118,7 +118,7 @@ def test_what_was_compiled_while_nobody_waited_is_not_held_against_a_tenant() ->
     world = World({"a": habit, "b": {**habit, "comes_at": 98}}, seed=0)
     for number in range(40):
         handle = PrefixHandle(PrefixKey("a", f"{number}-16"), 16)
-        world.scheduler.arrivals.warms.add(handle, cap=None, now=0.0)
+        world.scheduler.prefix_loader.preloads.add(handle, cap=None, now=0.0)
     for moment in range(100):
         world.step(moment)
     assert world.service["a"] == 40 * 16

@@ -16,8 +16,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from server.engine.config import SchedulerConfig
-from server.engine.request import (
+from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.request import (
     AdmittedRequest,
     FinishReason,
     PrefixHandle,
@@ -25,11 +25,11 @@ from server.engine.request import (
     SamplingParams,
     StopParams,
 )
-from server.engine.residency import Stage
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence, State
-from server.engine.step import Sampled, Step, StepOutput
-from server.testing import FakeRunner, FakeStaged, fake_generate
+from prefixd.server.engine.residency import Stage
+from prefixd.server.engine.scheduler import Scheduler
+from prefixd.server.engine.sequence import Sequence, State
+from prefixd.server.engine.step import Sampled, Step, StepOutput
+from prefixd.server.testing import FakeRunner, FakeStaged, fake_generate
 
 BLOCK = 4
 TENANTS = "abc"
@@ -72,7 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         looked_at: int,
     ) -> None:
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("server.engine.scheduler.LOOKAHEAD", looked_at)
+        self.patch.setattr("prefixd.server.engine.scheduler.LOOKAHEAD", looked_at)
         self.cap = cap
         self.config = SchedulerConfig(
             num_blocks=blocks,
@@ -253,7 +253,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def ready_tenants(self) -> set[str]:
         """Tenants with something waiting that could run now but for the room."""
-        if self.scheduler.proving or self.scheduler.arrivals.forcing is not None:
+        if self.scheduler.proving or self.scheduler.prefix_loader.forcing is not None:
             return set()
         waiting = self.scheduler.waiting
         return {s.tenant for s in waiting if self.scheduler.memory.is_ready(s)}
@@ -369,18 +369,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(which=st.sets(st.integers(0, 14), max_size=2))
     def pin(self, which: set[int]) -> None:
         caps = None if self.cap is None else {"a": self.cap}
-        self.scheduler.arrivals.set_pins([PREFIXES[index] for index in which], caps=caps)
+        self.scheduler.prefix_loader.set_pins([PREFIXES[index] for index in which], caps=caps)
 
     @rule(which=st.integers(0, 14))
     def warm(self, which: int) -> None:
         handle = PREFIXES[which]
         cap = self.cap if handle.key.tenant == "a" else None
         if cap is None or handle.num_tokens <= cap:
-            self.scheduler.arrivals.warms.add(handle, cap=cap, now=self.now)
+            self.scheduler.prefix_loader.preloads.add(handle, cap=cap, now=self.now)
 
     @rule(which=st.integers(0, 14))
     def retire(self, which: int) -> None:
-        self.scheduler.arrivals.retire([PREFIXES[which].key])
+        self.scheduler.prefix_loader.retire([PREFIXES[which].key])
 
     # -- the end ----
 
@@ -410,13 +410,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.everybody_gets_served()
             self.patch.undo()
             self.time_passes(40.0)
-            self.scheduler.arrivals.retire(prefix.key for prefix in PREFIXES)
+            self.scheduler.prefix_loader.retire(prefix.key for prefix in PREFIXES)
             for _ in range(200):
                 self.step()
                 while self.fetching:
                     self.fetch_ends_well(0)
             pool, residency = self.scheduler.memory.pool, self.scheduler.memory.residency
-            pins = set(self.scheduler.arrivals.pins)
+            pins = set(self.scheduler.prefix_loader.pins)
             assert {entry.key for entry in residency} <= pins, "idle, and more than pins is held"
             assert all(e.stage is not Stage.COMPILING for e in residency)
             assert set(self.scheduler.memory.host.keys()) <= pins

@@ -6,8 +6,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.config import SchedulerConfig
-from server.engine.request import (
+from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.request import (
     AdmittedRequest,
     FinishReason,
     PrefixHandle,
@@ -15,9 +15,9 @@ from server.engine.request import (
     SamplingParams,
     StopParams,
 )
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Sequence
-from server.testing import FakeRunner, FakeStaged, fake_generate
+from prefixd.server.engine.scheduler import Scheduler
+from prefixd.server.engine.sequence import Sequence
+from prefixd.server.testing import FakeRunner, FakeStaged, fake_generate
 
 BLOCK, ARRIVALS, MOST_STEPS = 4, 20, 1500
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from server.model.architecture import UnsupportedModel, refuse_unsupported
-from server.model.load import fingerprint_of, prepare_base
-from server.model.selfcheck import Limits, self_check
+from prefixd.server.model.architecture import UnsupportedModel, refuse_unsupported
+from prefixd.server.model.load import fingerprint_of, prepare_base
+from prefixd.server.model.selfcheck import Limits, self_check
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}

@@ -2,8 +2,8 @@
 
 import torch
 
-from server.model.attention import Group
-from server.model.batch import Row, group_rows, slots_of
+from prefixd.server.model.attention import Group
+from prefixd.server.model.batch import Row, group_rows, slots_of
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from server.model import demo
+from prefixd.server.model import demo
 
 
 def fake_convert(gguf, built, _say):

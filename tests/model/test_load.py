@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from server.model.load import DTYPES, prepare_base
+from prefixd.server.model.load import DTYPES, prepare_base
 
 CONFIG = LlamaConfig(
     vocab_size=32,

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from server.engine.request import SamplingParams
-from server.engine.step import Chunk, OutOfMemory, Step
-from server.model.load import prepare_base
-from server.model.runner import TorchRunner
+from prefixd.server.engine.request import SamplingParams
+from prefixd.server.engine.step import Chunk, OutOfMemory, Step
+from prefixd.server.model.load import prepare_base
+from prefixd.server.model.runner import TorchRunner
 
 STEP = Step(chunks=(Chunk(0, [1, 2], 0, [1], sampling=SamplingParams(temperature=0)),), fresh=(1,))
 

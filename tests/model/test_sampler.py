@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.request import SamplingParams
-from server.engine.step import Chunk, Sampled
-from server.model import sampler
-from server.model.sampler import sample
+from prefixd.server.engine.request import SamplingParams
+from prefixd.server.engine.step import Chunk, Sampled
+from prefixd.server.model import sampler
+from prefixd.server.model.sampler import sample
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0])
 GREEDY = SamplingParams(temperature=0)

@@ -7,8 +7,8 @@ import pytest
 from sqlalchemy import Engine
 from tenants_clock import Clock
 
-from prefix_store.database import create_tables, open_database
-from server.tenants.registry import Tenants
+from prefixd.server.tenants.registry import Tenants
+from prefixd.store.db.database import create_tables, open_database
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -7,13 +7,13 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError
 from tenants_clock import Clock
 
-from prefix_store.database import reading, writing
-from server.errors import BadRequest, Conflict, NotFound
-from server.tenants.audit import Action, AuditLog
-from server.tenants.bindings import Bindings, ChosenBy
-from server.tenants.idempotency import KEPT_FOR, Idempotency, Replay
-from server.tenants.principal import Actor
-from server.tenants.registry import Tenants
+from prefixd.server.errors import BadRequest, Conflict, NotFound
+from prefixd.server.tenants.audit import Action, AuditLog
+from prefixd.server.tenants.bindings import Bindings, ChosenBy
+from prefixd.server.tenants.idempotency import KEPT_FOR, Idempotency, Replay
+from prefixd.server.tenants.principal import Actor
+from prefixd.server.tenants.registry import Tenants
+from prefixd.store.db.database import reading, writing
 
 ANN = Actor(tenant="acme", key_id="K1", request_id="req-1")
 

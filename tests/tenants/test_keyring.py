@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import Engine
 from tenants_clock import Clock
 
-from server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
-from server.tenants.registry import OPERATOR_TENANT, Scope, Tenants
+from prefixd.server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
+from prefixd.server.tenants.registry import OPERATOR_TENANT, Scope, Tenants
 
 HOUR = timedelta(hours=1)
 

@@ -5,7 +5,7 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.tenants import keys
+from prefixd.server.tenants import keys
 
 
 def test_a_fresh_key_parses_to_its_id_and_digest() -> None:

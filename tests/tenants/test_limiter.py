@@ -15,13 +15,13 @@ from sqlalchemy import Engine, select
 from sqlalchemy.exc import OperationalError
 from tenants_clock import Clock
 
-from prefix_store.database import reading
-from server.errors import RateLimited
-from server.tenants.limiter import LEASE_S, Limiter
-from server.tenants.quotas import Quota
-from server.tenants.ratelimit_headers import duration
-from server.tenants.registry import Tenants
-from server.tenants.tables import rate_limits, request_leases
+from prefixd.server.errors import RateLimited
+from prefixd.server.tenants.limiter import LEASE_S, Limiter
+from prefixd.server.tenants.quotas import Quota
+from prefixd.server.tenants.ratelimit_headers import duration
+from prefixd.server.tenants.registry import Tenants
+from prefixd.server.tenants.tables import rate_limits, request_leases
+from prefixd.store.db.database import reading
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_a_place_that_could_not_be_freed_is_free_again_when_its_lease_ends(
         raise OperationalError("DELETE", {}, Exception("gone"))
 
     with monkeypatch.context() as patch:
-        patch.setattr("server.tenants.limiter._free", away)
+        patch.setattr("prefixd.server.tenants.limiter._free", away)
         for end in (
             lambda: limiter.settle(ended, output_tokens=1),
             lambda: limiter.give_back(ended, tokens=1),
@@ -215,10 +215,10 @@ def test_replicas_share_one_bucket(
 
 _PROCESS = """
 import sys
-from prefix_store.database import open_database
-from server.errors import RateLimited
-from server.tenants.limiter import Limiter
-from server.tenants.quotas import Quota
+from prefixd.store.db.database import open_database
+from prefixd.server.errors import RateLimited
+from prefixd.server.tenants.limiter import Limiter
+from prefixd.server.tenants.quotas import Quota
 limiter = Limiter(open_database(sys.argv[1]), now=lambda: 1_000_000.0)
 quota = Quota(requests_per_minute=40, max_concurrent_requests=30)
 ok = 0

@@ -7,10 +7,10 @@ import pytest
 from sqlalchemy import Engine, text
 from tenants_clock import Clock
 
-from prefix_store.database import reading
-from server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
-from server.tenants import keys
-from server.tenants.registry import Principal, Scope, Tenants
+from prefixd.server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
+from prefixd.server.tenants import keys
+from prefixd.server.tenants.registry import Principal, Scope, Tenants
+from prefixd.store.db.database import reading
 
 
 def test_a_key_names_its_tenant_and_scopes(tenants: Tenants) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 from sqlalchemy import Engine
 
-from server.errors import BadRequest, NotFound
-from server.tenants.audit import AuditLog
-from server.tenants.principal import Actor
-from server.tenants.registry import Tenants
+from prefixd.server.errors import BadRequest, NotFound
+from prefixd.server.tenants.audit import AuditLog
+from prefixd.server.tenants.principal import Actor
+from prefixd.server.tenants.registry import Tenants
 
 
 def test_a_tenant_weighs_one_and_reuses_unless_told(tenants: Tenants) -> None:

@@ -1,0 +1,104 @@
+"""The catalog's tables.
+
+::
+
+    prefixes ──< versions      immutable; numbered from 1 within a prefix
+        │           │   │
+        ├──< aliases┤   │      movable names for a version
+        └─── pins ──┘   │      the one version of a prefix that stays resident
+                        │
+               blobs ──<┘      one row for every blob that is, or may be, in the store of blobs
+
+A deleted prefix keeps its row, with ``latest_version`` null: the next version number lives there,
+and a number once given out never means other bytes. A blob's row is made before the blob and goes
+after it, so collecting needs no listing of the blobs; ``unreferenced_at`` is null while a version
+has it, and otherwise when something last wanted it.
+"""
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+from prefixd.store.db.database import UtcDateTime, metadata
+
+_Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up INTEGER keys only
+
+# Listed in the order of bytes, whatever the language of the database, as everywhere else.
+_Name = String(128).with_variant(String(128, collation="C"), "postgresql")
+
+prefixes = Table(
+    "prefixes",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("tenant", String(128), nullable=False),
+    Column("name", _Name, nullable=False),
+    Column("next_version", Integer, nullable=False),
+    Column("latest_version", Integer),
+    UniqueConstraint("tenant", "name"),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("prefix_id", _Id, ForeignKey("prefixes.id"), primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("tenant", String(128), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("peft_type", String(32)),
+    Column("num_virtual_tokens", Integer, nullable=False),
+    Column("dtype", String(16)),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("base_model_name_or_path", Text),
+    Column("metadata_json", Text, nullable=False),
+    # The key that published it; null for what was published before keys were noted.
+    Column("creator", String(64)),
+    Column("created_at", UtcDateTime, nullable=False),
+    # The same bytes for another base are another version: its manifest names another fingerprint.
+    UniqueConstraint("prefix_id", "digest", "fingerprint"),
+    Index("ix_versions_tenant_digest", "tenant", "digest"),
+)
+
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("prefix_id", _Id, primary_key=True),
+    Column("alias", String(128), primary_key=True),
+    Column("version", Integer, nullable=False),
+    ForeignKeyConstraint(["prefix_id", "version"], ["versions.prefix_id", "versions.version"]),
+)
+
+pins = Table(
+    "pins",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("prefix_id", _Id, primary_key=True, autoincrement=False),
+    Column("version", Integer, nullable=False),
+    Column("since", UtcDateTime, nullable=False),
+    # The key that pinned it.
+    Column("pinned_by", String(64)),
+    ForeignKeyConstraint(["prefix_id", "version"], ["versions.prefix_id", "versions.version"]),
+)
+
+blobs = Table(
+    "blobs",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("digest", String(64), primary_key=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("unreferenced_at", UtcDateTime, index=True),
+    # When its bytes were found changed or gone; not read again until they are uploaded again.
+    Column("corrupt_at", UtcDateTime),
+    # What a publish that wants the blob must still find when it has written it; null: start over.
+    Column("ticket", String(32)),
+)

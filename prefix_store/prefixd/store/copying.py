@@ -1,0 +1,146 @@
+"""Copying a whole store, tables and blobs, to another place: a back-up, or a move.
+
+From any driver to any other. The rows are those of one moment, read while others go on writing; the
+blobs are copied first, so that the copy never has a version without its blob.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from sqlalchemy import Column, Connection, Engine, Integer, Table, func, insert, select, text
+
+from prefixd.store.blobs.blobs import Blobs
+from prefixd.store.blobs.durable import copy_durably
+from prefixd.store.catalog.tables import blobs as blob_table
+from prefixd.store.catalog.tables import versions
+from prefixd.store.db.database import metadata, reading, writing
+from prefixd.store.db.migrate import upgrade
+from prefixd.store.digest import BlobKey
+from prefixd.store.errors import CopyRefused, CorruptArtifact, UnknownPrefix
+
+_ROWS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A database and the blobs its catalog speaks of."""
+
+    database: Engine
+    blobs: Blobs
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """What a copy holds, and which blobs it lacks because the source's were corrupt or gone."""
+
+    rows: dict[str, int]
+    blobs: int
+    bytes: int
+    corrupt: tuple[BlobKey, ...]
+
+
+def copy_store(
+    source: Place, target: Place, *, progress: Callable[[BlobKey], None] = lambda _: None
+) -> Copied:
+    """Copy every table of ``metadata`` and every referenced blob to an empty target.
+
+    The digest of each blob is verified on the way. One that is corrupt is left out and reported;
+    its versions come over, marked as corrupt, as they were. Blobs of deleted prefixes stay behind.
+
+    Import every module that adds tables first. Raises CopyRefused when the target holds something.
+    """
+    upgrade(source.database)
+    upgrade(target.database)
+    _check_empty(target.database)
+    count, size, lost = 0, 0, []
+    with reading(source.database) as moment:
+        for key, size_bytes in _referenced(moment):
+            progress(key)
+            if _copy_blob(source.blobs, target.blobs, key):
+                count, size = count + 1, size + size_bytes
+            else:
+                lost.append(key)
+        # One transaction: a copy that breaks off leaves an empty catalog, and can be begun again.
+        with writing(target.database) as connection:
+            _check_empty_on(connection)
+            rows = {
+                table.name: _copy_rows(moment, connection, table)
+                for table in metadata.sorted_tables
+            }
+            # What stays behind is nothing to collect at the target, and what is lost is corrupt.
+            _settle_blobs(connection, lost)
+    return Copied(rows=rows, blobs=count, bytes=size, corrupt=tuple(lost))
+
+
+def _check_empty(engine: Engine) -> None:
+    with reading(engine) as connection:
+        _check_empty_on(connection)
+
+
+def _check_empty_on(connection: Connection) -> None:
+    for table in metadata.sorted_tables:
+        if connection.execute(select(table).limit(1)).first() is not None:
+            raise CopyRefused(
+                f"expected an empty database to copy to, but its table {table.name} has rows"
+            )
+
+
+def _referenced(connection: Connection) -> Iterator[tuple[BlobKey, int]]:
+    found = (
+        select(versions.c.tenant, versions.c.digest, func.max(versions.c.size_bytes))
+        .group_by(versions.c.tenant, versions.c.digest)
+        .order_by(versions.c.tenant, versions.c.digest)
+    )
+    for tenant, digest, size_bytes in connection.execute(found):
+        yield BlobKey(tenant, digest), size_bytes
+
+
+def _copy_blob(source: Blobs, target: Blobs, key: BlobKey) -> bool:
+    try:
+        path = source.fetch(tenant=key.tenant, digest=key.digest)
+    except (CorruptArtifact, UnknownPrefix):
+        return False
+    with target.staging() as staged:
+        copy_durably(path, staged)
+        target.put(staged, tenant=key.tenant, digest=key.digest)
+    return True
+
+
+def _copy_rows(source: Connection, target: Connection, table: Table) -> int:
+    count = 0
+    found = source.execution_options(yield_per=_ROWS).execute(select(table)).mappings()
+    for batch in found.partitions(_ROWS):
+        target.execute(insert(table), [dict(row) for row in batch])
+        count += len(batch)
+    counter = _counter(table)
+    if count and counter is not None and target.dialect.name == "postgresql":
+        # The rows brought their numbers along: the next ones go on from there.
+        target.execute(
+            text("SELECT setval(pg_get_serial_sequence(:table, :column), :last)"),
+            {
+                "table": table.name,
+                "column": counter.name,
+                "last": target.execute(select(func.max(counter))).scalar(),
+            },
+        )
+    return count
+
+
+def _counter(table: Table) -> "Column[int] | None":
+    """The column that the database counts up, where a table has one."""
+    column = table.autoincrement_column
+    return column if column is not None and isinstance(column.type, Integer) else None
+
+
+def _settle_blobs(connection: Connection, lost: list[BlobKey]) -> None:
+    connection.execute(blob_table.delete().where(blob_table.c.unreferenced_at.is_not(None)))
+    for key in lost:
+        connection.execute(
+            blob_table.update()
+            .where(
+                blob_table.c.tenant == key.tenant,
+                blob_table.c.digest == key.digest,
+                blob_table.c.corrupt_at.is_(None),
+            )
+            .values(corrupt_at=func.now())
+        )

@@ -1,5 +1,0 @@
-"""``python -m server`` is ``prefixd``."""
-
-from server.cli import main
-
-main()

@@ -1,0 +1,5 @@
+"""``python -m prefixd.server`` is ``prefixd``."""
+
+from prefixd.server.cli.main import main
+
+main()

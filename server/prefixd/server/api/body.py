@@ -1,0 +1,101 @@
+"""Request bodies: read after the key is known, capped, and parsed once into a strict type.
+
+FastAPI would read the whole body before it runs the authentication dependency, and would coerce
+wrong types. Here the body is a dependency of its own, behind the principal.
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from prefixd.server.api.auth import authenticated
+from prefixd.server.api.error_responses import from_validation
+from prefixd.server.api.services import ServicesDep
+from prefixd.server.errors import BadRequest, TooLarge
+from prefixd.server.tenants.registry import Principal
+
+
+class StrictModel(BaseModel):
+    """A request body: no coercion, no unknown field, no NaN."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+
+Model = TypeVar("Model", bound=StrictModel)
+
+
+async def capped(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """The body's bytes as they come. Raises TooLarge past ``limit`` bytes."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(limit, came=int(declared))
+    total = 0
+    async for chunk in request.stream():
+        total += len(chunk)
+        if total > limit:
+            raise _too_large(limit, came=None)
+        yield chunk
+
+
+async def read_capped(request: Request, limit: int) -> bytes:
+    """The whole body. Raises TooLarge past ``limit`` bytes."""
+    body = bytearray()
+    async for chunk in capped(request, limit):
+        body += chunk
+    return bytes(body)
+
+
+def parse_json(model: type[Model], body: bytes) -> Model:
+    """``body`` as a strict ``model``. Raises BadRequest with one sentence."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise from_validation(error.errors(include_url=False)) from None
+
+
+def json_body(model: type[Model], *, optional: bool = False) -> Callable[..., Awaitable[Model]]:
+    """A dependency that yields the body as ``model``, for callers with a key only. ``optional``:
+    no body at all reads as an empty object."""
+
+    async def read(
+        request: Request,
+        services: ServicesDep,
+        _principal: Annotated[Principal, Depends(authenticated)],
+    ) -> Model:
+        body = await read_capped(request, services.limits.max_body_bytes)
+        if optional and not body:
+            return model()
+        kind = media_type(request)
+        if kind != "application/json" and not kind.endswith("+json"):
+            raise BadRequest(
+                f"expected the content type application/json; received {kind[:80]!a}",
+                code="unsupported_media_type",
+            )
+        return parse_json(model, body)
+
+    return read
+
+
+def media_type(request: Request) -> str:
+    """The content type without its parameters, in lower case."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def json_request(*models: type[StrictModel], required: bool = True) -> dict[str, Any]:
+    """What OpenAPI must be told of a body that FastAPI does not read itself.
+
+    ``prefixd.server.api.openapi`` puts the models' schemas where these references point.
+    """
+    references = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in models]
+    schema = references[0] if len(references) == 1 else {"anyOf": references}
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+def _too_large(limit: int, *, came: int | None) -> TooLarge:
+    received = "more" if came is None else f"{came} bytes"
+    return TooLarge(f"expected a body of at most {limit} bytes; received {received}")

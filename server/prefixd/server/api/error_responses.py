@@ -1,0 +1,215 @@
+"""Every error in one shape: {"error": {"message", "type", "code", "param", "request_id"}}."""
+
+import math
+import re
+import sqlite3
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+
+from prefixd.server.errors import (
+    BadRequest,
+    EngineFailure,
+    MethodNotAllowed,
+    NotFound,
+    PrefixdError,
+    Unavailable,
+    Unprocessable,
+)
+from prefixd.store.errors import (
+    ArtifactRefused,
+    BlobsUnavailable,
+    CorruptArtifact,
+    InvalidReference,
+    StoreError,
+    UnknownPrefix,
+)
+
+log = structlog.get_logger("prefixd")
+
+CATALOG_AWAY = "the catalog cannot be reached; try again in a while"
+_STORAGE_RETRY_S = 5.0
+
+_WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, in a sentence and in words for machines."""
+
+    message: str
+    type: str
+    code: str
+    param: str | None
+    request_id: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+def error_body(error: PrefixdError, request_id: str | None) -> dict[str, Any]:
+    """The JSON body for ``error``."""
+    detail = ErrorDetail(
+        message=error.message,
+        type=error.type,
+        code=error.code,
+        param=error.param,
+        request_id=request_id,
+    )
+    return ErrorBody(error=detail).model_dump()
+
+
+def error_response(
+    error: PrefixdError, request_id: str | None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """``error`` as a response."""
+    sent = {**(headers or {}), **error.headers}
+    if error.retry_after is not None:
+        # Rounded up: who waits as long as told is not refused again.
+        sent["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        sent["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error, request_id), error.status, headers=sent)
+
+
+def fault_of_ours() -> PrefixdError:
+    """What a caller is told of an exception that nobody meant: nothing."""
+    return PrefixdError("the server failed on this request; the log says why")
+
+
+def storage_away(message: str) -> Unavailable:
+    """The database or the bucket cannot be reached now."""
+    return Unavailable(message, code="storage_unavailable", retry_after=_STORAGE_RETRY_S)
+
+
+def from_store(error: StoreError) -> PrefixdError:
+    """The store's refusal in the server's words."""
+    match error:
+        case ArtifactRefused():
+            return Unprocessable(error.message, code=error.code, param=error.param)
+        case InvalidReference():
+            return BadRequest(error.message, code="invalid_reference")
+        case UnknownPrefix():
+            return NotFound(error.message, code="prefix_not_found")
+        case BlobsUnavailable():
+            return storage_away(error.message)
+        case CorruptArtifact():
+            return EngineFailure(error.message, code="corrupt_prefix")
+        case _:
+            return EngineFailure("the prefix store failed", code="store_error")
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
+    """The first of pydantic's complaints as one sentence: what was expected and what came."""
+    first = errors[0]
+    names = [str(part) for part in first["loc"] if part not in {"body", "query", "path"}]
+    if names and names[-1] == "[key]":
+        names = names[:-2]  # a key that the caller made up, as any value
+    param = ".".join(names)[:200]
+    field = f"'{param.encode('ascii', 'backslashreplace').decode()}'"
+    kind = first["type"]
+    if kind == "json_invalid":
+        return BadRequest(f"the body is not valid JSON: {first['msg']}", code="invalid_json")
+    if kind == "missing":
+        return BadRequest(f"{field} is required", param=param)
+    if kind == "extra_forbidden":
+        return BadRequest(f"unknown field {field}", code="unknown_field", param=param)
+    if kind == "unsupported":
+        return BadRequest(first["msg"], code="unsupported_field", param=first["ctx"]["name"])
+    if kind == "value_error":
+        return BadRequest(first["msg"].removeprefix("Value error, "), param=param or None)
+    expected = first["msg"].removeprefix("Input should be ")
+    subject = field if names else "the body"
+    came = _describe(first.get("input"), show_word=kind == "literal_error")
+    return BadRequest(f"{subject}: expected {expected}; received {came}", param=param or None)
+
+
+def _describe(value: object, *, show_word: bool) -> str:
+    """What came, without repeating a prompt: text is only ever shown where one of a few fixed
+    words was expected."""
+    match value:
+        case None:
+            return "null"
+        case bool() | int() | float():
+            return str(value).lower()[:32]
+        case str() if show_word and _WORD.fullmatch(value):
+            return f"'{value}'"
+        case str():
+            return f"a string of {len(value)} characters"
+        case list() | tuple():
+            return f"a list of {len(value)}"
+        case _:
+            return "an object"
+
+
+def request_id_of(request: Request) -> str | None:
+    """The id the middleware gave this request."""
+    return getattr(request.state, "request_id", None)
+
+
+def install(app: FastAPI) -> None:
+    """Make ``app`` answer every error in the one shape."""
+
+    @app.exception_handler(PrefixdError)
+    async def on_refusal(request: Request, error: PrefixdError) -> JSONResponse:
+        return error_response(error, request_id_of(request))
+
+    @app.exception_handler(StoreError)
+    async def on_store(request: Request, error: StoreError) -> JSONResponse:
+        return error_response(from_store(error), request_id_of(request))
+
+    @app.exception_handler(OperationalError)
+    @app.exception_handler(InterfaceError)
+    @app.exception_handler(PoolTimeout)
+    async def on_database(request: Request, error: SQLAlchemyError) -> JSONResponse:
+        if _is_ours(error):
+            raise error
+        # The reason, which may name the database's address, is for the log.
+        log.error("the catalog failed", why=str(error).partition("\n")[0])
+        return error_response(storage_away(CATALOG_AWAY), request_id_of(request))
+
+    @app.exception_handler(DataError)
+    async def on_value(request: Request, error: DataError) -> JSONResponse:
+        if "NUL" not in str(error.orig):
+            raise error
+        # PostgreSQL cannot even look for such a text, SQLite finds nothing by it.
+        refusal = BadRequest("expected texts without NUL characters; received one with some")
+        return error_response(refusal, request_id_of(request))
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(from_validation(error.errors()), request_id_of(request))
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
+        return error_response(_from_http(error, request), request_id_of(request), error.headers)
+
+
+def _is_ours(error: SQLAlchemyError) -> bool:
+    """Whether the database is there and what it was asked is wrong: SQLite has one class for that
+    and for a file that is locked or gone."""
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    name = getattr(cause, "sqlite_errorname", None)  # absent where Python itself raised
+    return isinstance(cause, sqlite3.Error) and name == "SQLITE_ERROR"
+
+
+def _from_http(error: HTTPException, request: Request) -> PrefixdError:
+    """Routing's own errors: unknown path, wrong method."""
+    match error.status_code:
+        case HTTPStatus.NOT_FOUND:
+            return NotFound("no such route; see /docs", code="unknown_route")
+        case HTTPStatus.METHOD_NOT_ALLOWED:
+            return MethodNotAllowed(f"the method {request.method} is not allowed here; see /docs")
+        case _:
+            return BadRequest(str(error.detail))

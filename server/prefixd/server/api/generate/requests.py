@@ -1,0 +1,285 @@
+"""The fields that completions and chat completions share, named as OpenAI and vLLM name them.
+
+Three groups: fields that work; fields that change nothing here and are ignored; and fields that
+would change the output in a way this server does not offer, refused by name unless they say what
+happens anyway.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from prefixd.server.api.body import StrictModel
+
+
+def one_of(expected: str) -> WrapValidator:
+    """One complaint for a union, instead of one for each of its arms."""
+
+    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise PydanticCustomError("one_of", "{expected}", {"expected": expected}) from None
+
+    return WrapValidator(check)
+
+
+NonEmpty = Annotated[str, Field(min_length=1, max_length=1024)]
+TokenId = Annotated[int, Field(ge=0)]
+BiasKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Stop = Annotated[
+    NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)],
+    one_of("a text or up to 16 texts, each of 1 to 1024 characters"),
+]
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    one_of("a text, a list of texts, a list of token ids, or a list of such lists"),
+]
+
+
+class StreamOptions(StrictModel):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = Field(
+        default=None, description="One more chunk before the end, with the token counts."
+    )
+    include_obfuscation: bool | None = Field(default=None, description="Ignored.")
+
+
+class GenerationFields(StrictModel):
+    """What to generate with, and how."""
+
+    # Field -> the values that ask for nothing special.
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    model: str = Field(
+        min_length=1,
+        max_length=512,
+        description="The base model's name, a prefix reference (`name`, `name@3`, `name@alias`), "
+        "or `base:reference`.",
+    )
+    n: int | None = Field(default=None, ge=1, le=128, description="Answers per prompt.")
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy.")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        default=None, max_length=1024, description="Token id to a value added to its logit."
+    )
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    stop: Stop | None = Field(
+        default=None, description="Text, or up to 16 texts, that end the output; left out of it."
+    )
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    top_k: int | None = Field(default=None, ge=-1, description="0 or -1: off.")
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(
+        default=None, ge=0.01, le=10, description="Nearer to 0 logits would overflow."
+    )
+    ignore_eos: bool | None = Field(
+        default=None, description="Go on after the model's own end of text."
+    )
+    min_tokens: int | None = Field(default=None, ge=0)
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
+    include_stop_str_in_output: bool | None = None
+
+    priority: int | None = Field(
+        default=None,
+        ge=-(2**31),
+        lt=2**31,
+        description="Of your tenant's requests the one with the lowest goes first; 0 unless given.",
+    )
+    timeout: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds after which the request ends, complete or not. The server may have a "
+        "lower limit of its own.",
+    )
+    kv_reuse: bool | None = Field(
+        default=None,
+        description="Whether KV of equal prompt beginnings may be shared with your tenant's other "
+        "requests; true unless given, and where your tenant allows it.",
+    )
+
+    user: str | None = Field(
+        default=None,
+        max_length=512,
+        description="Your end user. With the base as `model`, the prefix "
+        "the user is bound to answers, else your default prefix, else the base.",
+    )
+
+    metadata: dict[str, Any] | None = Field(default=None, description="Ignored.")
+    store: bool | None = Field(default=None, description="Ignored: nothing is stored.")
+    service_tier: str | None = Field(default=None, description="Ignored.")
+    safety_identifier: str | None = Field(default=None, description="Ignored.")
+    prompt_cache_key: str | None = Field(default=None, description="Ignored.")
+    prompt_cache_retention: str | None = Field(default=None, description="Ignored.")
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The schema, with the neutral values that are let through."""
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema)["properties"]
+        for name, neutral in cls.NEUTRAL.items():
+            properties[name] = {"enum": list(neutral), "description": "Not supported."}
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_offered(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, neutral in cls.NEUTRAL.items():
+            if name in data and not _is_one_of(data[name], neutral):
+                offered = " or ".join(_shown(value) for value in neutral)
+                raise PydanticCustomError(
+                    "unsupported",
+                    "'{name}' is not supported by this server: leave it out, or send {offered}",
+                    {"name": name, "offered": offered},
+                )
+        return {name: value for name, value in data.items() if name not in cls.NEUTRAL}
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "GenerationFields":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("'stream_options' needs 'stream': true")
+        return self
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as a tuple."""
+        match self.stop:
+            case None:
+                return ()
+            case str() as one:
+                return (one,)
+            case several:
+                return tuple(several)
+
+
+class CompletionRequest(GenerationFields):
+    """Body of POST /v1/completions."""
+
+    NEUTRAL = {  # noqa: RUF012 - a ClassVar in the base
+        "best_of": (None, 1),
+        "echo": (None, False),
+        "suffix": (None, ""),
+        "moderation": (None,),
+    }
+
+    prompt: Prompt = Field(
+        description="Text, a list of texts, token ids, or a list of token id lists."
+    )
+    logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Log-probabilities of the N likeliest tokens."
+    )
+
+
+class TextPart(StrictModel):
+    """A piece of text content."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[
+    str | list[TextPart], one_of('a text or a list of text parts {"type": "text", "text": …}')
+]
+
+
+class ChatMessage(StrictModel):
+    """One turn of a conversation. `developer` counts as `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: str | None = Field(default=None, max_length=64)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty_extras(cls, data: Any) -> Any:
+        """An assistant turn as a client got it from OpenAI carries fields that hold nothing."""
+        if not isinstance(data, dict):
+            return data
+        empty = ("refusal", "audio", "function_call", "tool_calls", "annotations", "prefix")
+        return {
+            name: value for name, value in data.items() if name not in empty or value not in EMPTY
+        }
+
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+EMPTY: tuple[Any, ...] = (None, [])
+
+
+class ChatRequest(GenerationFields):
+    """Body of POST /v1/chat/completions."""
+
+    NEUTRAL = {  # noqa: RUF012 - a ClassVar in the base
+        "audio": (None,),
+        "function_call": (None, "none"),
+        "functions": (None, []),
+        "modalities": (None, ["text"]),
+        "moderation": (None,),
+        "parallel_tool_calls": (None, True, False),
+        "prediction": (None,),
+        "prompt_cache_options": (None,),
+        "reasoning_effort": (None, "none"),
+        "response_format": (None, {"type": "text"}),
+        "tool_choice": (None, "none", "auto"),
+        "tools": (None, []),
+        "verbosity": (None, "medium"),
+        "web_search_options": (None,),
+    }
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
+    max_completion_tokens: int | None = Field(
+        default=None, ge=1, description="Same as `max_tokens`, and wins over it."
+    )
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("'top_logprobs' needs 'logprobs': true")
+        return self
+
+
+def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
+    # 1 == True and 0 == False in Python, but not in JSON.
+    return any(type(value) is type(one) and value == one for one in neutral)
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case _:
+            return str(value).replace("'", '"') if value != "" else '""'

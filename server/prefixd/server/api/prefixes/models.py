@@ -1,0 +1,82 @@
+"""/v1/models: what the ``model`` field takes."""
+
+from typing import Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel
+
+from prefixd.server.api.auth import Reader
+from prefixd.server.api.services import Services, ServicesDep
+from prefixd.server.errors import NotFound
+from prefixd.store.errors import InvalidReference, UnknownPrefix
+from prefixd.store.store import Manifest
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+MAX_LISTED = 1000
+"""OpenAI's listing has no pages; ``GET /v1/prefixes`` has, for those with more prefixes."""
+
+
+class Model(BaseModel):
+    """A name for the ``model`` field: the base (``parent`` null) or a prefix of it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """The base first, then the caller's prefixes by name."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def _base(services: Services) -> Model:
+    served = services.served
+    return Model(
+        id=served.name,
+        created=served.created,
+        owned_by="prefixd",
+        parent=None,
+        max_model_len=served.max_positions,
+    )
+
+
+def _prefix(services: Services, manifest: Manifest, *, name: str) -> Model:
+    served = services.served
+    return Model(
+        id=name,
+        created=int(manifest.created_at.timestamp()),
+        owned_by=manifest.tenant,
+        parent=served.name,
+        max_model_len=served.max_positions - manifest.num_virtual_tokens,
+    )
+
+
+@router.get("", response_model=ModelList)
+def list_models(services: ServicesDep, principal: Reader) -> ModelList:
+    """The base and the caller's prefixes (the first 1000 by name)."""
+    page = services.store.list(tenant=principal.tenant, limit=MAX_LISTED)
+    prefixes = [_prefix(services, one, name=one.name) for one in page.manifests]
+    return ModelList(data=[_base(services), *prefixes])
+
+
+@router.get("/{model:path}", response_model=Model)
+def get_model(model: str, services: ServicesDep, principal: Reader) -> Model:
+    """One model: the base's name, a prefix reference, or `base:reference`."""
+    base = services.served.name
+    if model == base:
+        return _base(services)
+    try:
+        manifest = services.store.resolve(
+            tenant=principal.tenant, reference=model.removeprefix(f"{base}:")
+        )
+    except (UnknownPrefix, InvalidReference):
+        raise NotFound(
+            f"the model {model[:300]!a} does not exist", code="model_not_found", param="model"
+        ) from None
+    return _prefix(services, manifest, name=model)

@@ -1,0 +1,51 @@
+"""The served model as the API room sees it: names, limits and a tokenizer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from prefixd.store.artifact.base import BaseSpec
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Called from worker threads."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``, with the model's own opening tokens unless told otherwise."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ``token_ids``, special tokens skipped."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """What one token stands for, as shown beside its log-probability."""
+        ...
+
+    def render_chat(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as the model's template writes it; its opening tokens included.
+
+        Raises ValueError, with a message for the caller, when the model has no template or the
+        template refuses these messages.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """Facts about the one base model. ``created`` is a Unix time; ``max_positions`` counts
+    virtual tokens too."""
+
+    name: str
+    base: BaseSpec
+    max_positions: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    created: int
+    tokenizer: Tokenizer
+
+    def count_prefix_tokens(self, text: str) -> int:
+        """Positions a text prefix occupies."""
+        return len(self.tokenizer.encode(text))

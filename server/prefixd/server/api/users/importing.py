@@ -1,0 +1,102 @@
+"""Bulk import of bindings: lines of JSON, read, checked and written a batch at a time."""
+
+from collections.abc import AsyncIterator
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from pydantic import Field
+
+from prefixd.server.api.body import StrictModel, capped, parse_json
+from prefixd.server.api.services import Services
+from prefixd.server.errors import BadRequest
+from prefixd.server.tenants.bindings import check_user
+from prefixd.server.tenants.principal import Actor
+from prefixd.store.errors import InvalidReference, UnknownPrefix
+
+BATCH = 5000
+MAX_LINE_BYTES = 8 * 1024
+
+_MOST_KNOWN = 10_000
+
+
+class ImportLine(StrictModel):
+    """One line."""
+
+    user: str = Field(min_length=1, max_length=256)
+    prefix: str = Field(min_length=1, max_length=257)
+
+
+class BindingImport:
+    """One import by one tenant. Memory holds one batch, however long the body is."""
+
+    def __init__(self, services: Services, tenant: str, actor: Actor) -> None:
+        self._services = services
+        self._tenant = tenant
+        self._actor = actor
+        self._known: set[str] = set()
+        self._read = 0
+        self._written = 0
+
+    async def run(self, request: Request) -> int:
+        """Import the body; how many bindings it held. Raises BadRequest naming the bad line."""
+        batch: list[bytes] = []
+        try:
+            async for line in _lines(capped(request, self._services.limits.max_import_bytes)):
+                batch.append(line)
+                if len(batch) == BATCH:
+                    await run_in_threadpool(self._write, batch)
+                    batch = []
+            await run_in_threadpool(self._write, batch)
+        finally:
+            if self._written:
+                await run_in_threadpool(
+                    self._services.bindings.note_import,
+                    self._tenant,
+                    self._written,
+                    actor=self._actor,
+                )
+        return self._written
+
+    def _write(self, lines: list[bytes]) -> None:
+        pairs = []
+        for line in lines:
+            self._read += 1
+            if line.strip():
+                pairs.append(self._parsed(line))
+        self._services.bindings.bind_many(self._tenant, pairs)
+        self._written += len(pairs)
+
+    def _parsed(self, line: bytes) -> tuple[str, str]:
+        try:
+            found = parse_json(ImportLine, line)
+            check_user(found.user)
+            if found.prefix not in self._known:
+                self._services.store.resolve(tenant=self._tenant, reference=found.prefix)
+                if len(self._known) >= _MOST_KNOWN:
+                    self._known.clear()
+                self._known.add(found.prefix)
+        except (BadRequest, InvalidReference, UnknownPrefix) as error:
+            raise BadRequest(
+                f"line {self._read}: {error.message} ({self._written} bindings before it were "
+                "imported)",
+                code="invalid_line",
+            ) from None
+        return found.user, found.prefix
+
+
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The lines of a body, without their ends. Raises BadRequest for one that is too long."""
+    rest, ended = b"", 0
+    async for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        for number, line in enumerate((*whole, rest), start=ended + 1):
+            if len(line) > MAX_LINE_BYTES:
+                raise BadRequest(
+                    f"line {number}: expected at most {MAX_LINE_BYTES} bytes; received more",
+                    code="invalid_line",
+                )
+        ended += len(whole)
+        for line in whole:
+            yield line
+    if rest:
+        yield rest

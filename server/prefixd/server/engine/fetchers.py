@@ -1,0 +1,40 @@
+"""Threads that bring prefixes from the store, off the hot path."""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from prefixd.server.engine.request import PrefixKey
+from prefixd.server.engine.step import PrefixSource, PrefixUnavailable, StagedPrefix
+
+log = logging.getLogger(__name__)
+
+Ended = Callable[[PrefixKey, StagedPrefix | None, str], None]
+"""Called on a fetch thread with the prefix, or with None and a sentence for those who wanted it."""
+
+
+class Fetchers:
+    """A few threads over a PrefixSource."""
+
+    def __init__(self, source: PrefixSource, *, num_threads: int) -> None:
+        self._source = source
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="prefix-fetch")
+
+    def fetch(self, key: PrefixKey, ended: Ended) -> None:
+        """Begin to bring a prefix; ``ended`` hears what came of it."""
+        self._threads.submit(self._fetch, key, ended)
+
+    def stop(self) -> None:
+        """End, after the fetches that are under way."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _fetch(self, key: PrefixKey, ended: Ended) -> None:
+        try:
+            payload = self._source.fetch(key)
+        except PrefixUnavailable as error:
+            ended(key, None, str(error))
+        except Exception:
+            log.exception("prefix %s could not be loaded", key.digest)
+            ended(key, None, "the prefix could not be loaded")
+        else:
+            ended(key, payload, "")

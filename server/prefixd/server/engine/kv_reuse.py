@@ -1,0 +1,96 @@
+"""KV reuse: blocks of equal tokens under the same prefix of the same tenant are shared.
+
+A block is known by a hash chain: the digest of its tokens and of everything before them. The chain
+begins with tenant, prefix digest and the namespace of the pool (model fingerprint and dtype), so
+no request can reach, or time, what another tenant, prefix or model computed.
+
+::
+
+    prefix of 6 virtual tokens, block size 4, tokens a b c d e f g
+
+    | v v v v | v v a b | c d e f | g . . . |
+                 name 0    name 1    not full: no name
+    name 0 = H(seed, a b)    name 1 = H(name 0, c d e f)
+"""
+
+import hashlib
+from array import array
+
+from prefixd.server.engine.block_pool import BlockPool
+from prefixd.server.engine.sequence import Sequence
+
+_NAME_BYTES = 16
+
+
+class KVReuse:
+    """Finds and remembers the blocks of sequences; owns no block itself."""
+
+    def __init__(self, *, pool: BlockPool, block_size: int, namespace: str) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._namespace = namespace
+        self.num_queried_tokens = 0
+        self.num_reused_tokens = 0
+
+    def find(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold the first tokens of ``sequence`` already, in order. At least one token
+        is always left to run: its logits are what comes next."""
+        if not sequence.request.kv_reuse:
+            return []
+        found = []
+        for name in self._names(sequence, upto=len(sequence.tokens) - 1):
+            block = self._pool.find(name)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def covered(self, sequence: Sequence, num_blocks: int) -> int:
+        """Tokens of ``sequence`` that its first ``num_blocks`` own blocks hold."""
+        if num_blocks == 0:
+            return 0
+        return num_blocks * self._block_size - sequence.num_prefix_tokens % self._block_size
+
+    def count(self, sequence: Sequence, reused_tokens: int) -> None:
+        """Note what a look-up at a sequence's first start brought."""
+        if sequence.request.kv_reuse:
+            self.num_queried_tokens += len(sequence.tokens)
+            self.num_reused_tokens += reused_tokens
+
+    def remember(self, sequence: Sequence) -> None:
+        """Make the blocks that ``sequence`` has filled known to those that come after it. To be
+        called when its logits were finite: they vouch for all the KV they were made from."""
+        if not sequence.request.kv_reuse:
+            return
+        own = sequence.block_table[sequence.num_prefix_tokens // self._block_size :]
+        names = self._names(sequence, upto=sequence.num_computed)
+        for index in range(sequence.num_remembered, len(names)):
+            self._pool.remember(own[index], names[index])
+        sequence.num_remembered = len(names)
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Its KV is not to be had again: the sequence went wrong somewhere."""
+        self._pool.forget(sequence.block_table[sequence.num_prefix_tokens // self._block_size :])
+
+    def _names(self, sequence: Sequence, *, upto: int) -> list[bytes]:
+        """Names of the blocks that the first ``upto`` tokens fill."""
+        names = sequence.block_names
+        full = (sequence.num_prefix_tokens % self._block_size + upto) // self._block_size
+        while len(names) < full:
+            start, stop = (self.covered(sequence, len(names) + more) for more in (0, 1))
+            tokens = array("q", sequence.tokens[start:stop]).tobytes()
+            before = names[-1] if names else self._seed(sequence)
+            names.append(_digest(before, tokens))
+        return names[:full]
+
+    def _seed(self, sequence: Sequence) -> bytes:
+        prefix = "" if sequence.prefix is None else sequence.prefix.key.digest
+        return _digest(*(part.encode() for part in (self._namespace, sequence.tenant, prefix)))
+
+
+def _digest(*parts: bytes) -> bytes:
+    hashed = hashlib.blake2b(digest_size=_NAME_BYTES)
+    for part in parts:
+        hashed.update(len(part).to_bytes(8, "little"))
+        hashed.update(part)
+    return hashed.digest()

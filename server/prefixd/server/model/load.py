@@ -1,0 +1,152 @@
+"""Load the base model: weights, tokenizer, identity."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from prefixd.server.model.architecture import Shape, UnsupportedModel, refuse_unsupported, shape_of
+from prefixd.server.model.attention import IMPLEMENTATION
+from prefixd.server.model.demo import MODEL_ID, demo_model
+
+log = logging.getLogger(__name__)
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+_SAMPLES = 4096  # elements of each weight that enter the fingerprint
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """The frozen base, ready to run. ``module`` is an unmodified transformers causal LM."""
+
+    name: str
+    module: Any
+    tokenizer: Any
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+    fingerprint: str
+    eos_token_ids: frozenset[int]
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is cuda where there is one, else cpu."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def is_folder(model: str) -> bool:
+    """Whether ``model`` is a local folder; else it is the name of one on Hugging Face.
+
+    Raises FileNotFoundError for what can be no such name, and is no folder either.
+    """
+    if Path(model).is_dir():
+        return True
+    if model.startswith(("/", ".", "~")) or model.endswith("/") or model.count("/") > 1:
+        raise FileNotFoundError(f"the model folder {model} is not there")
+    return False
+
+
+def load_base(model: str, *, dtype: str, device: str, cache_dir: Path) -> LoadedBase:
+    """Load ``model``: ``demo``, a local folder or a Hugging Face id.
+
+    Raises UnsupportedModel for what cannot be served correctly, DemoModelMissing when the demo
+    model's package is not installed, and OSError when the model cannot be found.
+    """
+    if model == "demo":
+        source, name = str(demo_model(cache_dir, progress=log.info)), MODEL_ID.rpartition("/")[2]
+    else:
+        source, name = model, Path(model).resolve().name if is_folder(model) else model
+    config = AutoConfig.from_pretrained(source)
+    refuse_unsupported(config)
+    # Weights are taken in the checkpoint's own dtype first: the fingerprint must not depend on
+    # the dtype they are served in.
+    try:
+        module = AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto")
+    except ValueError as error:
+        raise UnsupportedModel(f"{model}: {error}") from error
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return prepare_base(module, tokenizer, name=name, dtype=dtype, device=device)
+
+
+def prepare_base(module: Any, tokenizer: Any, *, name: str, dtype: str, device: str) -> LoadedBase:
+    """Freeze a transformers causal LM that is already in memory and give it its identity."""
+    refuse_unsupported(module.config)
+    shape = shape_of(module.config)
+    fingerprint = fingerprint_of(module, tokenizer)
+    target = resolve_device(device)
+    _cast(module, DTYPES[dtype])
+    module = module.to(target).eval().requires_grad_(requires_grad=False)
+    try:
+        module.set_attn_implementation(IMPLEMENTATION)
+    except ValueError as error:
+        raise UnsupportedModel(
+            f"{name} does not take an attention implementation: {error}"
+        ) from error
+    return LoadedBase(
+        name=name,
+        module=module,
+        tokenizer=tokenizer,
+        shape=shape,
+        dtype=DTYPES[dtype],
+        device=target,
+        fingerprint=fingerprint,
+        eos_token_ids=_eos_token_ids(module, tokenizer),
+    )
+
+
+def _cast(module: Any, dtype: torch.dtype) -> None:
+    """Give what the checkpoint holds the serving dtype. What a model works out for itself stays
+    exact, as in transformers: rotary frequencies rounded to bfloat16 turn the demo model's position
+    3000 by up to four radians too much."""
+    for weight in module.state_dict(keep_vars=True).values():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+
+
+def fingerprint_of(module: Any, tokenizer: Any) -> str:
+    """A digest of the base's identity: shape-giving config, weights and tokenizer.
+
+    Of each weight the name, the shape and evenly spaced elements enter: all of a small one, 4096
+    of a large one. Reading every byte of a large model would cost more than loading it.
+    """
+    digest = hashlib.sha256()
+    config = module.config.to_dict()
+    for volatile in (
+        "_name_or_path",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "_attn_implementation_autoset",
+    ):
+        config.pop(volatile, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, weight in sorted(module.state_dict().items()):
+        flat = weight.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES)
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    if tokenizer is not None:
+        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    return digest.hexdigest()
+
+
+def _eos_token_ids(module: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids that end a sequence, from the generation config, the config and the tokenizer."""
+    found: set[int] = set()
+    for holder in (module.generation_config, module.config, tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        if value is not None:
+            found.update([value] if isinstance(value, int) else value)
+    return frozenset(found)

@@ -1,0 +1,181 @@
+"""One vectorised pass over the logits of rows with mixed sampling settings.
+
+A row's token depends on its own logits, settings and draw alone, never on its neighbours: a
+non-finite row is flagged and set aside, and chance comes in as one uniform number per row, looked
+up in that row's cumulative distribution.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from prefixd.server.engine.request import SamplingParams, TokenLogprob
+from prefixd.server.engine.step import Chunk, Sampled
+
+_NEVER = float("-inf")
+_GREEDY_BELOW = 1e-5  # dividing by less overflows; vLLM draws the same line
+_HEAD = 1024  # tokens in which a filter's cut is looked for first
+
+
+def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
+    """Sample one token a row. ``logits`` is [rows, vocab]; row i belongs to ``chunks[i]``, whose
+    ``sampling`` is set."""
+    params = [_params(chunk) for chunk in chunks]
+    logits = logits.float()
+    best = logits.max(dim=-1)
+    finite = torch.isfinite(best.values)
+    if not finite.all():
+        logits = torch.where(finite[:, None], logits, 0.0)
+    adjusted = _adjust(logits, chunks, params)
+    token_ids = best.indices if adjusted is logits else adjusted.max(dim=-1).indices
+    random = [i for i, p in enumerate(params) if p.temperature >= _GREEDY_BELOW]
+    if random:
+        rows = torch.tensor(random, device=logits.device)
+        drawn = _draw(
+            adjusted[rows], [params[i] for i in random], [chunks[i].uniform for i in random]
+        )
+        token_ids = token_ids.index_copy(0, rows, drawn)
+    sampled = [
+        Sampled(token_id, finite=ok)
+        for token_id, ok in zip(token_ids.tolist(), finite.tolist(), strict=True)
+    ]
+    return _with_logprobs(sampled, logits, params)
+
+
+def _params(chunk: Chunk) -> SamplingParams:
+    assert chunk.sampling is not None
+    return chunk.sampling
+
+
+def _adjust(
+    logits: torch.Tensor, chunks: Sequence[Chunk], params: Sequence[SamplingParams]
+) -> torch.Tensor:
+    """Penalties, biases and bans, for the rows that have any; the same tensor when none has."""
+    adjusted = logits
+    for row, (chunk, wanted) in enumerate(zip(chunks, params, strict=True)):
+        if not (wanted.needs_history or wanted.logit_bias or chunk.banned):
+            continue
+        if adjusted is logits:
+            adjusted = logits.clone()
+        if wanted.needs_history:
+            _penalise(adjusted[row], chunk, wanted)
+        if wanted.logit_bias:
+            ids = torch.tensor(list(wanted.logit_bias), device=logits.device)
+            bias = torch.tensor(list(wanted.logit_bias.values()), device=logits.device)
+            adjusted[row].index_add_(0, ids, bias.float())
+        if chunk.banned:
+            adjusted[row, list(chunk.banned)] = _NEVER
+    return adjusted
+
+
+def _penalise(row: torch.Tensor, chunk: Chunk, wanted: SamplingParams) -> None:
+    """In place. Repetition counts prompt and output, presence and frequency the output alone."""
+    seen = torch.tensor(list(set(chunk.history)), device=row.device)
+    values = row[seen]
+    row[seen] = torch.where(
+        values > 0, values / wanted.repetition_penalty, values * wanted.repetition_penalty
+    )
+    output = torch.tensor(chunk.history[chunk.num_prompt_tokens :], device=row.device)
+    if len(output):
+        ids, counts = torch.unique(output, return_counts=True)
+        row[ids] -= wanted.frequency_penalty * counts + wanted.presence_penalty
+
+
+def _draw(
+    logits: torch.Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
+) -> torch.Tensor:
+    """Token ids [rows] at temperature, by inverse of the cumulative distribution.
+
+    Rows with a filter are looked up in order of probability, the others in order of token id: which
+    of the two is a matter of the row's own settings.
+    """
+    device = logits.device
+    temperature = torch.tensor([p.temperature for p in params], device=device)
+    uniform = torch.tensor(uniforms, device=device, dtype=torch.float64)
+    probs = (logits / temperature[:, None]).softmax(dim=-1)
+    filtered = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1 or p.min_p]
+    plain = [i for i in range(len(params)) if i not in set(filtered)]
+    drawn = torch.empty(len(params), dtype=torch.long, device=device)
+    if plain:
+        rows = torch.tensor(plain, device=device)
+        drawn[rows] = _look_up(probs[rows], uniform[rows])
+    if filtered:
+        rows = torch.tensor(filtered, device=device)
+        drawn[rows] = _draw_filtered(probs[rows], [params[i] for i in filtered], uniform[rows])
+    return drawn
+
+
+def _look_up(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Index [rows] at which the cumulative distribution of ``probs`` passes ``uniform``.
+
+    Summed in float64: a sum over a large vocabulary loses the tail in float32.
+    """
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+    target = uniform[:, None] * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, target, right=True)
+    return place.clamp(max=probs.shape[1] - 1)[:, 0]
+
+
+def _draw_filtered(
+    probs: torch.Tensor, params: Sequence[SamplingParams], uniform: torch.Tensor
+) -> torch.Tensor:
+    """Token ids [rows] under min_p, top_k and top_p.
+
+    Filters nearly always cut within the most probable tokens, and finding those is much cheaper
+    than sorting the vocabulary; a row whose cut lies further down is sorted after all.
+    """
+    ordered, ids = probs.topk(min(_HEAD, probs.shape[1]))
+    kept, settled = _cut(ordered, params, whole=probs.shape[1])
+    drawn = ids.gather(1, _look_up(kept, uniform)[:, None])[:, 0]
+    open_ = [i for i, done in enumerate(settled.tolist()) if not done]
+    if open_:
+        rows = torch.tensor(open_, device=probs.device)
+        ordered, ids = probs[rows].sort(dim=-1, descending=True, stable=True)
+        kept, _ = _cut(ordered, [params[i] for i in open_], whole=probs.shape[1])
+        drawn[rows] = ids.gather(1, _look_up(kept, uniform[rows])[:, None])[:, 0]
+    return drawn
+
+
+def _cut(
+    ordered: torch.Tensor, params: Sequence[SamplingParams], *, whole: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Set to 0 what the filters cut from probabilities in falling order, the first of ``whole``.
+
+    Also says, for each row, whether that is all there is to know: the rest would be cut too.
+    """
+    device, width = ordered.device, ordered.shape[1]
+    top_k = torch.tensor([min(p.top_k or whole, whole) for p in params], device=device)[:, None]
+    top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
+    min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
+    keep = torch.arange(width, device=device) < top_k
+    keep &= ordered >= min_p * ordered[:, :1]
+    ordered = ordered * keep
+    # top_p counts within what top_k and min_p left: all of the mass when they are off.
+    ended = ~keep[:, -1:] | (top_k <= width)
+    unfiltered = (top_k == whole) & (min_p == 0)
+    mass = torch.where(unfiltered & ~ended, 1.0, ordered.sum(dim=-1, keepdim=True))
+    # A token stays while the mass before it is short of top_p: the first always stays, also where
+    # top_p is too small for float32.
+    before = ordered.cumsum(dim=-1) - ordered
+    short = before < top_p * mass
+    short[:, 0] = True
+    settled = ended | (unfiltered & ~short[:, -1:])
+    return ordered * short, settled[:, 0]
+
+
+def _with_logprobs(
+    sampled: list[Sampled], logits: torch.Tensor, params: Sequence[SamplingParams]
+) -> list[Sampled]:
+    """Add log-probabilities under the unmodified distribution to the rows that ask."""
+    for row, wanted in enumerate(params):
+        if wanted.top_logprobs is None or not sampled[row].finite:
+            continue
+        logprobs = logits[row].log_softmax(dim=-1)
+        top = logprobs.topk(min(wanted.top_logprobs, len(logprobs)))
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        sampled[row] = Sampled(
+            sampled[row].token_id,
+            logprob=float(logprobs[sampled[row].token_id]),
+            top_logprobs=tuple(TokenLogprob(token_id, logprob) for token_id, logprob in pairs),
+        )
+    return sampled

@@ -1,0 +1,164 @@
+"""The composition root of the real thing: the model, its engine and the catalog, from settings.
+
+The only module that brings the model room and the API room together, and with it torch; imported
+when a server starts and not before.
+"""
+
+import time
+from datetime import timedelta
+
+import structlog
+import torch
+from sqlalchemy.exc import SQLAlchemyError
+
+from prefixd.server.api.error_responses import CATALOG_AWAY
+from prefixd.server.api.metrics import Metrics
+from prefixd.server.api.served import ServedModel
+from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.request import PrefixKey
+from prefixd.server.engine.step import PrefixUnavailable
+from prefixd.server.model.load import LoadedBase, load_base, resolve_device
+from prefixd.server.model.runner import TorchRunner
+from prefixd.server.model.selfcheck import Limits, self_check
+from prefixd.server.model.source import StoreSource
+from prefixd.server.model.tokenizer import Tokenizer
+from prefixd.server.serve.app import Services, api_limits, open_catalog
+from prefixd.server.serve.settings import Settings
+from prefixd.server.serve.telemetry import open_tracer
+from prefixd.store.artifact.artifact import Artifact, read_artifact
+from prefixd.store.artifact.base import BaseSpec
+from prefixd.store.digest import BlobKey
+from prefixd.store.errors import StoreError
+from prefixd.store.gc import GcResult, Sweeper
+from prefixd.store.store import PrefixStore
+
+log = structlog.get_logger("prefixd")
+
+_QUEUED_POOLS = 8
+"""How many times the pool's size may wait, unless the operator says otherwise."""
+
+
+def build_services(settings: Settings) -> Services:
+    """Open the catalog, load the model, prove that it can be served, and put an engine over it.
+
+    Raises UnsupportedModel, DemoModelMissing, or OSError for a model that cannot be found.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    config = scheduler_config(settings)
+    device = device_of(settings)
+    catalog = open_catalog(settings)
+    base = load_base(
+        settings.model,
+        dtype=settings.dtype,
+        device=device,
+        cache_dir=settings.root / "models",
+    )
+    served = _served_model(settings, base, self_check(base, block_size=config.block_size))
+    runner = TorchRunner(base, num_blocks=config.num_blocks, block_size=config.block_size)
+    tokenizer = Tokenizer(base.tokenizer)
+    engine = Engine(
+        config=config,
+        runner=runner,
+        source=StoreSource(
+            open_artifact=_Artifacts(catalog.store, served), base=base, tokenizer=tokenizer
+        ),
+        detokenizer=tokenizer.detokenizer,
+        namespace=f"{base.fingerprint}:{settings.dtype}",
+        watchdog_s=settings.watchdog,
+    )
+    return Services(
+        limits=api_limits(settings),
+        store=catalog.store,
+        tenants=catalog.tenants,
+        bindings=catalog.bindings,
+        limiter=catalog.limiter,
+        audit=catalog.audit,
+        idempotency=catalog.idempotency,
+        engine=engine,
+        served=served,
+        metrics=Metrics(engine.stats),
+        trace=open_tracer(),
+        database=catalog.database,
+    )
+
+
+def make_sweeper(settings: Settings, services: Services) -> Sweeper:
+    """Collects deleted prefixes in the background, but for those that the engine holds."""
+    grace = timedelta(seconds=settings.gc_grace)
+
+    def sweep() -> GcResult:
+        held = services.engine.stats().prefixes_held
+        resident = [BlobKey(key.tenant, key.digest) for key in held]
+        return services.store.collect(grace=grace, resident=resident)
+
+    return Sweeper(sweep, interval_s=settings.gc_interval)
+
+
+def device_of(settings: Settings) -> str:
+    """The device these settings mean on this machine; raise ValueError when it is not there."""
+    device = resolve_device(settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here")
+    return str(device)
+
+
+def scheduler_config(settings: Settings) -> SchedulerConfig:
+    """The engine's slice of the settings."""
+    return SchedulerConfig(
+        num_blocks=-(-settings.kv_tokens // settings.block_size) + 1,  # and the null block
+        block_size=settings.block_size,
+        max_tokens_per_step=settings.max_tokens_per_step,
+        max_prefill_chunk=settings.max_prefill_chunk,
+        max_running=settings.max_running,
+        max_resident_tokens=settings.max_resident_tokens,
+        host_tokens=settings.host_kv_tokens,
+        max_prefix_wait_s=settings.max_prefix_wait,
+        max_waiting_tokens=settings.max_waiting_tokens or _QUEUED_POOLS * settings.kv_tokens,
+        max_queue_wait_s=settings.max_queue_wait or None,
+    )
+
+
+def _served_model(settings: Settings, base: LoadedBase, limits: Limits) -> ServedModel:
+    name = settings.served_model_name or base.name
+    return ServedModel(
+        name=name,
+        base=BaseSpec(
+            name=name,
+            fingerprint=base.fingerprint,
+            num_layers=base.shape.num_layers,
+            num_kv_heads=base.shape.num_kv_heads,
+            head_dim=base.shape.head_dim,
+            hidden_size=base.shape.hidden_size,
+            max_virtual_tokens=min(settings.max_virtual_tokens, base.shape.max_positions - 1),
+            dtype=settings.dtype,
+            max_abs_embedding=limits.max_abs_embedding,
+            max_abs_kv=limits.max_abs_kv,
+        ),
+        max_positions=base.shape.max_positions,
+        vocab_size=base.shape.vocab_size,
+        eos_token_ids=base.eos_token_ids,
+        created=int(time.time()),
+        tokenizer=Tokenizer(base.tokenizer),
+    )
+
+
+class _Artifacts:
+    """Opens a stored artifact and judges it again, against the base served now."""
+
+    def __init__(self, store: PrefixStore, served: ServedModel) -> None:
+        self._store = store
+        self._served = served
+
+    def __call__(self, key: PrefixKey) -> Artifact:
+        try:
+            path = self._store.fetch(tenant=key.tenant, digest=key.digest)
+            return read_artifact(
+                path, base=self._served.base, count_tokens=self._served.count_prefix_tokens
+            )
+        except StoreError as error:
+            raise PrefixUnavailable(error.message) from error
+        except SQLAlchemyError as error:
+            log.exception("the catalog failed")
+            raise PrefixUnavailable(CATALOG_AWAY) from error

@@ -1,0 +1,129 @@
+"""OpenTelemetry: one span for each generation, under the names of the GenAI conventions.
+
+Needs the extra ``otel``, and is off, with nothing imported, unless the standard variables name an
+endpoint. A span holds figures and names, never a prompt, an answer or a key.
+"""
+
+import os
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import structlog
+
+from prefixd.server.api.request_record import Endpoint, Outcome, RequestRecord, Tracer
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import SpanProcessor
+
+log = structlog.get_logger("prefixd")
+
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_OPERATIONS = {Endpoint.COMPLETIONS: "text_completion", Endpoint.CHAT: "chat"}
+_FAILURES = frozenset({Outcome.ERROR, Outcome.TIMEOUT, Outcome.UNAVAILABLE})
+_LAST_EXPORT_S = 2.0
+
+Value = str | bool | int | float | tuple[str, ...]
+
+
+def open_tracer(environment: Mapping[str, str] = os.environ) -> Tracer | None:
+    """Sends spans where the standard OTEL_* variables say; None when they name no endpoint.
+
+    Endpoint, headers, sampling and batching are read from them by OpenTelemetry's own SDK.
+    """
+    if not _is_configured(environment):
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # noqa: PLC0415 - an extra
+            OTLPSpanExporter,
+        )
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415 - an extra
+    except ImportError:
+        log.warning("no traces: OTEL_* is set, but prefixd was installed without the extra 'otel'")
+        return None
+    return Spans(BatchSpanProcessor(OTLPSpanExporter()))
+
+
+def _is_configured(environment: Mapping[str, str]) -> bool:
+    off = environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    exporter = environment.get("OTEL_TRACES_EXPORTER", "").strip().lower() or "otlp"
+    return not off and exporter == "otlp" and any(environment.get(name) for name in _ENDPOINTS)
+
+
+class Spans:
+    """Turns records into spans and hands them to ``processor``."""
+
+    def __init__(self, processor: "SpanProcessor") -> None:
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource  # noqa: PLC0415 - an extra
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415 - an extra
+        from opentelemetry.trace.propagation.tracecontext import (  # noqa: PLC0415 - an extra
+            TraceContextTextMapPropagator,
+        )
+
+        resource = Resource.create()
+        if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
+            resource = resource.merge(Resource({SERVICE_NAME: "prefixd"}))
+        # Of our own and not the process's: other libraries' spans are none of our business.
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._provider.add_span_processor(processor)
+        self._tracer = self._provider.get_tracer("prefixd")
+        self._context = TraceContextTextMapPropagator()
+
+    def __call__(self, record: RequestRecord) -> None:
+        """Make the span of a generation that has ended, under the trace its request came with."""
+        from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - an extra
+
+        started = record.started
+        span = self._tracer.start_span(
+            _name(record),
+            context=self._context.extract(started.trace),
+            kind=SpanKind.SERVER,
+            attributes=attributes_of(record),
+            start_time=started.at_ns,
+        )
+        if record.outcome in _FAILURES:
+            span.set_status(StatusCode.ERROR)
+        span.end(started.at_ns + round(record.total * 1e9))
+
+    def close(self) -> None:
+        """Send what is left, for a short while: a collector that is gone must not hold us up."""
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(_LAST_EXPORT_S)
+
+
+def _name(record: RequestRecord) -> str:
+    operation = _OPERATIONS[record.started.endpoint]
+    return operation if record.taken is None else f"{operation} {record.taken.served_model}"
+
+
+def attributes_of(record: RequestRecord) -> dict[str, Value]:
+    """The span's attributes; what is not known is left out."""
+    started, taken = record.started, record.taken
+    found: dict[str, Value | None] = {
+        "gen_ai.operation.name": _OPERATIONS[started.endpoint],
+        "gen_ai.provider.name": "prefixd",
+        "gen_ai.request.stream": started.stream,
+        "gen_ai.server.time_to_first_token": record.first_token,
+        "error.type": record.error_code,
+        "prefixd.outcome": record.outcome.value,
+        "prefixd.request.id": started.request_id,
+        "prefixd.tenant": started.tenant,
+        "prefixd.queue_time": record.queue,
+    }
+    if taken is not None:
+        found |= {
+            "gen_ai.request.model": taken.model,
+            "gen_ai.request.max_tokens": taken.max_tokens,
+            "gen_ai.request.temperature": taken.temperature,
+            "gen_ai.request.choice.count": taken.choices,
+            "gen_ai.response.id": taken.id,
+            "gen_ai.response.model": taken.served_model,
+            "gen_ai.response.finish_reasons": record.finish_reasons,
+            "gen_ai.usage.input_tokens": record.prompt_tokens,
+            "gen_ai.usage.output_tokens": record.output_tokens,
+            "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
+            "prefixd.prefix.digest": taken.digest,
+            "prefixd.prefix.virtual_tokens": taken.virtual_tokens,
+        }
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,199 @@
+"""Which prefix a tenant's end user gets: bindings, and the tenant's default."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from sqlalchemy import Engine, delete, select, update
+
+from prefixd.server.errors import BadRequest, NotFound
+from prefixd.server.tenants.audit import Action, record, utc_now
+from prefixd.server.tenants.principal import Actor
+from prefixd.server.tenants.tables import USER_CHARACTERS, bindings, tenants
+from prefixd.server.tenants.upsert import upsert
+from prefixd.store.db.database import reading, writing
+
+_USER = re.compile(rf"[^\x00-\x1f\x7f\ud800-\udfff]{{1,{USER_CHARACTERS}}}")
+
+
+class ChosenBy(StrEnum):
+    """Why a prefix answers: the `model` named it, the user is bound to it, or by default."""
+
+    MODEL = "model"
+    USER = "user"
+    DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """An end user and the reference that is resolved at each of the user's requests."""
+
+    user: str
+    reference: str
+    updated_at: datetime
+
+
+def check_user(user: str) -> str:
+    """Return ``user`` or raise BadRequest."""
+    if _USER.fullmatch(user) is None:
+        raise BadRequest(
+            f"expected a user of 1 to {USER_CHARACTERS} characters, none of them a control "
+            f"character; received {len(user)} characters",
+            param="user",
+        )
+    return user
+
+
+class Bindings:
+    """Blocking calls on the catalog; safe to share between threads. Looking a user up is one
+    look-up of the primary key, however many users there are.
+
+    References are kept as given, to be resolved at each request: whoever binds checks them first.
+    """
+
+    def __init__(self, engine: Engine, *, now: Callable[[], datetime] = utc_now) -> None:
+        self._engine = engine
+        self._now = now
+
+    def chosen(self, tenant: str, user: str) -> tuple[str, ChosenBy] | None:
+        """The reference for a request by ``user``: bound, else the default, else None."""
+        with reading(self._engine) as connection:
+            if _USER.fullmatch(user) is not None:
+                bound = connection.execute(
+                    select(bindings.c.reference).where(
+                        bindings.c.tenant == tenant, bindings.c.user_id == user
+                    )
+                ).scalar()
+                if bound is not None:
+                    return bound, ChosenBy.USER
+            default = connection.execute(
+                select(tenants.c.default_prefix).where(tenants.c.name == tenant)
+            ).scalar()
+        return None if default is None else (default, ChosenBy.DEFAULT)
+
+    def get(self, tenant: str, user: str) -> Binding:
+        """The binding of one user. Raises BadRequest, NotFound."""
+        query = select(bindings).where(
+            bindings.c.tenant == tenant, bindings.c.user_id == check_user(user)
+        )
+        with reading(self._engine) as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            raise _unbound()
+        return Binding(row.user_id, row.reference, row.updated_at)
+
+    def page(
+        self, tenant: str, *, limit: int, after: str | None = None
+    ) -> tuple[list[Binding], str | None]:
+        """Bindings by user, and what ``after`` takes for more."""
+        query = select(bindings).where(bindings.c.tenant == tenant)
+        if after is not None:
+            query = query.where(bindings.c.user_id > after)
+        query = query.order_by(bindings.c.user_id).limit(limit + 1)
+        with reading(self._engine) as connection:
+            rows = connection.execute(query).all()
+        found = [Binding(row.user_id, row.reference, row.updated_at) for row in rows[:limit]]
+        return found, found[-1].user if len(rows) > limit else None
+
+    def bind(self, tenant: str, user: str, reference: str, *, actor: Actor) -> Binding:
+        """Let ``user`` have ``reference`` from the next request on. Raises BadRequest."""
+        made = Binding(check_user(user), reference, self._now())
+        with writing(self._engine) as connection:
+            connection.execute(
+                upsert(connection, bindings, update=("reference", "updated_at")),
+                _row(tenant, user, reference, made.updated_at),
+            )
+            record(
+                connection,
+                Action.BINDING_SET,
+                at=made.updated_at,
+                actor=actor,
+                tenant=tenant,
+                subject=user,
+                detail={"prefix": reference},
+            )
+        return made
+
+    def bind_many(self, tenant: str, pairs: Sequence[tuple[str, str]]) -> None:
+        """Bind users to references, in one transaction; of one user twice, the last counts.
+        Raises BadRequest. The caller writes the audit entry of the whole import."""
+        now = self._now()
+        rows = [_row(tenant, check_user(user), ref, now) for user, ref in dict(pairs).items()]
+        if rows:
+            with writing(self._engine) as connection:
+                connection.execute(
+                    upsert(connection, bindings, update=("reference", "updated_at")), rows
+                )
+
+    def note_import(self, tenant: str, count: int, *, actor: Actor) -> None:
+        """The audit entry of an import."""
+        with writing(self._engine) as connection:
+            record(
+                connection,
+                Action.BINDINGS_IMPORT,
+                at=self._now(),
+                actor=actor,
+                tenant=tenant,
+                subject="",
+                detail={"count": count},
+            )
+
+    def unbind(self, tenant: str, user: str, *, actor: Actor) -> None:
+        """Forget a binding. Raises BadRequest, NotFound."""
+        with writing(self._engine) as connection:
+            done = connection.execute(
+                delete(bindings).where(
+                    bindings.c.tenant == tenant, bindings.c.user_id == check_user(user)
+                )
+            )
+            if done.rowcount == 0:
+                raise _unbound()
+            record(
+                connection,
+                Action.BINDING_REMOVE,
+                at=self._now(),
+                actor=actor,
+                tenant=tenant,
+                subject=user,
+            )
+
+    def default(self, tenant: str) -> str:
+        """The reference of users without a binding. Raises NotFound."""
+        query = select(tenants.c.default_prefix).where(tenants.c.name == tenant)
+        with reading(self._engine) as connection:
+            found = connection.execute(query).scalar()
+        if found is None:
+            raise _no_default()
+        return str(found)
+
+    def set_default(self, tenant: str, reference: str | None, *, actor: Actor) -> None:
+        """Set the default, or with None remove it. Raises NotFound for none to remove."""
+        with writing(self._engine) as connection:
+            statement = update(tenants).where(tenants.c.name == tenant)
+            if reference is None:
+                statement = statement.where(tenants.c.default_prefix.is_not(None))
+            done = connection.execute(statement.values(default_prefix=reference))
+            if done.rowcount == 0:
+                raise _no_default()
+            record(
+                connection,
+                Action.DEFAULT_REMOVE if reference is None else Action.DEFAULT_SET,
+                at=self._now(),
+                actor=actor,
+                tenant=tenant,
+                subject="" if reference is None else reference,
+            )
+
+
+def _row(tenant: str, user: str, reference: str, now: datetime) -> dict[str, str | datetime]:
+    return {"tenant": tenant, "user_id": user, "reference": reference, "updated_at": now}
+
+
+def _unbound() -> NotFound:
+    return NotFound("this user is bound to no prefix", code="binding_not_found", param="user")
+
+
+def _no_default() -> NotFound:
+    return NotFound("the tenant has no default prefix", code="default_not_found")

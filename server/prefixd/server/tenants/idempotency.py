@@ -1,0 +1,91 @@
+"""Answers that are given again: a request repeated under its idempotency key changes nothing."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Engine, delete, insert, select
+
+from prefixd.server.errors import BadRequest, Conflict
+from prefixd.server.tenants.audit import utc_now
+from prefixd.server.tenants.tables import idempotency_keys
+from prefixd.store.db.database import reading
+
+KEPT_FOR = timedelta(hours=24)
+
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The answer that the first request under a key got."""
+
+    status: int
+    body: Mapping[str, Any]
+
+
+def check_key(key: str) -> str:
+    """Return ``key`` or raise BadRequest."""
+    if _KEY.fullmatch(key) is None:
+        raise BadRequest(
+            "expected an Idempotency-Key of 1 to 255 visible ASCII characters; "
+            f"received {len(key)} characters",
+            param="Idempotency-Key",
+        )
+    return key
+
+
+class Idempotency:
+    """Blocking calls on the catalog; safe to share between threads."""
+
+    def __init__(self, engine: Engine, *, now: Callable[[], datetime] = utc_now) -> None:
+        self._engine = engine
+        self._now = now
+
+    def find(self, tenant: str, key: str, *, request_digest: str) -> Replay | None:
+        """The answer under ``key``. Raises Conflict when it answered another request."""
+        query = select(idempotency_keys).where(
+            idempotency_keys.c.tenant == tenant, idempotency_keys.c.key == key
+        )
+        with reading(self._engine) as connection:
+            row = connection.execute(query).first()
+        if row is None or row.created_at <= self._now() - KEPT_FOR:
+            return None
+        if row.request_digest != request_digest:
+            raise Conflict(
+                "this Idempotency-Key was used for another request: the same key needs the same "
+                "name and the same body",
+                code="idempotency_key_reused",
+                param="Idempotency-Key",
+            )
+        return Replay(status=row.status, body=json.loads(row.body_json))
+
+    def keep(
+        self,
+        connection: Connection,
+        tenant: str,
+        key: str,
+        *,
+        request_digest: str,
+        replay: Replay,
+    ) -> None:
+        """Keep the answer, in the transaction that does what it says; forget the tenant's old ones.
+
+        Raises IntegrityError when a request under the same key came first: ask ``find`` again.
+        """
+        now = self._now()
+        old = idempotency_keys.c.created_at <= now - KEPT_FOR
+        connection.execute(delete(idempotency_keys).where(idempotency_keys.c.tenant == tenant, old))
+        connection.execute(
+            insert(idempotency_keys).values(
+                tenant=tenant,
+                key=key,
+                request_digest=request_digest,
+                status=replay.status,
+                body_json=json.dumps(dict(replay.body)),
+                created_at=now,
+            )
+        )

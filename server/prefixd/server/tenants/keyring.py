@@ -1,0 +1,293 @@
+"""API keys in the catalog: issue, list, rotate, revoke, and who a key is."""
+
+import hmac
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Row, insert, select, tuple_, update
+
+from prefixd.server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
+from prefixd.server.tenants import keys
+from prefixd.server.tenants.audit import Action, record
+from prefixd.server.tenants.principal import (
+    COMMAND_LINE,
+    DEFAULT_SCOPES,
+    OPERATOR_TENANT,
+    Actor,
+    Principal,
+    Scope,
+)
+from prefixd.server.tenants.quotas import Quota
+from prefixd.server.tenants.tables import api_keys, tenants
+from prefixd.server.tenants.upsert import upsert
+from prefixd.store.db.database import reading, writing
+
+_LABEL = re.compile(r"[^\x00-\x1f\x7f]{0,128}")
+# Compared with when the key id is unknown, so that both ways do the same work.
+_NO_DIGEST = "0" * 64
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """A key as listed: everything but the secret. ``replaced_by`` names its successor."""
+
+    key_id: str
+    tenant: str
+    label: str
+    scopes: tuple[Scope, ...]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    replaced_by: str | None = None
+
+    def state(self, now: datetime) -> str:
+        """``active``, ``replaced`` (still good, for a while), ``expired`` or ``revoked``."""
+        if self.revoked_at is not None:
+            return "revoked"
+        if self.expires_at is not None and self.expires_at <= now:
+            return "expired"
+        return "active" if self.replaced_by is None else "replaced"
+
+
+@dataclass(frozen=True, slots=True)
+class IssuedKey:
+    """A key just made. ``text`` is the secret and cannot be had again."""
+
+    text: str = field(repr=False)
+    record: KeyRecord
+
+
+class Keyring:
+    """The half of ``Tenants`` that is about keys. ``owner`` confines a call to one tenant's keys:
+    another tenant's key is then as unknown as a missing one."""
+
+    def __init__(self, engine: Engine, *, now: Callable[[], datetime]) -> None:
+        self._engine = engine
+        self._now = now
+
+    def create_key(
+        self,
+        *,
+        tenant: str,
+        scopes: Iterable[Scope] = DEFAULT_SCOPES,
+        label: str = "",
+        expires_at: datetime | None = None,
+        actor: Actor = COMMAND_LINE,
+    ) -> IssuedKey:
+        """Issue a key. Raises NotFound for an unknown tenant, BadRequest for no scope at all."""
+        wanted = frozenset(scopes)
+        if not wanted:
+            raise BadRequest("a key needs at least one scope", param="scopes")
+        if _LABEL.fullmatch(label) is None:
+            raise BadRequest(
+                "a label must be at most 128 printable characters; "
+                f"got {len(label)} characters or a control character",
+                param="label",
+            )
+        with writing(self._engine) as connection:
+            known = select(tenants.c.name).where(tenants.c.name == tenant)
+            if connection.execute(known).first() is None:
+                raise NotFound(f"there is no tenant {tenant[:80]!a}", param="tenant")
+            issued = self._issue(connection, tenant, wanted, label=label, expires_at=expires_at)
+            self._audit(connection, Action.KEY_CREATE, issued.record, actor)
+        return issued
+
+    def bootstrap(self) -> IssuedKey | None:
+        """On a catalog that has never had a key: the operator's first, with every scope.
+
+        Of several processes that start at once, one gets it.
+        """
+        with writing(self._engine) as connection:
+            row = {"name": OPERATOR_TENANT, "created_at": self._now()}
+            connection.execute(upsert(connection, tenants, update=()), row)
+            locked = select(tenants.c.name).where(tenants.c.name == OPERATOR_TENANT)
+            connection.execute(locked.with_for_update())
+            if connection.execute(select(api_keys.c.key_id).limit(1)).first() is not None:
+                return None
+            issued = self._issue(
+                connection, OPERATOR_TENANT, frozenset(Scope), label="bootstrap", expires_at=None
+            )
+            self._audit(connection, Action.KEY_CREATE, issued.record, COMMAND_LINE)
+        return issued
+
+    def list_keys(
+        self, tenant: str | None = None, *, limit: int | None = None, after: str | None = None
+    ) -> list[KeyRecord]:
+        """Keys of one tenant, or of all, oldest first, at most ``limit`` after the id ``after``."""
+        place = tuple_(api_keys.c.created_at, api_keys.c.key_id)
+        query = select(api_keys).order_by(api_keys.c.created_at, api_keys.c.key_id).limit(limit)
+        if tenant is not None:
+            query = query.where(api_keys.c.tenant == tenant)
+        with reading(self._engine) as connection:
+            if after is not None:
+                last = connection.execute(_one_key(after, tenant)).first()
+                if last is None:
+                    return []
+                query = query.where(place > (last.created_at, last.key_id))
+            return [_key_record(row) for row in connection.execute(query)]
+
+    def rotate_key(
+        self,
+        key_id: str,
+        *,
+        overlap: timedelta,
+        owner: str | None = None,
+        actor: Actor = COMMAND_LINE,
+    ) -> IssuedKey:
+        """Issue a successor with the same scopes, label and lifetime; the old key lives on for
+        ``overlap``. Raises NotFound, Conflict for a key that no longer is good or was rotated."""
+        if overlap < timedelta(0):
+            raise BadRequest("expected an overlap from 0 seconds", param="overlap_seconds")
+        with writing(self._engine) as connection:
+            row = connection.execute(_one_key(key_id, owner).with_for_update()).first()
+            if row is None:
+                raise _no_key(key_id)
+            old, now = _key_record(row), self._now()
+            if old.state(now) != "active":
+                raise Conflict(f"key '{key_id}' is {old.state(now)} and cannot be rotated")
+            lifetime = None if old.expires_at is None else old.expires_at - old.created_at
+            issued = self._issue(
+                connection,
+                old.tenant,
+                frozenset(old.scopes),
+                label=old.label,
+                expires_at=None if lifetime is None else now + lifetime,
+            )
+            ends = now + overlap if old.expires_at is None else min(old.expires_at, now + overlap)
+            connection.execute(
+                update(api_keys)
+                .where(api_keys.c.key_id == key_id)
+                .values(expires_at=ends, replaced_by=issued.record.key_id)
+            )
+            detail = {"replaced_by": issued.record.key_id, "good_until": ends.isoformat()}
+            self._audit(connection, Action.KEY_ROTATE, old, actor, detail)
+        return issued
+
+    def revoke_key(
+        self, key_id: str, *, owner: str | None = None, actor: Actor = COMMAND_LINE
+    ) -> KeyRecord:
+        """Stop a key for good; revoking it again changes nothing. Raises NotFound."""
+        with writing(self._engine) as connection:
+            row = connection.execute(_one_key(key_id, owner).with_for_update()).first()
+            if row is None:
+                raise _no_key(key_id)
+            if row.revoked_at is None:
+                key = api_keys.c.key_id == key_id
+                connection.execute(update(api_keys).where(key).values(revoked_at=self._now()))
+                self._audit(connection, Action.KEY_REVOKE, _key_record(row), actor)
+                row = connection.execute(_one_key(key_id, owner)).one()
+            return _key_record(row)
+
+    def authenticate(self, text: str) -> Principal:
+        """Who the key is. Raises NotAuthenticated with one message for every reason."""
+        parsed = keys.parse(text)
+        if parsed is None:
+            raise _refused()
+        query = (
+            select(api_keys, *(c for c in tenants.c if c.name not in api_keys.c))
+            .join_from(api_keys, tenants)
+            .where(api_keys.c.key_id == parsed.key_id)
+        )
+        with reading(self._engine) as connection:
+            row = connection.execute(query).first()
+        stored = _NO_DIGEST if row is None else row.digest
+        matches = hmac.compare_digest(stored, parsed.digest)
+        if row is None or not matches:
+            raise _refused()
+        expired = row.expires_at is not None and row.expires_at <= self._now()
+        if expired or row.revoked_at is not None:
+            raise _refused()
+        return Principal(
+            tenant=row.tenant,
+            key_id=row.key_id,
+            scopes=frozenset(_scopes(row.scopes)),
+            quota=Quota.of(row),
+            weight=row.weight,
+            kv_reuse=row.kv_reuse,
+        )
+
+    def _issue(
+        self,
+        connection: Connection,
+        tenant: str,
+        scopes: frozenset[Scope],
+        *,
+        label: str,
+        expires_at: datetime | None,
+    ) -> IssuedKey:
+        new = keys.generate()
+        made = KeyRecord(
+            key_id=new.parsed.key_id,
+            tenant=tenant,
+            label=label,
+            scopes=tuple(scope for scope in Scope if scope in scopes),
+            created_at=self._now(),
+            expires_at=expires_at,
+            revoked_at=None,
+        )
+        connection.execute(
+            insert(api_keys).values(
+                key_id=made.key_id,
+                tenant=tenant,
+                label=label,
+                digest=new.parsed.digest,
+                scopes=" ".join(made.scopes),
+                created_at=made.created_at,
+                expires_at=expires_at,
+            )
+        )
+        return IssuedKey(text=new.text, record=made)
+
+    def _audit(
+        self,
+        connection: Connection,
+        action: Action,
+        key: KeyRecord,
+        actor: Actor,
+        detail: Mapping[str, Any] | None = None,
+    ) -> None:
+        about = {"label": key.label, "scopes": list(key.scopes), **(detail or {})}
+        record(
+            connection,
+            action,
+            at=self._now(),
+            actor=actor,
+            tenant=key.tenant,
+            subject=key.key_id,
+            detail=about,
+        )
+
+
+def _one_key(key_id: str, owner: str | None) -> Any:
+    query = select(api_keys).where(api_keys.c.key_id == key_id)
+    return query if owner is None else query.where(api_keys.c.tenant == owner)
+
+
+def _no_key(key_id: str) -> NotFound:
+    return NotFound(f"there is no key {key_id[:80]!a}", param="key_id")
+
+
+def _refused() -> NotAuthenticated:
+    return NotAuthenticated(
+        "the API key is not valid: unknown, malformed, expired or revoked", param=None
+    )
+
+
+def _scopes(text: str) -> tuple[Scope, ...]:
+    return tuple(Scope(word) for word in text.split())
+
+
+def _key_record(row: Row[Any]) -> KeyRecord:
+    return KeyRecord(
+        key_id=row.key_id,
+        tenant=row.tenant,
+        label=row.label,
+        scopes=_scopes(row.scopes),
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        replaced_by=row.replaced_by,
+    )

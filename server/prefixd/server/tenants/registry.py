@@ -1,0 +1,168 @@
+"""Tenants and their quotas; opens the room of API keys beside them."""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Engine, Row, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from prefixd.server.errors import BadRequest, Conflict, NotFound
+from prefixd.server.tenants.audit import Action, record, utc_now
+from prefixd.server.tenants.keyring import IssuedKey, KeyRecord, Keyring
+from prefixd.server.tenants.principal import (
+    COMMAND_LINE,
+    DEFAULT_SCOPES,
+    OPERATOR_TENANT,
+    Actor,
+    Principal,
+    Scope,
+)
+from prefixd.server.tenants.quotas import Quota, checked_quota
+from prefixd.server.tenants.tables import tenants
+from prefixd.server.tenants.tenant_settings import TenantSettings, checked_settings
+from prefixd.store.db.database import reading, writing
+
+__all__ = [
+    "DEFAULT_SCOPES",
+    "OPERATOR_TENANT",
+    "IssuedKey",
+    "KeyRecord",
+    "Principal",
+    "Scope",
+    "TenantRecord",
+    "Tenants",
+]
+
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class TenantRecord:
+    """A tenant as listed."""
+
+    name: str
+    created_at: datetime
+    default_prefix: str | None = None
+    quota: Quota = field(default_factory=Quota)
+    weight: float = 1.0
+    kv_reuse: bool = True
+
+
+class Tenants(Keyring):
+    """Blocking calls on the catalog; safe to share between threads.
+
+    Nothing is cached: a revoked key and a new quota hold from the next request on, on every
+    replica.
+    """
+
+    def __init__(self, engine: Engine, *, now: Callable[[], datetime] = utc_now) -> None:
+        super().__init__(engine, now=now)
+
+    def create_tenant(
+        self,
+        name: str,
+        *,
+        quota: Mapping[str, int | None] | None = None,
+        settings: Mapping[str, float | bool] | None = None,
+        actor: Actor = COMMAND_LINE,
+    ) -> TenantRecord:
+        """Add a tenant, with what is named of its quota and settings. Raises BadRequest for a
+        malformed name or value, Conflict for a tenant that exists."""
+        if _TENANT.fullmatch(name) is None:
+            raise BadRequest(
+                "a tenant name must be 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or "
+                f"digit; got {name[:80]!a}",
+                param="name",
+            )
+        limits = Quota(**checked_quota(quota or {}))
+        given = checked_settings(settings or {})
+        treated = asdict(TenantSettings(**given))  # type: ignore[arg-type]  # checked by name
+        made = TenantRecord(name=name, created_at=self._now(), quota=limits, **treated)
+        row = {"name": name, "created_at": made.created_at, **asdict(limits), **treated}
+        try:
+            with writing(self._engine) as connection:
+                connection.execute(insert(tenants).values(row))
+                record(
+                    connection,
+                    Action.TENANT_CREATE,
+                    at=made.created_at,
+                    actor=actor,
+                    tenant=name,
+                    subject=name,
+                    detail={**(quota or {}), **given},
+                )
+        except IntegrityError as error:
+            raise Conflict(f"tenant '{name}' already exists", param="name") from error
+        return made
+
+    def tenant(self, name: str) -> TenantRecord:
+        """One tenant. Raises NotFound."""
+        with reading(self._engine) as connection:
+            row = connection.execute(select(tenants).where(tenants.c.name == name)).first()
+        if row is None:
+            raise NotFound(f"there is no tenant {name[:80]!a}", param="tenant")
+        return _tenant_record(row)
+
+    def list_tenants(
+        self, *, limit: int | None = None, after: str | None = None
+    ) -> list[TenantRecord]:
+        """Tenants by name, at most ``limit`` after the name ``after``."""
+        query = select(tenants).order_by(tenants.c.name).limit(limit)
+        if after is not None:
+            query = query.where(tenants.c.name > after)
+        with reading(self._engine) as connection:
+            return [_tenant_record(row) for row in connection.execute(query)]
+
+    def resident_caps(self, names: Collection[str]) -> dict[str, int]:
+        """``max_resident_tokens`` of those of ``names`` that have such a limit."""
+        query = select(tenants.c.name, tenants.c.max_resident_tokens).where(
+            tenants.c.name.in_(sorted(names)), tenants.c.max_resident_tokens.is_not(None)
+        )
+        with reading(self._engine) as connection:
+            return {row.name: row.max_resident_tokens for row in connection.execute(query)}
+
+    def set_quota(
+        self, name: str, changes: Mapping[str, int | None], *, actor: Actor = COMMAND_LINE
+    ) -> TenantRecord:
+        """Change the limits named in ``changes``; None lifts one. Raises BadRequest, NotFound."""
+        return self._change(name, Action.TENANT_QUOTA, checked_quota(changes), actor)
+
+    def set_settings(
+        self, name: str, changes: Mapping[str, float | bool], *, actor: Actor = COMMAND_LINE
+    ) -> TenantRecord:
+        """Change the settings named in ``changes``. Raises BadRequest, NotFound."""
+        return self._change(name, Action.TENANT_SETTINGS, checked_settings(changes), actor)
+
+    def _change(
+        self, name: str, action: Action, checked: Mapping[str, Any], actor: Actor
+    ) -> TenantRecord:
+        if checked:
+            with writing(self._engine) as connection:
+                done = connection.execute(
+                    update(tenants).where(tenants.c.name == name).values(dict(checked))
+                )
+                if done.rowcount:
+                    record(
+                        connection,
+                        action,
+                        at=self._now(),
+                        actor=actor,
+                        tenant=name,
+                        subject=name,
+                        detail=checked,
+                    )
+        return self.tenant(name)
+
+
+def _tenant_record(row: Row[Any]) -> TenantRecord:
+    return TenantRecord(
+        name=row.name,
+        created_at=row.created_at,
+        default_prefix=row.default_prefix,
+        quota=Quota.of(row),
+        weight=row.weight,
+        kv_reuse=row.kv_reuse,
+    )

@@ -1,0 +1,168 @@
+"""Shipped fakes: an engine's world without torch, for tests here and in other people's projects.
+
+``FakeRunner``'s next token is a hash of (prefix digest, tokens so far), so a test of the API proves
+that the right prefix reached the right request.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from prefixd.server.engine.request import PrefixKey, TokenLogprob
+from prefixd.server.engine.step import (
+    PrefixUnavailable,
+    Sampled,
+    Save,
+    StagedPrefix,
+    Step,
+    StepOutput,
+)
+
+EOS = 256
+VOCAB_SIZE = 257
+
+
+def fake_next_token(digest: str | None, tokens: Sequence[int]) -> int:
+    """The byte (a letter a to z) that FakeRunner says after ``tokens`` under a prefix."""
+    text = f"{digest}|{','.join(map(str, tokens))}"
+    return ord("a") + hashlib.sha256(text.encode()).digest()[0] % 26
+
+
+def fake_generate(digest: str | None, prompt: Sequence[int], count: int) -> list[int]:
+    """The ``count`` tokens FakeRunner gives for a prompt under a prefix."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(fake_next_token(digest, tokens))
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class FakeRunner:
+    """A ModelRunner that remembers what it was fed, block by block, and believes nothing.
+
+    The tokens so far are read back through the block table from a fake KV pool, so a wrong block
+    table gives a wrong answer. ``steps`` keeps every step it ran.
+    """
+
+    block_size: int = 16
+    steps: list[Step] = field(default_factory=list)
+    slots: dict[tuple[int, int], object] = field(default_factory=dict)
+
+    def run(self, step: Step) -> StepOutput:
+        """Run one step over plain data."""
+        self.steps.append(step)
+        saved: dict[PrefixKey, StagedPrefix] = {s.key: self._read_back(s) for s in step.saves}
+        fresh = set(step.fresh)
+        self.slots = {place: v for place, v in self.slots.items() if place[0] not in fresh}
+        for copy in step.copies:
+            for offset in range(self.block_size):
+                if (copy.source, offset) in self.slots:
+                    self.slots[copy.target, offset] = self.slots[copy.source, offset]
+        for part in step.compiles:
+            for position in range(part.start, part.stop):
+                self._write(part.block_table, position, (part.key.digest, position))
+        sampled = {}
+        for chunk in step.chunks:
+            for offset, token in enumerate(chunk.tokens):
+                self._write(chunk.block_table, chunk.start + offset, token)
+            if chunk.sampling is not None:
+                token = self._next(chunk.block_table, chunk.start + len(chunk.tokens))
+                wanted = chunk.sampling.top_logprobs
+                top = tuple(TokenLogprob(token + i, -0.5 - i) for i in range(wanted or 0))
+                sampled[chunk.seq_id] = Sampled(
+                    token, logprob=None if wanted is None else -0.5, top_logprobs=top
+                )
+        return StepOutput(sampled, saved)
+
+    def _read_back(self, save: Save) -> "FakeStaged":
+        held = [self._read(save.block_table, position) for position in range(save.num_tokens)]
+        expected = [(save.key.digest, position) for position in range(save.num_tokens)]
+        assert held == expected, f"a prefix was saved from blocks that do not hold it: {held}"
+        return FakeStaged(save.num_tokens)
+
+    def _read(self, table: Sequence[int], position: int) -> object:
+        place = (table[position // self.block_size], position % self.block_size)
+        return self.slots.get(place, "hole")
+
+    def _write(self, table: Sequence[int], position: int, value: object) -> None:
+        self.slots[table[position // self.block_size], position % self.block_size] = value
+
+    def _next(self, table: Sequence[int], length: int) -> int:
+        seen = [self._read(table, position) for position in range(length)]
+        virtual = [value for value in seen if isinstance(value, tuple)]
+        digests = {value[0] for value in virtual}
+        assert len(digests) <= 1, f"one sequence read the KV of several prefixes: {digests}"
+        assert [value[1] for value in virtual] == list(range(len(virtual))), "prefix out of order"
+        tokens = [value for value in seen[len(virtual) :] if isinstance(value, int)]
+        assert len(tokens) == length - len(virtual), f"a hole in the KV of a sequence: {seen}"
+        return fake_next_token(next(iter(digests), None), tokens)
+
+
+@dataclass(frozen=True)
+class FakeStaged:
+    """A staged prefix that is nothing but its length."""
+
+    num_tokens: int
+
+
+@dataclass
+class FakeSource:
+    """A PrefixSource over a table of lengths; a missing key cannot be had."""
+
+    lengths: dict[PrefixKey, int] = field(default_factory=dict)
+    fetched: list[PrefixKey] = field(default_factory=list)
+
+    def fetch(self, key: PrefixKey) -> FakeStaged:
+        """Bring a prefix, or raise PrefixUnavailable."""
+        self.fetched.append(key)
+        if key not in self.lengths:
+            raise PrefixUnavailable("the prefix is gone from the store")
+        return FakeStaged(self.lengths[key])
+
+
+class ByteTokenizer:
+    """Token ids are bytes; 256 ends a sequence."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """UTF-8 bytes; there are no special tokens to add."""
+        del add_special_tokens
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the bytes, end-of-sequence skipped."""
+        return bytes(t for t in token_ids if t < EOS).decode(errors="replace")
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token."""
+        return self.decode([token_id])
+
+    def render_chat(
+        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """A chat as lines of ``role: content``."""
+        lines = [f"{m['role']}: {m['content']}\n" for m in messages]
+        return "".join(lines) + ("assistant: " if add_generation_prompt else "")
+
+
+class ByteDetokenizer:
+    """Bytes to text, a character only when it is whole."""
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def push(self, token_id: int) -> str:
+        """Text that became whole with this byte."""
+        if token_id >= EOS:
+            return ""
+        self._held += bytes([token_id])
+        try:
+            text = self._held.decode()
+        except UnicodeDecodeError:
+            return ""
+        self._held = b""
+        return text
+
+    def flush(self) -> str:
+        """A broken last character, as a replacement character."""
+        text, self._held = self._held.decode(errors="replace"), b""
+        return text

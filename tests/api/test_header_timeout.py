@@ -1,0 +1,87 @@
+"""Senders that never finish the head of a request, on real sockets."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import uvicorn
+from api_world import World
+
+from prefixd.server.serve.header_timeout import MAX_HEAD_BYTES, impatient
+
+HEAD = b"GET /health/live HTTP/1.1\r\nhost: x\r\n"
+
+
+def serve(world: World, seconds: float, scenario: Callable[[int], Awaitable[None]]) -> None:
+    async def main() -> None:
+        config = uvicorn.Config(
+            world.app,
+            http=impatient(seconds),
+            port=0,
+            log_config=None,
+            lifespan="off",
+            access_log=False,
+        )
+        server = uvicorn.Server(config)
+        running = asyncio.create_task(server.serve(sockets=[config.bind_socket()]))
+        while not server.started:  # noqa: ASYNC110 - uvicorn tells nobody
+            await asyncio.sleep(0.001)
+        try:
+            await scenario(server.servers[0].sockets[0].getsockname()[1])
+        finally:
+            server.should_exit = True
+            await running
+
+    asyncio.run(main())
+
+
+def test_a_head_that_stalls_or_dribbles_is_cut_off(world: World) -> None:
+    async def stall(port: int, *pieces: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0.02)
+        answer = await asyncio.wait_for(reader.read(), 30)
+        writer.close()
+        return answer
+
+    async def scenario(port: int) -> None:
+        dribble = [b"x: 1\r\n"] * 20
+        cut = await asyncio.gather(
+            stall(port), stall(port, HEAD), stall(port, HEAD, *dribble), return_exceptions=True
+        )
+        assert all(not one or isinstance(one, ConnectionError) for one in cut)
+
+    serve(world, 0.2, scenario)
+
+
+def test_good_heads_get_through_on_one_connection(world: World) -> None:
+    async def scenario(port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(3):
+            writer.write(HEAD + b"\r\n")
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+            assert head.startswith(b"HTTP/1.1 200")
+            await reader.readexactly(len(b'{"status":"ok"}'))
+            await asyncio.sleep(0.6)  # longer than a head may take: nobody waits for one now
+        writer.close()
+
+    serve(world, 0.5, scenario)
+
+
+def test_a_head_without_an_end_is_cut_off_by_its_size(world: World) -> None:
+    async def scenario(port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        sent = 0
+        writer.write(HEAD)
+        try:
+            while sent < 100 * MAX_HEAD_BYTES:
+                writer.write(b"x: " + b"y" * 8192 + b"\r\n")
+                await writer.drain()
+                sent += 8192
+        except ConnectionError:
+            pass
+        assert sent < 100 * MAX_HEAD_BYTES
+        del reader
+        writer.close()
+
+    serve(world, 30, scenario)

@@ -1,0 +1,145 @@
+"""The bucket or the database is away for a while: a 503 that says so, and not where it is."""
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from api_world import StoreBackedSource, World, error_of, put_text
+from fastapi.testclient import TestClient
+from sqlalchemy import create_engine
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from prefixd.server.api.error_responses import CATALOG_AWAY
+from prefixd.server.engine.request import PrefixKey
+from prefixd.server.engine.step import PrefixUnavailable
+from prefixd.server.tenants.registry import Tenants
+from prefixd.store.errors import BLOBS_AWAY, BlobsUnavailable
+
+SECRET = "db.internal:5432"
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+def assert_away(answer: Any, words: str) -> None:
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "5"
+    error = error_of(answer)
+    assert (error["type"], error["code"]) == ("server_error", "storage_unavailable")
+    assert words in error["message"]
+    assert SECRET not in answer.text
+
+
+def test_no_bucket(client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_text(client, "voice", "hello", world.headers())
+    blobs = world.services.store._blobs
+    with monkeypatch.context() as patch:
+        for method in ("put", "fetch"):
+            patch.setattr(blobs, method, failing(BlobsUnavailable("the store cannot be reached")))
+        upload = client.put("/v1/prefixes/other", json={"kind": "text", "text": "x"})
+        assert_away(upload, "the store cannot be reached")
+        assert_away(client.get("/v1/prefixes/voice/versions/1/content"), "cannot be reached")
+    assert client.get("/v1/prefixes/other").status_code == 404
+    assert client.put("/v1/prefixes/other", json={"kind": "text", "text": "x"}).status_code == 201
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OperationalError("SELECT", {}, Exception(f"connection to {SECRET} refused")),
+        InterfaceError("SELECT", {}, Exception(f"connection to {SECRET} lost")),
+        PoolTimeout(f"QueuePool limit of {SECRET} reached"),
+    ],
+)
+def test_no_catalog(client: TestClient, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(Tenants, "authenticate", failing(error))
+    for method, path in (("GET", "models"), ("PUT", "prefixes/a"), ("POST", "completions")):
+        assert_away(client.request(method, f"/v1/{path}"), "the catalog cannot be reached")
+    assert client.get("/health/live").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OperationalError("SELECT", {}, Exception(SECRET)),
+        BlobsUnavailable(BLOBS_AWAY),
+    ],
+)
+def test_an_upload_that_is_durable_is_told_so_though_it_cannot_be_warmed(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(world.services.store, "resolve", failing(error))
+    body = {"kind": "text", "text": "hello"}
+    assert client.put("/v1/prefixes/voice?warm=true", json=body).status_code == 201
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("message", [BLOBS_AWAY, CATALOG_AWAY])
+def test_a_prefix_that_cannot_be_loaded_now(
+    client: TestClient,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    message: str,
+    stream: bool,
+) -> None:
+    put_text(client, "voice", "hello", world.headers())
+    body = {"model": "voice", "prompt": "x", "max_tokens": 1, "stream": stream}
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreBackedSource, "fetch", failing(PrefixUnavailable(message)))
+        assert_away(client.post("/v1/completions", json=body), message)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            StoreBackedSource, "fetch", failing(PrefixUnavailable("the artifact is corrupt"))
+        )
+        put_text(client, "voice", "another", world.headers())
+        assert client.post("/v1/completions", json=body).status_code == 500
+
+
+def test_what_the_engine_is_told_of_storage_that_is_away(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefixd.server.serve.build import _Artifacts  # with torch, which this alone needs
+
+    manifest = put_text(client, "voice", "hello", world.headers())
+    key = PrefixKey("acme", manifest["digest"])
+    store = world.services.store
+    opened = _Artifacts(store, world.services.served)
+    assert opened(key).text == "hello"
+    for error, message in (
+        (BlobsUnavailable(BLOBS_AWAY), BLOBS_AWAY),
+        (OperationalError("SELECT", {}, Exception(SECRET)), CATALOG_AWAY),
+    ):
+        monkeypatch.setattr(store, "fetch", failing(error))
+        with pytest.raises(PrefixUnavailable) as away:
+            opened(key)
+        assert str(away.value) == message
+
+
+def test_a_locked_database_is_away_and_a_missing_table_is_our_fault(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "else.sqlite3"
+
+    def ask(statement: str) -> Callable[..., None]:
+        def run(*_: object, **__: object) -> None:
+            with create_engine(f"sqlite:///{file}", connect_args={"timeout": 0}).begin() as other:
+                other.exec_driver_sql(statement)
+
+        return run
+
+    with TestClient(world.app, headers=world.headers(), raise_server_exceptions=False) as client:
+        monkeypatch.setattr(Tenants, "authenticate", ask("SELECT * FROM nothing"))
+        assert client.get("/v1/models").status_code == 500
+        with closing(sqlite3.connect(file, isolation_level=None)) as holder:
+            holder.execute("BEGIN EXCLUSIVE")
+            monkeypatch.setattr(Tenants, "authenticate", ask("CREATE TABLE it (id INTEGER)"))
+            assert_away(client.get("/v1/models"), "the catalog cannot be reached")

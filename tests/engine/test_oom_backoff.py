@@ -1,0 +1,67 @@
+"""How much smaller steps become when memory was short: by what the step that failed carried."""
+
+import pytest
+
+from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.oom_backoff import OomBackoff
+from prefixd.server.engine.request import PrefixKey
+from prefixd.server.engine.step import Chunk, CompileChunk, Save, Step
+from prefixd.server.testing import FakeStaged
+
+KEY = PrefixKey("t", "digest")
+SAVES = (Save(KEY, 8, (1, 2)),)
+CONFIG = SchedulerConfig(num_blocks=64, block_size=4, max_running=64, max_prefill_chunk=512)
+
+
+def chunks(*sizes: int) -> tuple[Chunk, ...]:
+    return tuple(Chunk(i, [0] * size, 0, []) for i, size in enumerate(sizes))
+
+
+def compiles(*sizes: int) -> tuple[CompileChunk, ...]:
+    return tuple(CompileChunk(KEY, FakeStaged(size), 0, size, []) for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("step", "limits", "again"),
+    [
+        (Step(chunks=chunks(*[1] * 16)), (8, 512), True),  # decodes alone say nothing of chunks
+        (Step(chunks=chunks(100, *[1] * 15)), (8, 50), True),
+        (Step(chunks=chunks(100)), (64, 50), True),  # one row alone says nothing of how many
+        (Step(chunks=chunks(1)), (64, 512), False),
+        (Step(chunks=chunks(1), saves=SAVES), (64, 512), True),  # it may have been the save
+        (Step(saves=SAVES), (64, 512), True),
+        (Step(compiles=compiles(100)), (64, 50), True),
+        (Step(compiles=compiles(30, 30)), (64, 30), True),
+        (Step(compiles=compiles(1)), (64, 512), False),
+        (Step(chunks=chunks(1, 1, 1), compiles=compiles(60)), (1, 30), True),
+        (Step(chunks=chunks(1), compiles=compiles(1)), (64, 512), False),
+    ],
+)
+def test_what_can_be_halved_is_halved(step: Step, limits: tuple[int, int], *, again: bool) -> None:
+    oom_backoff = OomBackoff(CONFIG)
+    assert oom_backoff.shrink(step) == again
+    assert (oom_backoff.max_running, oom_backoff.max_chunk) == limits
+
+
+@pytest.mark.parametrize("compiled", [(200,), (1, 1)])
+def test_a_device_without_any_room_comes_to_an_end(compiled: tuple[int, ...]) -> None:
+    oom_backoff, failures = OomBackoff(CONFIG), 1
+    step = Step(chunks=chunks(300, *[1] * 40), compiles=compiles(*compiled))
+    while oom_backoff.shrink(step):
+        failures += 1
+        assert failures < 20
+        sizes = [min(300, oom_backoff.max_chunk), *[1] * 40]
+        step = Step(
+            chunks=chunks(*sizes[: oom_backoff.max_running]),
+            compiles=compiles(min(sum(compiled), oom_backoff.max_chunk)),
+        )
+
+
+def test_limits_come_back_when_steps_go_well() -> None:
+    oom_backoff = OomBackoff(CONFIG)
+    oom_backoff.shrink(Step(chunks=chunks(*[1] * 64)))
+    for _ in range(31):
+        oom_backoff.step_went_well()
+    assert oom_backoff.max_running == 32
+    oom_backoff.step_went_well()
+    assert oom_backoff.max_running == 64

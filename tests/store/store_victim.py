@@ -1,0 +1,115 @@
+"""A process that forks one publish after another, each to be traced or killed by a test.
+
+For each line ``way folder`` on standard input it forks a child, prints the child's process id, and
+lets it go with the next line; then it prints how the child ended. The child prints ``ack`` when its
+publish returned. ``way`` is ``sound``, or one of the mistakes a store could make.
+"""
+
+import ctypes
+import os
+import shutil
+import stat
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from store_artifacts import BASE
+
+from prefixd.store.blobs.blobs import LocalBlobs, open_blobs
+from prefixd.store.catalog.catalog import Catalog
+from prefixd.store.db.database import open_database
+from prefixd.store.store import PrefixStore
+
+MARKER = "the row of the version"
+TEXT = "Answer in one line."
+_ANY_TRACER = (0x59616D61, ctypes.c_ulong(-1))  # PR_SET_PTRACER, where only parents may trace
+
+
+def no_file_fsync() -> None:
+    fsync = os.fsync
+    os.fsync = lambda fd: fsync(fd) if stat.S_ISDIR(os.fstat(fd).st_mode) else None
+
+
+def no_directory_fsync() -> None:
+    fsync = os.fsync
+    os.fsync = lambda fd: None if stat.S_ISDIR(os.fstat(fd).st_mode) else fsync(fd)
+
+
+def row_before_blob() -> None:
+    put, publish = LocalBlobs.put, Catalog.publish
+    late: list[Any] = []
+
+    def put_later(blobs: LocalBlobs, source: Path, **key: str) -> None:
+        kept = source.with_suffix(".kept")
+        shutil.copy(source, kept)
+        descriptor = os.open(kept, os.O_RDWR)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        late.append((blobs, kept, key))
+
+    def publish_first(catalog: Catalog, *args: Any, **options: Any) -> Any:
+        published = publish(catalog, *args, **options)
+        for blobs, kept, key in late:
+            put(blobs, kept, **key)
+        return published
+
+    LocalBlobs.put = put_later  # type: ignore[method-assign]
+    Catalog.publish = publish_first  # type: ignore[method-assign]
+
+
+WAYS = {
+    "sound": lambda: None,
+    "no-file-fsync": no_file_fsync,
+    "no-directory-fsync": no_directory_fsync,
+    "row-before-blob": row_before_blob,
+}
+
+
+def publish(way: str, folder: Path) -> None:
+    WAYS[way]()
+    store = PrefixStore(
+        open_database(f"sqlite:///{folder}/catalog.sqlite"), open_blobs(None, folder)
+    )
+    store.publish_text(
+        tenant="acme",
+        name="style",
+        text=TEXT,
+        metadata={"marker": MARKER},
+        base=BASE,
+        count_tokens=len,
+    )
+
+
+def child(way: str, folder: str, gate: int) -> None:
+    ctypes.CDLL(None).prctl(*_ANY_TRACER)
+    os.read(gate, 1)
+    status = 1
+    try:
+        publish(way, Path(folder))
+        os.write(1, b"ack\n")
+        status = 0
+    except Exception:  # noqa: BLE001 - the test shows whatever went wrong
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def main() -> None:
+    for line in sys.stdin:
+        way, folder = line.split()
+        gate, opener = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            child(way, folder, gate)
+        os.write(1, b"%d\n" % pid)
+        sys.stdin.readline()
+        os.write(opener, b"!")
+        _, status = os.waitpid(pid, 0)
+        os.close(gate)
+        os.close(opener)
+        os.write(1, b"end %d\n" % os.waitstatus_to_exitcode(status))
+
+
+if __name__ == "__main__":
+    main()

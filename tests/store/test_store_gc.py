@@ -1,0 +1,263 @@
+"""Delete in two phases: what is collected, what never is."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+from store_home import Home
+
+from prefixd.store.catalog.drafts import Draft
+from prefixd.store.catalog.tables import blobs
+from prefixd.store.db.database import reading
+from prefixd.store.digest import BlobKey
+from prefixd.store.gc import GcResult, Sweeper
+from prefixd.store.manifest import Published
+
+DAY = timedelta(days=1)
+NOW = timedelta(seconds=-60)
+"""A grace that has always passed."""
+
+
+def test_a_deleted_prefix_is_kept_for_the_grace_and_then_removed(home: Home) -> None:
+    manifest = home.put().manifest
+    home.store.delete(tenant="acme", name="style")
+    assert home.store.collect(grace=DAY) == GcResult()
+    assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
+    home.clock.ahead = 2 * DAY
+    expected = GcResult(blobs=1, bytes=manifest.size_bytes)
+    assert home.store.collect(grace=DAY, dry_run=True) == expected
+    assert len(home.held()) == 1
+    assert home.store.collect(grace=DAY) == expected
+    assert home.held() == set()
+
+
+def test_collecting_goes_on_from_page_to_page(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefixd.store.catalog.blob_rows._PAGE", 2)
+    for number in range(5):
+        home.put_text(f"text {number}", f"name-{number}")
+        home.store.delete(tenant="acme", name=f"name-{number}")
+    assert home.store.collect(grace=NOW, dry_run=True).blobs == 5
+    assert home.store.collect(grace=NOW).blobs == 5
+    assert home.held() == set()
+
+
+def test_what_is_referenced_elsewhere_or_again_is_kept(home: Home) -> None:
+    home.put("a")
+    home.put("b")
+    home.put("a", tenant="umbrella")
+    home.store.delete(tenant="acme", name="a")
+    assert home.store.collect(grace=NOW).blobs == 0
+    home.store.delete(tenant="acme", name="b")
+    home.put("c")
+    assert home.store.collect(grace=NOW).blobs == 0
+    home.store.delete(tenant="acme", name="c")
+    assert home.store.collect(grace=NOW).blobs == 1
+    assert {key.tenant for key in home.held()} == {"umbrella"}
+
+
+def test_what_is_resident_is_kept_by_this_process_and_by_others(home: Home) -> None:
+    key = BlobKey("acme", home.put().manifest.digest)
+    home.store.delete(tenant="acme", name="style")
+    home.clock.ahead = 2 * DAY
+    assert home.store.collect(grace=DAY, resident=[key]).blobs == 0
+    assert home.store.collect(grace=NOW, resident=[key]) == GcResult(resident=1)
+    # The sweep of the process that has it began its grace again.
+    assert home.store.collect(grace=DAY).blobs == 0
+    home.clock.ahead = 4 * DAY
+    assert home.store.collect(grace=DAY).blobs == 1
+
+
+def test_what_came_into_use_since_it_was_looked_up_is_kept(home: Home) -> None:
+    key = BlobKey("acme", home.put().manifest.digest)
+    home.store.delete(tenant="acme", name="style")
+    rows, now = home.store._rows, home.clock()
+    assert [found for found, _ in rows.unreferenced(before=now)] == [key]
+    later = now + DAY
+    rows.want(key, size_bytes=1, now=later)
+    assert not rows.collect(key, before=later, remove=lambda: pytest.fail("removed"))
+    home.put("again")
+    assert not rows.collect(key, before=later + DAY, remove=lambda: pytest.fail("removed"))
+
+
+def test_a_row_says_whether_its_blob_is_referenced(home: Home) -> None:
+    def since() -> list[bool]:
+        with reading(home.database) as connection:
+            found = connection.execute(select(blobs.c.unreferenced_at)).scalars()
+            return [moment is None for moment in found]
+
+    home.put("a")
+    home.put("b")
+    home.store.delete(tenant="acme", name="a")
+    assert since() == [True]
+    home.store.delete(tenant="acme", name="b")
+    assert since() == [False]
+    home.put("a")
+    assert since() == [True]
+
+
+def test_which_blobs_no_version_has_any_more(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefixd.store.catalog.blob_rows._PAGE", 2)
+    keys = {
+        BlobKey(tenant, home.put_text(text, name, tenant=tenant).manifest.digest): (tenant, name)
+        for tenant in ("acme", "beta")
+        for name, text in (("first", "one"), ("second", "two"), ("third", "one"))
+    }
+    unknown = BlobKey("acme", "0" * 64)
+    assert len(keys) == 4
+    assert home.store.deleted([*keys, unknown]) == (unknown,)
+    home.store.delete(tenant="acme", name="first")
+    assert home.store.deleted(list(keys)) == ()
+    home.store.delete(tenant="acme", name="third")
+    (gone,) = home.store.deleted(list(keys))
+    assert keys[gone] == ("acme", "third")
+    home.put_text("one", "again", tenant="acme")
+    assert home.store.deleted(list(keys)) == home.store.deleted([]) == ()
+
+
+@pytest.fixture
+def overtaken(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Published]:
+    """Publishes, and twice lets something happen between its blob and its row."""
+
+    def publish(happens: Callable[[BlobKey], None]) -> Published:
+        late, left = home.store._catalog.publish, [happens] * 2
+
+        def publish_late(draft: Draft, **options: Any) -> Published:
+            if left:
+                left.pop()(BlobKey("acme", draft.digest))
+                assert home.held() == set()
+            return late(draft, **options)
+
+        monkeypatch.setattr(home.store._catalog, "publish", publish_late)
+        published = home.put()
+        assert left == []
+        return published
+
+    return publish
+
+
+def test_a_publish_that_is_overtaken_by_a_collection_begins_again(
+    home: Home, overtaken: Callable[..., Published]
+) -> None:
+    def collected(_: BlobKey) -> None:
+        assert home.store.collect(grace=NOW).blobs == 1
+
+    manifest = overtaken(collected).manifest
+    assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
+
+
+def test_a_row_that_another_publish_made_anew_does_not_vouch_for_a_blob(
+    home: Home, overtaken: Callable[..., Published]
+) -> None:
+    def collected_and_wanted(key: BlobKey) -> None:
+        assert home.store.collect(grace=NOW).blobs == 1
+        # Another publish of the same bytes comes as far as this, and is killed.
+        home.store._rows.want(key, size_bytes=1, now=home.clock())
+
+    manifest = overtaken(collected_and_wanted).manifest
+    assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
+
+
+def test_a_row_that_a_killed_collection_left_does_not_vouch_for_a_blob(
+    home: Home, overtaken: Callable[..., Published]
+) -> None:
+    def half_collected(key: BlobKey) -> None:
+        def killed() -> None:
+            home.blobs.delete(tenant=key.tenant, digest=key.digest)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            home.store._rows.collect(key, before=home.clock() - NOW, remove=killed)
+
+    manifest = overtaken(half_collected).manifest
+    assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
+    home.store.delete(tenant="acme", name="style")
+    assert home.store.collect(grace=NOW).blobs == 1
+    assert home.held() == set()
+
+
+def test_of_two_deletes_at_once_one_finds_that_it_was_the_last(home: Home) -> None:
+    home.put("a")
+    home.put("b")
+    overtaken = threading.Event()
+
+    def delete(name: str, within: Callable[[Any, None], None]) -> None:
+        home.store.delete(tenant="acme", name=name, within=within)
+
+    with ThreadPoolExecutor(1) as pool:
+        others: list[Future[None]] = []
+
+        def begin_another(_connection: Any, _none: None) -> None:
+            others.append(pool.submit(delete, "b", lambda _c, _n: overtaken.set()))
+            # It has to wait for this transaction; where it does not, it comes here at once.
+            overtaken.wait(timeout=0.5)
+
+        delete("a", begin_another)
+        others[0].result()
+    assert home.store.collect(grace=NOW).blobs == 1
+    assert home.held() == set()
+
+
+def test_racing_publishes_deletes_and_collections_never_lose_a_blob(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each delete has a collection follow it, and a publish may begin again after every one."""
+    names, times = ("a", "b", "c"), 8
+    monkeypatch.setattr("prefixd.store.store._PUBLISH_ATTEMPTS", len(names) * times + 1)
+    stop, deleted = threading.Event(), threading.Semaphore(0)
+
+    def collect() -> int:
+        removed = 0
+        while not stop.is_set():
+            if deleted.acquire(timeout=0.1):
+                removed += home.store.collect(grace=NOW).blobs
+        return removed
+
+    def publish(name: str) -> None:
+        for number in range(times):
+            home.put_text(f"text {number % 2}", name)
+            manifest = home.store.resolve(tenant="acme", reference=name)
+            assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
+            home.store.delete(tenant="acme", name=name)
+            deleted.release()
+
+    with ThreadPoolExecutor(4) as pool:
+        collector = pool.submit(collect)
+        try:
+            list(pool.map(publish, names))
+        finally:
+            stop.set()
+        removed = collector.result()
+    assert removed + home.store.collect(grace=NOW).blobs >= 1
+    assert home.held() == set()
+
+
+def test_an_upload_in_flight_is_no_leaving_of_a_killed_one(home: Home) -> None:
+    with home.blobs.staging() as staged:
+        staged.write_bytes(b"half")
+        home.store.collect(grace=NOW)
+        assert staged.exists()
+        home.clock.ahead = 2 * DAY
+        home.store.collect(grace=NOW)
+        assert not staged.exists()
+
+
+def test_a_sweeper_sweeps_until_it_is_stopped_whatever_happens(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    swept = threading.Semaphore(0)
+
+    def sweep() -> GcResult:
+        swept.release()
+        raise ConnectionError("the database is away")
+
+    sweeper = Sweeper(sweep, interval_s=0.001)
+    sweeper.start()
+    for _ in range(2):
+        assert swept.acquire(timeout=30)
+    sweeper.stop()
+    assert "collecting blobs failed" in caplog.text
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefixd-sweep"]

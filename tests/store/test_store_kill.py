@@ -1,0 +1,235 @@
+"""A publish killed at any system call, and the order in which it makes things durable."""
+
+import itertools
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from real_services import install
+from store_artifacts import BASE
+from store_victim import MARKER, TEXT
+
+from prefixd.store.artifact.artifact import read_artifact
+from prefixd.store.blobs.blobs import Blobs, open_blobs
+from prefixd.store.db.database import create_tables, open_database
+from prefixd.store.digest import BlobKey
+from prefixd.store.errors import UnknownPrefix
+from prefixd.store.store import Manifest, PrefixStore
+
+KILLED = -signal.SIGKILL
+HERE = Path(__file__).parent
+LATE = "the publish returns before all is durable"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One line of a trace: the call, its arguments as printed, and the paths among them."""
+
+    name: str
+    arguments: str
+    paths: tuple[Path, ...]
+
+    @classmethod
+    def read(cls, line: str) -> "Call | None":
+        match = re.match(r"(\w+)\((.*)\) += [^-]", line)
+        if match is None:
+            return None
+        found = re.findall(r'^\d+<([^>]*)>|(?:^|, )"(/[^"]*)"', match[2])
+        return cls(match[1], match[2], tuple(Path(a or b) for a, b in found))
+
+
+def mistakes(trace: list[Call]) -> list[str]:
+    """What the order of a publish's calls would lose when the power fails."""
+    found: list[str] = []
+    unsynced: set[Path] = set()  # files written since their last fsync
+    volatile: set[Path] = set()  # names made since their directory's last fsync
+    linked = committed = False
+    for call in trace:
+        match call.name, call.paths:
+            case "write" | "pwrite64", (path,) if (
+                path.suffix == ".sqlite-wal" or ".tmp" in path.parts
+            ):
+                unsynced.add(path)
+                if MARKER in call.arguments:
+                    committed = True
+                    if not linked:
+                        found.append("the row is written before the blob")
+                    elif volatile:
+                        found.append("the row is written before the blob's name is durable")
+            case "fsync" | "fdatasync", (path,):
+                unsynced.discard(path)
+                volatile = {name for name in volatile if name.parent != path}
+            case "link" | "linkat", (source, target):
+                linked = True
+                volatile.add(target)
+                if source in unsynced:
+                    found.append("the blob gets its name before its bytes are durable")
+            case "mkdir" | "mkdirat", (path,):
+                volatile.add(path)
+            case "write", _ if '"ack\\n"' in call.arguments:
+                if not committed or unsynced or volatile:
+                    found.append(LATE)
+    return found
+
+
+@dataclass
+class Lab:
+    """Runs publishes under strace, each on a fresh copy of one store."""
+
+    folder: Path
+    victims: "subprocess.Popen[str]"
+    number: Iterator[int] = field(default_factory=itertools.count)
+
+    def run(self, way: str, *options: str) -> tuple[Path, bool, int]:
+        """One publish: its folder, whether it was acknowledged, and how its process ended."""
+        home = self.folder / f"home-{next(self.number)}"
+        shutil.copytree(self.folder / "template", home)
+        self.say(f"{way} {home}")
+        command = ["strace", "-p", self.hear(), "-o", f"{home}/trace", "-y", "-s", "100000"]
+        tracer = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+        assert tracer.stderr is not None
+        with tracer, tracer.stderr:
+            attached = tracer.stderr.readline()
+            if "ptrace" in attached:  # as in a container without that right
+                self.victims.kill()
+                pytest.skip(f"tracing is not allowed here: {attached.strip()}")
+            assert "attached" in attached, attached
+            self.say("go")
+            heard = [self.hear()]
+            while not heard[-1].startswith("end "):
+                heard.append(self.hear())
+        return home, heard[0] == "ack", int(heard[-1].split()[1])
+
+    def trace(self, way: str) -> list[Call]:
+        home, acknowledged, ended = self.run(way)
+        assert (acknowledged, ended) == (True, 0)
+        lines = (home / "trace").read_text(errors="replace").splitlines()
+        shutil.rmtree(home)
+        return [call for call in map(Call.read, lines) if call is not None]
+
+    def say(self, line: str) -> None:
+        assert self.victims.stdin is not None
+        self.victims.stdin.write(line + "\n")
+        self.victims.stdin.flush()
+
+    def hear(self) -> str:
+        assert self.victims.stdout is not None
+        return self.victims.stdout.readline().strip()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    install("strace", program="strace", otherwise=pytest.skip)
+    folder = tmp_path_factory.mktemp("kill")
+    with open_store(folder / "template") as store:
+        publish(store, name="before", text="was there before")
+    victims = subprocess.Popen(
+        [sys.executable, HERE / "store_victim.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={"PYTHONPATH": f"{HERE}:{HERE.parents[1]}", "PYTHONHASHSEED": "0"},
+        text=True,
+    )
+    with victims:
+        yield Lab(folder, victims)
+        assert victims.stdin is not None
+        victims.stdin.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A store and its blobs."""
+
+    store: PrefixStore
+    blobs: Blobs
+
+
+@contextmanager
+def open_store(folder: Path) -> Iterator[Opened]:
+    """The store on a folder, closed at the end of the block."""
+    engine = open_database(f"sqlite:///{folder}/catalog.sqlite")
+    create_tables(engine)
+    blobs = open_blobs(None, folder)
+    yield Opened(PrefixStore(engine, blobs), blobs)
+    engine.dispose()
+
+
+def publish(opened: Opened, *, name: str = "style", text: str = TEXT) -> Manifest:
+    published = opened.store.publish_text(
+        tenant="acme", name=name, text=text, metadata=None, base=BASE, count_tokens=len
+    )
+    return published.manifest
+
+
+def text_of(opened: Opened, reference: str) -> str | None:
+    """The text behind a reference, complete and verified; None when there is no such version."""
+    try:
+        manifest = opened.store.resolve(tenant="acme", reference=reference)
+    except UnknownPrefix:
+        return None
+    path = opened.store.fetch(tenant="acme", digest=manifest.digest)
+    assert path.stat().st_size == manifest.size_bytes
+    return read_artifact(path, base=BASE, count_tokens=len).text
+
+
+@pytest.mark.slow
+def test_a_publish_killed_at_any_system_call_leaves_its_version_absent_or_complete(
+    lab: Lab,
+) -> None:
+    calls = Counter(call.name for call in lab.trace("sound"))
+    points = present = 0
+    for name in calls:
+        for number in itertools.count(1):
+            home, acknowledged, ended = lab.run(
+                "sound", "-e", f"trace={name}", "-e", f"inject={name}:signal=KILL:when={number}"
+            )
+            if ended == 0:  # there was no such call any more
+                break
+            assert ended == KILLED
+            points += 1
+            present += check_after_kill(home, acknowledged=acknowledged)
+            shutil.rmtree(home)
+    assert points >= sum(calls.values()) * 0.9
+    assert 0 < present < points
+
+
+def check_after_kill(home: Path, *, acknowledged: bool) -> bool:
+    """Open what a killed publish left; whether its version is there."""
+    with open_store(home) as opened:
+        assert text_of(opened, "before") == "was there before"
+        found = text_of(opened, "style")
+        assert found in ((TEXT,) if acknowledged else (TEXT, None))
+        assert publish(opened).version == 1
+        assert text_of(opened, "style") == TEXT
+        opened.store.collect(grace=timedelta(seconds=-60), adopt=True)
+        manifests = opened.store.list(tenant="acme").manifests
+        held = {key for key, _ in opened.blobs.walk()}
+        assert held == {BlobKey("acme", manifest.digest) for manifest in manifests}
+        opened.blobs.tidy(before=datetime.now(UTC) + timedelta(minutes=1))
+        assert not list((home / "blobs" / ".tmp").iterdir())
+    return found is not None
+
+
+def test_a_publish_makes_its_bytes_its_name_and_its_row_durable_in_this_order(lab: Lab) -> None:
+    assert mistakes(lab.trace("sound")) == []
+
+
+MUTANTS = {
+    "no-file-fsync": {"the blob gets its name before its bytes are durable", LATE},
+    "no-directory-fsync": {"the row is written before the blob's name is durable", LATE},
+    "row-before-blob": {"the row is written before the blob"},
+}
+
+
+@pytest.mark.parametrize("way", MUTANTS)
+def test_the_order_checker_finds_every_mutant(lab: Lab, way: str) -> None:
+    assert set(mistakes(lab.trace(way))) == MUTANTS[way]

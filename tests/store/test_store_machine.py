@@ -1,0 +1,382 @@
+"""Any history of publishes, aliases, bindings, deletes, collections, restarts and crashes, on both
+stacks, against plain dictionaries."""
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import Engine
+from store_artifacts import BASE
+
+from prefixd.server.tenants.bindings import Bindings, ChosenBy
+from prefixd.server.tenants.registry import Tenants
+from prefixd.store.artifact.artifact import pack_text, read_artifact
+from prefixd.store.blobs.blobs import open_blobs
+from prefixd.store.catalog.pins import Change
+from prefixd.store.db.database import create_tables, metadata, open_database, writing
+from prefixd.store.digest import BlobKey
+from prefixd.store.errors import UnknownPrefix
+from prefixd.store.store import PrefixStore
+
+TENANTS = ("acme", "umbrella")
+GRACE = timedelta(days=1)
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+tenants = st.sampled_from(TENANTS)
+names = st.sampled_from(["a", "b"])
+aliases = st.sampled_from(["prod", "next"])
+texts = st.sampled_from(["one", "two", "three"])
+users = st.sampled_from(["alice", "bob"])
+references = st.sampled_from(["a", "b", "a@prod", "b@1", "a@2"])
+
+Stack = Callable[[], tuple[str, str | None]]
+"""Gives database URL and blobs URL; None for blobs means files beside the database."""
+
+
+class Crash(Exception):
+    """The process dies here."""
+
+
+@dataclass
+class Name:
+    """What a name should hold."""
+
+    texts: dict[int, str] = field(default_factory=dict)
+    aliases: dict[str, int] = field(default_factory=dict)
+    next_version: int = 1
+    pin: int | None = None
+
+    def meant(self) -> set[str]:
+        """Texts that an alias or the pin means."""
+        numbers = {*self.aliases.values(), *(() if self.pin is None else (self.pin,))}
+        return {self.texts[number] for number in numbers}
+
+    def publish(self, text: str) -> tuple[int, bool]:
+        """Version of the text from now on, and whether it is a new one."""
+        known = {held: version for version, held in self.texts.items()}
+        version = known.get(text, self.next_version)
+        self.texts[version] = text
+        self.next_version = max(self.next_version, version + 1)
+        self.aliases["latest"] = version
+        return version, text not in known
+
+
+class StoreMachine(RuleBasedStateMachine):
+    stack: Stack
+
+    @initialize()
+    def start(self) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        self.home = Path(self.directory.name)
+        self.now = START
+        self.names: dict[tuple[str, str], Name] = {}
+        self.bound: dict[tuple[str, str], str] = {}
+        self.idle: dict[BlobKey, datetime] = {}  # wanted then, and by no version now
+        self.digests: dict[str, str] = {}
+        self.told: list[Change] = []
+        self.meant: set[BlobKey] = set()
+        self.engine: Engine | None = None
+        self.urls = self.stack()
+        self.restart()
+        assert self.engine is not None
+        with writing(self.engine) as connection:
+            for table in reversed(metadata.sorted_tables):
+                connection.execute(table.delete())
+        for tenant in TENANTS:
+            Tenants(self.engine).create_tenant(tenant)
+
+    @rule()
+    def restart(self) -> None:
+        if self.engine is not None:
+            self.engine.dispose()
+        database_url, blobs_url = self.urls
+        self.engine = open_database(database_url.replace("HOME", str(self.home)))
+        create_tables(self.engine)
+        self.blobs = open_blobs(blobs_url, self.home)
+        self.store = PrefixStore(self.engine, self.blobs, clock=lambda: self.now)
+        self.store.watch(self.told.append)
+        self.bindings = Bindings(self.engine)
+
+    @rule(tenant=tenants, name=names, text=texts)
+    def publish(self, tenant: str, name: str, text: str) -> None:
+        version, created = self.name(tenant, name).publish(text)
+        self.idle.pop(self.key(tenant, text), None)
+        published = self.put(tenant, name, text)
+        assert (published.manifest.version, published.created) == (version, created)
+
+    @rule(tenant=tenants, name=names, text=texts, again=st.booleans())
+    def publish_overtaken(self, tenant: str, name: str, text: str, again: bool) -> None:
+        """A publish takes longer than the grace, and a collection and another publish of the same
+        bytes, killed before it wrote them, come between its blob and its row."""
+        key = self.key(tenant, text)
+        known = key in self.referenced()
+        publish = self.store._catalog.publish
+
+        def late(*arguments: Any, **options: Any) -> Any:
+            patch.undo()
+            if not known:
+                self.idle[key] = self.now
+            self.now += 2 * GRACE
+            self.collect(tenant, [], adopt=False)
+            if again:
+                self.store._rows.want(key, size_bytes=1, now=self.now)
+            return publish(*arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.store._catalog, "publish", late)
+            self.publish(tenant, name, text)
+
+    @rule(
+        tenant=tenants,
+        name=names,
+        text=texts,
+        stage=st.sampled_from(["staged", "wanted", "written", "uncommitted", "committed"]),
+    )
+    def crash_in_publish(self, tenant: str, name: str, text: str, stage: str) -> None:
+        """Before the commit nothing has happened; after it the version is there, acknowledged or
+        not."""
+        with self.crash_when(stage) as options, pytest.raises(Crash):
+            self.put(tenant, name, text, **options)
+        leftover = self.blobs.staging().__enter__()
+        leftover.write_bytes(b"half of a prefix")
+        key = self.key(tenant, text)
+        if stage == "committed":
+            self.name(tenant, name).publish(text)
+            self.idle.pop(key, None)
+        elif stage != "staged" and key not in self.referenced():
+            self.idle[key] = self.now
+        self.restart()
+
+    @rule(tenant=tenants, name=names, alias=aliases, version=st.integers(0, 4))
+    def set_alias(self, tenant: str, name: str, alias: str, version: int) -> None:
+        model = self.name(tenant, name)
+        try:
+            self.store.set_alias(tenant=tenant, name=name, alias=alias, version=version)
+        except UnknownPrefix:
+            assert version not in model.texts
+        else:
+            assert version in model.texts
+            model.aliases[alias] = version
+
+    @rule(tenant=tenants, name=names, alias=aliases)
+    def remove_alias(self, tenant: str, name: str, alias: str) -> None:
+        model = self.name(tenant, name)
+        try:
+            self.store.remove_alias(tenant=tenant, name=name, alias=alias)
+        except UnknownPrefix:
+            assert alias not in model.aliases
+        else:
+            del model.aliases[alias]
+
+    @rule(tenant=tenants, reference=references)
+    def pin(self, tenant: str, reference: str) -> None:
+        name, _, selector = reference.partition("@")
+        model = self.name(tenant, name)
+        meant = int(selector) if selector.isdigit() else model.aliases.get(selector or "latest")
+        try:
+            pinned = self.store.set_pin(tenant=tenant, reference=reference)
+        except UnknownPrefix:
+            assert meant not in model.texts
+        else:
+            assert (pinned.version, pinned.pinned) == (meant, True)
+            model.pin = pinned.version
+
+    @rule(tenant=tenants, name=names)
+    def unpin(self, tenant: str, name: str) -> None:
+        model = self.name(tenant, name)
+        try:
+            self.store.remove_pin(tenant=tenant, name=name)
+        except UnknownPrefix:
+            assert model.pin is None
+        model.pin = None
+
+    @rule(tenant=tenants, user=users, reference=references)
+    def bind(self, tenant: str, user: str, reference: str) -> None:
+        self.bindings.bind_many(tenant, [(user, reference)])
+        self.bound[tenant, user] = reference
+
+    @rule(tenant=tenants, name=names)
+    def delete(self, tenant: str, name: str) -> None:
+        model = self.name(tenant, name)
+        before = self.referenced()
+        try:
+            removed = self.store.delete(tenant=tenant, name=name)
+        except UnknownPrefix:
+            removed = 0
+        assert removed == len(model.texts)
+        model.texts.clear()
+        model.aliases.clear()
+        model.pin = None
+        self.idle |= dict.fromkeys(before - self.referenced(), self.now)
+
+    @rule(hours=st.sampled_from([1, 12, 24, 25]))
+    def wait(self, hours: int) -> None:
+        self.now += timedelta(hours=hours)
+
+    @rule(tenant=tenants, resident=st.lists(texts, max_size=2), adopt=st.booleans())
+    def collect(self, tenant: str, resident: list[str], adopt: bool) -> None:
+        in_pool = {self.key(tenant, text) for text in resident}
+        self.idle |= dict.fromkeys(in_pool & set(self.idle), self.now)
+        kept = {key for key, since in self.idle.items() if since >= self.now - GRACE}
+        gone = set(self.idle) - kept
+        planned = self.store.collect(grace=GRACE, resident=in_pool, adopt=adopt, dry_run=True)
+        done = self.store.collect(grace=GRACE, resident=in_pool, adopt=adopt)
+        assert (planned.blobs, done.blobs, done.adopted) == (len(gone), len(gone), 0)
+        assert self.store.collect(grace=GRACE).blobs == 0
+        self.idle = {key: since for key, since in self.idle.items() if key in kept}
+
+    @invariant()
+    def every_reference_means_what_it_should(self) -> None:
+        for (tenant, name), model in self.names.items():
+            for alias, version in model.aliases.items():
+                found = self.store.resolve(tenant=tenant, reference=f"{name}@{alias}")
+                assert found.version == version
+                assert alias in found.aliases
+            manifests = self.store.versions(tenant=tenant, name=name) if model.texts else ()
+            assert {m.version: self.text_of(tenant, m.digest) for m in manifests} == model.texts
+
+    @invariant()
+    def what_is_pinned_is_known(self) -> None:
+        pinned = {
+            self.key(tenant, model.texts[model.pin])
+            for (tenant, _), model in self.names.items()
+            if model.pin is not None
+        }
+        assert {one.key for one in self.store.pinned(fingerprint=BASE.fingerprint)} == pinned
+        for (tenant, name), model in self.names.items():
+            for one in self.store.versions(tenant=tenant, name=name) if model.texts else ():
+                assert one.pinned == (one.version == model.pin)
+
+    @invariant()
+    def the_watcher_hears_of_each_blob_that_nothing_means_any_more(self) -> None:
+        meant = {
+            self.key(tenant, text)
+            for (tenant, _), model in self.names.items()
+            for text in model.meant()
+        }
+        orphans = {key for change in self.told for key in change.orphans}
+        assert orphans >= self.meant - meant
+        assert not orphans & meant
+        self.meant = meant
+        self.told.clear()
+
+    @invariant()
+    def each_tenant_sees_its_own_names(self) -> None:
+        for tenant in TENANTS:
+            listed = [manifest.name for manifest in self.store.list(tenant=tenant).manifests]
+            owned = sorted(n for (t, n), model in self.names.items() if t == tenant and model.texts)
+            assert listed == owned
+
+    @invariant()
+    def users_have_what_they_were_bound_to(self) -> None:
+        for (tenant, user), reference in self.bound.items():
+            assert self.bindings.chosen(tenant, user) == (reference, ChosenBy.USER)
+
+    @invariant()
+    def no_blob_is_missing_and_none_is_there_for_nothing(self) -> None:
+        held = {key for key, _ in self.blobs.walk()}
+        referenced = self.referenced()
+        assert referenced <= held <= referenced | set(self.idle)
+
+    def teardown(self) -> None:
+        if getattr(self, "engine", None) is not None:
+            self.engine.dispose()
+            self.directory.cleanup()
+
+    def name(self, tenant: str, name: str) -> Name:
+        return self.names.setdefault((tenant, name), Name())
+
+    def referenced(self) -> set[BlobKey]:
+        return {
+            self.key(tenant, text)
+            for (tenant, _), model in self.names.items()
+            for text in model.texts.values()
+        }
+
+    def key(self, tenant: str, text: str) -> BlobKey:
+        if text not in self.digests:
+            self.digests[text] = pack_text(text, self.home / "packed").digest
+        return BlobKey(tenant, self.digests[text])
+
+    def put(self, tenant: str, name: str, text: str, **options: Any) -> Any:
+        return self.store.publish_text(
+            tenant=tenant,
+            name=name,
+            text=text,
+            metadata=None,
+            base=BASE,
+            count_tokens=len,
+            **options,
+        )
+
+    @contextmanager
+    def crash_when(self, stage: str) -> Iterator[dict[str, Any]]:
+        """The store stops at ``stage`` of its next publish; yields options for that publish."""
+
+        def crash(*_: Any, **__: Any) -> None:
+            raise Crash
+
+        def after(act: Callable[..., Any]) -> Callable[..., None]:
+            def run(*arguments: Any, **options: Any) -> None:
+                act(*arguments, **options)
+                raise Crash
+
+            return run
+
+        with pytest.MonkeyPatch.context() as patch:
+            if stage == "staged":
+                patch.setattr(self.store._rows, "want", crash)
+            elif stage == "wanted":
+                patch.setattr(self.blobs, "put", crash)
+            elif stage == "written":
+                patch.setattr(self.blobs, "put", after(self.blobs.put))
+            elif stage == "committed":
+                catalog = self.store._catalog
+                patch.setattr(catalog, "publish", after(catalog.publish))
+            yield {"within": crash} if stage == "uncommitted" else {}
+
+    def text_of(self, tenant: str, digest: str) -> str | None:
+        path = self.store.fetch(tenant=tenant, digest=digest)
+        return read_artifact(path, base=BASE, count_tokens=len).text
+
+
+def run_machine(stack: Stack, *, examples: int) -> None:
+    class Machine(StoreMachine):
+        pass
+
+    Machine.stack = staticmethod(stack)  # type: ignore[method-assign]
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=25,
+            deadline=None,
+            phases=(Phase.explicit, Phase.reuse, Phase.generate),
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_any_history_on_sqlite_and_files() -> None:
+    run_machine(lambda: ("sqlite:///HOME/catalog.sqlite", None), examples=20)
+
+
+@pytest.mark.slow
+def test_any_history_on_postgres_and_s3(postgres_url: str, s3_url: str) -> None:
+    number = itertools.count()
+    run_machine(lambda: (postgres_url, f"{s3_url}/{next(number)}"), examples=20)

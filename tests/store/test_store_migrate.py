@@ -1,0 +1,153 @@
+"""Migrations: one step after another makes the tables, from every version there was."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, inspect, select, text
+from store_home import Home
+
+from prefixd.server.tenants import tables
+from prefixd.store.catalog.blob_rows import BlobRows, claim
+from prefixd.store.db.database import create_tables, metadata, open_database, writing
+from prefixd.store.db.migrate import FIRST, HEAD, configured, revision, upgrade
+from prefixd.store.digest import BlobKey
+from prefixd.store.errors import SchemaRefused
+from prefixd.store.store import PrefixStore
+
+# Every module that adds tables must be imported for the comparison.
+assert tables.tenants.metadata is metadata
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest, tmp_path: Path):  # type: ignore[no-untyped-def]
+    """An empty database."""
+    url = f"sqlite:///{tmp_path}/empty.sqlite"
+    if request.param == "postgres":
+        url = request.getfixturevalue("postgres_url")
+    engine = open_database(url)
+    yield engine
+    engine.dispose()
+
+
+def test_the_steps_make_the_tables_and_nothing_is_left_to_do(database: Engine) -> None:
+    upgrade(database)
+    with database.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+    assert revision(database) == HEAD
+    upgrade(database)
+
+
+def test_there_is_one_line_of_steps(database: Engine) -> None:
+    with database.connect() as connection:
+        scripts = ScriptDirectory.from_config(configured(connection))
+    assert scripts.get_heads() == [HEAD]
+    assert scripts.get_bases() == [FIRST]
+
+
+def test_names_are_listed_in_the_order_of_bytes_on_postgres(postgres_url: str) -> None:
+    engine = open_database(postgres_url)
+    upgrade(engine)
+    with engine.connect() as connection:
+        found = inspect(connection).get_columns("prefixes")
+    engine.dispose()
+    assert [column["type"].collation for column in found if column["name"] == "name"] == ["C"]
+
+
+def test_a_catalog_of_the_first_release_is_taken_over(database: Engine, tmp_path: Path) -> None:
+    with writing(database) as connection:
+        command.upgrade(configured(connection), FIRST)
+        connection.execute(text("DROP TABLE alembic_version"))  # which it did not have
+        for statement in (
+            "INSERT INTO tenants VALUES ('acme', '2026-01-01 00:00:00')",
+            "INSERT INTO prefixes VALUES (1, 'acme', 'style', 3, 2)",
+            *(
+                f"INSERT INTO versions VALUES (1, {version}, 'acme', '{'a' * 64}', '{base}',"
+                f" 'hard_prompt', NULL, 9, NULL, 113, NULL, '{free}', '2026-01-01')"
+                for version, base, free in (
+                    (1, "one", '{"labels":[]}'),
+                    (2, "two", '{"labels":{"stage":2}}'),
+                )
+            ),
+            "INSERT INTO aliases VALUES (1, 'prod', 1)",
+        ):
+            connection.exec_driver_sql(statement)
+    create_tables(database)
+    store = PrefixStore(database, None)  # type: ignore[arg-type]  # no blob is touched
+    found = store.resolve(tenant="acme", reference="style@prod")
+    assert (found.version, found.metadata, found.labels) == (1, {"labels": []}, {})
+    assert (found.creator, found.corrupt) == (None, False)
+    found = store.resolve(tenant="acme", reference="style")
+    assert (found.version, found.metadata, found.labels) == (2, {"labels": {"stage": 2}}, {})
+    with database.connect() as connection:
+        rows = connection.execute(text("SELECT tenant, size_bytes, unreferenced_at FROM blobs"))
+        assert rows.all() == [("acme", 113, None)]
+
+
+def test_tenants_of_before_weigh_the_same_and_reuse(database: Engine) -> None:
+    with writing(database) as connection:
+        command.upgrade(configured(connection), "0002")
+        connection.execute(
+            text("INSERT INTO tenants (name, created_at) VALUES ('acme', '2026-01-01')")
+        )
+    upgrade(database)
+    with database.connect() as connection:
+        found = connection.execute(select(tables.tenants)).one()
+    assert (found.name, found.weight, found.kv_reuse) == ("acme", 1.0, True)
+
+
+def test_blobs_of_before_are_wanted_and_collected_like_others(database: Engine) -> None:
+    wanted, idle = (BlobKey("acme", digit * 64) for digit in "ab")
+    with writing(database) as connection:
+        command.upgrade(configured(connection), "0003")
+        for key in (wanted, idle):
+            statement = (
+                f"INSERT INTO blobs VALUES ('acme', '{key.digest}', 113, '2026-01-01', NULL)"
+            )
+            connection.exec_driver_sql(statement)
+    upgrade(database)
+    rows, now = BlobRows(database), datetime(2026, 1, 2, tzinfo=UTC)
+    ticket = rows.want(wanted, size_bytes=113, now=now)
+    with writing(database) as connection:
+        claim(connection, wanted, ticket=ticket)
+    assert list(rows.unreferenced(before=now)) == [(idle, 113)]
+    assert rows.collect(idle, before=now, remove=lambda: None)
+
+
+def test_a_database_of_a_later_version_is_refused(database: Engine) -> None:
+    upgrade(database)
+    with writing(database) as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(SchemaRefused, match=f"revision 9999.*up to {HEAD}"):
+        upgrade(database)
+
+
+def test_processes_that_start_together_make_the_tables_once(database: Engine) -> None:
+    barrier = threading.Barrier(8)
+
+    def start(_: int) -> None:
+        barrier.wait()
+        upgrade(database)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(start, range(8)))
+    assert revision(database) == HEAD
+
+
+def test_blobs_of_the_first_release_that_no_name_has_are_adopted(home: Home) -> None:
+    home.put()
+    home.store.delete(tenant="acme", name="style")
+    with writing(home.database) as connection:
+        connection.execute(text("DELETE FROM blobs"))
+    assert home.store.collect(adopt=True).adopted == 1
+    assert len(home.held()) == 1
+    home.clock.ahead += timedelta(days=2)
+    assert home.store.collect().blobs == 1
+    assert home.held() == set()

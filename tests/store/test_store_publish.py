@@ -1,0 +1,351 @@
+"""The store as its callers see it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection
+from store_artifacts import BASE, config_bytes, multitask, soft, spool
+from store_home import Home
+
+from prefixd.store.artifact.artifact import read_artifact
+from prefixd.store.digest import BlobKey
+from prefixd.store.errors import (
+    ArtifactRefused,
+    CorruptArtifact,
+    InvalidReference,
+    StoreError,
+    UnknownPrefix,
+)
+
+
+def test_a_manifest_tells_what_is_known(home: Home) -> None:
+    config = config_bytes("P_TUNING", base_model_name_or_path="org/tiny")
+    published = home.store.publish_peft(
+        tenant="acme",
+        name="style",
+        config=config,
+        weights=spool(home.path, soft(dtype="BF16")),
+        metadata={"label": "ü"},
+        base=BASE,
+    )
+    manifest = published.manifest
+    assert published.created
+    assert (manifest.tenant, manifest.name, manifest.version) == ("acme", "style", 1)
+    assert (manifest.kind, manifest.peft_type) == ("soft_prompt", "P_TUNING")
+    assert (manifest.num_virtual_tokens, manifest.dtype) == (4, "bfloat16")
+    assert (manifest.fingerprint, manifest.base_model_name_or_path) == ("f" * 64, "org/tiny")
+    assert (manifest.metadata, manifest.aliases) == ({"label": "ü"}, ("latest",))
+    assert abs(datetime.now(UTC) - manifest.created_at) < timedelta(minutes=1)
+    path = home.store.fetch(tenant="acme", digest=manifest.digest)
+    assert path.stat().st_size == manifest.size_bytes
+    assert read_artifact(path, base=BASE, count_tokens=len).peft_type == "P_TUNING"
+
+
+def test_the_same_content_is_the_same_version_and_latest_points_at_it_again(home: Home) -> None:
+    first = home.put(seed=1)
+    home.put(seed=2)
+    assert home.store.resolve(tenant="acme", reference="style").version == 2
+    again = home.put(seed=1)
+    assert (again.created, again.manifest) == (False, first.manifest)
+    assert home.store.resolve(tenant="acme", reference="style").version == 1
+    assert home.put(seed=3).manifest.version == 3
+
+
+def test_the_same_content_for_another_base_is_another_version(home: Home) -> None:
+    first = home.put().manifest
+    other = replace(BASE, fingerprint="0" * 64)
+    second = home.store.publish_peft(
+        tenant="acme",
+        name="style",
+        config=config_bytes(),
+        weights=spool(home.path, (home.path / "weights").read_bytes()),
+        metadata=None,
+        base=other,
+    ).manifest
+    assert (second.version, second.fingerprint) == (2, "0" * 64)
+    assert second.digest == first.digest
+
+
+def test_task_ids_make_different_versions(home: Home) -> None:
+    def put(task_id: int) -> int:
+        published = home.store.publish_peft(
+            tenant="acme",
+            name="tasks",
+            config=config_bytes("MULTITASK_PROMPT_TUNING"),
+            weights=spool(home.path, multitask()),
+            metadata={"task_id": task_id},
+            base=BASE,
+            task_id=task_id,
+        )
+        return published.manifest.version
+
+    assert [put(0), put(1), put(0)] == [1, 2, 1]
+
+
+def test_text(home: Home) -> None:
+    def put(text: str) -> Any:
+        return home.store.publish_text(
+            tenant="acme", name="text", text=text, metadata=None, base=BASE, count_tokens=len
+        )
+
+    manifest = put("Be brief.").manifest
+    assert (manifest.kind, manifest.num_virtual_tokens, manifest.dtype) == ("hard_prompt", 9, None)
+    assert not put("Be brief.").created
+    path = home.store.fetch(tenant="acme", digest=manifest.digest)
+    assert read_artifact(path, base=BASE, count_tokens=len).text == "Be brief."
+
+
+def test_references_and_aliases(home: Home) -> None:
+    for seed in range(3):
+        home.put(seed=seed)
+    home.store.set_alias(tenant="acme", name="style", alias="prod", version=1)
+    moved = home.store.set_alias(tenant="acme", name="style", alias="prod", version=2)
+    home.store.set_alias(tenant="acme", name="style", alias="a", version=3)
+    assert (moved.version, moved.aliases) == (2, ("prod",))
+    found = {
+        reference: home.store.resolve(tenant="acme", reference=reference).version
+        for reference in ("style", "style@latest", "style@prod", "style@1", "style@a")
+    }
+    assert found == {
+        "style": 3,
+        "style@latest": 3,
+        "style@prod": 2,
+        "style@1": 1,
+        "style@a": 3,
+    }
+    listed = home.store.versions(tenant="acme", name="style")
+    assert [(m.version, m.aliases) for m in listed] == [
+        (3, ("a", "latest")),
+        (2, ("prod",)),
+        (1, ()),
+    ]
+    home.store.remove_alias(tenant="acme", name="style", alias="prod")
+    assert home.store.manifest(tenant="acme", name="style", version=2).aliases == ()
+    with pytest.raises(UnknownPrefix, match="style@prod"):
+        home.store.remove_alias(tenant="acme", name="style", alias="prod")
+
+
+def test_versions_are_never_used_again(home: Home) -> None:
+    home.put(seed=1)
+    home.put(seed=2)
+    home.store.set_alias(tenant="acme", name="style", alias="prod", version=1)
+    assert home.store.delete(tenant="acme", name="style") == 2
+    for reference in ("style", "style@1", "style@prod"):
+        with pytest.raises(UnknownPrefix):
+            home.store.resolve(tenant="acme", reference=reference)
+    assert home.store.list(tenant="acme").manifests == ()
+    with pytest.raises(UnknownPrefix):
+        home.store.delete(tenant="acme", name="style")
+    again = home.put(seed=1)
+    assert (again.created, again.manifest.version, again.manifest.aliases) == (True, 3, ("latest",))
+
+
+Ask = Callable[[Home, str], object]
+ASKED: dict[str, Ask] = {
+    "resolve": lambda home, name: home.store.resolve(tenant="acme", reference=name),
+    "resolve version": lambda home, name: home.store.resolve(tenant="acme", reference=name + "@1"),
+    "resolve alias": lambda home, name: home.store.resolve(tenant="acme", reference=name + "@prod"),
+    "manifest": lambda home, name: home.store.manifest(tenant="acme", name=name, version=1),
+    "versions": lambda home, name: home.store.versions(tenant="acme", name=name),
+    "set alias": lambda home, name: home.store.set_alias(
+        tenant="acme", name=name, alias="prod", version=1
+    ),
+    "remove alias": lambda home, name: home.store.remove_alias(
+        tenant="acme", name=name, alias="prod"
+    ),
+    "delete": lambda home, name: home.store.delete(tenant="acme", name=name),
+}
+
+
+@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+def test_a_foreign_prefix_is_an_unknown_one(home: Home, ask: Ask) -> None:
+    home.put("theirs", tenant="umbrella")
+    home.store.set_alias(tenant="umbrella", name="theirs", alias="prod", version=1)
+    messages = []
+    for name in ("theirs", "absent"):
+        with pytest.raises(UnknownPrefix) as unknown:
+            ask(home, name)
+        messages.append(unknown.value.message.replace(name, "NAME"))
+    assert messages[0] == messages[1]
+    assert home.store.resolve(tenant="umbrella", reference="theirs@prod").version == 1
+    assert home.store.list(tenant="acme").manifests == ()
+
+
+def test_two_tenants_may_use_one_name(home: Home) -> None:
+    ours = home.put(seed=1).manifest
+    theirs = home.put(seed=1, tenant="umbrella").manifest
+    assert ours.digest == theirs.digest
+    home.store.delete(tenant="umbrella", name="style")
+    assert home.store.resolve(tenant="acme", reference="style") == ours
+
+
+@pytest.mark.parametrize("version", [-1, 0, 2, 2**31, 2**63, 10**40])
+def test_versions_that_cannot_exist(home: Home, version: int) -> None:
+    home.put()
+    with pytest.raises(UnknownPrefix):
+        home.store.manifest(tenant="acme", name="style", version=version)
+    with pytest.raises(UnknownPrefix):
+        home.store.set_alias(tenant="acme", name="style", alias="prod", version=version)
+
+
+def test_listing_is_paged_in_the_order_of_names(home: Home) -> None:
+    names = ["b", "B", "a.1", "a", "c-2"]
+    for name in names:
+        home.put(name, seed=1)
+        home.put(name, seed=2)
+    seen: list[str] = []
+    after = None
+    pages = 0
+    while pages == 0 or after is not None:
+        page = home.store.list(tenant="acme", limit=2, after=after)
+        seen += [manifest.name for manifest in page.manifests]
+        assert all(manifest.version == 2 for manifest in page.manifests)
+        after = page.next_after
+        pages += 1
+    assert (seen, pages) == (sorted(names), 3)
+
+
+def test_everything_is_there_after_a_restart(open_home: Callable[[], Home]) -> None:
+    first = open_home()
+    before = first.put(seed=1).manifest
+    first.put(seed=2)
+    first.store.set_alias(tenant="acme", name="style", alias="prod", version=1)
+    second = open_home()
+    found = second.store.resolve(tenant="acme", reference="style@prod")
+    assert found == replace(before, aliases=("prod",))
+    assert second.store.fetch(tenant="acme", digest=found.digest).is_file()
+    assert not second.put(seed=2).created
+
+
+def test_nothing_is_kept_of_what_is_refused(home: Home) -> None:
+    with pytest.raises(ArtifactRefused):
+        home.put(seed=float("nan"))
+    with pytest.raises(UnknownPrefix):
+        home.store.resolve(tenant="acme", reference="style")
+    assert home.held() == set()
+
+
+CONTENTS = [b"", b"something else"]
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_corrupt_blob_is_quarantined_told_and_never_served_until_it_is_healed(
+    home: Home, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    manifest = home.put().manifest
+    key = BlobKey("acme", manifest.digest)
+    sound = home.store.fetch(tenant="acme", digest=manifest.digest).read_bytes()
+    home.damage(key.place, content)
+    for _ in range(2):
+        with pytest.raises(CorruptArtifact, match=manifest.digest):
+            home.store.fetch(tenant="acme", digest=manifest.digest)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert manifest.digest in caplog.text
+    assert home.store.resolve(tenant="acme", reference="style") == replace(manifest, corrupt=True)
+    home.damage(key.place, sound)  # still not served: nobody has said that it is good
+    with pytest.raises(CorruptArtifact, match="quarantine"):
+        home.store.fetch(tenant="acme", digest=manifest.digest)
+    home.damage(key.place, content)
+    assert home.put().manifest == manifest
+    path = home.store.fetch(tenant="acme", digest=manifest.digest)
+    assert path.read_bytes() == sound
+
+
+def test_a_blob_that_is_gone_is_told_as_one_that_is_corrupt(home: Home) -> None:
+    manifest = home.put().manifest
+    home.blobs.delete(tenant="acme", digest=manifest.digest)
+    with pytest.raises(CorruptArtifact, match="gone"):
+        home.store.fetch(tenant="acme", digest=manifest.digest)
+    assert home.store.resolve(tenant="acme", reference="style").corrupt
+    with pytest.raises(UnknownPrefix):
+        home.store.fetch(tenant="umbrella", digest=manifest.digest)
+    home.put()
+    assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
+
+
+def test_what_an_upload_says_of_itself(home: Home) -> None:
+    said = {
+        "labels": {"team": "search"},
+        "description": "Answers in one line.",
+        "prompt_template": "Q: {prompt}\nA:",
+        "base_fingerprint": BASE.fingerprint,
+        "trained_by": ["us"],
+    }
+    manifest = home.put(metadata=said, creator="key 1").manifest
+    assert (manifest.labels, manifest.description) == ({"team": "search"}, "Answers in one line.")
+    assert (manifest.prompt_template, manifest.creator) == ("Q: {prompt}\nA:", "key 1")
+    assert manifest.metadata == {"trained_by": ["us"]}
+    assert not manifest.corrupt
+
+
+def test_a_prefix_for_another_base_is_refused_and_both_are_named(home: Home) -> None:
+    with pytest.raises(ArtifactRefused) as refusal:
+        home.put(metadata={"base_fingerprint": "another"})
+    assert (refusal.value.code, refusal.value.param) == ("wrong_base", "metadata.base_fingerprint")
+    assert all(name in refusal.value.message for name in (BASE.name, BASE.fingerprint, "'another'"))
+    assert home.held() == set()
+
+
+def test_what_is_written_within_holds_with_the_change_or_not_at_all(home: Home) -> None:
+    seen: list[Any] = []
+
+    def refuse(connection: Connection, result: Any) -> None:
+        assert connection.in_transaction()
+        seen.append(result)
+        raise RuntimeError("over the quota")
+
+    store = home.store
+    first = home.put(seed=1, within=lambda _, published: seen.append(published))
+    assert seen == [first]
+    changes: list[Callable[[], object]] = [
+        lambda: home.put(seed=2, within=refuse),
+        lambda: store.set_alias(
+            tenant="acme", name="style", alias="next", version=1, within=refuse
+        ),
+        lambda: store.remove_alias(tenant="acme", name="style", alias="prod", within=refuse),
+        lambda: store.delete(tenant="acme", name="style", within=refuse),
+    ]
+    before = store.set_alias(tenant="acme", name="style", alias="prod", version=1)
+    for change in changes:
+        with pytest.raises(RuntimeError, match="quota"):
+            change()
+        assert store.versions(tenant="acme", name="style") == (before,)
+    assert seen[1].manifest.version == 2
+    assert seen[2:] == [replace(before, aliases=("latest", "next", "prod")), None, None]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"a": float("nan")},
+        {"a": object()},
+        {"a": "\ud800"},
+        {"a": "x" * 20000},
+        [1],
+        {"labels": ["a"]},
+        {"labels": {"a": 1}},
+        {"labels": {"a": "x" * 129}},
+        {"labels": {str(n): "" for n in range(33)}},
+        {"description": 1},
+        {"prompt_template": ["Q"]},
+        {"base_fingerprint": {}},
+    ],
+)
+def test_refuses_metadata_that_is_not_small_json(home: Home, metadata: Any) -> None:
+    with pytest.raises(ArtifactRefused) as refusal:
+        home.store.publish_text(
+            tenant="acme", name="a", text="x", metadata=metadata, base=BASE, count_tokens=len
+        )
+    assert refusal.value.code == "malformed_metadata"
+    assert refusal.value.param.startswith("metadata")
+
+
+@pytest.mark.parametrize(("tenant", "name"), [("acme", "a b"), ("../acme", "a"), ("acme", "a@1")])
+def test_refuses_bad_names_before_anything_is_written(home: Home, tenant: str, name: str) -> None:
+    with pytest.raises(InvalidReference):
+        home.put(name, tenant=tenant)
+    assert issubclass(InvalidReference, StoreError)
+    assert home.held() == set()
