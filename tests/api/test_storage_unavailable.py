@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from prefixd.server.api.error_responses import CATALOG_AWAY
 from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.step import PrefixUnavailable
+from prefixd.server.engine.step import STORAGE_UNAVAILABLE, PrefixUnavailable
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.errors import BLOBS_AWAY, BlobsUnavailable
 
@@ -94,7 +94,10 @@ def test_a_prefix_that_cannot_be_loaded_now(
     put_text(client, "voice", "hello", world.headers())
     body = {"model": "voice", "prompt": "x", "max_tokens": 1, "stream": stream}
     with monkeypatch.context() as patch:
-        patch.setattr(StoreBackedSource, "fetch", failing(PrefixUnavailable(message)))
+        error = PrefixUnavailable(message, code=STORAGE_UNAVAILABLE)
+        patch.setattr(StoreBackedSource, "fetch", failing(error))
+        assert_away(client.post("/v1/completions", json=body), message)
+        # The failure is remembered for a while, with its code.
         assert_away(client.post("/v1/completions", json=body), message)
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -122,6 +125,7 @@ def test_what_the_engine_is_told_of_storage_that_is_away(
         with pytest.raises(PrefixUnavailable) as away:
             opened(key)
         assert str(away.value) == message
+        assert away.value.code == STORAGE_UNAVAILABLE
 
 
 def test_a_locked_database_is_away_and_a_missing_table_is_our_fault(

@@ -37,6 +37,7 @@ from prefixd.server.engine.step import (
     ModelRunner,
     OutOfMemory,
     PrefixSource,
+    PrefixUnavailable,
     StagedPrefix,
     Step,
 )
@@ -353,7 +354,7 @@ class Engine:
             self._close_each(self.scheduler.add(sequence, now=now))
 
     def _fetch_ended(
-        self, asker: Scheduler, key: PrefixKey, payload: StagedPrefix | None, error: str
+        self, asker: Scheduler, key: PrefixKey, payload: StagedPrefix | PrefixUnavailable
     ) -> None:
         """On a fetch thread: pass on what came of it, but to nobody but who asked for it: since
         the loop started over another fetch may have brought the prefix."""
@@ -362,8 +363,9 @@ class Engine:
             now = time.monotonic()
             if asker is not self.scheduler:
                 return
-            if payload is None:
-                self._close_each(asker.prefix_failed(key, error, now=now))
+            if isinstance(payload, PrefixUnavailable):
+                failed = asker.prefix_failed(key, str(payload), code=payload.code, now=now)
+                self._close_each(failed)
             else:
                 self._close_each(asker.prefix_staged(key, payload, now=now))
 

@@ -9,8 +9,8 @@ from prefixd.server.engine.step import PrefixSource, PrefixUnavailable, StagedPr
 
 log = logging.getLogger(__name__)
 
-Ended = Callable[[PrefixKey, StagedPrefix | None, str], None]
-"""Called on a fetch thread with the prefix, or with None and a sentence for those who wanted it."""
+Ended = Callable[[PrefixKey, StagedPrefix | PrefixUnavailable], None]
+"""Called on a fetch thread with the prefix, or with why it failed to load."""
 
 
 class Fetchers:
@@ -30,11 +30,9 @@ class Fetchers:
 
     def _fetch(self, key: PrefixKey, ended: Ended) -> None:
         try:
-            payload = self._source.fetch(key)
+            ended(key, self._source.fetch(key))
         except PrefixUnavailable as error:
-            ended(key, None, str(error))
+            ended(key, error)
         except Exception:
             log.exception("prefix %s could not be loaded", key.digest)
-            ended(key, None, "the prefix could not be loaded")
-        else:
-            ended(key, payload, "")
+            ended(key, PrefixUnavailable("the prefix could not be loaded"))

@@ -132,6 +132,7 @@ def _end_of(sequence: Sequence, retry_after: float | None) -> FinishEvent:
         completion_tokens=sequence.num_output,
         stop=sequence.stop,
         error=sequence.error,
+        error_code=sequence.error_code,
         cached_tokens=sequence.num_cached,
         queue_s=queued,
         retry_after=retry_after if sequence.reason is FinishReason.SHED else None,

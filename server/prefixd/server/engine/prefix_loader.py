@@ -40,7 +40,7 @@ class PrefixLoader:
         self._pins: dict[PrefixKey, PrefixHandle] = {}
         self._caps: Mapping[str, int] = {}
         self.preloads = Preloads(most=_MOST_WARMING)
-        self._failures: OrderedDict[PrefixKey, tuple[str, float]] = OrderedDict()
+        self._failures: OrderedDict[PrefixKey, tuple[str, str | None, float]] = OrderedDict()
         self._retired: set[PrefixKey] = set()
         self.forcing: PrefixKey | None = None
         self.reserve = 0
@@ -86,25 +86,25 @@ class PrefixLoader:
         self._residency.fetched(entry, payload)
         return None
 
-    def failed(self, key: PrefixKey, message: str, *, now: float) -> None:
+    def failed(self, key: PrefixKey, message: str, *, code: str | None, now: float) -> None:
         """A fetch or compile failed: forget the entry, and remember the failure for a while."""
         entry = self._residency.get(key)
         if entry is not None:
             self._residency.drop(entry)
         self.preloads.drop(key)
-        self._failures[key] = message, now + self._config.failed_prefix_memory_s
+        self._failures[key] = message, code, now + self._config.failed_prefix_memory_s
         self._failures.move_to_end(key)
         while len(self._failures) > _REMEMBERED_FAILURES:
             self._failures.popitem(last=False)
 
-    def failure(self, key: PrefixKey, *, now: float) -> str | None:
-        """Why ``key`` could not be had, if that was a moment ago."""
-        found = self._failures.get(key)
-        if found is None:
+    def failure(self, key: PrefixKey, *, now: float) -> tuple[str, str | None] | None:
+        """Message and code of a recent failure to load ``key``; None when there was none."""
+        failure = self._failures.get(key)
+        if failure is None:
             return None
-        message, until = found
+        message, code, until = failure
         if now < until:
-            return message
+            return message, code
         del self._failures[key]
         return None
 

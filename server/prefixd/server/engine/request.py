@@ -143,9 +143,11 @@ class FinishEvent:
     """The last event of sequence ``index``.
 
     ``error`` is a sentence for the caller, set when and only when ``reason`` is ERROR, TIMEOUT or
-    SHED; ``stop`` is the stop string or token id that ended it; ``cached_tokens`` of its prompt
-    were not computed but shared (KV reuse); ``queue_s`` is how many seconds it waited before it
-    ran (None: it never did); ``retry_after`` is in seconds, set with SHED.
+    SHED; ``error_code`` is its machine-readable cause, where the prefix source gave one (see
+    ``step.PrefixUnavailable``). ``stop`` is the stop string or token id that ended it;
+    ``cached_tokens`` of its prompt were not computed but shared (KV reuse); ``queue_s`` is how many
+    seconds it waited before it ran (None: it never did); ``retry_after`` is in seconds, set with
+    SHED.
     """
 
     index: int
@@ -153,6 +155,7 @@ class FinishEvent:
     completion_tokens: int
     stop: str | int | None = None
     error: str | None = None
+    error_code: str | None = None
     cached_tokens: int = 0
     queue_s: float | None = None
     retry_after: float | None = None

@@ -80,9 +80,10 @@ class Scheduler:
         """
         sequence.arrived = now
         if sequence.prefix is not None:
-            message = self.prefix_loader.failure(sequence.prefix.key, now=now)
-            if message is not None:
-                sequence.finish(FinishReason.ERROR, error=message)
+            failure = self.prefix_loader.failure(sequence.prefix.key, now=now)
+            if failure is not None:
+                message, code = failure
+                sequence.finish(FinishReason.ERROR, error=message, error_code=code)
                 return [sequence]
         self._expiries.add(sequence, max_queue_wait_s=self.config.max_queue_wait_s)
         self.waiting.push(sequence)
@@ -95,6 +96,7 @@ class Scheduler:
         *,
         stop: str | int | None = None,
         error: str | None = None,
+        error_code: str | None = None,
     ) -> None:
         """End a living sequence from outside (abort, stop string, failure) and free everything."""
         if sequence.state is State.WAITING:
@@ -102,7 +104,7 @@ class Scheduler:
         elif sequence.state is State.RUNNING:
             self.running.remove(sequence)
             self.memory.free(sequence)
-        sequence.finish(reason, stop=stop, error=error)
+        sequence.finish(reason, stop=stop, error=error, error_code=error_code)
 
     def expire(self, *, now: float) -> list[Sequence]:
         """End what has run out of time: past its deadline, or too long in the queue."""
@@ -132,12 +134,14 @@ class Scheduler:
         message = self.prefix_loader.staged(key, payload)
         return [] if message is None else self.prefix_failed(key, message, now=now)
 
-    def prefix_failed(self, key: PrefixKey, message: str, *, now: float = 0.0) -> list[Sequence]:
-        """A fetch or compile failed: the sequences that wait for it fail, and nobody else."""
-        self.prefix_loader.failed(key, message, now=now)
+    def prefix_failed(
+        self, key: PrefixKey, message: str, *, code: str | None = None, now: float = 0.0
+    ) -> list[Sequence]:
+        """A fetch or compile failed: the sequences waiting for the prefix end, and no others."""
+        self.prefix_loader.failed(key, message, code=code, now=now)
         failed = [s for s in self.waiting if s.prefix is not None and s.prefix.key == key]
         for sequence in failed:
-            self.end(sequence, FinishReason.ERROR, error=message)
+            self.end(sequence, FinishReason.ERROR, error=message, error_code=code)
         return failed
 
     def step_failed(

@@ -58,6 +58,7 @@ class Sequence:
     reason: FinishReason | None = None
     stop: str | int | None = None
     error: str | None = None
+    error_code: str | None = None
 
     @property
     def tenant(self) -> str:
@@ -113,10 +114,11 @@ class Sequence:
         *,
         stop: str | int | None = None,
         error: str | None = None,
+        error_code: str | None = None,
     ) -> None:
         """Any living state to FINISHED."""
         self._move(State.FINISHED)
-        self.reason, self.stop, self.error = reason, stop, error
+        self.reason, self.stop, self.error, self.error_code = reason, stop, error, error_code
 
     def correct(
         self,

@@ -149,15 +149,24 @@ class OutOfMemory(Exception):
     """The device had no room for a step; smaller ones may go through."""
 
 
+STORAGE_UNAVAILABLE = "storage_unavailable"
+"""The code of a failure that a retry may cure: the store or the catalog cannot be reached now."""
+
+
 class PrefixUnavailable(Exception):
-    """A prefix cannot be had; the message is for the tenant whose request needs it."""
+    """A prefix failed to load. The message is for the tenant whose request needs it; ``code`` is a
+    machine-readable cause, or None for one that needs no handling of its own."""
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class PrefixSource(Protocol):
     """Brings a prefix from the store. Blocking; called off the engine's thread."""
 
     def fetch(self, key: PrefixKey) -> StagedPrefix:
-        """Raises PrefixUnavailable when it cannot be had."""
+        """Raise PrefixUnavailable when it fails to load."""
         ...
 
 

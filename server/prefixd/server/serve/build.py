@@ -17,7 +17,7 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.step import PrefixUnavailable
+from prefixd.server.engine.step import STORAGE_UNAVAILABLE, PrefixUnavailable
 from prefixd.server.model.load import LoadedBase, load_base, resolve_device
 from prefixd.server.model.runner import TorchRunner
 from prefixd.server.model.selfcheck import Limits, self_check
@@ -29,7 +29,7 @@ from prefixd.server.serve.telemetry import open_tracer
 from prefixd.store.artifact.artifact import Artifact, read_artifact
 from prefixd.store.artifact.base import BaseSpec
 from prefixd.store.digest import BlobKey
-from prefixd.store.errors import StoreError
+from prefixd.store.errors import BlobsUnavailable, StoreError
 from prefixd.store.gc import GcResult, Sweeper
 from prefixd.store.store import PrefixStore
 
@@ -158,7 +158,8 @@ class _Artifacts:
                 path, base=self._served.base, count_tokens=self._served.count_prefix_tokens
             )
         except StoreError as error:
-            raise PrefixUnavailable(error.message) from error
+            code = STORAGE_UNAVAILABLE if isinstance(error, BlobsUnavailable) else None
+            raise PrefixUnavailable(error.message, code=code) from error
         except SQLAlchemyError as error:
             log.exception("the catalog failed")
-            raise PrefixUnavailable(CATALOG_AWAY) from error
+            raise PrefixUnavailable(CATALOG_AWAY, code=STORAGE_UNAVAILABLE) from error

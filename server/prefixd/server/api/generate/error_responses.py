@@ -1,10 +1,10 @@
 """How an end that is no answer reads to the caller: the engine's reason as one of our errors."""
 
 from prefixd.server.api.drain_state import DrainState
-from prefixd.server.api.error_responses import CATALOG_AWAY, storage_away
+from prefixd.server.api.error_responses import storage_away
 from prefixd.server.engine.request import FinishEvent, FinishReason, QueueFull
+from prefixd.server.engine.step import STORAGE_UNAVAILABLE
 from prefixd.server.errors import DeadlineExceeded, EngineFailure, PrefixdError, Unavailable
-from prefixd.store.errors import BLOBS_AWAY
 
 OVERLOADED = "overloaded"
 _RETRY_AFTER_S = 1.0
@@ -15,9 +15,8 @@ def failure_of(event: FinishEvent, drain_state: DrainState) -> PrefixdError | No
     match event.reason:
         case FinishReason.STOP | FinishReason.LENGTH:
             return None
-        case FinishReason.ERROR if event.error in {BLOBS_AWAY, CATALOG_AWAY}:
-            # The engine hands on what its source said: a sentence, and no more.
-            return storage_away(event.error)
+        case FinishReason.ERROR if event.error_code == STORAGE_UNAVAILABLE:
+            return storage_away(event.error or "the prefix store is unavailable")
         case FinishReason.ERROR:
             return EngineFailure(event.error or "the engine failed on this request")
         case FinishReason.TIMEOUT:
