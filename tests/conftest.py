@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
-    from real_services import Postgres
+    from tests.real_services import Postgres
 
 # A shared machine may stop for a while at any example, or be slow at all of them.
 settings.register_profile("prefixd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -24,7 +24,7 @@ _number = itertools.count(1)
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator["Postgres"]:
     """A running PostgreSQL."""
-    from real_services import running_postgres
+    from tests.real_services import running_postgres
 
     with running_postgres() as server:
         yield server
@@ -42,7 +42,7 @@ def postgres_url(postgres_server: "Postgres") -> Iterator[str]:
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """The endpoint of a running S3."""
-    from real_services import running_s3
+    from tests.real_services import running_s3
 
     with running_s3() as endpoint:
         yield endpoint
@@ -51,7 +51,7 @@ def s3_endpoint() -> Iterator[str]:
 @pytest.fixture
 def s3_url(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The blobs URL of a fresh, empty bucket; the environment leads to its endpoint."""
-    from real_services import S3_ENVIRONMENT, make_bucket
+    from tests.real_services import S3_ENVIRONMENT, make_bucket
 
     for variable, value in {**S3_ENVIRONMENT, "AWS_ENDPOINT_URL": s3_endpoint}.items():
         monkeypatch.setenv(variable, value)

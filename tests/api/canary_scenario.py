@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from api_world import World, make_world
 from fastapi.testclient import TestClient
 from safetensors.numpy import save
 from sqlalchemy import text
 
 from prefixd.server.serve.logging import configure
+from tests.api.api_world import World, make_world
 
 PROMPT, TEXT, USER, SECRET = "canary-prompt", "canary-text", "canary-user", "canary-secret"
 TENSOR = 54321.9876  # beyond the bounds of the fake base

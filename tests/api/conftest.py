@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from api_world import World, make_world
 from fastapi.testclient import TestClient
+
+from tests.api.api_world import World, make_world
 
 
 @pytest.fixture

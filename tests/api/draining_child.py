@@ -12,12 +12,12 @@ from pathlib import Path
 
 import structlog
 import uvicorn
-from api_world import make_world
 
 from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.serve.header_timeout import impatient
 from prefixd.server.serve.logging import configure
 from prefixd.server.serve.shutdown import DrainingServer
+from tests.api.api_world import make_world
 
 log = structlog.get_logger("draining_child")
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import httpx2
 import pytest
-from api_world import World, error_of, make_world, put_text
 from fastapi import APIRouter
 from fastapi.testclient import TestClient
 from sqlalchemy import update
@@ -17,6 +16,7 @@ from prefixd.server.tenants import keys
 from prefixd.server.tenants.registry import Scope
 from prefixd.server.tenants.tables import api_keys
 from prefixd.store.db.database import writing
+from tests.api.api_world import World, error_of, make_world, put_text
 
 EXAMPLES = {
     "name": "voice",

@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-from api_world import World, error_of, put_text
 from fastapi.testclient import TestClient
 
 from prefixd.server.tenants import keys
+from tests.api.api_world import World, error_of, put_text
 
 
 @pytest.fixture

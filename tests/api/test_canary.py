@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from canary_scenario import PROMPT, SECRET, TENSOR, TEXT, USER
+
+from tests.api.canary_scenario import PROMPT, SECRET, TENSOR, TEXT, USER
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 import pytest
-from api_world import MAX_POSITIONS, World, error_of, put_text, said
 from fastapi.testclient import TestClient
+
+from tests.api.api_world import MAX_POSITIONS, World, error_of, put_text, said
 
 USER = {"role": "user", "content": "hi"}
 RENDERED = "user: hi\nassistant: "

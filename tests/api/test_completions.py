@@ -4,10 +4,10 @@ import json
 from typing import Any
 
 import pytest
-from api_world import MAX_POSITIONS, POOL_BLOCKS, World, error_of, put_text, said
 from fastapi.testclient import TestClient
 
 from prefixd.server.testing import ByteTokenizer
+from tests.api.api_world import MAX_POSITIONS, POOL_BLOCKS, World, error_of, put_text, said
 
 
 def complete(client: TestClient, **fields: Any) -> Any:

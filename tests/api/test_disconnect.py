@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import structlog
-from api_world import World
 
 from prefixd.server.api.middleware import REQUEST_ID_HEADER, ReceiveTimeout
 from prefixd.server.serve.app import create_app
+from tests.api.api_world import World
 
 SEQUENCES = 3
 

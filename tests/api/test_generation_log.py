@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import structlog
-from api_world import World, put_text
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
-from test_completions import complete
-from test_disconnect import Caller, run_with_engine
 
 from prefixd.server.api.generate.sse import DONE
 from prefixd.server.testing import ByteTokenizer
+from tests.api.api_world import World, put_text
+from tests.api.test_completions import complete
+from tests.api.test_disconnect import Caller, run_with_engine
 
 
 def lines_of(lines: list[Any]) -> list[Any]:

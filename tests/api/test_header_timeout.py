@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import uvicorn
-from api_world import World
 
 from prefixd.server.serve.header_timeout import MAX_HEAD_BYTES, impatient
+from tests.api.api_world import World
 
 HEAD = b"GET /health/live HTTP/1.1\r\nhost: x\r\n"
 

@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from api_world import World, error_of
 from fastapi.testclient import TestClient
+
+from tests.api.api_world import World, error_of
 
 
 def put(client: TestClient, key: str, *, name: str = "voice", **body: Any) -> Any:

@@ -6,16 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from api_world import World, error_of, put_text
 from fastapi.testclient import TestClient
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
-from test_disconnect import Caller, outcome, run_with_engine
 
 from prefixd.server.engine.request import AdmittedRequest
 from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.tenants.tables import request_leases
 from prefixd.store.db.database import reading
+from tests.api.api_world import World, error_of, put_text
+from tests.api.test_disconnect import Caller, outcome, run_with_engine
 
 
 def quota(world: World, **limits: int | None) -> None:

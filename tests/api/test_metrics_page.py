@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-from api_world import World, put_text
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
-from test_completions import complete
+
+from tests.api.api_world import World, put_text
+from tests.api.test_completions import complete
 
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
 ROW = re.compile(r"^\| `(prefixd_\w+)` \| (\w+) \|(.*?) \| (.+?) \|$", re.MULTILINE)

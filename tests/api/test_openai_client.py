@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import openai
 import pytest
 import uvicorn
-from api_world import World, said
+
+from tests.api.api_world import World, said
 
 
 @pytest.fixture

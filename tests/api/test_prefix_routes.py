@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from api_world import BASE, LIMITS, World, error_of, put_text
 from fastapi.testclient import TestClient
+
+from tests.api.api_world import BASE, LIMITS, World, error_of, put_text
 
 CONFIG = {
     "peft_type": "PROMPT_TUNING",

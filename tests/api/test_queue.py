@@ -5,9 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from api_world import MAX_POSITIONS, World, error_of
 from fastapi.testclient import TestClient
-from test_completions import complete, events
 
 from prefixd.server.api.generate.admission import Admitted
 from prefixd.server.api.generate.resolver import ResolvedPrefix
@@ -23,6 +21,8 @@ from prefixd.server.engine.request import (
     TokenEvent,
 )
 from prefixd.server.serve.app import create_app
+from tests.api.api_world import MAX_POSITIONS, World, error_of
+from tests.api.test_completions import complete, events
 
 
 @dataclass

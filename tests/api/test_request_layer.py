@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import structlog
-from api_world import World, error_of, put_text
 from fastapi.testclient import TestClient
+
+from tests.api.api_world import World, error_of, put_text
 
 CANARY = "canary-4711"
 BLOCKS = ("nothing", "prefixes", "sequences")

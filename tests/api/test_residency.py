@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from api_world import BASE, POOL_BLOCKS, StoreBackedSource, World, error_of, put_text, said
 from fastapi.testclient import TestClient
 
 from prefixd.server.engine.engine import Engine
@@ -15,6 +14,15 @@ from prefixd.server.serve.app import create_app
 from prefixd.server.tenants.registry import Scope
 from prefixd.server.testing import ByteDetokenizer
 from prefixd.store.digest import BlobKey
+from tests.api.api_world import (
+    BASE,
+    POOL_BLOCKS,
+    StoreBackedSource,
+    World,
+    error_of,
+    put_text,
+    said,
+)
 
 BLOCK = 16
 MOST_PINNED = POOL_BLOCKS * BLOCK // 4

@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from api_world import World, error_of, put_text
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
-from test_completions import complete
-from test_disconnect import Caller, run_with_engine
 
 from prefixd.server.serve.app import create_app
+from tests.api.api_world import World, error_of, put_text
+from tests.api.test_completions import complete
+from tests.api.test_disconnect import Caller, run_with_engine
 
 CANARY = "canary-4711"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_world import StoreBackedSource, World, error_of, put_text
 from fastapi.testclient import TestClient
 from sqlalchemy import create_engine
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -18,6 +17,7 @@ from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.step import STORAGE_UNAVAILABLE, PrefixUnavailable
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.errors import BLOBS_AWAY, BlobsUnavailable
+from tests.api.api_world import StoreBackedSource, World, error_of, put_text
 
 SECRET = "db.internal:5432"
 

@@ -10,18 +10,18 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from api_world import World, put_text
-from canary_scenario import PROMPT, SECRET, TENSOR, TEXT, USER, generate, manage
 from fastapi.testclient import TestClient
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
-from test_completions import complete
 
 from prefixd.server.serve.app import create_app
 from prefixd.server.serve.telemetry import Spans, open_tracer
+from tests.api.api_world import World, put_text
+from tests.api.canary_scenario import PROMPT, SECRET, TENSOR, TEXT, USER, generate, manage
+from tests.api.test_completions import complete
 
 ROOT = Path(__file__).parents[2]
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

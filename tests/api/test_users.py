@@ -6,8 +6,9 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from api_world import World, error_of, put_text, said
 from fastapi.testclient import TestClient
+
+from tests.api.api_world import World, error_of, put_text, said
 
 NDJSON = {"content-type": "application/x-ndjson"}
 

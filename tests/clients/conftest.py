@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from loopback import Loopback, loopback
+
+from tests.clients.loopback import Loopback, loopback
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,14 @@
 """Administration through the client, against the real application."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import anyio
 import pytest
-from loopback import serving
 
 from prefixd.client import AsyncClient, Client, errors, protocol_admin
 from prefixd.client.answers import Response
-
-sys.path.append(str(Path(__file__).parents[1] / "api"))
-from api_world import World, make_world
+from tests.api.api_world import World, make_world
+from tests.clients.loopback import serving
 
 
 @pytest.fixture(scope="module")

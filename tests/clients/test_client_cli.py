@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from loopback import Loopback
-from samples import MANIFEST
 from typer.testing import CliRunner, Result
 
 from prefixd.server.cli.output import printable
 from prefixd.server.cli.prefixes import chat, demo, prefix_app
+from tests.clients.loopback import Loopback
+from tests.clients.samples import MANIFEST
 
 app = typer.Typer()
 app.add_typer(prefix_app, name="prefix")

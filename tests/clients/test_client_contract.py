@@ -4,20 +4,17 @@
 which prefix reached the request.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
 import pytest
-from loopback import serving
 
 from prefixd.client import AsyncClient, Client, errors
 from prefixd.server.cli.demo.plan import metric
 from prefixd.server.testing import fake_generate
-
-sys.path.append(str(Path(__file__).parents[1] / "api"))
-from api_world import World, make_world
+from tests.api.api_world import World, make_world
+from tests.clients.loopback import serving
 
 PROMPT = "Where is my parcel?"
 HELLO = [{"role": "user", "content": "Hi"}]

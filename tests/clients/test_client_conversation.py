@@ -4,11 +4,11 @@ import io
 from collections.abc import Iterator
 
 import pytest
-from loopback import Loopback
 from rich.console import Console
 
 from prefixd.client import Client
 from prefixd.server.cli.chat import Conversation, interact
+from tests.clients.loopback import Loopback
 
 
 def _answer(text: str) -> bytes:

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from loopback import Loopback
 from rich.console import Console
 
 from prefixd.client.errors import NotFoundError
@@ -25,6 +24,7 @@ from prefixd.server.cli.demo.plan import (
     metric,
     read_examples,
 )
+from tests.clients.loopback import Loopback
 
 ROOT = Path(__file__).parents[2]
 DELTA = b'data: {"choices":[{"index":0,"delta":{"content":"Ahoy"}}]}\n\ndata: [DONE]\n\n'

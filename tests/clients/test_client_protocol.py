@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import MANIFEST, TEXT_CHUNKS, TEXT_EVENTS, USED
 
 from prefixd.client import answers, errors, protocol, streams
 from prefixd.client.answers import Response
 from prefixd.client.types import Choice, CompletionChunk, Model, PrefixUsed, Usage
+from tests.clients.samples import MANIFEST, TEXT_CHUNKS, TEXT_EVENTS, USED
 
 
 def _answer(body: object, *, status: int = 200, **headers: str) -> Response:

@@ -8,10 +8,10 @@ from typing import Any
 
 import anyio
 import pytest
-from loopback import Loopback
-from samples import MANIFEST, TEXT_CHUNKS, TEXT_EVENTS, USED
 
 from prefixd.client import AsyncClient, Client, CompletionChunk, PrefixUsed, errors
+from tests.clients.loopback import Loopback
+from tests.clients.samples import MANIFEST, TEXT_CHUNKS, TEXT_EVENTS, USED
 
 DELTA = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
 HELLO = [{"role": "user", "content": "Hi"}]

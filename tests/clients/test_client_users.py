@@ -1,20 +1,17 @@
 """Bindings through the client and its verbs, against the real application over a fake model."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import typer
-from loopback import serving
 from typer.testing import CliRunner, Result
 
 from prefixd.client import Client, errors
 from prefixd.server.cli.users import user_app
-
-sys.path.append(str(Path(__file__).parents[1] / "api"))
-from api_world import World, make_world
+from tests.api.api_world import World, make_world
+from tests.clients.loopback import serving
 
 app = typer.Typer()
 app.add_typer(user_app, name="user")

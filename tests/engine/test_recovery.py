@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from test_engine import PREFIX, PROMPT, Bench, answer, expected, fail_steps
 
 from prefixd.server.engine.request import (
     AdmittedRequest,
@@ -20,6 +19,7 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.engine.step import PrefixUnavailable, Step
 from prefixd.server.testing import ByteDetokenizer, FakeStaged
+from tests.engine.test_engine import PREFIX, PROMPT, Bench, answer, expected, fail_steps
 
 UNDELIVERED = "the engine could not deliver this answer"
 

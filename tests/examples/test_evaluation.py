@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from examples import metrics
 from examples.tasks import ALL
 

@@ -1,6 +1,7 @@
 """The metrics behind the README's numbers refuse near misses."""
 
 import pytest
+
 from examples import metrics
 
 TICKET = {"answer": '{"category": "billing", "priority": "low"}'}

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from faults_model import TINY, save_model
+
+from tests.faults.faults_model import TINY, save_model
 
 
 @pytest.fixture(scope="session")

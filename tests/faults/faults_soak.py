@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from faults_model import MOST_TOKENS, Content, Oracle
-from faults_runner import EXCEPTIONS, NANS, Fault, marked
-from faults_traffic import Answer, caller, complete, greedy, stream
-from faults_world import World
 
 from prefixd.store.artifact.artifact import pack_peft, pack_text
+from tests.faults.faults_model import MOST_TOKENS, Content, Oracle
+from tests.faults.faults_runner import EXCEPTIONS, NANS, Fault, marked
+from tests.faults.faults_traffic import Answer, caller, complete, greedy, stream
+from tests.faults.faults_world import World
 
 NAN_MESSAGE = "non-finite"
 REFERENCES = tuple(f"p{i}" for i in range(6))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
-from faults_model import ids_of
+
+from tests.faults.faults_model import ids_of
 
 HANG_S = 90.0
 """A request with no answer after this long is stuck: all loads here are answered in seconds."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
-from faults_model import MOST_TOKENS, Content, Oracle
-from faults_traffic import greedy, stream
+
+from tests.faults.faults_model import MOST_TOKENS, Content, Oracle
+from tests.faults.faults_traffic import greedy, stream
 
 ABSENT = "absent"
 

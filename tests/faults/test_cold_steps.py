@@ -8,12 +8,11 @@ import itertools
 import threading
 from pathlib import Path
 
-from faults_model import Content
-from faults_traffic import caller, complete, greedy
-from faults_world import running
-
 from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.testing import FakeRunner
+from tests.faults.faults_model import Content
+from tests.faults.faults_traffic import caller, complete, greedy
+from tests.faults.faults_world import running
 
 STREAMS, COLD, CHUNK, LONG = 16, 1024, 64, 900
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import httpx2
 import pytest
-from faults_ledger import Ledger, drift
-from faults_model import VOCAB, Content
-from faults_traffic import caller, complete, greedy
-from faults_world import World, running
 
 from prefixd.server.model.demo import default_cache_dir, demo_model
+from tests.faults.faults_ledger import Ledger, drift
+from tests.faults.faults_model import VOCAB, Content
+from tests.faults.faults_traffic import caller, complete, greedy
+from tests.faults.faults_world import World, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

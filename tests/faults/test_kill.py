@@ -11,12 +11,12 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from faults_model import TINY, Oracle, make_prompts
-from faults_process import Victim
-from faults_traffic import Answer, caller, greedy, stream
-from faults_writers import Book, Writer, check
 
 from prefixd.server.cli.demo.child import admin
+from tests.faults.faults_model import TINY, Oracle, make_prompts
+from tests.faults.faults_process import Victim
+from tests.faults.faults_traffic import Answer, caller, greedy, stream
+from tests.faults.faults_writers import Book, Writer, check
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

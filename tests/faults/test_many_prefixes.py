@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults_model import KINDS, Content, Oracle, make_prompts
-from faults_traffic import Answer, caller, greedy, stream
-from faults_world import World, running
 
 from prefixd.server.testing import FakeRunner, fake_generate
+from tests.faults.faults_model import KINDS, Content, Oracle, make_prompts
+from tests.faults.faults_traffic import Answer, caller, greedy, stream
+from tests.faults.faults_world import World, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import httpx2
 import pytest
-from faults_memory import resident_kib
-from faults_model import Oracle, make_prompts
-from faults_traffic import caller, greedy, stream
-from faults_world import World, running
 
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.step import Step, StepOutput
+from tests.faults.faults_memory import resident_kib
+from tests.faults.faults_model import Oracle, make_prompts
+from tests.faults.faults_traffic import caller, greedy, stream
+from tests.faults.faults_world import World, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

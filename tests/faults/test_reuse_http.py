@@ -7,9 +7,10 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from faults_model import Content, Oracle, make_prompts
-from faults_traffic import Answer, caller, complete, greedy, stream
-from faults_world import World, running
+
+from tests.faults.faults_model import Content, Oracle, make_prompts
+from tests.faults.faults_traffic import Answer, caller, complete, greedy, stream
+from tests.faults.faults_world import World, running
 
 BLOCK, COUNT = 8, 12
 PROMPTS = make_prompts(4, lengths=(64, 41, 9, 5))

@@ -17,11 +17,12 @@ from statistics import linear_regression
 from typing import Any
 
 import pytest
-from faults_memory import resident_kib
-from faults_model import MOST_TOKENS, Oracle, library, make_prompts
-from faults_runner import Fault, FaultyRunner
-from faults_soak import Book, Soak, digest_of
-from faults_world import World, running
+
+from tests.faults.faults_memory import resident_kib
+from tests.faults.faults_model import MOST_TOKENS, Oracle, library, make_prompts
+from tests.faults.faults_runner import Fault, FaultyRunner
+from tests.faults.faults_soak import Book, Soak, digest_of
+from tests.faults.faults_world import World, running
 
 SECONDS = float(os.environ.get("PREFIXD_SOAK_SECONDS", "90"))
 SEED = os.environ.get("PREFIXD_SOAK_SEED") or secrets.token_hex(4)

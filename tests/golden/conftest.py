@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from golden_harness import Served, serve
+
+from tests.golden.golden_harness import Served, serve
 
 
 @pytest.fixture

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_harness import (
+
+from prefixd.server.engine.request import PrefixHandle, SamplingParams
+from prefixd.server.engine.residency import Stage
+from prefixd.server.engine.step import Step
+from prefixd.server.model.prefix import StagedEmbeddings, StagedKV
+from tests.golden.golden_harness import (
     RequestFailed,
     Served,
     make_adapter,
@@ -14,11 +19,6 @@ from golden_harness import (
     prompts,
     tiny_model,
 )
-
-from prefixd.server.engine.request import PrefixHandle, SamplingParams
-from prefixd.server.engine.residency import Stage
-from prefixd.server.engine.step import Step
-from prefixd.server.model.prefix import StagedEmbeddings, StagedKV
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

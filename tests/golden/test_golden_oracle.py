@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_harness import DEVICE, prompts, spec_of, tiny_configs, tiny_model
 from safetensors.torch import save_file
 
 from prefixd.server.engine.request import PrefixKey, SamplingParams
@@ -17,6 +16,7 @@ from prefixd.server.model.load import LoadedBase, prepare_base
 from prefixd.server.model.prefix import Staged, stage
 from prefixd.server.model.runner import TorchRunner
 from prefixd.store.artifact.artifact import pack_peft, read_artifact
+from tests.golden.golden_harness import DEVICE, prompts, spec_of, tiny_configs, tiny_model
 
 LENGTHS = (1, 15, 16, 17, 37)
 

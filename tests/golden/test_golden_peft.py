@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from golden_harness import (
+
+from tests.golden.golden_harness import (
     Served,
     make_adapter,
     peft_configs,

@@ -5,10 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_harness import RequestFailed, Served, make_adapter, peft_configs, prompts, tiny_model
 
 from prefixd.server.engine.request import PrefixHandle
 from prefixd.server.model.prefix import StagedEmbeddings
+from tests.golden.golden_harness import (
+    RequestFailed,
+    Served,
+    make_adapter,
+    peft_configs,
+    prompts,
+    tiny_model,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),

@@ -13,11 +13,18 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from golden_harness import Adapter, make_adapter, peft_configs, plain_generate, prompts, tiny_model
 
 from prefixd.client import Client
 from prefixd.server.cli.demo.child import ServerProcess, admin
 from prefixd.server.model.demo import default_cache_dir, demo_model
+from tests.golden.golden_harness import (
+    Adapter,
+    make_adapter,
+    peft_configs,
+    plain_generate,
+    prompts,
+    tiny_model,
+)
 
 pytestmark = [
     pytest.mark.slow,

@@ -95,11 +95,11 @@ def billion_weights() -> object:
 
 def measure(model: object, dtype: str, device: str) -> tuple[float, float]:
     """Medians of three runs, base and mixed in turn."""
-    sys.path[:0] = [str(folder) for folder in (ROOT, *SOURCES, ROOT / "tests" / "golden")]
+    sys.path[:0] = [str(folder) for folder in (ROOT, *SOURCES)]
     import torch
-    from golden_harness import serve
 
     from prefixd.server.model.prefix import StagedEmbeddings
+    from tests.golden.golden_harness import serve
 
     served = serve(model, num_blocks=BLOCKS, dtype=dtype, device=device, max_tokens_per_step=4096)
     table = served.base.module.get_input_embeddings().weight

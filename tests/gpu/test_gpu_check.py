@@ -3,10 +3,11 @@
 import subprocess
 from pathlib import Path
 
-import check
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.gpu import check
 
 ABSENT = (
     *("alembic", "fastapi", "gguf", "httptools", "moto", "multipart", "obstore"),

@@ -8,13 +8,13 @@ from pathlib import Path
 import obstore
 import pytest
 from obstore.store import S3Store
-from real_services import S3_ENVIRONMENT
 from sqlalchemy import Engine
-from store_home import Clock, Home
 
 from prefixd.store.blobs.blobs import open_blobs
 from prefixd.store.db.database import create_tables, open_database
 from prefixd.store.store import PrefixStore
+from tests.real_services import S3_ENVIRONMENT
+from tests.store.store_home import Clock, Home
 
 
 @pytest.fixture(params=["sqlite-files", "postgres-s3"])

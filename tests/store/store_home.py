@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine
-from store_artifacts import BASE, config_bytes, ramp, soft, spool
 
 from prefixd.store.blobs.blobs import Blobs
 from prefixd.store.digest import BlobKey
 from prefixd.store.store import PrefixStore, Published
+from tests.store.store_artifacts import BASE, config_bytes, ramp, soft, spool
 
 
 @dataclass

@@ -14,12 +14,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from store_artifacts import BASE
-
 from prefixd.store.blobs.blobs import LocalBlobs, open_blobs
 from prefixd.store.catalog.catalog import Catalog
 from prefixd.store.db.database import open_database
 from prefixd.store.store import PrefixStore
+from tests.store.store_artifacts import BASE
 
 MARKER = "the row of the version"
 TEXT = "Answer in one line."

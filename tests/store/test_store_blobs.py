@@ -9,7 +9,6 @@ from pathlib import Path
 import obstore
 import pytest
 from obstore.store import S3Store
-from real_services import S3_ENVIRONMENT, make_bucket, running_s3
 
 from prefixd.store.blobs import s3 as s3_blobs
 from prefixd.store.blobs.blobs import Blobs, LocalBlobs, open_blobs
@@ -21,6 +20,7 @@ from prefixd.store.errors import (
     InvalidReference,
     UnknownPrefix,
 )
+from tests.real_services import S3_ENVIRONMENT, make_bucket, running_s3
 
 CONTENT = b"a prefix"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

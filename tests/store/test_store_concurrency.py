@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
-from store_artifacts import BASE, config_bytes, soft, spool
-from store_home import Home
 
 from prefixd.store.blobs.blobs import LocalBlobs
 from prefixd.store.catalog import queries as rows
 from prefixd.store.db.database import create_tables, open_database, reading, writing
 from prefixd.store.errors import UnknownPrefix
 from prefixd.store.store import PrefixStore
+from tests.store.store_artifacts import BASE, config_bytes, soft, spool
+from tests.store.store_home import Home
 
 THREADS = 32
 
@@ -210,7 +210,7 @@ def test_a_database_in_memory_is_refused(url: str) -> None:
 PROCESS = """
 import sys
 from pathlib import Path
-from store_artifacts import BASE
+from tests.store.store_artifacts import BASE
 from prefixd.store.blobs.blobs import LocalBlobs
 from prefixd.store.db.database import create_tables, open_database
 from prefixd.store.store import PrefixStore
@@ -230,12 +230,12 @@ print("done")
 
 
 def test_several_processes_start_and_publish_at_once(tmp_path: Path) -> None:
-    here = Path(__file__).parent
+    root = Path(__file__).parents[2]
     children = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(tmp_path / "data"), str(number)],
-            cwd=here.parent.parent,
-            env={"PYTHONPATH": f"{here}:{here.parent.parent}"},
+            cwd=root,
+            env={"PYTHONPATH": str(root)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

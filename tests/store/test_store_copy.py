@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_services import Postgres
 from sqlalchemy import insert, select
-from store_artifacts import BASE
 from typer.testing import CliRunner
 
 from prefixd.server.cli.main import app
@@ -25,6 +23,8 @@ from prefixd.store.db.database import create_tables, metadata, open_database, re
 from prefixd.store.digest import BlobKey
 from prefixd.store.errors import CorruptArtifact
 from prefixd.store.store import PrefixStore
+from tests.real_services import Postgres
+from tests.store.store_artifacts import BASE
 
 
 class Opened:

@@ -6,11 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_artifacts import BASE, KV_WIDTH, P, config_bytes, config_fields, kv, ramp, soft, spool
 
 from prefixd.store.artifact.artifact import pack_peft, pack_text, read_artifact, read_envelope
 from prefixd.store.artifact.peft_config import MAX_CONFIG_BYTES
 from prefixd.store.errors import ArtifactRefused
+from tests.store.store_artifacts import (
+    BASE,
+    KV_WIDTH,
+    P,
+    config_bytes,
+    config_fields,
+    kv,
+    ramp,
+    soft,
+    spool,
+)
 
 
 def test_round_trip_of_a_kv_prefix(tmp_path: Path) -> None:

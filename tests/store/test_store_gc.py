@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select
-from store_home import Home
 
 from prefixd.store.catalog.drafts import Draft
 from prefixd.store.catalog.tables import blobs
@@ -16,6 +15,7 @@ from prefixd.store.db.database import reading
 from prefixd.store.digest import BlobKey
 from prefixd.store.gc import GcResult, Sweeper
 from prefixd.store.manifest import Published
+from tests.store.store_home import Home
 
 DAY = timedelta(days=1)
 NOW = timedelta(seconds=-60)

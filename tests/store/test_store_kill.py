@@ -14,9 +14,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from real_services import install
-from store_artifacts import BASE
-from store_victim import MARKER, TEXT
 
 from prefixd.store.artifact.artifact import read_artifact
 from prefixd.store.blobs.blobs import Blobs, open_blobs
@@ -24,6 +21,9 @@ from prefixd.store.db.database import create_tables, open_database
 from prefixd.store.digest import BlobKey
 from prefixd.store.errors import UnknownPrefix
 from prefixd.store.store import Manifest, PrefixStore
+from tests.real_services import install
+from tests.store.store_artifacts import BASE
+from tests.store.store_victim import MARKER, TEXT
 
 KILLED = -signal.SIGKILL
 HERE = Path(__file__).parent
@@ -136,7 +136,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         [sys.executable, HERE / "store_victim.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={"PYTHONPATH": f"{HERE}:{HERE.parents[1]}", "PYTHONHASHSEED": "0"},
+        env={"PYTHONPATH": str(HERE.parents[1]), "PYTHONHASHSEED": "0"},
         text=True,
     )
     with victims:

@@ -21,7 +21,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from sqlalchemy import Engine
-from store_artifacts import BASE
 
 from prefixd.server.tenants.bindings import Bindings, ChosenBy
 from prefixd.server.tenants.registry import Tenants
@@ -32,6 +31,7 @@ from prefixd.store.db.database import create_tables, metadata, open_database, wr
 from prefixd.store.digest import BlobKey
 from prefixd.store.errors import UnknownPrefix
 from prefixd.store.store import PrefixStore
+from tests.store.store_artifacts import BASE
 
 TENANTS = ("acme", "umbrella")
 GRACE = timedelta(days=1)

@@ -11,7 +11,6 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect, select, text
-from store_home import Home
 
 from prefixd.server.tenants import tables
 from prefixd.store.catalog.blob_rows import BlobRows, claim
@@ -20,6 +19,7 @@ from prefixd.store.db.migrate import FIRST, HEAD, configured, revision, upgrade
 from prefixd.store.digest import BlobKey
 from prefixd.store.errors import SchemaRefused
 from prefixd.store.store import PrefixStore
+from tests.store.store_home import Home
 
 # Every module that adds tables must be imported for the comparison.
 assert tables.tenants.metadata is metadata

@@ -5,12 +5,12 @@ from datetime import timedelta
 
 import pytest
 from sqlalchemy import Connection
-from store_artifacts import BASE
-from store_home import Home
 
 from prefixd.store.catalog.pins import Change, Pinned
 from prefixd.store.digest import BlobKey
 from prefixd.store.errors import InvalidReference, UnknownPrefix
+from tests.store.store_artifacts import BASE
+from tests.store.store_home import Home
 
 
 def pins(home: Home) -> list[tuple[str, str, int]]:

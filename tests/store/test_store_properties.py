@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from store_artifacts import (
+
+from prefixd.store.artifact.artifact import inspect_peft, pack_peft, read_artifact, read_envelope
+from prefixd.store.artifact.values import cast
+from prefixd.store.errors import ArtifactRefused
+from tests.store.store_artifacts import (
     BASE,
     HIDDEN,
     P,
@@ -20,10 +24,6 @@ from store_artifacts import (
     soft,
     with_header,
 )
-
-from prefixd.store.artifact.artifact import inspect_peft, pack_peft, read_artifact, read_envelope
-from prefixd.store.artifact.values import cast
-from prefixd.store.errors import ArtifactRefused
 
 SOFT = soft()
 DATA = ramp(P, HIDDEN).tobytes()

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection
-from store_artifacts import BASE, config_bytes, multitask, soft, spool
-from store_home import Home
 
 from prefixd.store.artifact.artifact import read_artifact
 from prefixd.store.digest import BlobKey
@@ -19,6 +17,8 @@ from prefixd.store.errors import (
     StoreError,
     UnknownPrefix,
 )
+from tests.store.store_artifacts import BASE, config_bytes, multitask, soft, spool
+from tests.store.store_home import Home
 
 
 def test_a_manifest_tells_what_is_known(home: Home) -> None:

@@ -13,7 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_artifacts import (
+
+from prefixd.store.artifact.artifact import inspect_peft, inspect_text
+from prefixd.store.artifact.peft_config import MAX_CONFIG_BYTES
+from prefixd.store.errors import ArtifactRefused
+from tests.store.store_artifacts import (
     BASE,
     HIDDEN,
     KV_WIDTH,
@@ -28,10 +32,6 @@ from store_artifacts import (
     tensors,
     with_header,
 )
-
-from prefixd.store.artifact.artifact import inspect_peft, inspect_text
-from prefixd.store.artifact.peft_config import MAX_CONFIG_BYTES
-from prefixd.store.errors import ArtifactRefused
 
 ENTRY = header_entry("F32", [P, HIDDEN], 0)
 DATA = ramp(P, HIDDEN).tobytes()

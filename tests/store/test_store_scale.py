@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from real_services import Postgres
 from sqlalchemy import Engine, text
-from store_home import Home
 
 from prefixd.server.tenants.bindings import Bindings, ChosenBy
 from prefixd.store.blobs.blobs import open_blobs
 from prefixd.store.db.database import create_tables, open_database, writing
 from prefixd.store.store import PrefixStore
+from tests.real_services import Postgres
+from tests.store.store_home import Home
 
 FEW, MANY = 1_000, 1_000_000
 LIMIT = 1.5

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_artifacts import BASE, HIDDEN, P, config_bytes, multitask, ramp, soft, spool
 
 from prefixd.store.artifact import values
 from prefixd.store.artifact.artifact import pack_peft, read_artifact
 from prefixd.store.artifact.values import ValueRule, check_range
 from prefixd.store.errors import ArtifactRefused
+from tests.store.store_artifacts import BASE, HIDDEN, P, config_bytes, multitask, ramp, soft, spool
 
 
 def read(tmp_path: Path, config: bytes, weights: bytes, task_id: int | None) -> np.ndarray | None:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import Engine
-from tenants_clock import Clock
 
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.db.database import create_tables, open_database
+from tests.tenants.tenants_clock import Clock
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

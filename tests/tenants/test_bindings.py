@@ -5,7 +5,6 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError
-from tenants_clock import Clock
 
 from prefixd.server.errors import BadRequest, Conflict, NotFound
 from prefixd.server.tenants.audit import Action, AuditLog
@@ -14,6 +13,7 @@ from prefixd.server.tenants.idempotency import KEPT_FOR, Idempotency, Replay
 from prefixd.server.tenants.principal import Actor
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.db.database import reading, writing
+from tests.tenants.tenants_clock import Clock
 
 ANN = Actor(tenant="acme", key_id="K1", request_id="req-1")
 

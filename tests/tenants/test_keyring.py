@@ -6,10 +6,10 @@ from datetime import timedelta
 
 import pytest
 from sqlalchemy import Engine
-from tenants_clock import Clock
 
 from prefixd.server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
 from prefixd.server.tenants.registry import OPERATOR_TENANT, Scope, Tenants
+from tests.tenants.tenants_clock import Clock
 
 HOUR = timedelta(hours=1)
 

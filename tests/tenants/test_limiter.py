@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import OperationalError
-from tenants_clock import Clock
 
 from prefixd.server.errors import RateLimited
 from prefixd.server.tenants.limiter import LEASE_S, Limiter
@@ -22,6 +21,7 @@ from prefixd.server.tenants.ratelimit_headers import duration
 from prefixd.server.tenants.registry import Tenants
 from prefixd.server.tenants.tables import rate_limits, request_leases
 from prefixd.store.db.database import reading
+from tests.tenants.tenants_clock import Clock
 
 
 @pytest.fixture

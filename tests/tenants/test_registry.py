@@ -5,12 +5,12 @@ from datetime import timedelta
 
 import pytest
 from sqlalchemy import Engine, text
-from tenants_clock import Clock
 
 from prefixd.server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
 from prefixd.server.tenants import keys
 from prefixd.server.tenants.registry import Principal, Scope, Tenants
 from prefixd.store.db.database import reading
+from tests.tenants.tenants_clock import Clock
 
 
 def test_a_key_names_its_tenant_and_scopes(tenants: Tenants) -> None:
