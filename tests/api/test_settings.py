@@ -165,7 +165,7 @@ def test_a_model_folder_that_is_not_there_is_called_that(
 ) -> None:
     from prefixd.server.cli.main import _load
 
-    sentence = f"the model folder {model} is not there"
+    sentence = f"the model folder {model} does not exist"
     found = json.loads(run("doctor", "--model", model, "--device", "cpu", "--json", code=1).stdout)
     assert found["model"] == {"ok": False, "detail": sentence}
     with pytest.raises(typer.Exit):

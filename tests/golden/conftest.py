@@ -1,4 +1,4 @@
-"""Golden tests load tiny random models; nothing is downloaded."""
+"""Golden tests use tiny random models; nothing is downloaded."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,7 @@
-"""Reference and candidate side by side: PEFT's own ``generate``, and this project's engine.
+"""The reference (PEFT's own ``generate``) and the engine under test.
 
-Uses the engine, the model and the store's artifacts alone: it also runs on a GPU machine
-without FastAPI, pydantic or SQLAlchemy.
+Imports only the engine, the model room and the store's artifacts, so that it also runs on a GPU
+machine without FastAPI, pydantic or SQLAlchemy.
 """
 
 import copy
@@ -36,7 +36,7 @@ from prefixd.server.engine.request import (
 from prefixd.server.engine.stats import EngineStats
 from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.model.load import LoadedBase, prepare_base
-from prefixd.server.model.prefix import Staged, StagedTokens, stage
+from prefixd.server.model.prefix import HardPrompt, Prefix, prefix_of
 from prefixd.server.model.runner import TorchRunner
 from prefixd.server.model.selfcheck import self_check
 from prefixd.server.testing import ByteDetokenizer
@@ -44,7 +44,7 @@ from prefixd.store.artifact.artifact import Artifact, pack_peft, read_artifact
 from prefixd.store.artifact.base import BaseSpec
 
 DEVICE = os.environ.get("PREFIXD_TEST_DEVICE", "cpu")
-"""Where both sides run; ``make gpu-check`` sets it to cuda."""
+"""The device of the reference and the engine; ``make gpu-check`` sets it to cuda."""
 
 VOCAB = 211
 TASK = 2
@@ -67,7 +67,7 @@ def tiny_configs() -> dict[str, Any]:
 
 
 def tiny_model(name: str, seed: int = 0) -> Any:
-    """A random model whose logits are far enough apart that float noise decides nothing."""
+    """A random model whose logits differ enough that rounding does not change the greedy token."""
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(tiny_configs()[name]).eval()
     for weight in model.parameters():
@@ -181,7 +181,7 @@ def spec_of(base: LoadedBase, *, max_virtual_tokens: int = 256) -> BaseSpec:
 
 
 def parse(adapter: Adapter, base: LoadedBase) -> Artifact:
-    """An adapter folder through the store's own strict parser."""
+    """Parse an adapter folder with the store's strict parser."""
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "artifact"
         config = (adapter.folder / "adapter_config.json").read_bytes()
@@ -192,31 +192,31 @@ def parse(adapter: Adapter, base: LoadedBase) -> Artifact:
 
 @dataclass
 class Served:
-    """An engine over a real runner, prefixes handed over directly."""
+    """An engine over a real runner; prefixes are passed to it directly, without a store."""
 
     base: LoadedBase
     engine: Engine
     runner: TorchRunner
-    staged: dict[PrefixKey, Staged] = field(default_factory=dict)
+    prefixes: dict[PrefixKey, Prefix] = field(default_factory=dict)
     numbers: Any = field(default_factory=itertools.count)
 
     def add(self, adapter: Adapter, *, tenant: str = "t") -> PrefixHandle:
         """Make an adapter available."""
-        return self.put(stage(parse(adapter, self.base), self.base, None), tenant=tenant)
+        return self.put(prefix_of(parse(adapter, self.base), self.base, None), tenant=tenant)
 
     def add_tokens(self, tokens: list[int], *, tenant: str = "t") -> PrefixHandle:
         """Make a hard prompt available."""
-        return self.put(StagedTokens(tuple(tokens)), tenant=tenant)
+        return self.put(HardPrompt(tuple(tokens)), tenant=tenant)
 
-    def put(self, staged: Staged, *, tenant: str = "t") -> PrefixHandle:
-        """Make a staged prefix available."""
+    def put(self, prefix: Prefix, *, tenant: str = "t") -> PrefixHandle:
+        """Make a prefix available."""
         key = PrefixKey(tenant, f"digest-{next(self.numbers)}")
-        self.staged[key] = staged
-        return PrefixHandle(key, staged.num_tokens)
+        self.prefixes[key] = prefix
+        return PrefixHandle(key, prefix.num_tokens)
 
-    def fetch(self, key: PrefixKey) -> Staged:
-        """A PrefixSource over the table."""
-        return self.staged[key]
+    def fetch(self, key: PrefixKey) -> Prefix:
+        """Implements PrefixSource over ``prefixes``."""
+        return self.prefixes[key]
 
     def start(
         self,
@@ -244,17 +244,16 @@ class Served:
     def generate(
         self, prompt: list[int], prefix: PrefixHandle | None = None, *, count: int = 16
     ) -> list[int]:
-        """One request alone."""
+        """Run one request and return its tokens."""
         return self.start(prompt, prefix, count=count)()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """No step goes on while the block lasts: what is started in it runs together, however late
-        this thread comes to start the last of it."""
-        go_on, run = threading.Event(), self.runner.run
+        """Hold steps back until the block ends, so that all requests started in it run together."""
+        released, run = threading.Event(), self.runner.run
 
         def run_later(step: Step) -> StepOutput:
-            go_on.wait()
+            released.wait()
             return run(step)
 
         self.runner.run = run_later  # type: ignore[method-assign]
@@ -262,15 +261,15 @@ class Served:
             yield
         finally:
             self.runner.run = run  # type: ignore[method-assign]
-            go_on.set()
+            released.set()
 
     def stats(self) -> EngineStats:
-        """The figures when all is done: an answer arrives before those of its last step do."""
+        """The engine's stats once it is idle; a request ends before its last step is counted."""
         for _ in range(6000):
             if self.engine.idle:
                 return self.engine.stats()
             threading.Event().wait(0.01)
-        raise AssertionError(f"the engine never became idle: {self.engine.scheduler!r}")
+        raise AssertionError(f"the engine did not become idle: {self.engine.scheduler!r}")
 
 
 class RequestFailed(Exception):
@@ -278,7 +277,7 @@ class RequestFailed(Exception):
 
 
 def collect(events: "queue.Queue[Event]") -> list[int]:
-    """Tokens of a request to its end."""
+    """All tokens of a request."""
     tokens: list[int] = []
     while True:
         event = events.get(timeout=120)
@@ -291,8 +290,8 @@ def collect(events: "queue.Queue[Event]") -> list[int]:
             return tokens
 
 
-class NoText(ByteDetokenizer):
-    """Token ids of a tiny random model mean nothing as text."""
+class EmptyDetokenizer(ByteDetokenizer):
+    """Returns no text: token ids of a random model have no meaning."""
 
     def push(self, token_id: int) -> str:
         return ""
@@ -318,7 +317,7 @@ def serve(
         config=SchedulerConfig(num_blocks=num_blocks, block_size=block_size, **config),
         runner=runner,
         source=served,
-        detokenizer=NoText,
+        detokenizer=EmptyDetokenizer,
     )
     served.engine.start()
     return served

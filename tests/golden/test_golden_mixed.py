@@ -1,4 +1,4 @@
-"""Must be true 2, 4, 5, 6: requests of many prefixes in one pass, each as if it were alone."""
+"""Requests of many prefixes in one pass get the same tokens as alone."""
 
 import itertools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from prefixd.server.engine.request import PrefixHandle, SamplingParams
 from prefixd.server.engine.residency import Stage
 from prefixd.server.engine.step import Step
-from prefixd.server.model.prefix import StagedEmbeddings, StagedKV
+from prefixd.server.model.prefix import KVPrefix, SoftPrompt
 from tests.golden.golden_harness import (
     RequestFailed,
     Served,
@@ -59,7 +59,7 @@ def together(
 
 
 def preempt_often(served: Served) -> None:
-    """Throw the youngest running sequence out before every ninth step, room or no room."""
+    """Preempt the youngest running sequence before every ninth step."""
     scheduler = served.engine.scheduler
     schedule, calls = scheduler.schedule, itertools.count(1)
 
@@ -72,20 +72,20 @@ def preempt_often(served: Served) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-@pytest.mark.parametrize("tight", [False, True], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("tight", [False, True], ids=["large pool", "preempting"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_mixed_batch_gives_each_request_its_own_tokens(
+def test_a_mixed_batch_gives_each_request_the_tokens_it_gets_alone(
     architecture: str, tight: bool, chunk: int, tmp_path: Path, serving: Callable[..., Served]
 ) -> None:
     model = tiny_model(architecture)
-    lone = serving(model)
-    prefixes = many_prefixes(lone, model, tmp_path)
+    single = serving(model)
+    prefixes = many_prefixes(single, model, tmp_path)
     requests = [(p, prefixes[i % len(prefixes)]) for i, p in enumerate(prompts(20, seed=3))]
-    expected = alone(lone, requests)
+    expected = alone(single, requests)
 
     options = {"block_size": 4, "num_blocks": 110} if tight else {}
     mixed = serving(model, max_prefill_chunk=chunk, **options)
-    mixed.staged = lone.staged
+    mixed.prefixes = single.prefixes
     if tight:
         preempt_often(mixed)
     assert together(mixed, requests) == expected
@@ -93,12 +93,12 @@ def test_a_mixed_batch_gives_each_request_its_own_tokens(
     stats = mixed.stats()
     assert (stats.preemptions >= 10) is tight
     if not tight:
-        # A token a step is also what prefixes come in by: some rows end before others begin.
+        # With one token a step, prefixes also compile slowly: some rows end before others begin.
         assert stats.distinct_prefixes_max >= (8 if chunk > 1 else 3)
     assert len({tuple(tokens) for tokens in expected}) > len(prefixes)
 
 
-def test_a_prefix_is_stored_and_compiled_once(
+def test_concurrent_requests_share_one_compiled_prefix(
     tmp_path: Path, serving: Callable[..., Served]
 ) -> None:
     model = tiny_model("llama")
@@ -113,7 +113,7 @@ def test_a_prefix_is_stored_and_compiled_once(
     assert stats.blocks_prefix == 3  # 40 virtual tokens in blocks of 16
     assert stats.blocks_free == stats.blocks_total - 3
 
-    # While they run, each sequence holds only what lies behind the two whole blocks.
+    # While they run, each sequence holds only the blocks after the two full shared ones.
     held = []
     run = served.runner.run
 
@@ -132,72 +132,72 @@ def test_a_prefix_is_stored_and_compiled_once(
     assert served.stats().prefix_compiles == 1
 
 
-def test_the_same_bytes_of_two_tenants_are_two_prefixes(
+def test_equal_bytes_of_two_tenants_compile_as_two_prefixes(
     tmp_path: Path, serving: Callable[..., Served]
 ) -> None:
     model = tiny_model("llama")
     served = serving(model)
     adapter = make_adapter(model, "PROMPT_TUNING", 5, tmp_path)
-    mine, theirs = served.add(adapter, tenant="a"), served.add(adapter, tenant="b")
-    assert served.generate([3, 4], mine) == served.generate([3, 4], theirs)
+    first, second = served.add(adapter, tenant="a"), served.add(adapter, tenant="b")
+    assert served.generate([3, 4], first) == served.generate([3, 4], second)
     assert served.stats().prefix_compiles == 2
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
 @pytest.mark.parametrize("kind", ["soft", "kv"])
-def test_a_poisoned_prefix_harms_nobody_else(
+def test_a_prefix_with_non_finite_values_does_not_change_other_requests(
     kind: str, poison: float, tmp_path: Path, serving: Callable[..., Served]
 ) -> None:
     model = tiny_model("llama")
     served = serving(model, num_blocks=48, max_running=16)
     good = served.add(make_adapter(model, "PREFIX_TUNING", 21, tmp_path))
-    honest = [(p, good if i % 2 else None) for i, p in enumerate(prompts(8, seed=4))]
-    expected = alone(served, honest)
+    good_requests = [(p, good if i % 2 else None) for i, p in enumerate(prompts(8, seed=4))]
+    expected = alone(served, good_requests)
 
     shape = served.base.shape
     if kind == "soft":
-        bad = served.put(StagedEmbeddings(torch.full((19, shape.hidden_size), poison)))
+        bad = served.put(SoftPrompt(torch.full((19, shape.hidden_size), poison)))
     else:
         width = shape.num_kv_heads * shape.head_dim
-        bad = served.put(StagedKV(torch.full((2 * shape.num_layers, 19, width), poison)))
+        bad = served.put(KVPrefix(torch.full((2 * shape.num_layers, 19, width), poison)))
     for _ in range(3):  # the poisoned blocks are freed and reused in each round
         bad_waits = [served.start(prompt, bad, count=COUNT) for prompt in prompts(4, seed=5)]
-        assert together(served, honest) == expected
+        assert together(served, good_requests) == expected
         for wait in bad_waits:
             try:
-                wait()  # huge but finite values may give some answer; it is their own
+                wait()  # huge but finite values may give an output of their own
             except RequestFailed as error:
-                assert "non-finite" in str(error)  # noqa: PT017  # either outcome is right
+                assert "non-finite" in str(error)  # noqa: PT017  # both outcomes are correct
         evict_everything(served)
     assert served.engine.ready
 
 
 def evict_everything(served: Served) -> None:
-    """Fill the pool once, so that idle prefixes leave and their blocks are handed out again."""
+    """Fill the pool once, so that idle prefixes are evicted and their blocks are reused."""
     size = served.engine.config.max_tokens_for(0) - 1
     served.generate([3] * size, count=1)
     entries = served.engine.scheduler.memory.residency
     assert not [entry for entry in entries if entry.stage is Stage.RESIDENT]
 
 
-def test_a_nan_prefix_fails_its_own_request_with_a_clear_message(
+def test_a_prefix_with_nan_fails_its_request_with_a_clear_message(
     serving: Callable[..., Served],
 ) -> None:
     served = serving(tiny_model("llama"))
     hidden = served.base.shape.hidden_size
-    bad = served.put(StagedEmbeddings(torch.full((4, hidden), float("nan"))))
+    bad = served.put(SoftPrompt(torch.full((4, hidden), float("nan"))))
     with pytest.raises(RequestFailed, match="non-finite logits for this request"):
         served.generate([3, 4, 5], bad)
 
 
-def test_a_seed_gives_the_same_tokens_in_any_company(serving: Callable[..., Served]) -> None:
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(serving: Callable[..., Served]) -> None:
     served = serving(tiny_model("llama"))
-    chance = SamplingParams(temperature=1.0, top_p=0.95, seed=7)
-    lone = served.start([5, 6, 7], count=COUNT, sampling=chance)()
-    others = [served.start(p, count=COUNT, sampling=SamplingParams()) for p in prompts(6)]
-    again = served.start([5, 6, 7], count=COUNT, sampling=chance)
-    assert again() == lone
-    for wait in others:
+    settings = SamplingParams(temperature=1.0, top_p=0.95, seed=7)
+    single = served.start([5, 6, 7], count=COUNT, sampling=settings)()
+    batch = [served.start(p, count=COUNT, sampling=SamplingParams()) for p in prompts(6)]
+    again = served.start([5, 6, 7], count=COUNT, sampling=settings)
+    assert again() == single
+    for wait in batch:
         wait()
     other_seed = SamplingParams(temperature=1.0, top_p=0.95, seed=8)
-    assert served.start([5, 6, 7], count=COUNT, sampling=other_seed)() != lone
+    assert served.start([5, 6, 7], count=COUNT, sampling=other_seed)() != single

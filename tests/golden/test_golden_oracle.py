@@ -1,6 +1,6 @@
-"""Must be true 3: a prefix made of the KV of real tokens gives the full text's logits.
+"""A prefix made from the KV of real tokens gives the logits of the full text.
 
-The stronger oracle: it needs no PEFT, and it looks at logits and not at tokens.
+This oracle needs no PEFT and compares logits, which is stricter than comparing tokens.
 """
 
 import json
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from prefixd.server.engine.request import PrefixKey, SamplingParams
 from prefixd.server.engine.step import BlockCopy, Chunk, CompileChunk, Step
 from prefixd.server.model.load import LoadedBase, prepare_base
-from prefixd.server.model.prefix import Staged, stage
+from prefixd.server.model.prefix import Prefix, prefix_of
 from prefixd.server.model.runner import TorchRunner
 from prefixd.store.artifact.artifact import pack_peft, read_artifact
 from tests.golden.golden_harness import DEVICE, prompts, spec_of, tiny_configs, tiny_model
@@ -41,26 +41,26 @@ def kv_of_real_tokens(model: torch.nn.Module, tokens: list[int], folder: Path) -
     return folder
 
 
-def read(folder: Path, base: LoadedBase) -> Staged:
+def read(folder: Path, base: LoadedBase) -> Prefix:
     target = folder / "artifact"
     config = (folder / "adapter_config.json").read_bytes()
     pack_peft(config, folder / "adapter_model.safetensors", target, task_id=None)
-    return stage(read_artifact(target, base=spec_of(base), count_tokens=len), base, None)
+    return prefix_of(read_artifact(target, base=spec_of(base), count_tokens=len), base, None)
 
 
 def logits_under(
-    runner: TorchRunner, staged: Staged, rest: list[int], block_size: int
+    runner: TorchRunner, prefix: Prefix, rest: list[int], block_size: int
 ) -> torch.Tensor:
-    """Logits [len(rest), vocab] after each of ``rest``, one token a pass."""
-    length = staged.num_tokens
+    """Logits [len(rest), vocab] after each of ``rest``, with one token in each pass."""
+    length = prefix.num_tokens
     shared = list(range(1, 1 + -(-length // block_size)))
-    whole = shared[: length // block_size]
-    own = list(range(100, 100 + -(-(length + len(rest)) // block_size) - len(whole)))
-    compiled = CompileChunk(PrefixKey("t", "d"), staged, 0, length, shared)
+    full_blocks = shared[: length // block_size]
+    own = list(range(100, 100 + -(-(length + len(rest)) // block_size) - len(full_blocks)))
+    compiled = CompileChunk(PrefixKey("t", "d"), prefix, 0, length, shared)
     runner.run(Step(compiles=(compiled,), fresh=(*shared, *own)))
-    if len(whole) < len(shared):
+    if len(full_blocks) < len(shared):
         runner.run(Step(copies=(BlockCopy(shared[-1], own[0]),)))
-    table = [*whole, *own]
+    table = [*full_blocks, *own]
     rows = []
     for i, token in enumerate(rest):
         chunk = Chunk(0, [token], length + i, table, sampling=SamplingParams())
@@ -70,7 +70,7 @@ def logits_under(
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("architecture", list(tiny_configs()))
-def test_kv_of_real_tokens_gives_the_logits_of_the_full_text(
+def test_a_prefix_from_the_kv_of_real_tokens_gives_the_logits_of_the_full_text(
     architecture: str, length: int, tmp_path: Path
 ) -> None:
     model = tiny_model(architecture)
@@ -83,6 +83,6 @@ def test_kv_of_real_tokens_gives_the_logits_of_the_full_text(
 
     base = prepare_base(model, None, name=architecture, dtype="float32", device=DEVICE)
     runner = TorchRunner(base, num_blocks=128, block_size=16)
-    ours = logits_under(runner, read(folder, base), text[length:], 16)
-    assert (ours - full).abs().max() <= 1e-4
-    assert full.abs().max() > 1, "logits this small would pass by themselves"
+    in_blocks = logits_under(runner, read(folder, base), text[length:], 16)
+    assert (in_blocks - full).abs().max() <= 1e-4
+    assert full.abs().max() > 1, "logits this small would pass any tolerance"

@@ -1,4 +1,4 @@
-"""KV that is shared or comes back from host memory gives the tokens it gave when computed."""
+"""Shared KV, and KV restored from host memory, gives the same tokens as computed KV."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prefixd.server.engine.request import PrefixHandle
-from prefixd.server.model.prefix import StagedEmbeddings
+from prefixd.server.model.prefix import SoftPrompt
 from tests.golden.golden_harness import (
     RequestFailed,
     Served,
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 COUNT = 12
-LENGTHS = [5, 16, 20, 33, 21, 32]  # whole blocks of 16 and not
+LENGTHS = [5, 16, 20, 33, 21, 32]  # full and partial blocks of 16
 
 
 def prefixes_of(served: Served, folder: Path) -> list[PrefixHandle | None]:
@@ -37,18 +37,18 @@ def prefixes_of(served: Served, folder: Path) -> list[PrefixHandle | None]:
 
 
 def conversation(served: Served, prefix: PrefixHandle | None, *, kv_reuse: bool) -> list[list[int]]:
-    """Three turns, each with all that was said before."""
-    said: list[int] = []
+    """Three turns; each prompt holds the conversation so far."""
+    history: list[int] = []
     answers = []
     for turn in prompts(3, seed=6):
-        said = said + turn
-        answer = served.start(said, prefix, count=COUNT, kv_reuse=kv_reuse)()
-        said = said + answer
+        history = history + turn
+        answer = served.start(history, prefix, count=COUNT, kv_reuse=kv_reuse)()
+        history = history + answer
         answers.append(answer)
     return answers
 
 
-def test_reuse_on_and_off_give_the_same_tokens(
+def test_kv_reuse_on_and_off_give_the_same_tokens(
     tmp_path: Path, serving: Callable[..., Served]
 ) -> None:
     served = serving(tiny_model("llama"), num_blocks=400)
@@ -62,44 +62,44 @@ def test_reuse_on_and_off_give_the_same_tokens(
     assert stats.kv_reused_tokens > stats.kv_queried_tokens / 3
 
 
-def test_a_preempted_sequence_finds_its_own_blocks_again(serving: Callable[..., Served]) -> None:
+def test_a_preempted_sequence_reuses_its_own_blocks(serving: Callable[..., Served]) -> None:
     served = serving(tiny_model("llama"), num_blocks=40, block_size=4, max_running=8)
-    asked = prompts(8, seed=2)
-    expected = [served.start(p, count=32, kv_reuse=False)() for p in asked]
+    requests = prompts(8, seed=2)
+    expected = [served.start(p, count=32, kv_reuse=False)() for p in requests]
     with served.held():
-        waits = [served.start(prompt, count=32) for prompt in asked]
+        waits = [served.start(prompt, count=32) for prompt in requests]
     assert [wait() for wait in waits] == expected
     stats = served.stats()
     assert stats.preemptions > 0
-    # At most what a request shared at its first start is reported, not what it found of its own.
-    assert stats.kv_queried_tokens == sum(map(len, asked))
+    # Only blocks shared at the first start are reported, not those found again after preemption.
+    assert stats.kv_queried_tokens == sum(map(len, requests))
 
 
-def test_prefixes_that_come_back_from_host_memory_are_what_they_were(
+def test_prefixes_restored_from_host_memory_give_the_same_tokens(
     tmp_path: Path, serving: Callable[..., Served]
 ) -> None:
-    lone = serving(tiny_model("llama"), num_blocks=400)
-    prefixes = prefixes_of(lone, tmp_path)
-    asked = [(p, prefixes[i % len(prefixes)]) for i, p in enumerate(prompts(24, seed=8))]
-    expected = [lone.generate(prompt, prefix, count=COUNT) for prompt, prefix in asked]
-    crowded = serving(tiny_model("llama"), num_blocks=400, max_resident_tokens=40, host_tokens=1000)
-    crowded.staged = lone.staged
-    with crowded.held():
-        waits = [crowded.start(prompt, prefix, count=COUNT) for prompt, prefix in asked]
+    single = serving(tiny_model("llama"), num_blocks=400)
+    prefixes = prefixes_of(single, tmp_path)
+    requests = [(p, prefixes[i % len(prefixes)]) for i, p in enumerate(prompts(24, seed=8))]
+    expected = [single.generate(prompt, prefix, count=COUNT) for prompt, prefix in requests]
+    limited = serving(tiny_model("llama"), num_blocks=400, max_resident_tokens=40, host_tokens=1000)
+    limited.prefixes = single.prefixes
+    with limited.held():
+        waits = [limited.start(prompt, prefix, count=COUNT) for prompt, prefix in requests]
     assert [wait() for wait in waits] == expected
-    one_by_one = [crowded.generate(prompt, prefix, count=COUNT) for prompt, prefix in asked]
+    one_by_one = [limited.generate(prompt, prefix, count=COUNT) for prompt, prefix in requests]
     assert one_by_one == expected
-    stats = crowded.stats()
+    stats = limited.stats()
     assert stats.prefix_evictions > len(prefixes)
     assert stats.prefix_loads["host"] > len(prefixes)
     assert stats.prefix_loads["store"] < stats.prefix_loads["host"]
     assert stats.resident_tokens <= 40
 
 
-def test_kv_that_holds_nan_is_never_reused(serving: Callable[..., Served]) -> None:
+def test_kv_with_nan_is_never_reused(serving: Callable[..., Served]) -> None:
     served = serving(tiny_model("llama"))
     hidden = served.base.shape.hidden_size
-    bad = served.put(StagedEmbeddings(torch.full((5, hidden), float("nan"))))
+    bad = served.put(SoftPrompt(torch.full((5, hidden), float("nan"))))
     prompt = prompts(1, seed=3)[0] * 4
     for _ in range(3):
         with pytest.raises(RequestFailed, match="non-finite"):

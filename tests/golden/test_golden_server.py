@@ -1,6 +1,6 @@
-"""Must be true 1, from outside: upload over REST, generate over REST, compare with PEFT.
+"""Upload and generate over REST give the tokens of PEFT.
 
-A real server process on tiny random models and on the demo model; the client is our own.
+A real server process on tiny random models and on the demo model, called by prefixd's client.
 """
 
 from collections.abc import Iterator
@@ -37,8 +37,8 @@ COUNT = 12
 
 
 @dataclass
-class Side:
-    """A base on both sides: here for PEFT, there behind HTTP."""
+class ModelUnderTest:
+    """A model in this process for PEFT, and the same model behind HTTP."""
 
     model: Any
     tokenizer: Any
@@ -72,7 +72,7 @@ class Side:
 
 
 def word_tokenizer(size: int) -> Any:
-    """A tokenizer with one word for each id, so that text tells tokens apart."""
+    """A tokenizer with one word for each id, so that every token has its own text."""
     vocabulary = {f"w{i}": i for i in range(size)}
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -93,9 +93,9 @@ def folder_of(name: str, scratch: Path) -> Path:
     scope="module",
     params=["llama", "gpt2", pytest.param("demo", marks=pytest.mark.demo_model)],
 )
-def side(
+def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Side]:
+) -> Iterator[ModelUnderTest]:
     scratch = tmp_path_factory.mktemp(request.param)
     folder = folder_of(request.param, scratch)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -109,32 +109,36 @@ def side(
         url = server.wait_until_ready(timeout=240, say=lambda _: None)
         with Client(url, api_key=str(issued["key"])) as client:
             base = client.list_models()[0].id
-        yield Side(model, tokenizer, url, str(issued["key"]), base)
+        yield ModelUnderTest(model, tokenizer, url, str(issued["key"]), base)
 
 
 @pytest.mark.parametrize("peft_type", list(peft_configs(1)))
-def test_the_server_says_what_peft_says(side: Side, peft_type: str, tmp_path: Path) -> None:
+def test_tokens_over_http_under_a_prefix_equal_those_of_peft(
+    served: ModelUnderTest, peft_type: str, tmp_path: Path
+) -> None:
     length = LENGTHS.get(peft_type, 9)
-    adapter = make_adapter(side.model, peft_type, length, tmp_path / "adapter")
+    adapter = make_adapter(served.model, peft_type, length, tmp_path / "adapter")
     name = peft_type.lower().replace("_", "-")
-    side.upload(adapter, name)
-    asked = prompts(4, seed=length)
-    answers = side.complete(asked, name)
-    assert answers == [side.texts(adapter.generate(prompt, COUNT)) for prompt in asked]
-    assert answers != side.complete(asked, side.base)
+    served.upload(adapter, name)
+    token_prompts = prompts(4, seed=length)
+    answers = served.complete(token_prompts, name)
+    assert answers == [served.texts(adapter.generate(prompt, COUNT)) for prompt in token_prompts]
+    assert answers != served.complete(token_prompts, served.base)
 
 
-def test_the_bare_base_says_what_transformers_says(side: Side) -> None:
-    asked = prompts(4, seed=2)
-    expected = [side.texts(plain_generate(side.model, prompt, COUNT)) for prompt in asked]
-    assert side.complete(asked, side.base) == expected
+def test_tokens_over_http_of_the_base_equal_those_of_transformers(served: ModelUnderTest) -> None:
+    token_prompts = prompts(4, seed=2)
+    expected = [
+        served.texts(plain_generate(served.model, prompt, COUNT)) for prompt in token_prompts
+    ]
+    assert served.complete(token_prompts, served.base) == expected
 
 
-def test_a_text_prefix_continues_as_the_whole_text_would(side: Side) -> None:
+def test_a_text_prefix_gives_the_tokens_of_the_full_text(served: ModelUnderTest) -> None:
     head, rest = prompts(2, seed=6)
-    text = side.tokenizer.decode(head)
-    tokens = side.tokenizer.encode(text)
-    with Client(side.url, api_key=side.key) as client:
+    text = served.tokenizer.decode(head)
+    tokens = served.tokenizer.encode(text)
+    with Client(served.url, api_key=served.key) as client:
         client.upload_text("head", text)
-    expected = side.texts(plain_generate(side.model, tokens + rest, COUNT))
-    assert side.complete([rest], "head") == [expected]
+    expected = served.texts(plain_generate(served.model, tokens + rest, COUNT))
+    assert served.complete([rest], "head") == [expected]

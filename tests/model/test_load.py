@@ -1,4 +1,4 @@
-"""A base in the serving dtype is what transformers itself makes of its checkpoint."""
+"""A base in the serving dtype equals the one that transformers loads in that dtype."""
 
 from pathlib import Path
 
@@ -24,8 +24,8 @@ def test_weights_take_the_serving_dtype_and_rotary_frequencies_stay_exact(
 ) -> None:
     torch.manual_seed(0)
     LlamaForCausalLM(CONFIG).save_pretrained(tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=DTYPES[dtype])
-    ours = prepare_base(
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=DTYPES[dtype])
+    base = prepare_base(
         AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto"),
         None,
         name="tiny",
@@ -33,8 +33,8 @@ def test_weights_take_the_serving_dtype_and_rotary_frequencies_stay_exact(
         device="cpu",
     ).module
     for kind in ("named_parameters", "named_buffers"):
-        expected = dict(getattr(theirs, kind)())
+        expected = dict(getattr(reference, kind)())
         assert expected, kind
-        for name, tensor in getattr(ours, kind)():
+        for name, tensor in getattr(base, kind)():
             torch.testing.assert_close(tensor, expected.pop(name), rtol=0, atol=0, msg=name)
         assert not expected

@@ -1,4 +1,4 @@
-"""What the runner makes of a want of memory, and of any other failure."""
+"""The runner detects out-of-memory errors and passes other errors on."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def runner() -> TorchRunner:
     return TorchRunner(base, num_blocks=4, block_size=4)
 
 
-def test_memory_that_cannot_be_had_is_told_apart(
+def test_a_failed_cpu_allocation_is_out_of_memory_and_the_next_step_runs(
     runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -38,7 +38,7 @@ def test_memory_that_cannot_be_had_is_told_apart(
 
 
 class AcceleratorError(RuntimeError):
-    """What newer versions of torch raise for an error of the CUDA runtime."""
+    """Newer versions of torch raise this for errors of the CUDA runtime."""
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ class AcceleratorError(RuntimeError):
         MemoryError(),
     ],
 )
-def test_a_want_of_memory_is_known_by_whatever_torch_calls_it(
+def test_every_out_of_memory_error_of_torch_is_detected(
     error: Exception, runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_a_want_of_memory_is_known_by_whatever_torch_calls_it(
     assert caught.value.__cause__ is error
 
 
-def test_a_device_that_is_lost_is_no_want_of_memory(
+def test_another_cuda_error_is_not_out_of_memory(
     runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_a_device_that_is_lost_is_no_want_of_memory(
         runner.run(STEP)
 
 
-def test_any_other_failure_is_passed_on(
+def test_another_runtime_error_is_raised_unchanged(
     runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "forward", lambda *_: torch.ones(2) @ torch.ones(3))

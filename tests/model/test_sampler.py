@@ -1,4 +1,4 @@
-"""The sampler: a row's token is a matter of that row alone."""
+"""The sampler: a row's token depends on that row alone."""
 
 import math
 from collections import Counter
@@ -26,13 +26,13 @@ def one(params: SamplingParams, *, uniform: float = 0.5, **more: object) -> Samp
 
 
 def reachable(params: SamplingParams) -> set[int]:
-    """Token ids that some draw gives."""
+    """Token ids that at least one random number selects."""
     draws = [(i + 0.5) / 400 for i in range(400)]
     rows = LOGITS.repeat(len(draws), 1)
     return {s.token_id for s in sample(rows, [chunk(params, uniform=u) for u in draws])}
 
 
-def test_greedy_takes_the_largest() -> None:
+def test_greedy_sampling_selects_the_largest_logit() -> None:
     assert one(GREEDY).token_id == 4
 
 
@@ -54,12 +54,14 @@ def test_greedy_takes_the_largest() -> None:
         (SamplingParams(logit_bias={4: -100.0}, top_k=1), {0}),
     ],
 )
-def test_filters_leave_what_they_should(params: SamplingParams, expected: set[int]) -> None:
+def test_filters_keep_exactly_the_expected_tokens(
+    params: SamplingParams, expected: set[int]
+) -> None:
     assert reachable(params) == expected
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_p=0.999)])
-def test_draws_follow_the_distribution(params: SamplingParams) -> None:
+def test_samples_follow_the_distribution(params: SamplingParams) -> None:
     count = 4000
     rows = LOGITS.repeat(count, 1)
     drawn = sample(rows, [chunk(params, uniform=(i + 0.5) / count) for i in range(count)])
@@ -69,10 +71,10 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
 
 
 @pytest.mark.parametrize("head", [1, 2, 3, 5])
-def test_a_cut_beyond_the_head_is_found_by_sorting(
+def test_a_cut_after_the_most_probable_tokens_gives_the_same_samples(
     head: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the cut lies within the most probable tokens or beyond them changes nothing."""
+    """The result is the same whether or not the cut is among the most probable tokens."""
     cases = [
         SamplingParams(top_k=2),
         SamplingParams(top_k=4, top_p=0.9),
@@ -89,7 +91,7 @@ def test_a_cut_beyond_the_head_is_found_by_sorting(
     assert sample(rows, chunks) == by_sorting
 
 
-def test_penalties_count_what_they_say() -> None:
+def test_penalties_count_prompt_and_output_tokens() -> None:
     history = {"history": (4, 0, 0), "num_prompt_tokens": 1}  # prompt [4], output [0, 0]
     assert one(SamplingParams(temperature=0, repetition_penalty=4.0), **history).token_id == 1
     assert one(SamplingParams(temperature=0, presence_penalty=9.0), **history).token_id == 4
@@ -101,21 +103,21 @@ def test_penalties_count_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-45, 1e-300])
-def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
     params = SamplingParams(temperature=temperature)
     assert sample(LOGITS.flip(0)[None], [chunk(params)])[0].token_id == 0
 
 
-def test_more_logprobs_than_tokens_are_all_of_them() -> None:
+def test_more_logprobs_than_the_vocabulary_returns_all_tokens() -> None:
     assert len(one(SamplingParams(temperature=0, top_logprobs=20)).top_logprobs) == len(LOGITS)
 
 
-def test_banned_tokens_do_not_come() -> None:
+def test_banned_tokens_are_never_sampled() -> None:
     assert one(GREEDY, banned=(4,)).token_id == 0
     assert one(SamplingParams(top_k=1), banned=(4, 0)).token_id == 1
 
 
-def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
+def test_logprobs_come_from_the_unmodified_distribution() -> None:
     params = SamplingParams(temperature=0.3, logit_bias={3: 100.0}, top_logprobs=2)
     sampled = one(params)
     expected = LOGITS.log_softmax(0)
@@ -128,7 +130,7 @@ def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("everywhere", [True, False])
-def test_a_bad_row_fails_alone(bad: float, everywhere: bool) -> None:
+def test_a_row_with_non_finite_logits_fails_alone(bad: float, everywhere: bool) -> None:
     broken = LOGITS.clone()
     if everywhere:
         broken[:] = bad
@@ -136,9 +138,9 @@ def test_a_bad_row_fails_alone(bad: float, everywhere: bool) -> None:
         broken[2] = bad
     kinds = [GREEDY, SamplingParams(), SamplingParams(top_p=0.9, top_logprobs=1)]
     chunks = [chunk(params, uniform=0.3) for params in kinds]
-    honest = sample(LOGITS.repeat(3, 1), chunks)
+    alone = sample(LOGITS.repeat(3, 1), chunks)
     mixed = sample(torch.stack([LOGITS, broken] * 3), [c for c in chunks for _ in range(2)])
-    assert mixed[0::2] == honest
+    assert mixed[0::2] == alone
     assert [s.finite for s in mixed[1::2]] == [False] * 3
 
 
@@ -161,7 +163,9 @@ settings_of_a_row = st.builds(
         max_size=6,
     )
 )
-def test_neighbours_change_nothing(rows: list[tuple[SamplingParams, float, int]]) -> None:
+def test_a_row_samples_the_same_token_alone_and_in_a_batch(
+    rows: list[tuple[SamplingParams, float, int]],
+) -> None:
     generator = torch.Generator().manual_seed(0)
     pool = 3 * torch.randn(1000, 40, generator=generator)
     chunks = [

@@ -1,4 +1,4 @@
-"""Incremental text: whatever the pieces, nothing is lost and no half character goes out."""
+"""Incremental detokenizing: no text is lost and no incomplete character is returned."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from prefixd.server.model.tokenizer import Tokenizer
 
 
 def byte_level() -> Tokenizer:
-    """A tokenizer with one token for each byte, so that characters come in pieces."""
+    """A tokenizer with one token for each byte, so that a character takes several tokens."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: i for i, symbol in enumerate(alphabet)}
     plain = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
@@ -24,7 +24,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_fallback() -> Tokenizer:
-    """One as of Llama 2, Mistral and Gemma: words, and bytes for what is none."""
+    """A tokenizer like those of Llama 2, Mistral and Gemma: words, and bytes for the rest."""
     words = [
         "<unk>",
         *(f"<0x{byte:02X}>" for byte in range(256)),
@@ -57,7 +57,7 @@ BYTE, A, SPACE_A = range(1, 257), 257, 258
 
 
 @given(text=st.text(max_size=20))
-def test_pieces_make_the_whole(text: str) -> None:
+def test_the_pieces_of_a_text_add_up_to_the_text(text: str) -> None:
     detokenizer = TOKENIZER.detokenizer()
     pieces = [detokenizer.push(token) for token in TOKENIZER.encode(text)]
     assert "\ufffd" not in "".join(pieces).replace("\ufffd" * text.count("\ufffd"), "")
@@ -65,7 +65,7 @@ def test_pieces_make_the_whole(text: str) -> None:
     assert detokenizer.flush() == ""
 
 
-def test_a_broken_character_comes_out_at_the_end() -> None:
+def test_flush_returns_an_incomplete_character_as_a_replacement() -> None:
     detokenizer = TOKENIZER.detokenizer()
     tokens = TOKENIZER.encode("né")[:-1]  # n and the first byte of é
     assert [detokenizer.push(token) for token in tokens] == ["n", ""]
@@ -80,13 +80,13 @@ def test_a_broken_character_comes_out_at_the_end() -> None:
         ([BYTE[0x42], BYTE[0xF0], SPACE_A], ["B", "", "\ufffd a"], ""),
         ([A, BYTE[0x42], BYTE[0xF0], BYTE[0x9F]], ["a", "B", "", ""], "\ufffd\ufffd"),
     ],
-    ids=["whole", "broken by a word", "broken by a space", "broken by the end"],
+    ids=["complete", "broken by a word", "broken by a space", "broken by the end"],
 )
-def test_bytes_that_break_what_went_before_them_are_told_apart_from_it(
+def test_invalid_bytes_do_not_change_text_already_returned(
     token_ids: list[int], pieces: list[str], rest: str
 ) -> None:
-    """Decoded together they make all bytes of their run replacement characters, but the first of
-    them have gone out already."""
+    """Decoded together, all bytes of the run become replacement characters, but the first ones
+    were already returned as text."""
     detokenizer = FALLBACK.detokenizer()
     assert [detokenizer.push(token) for token in token_ids] == pieces
     assert detokenizer.flush() == rest
@@ -94,16 +94,16 @@ def test_bytes_that_break_what_went_before_them_are_told_apart_from_it(
 
 
 @given(token_ids=st.lists(st.integers(0, 260), max_size=12))
-def test_no_run_of_tokens_is_too_odd_and_whole_words_are_never_lost(token_ids: list[int]) -> None:
+def test_any_token_sequence_decodes_without_error_or_lost_words(token_ids: list[int]) -> None:
     detokenizer = FALLBACK.detokenizer()
     text = "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
-    whole = FALLBACK.decode(token_ids)
-    assert len(text) == len(whole) or "\ufffd" in whole
+    full_text = FALLBACK.decode(token_ids)
+    assert len(text) == len(full_text) or "\ufffd" in full_text
     for letter in "a\u6f22":
-        assert text.count(letter) >= whole.count(letter)
+        assert text.count(letter) >= full_text.count(letter)
 
 
-def test_special_tokens_are_no_text() -> None:
+def test_special_tokens_produce_no_text() -> None:
     detokenizer = TOKENIZER.detokenizer()
     end = TOKENIZER.encode("<end>")
     assert len(end) == 1
@@ -113,12 +113,12 @@ def test_special_tokens_are_no_text() -> None:
     assert TOKENIZER.decode(end) == ""
 
 
-def test_a_model_without_a_chat_template_says_so() -> None:
+def test_a_model_without_a_chat_template_rejects_chats() -> None:
     with pytest.raises(ValueError, match="no chat template; use /v1/completions"):
         TOKENIZER.render_chat([{"role": "user", "content": "hi"}])
 
 
-def test_a_template_that_refuses_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_chat_template_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     inner: Any = TOKENIZER._tokenizer
     monkeypatch.setattr(inner, "chat_template", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="roles must alternate"):

@@ -1,1 +1,1 @@
-"""Everything that runs on the device."""
+"""All code that imports torch: loading, forward passes, sampling, detokenizing."""

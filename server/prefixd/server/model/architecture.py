@@ -1,8 +1,8 @@
-"""Which models can be served: refused by name at start, never guessed.
+"""Which models can be served: others are rejected by name at start.
 
-A prefix that compiles to KV is right only where every later token sees it at every layer. What
-breaks that is refused here from the config; whatever the config does not tell, the self-check in
-``prefixd.server.model.selfcheck`` finds by running the model.
+Compiling a prefix to KV is correct only if every later token sees it at every layer. Models that
+break this are rejected here by their config; ``prefixd.server.model.selfcheck`` runs the model to
+detect what the config does not show.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Shape:
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Raise UnsupportedModel for a Hugging Face config whose model cannot be right here."""
+    """Raise UnsupportedModel for the Hugging Face config of a model that cannot be served."""
     name = f"{config.model_type} ({', '.join(config.architectures or ['no architecture named'])})"
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{name} is an encoder-decoder; prefixd serves decoder-only models")
@@ -36,16 +36,16 @@ def refuse_unsupported(config: Any) -> None:
         raise UnsupportedModel(f"{name} has cross-attention; prefixd serves decoder-only models")
     kinds = getattr(text, "layer_types", None)
     if kinds is not None:
-        others = sorted(set(kinds) - {"full_attention"})
-        if others:
+        unsupported = sorted(set(kinds) - {"full_attention"})
+        if unsupported:
             raise UnsupportedModel(
-                f"{name} has layers of the kinds {', '.join(others)}; only full_attention keeps a "
-                "prefix in sight of every token"
+                f"{name} has layers of the kinds {', '.join(unsupported)}; only with "
+                "full_attention every token sees the prefix"
             )
     elif getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
         raise UnsupportedModel(
-            f"{name} attends within a sliding window of {text.sliding_window} tokens, out of which "
-            "a prefix slides"
+            f"{name} attends within a sliding window of {text.sliding_window} tokens: "
+            "later tokens would not see the prefix"
         )
     rope = getattr(text, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
@@ -57,7 +57,7 @@ def refuse_unsupported(config: Any) -> None:
 
 
 def shape_of(config: Any) -> Shape:
-    """Read the sizes of a decoder; raise UnsupportedModel when the config does not say."""
+    """Read the sizes of a decoder; raise UnsupportedModel when the config lacks one."""
     text = config.get_text_config(decoder=True)
     try:
         heads = int(text.num_attention_heads)

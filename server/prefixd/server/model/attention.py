@@ -1,16 +1,16 @@
 """Attention over the block tables of a ragged batch, through transformers' attention interface.
 
 A step runs as one flat row of tokens, [1, num_tokens]. Each layer writes the new keys and values to
-the pool, then every sequence attends over its own block table. Sequences are attended in groups of
-like size, so that one long prefix does not pad everybody.
+the pool, then every sequence attends over its own block table. Sequences of similar size form a
+group, so that one long prefix does not pad all others.
 
 ::
 
     flat tokens   | a a a | b | c | d d |      groups   {a, d}: prefill, queries padded to 4
                                                         {b, c}: decode, one query each
 
-The heads that share a KV head are folded into query rows: on CPU, that is four times as fast as
-``scaled_dot_product_attention(enable_gqa=True)`` (FACTS section 9).
+The heads that share a KV head are folded into query rows: on CPU this is four times as fast as
+``scaled_dot_product_attention(enable_gqa=True)``.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 from prefixd.server.model.kv_cache import KVCache
 
 IMPLEMENTATION = "prefixd"
-"""Name under which transformers models find this attention."""
+"""The name of this attention in transformers' attention interface."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +31,9 @@ class Group:
     """Sequences attended together: R of them, Q queries each (padded), T positions (padded).
 
     ``queries`` [R * Q] indexes the flat tokens; ``kv_rows`` [R * num_kv_heads * T] indexes the
-    pool by (slot, KV head); ``mask`` is True where a query sees a position, [R, 1, Q, T], or None
-    when all see all; ``real`` [n] picks the unpadded of the R * Q queries and ``places`` [n] is
-    where they stand among the flat tokens (None: nothing is padded and ``queries`` are the places).
+    pool by (slot, KV head); ``mask`` [R, 1, Q, T] is True where a query sees a position (None:
+    every query sees all); ``real`` [n] indexes the unpadded of the R * Q queries (None: no padding)
+    and ``targets`` [n] are their positions in the flat tokens.
     """
 
     size: int
@@ -42,13 +42,13 @@ class Group:
     kv_rows: torch.Tensor
     mask: torch.Tensor | None
     real: torch.Tensor | None
-    places: torch.Tensor
+    targets: torch.Tensor
 
 
 @dataclass(slots=True)
 class PagedBatch:
-    """What attention needs of a step, the same for all layers. ``slots`` [num_tokens] is where
-    each token's KV goes. ``layers_seen`` counts the layers that came by, for the self-check."""
+    """A step as attention needs it, the same for all layers. ``slots`` [num_tokens] is where each
+    token's KV is written. ``layers_seen`` counts the layers that ran, for the self-check."""
 
     cache: KVCache
     slots: torch.Tensor
@@ -56,12 +56,12 @@ class PagedBatch:
     layers_seen: int = 0
 
 
-_HARMLESS = frozenset(
+_IGNORED = frozenset(
     {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
 )
 
 
-def paged_attention(  # noqa: PLR0917  # the order is transformers' own
+def paged_attention(  # noqa: PLR0917  # the order of arguments is given by transformers
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -76,17 +76,19 @@ def paged_attention(  # noqa: PLR0917  # the order is transformers' own
     """Attend the flat batch. ``query`` is [1, num_heads, num_tokens, head_dim], ``key`` and
     ``value`` [1, num_kv_heads, num_tokens, head_dim]; returns [1, num_tokens, num_heads, head_dim].
 
-    Raises NotImplementedError for anything that plain attention would not honour (a window, a soft
-    cap, sinks): a wrong answer in silence is worse than none.
+    Raises NotImplementedError for options that plain attention does not support (a window, a soft
+    cap, sinks): ignoring one would silently give wrong output.
     """
     del attention_mask, dropout
     if paged_batch is None:
         raise NotImplementedError(f"{type(module).__name__} does not pass the batch to attention")
-    odd = sorted(
-        name for name, given in extra.items() if given is not None and name not in _HARMLESS
+    unsupported = sorted(
+        name for name, value in extra.items() if value is not None and name not in _IGNORED
     )
-    if odd:
-        raise NotImplementedError(f"{type(module).__name__} asks attention for {', '.join(odd)}")
+    if unsupported:
+        raise NotImplementedError(
+            f"{type(module).__name__} needs unsupported attention options: {', '.join(unsupported)}"
+        )
     cache = paged_batch.cache
     _, num_heads, num_tokens, head_dim = query.shape
     num_kv_heads = key.shape[1]
@@ -117,7 +119,7 @@ def _attend(
 ) -> None:
     _, num_kv_heads, fold, head_dim = flat.shape
     rows, queries = group.size, group.num_queries
-    # [R, num_kv_heads, fold * Q, head_dim]: the heads of a group lie beside each other as rows
+    # [R, num_kv_heads, fold * Q, head_dim]: the heads that share a KV head become adjacent rows
     query = flat.index_select(0, group.queries).view(rows, queries, num_kv_heads, fold, head_dim)
     query = query.permute(0, 2, 3, 1, 4).reshape(rows, num_kv_heads, fold * queries, head_dim)
     # [R, num_kv_heads, T, head_dim]
@@ -129,16 +131,16 @@ def _attend(
         scores = torch.matmul(query * scale, key.transpose(2, 3)).float()
         if mask is not None:
             scores.masked_fill_(~mask, float("-inf"))
-        answer = torch.matmul(scores.softmax(-1).to(value.dtype), value)
+        attended = torch.matmul(scores.softmax(-1).to(value.dtype), value)
     else:
         if mask is not None:
             mask = mask.repeat(1, 1, fold, 1)
-        answer = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    answer = answer.view(rows, num_kv_heads, fold, queries, head_dim).permute(0, 3, 1, 2, 4)
-    answer = answer.reshape(rows * queries, num_kv_heads, fold, head_dim)
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    attended = attended.view(rows, num_kv_heads, fold, queries, head_dim).permute(0, 3, 1, 2, 4)
+    attended = attended.reshape(rows * queries, num_kv_heads, fold, head_dim)
     if group.real is not None:
-        answer = answer.index_select(0, group.real)
-    out.index_copy_(0, group.places, answer)
+        attended = attended.index_select(0, group.real)
+    out.index_copy_(0, group.targets, attended)
 
 
 AttentionInterface.register(IMPLEMENTATION, paged_attention)

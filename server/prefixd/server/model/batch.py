@@ -1,4 +1,4 @@
-"""A step, laid out flat for one forward pass: plain lists first, tensors last."""
+"""The flat layout of a step for one forward pass."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from prefixd.server.model.attention import Group
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence's (or compiling prefix's) share of a pass: ``length`` positions from ``start``,
-    at ``offset`` among the flat tokens."""
+    """The part of a pass that belongs to one sequence or compiling prefix: ``length`` positions
+    from ``start``, at ``offset`` in the flat tokens."""
 
     offset: int
     start: int
@@ -22,7 +22,7 @@ class Row:
 
     @property
     def end(self) -> int:
-        """Positions in the pool after this pass: what the last token sees."""
+        """Positions in the pool after this pass; the last token sees all of them."""
         return self.start + self.length
 
 
@@ -37,13 +37,13 @@ def slots_of(block_table: Sequence[int], start: int, end: int, block_size: int) 
 def group_rows(
     rows: Sequence[Row], *, block_size: int, num_kv_heads: int, device: torch.device
 ) -> tuple[Group, ...]:
-    """Group rows of like size: at most twice the work of the unpadded rows is done."""
-    alike: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    """Group rows of similar size, so that padding at most doubles the work."""
+    by_size: dict[tuple[int, int], list[Row]] = defaultdict(list)
     for row in rows:
-        alike[row.length.bit_length(), row.end.bit_length()].append(row)
+        by_size[row.length.bit_length(), row.end.bit_length()].append(row)
     return tuple(
         _group(members, block_size=block_size, num_kv_heads=num_kv_heads, device=device)
-        for members in alike.values()
+        for members in by_size.values()
     )
 
 
@@ -69,16 +69,16 @@ def _group(rows: list[Row], *, block_size: int, num_kv_heads: int, device: torch
         kv_rows=kv_rows.to(device),
         mask=_visible(rows, num_queries, num_positions, device),
         real=real.to(device) if padded else None,
-        places=flat[real].to(device),
+        targets=flat[real].to(device),
     )
 
 
 def _visible(
     rows: list[Row], num_queries: int, num_positions: int, device: torch.device
 ) -> torch.Tensor | None:
-    """True where a query sees a position: itself and what lies before, [R, 1, Q, T].
+    """The mask [R, 1, Q, T]: True where a query sees a position, its own and all earlier ones.
 
-    A padded query stands past its row's last and sees what the last sees; its answer is dropped.
+    A padding query sees what the last real query of its row sees; its output is dropped.
     """
     starts = torch.tensor([row.start for row in rows])
     ends = torch.tensor([row.end for row in rows])

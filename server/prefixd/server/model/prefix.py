@@ -1,17 +1,19 @@
-"""Prefixes in host memory, ready to compile: what an artifact becomes before it becomes KV."""
+"""Prefixes in host memory: an artifact in the serving dtype, ready to compile to KV."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from prefixd.server.engine.request import PrefixKey
 from prefixd.server.model.load import LoadedBase
 from prefixd.store.artifact.artifact import Artifact, Kind
 
 
 @dataclass(frozen=True)
-class StagedEmbeddings:
-    """A soft prompt: ``embeddings`` [num_tokens, hidden_size] go where word embeddings would."""
+class SoftPrompt:
+    """``embeddings`` [num_tokens, hidden_size] take the place of word embeddings."""
 
     embeddings: torch.Tensor
 
@@ -22,8 +24,8 @@ class StagedEmbeddings:
 
 
 @dataclass(frozen=True)
-class StagedTokens:
-    """A hard prompt: token ids, run as any tokens are."""
+class HardPrompt:
+    """Token ids, run like any other tokens."""
 
     token_ids: tuple[int, ...]
 
@@ -34,9 +36,9 @@ class StagedTokens:
 
 
 @dataclass(frozen=True)
-class StagedKV:
-    """A KV prefix: ``kv`` [2 * num_layers, num_tokens, num_kv_heads * head_dim], keys of layer i
-    at 2i and values at 2i + 1, stored as they are (keys after the rotary embedding)."""
+class KVPrefix:
+    """``kv`` [2 * num_layers, num_tokens, num_kv_heads * head_dim]: keys of layer i at 2i and
+    values at 2i + 1, as the pool stores them (keys after the rotary embedding)."""
 
     kv: torch.Tensor
 
@@ -46,21 +48,38 @@ class StagedKV:
         return self.kv.shape[1]
 
 
-Staged = StagedEmbeddings | StagedTokens | StagedKV
+Prefix = SoftPrompt | HardPrompt | KVPrefix
 
 
-def stage(artifact: Artifact, base: LoadedBase, tokenizer: Any) -> Staged:
-    """Cast an artifact's values to the serving dtype, in the layout the runner copies from.
+def prefix_of(artifact: Artifact, base: LoadedBase, tokenizer: Any) -> Prefix:
+    """Cast an artifact's values to the serving dtype, in the layout of the KV pool.
 
-    The KV layout is PEFT's: ``w.view(P, 2L, H_kv, hd).permute(1, 2, 0, 3)`` (FACTS section 3).
+    The KV layout of an artifact is PEFT's: ``w.view(P, 2L, H_kv, hd).permute(1, 2, 0, 3)``.
     """
     if artifact.kind is Kind.HARD_PROMPT:
         assert artifact.text is not None
-        return StagedTokens(tuple(tokenizer.encode(artifact.text)))
+        return HardPrompt(tuple(tokenizer.encode(artifact.text)))
     assert artifact.values is not None
     values = torch.from_numpy(artifact.values).to(base.dtype)
     if artifact.kind is Kind.SOFT_PROMPT:
-        return StagedEmbeddings(values)
+        return SoftPrompt(values)
     layers = 2 * base.shape.num_layers
     per_layer = values.view(artifact.num_virtual_tokens, layers, -1).transpose(0, 1)
-    return StagedKV(per_layer.contiguous())
+    return KVPrefix(per_layer.contiguous())
+
+
+@dataclass(frozen=True)
+class StorePrefixSource:
+    """A PrefixSource over the prefix store. ``fetch`` runs on the engine's fetch threads.
+
+    ``open_artifact`` reads and validates a stored artifact; it raises PrefixUnavailable with a
+    message for the tenant when it cannot.
+    """
+
+    open_artifact: Callable[[PrefixKey], Artifact]
+    base: LoadedBase
+    tokenizer: Any
+
+    def fetch(self, key: PrefixKey) -> Prefix:
+        """Load one prefix into host memory, in the serving dtype."""
+        return prefix_of(self.open_artifact(key), self.base, self.tokenizer)

@@ -1,4 +1,4 @@
-"""The one place that runs on the device: a step in, sampled tokens out."""
+"""The only code that runs on the device: takes a step, returns sampled tokens."""
 
 from typing import Any
 
@@ -18,18 +18,18 @@ from prefixd.server.model.attention import PagedBatch
 from prefixd.server.model.batch import Row, group_rows, slots_of
 from prefixd.server.model.kv_cache import KVCache
 from prefixd.server.model.load import LoadedBase
-from prefixd.server.model.prefix import StagedEmbeddings, StagedKV, StagedTokens
+from prefixd.server.model.prefix import HardPrompt, KVPrefix, SoftPrompt
 from prefixd.server.model.sampler import sample
 
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
-    "error: out of memory",  # the CUDA runtime and driver; an AcceleratorError where torch has one
+    "error: out of memory",  # the CUDA runtime and driver; newer torch raises AcceleratorError
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
 
 
 class TorchRunner:
-    """Runs steps on an unmodified transformers model; owns the KV pool. One thread at a time."""
+    """Runs steps on an unmodified transformers model and owns the KV pool. Not thread-safe."""
 
     def __init__(self, base: LoadedBase, *, num_blocks: int, block_size: int) -> None:
         """``num_blocks`` counts the null block."""
@@ -44,7 +44,7 @@ class TorchRunner:
         self._embed: Any = base.module.get_input_embeddings()
 
     def run(self, step: Step) -> StepOutput:
-        """One forward pass over the step's chunks and compiles. Raises OutOfMemory."""
+        """Run one forward pass over the step's chunks and compiles. Raises OutOfMemory."""
         try:
             return self._run(step)
         except (RuntimeError, MemoryError) as error:
@@ -62,13 +62,13 @@ class TorchRunner:
         self.cache.zero(step.fresh)
         self.cache.copy(step.copies)
         for part in step.compiles:
-            if isinstance(part.payload, StagedKV):
+            if isinstance(part.payload, KVPrefix):
                 self._write_kv(part, part.payload)
-        run = [part for part in step.compiles if not isinstance(part.payload, StagedKV)]
-        if not step.chunks and not run:
+        forwarded = [part for part in step.compiles if not isinstance(part.payload, KVPrefix)]
+        if not step.chunks and not forwarded:
             return StepOutput({}, saved)
         sampled = [chunk for chunk in step.chunks if chunk.sampling is not None]
-        logits = self.forward(step.chunks, run)
+        logits = self.forward(step.chunks, forwarded)
         if not sampled:
             return StepOutput({}, saved)
         tokens = sample(logits, sampled)
@@ -79,8 +79,10 @@ class TorchRunner:
     def forward(
         self, chunks: tuple[Chunk, ...], compiles: list[CompileChunk] | None = None
     ) -> torch.Tensor:
-        """Run chunks and compiles flat, and return the logits [n, vocab] of the last token of each
-        of the n chunks that is to be sampled."""
+        """Run chunks and compiles as one flat row.
+
+        Returns the logits [n, vocab] of the last token of each of the n chunks with ``sampling``.
+        """
         compiles = compiles or []
         rows = _lay_out(chunks, compiles)
         device, block_size = self.base.device, self.cache.block_size
@@ -113,14 +115,14 @@ class TorchRunner:
         return logits
 
     def _embeddings(self, chunks: tuple[Chunk, ...], compiles: list[CompileChunk]) -> torch.Tensor:
-        """Input embeddings [num_tokens, hidden_size]: looked up, or a soft prompt's own."""
+        """Input embeddings [num_tokens, hidden_size]: looked up, or those of a soft prompt."""
         token_ids: list[int] = [token for chunk in chunks for token in chunk.tokens]
         soft: list[tuple[int, torch.Tensor]] = []
         for part in compiles:
-            if isinstance(part.payload, StagedTokens):
+            if isinstance(part.payload, HardPrompt):
                 token_ids += part.payload.token_ids[part.start : part.stop]
             else:
-                assert isinstance(part.payload, StagedEmbeddings)
+                assert isinstance(part.payload, SoftPrompt)
                 soft.append((len(token_ids), part.payload.embeddings[part.start : part.stop]))
                 token_ids += [0] * (part.stop - part.start)
         looked_up = self._embed(torch.tensor(token_ids, device=self.base.device))
@@ -129,16 +131,16 @@ class TorchRunner:
             embeddings[offset : offset + len(values)] = values.to(self.base.device)
         return embeddings
 
-    def _read_kv(self, save: Save) -> StagedKV:
+    def _read_kv(self, save: Save) -> KVPrefix:
         """The KV of a compiled prefix, in host memory and in the layout of a KV prefix."""
         slots = torch.tensor(
             slots_of(save.block_table, 0, save.num_tokens, self.cache.block_size),
             device=self.base.device,
         )
-        return StagedKV(self.cache.read(slots).cpu())
+        return KVPrefix(self.cache.read(slots).cpu())
 
-    def _write_kv(self, part: CompileChunk, payload: StagedKV) -> None:
-        """A KV prefix needs no forward: copy its trained rows into its blocks."""
+    def _write_kv(self, part: CompileChunk, payload: KVPrefix) -> None:
+        """Copy the trained rows of a KV prefix into its blocks; no forward pass is needed."""
         slots = torch.tensor(
             slots_of(part.block_table, part.start, part.stop, self.cache.block_size),
             device=self.base.device,
@@ -162,6 +164,7 @@ def _lay_out(chunks: tuple[Chunk, ...], compiles: list[CompileChunk]) -> list[Ro
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Only torch's own allocator on the device has a class for it."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or any(words in str(error) for words in _OUT_OF_MEMORY)
+    """Only torch's device allocator raises a class of its own; other errors differ by message."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(message in str(error) for message in _OUT_OF_MEMORY)

@@ -1,8 +1,8 @@
 """One vectorised pass over the logits of rows with mixed sampling settings.
 
-A row's token depends on its own logits, settings and draw alone, never on its neighbours: a
-non-finite row is flagged and set aside, and chance comes in as one uniform number per row, looked
-up in that row's cumulative distribution.
+A row's token depends on its own logits, settings and random number alone, never on other rows: a
+non-finite row is flagged, and the caller passes one uniform number for each row, which is looked up
+in that row's cumulative distribution.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from prefixd.server.engine.request import SamplingParams, TokenLogprob
 from prefixd.server.engine.step import Chunk, Sampled
 
 _NEVER = float("-inf")
-_GREEDY_BELOW = 1e-5  # dividing by less overflows; vLLM draws the same line
-_HEAD = 1024  # tokens in which a filter's cut is looked for first
+_GREEDY_BELOW = 1e-5  # a smaller divisor overflows; vLLM uses the same limit
+_HEAD = 1024  # most probable tokens that are searched for a filter's cut before sorting all
 
 
 def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
-    """Sample one token a row. ``logits`` is [rows, vocab]; row i belongs to ``chunks[i]``, whose
-    ``sampling`` is set."""
+    """Sample one token for each row. ``logits`` is [rows, vocab]; row i belongs to ``chunks[i]``,
+    whose ``sampling`` is set."""
     params = [_params(chunk) for chunk in chunks]
     logits = logits.float()
     best = logits.max(dim=-1)
@@ -50,35 +50,35 @@ def _params(chunk: Chunk) -> SamplingParams:
 def _adjust(
     logits: torch.Tensor, chunks: Sequence[Chunk], params: Sequence[SamplingParams]
 ) -> torch.Tensor:
-    """Penalties, biases and bans, for the rows that have any; the same tensor when none has."""
+    """Apply penalties, biases and bans; returns the same tensor when no row has any."""
     adjusted = logits
-    for row, (chunk, wanted) in enumerate(zip(chunks, params, strict=True)):
-        if not (wanted.needs_history or wanted.logit_bias or chunk.banned):
+    for row, (chunk, setting) in enumerate(zip(chunks, params, strict=True)):
+        if not (setting.needs_history or setting.logit_bias or chunk.banned):
             continue
         if adjusted is logits:
             adjusted = logits.clone()
-        if wanted.needs_history:
-            _penalise(adjusted[row], chunk, wanted)
-        if wanted.logit_bias:
-            ids = torch.tensor(list(wanted.logit_bias), device=logits.device)
-            bias = torch.tensor(list(wanted.logit_bias.values()), device=logits.device)
+        if setting.needs_history:
+            _penalise(adjusted[row], chunk, setting)
+        if setting.logit_bias:
+            ids = torch.tensor(list(setting.logit_bias), device=logits.device)
+            bias = torch.tensor(list(setting.logit_bias.values()), device=logits.device)
             adjusted[row].index_add_(0, ids, bias.float())
         if chunk.banned:
             adjusted[row, list(chunk.banned)] = _NEVER
     return adjusted
 
 
-def _penalise(row: torch.Tensor, chunk: Chunk, wanted: SamplingParams) -> None:
-    """In place. Repetition counts prompt and output, presence and frequency the output alone."""
+def _penalise(row: torch.Tensor, chunk: Chunk, setting: SamplingParams) -> None:
+    """Apply penalties in place: repetition over prompt and output, the others over the output."""
     seen = torch.tensor(list(set(chunk.history)), device=row.device)
     values = row[seen]
     row[seen] = torch.where(
-        values > 0, values / wanted.repetition_penalty, values * wanted.repetition_penalty
+        values > 0, values / setting.repetition_penalty, values * setting.repetition_penalty
     )
     output = torch.tensor(chunk.history[chunk.num_prompt_tokens :], device=row.device)
     if len(output):
         ids, counts = torch.unique(output, return_counts=True)
-        row[ids] -= wanted.frequency_penalty * counts + wanted.presence_penalty
+        row[ids] -= setting.frequency_penalty * counts + setting.presence_penalty
 
 
 def _draw(
@@ -86,8 +86,8 @@ def _draw(
 ) -> torch.Tensor:
     """Token ids [rows] at temperature, by inverse of the cumulative distribution.
 
-    Rows with a filter are looked up in order of probability, the others in order of token id: which
-    of the two is a matter of the row's own settings.
+    Rows with a filter are looked up in order of probability, the others in order of token id, so
+    the order depends on the row's own settings alone.
     """
     device = logits.device
     temperature = torch.tensor([p.temperature for p in params], device=device)
@@ -112,8 +112,8 @@ def _look_up(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     target = uniform[:, None] * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, target, right=True)
-    return place.clamp(max=probs.shape[1] - 1)[:, 0]
+    index = torch.searchsorted(cumulative, target, right=True)
+    return index.clamp(max=probs.shape[1] - 1)[:, 0]
 
 
 def _draw_filtered(
@@ -121,41 +121,44 @@ def _draw_filtered(
 ) -> torch.Tensor:
     """Token ids [rows] under min_p, top_k and top_p.
 
-    Filters nearly always cut within the most probable tokens, and finding those is much cheaper
-    than sorting the vocabulary; a row whose cut lies further down is sorted after all.
+    Filters nearly always cut within the most probable tokens, and selecting those is much cheaper
+    than sorting the vocabulary; only rows with a later cut are sorted.
     """
     ordered, ids = probs.topk(min(_HEAD, probs.shape[1]))
-    kept, settled = _cut(ordered, params, whole=probs.shape[1])
+    kept, settled = _cut(ordered, params, vocab_size=probs.shape[1])
     drawn = ids.gather(1, _look_up(kept, uniform)[:, None])[:, 0]
-    open_ = [i for i, done in enumerate(settled.tolist()) if not done]
-    if open_:
-        rows = torch.tensor(open_, device=probs.device)
+    unsettled = [i for i, is_settled in enumerate(settled.tolist()) if not is_settled]
+    if unsettled:
+        rows = torch.tensor(unsettled, device=probs.device)
         ordered, ids = probs[rows].sort(dim=-1, descending=True, stable=True)
-        kept, _ = _cut(ordered, [params[i] for i in open_], whole=probs.shape[1])
+        kept, _ = _cut(ordered, [params[i] for i in unsettled], vocab_size=probs.shape[1])
         drawn[rows] = ids.gather(1, _look_up(kept, uniform[rows])[:, None])[:, 0]
     return drawn
 
 
 def _cut(
-    ordered: torch.Tensor, params: Sequence[SamplingParams], *, whole: int
+    ordered: torch.Tensor, params: Sequence[SamplingParams], *, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Set to 0 what the filters cut from probabilities in falling order, the first of ``whole``.
+    """Zero the probabilities that the filters cut. ``ordered`` holds the largest of
+    ``vocab_size`` in descending order.
 
-    Also says, for each row, whether that is all there is to know: the rest would be cut too.
+    Also returns [rows]: True when every token outside ``ordered`` is cut too.
     """
     device, width = ordered.device, ordered.shape[1]
-    top_k = torch.tensor([min(p.top_k or whole, whole) for p in params], device=device)[:, None]
+    top_k = torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=device)[
+        :, None
+    ]
     top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
     min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
     keep = torch.arange(width, device=device) < top_k
     keep &= ordered >= min_p * ordered[:, :1]
     ordered = ordered * keep
-    # top_p counts within what top_k and min_p left: all of the mass when they are off.
+    # top_p applies to the mass that top_k and min_p kept: all of it when they are off.
     ended = ~keep[:, -1:] | (top_k <= width)
-    unfiltered = (top_k == whole) & (min_p == 0)
+    unfiltered = (top_k == vocab_size) & (min_p == 0)
     mass = torch.where(unfiltered & ~ended, 1.0, ordered.sum(dim=-1, keepdim=True))
-    # A token stays while the mass before it is short of top_p: the first always stays, also where
-    # top_p is too small for float32.
+    # A token is kept while the mass before it is below top_p. The first is always kept, even when
+    # top_p underflows in float32.
     before = ordered.cumsum(dim=-1) - ordered
     short = before < top_p * mass
     short[:, 0] = True
@@ -166,12 +169,12 @@ def _cut(
 def _with_logprobs(
     sampled: list[Sampled], logits: torch.Tensor, params: Sequence[SamplingParams]
 ) -> list[Sampled]:
-    """Add log-probabilities under the unmodified distribution to the rows that ask."""
-    for row, wanted in enumerate(params):
-        if wanted.top_logprobs is None or not sampled[row].finite:
+    """Add log-probabilities of the unmodified distribution to the rows that request them."""
+    for row, setting in enumerate(params):
+        if setting.top_logprobs is None or not sampled[row].finite:
             continue
         logprobs = logits[row].log_softmax(dim=-1)
-        top = logprobs.topk(min(wanted.top_logprobs, len(logprobs)))
+        top = logprobs.topk(min(setting.top_logprobs, len(logprobs)))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         sampled[row] = Sampled(
             sampled[row].token_id,

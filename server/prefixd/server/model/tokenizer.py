@@ -7,7 +7,7 @@ from tokenizers.decoders import DecodeStream
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer behind the few calls the server makes."""
+    """The calls of a Hugging Face tokenizer that the server needs."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -18,7 +18,7 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of ``token_ids``, special tokens skipped, white space as it is."""
+        """Text of ``token_ids``, without special tokens, whitespace unchanged."""
         text: str = self._tokenizer.decode(
             list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -32,8 +32,10 @@ class Tokenizer:
     def render_chat(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> str:
-        """A chat as the model's template writes it; ValueError when the model has none or the
-        template refuses these messages."""
+        """The prompt that the model's chat template renders.
+
+        Raises ValueError when the model has no template or the template rejects the messages.
+        """
         if not self._tokenizer.chat_template:
             raise ValueError(
                 "this model has no chat template; use /v1/completions with a plain prompt"
@@ -42,59 +44,59 @@ class Tokenizer:
             text: str = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # Jinja raises what the template's author wrote
-            raise ValueError(f"the model's chat template refused the messages: {error}") from error
+        except Exception as error:  # a template may raise any exception
+            raise ValueError(f"the model's chat template rejected the messages: {error}") from error
         return text
 
     def detokenizer(self) -> "StreamDetokenizer":
-        """A fresh incremental detokenizer for one sequence."""
+        """A new incremental detokenizer for one sequence."""
         return StreamDetokenizer(self)
 
     @property
     def backend(self) -> Any:
-        """The fast tokenizer underneath."""
+        """The fast tokenizer of the ``tokenizers`` package."""
         return self._tokenizer.backend_tokenizer
 
 
 class StreamDetokenizer:
-    """Token ids to text as they come; a character goes out when it is whole.
+    """Decodes token ids incrementally; returns a character only when it is complete.
 
-    ``DecodeStream`` keeps back an unfinished character and has no flush, so at the end the whole is
-    decoded once more and what is missing goes out (FACTS section 7). And it raises where a
-    tokenizer with byte fallback takes back text that is out already: a run of bytes that is no
-    UTF-8 decodes to replacement characters throughout, its good beginning too. What was held back
-    then goes out by itself.
+    ``DecodeStream`` buffers an incomplete character and has no flush, so ``flush`` decodes all
+    tokens and returns the missing rest. ``DecodeStream`` also raises when a tokenizer with byte
+    fallback changes text it has already returned: a run of bytes that is not valid UTF-8 decodes
+    to replacement characters only, including its valid beginning. The buffered tokens are then
+    decoded by themselves.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
         self._token_ids: list[int] = []
-        self._held: list[int] = []
+        self._pending: list[int] = []
         self._sent = ""
 
     def push(self, token_id: int) -> str:
         """Text that became final with this token."""
         self._token_ids.append(token_id)
-        self._held.append(token_id)
+        self._pending.append(token_id)
         try:
             text = self._stream.step(self._tokenizer.backend, token_id) or ""
-        except Exception:  # noqa: BLE001 - tokenizers has no class of its own for it
-            text = self._tokenizer.decode(self._held)
+        except Exception:  # noqa: BLE001 - tokenizers raises a plain Exception
+            text = self._tokenizer.decode(self._pending)
             self._stream = DecodeStream(skip_special_tokens=True)
             self._stream.step(self._tokenizer.backend, token_id)
         if text:
-            self._held.clear()
+            self._pending.clear()
         self._sent += text
         return text
 
     def flush(self) -> str:
-        """What is still held back, broken characters as replacement characters."""
-        whole = self._tokenizer.decode(self._token_ids)
-        if whole.startswith(self._sent):
-            text = whole[len(self._sent) :]
+        """The buffered rest, incomplete characters as replacement characters."""
+        full_text = self._tokenizer.decode(self._token_ids)
+        if full_text.startswith(self._sent):
+            text = full_text[len(self._sent) :]
         else:
-            text = self._tokenizer.decode(self._held)
-        self._held.clear()
+            text = self._tokenizer.decode(self._pending)
+        self._pending.clear()
         self._sent += text
         return text

@@ -19,9 +19,9 @@ from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.step import STORAGE_UNAVAILABLE, PrefixUnavailable
 from prefixd.server.model.load import LoadedBase, load_base, resolve_device
+from prefixd.server.model.prefix import StorePrefixSource
 from prefixd.server.model.runner import TorchRunner
 from prefixd.server.model.selfcheck import Limits, self_check
-from prefixd.server.model.source import StoreSource
 from prefixd.server.model.tokenizer import Tokenizer
 from prefixd.server.serve.app import Services, api_limits, open_catalog
 from prefixd.server.serve.settings import Settings
@@ -61,7 +61,7 @@ def build_services(settings: Settings) -> Services:
     engine = Engine(
         config=config,
         runner=runner,
-        source=StoreSource(
+        source=StorePrefixSource(
             open_artifact=_Artifacts(catalog.store, served), base=base, tokenizer=tokenizer
         ),
         detokenizer=tokenizer.detokenizer,
