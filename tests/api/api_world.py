@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,18 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine as Database
 
+from prefixd.server.api.app import create_app
+from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.metrics import Metrics
+from prefixd.server.api.parts import BodyLimits
+from prefixd.server.api.prefixes.residency import pin_room
+from prefixd.server.api.request_record import Tracer
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.step import PrefixUnavailable, Step, StepOutput
-from prefixd.server.serve.app import ApiLimits, Services, create_app
+from prefixd.server.serve.lifespan import make_lifespan
 from prefixd.server.tenants.audit import AuditLog
 from prefixd.server.tenants.bindings import Bindings
 from prefixd.server.tenants.idempotency import Idempotency
@@ -60,11 +65,12 @@ BASE = BaseSpec(
 )
 MAX_POSITIONS = 400
 POOL_BLOCKS = 32
-LIMITS = {
-    "max_body_bytes": 64 * 1024,
-    "max_prefix_bytes": 32 * 1024,
+LIMITS: dict[str, Any] = {
+    "body_timeout": 5.0,
+    "min_body_rate": 1024,
     "max_choices": 16,
-    "max_import_bytes": 1024 * 1024,
+    "max_request_seconds": None,
+    "kv_reuse": True,
 }
 
 
@@ -121,18 +127,63 @@ class Clock:
 
 @dataclass
 class World:
-    """Everything a test may reach for."""
+    """Everything a test may reach for. ``app`` is over these parts and LIMITS."""
 
-    app: FastAPI
-    services: Services
+    store: PrefixStore
+    tenants: Tenants
+    bindings: Bindings
+    limiter: Limiter
+    audit: AuditLog
+    idempotency: Idempotency
+    engine: Engine
+    served: ServedModel
+    metrics: Metrics
+    drain_state: DrainState
+    body_limits: BodyLimits
     runner: GatedRunner
     keys: dict[str, str]
     clock: Clock
     database: Database
+    app: FastAPI = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.app = self.make_app()
+
+    def make_app(
+        self, *, engine: Engine | None = None, trace: Tracer | None = None, **limits: Any
+    ) -> FastAPI:
+        """An application over the parts of this world, but for those named."""
+        engine = engine or self.engine
+        room = pin_room(engine.config, None)
+        return create_app(
+            store=self.store,
+            tenants=self.tenants,
+            bindings=self.bindings,
+            limiter=self.limiter,
+            audit=self.audit,
+            idempotency=self.idempotency,
+            engine=engine,
+            served=self.served,
+            metrics=self.metrics,
+            drain_state=self.drain_state,
+            pin_room=room,
+            body_limits=self.body_limits,
+            trace=trace,
+            lifespan=make_lifespan(
+                engine=engine,
+                store=self.store,
+                tenants=self.tenants,
+                limiter=self.limiter,
+                fingerprint=self.served.base.fingerprint,
+                pin_room=room,
+                trace=trace,
+            ),
+            **{**LIMITS, **limits},
+        )
 
     def add_tenant(self, name: str) -> None:
         """Keys ``name`` (all scopes but admin), ``name:all``, and ``name:scope`` of each scope."""
-        tenants = self.services.tenants
+        tenants = self.tenants
         if name not in {known.name for known in tenants.list_tenants()}:
             tenants.create_tenant(name)
         self.keys[name] = tenants.create_key(tenant=name).text
@@ -167,8 +218,7 @@ def make_world(tmp_path: Path, *, database_url: str | None = None) -> Iterator[W
     )
     uploads = tmp_path / "uploads"
     uploads.mkdir()
-    services = Services(
-        limits=ApiLimits(upload_dir=uploads, body_timeout=5.0, min_body_rate=1024, **LIMITS),
+    yield World(
         store=store,
         tenants=tenants,
         bindings=Bindings(database),
@@ -186,10 +236,13 @@ def make_world(tmp_path: Path, *, database_url: str | None = None) -> Iterator[W
             tokenizer=ByteTokenizer(),
         ),
         metrics=Metrics(engine.stats),
-    )
-    yield World(
-        app=create_app(services),
-        services=services,
+        drain_state=DrainState(),
+        body_limits=BodyLimits(
+            upload_dir=uploads,
+            max_body_bytes=64 * 1024,
+            max_prefix_bytes=32 * 1024,
+            max_import_bytes=1024 * 1024,
+        ),
         runner=runner,
         keys=keys,
         clock=clock,

@@ -43,7 +43,7 @@ def upload(client: TestClient, value: float) -> Any:
 
 def broken(client: TestClient, world: World) -> Any:
     """A failure that nobody foresaw, with the prompt in the frames of its traceback."""
-    tokenizer = world.services.served.tokenizer
+    tokenizer = world.served.tokenizer
 
     def encode(text: str, *, add_special_tokens: bool = True) -> list[int]:
         raise RuntimeError("this should not happen")

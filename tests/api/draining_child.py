@@ -41,12 +41,12 @@ def main() -> None:
         print(json.dumps({"port": bound.getsockname()[1], "key": world.keys["acme"]}), flush=True)
         DrainingServer(
             config,
-            drain_state=world.services.drain_state,
-            engine=world.services.engine,
+            drain_state=world.drain_state,
+            engine=world.engine,
             patience=patience,
             closing=1,
         ).run(sockets=[bound])
-        world.services.engine.scheduler.check_integrity()
+        world.engine.scheduler.check_integrity()
         staying = [one for one in threading.enumerate() if one is not threading.main_thread()]
         for thread in staying:
             thread.join(None if not thread.daemon else 0)

@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
-from prefixd.server.serve.app import KEYED, PUBLIC, create_app
+from prefixd.server.api.app import KEYED, PUBLIC
 from prefixd.server.tenants import keys
 from prefixd.server.tenants.registry import Scope
 from prefixd.server.tenants.tables import api_keys
@@ -99,17 +99,17 @@ def test_a_route_that_forgets_to_ask_is_still_closed(
 ) -> None:
     forgetful = APIRouter()
     forgetful.add_api_route("/v1/forgotten", lambda: "open", methods=["GET"])
-    monkeypatch.setattr("prefixd.server.serve.app.KEYED", (forgetful,))
-    client = TestClient(create_app(world.services))
+    monkeypatch.setattr("prefixd.server.api.app.KEYED", (forgetful,))
+    client = TestClient(world.make_app())
     assert client.get("/v1/forgotten").status_code == 401
     assert client.get("/v1/forgotten", headers=world.headers()).status_code == 200
 
 
 def test_a_revoked_key_stops_at_once(client: TestClient, world: World) -> None:
-    issued = world.services.tenants.create_key(tenant="acme")
+    issued = world.tenants.create_key(tenant="acme")
     headers = {"authorization": f"Bearer {issued.text}"}
     assert client.get("/v1/models", headers=headers).status_code == 200
-    world.services.tenants.revoke_key(issued.record.key_id)
+    world.tenants.revoke_key(issued.record.key_id)
     assert client.get("/v1/models", headers=headers).status_code == 401
 
 
@@ -131,7 +131,7 @@ def give_things(client: TestClient, world: World, tenant: str) -> None:
     client.put("/v1/prefixes/voice/pin", headers=headers)
     client.put("/v1/users/ann/prefix", json={"prefix": "voice"}, headers=headers)
     client.put("/v1/default/prefix", json={"prefix": "voice"}, headers=headers)
-    issued = world.services.tenants.create_key(tenant=tenant, label="theirs")
+    issued = world.tenants.create_key(tenant=tenant, label="theirs")
     with writing(world.database) as connection:
         mine = api_keys.c.key_id == issued.record.key_id
         connection.execute(update(api_keys).where(mine).values(key_id=EXAMPLES["key_id"]))
@@ -205,7 +205,7 @@ def test_anothers_things_stay_as_they_are(
         asked = ("prefixes/voice@prod", "users/ann/prefix", "default/prefix", "models", "users")
         found: list[Any] = [client.get(f"/v1/{one}", headers=headers).json() for one in asked]
         found[0].pop("tier")  # which the engine changes as it gets on with gamma's own pin
-        tenants = world.services.tenants
+        tenants = world.tenants
         return [*found, tenants.tenant("gamma"), tenants.list_keys("gamma")]
 
     before = things()

@@ -139,7 +139,7 @@ def test_a_template_that_refuses_is_the_callers_error(client: TestClient, world:
     def refuse(messages: object, *, add_generation_prompt: bool = True) -> str:
         raise ValueError("this model has no chat template")
 
-    world.services.served.tokenizer.render_chat = refuse  # type: ignore[method-assign]
+    world.served.tokenizer.render_chat = refuse  # type: ignore[method-assign]
     answer = chat(client)
     assert answer.status_code == 400
     assert error_of(answer)["code"] == "chat_template"

@@ -191,7 +191,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers(client: TestClient, worl
 
 
 def test_the_pool_bounds_too(client: TestClient, world: World) -> None:
-    served = world.services.served
+    served = world.served
     object.__setattr__(served, "max_positions", 10_000)
     room = POOL_BLOCKS * 16 + 1
     assert complete(client, prompt="p" * (room - 1), max_tokens=1).status_code == 200

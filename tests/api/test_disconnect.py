@@ -3,14 +3,12 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import structlog
 
 from prefixd.server.api.middleware import REQUEST_ID_HEADER, ReceiveTimeout
-from prefixd.server.serve.app import create_app
 from tests.api.api_world import World
 
 SEQUENCES = 3
@@ -75,12 +73,12 @@ async def aborted(world: World) -> int:
     """Sequences the engine has aborted, once it has seen all that was posted so far: the figures
     are those of the end of a step, and this takes two."""
     await Caller(world, {"max_tokens": 2}).run()
-    return world.services.engine.stats().finished.get("abort", 0)
+    return world.engine.stats().finished.get("abort", 0)
 
 
 def outcome(world: World, name: str) -> float:
     labels = {"endpoint": "completions", "outcome": name}
-    registry = world.services.metrics.registry
+    registry = world.metrics.registry
     return registry.get_sample_value("prefixd_generation_requests_total", labels) or 0.0
 
 
@@ -99,7 +97,7 @@ def test_leaving_before_the_first_token_aborts(world: World, *, stream: bool) ->
     run_with_engine(world, scenario)
     assert outcome(world, "aborted") == 1
     assert len(world.runner.steps) <= 3
-    world.services.engine.scheduler.check_integrity()
+    world.engine.scheduler.check_integrity()
 
 
 def test_leaving_in_mid_stream_aborts(world: World) -> None:
@@ -120,7 +118,7 @@ def test_leaving_in_mid_stream_aborts(world: World) -> None:
 
     run_with_engine(world, scenario)
     assert outcome(world, "aborted") == 1
-    assert world.services.engine.stats().generated_tokens < 300 * SEQUENCES
+    assert world.engine.stats().generated_tokens < 300 * SEQUENCES
 
 
 def test_an_engine_that_fails_in_mid_stream_says_so_in_the_stream(world: World) -> None:
@@ -158,7 +156,7 @@ def test_a_server_that_stops_ends_streams_politely(world: World) -> None:
         await caller.sent.get()
         await caller.sent.get()
         assert await asyncio.to_thread(world.runner.held.wait, 20)
-        engine = world.services.engine
+        engine = world.engine
         stopping = asyncio.create_task(asyncio.to_thread(engine.stop))
         while engine.ready:
             await asyncio.to_thread(lambda: None)  # lets the other thread get on
@@ -241,5 +239,4 @@ def test_a_slow_server_is_no_slow_sender() -> None:
 
 
 def with_patience(world: World, *, body_timeout: float) -> None:
-    limits = replace(world.services.limits, body_timeout=body_timeout)
-    world.app = create_app(replace(world.services, limits=limits))
+    world.app = world.make_app(body_timeout=body_timeout)

@@ -59,9 +59,9 @@ def test_refusals_and_failures(
         complete(client, model="absent")
         world.runner.fail = True
         complete(client)
-        monkeypatch.setattr(world.services.limiter, "admit", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(world.limiter, "admit", lambda *_, **__: 1 / 0)
         assert complete(client).status_code == 500
-        monkeypatch.setattr(world.services.limiter, "admit", away)
+        monkeypatch.setattr(world.limiter, "admit", away)
         assert complete(client).status_code == 503
     refused, failed, broken, waiting = lines_of(lines)
     assert (broken["outcome"], waiting["outcome"]) == ("error", "unavailable")

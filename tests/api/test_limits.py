@@ -19,7 +19,7 @@ from tests.api.test_disconnect import Caller, outcome, run_with_engine
 
 
 def quota(world: World, **limits: int | None) -> None:
-    world.services.tenants.set_quota("acme", limits)
+    world.tenants.set_quota("acme", limits)
 
 
 def complete(client: TestClient, **fields: Any) -> Any:
@@ -172,7 +172,7 @@ def test_an_answer_that_is_complete_is_given_though_its_limits_cannot_be_settled
         raise OperationalError("DELETE", {}, Exception("gone"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(world.services.limiter, "settle", away)
+        patch.setattr(world.limiter, "settle", away)
         answer = complete(client, stream=stream)
     assert answer.status_code == 200
     assert not stream or answer.text.endswith("data: [DONE]\n\n")
@@ -190,8 +190,8 @@ def test_places_are_kept_while_the_server_runs_and_the_database_stumbles(
             raise SQLAlchemyError
         renewed.set()
 
-    monkeypatch.setattr("prefixd.server.serve.app.RENEW_EVERY_S", 0.001)
-    monkeypatch.setattr(world.services.limiter, "renew", renew)
+    monkeypatch.setattr("prefixd.server.serve.lifespan.RENEW_EVERY_S", 0.001)
+    monkeypatch.setattr(world.limiter, "renew", renew)
     with TestClient(world.app):
         assert renewed.wait(20)
 
@@ -234,13 +234,13 @@ def test_resident_tokens_reach_the_engine_unless_one_prefix_is_longer(
     assert refused.status_code == 429
     assert error_of(refused)["param"] == "max_resident_tokens"
     submitted: list[AdmittedRequest] = []
-    submit = world.services.engine.submit
+    submit = world.engine.submit
 
     def spy(request: AdmittedRequest, on_event: Any) -> None:
         submitted.append(request)
         submit(request, on_event)
 
-    monkeypatch.setattr(world.services.engine, "submit", spy)
+    monkeypatch.setattr(world.engine, "submit", spy)
     quota(world, max_resident_tokens=20)
     assert complete(client, model="voice").status_code == 200
     quota(world, max_resident_tokens=None)
@@ -274,7 +274,7 @@ def test_prefixes_of_a_tenant_at_its_cap_take_turns_in_the_pool(
     run = world.runner.run
 
     def watch(step: Step) -> StepOutput:
-        held.append(world.services.engine.scheduler.memory.residency.tokens_of("acme"))
+        held.append(world.engine.scheduler.memory.residency.tokens_of("acme"))
         return run(step)
 
     world.runner.run = watch  # type: ignore[method-assign]
@@ -283,4 +283,4 @@ def test_prefixes_of_a_tenant_at_its_cap_take_turns_in_the_pool(
         answers = list(pool.map(lambda name: complete(client, model=name), names))
     assert [answer.status_code for answer in answers] == [200] * len(names)
     assert max(held) == 17
-    assert world.services.engine.stats().prefix_evictions >= 2
+    assert world.engine.stats().prefix_evictions >= 2

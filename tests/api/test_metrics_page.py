@@ -41,7 +41,7 @@ def test_the_page_lists_what_is_exported(client: TestClient, world: World) -> No
 def test_labels_do_not_grow_with_tenants_and_prefixes(client: TestClient, world: World) -> None:
     for number in range(12):
         world.add_tenant(f"t{number}")
-        world.services.tenants.set_settings(f"t{number}", {"weight": 0.5 + number / 10})
+        world.tenants.set_settings(f"t{number}", {"weight": 0.5 + number / 10})
         headers = world.headers(f"t{number}")
         put_text(client, f"p{number}", f"prefix {number}", headers)
         body = {"model": f"p{number}", "prompt": "x", "max_tokens": 2}

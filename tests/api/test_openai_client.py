@@ -34,13 +34,13 @@ def api(world: World, url: str) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def digest(world: World) -> str:
-    published = world.services.store.publish_text(
+    published = world.store.publish_text(
         tenant="acme",
         name="voice",
         text="Be kind.",
         metadata=None,
-        base=world.services.served.base,
-        count_tokens=world.services.served.count_prefix_tokens,
+        base=world.served.base,
+        count_tokens=world.served.count_prefix_tokens,
     )
     return published.manifest.digest
 
@@ -118,15 +118,15 @@ def test_leaving_a_stream_frees_the_engine(api: openai.OpenAI, world: World) -> 
     assert world.runner.held.wait(20)
     stream.close()
     labels = {"endpoint": "completions", "outcome": "aborted"}
-    registry = world.services.metrics.registry
+    registry = world.metrics.registry
     for _ in range(1000):
         if registry.get_sample_value("prefixd_generation_requests_total", labels):
             break
         api.models.list()
     world.runner.gate.set()
     api.completions.create(model="tiny", prompt="y", max_tokens=2)
-    world.services.engine.state()  # answered after the turn in which the last answer went out
-    finished = world.services.engine.stats().finished
+    world.engine.state()  # answered after the turn in which the last answer went out
+    finished = world.engine.stats().finished
     assert finished["abort"] == 2
     assert finished.get("length", 0) <= 1
 

@@ -78,7 +78,7 @@ def test_nothing_stays_in_the_upload_folder(client: TestClient, world: World) ->
     client.put(
         "/v1/prefixes/voice", files=files(weights=("w", bytes(LIMITS["max_prefix_bytes"] + 1)))
     )
-    assert list(world.services.limits.upload_dir.iterdir()) == []
+    assert list(world.body_limits.upload_dir.iterdir()) == []
 
 
 def test_the_content_has_the_digest(client: TestClient) -> None:
@@ -289,7 +289,7 @@ def test_malformed_names_are_400(client: TestClient, name: str) -> None:
 def test_a_prefix_uploaded_for_another_base_is_refused(client: TestClient, world: World) -> None:
     put_text(client, "voice", "one", world.headers())
     moved = type(BASE)(**{**{f: getattr(BASE, f) for f in BASE.__slots__}, "fingerprint": "e" * 64})
-    object.__setattr__(world.services.served, "base", moved)
+    object.__setattr__(world.served, "base", moved)
     answer = client.post("/v1/completions", json={"model": "voice", "prompt": "x"})
     assert answer.status_code == 409
     assert "e" * 64 in error_of(answer)["message"]

@@ -1,7 +1,7 @@
 """What a request may ask of the queue, and how it reads when the engine does not answer it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -20,7 +20,6 @@ from prefixd.server.engine.request import (
     StopParams,
     TokenEvent,
 )
-from prefixd.server.serve.app import create_app
 from tests.api.api_world import MAX_POSITIONS, World, error_of
 from tests.api.test_completions import complete, events
 
@@ -41,7 +40,7 @@ class Script:
 @pytest.fixture
 def script(world: World, monkeypatch: pytest.MonkeyPatch) -> Script:
     """Runs requests as the engine does, unless a test changes ``act``."""
-    engine = world.services.engine
+    engine = world.engine
     one = Script(engine.submit)
     monkeypatch.setattr(engine, "submit", one.submit)
     monkeypatch.setattr(engine, "abort", one.aborted.append)
@@ -58,7 +57,7 @@ def answering(*answers: Event) -> Callable[[AdmittedRequest, Callable[[Event], N
 
 def outcome(world: World, name: str) -> float:
     labels = {"endpoint": "completions", "outcome": name}
-    registry = world.services.metrics.registry
+    registry = world.metrics.registry
     return registry.get_sample_value("prefixd_generation_requests_total", labels) or 0.0
 
 
@@ -94,14 +93,13 @@ def test_a_chat_that_names_no_limit_is_not_reckoned_to_fill_the_context(
 def test_the_tenants_weight_and_switch_go_along(
     client: TestClient, world: World, script: Script
 ) -> None:
-    world.services.tenants.set_settings("acme", {"weight": 2.5, "kv_reuse": False})
+    world.tenants.set_settings("acme", {"weight": 2.5, "kv_reuse": False})
     complete(client, kv_reuse=True)
     assert [(one.weight, one.kv_reuse) for one in script.submitted] == [(2.5, False)]
 
 
 def test_the_servers_own_limit_counts_where_it_is_lower(world: World, script: Script) -> None:
-    limits = replace(world.services.limits, max_request_seconds=10.0)
-    app = create_app(replace(world.services, limits=limits))
+    app = world.make_app(max_request_seconds=10.0)
     with TestClient(app, headers=world.headers()) as client:
         for asked in (None, 5, 60):
             complete(client, timeout=asked)
@@ -152,9 +150,9 @@ def test_a_full_server_refuses_before_it_does_any_work(
     def work(*_: object, **__: object) -> None:
         raise AssertionError("a refused request was looked at")
 
-    monkeypatch.setattr(world.services.engine, "check_room", full)
-    monkeypatch.setattr(world.services.store, "resolve", work)
-    monkeypatch.setattr(world.services.served.tokenizer, "encode", work)
+    monkeypatch.setattr(world.engine, "check_room", full)
+    monkeypatch.setattr(world.store, "resolve", work)
+    monkeypatch.setattr(world.served.tokenizer, "encode", work)
     answer = complete(client)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "4")
     assert error_of(answer)["message"] == "full for acme of weight 1"
@@ -184,7 +182,7 @@ def test_a_tenants_place_is_free_after_a_full_queue(
     def full(request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
         raise QueueFull("full", retry_after=1)
 
-    world.services.tenants.set_quota("acme", {"max_concurrent_requests": 1})
+    world.tenants.set_quota("acme", {"max_concurrent_requests": 1})
     script.act = full
     assert complete(client).status_code == 503
     script.act = runs
@@ -195,7 +193,7 @@ def test_what_a_full_server_does_not_serve_costs_nothing(
     client: TestClient, world: World, script: Script
 ) -> None:
     runs = script.act
-    world.services.tenants.set_quota("acme", {"requests_per_minute": 2, "tokens_per_minute": 50})
+    world.tenants.set_quota("acme", {"requests_per_minute": 2, "tokens_per_minute": 50})
     script.act = answering(FinishEvent(0, FinishReason.SHED, 0, error="busy", retry_after=1))
     for stream in (True, False, False):
         assert complete(client, stream=stream).status_code == 503
@@ -289,9 +287,9 @@ def test_the_time_in_the_queue_is_that_of_the_first_to_run(
         on_event(FinishEvent(index, FinishReason.STOP, 1, queue_s=next(waits)))
         for index in range(request.n)
     ]
-    world.services.tenants.set_settings("acme", {"weight": 2})
+    world.tenants.set_settings("acme", {"weight": 2})
     complete(client, n=3)
     name, labels = "prefixd_request_queue_time_seconds", {"tenant_class": "high"}
-    registry = world.services.metrics.registry
+    registry = world.metrics.registry
     assert registry.get_sample_value(f"{name}_sum", labels) == 0.5
     assert registry.get_sample_value(f"{name}_count", labels) == 1

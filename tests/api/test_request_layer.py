@@ -51,7 +51,7 @@ def test_what_nobody_caught_is_a_500_that_tells_nothing(client: TestClient, worl
     def broken(**_: Any) -> None:
         raise RuntimeError(CANARY)
 
-    world.services.store.list = broken  # type: ignore[assignment,method-assign]
+    world.store.list = broken  # type: ignore[assignment,method-assign]
     answer = client.get("/v1/prefixes")
     assert answer.status_code == 500
     assert error_of(answer)["code"] == "internal_error"
@@ -92,7 +92,7 @@ def test_metrics_of_requests_and_engine(client: TestClient, world: World) -> Non
 def test_two_applications_keep_their_own_figures(client: TestClient, world: World) -> None:
     from prefixd.server.api.metrics import Metrics
 
-    other = Metrics(world.services.engine.stats)
+    other = Metrics(world.engine.stats)
     client.get("/health/live")
     assert b"prefixd_http_requests_total{" not in other.render()
 

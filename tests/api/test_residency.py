@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from fastapi.testclient import TestClient
 
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixHandle, PrefixKey, QueueFull
-from prefixd.server.serve.app import create_app
 from prefixd.server.tenants.registry import Scope
 from prefixd.server.testing import ByteDetokenizer
 from prefixd.store.digest import BlobKey
@@ -61,7 +59,7 @@ def pool(world: World, monkeypatch: pytest.MonkeyPatch) -> Pool:
     """In place of the engine's methods; asked for before ``client``, which starts the server."""
     pool = Pool()
     for name in ("tier", "warm", "set_pins", "retire"):
-        monkeypatch.setattr(world.services.engine, name, getattr(pool, name))
+        monkeypatch.setattr(world.engine, name, getattr(pool, name))
     return pool
 
 
@@ -79,7 +77,7 @@ def handle(manifest: dict[str, Any], tenant: str = "acme") -> PrefixHandle:
 def test_warming_hands_the_version_to_the_engine(
     pool: Pool, client: TestClient, world: World
 ) -> None:
-    world.services.tenants.set_quota("acme", {"max_resident_tokens": 50})
+    world.tenants.set_quota("acme", {"max_resident_tokens": 50})
     manifest = put_text(client, "voice", "hello", world.headers())
     answer = client.post("/v1/prefixes/voice/warm")
     assert answer.status_code == 202
@@ -178,14 +176,14 @@ def test_what_no_request_could_run_under_is_refused(
         return answer.status_code, error_of(answer)["code"]
 
     manifest = put_text(client, "voice", "hello", world.headers())
-    world.services.tenants.set_quota("acme", {"max_resident_tokens": 4})
+    world.tenants.set_quota("acme", {"max_resident_tokens": 4})
     assert refused() == (429, "insufficient_quota")
-    world.services.tenants.set_quota("acme", {"max_resident_tokens": None})
-    world.services.store._report_corrupt(BlobKey("acme", manifest["digest"]), "damaged")
+    world.tenants.set_quota("acme", {"max_resident_tokens": None})
+    world.store._report_corrupt(BlobKey("acme", manifest["digest"]), "damaged")
     assert refused() == (500, "corrupt_prefix")
     put_text(client, "voice", "hello", world.headers())
     other = type(BASE)(**{**{f: getattr(BASE, f) for f in BASE.__slots__}, "fingerprint": "e" * 64})
-    object.__setattr__(world.services.served, "base", other)
+    object.__setattr__(world.served, "base", other)
     assert refused() == (409, "base_mismatch")
     assert pool.warmed == []
     assert pool.pins == []
@@ -200,7 +198,7 @@ def test_a_full_or_closing_engine_says_when_to_come_again(
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "3")
     assert "9 prefixes" in error_of(answer)["message"]
     pool.full = None
-    world.services.drain_state.close()
+    world.drain_state.close()
     answer = client.post("/v1/prefixes/voice/warm")
     assert answer.status_code == 503
     assert pool.warmed == []
@@ -208,7 +206,7 @@ def test_a_full_or_closing_engine_says_when_to_come_again(
 
 def test_warming_is_one_of_a_tenants_requests(pool: Pool, client: TestClient, world: World) -> None:
     put_text(client, "voice", "hello", world.headers())
-    world.services.tenants.set_quota("acme", {"requests_per_minute": 1})
+    world.tenants.set_quota("acme", {"requests_per_minute": 1})
     answer = client.post("/v1/prefixes/voice/warm")
     assert answer.headers["x-ratelimit-remaining-requests"] == "0"
     refused = client.post("/v1/prefixes/voice/warm")
@@ -274,7 +272,7 @@ def test_a_tenant_pins_no_more_than_it_may_keep_resident(
 ) -> None:
     put_text(client, "a", "x" * 10, world.headers())
     put_text(client, "b", "y" * 11, world.headers())
-    world.services.tenants.set_quota("acme", {"max_resident_tokens": 20})
+    world.tenants.set_quota("acme", {"max_resident_tokens": 20})
     put_text(client, "theirs", "z" * 30, world.headers("beta"))  # which is none of acme's
     client.put("/v1/prefixes/theirs/pin", headers=world.headers("beta"))
     assert client.put("/v1/prefixes/a/pin").status_code == 200
@@ -287,7 +285,7 @@ def test_a_tenant_pins_no_more_than_it_may_keep_resident(
     assert "21" in error["message"]
     assert client.get("/v1/prefixes/b").json()["pinned"] is False
     assert len(pool.pins) == 2
-    world.services.tenants.set_quota("acme", {"max_resident_tokens": 21})
+    world.tenants.set_quota("acme", {"max_resident_tokens": 21})
     assert client.put("/v1/prefixes/b/pin").status_code == 200
 
 
@@ -319,7 +317,7 @@ def test_of_pins_at_once_no_more_are_made_than_fit(
 ) -> None:
     pool = Pool()
     for name in ("tier", "set_pins", "retire"):
-        monkeypatch.setattr(either_world.services.engine, name, getattr(pool, name))
+        monkeypatch.setattr(either_world.engine, name, getattr(pool, name))
     room = MOST_PINNED // BLOCK
     statuses: list[int] = []
     with TestClient(either_world.app, headers=either_world.headers()) as client:
@@ -425,7 +423,7 @@ def complete(client: TestClient, model: str, **fields: Any) -> Any:
 
 
 def loads(world: World) -> int:
-    return world.services.engine.stats().prefix_loads.get("store", 0)
+    return world.engine.stats().prefix_loads.get("store", 0)
 
 
 def test_a_warmed_prefix_is_there_when_the_first_request_comes(
@@ -464,14 +462,14 @@ def test_a_restarted_server_has_its_pins_before_anybody_asks(world: World) -> No
     with TestClient(world.app, headers=world.headers()) as client:
         put_text(client, "voice", "hello", world.headers())
         client.put("/v1/prefixes/voice/pin")
-    old = world.services.engine
+    old = world.engine
     engine = Engine(
         config=old.config,
         runner=world.runner,
-        source=StoreBackedSource(world.services.store),
+        source=StoreBackedSource(world.store),
         detokenizer=ByteDetokenizer,
     )
-    again = create_app(replace(world.services, engine=engine))
+    again = world.make_app(engine=engine)
     with TestClient(again, headers=world.headers()) as client:
         wait_for_tier(client, "voice", "resident")
         assert engine.stats().pinned_prefixes == 1

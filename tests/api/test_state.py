@@ -2,14 +2,12 @@
 
 import asyncio
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from prefixd.server.serve.app import create_app
 from tests.api.api_world import World, error_of, put_text
 from tests.api.test_completions import complete
 from tests.api.test_disconnect import Caller, run_with_engine
@@ -41,8 +39,8 @@ def test_who_runs_and_what_is_resident(world: World) -> None:
         caller = Caller(world, {"stream": True, "max_tokens": 300, "prompt": CANARY})
         request = asyncio.create_task(caller.run())
         assert await asyncio.to_thread(world.runner.held.wait, 20)
-        debug_state = asyncio.create_task(asyncio.to_thread(world.services.engine.state))
-        while not world.services.engine._inbox:  # noqa: ASYNC110 - asking tells nobody
+        debug_state = asyncio.create_task(asyncio.to_thread(world.engine.state))
+        while not world.engine._inbox:  # noqa: ASYNC110 - asking tells nobody
             await asyncio.sleep(0.001)
         world.runner.gate.set()
         found = await debug_state
@@ -79,7 +77,7 @@ def test_an_engine_that_does_not_answer(
     def late() -> None:
         raise TimeoutError
 
-    monkeypatch.setattr(world.services.engine, "state", late)
+    monkeypatch.setattr(world.engine, "state", late)
     answer = client.get("/v1/admin/state", headers=world.headers("operator:all"))
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "1"
@@ -88,7 +86,7 @@ def test_an_engine_that_does_not_answer(
 
 def test_a_step_that_hangs_turns_readiness_off(world: World) -> None:
     """And what comes then is refused at once; when the step ends all is well again."""
-    engine = world.services.engine
+    engine = world.engine
     engine._watchdog._watchdog_s = 0.05
 
     async def scenario() -> None:
@@ -160,8 +158,7 @@ def test_shared_kv_shows_in_the_answer_and_in_the_figures(client: TestClient) ->
 
 
 def test_the_servers_switch_turns_reuse_off(world: World) -> None:
-    limits = replace(world.services.limits, kv_reuse=False)
-    app = create_app(replace(world.services, limits=limits))
+    app = world.make_app(kv_reuse=False)
     with TestClient(app, headers=world.headers()) as client:
         for _ in range(2):
             usage = complete(client, prompt="x" * 60, kv_reuse=True).json()["usage"]

@@ -40,7 +40,7 @@ def assert_away(answer: Any, words: str) -> None:
 
 def test_no_bucket(client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     put_text(client, "voice", "hello", world.headers())
-    blobs = world.services.store._blobs
+    blobs = world.store._blobs
     with monkeypatch.context() as patch:
         for method in ("put", "fetch"):
             patch.setattr(blobs, method, failing(BlobsUnavailable("the store cannot be reached")))
@@ -76,7 +76,7 @@ def test_no_catalog(client: TestClient, monkeypatch: pytest.MonkeyPatch, error: 
 def test_an_upload_that_is_durable_is_told_so_though_it_cannot_be_warmed(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(world.services.store, "resolve", failing(error))
+    monkeypatch.setattr(world.store, "resolve", failing(error))
     body = {"kind": "text", "text": "hello"}
     assert client.put("/v1/prefixes/voice?warm=true", json=body).status_code == 201
 
@@ -114,8 +114,8 @@ def test_what_the_engine_is_told_of_storage_that_is_away(
 
     manifest = put_text(client, "voice", "hello", world.headers())
     key = PrefixKey("acme", manifest["digest"])
-    store = world.services.store
-    opened = _Artifacts(store, world.services.served)
+    store = world.store
+    opened = _Artifacts(store, world.served)
     assert opened(key).text == "hello"
     for error, message in (
         (BlobsUnavailable(BLOBS_AWAY), BLOBS_AWAY),

@@ -5,7 +5,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from prefixd.server.serve.app import create_app
 from prefixd.server.serve.telemetry import Spans, open_tracer
 from tests.api.api_world import World, put_text
 from tests.api.canary_scenario import PROMPT, SECRET, TENSOR, TEXT, USER, generate, manage
@@ -36,10 +34,8 @@ def spans() -> InMemorySpanExporter:
 @pytest.fixture
 def traced(world: World, spans: InMemorySpanExporter) -> Iterator[TestClient]:
     """As ``client``, with spans."""
-    services = replace(world.services, trace=Spans(SimpleSpanProcessor(spans)))
-    with TestClient(
-        create_app(services), headers=world.headers(), raise_server_exceptions=False
-    ) as client:
+    app = world.make_app(trace=Spans(SimpleSpanProcessor(spans)))
+    with TestClient(app, headers=world.headers(), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -209,8 +205,8 @@ def test_the_last_spans_are_sent_when_the_server_ends(
     with collector() as (url, came):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
         monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
-        services = replace(world.services, trace=open_tracer())
-        with TestClient(create_app(services), headers=world.headers()) as client:
+        app = world.make_app(trace=open_tracer())
+        with TestClient(app, headers=world.headers()) as client:
             assert complete(client).status_code == 200
     (resource,) = [spans for request in came for spans in request.resource_spans]
     names = {one.key: one.value.string_value for one in resource.resource.attributes}
@@ -225,6 +221,6 @@ def test_a_collector_that_is_gone_does_not_keep_the_server(
 ) -> None:
     monkeypatch.setattr("prefixd.server.serve.telemetry._LAST_EXPORT_S", 0.1)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-    services = replace(world.services, trace=open_tracer())
-    with TestClient(create_app(services), headers=world.headers()) as client:
+    app = world.make_app(trace=open_tracer())
+    with TestClient(app, headers=world.headers()) as client:
         assert complete(client).status_code == 200

@@ -15,11 +15,9 @@ from typing import Any
 import structlog
 import uvicorn
 
-from prefixd.server.api.services import Services
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.step import ModelRunner
-from prefixd.server.serve.app import create_app
-from prefixd.server.serve.build import build_services
+from prefixd.server.serve.build import Server, build_server
 from prefixd.server.serve.settings import Settings
 
 structlog.configure(
@@ -47,19 +45,19 @@ class World:
     """A running server. ``keys`` are by tenant."""
 
     url: str
-    services: Services
+    loaded: Server
     runner: Any
     keys: dict[str, str]
     _server: _Announcing = field(repr=False)
 
     @property
     def engine(self) -> Engine:
-        return self.services.engine
+        return self.loaded.engine
 
     @property
     def base(self) -> str:
         """What the ``model`` field calls the bare base."""
-        return self.services.served.name
+        return self.loaded.served.name
 
     def headers(self, tenant: str) -> dict[str, str]:
         return {"authorization": f"Bearer {self.keys[tenant]}"}
@@ -106,17 +104,17 @@ def running(
     At the end the engine's books must balance.
     """
     data.mkdir(exist_ok=True)
-    services = build_services(
+    loaded = build_server(
         Settings(model=str(model), data_dir=data, threads=1, host="127.0.0.1", **settings)
     )
-    runner = services.engine._runner = wrap(services.engine._runner)
-    known = {tenant.name for tenant in services.tenants.list_tenants()}
+    runner = loaded.engine._runner = wrap(loaded.engine._runner)
+    known = {tenant.name for tenant in loaded.tenants.list_tenants()}
     for name in tenants:
         if name not in known:
-            services.tenants.create_tenant(name)
-    keys = {name: services.tenants.create_key(tenant=name).text for name in tenants}
+            loaded.tenants.create_tenant(name)
+    keys = {name: loaded.tenants.create_key(tenant=name).text for name in tenants}
     config = uvicorn.Config(
-        create_app(services), port=0, log_config=None, access_log=False, ws="none", lifespan="on"
+        loaded.app, port=0, log_config=None, access_log=False, ws="none", lifespan="on"
     )
     server = _Announcing(config)
     thread = threading.Thread(target=server.run, name="uvicorn")
@@ -124,10 +122,10 @@ def running(
     try:
         assert server.listening.wait(60), "the server never listened"
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield World(f"http://127.0.0.1:{port}", services, runner, keys, server)
+        yield World(f"http://127.0.0.1:{port}", loaded, runner, keys, server)
     finally:
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive(), "the server did not stop"
-        services.tenants._engine.dispose()
-    services.engine.scheduler.check_integrity()
+        loaded.tenants._engine.dispose()
+    loaded.engine.scheduler.check_integrity()

@@ -85,7 +85,7 @@ def test_a_lone_client_with_much_to_do_gets_its_tenants_share(
     with running(folder, tmp_path / "data", wrap=Ledger, max_running=ROWS, kv_tokens=4096) as world:
         ledger = world.runner
         ledger.engine = world.engine
-        world.services.tenants.set_settings("beta", {"weight": weight})
+        world.loaded.tenants.set_settings("beta", {"weight": weight})
         rng, tasks = random.Random(0), len(world.tasks())
 
         async def scenario() -> int:

@@ -80,7 +80,7 @@ def world(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path: Path) -> 
         max_queue_wait=request.param,
     ) as world:
         world.runner.engine = world.engine
-        world.services.tenants.set_quota("crow", {"max_concurrent_requests": 3})
+        world.loaded.tenants.set_quota("crow", {"max_concurrent_requests": 3})
         yield world
 
 

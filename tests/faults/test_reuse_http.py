@@ -111,7 +111,7 @@ def test_on_and_off_say_the_same_in_a_crowd(world: World, oracle: Oracle) -> Non
 
 
 def test_a_tenant_can_switch_it_off(world: World) -> None:
-    world.services.tenants.set_settings("acme", {"kv_reuse": False})
+    world.loaded.tenants.set_settings("acme", {"kv_reuse": False})
 
     async def scenario() -> list[Answer]:
         async with caller(world.url, world.keys["acme"]) as http:

@@ -1,13 +1,13 @@
-"""Who is asking: a dependency put on every router but the public ones, denying by default."""
+"""Authentication and scopes, as dependencies of every router except the public ones."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from prefixd.server.api.services import ServicesDep
+from prefixd.server.api.parts import TenantsDep
 from prefixd.server.errors import Forbidden, NotAuthenticated
 from prefixd.server.tenants.principal import OPERATOR_TENANT, Actor, Principal, Scope
 
@@ -16,7 +16,7 @@ _bearer = HTTPBearer(auto_error=False, description="An API key: `prefixd key cre
 
 async def authenticated(
     request: Request,
-    services: ServicesDep,
+    tenants: TenantsDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Principal:
     """The principal behind the bearer key. Raises NotAuthenticated."""
@@ -25,18 +25,18 @@ async def authenticated(
             "an API key is needed: send the header 'Authorization: Bearer <key>'",
             code="missing_api_key",
         )
-    principal = await run_in_threadpool(services.tenants.authenticate, credentials.credentials)
+    principal = await run_in_threadpool(tenants.authenticate, credentials.credentials)
     request.state.principal = principal
     return principal
 
 
-def requires(scope: Scope) -> Callable[[Principal], Principal]:
-    """A dependency that lets through keys with ``scope``."""
+def requires(scope: Scope) -> Callable[[Principal], Awaitable[Principal]]:
+    """A dependency that raises Forbidden for a key without ``scope``."""
 
-    def check(principal: Annotated[Principal, Depends(authenticated)]) -> Principal:
+    async def check(principal: Annotated[Principal, Depends(authenticated)]) -> Principal:
         if scope not in principal.scopes:
-            have = ", ".join(sorted(principal.scopes))
-            raise Forbidden(f"this needs a key with the scope '{scope}'; this key has: {have}")
+            scopes = ", ".join(sorted(principal.scopes))
+            raise Forbidden(f"this needs a key with the scope '{scope}'; this key has: {scopes}")
         return principal
 
     return check
@@ -48,7 +48,7 @@ Writer = Annotated[Principal, Depends(requires(Scope.WRITE))]
 Admin = Annotated[Principal, Depends(requires(Scope.ADMIN))]
 
 
-def _operator(principal: Admin) -> Principal:
+async def _operator(principal: Admin) -> Principal:
     if not principal.is_operator:
         raise Forbidden(
             f"this needs an admin key of the tenant '{OPERATOR_TENANT}'", code="operator_only"
@@ -59,10 +59,12 @@ def _operator(principal: Admin) -> Principal:
 Operator = Annotated[Principal, Depends(_operator)]
 
 
-def _actor(request: Request, principal: Annotated[Principal, Depends(authenticated)]) -> Actor:
+async def _actor(
+    request: Request, principal: Annotated[Principal, Depends(authenticated)]
+) -> Actor:
     request_id = getattr(request.state, "request_id", None)
     return Actor(tenant=principal.tenant, key_id=principal.key_id, request_id=request_id)
 
 
 Acting = Annotated[Actor, Depends(_actor)]
-"""Who the audit log names for a request."""
+"""The actor that the audit log records for a request."""

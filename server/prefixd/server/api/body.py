@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefixd.server.api.auth import authenticated
 from prefixd.server.api.error_responses import from_validation
-from prefixd.server.api.services import ServicesDep
+from prefixd.server.api.parts import BodyLimitsDep
 from prefixd.server.errors import BadRequest, TooLarge
 from prefixd.server.tenants.registry import Principal
 
@@ -63,10 +63,10 @@ def json_body(model: type[Model], *, optional: bool = False) -> Callable[..., Aw
 
     async def read(
         request: Request,
-        services: ServicesDep,
+        limits: BodyLimitsDep,
         _principal: Annotated[Principal, Depends(authenticated)],
     ) -> Model:
-        body = await read_capped(request, services.limits.max_body_bytes)
+        body = await read_capped(request, limits.max_body_bytes)
         if optional and not body:
             return model()
         kind = media_type(request)

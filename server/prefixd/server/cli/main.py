@@ -20,8 +20,7 @@ from prefixd.server.serve.listening import address, bind
 from prefixd.server.serve.settings import Settings
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
+    from prefixd.server.serve.build import Server
     from prefixd.server.tenants.registry import Tenants
 
 # A server shares its cores: spinning OpenMP threads make a step 3 to 9 times slower beside one
@@ -72,7 +71,7 @@ def serve(settings: Settings) -> None:
     end_process()
 
 
-def _run(application: "FastAPI", settings: Settings, bound: socket.socket) -> None:
+def _run(server: "Server", settings: Settings, bound: socket.socket) -> None:
     """Serve on a bound socket until it is time to end."""
     import structlog
     import uvicorn
@@ -81,7 +80,7 @@ def _run(application: "FastAPI", settings: Settings, bound: socket.socket) -> No
     from prefixd.server.serve.shutdown import DrainingServer
 
     config = uvicorn.Config(
-        application,
+        server.app,
         http=impatient(settings.body_timeout),
         ws="none",
         lifespan="on",
@@ -89,23 +88,21 @@ def _run(application: "FastAPI", settings: Settings, bound: socket.socket) -> No
         access_log=False,
         server_header=False,
     )
-    services = application.state.services
-    served = services.served
-    _show_first_key(services.tenants)
+    _show_first_key(server.tenants)
     host, port = bound.getsockname()[:2]
     structlog.get_logger("prefixd").info(
         "serving",
         url=f"http://{address(host, port)}",
-        model=served.name,
+        model=server.served.name,
         dtype=settings.dtype,
-        device=application.state.device,
+        device=server.device,
         kv_tokens=settings.kv_tokens,
-        max_positions=served.max_positions,
+        max_positions=server.served.max_positions,
     )
     DrainingServer(
         config,
-        drain_state=services.drain_state,
-        engine=services.engine,
+        drain_state=server.drain_state,
+        engine=server.engine,
         patience=settings.shutdown_timeout,
     ).run(sockets=[bound])
 
@@ -122,21 +119,17 @@ def _show_first_key(tenants: "Tenants") -> None:
         )
 
 
-def _load(settings: Settings) -> "FastAPI":
-    """The application over the real model; what cannot be served ends the command by name."""
+def _load(settings: Settings) -> "Server":
+    """A server over the real model; a model that cannot be served ends the command by name."""
     from prefixd.server.model.architecture import UnsupportedModel
     from prefixd.server.model.demo import DemoModelMissing
-    from prefixd.server.serve.app import create_app
-    from prefixd.server.serve.build import build_services, device_of, make_sweeper
+    from prefixd.server.serve.build import build_server
 
     with refusals():
         try:
-            services = build_services(settings)
+            return build_server(settings)
         except (UnsupportedModel, DemoModelMissing) as error:
             fail(str(error))
-    application = create_app(services, sweeper=make_sweeper(settings, services))
-    application.state.device = device_of(settings)
-    return application
 
 
 # -- doctor ---------------------------------------------------------------------------------------
@@ -170,7 +163,7 @@ def _check_data(settings: Settings) -> str:
 
 
 def _check_catalog(settings: Settings) -> str:
-    from prefixd.server.serve.app import open_catalog
+    from prefixd.server.serve.catalog import open_catalog
 
     catalog = open_catalog(settings)
     try:

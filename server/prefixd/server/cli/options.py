@@ -16,7 +16,7 @@ from prefixd.server.serve.settings import ENV_PREFIX, Settings
 from prefixd.store.errors import StoreError
 
 if TYPE_CHECKING:
-    from prefixd.server.serve.app import CatalogServices
+    from prefixd.server.serve.catalog import CatalogParts
 
 CATALOG_FLAGS = ("data_dir", "database_url", "blobs_url")
 """Settings of a command that needs the catalog and no model."""
@@ -47,9 +47,9 @@ def refusals() -> Iterator[None]:
 
 
 @contextmanager
-def opened_catalog(settings: Settings) -> Iterator["CatalogServices"]:
+def opened_catalog(settings: Settings) -> Iterator["CatalogParts"]:
     """The configured catalog, without a model; refusals end the command with their sentence."""
-    from prefixd.server.serve.app import open_catalog
+    from prefixd.server.serve.catalog import open_catalog
 
     with refusals():
         catalog = open_catalog(settings)

@@ -1,18 +1,25 @@
-"""The composition root of the real thing: the model, its engine and the catalog, from settings.
+"""The composition root: from settings to catalog, model, engine and application.
 
-The only module that brings the model room and the API room together, and with it torch; imported
-when a server starts and not before.
+The only module that imports both the model and the API, and with them torch: it is imported when a
+server starts and not before.
 """
 
 import time
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import structlog
 import torch
+from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 
+from prefixd.server.api.app import create_app
+from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import CATALOG_AWAY
 from prefixd.server.api.metrics import Metrics
+from prefixd.server.api.parts import BodyLimits
+from prefixd.server.api.prefixes.residency import pin_room
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
@@ -23,9 +30,11 @@ from prefixd.server.model.prefix import StorePrefixSource
 from prefixd.server.model.runner import TorchRunner
 from prefixd.server.model.selfcheck import Limits, self_check
 from prefixd.server.model.tokenizer import Tokenizer
-from prefixd.server.serve.app import Services, api_limits, open_catalog
+from prefixd.server.serve.catalog import open_catalog
+from prefixd.server.serve.lifespan import make_lifespan
 from prefixd.server.serve.settings import Settings
 from prefixd.server.serve.telemetry import open_tracer
+from prefixd.server.tenants.registry import Tenants
 from prefixd.store.artifact.artifact import Artifact, read_artifact
 from prefixd.store.artifact.base import BaseSpec
 from prefixd.store.digest import BlobKey
@@ -38,9 +47,23 @@ log = structlog.get_logger("prefixd")
 _QUEUED_POOLS = 8
 """How many times the pool's size may wait, unless the operator says otherwise."""
 
+_UPLOAD_LIFETIME_S = 24 * 3600
 
-def build_services(settings: Settings) -> Services:
-    """Open the catalog, load the model, prove that it can be served, and put an engine over it.
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A loaded server: the application, and the parts that the process around it needs."""
+
+    app: FastAPI
+    engine: Engine
+    tenants: Tenants
+    served: ServedModel
+    drain_state: DrainState
+    device: str
+
+
+def build_server(settings: Settings) -> Server:
+    """Open the catalog, load and check the model, and make the engine and the application.
 
     Raises UnsupportedModel, DemoModelMissing, or OSError for a model that cannot be found.
     """
@@ -50,26 +73,14 @@ def build_services(settings: Settings) -> Services:
     device = device_of(settings)
     catalog = open_catalog(settings)
     base = load_base(
-        settings.model,
-        dtype=settings.dtype,
-        device=device,
-        cache_dir=settings.root / "models",
+        settings.model, dtype=settings.dtype, device=device, cache_dir=settings.root / "models"
     )
     served = _served_model(settings, base, self_check(base, block_size=config.block_size))
-    runner = TorchRunner(base, num_blocks=config.num_blocks, block_size=config.block_size)
-    tokenizer = Tokenizer(base.tokenizer)
-    engine = Engine(
-        config=config,
-        runner=runner,
-        source=StorePrefixSource(
-            open_artifact=_Artifacts(catalog.store, served), base=base, tokenizer=tokenizer
-        ),
-        detokenizer=tokenizer.detokenizer,
-        namespace=f"{base.fingerprint}:{settings.dtype}",
-        watchdog_s=settings.watchdog,
-    )
-    return Services(
-        limits=api_limits(settings),
+    engine = _engine(settings, config, base, catalog.store, served)
+    trace = open_tracer()
+    drain_state = DrainState()
+    room = pin_room(config, settings.max_pinned_tokens)
+    app = create_app(
         store=catalog.store,
         tenants=catalog.tenants,
         bindings=catalog.bindings,
@@ -79,25 +90,80 @@ def build_services(settings: Settings) -> Services:
         engine=engine,
         served=served,
         metrics=Metrics(engine.stats),
-        trace=open_tracer(),
-        database=catalog.database,
+        drain_state=drain_state,
+        pin_room=room,
+        body_limits=BodyLimits(
+            upload_dir=prepare_upload_folder(settings.root),
+            max_body_bytes=settings.max_body_bytes,
+            max_prefix_bytes=settings.max_prefix_bytes,
+            max_import_bytes=settings.max_import_bytes,
+        ),
+        body_timeout=settings.body_timeout,
+        min_body_rate=settings.min_body_rate,
+        max_choices=settings.max_choices,
+        max_request_seconds=settings.max_request_seconds,
+        kv_reuse=settings.kv_reuse,
+        trace=trace,
+        lifespan=make_lifespan(
+            engine=engine,
+            store=catalog.store,
+            tenants=catalog.tenants,
+            limiter=catalog.limiter,
+            fingerprint=base.fingerprint,
+            pin_room=room,
+            sweeper=_make_sweeper(settings, catalog.store, engine),
+            trace=trace,
+            database=catalog.database,
+        ),
+    )
+    return Server(app, engine, catalog.tenants, served, drain_state, device)
+
+
+def prepare_upload_folder(root: Path) -> Path:
+    """Create the folder for uploads in flight and delete interrupted uploads from it. Another
+    server may share the folder, so only files too old for a running upload are deleted."""
+    folder = root / "uploads"
+    folder.mkdir(parents=True, exist_ok=True)
+    oldest = time.time() - _UPLOAD_LIFETIME_S
+    for upload in folder.glob("upload-*"):
+        if upload.stat().st_mtime < oldest:
+            upload.unlink(missing_ok=True)
+    return folder
+
+
+def _engine(
+    settings: Settings,
+    config: SchedulerConfig,
+    base: LoadedBase,
+    store: PrefixStore,
+    served: ServedModel,
+) -> Engine:
+    tokenizer = Tokenizer(base.tokenizer)
+    return Engine(
+        config=config,
+        runner=TorchRunner(base, num_blocks=config.num_blocks, block_size=config.block_size),
+        source=StorePrefixSource(
+            open_artifact=_Artifacts(store, served), base=base, tokenizer=tokenizer
+        ),
+        detokenizer=tokenizer.detokenizer,
+        namespace=f"{base.fingerprint}:{settings.dtype}",
+        watchdog_s=settings.watchdog,
     )
 
 
-def make_sweeper(settings: Settings, services: Services) -> Sweeper:
-    """Collects deleted prefixes in the background, but for those that the engine holds."""
+def _make_sweeper(settings: Settings, store: PrefixStore, engine: Engine) -> Sweeper:
+    """Collects deleted prefixes in the background, except those that the engine holds."""
     grace = timedelta(seconds=settings.gc_grace)
 
     def sweep() -> GcResult:
-        held = services.engine.stats().prefixes_held
-        resident = [BlobKey(key.tenant, key.digest) for key in held]
-        return services.store.collect(grace=grace, resident=resident)
+        resident = [BlobKey(key.tenant, key.digest) for key in engine.stats().prefixes_held]
+        return store.collect(grace=grace, resident=resident)
 
     return Sweeper(sweep, interval_s=settings.gc_interval)
 
 
 def device_of(settings: Settings) -> str:
-    """The device these settings mean on this machine; raise ValueError when it is not there."""
+    """The device that the settings select on this machine. Raises ValueError if it is missing."""
     device = resolve_device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")

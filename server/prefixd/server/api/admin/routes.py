@@ -26,7 +26,7 @@ from prefixd.server.api.admin.schemas import (
 )
 from prefixd.server.api.auth import Acting, Admin, Operator
 from prefixd.server.api.body import json_body, json_request
-from prefixd.server.api.services import ServicesDep
+from prefixd.server.api.parts import AuditDep, TenantsDep
 from prefixd.server.errors import BadRequest, NotFound
 from prefixd.server.tenants.principal import DEFAULT_SCOPES, Principal
 from prefixd.server.tenants.registry import KeyRecord
@@ -53,13 +53,13 @@ def _tenant_for(principal: Principal, asked: str | None) -> str | None:
 
 @router.get("/tenants", response_model=TenantList)
 def list_tenants(
-    services: ServicesDep, principal: Admin, limit: Limit = 100, after: After = None
+    tenants: TenantsDep, principal: Admin, limit: Limit = 100, after: After = None
 ) -> TenantList:
     """The tenants this key administers, by name."""
     owner = _owner(principal)
     if owner is not None:
-        return TenantList(data=[TenantShown.of(services.tenants.tenant(owner))])
-    found = services.tenants.list_tenants(limit=limit + 1, after=after)
+        return TenantList(data=[TenantShown.of(tenants.tenant(owner))])
+    found = tenants.list_tenants(limit=limit + 1, after=after)
     more = found[limit - 1].name if len(found) > limit else None
     return TenantList(data=[TenantShown.of(one) for one in found[:limit]], next_after=more)
 
@@ -71,7 +71,7 @@ def list_tenants(
     openapi_extra=json_request(NewTenantRequest),
 )
 async def create_tenant(
-    services: ServicesDep,
+    tenants: TenantsDep,
     _principal: Operator,
     actor: Acting,
     body: Annotated[NewTenantRequest, Depends(json_body(NewTenantRequest))],
@@ -80,15 +80,15 @@ async def create_tenant(
     quota = {} if body.quota is None else body.quota.model_dump(exclude_unset=True)
     settings = body.model_dump(exclude_unset=True, include=set(SETTINGS))
     made = await run_in_threadpool(
-        services.tenants.create_tenant, body.name, quota=quota, settings=settings, actor=actor
+        tenants.create_tenant, body.name, quota=quota, settings=settings, actor=actor
     )
     return TenantShown.of(made)
 
 
 @router.get("/tenants/{tenant}", response_model=TenantShown)
-def get_tenant(tenant: str, services: ServicesDep, principal: Admin) -> TenantShown:
+def get_tenant(tenant: str, tenants: TenantsDep, principal: Admin) -> TenantShown:
     """One tenant and its quotas."""
-    return TenantShown.of(services.tenants.tenant(_tenant_for(principal, tenant) or tenant))
+    return TenantShown.of(tenants.tenant(_tenant_for(principal, tenant) or tenant))
 
 
 @router.patch(
@@ -96,7 +96,7 @@ def get_tenant(tenant: str, services: ServicesDep, principal: Admin) -> TenantSh
 )
 async def change_tenant(
     tenant: str,
-    services: ServicesDep,
+    tenants: TenantsDep,
     _principal: Operator,
     actor: Acting,
     body: Annotated[TenantChange, Depends(json_body(TenantChange))],
@@ -104,7 +104,7 @@ async def change_tenant(
     """Change how a tenant is treated beside others, from its next request on. Operator only."""
     changes = body.model_dump(exclude_unset=True)
     return TenantShown.of(
-        await run_in_threadpool(services.tenants.set_settings, tenant, changes, actor=actor)
+        await run_in_threadpool(tenants.set_settings, tenant, changes, actor=actor)
     )
 
 
@@ -113,21 +113,19 @@ async def change_tenant(
 )
 async def change_quota(
     tenant: str,
-    services: ServicesDep,
+    tenants: TenantsDep,
     _principal: Operator,
     actor: Acting,
     body: Annotated[QuotaChange, Depends(json_body(QuotaChange))],
 ) -> TenantShown:
     """Change the limits that are named; null lifts one. Operator only."""
     changes = body.model_dump(exclude_unset=True)
-    return TenantShown.of(
-        await run_in_threadpool(services.tenants.set_quota, tenant, changes, actor=actor)
-    )
+    return TenantShown.of(await run_in_threadpool(tenants.set_quota, tenant, changes, actor=actor))
 
 
 @router.get("/keys", response_model=KeyList)
 def list_keys(
-    services: ServicesDep,
+    tenants: TenantsDep,
     principal: Admin,
     tenant: After = None,
     limit: Limit = 100,
@@ -135,7 +133,7 @@ def list_keys(
 ) -> KeyList:
     """Keys without their secrets, oldest first."""
     owner = _tenant_for(principal, tenant)
-    found = services.tenants.list_keys(owner, limit=limit + 1, after=after)
+    found = tenants.list_keys(owner, limit=limit + 1, after=after)
     more = found[limit - 1].key_id if len(found) > limit else None
     return KeyList(data=[_shown(one) for one in found[:limit]], next_after=more)
 
@@ -144,7 +142,7 @@ def list_keys(
     "/keys", response_model=KeyIssued, status_code=201, openapi_extra=json_request(NewKeyRequest)
 )
 async def create_key(
-    services: ServicesDep,
+    tenants: TenantsDep,
     principal: Admin,
     actor: Acting,
     body: Annotated[NewKeyRequest, Depends(json_body(NewKeyRequest))],
@@ -153,7 +151,7 @@ async def create_key(
     tenant = _tenant_for(principal, body.tenant) or principal.tenant
     lifetime = body.expires_in_seconds
     issued = await run_in_threadpool(
-        services.tenants.create_key,
+        tenants.create_key,
         tenant=tenant,
         scopes=DEFAULT_SCOPES if body.scopes is None else body.scopes,
         label=body.label,
@@ -171,14 +169,14 @@ async def create_key(
 )
 async def rotate_key(
     key_id: str,
-    services: ServicesDep,
+    tenants: TenantsDep,
     principal: Admin,
     actor: Acting,
     body: Annotated[Rotation, Depends(json_body(Rotation))],
 ) -> KeyIssued:
     """Issue a successor; the old key stays good for the overlap."""
     issued = await run_in_threadpool(
-        services.tenants.rotate_key,
+        tenants.rotate_key,
         key_id,
         overlap=timedelta(seconds=body.overlap_seconds),
         owner=_owner(principal),
@@ -188,18 +186,18 @@ async def rotate_key(
 
 
 @router.delete("/keys/{key_id}", response_model=KeyShown)
-def revoke_key(key_id: str, services: ServicesDep, principal: Admin, actor: Acting) -> KeyShown:
+def revoke_key(key_id: str, tenants: TenantsDep, principal: Admin, actor: Acting) -> KeyShown:
     """Stop a key at its next request, for good."""
     if key_id == principal.key_id:
         raise BadRequest(
             "a key cannot revoke itself: use another one, or rotate it", param="key_id"
         )
-    return _shown(services.tenants.revoke_key(key_id, owner=_owner(principal), actor=actor))
+    return _shown(tenants.revoke_key(key_id, owner=_owner(principal), actor=actor))
 
 
 @router.get("/audit", response_model=AuditList)
 def read_audit(
-    services: ServicesDep,
+    audit: AuditDep,
     principal: Admin,
     tenant: After = None,
     limit: Limit = 100,
@@ -207,7 +205,7 @@ def read_audit(
 ) -> AuditList:
     """What was done, newest first; `next_before` is what `before` takes for more."""
     owner = _tenant_for(principal, tenant)
-    found, more = services.audit.page(tenant=owner, limit=limit, before=before)
+    found, more = audit.page(tenant=owner, limit=limit, before=before)
     return AuditList(data=[AuditEntryShown.of(one) for one in found], next_before=more)
 
 

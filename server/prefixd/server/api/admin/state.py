@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 
 from prefixd.server.api.auth import Operator
-from prefixd.server.api.services import ServicesDep
+from prefixd.server.api.parts import EngineDep
 from prefixd.server.errors import Unavailable
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
@@ -23,9 +23,8 @@ class EngineState(BaseModel):
 
 
 @router.get("/state", response_model=EngineState)
-def engine_state(services: ServicesDep, _principal: Operator) -> dict[str, Any]:
+def engine_state(engine: EngineDep, _principal: Operator) -> dict[str, Any]:
     """Who runs, who waits, what is resident and pinned, as of this moment. Operator only."""
-    engine = services.engine
     try:
         debug_state = engine.state()
     except TimeoutError:

@@ -19,6 +19,7 @@ from prefixd.server.api.prefixes.manifests import handle_of
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.request import AdmittedRequest, SamplingParams, StopParams
 from prefixd.server.errors import BadRequest, DoesNotFit, QuotaExceeded
+from prefixd.server.tenants.principal import Principal
 from prefixd.store.store import Manifest
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -60,31 +61,28 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What admission needs to know. ``pool_tokens(prefix_tokens)`` is the most tokens one
-    sequence can ever have in the pool; ``max_resident_tokens`` is the tenant's cap, ``weight`` its
-    share and ``kv_reuse`` its switch; ``max_seconds`` is the longest that a request may take."""
+    """Admits requests, for all tenants. ``pool_tokens(prefix_tokens)`` is the most tokens one
+    sequence can ever have in the pool; ``max_seconds`` is the longest that a request may take."""
 
     served: ServedModel
-    chooser: PrefixResolver
+    resolver: PrefixResolver
     pool_tokens: Callable[[int], int]
     max_choices: int
-    max_resident_tokens: int | None = None
-    weight: float = 1.0
     kv_reuse: bool = True
     max_seconds: float | None = None
 
-    def completion(self, tenant: str, body: CompletionRequest) -> Admitted:
+    def completion(self, principal: Principal, body: CompletionRequest) -> Admitted:
         """Admit a completion. Raises BadRequest, DoesNotFit, NotFound, Conflict, QuotaExceeded.
         Blocking."""
         if isinstance(body.prompt, list) and not isinstance(next(iter(body.prompt), None), int):
             self._check_choices(len(body.prompt), 1)  # before the work of tokenizing them
-        choice = self.chooser.choose(tenant, body.model, body.user)
+        choice = self.resolver.choose(principal.tenant, body.model, body.user)
         prefix = choice.manifest
         prompts = self._prompts(body.prompt, opens=prefix is None or prefix.kind != "hard_prompt")
         sampling = self._sampling(body, top_logprobs=body.logprobs)
         return self._admit(
             "cmpl",
-            tenant,
+            principal,
             body,
             choice=choice,
             prompts=prompts,
@@ -93,14 +91,14 @@ class Admission:
             default=DEFAULT_COMPLETION_TOKENS,
         )
 
-    def chat(self, tenant: str, body: ChatRequest) -> Admitted:
+    def chat(self, principal: Principal, body: ChatRequest) -> Admitted:
         """Admit a chat. Raises as ``completion`` does. Blocking."""
-        choice = self.chooser.choose(tenant, body.model, body.user)
+        choice = self.resolver.choose(principal.tenant, body.model, body.user)
         top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         sampling = self._sampling(body, top_logprobs=top_logprobs)
         return self._admit(
             "chatcmpl",
-            tenant,
+            principal,
             body,
             choice=choice,
             prompts=[self._render(body.messages)],
@@ -112,7 +110,7 @@ class Admission:
     def _admit(
         self,
         kind: str,
-        tenant: str,
+        principal: Principal,
         body: GenerationFields,
         *,
         choice: ResolvedPrefix,
@@ -125,25 +123,27 @@ class Admission:
         self._check_choices(len(prompts), n)
         answer_id = f"{kind}-{uuid.uuid4().hex}"
         prefix = choice.manifest
-        check_resident(prefix, self.max_resident_tokens)
+        resident_cap = principal.quota.max_resident_tokens
+        check_resident(prefix, resident_cap)
         handle = None if prefix is None else handle_of(prefix)
         lengths = [self._output_tokens(len(one), prefix, asked, default) for one in prompts]
+        kv_reuse = self.kv_reuse and principal.kv_reuse and body.kv_reuse is not False
         open_ended = asked is None and default is None
         requests = tuple(
             AdmittedRequest(
                 request_id=f"{answer_id}-{position}",
-                tenant=tenant,
+                tenant=principal.tenant,
                 prompt=prompt,
                 prefix=handle,
                 sampling=sampling,
                 stop=self._stop(body, length),
                 n=n,
                 expected_tokens=min(length, _EXPECTED_CHAT_TOKENS) if open_ended else None,
-                max_resident_tokens=self.max_resident_tokens,
-                weight=self.weight,
+                max_resident_tokens=resident_cap,
+                weight=principal.weight,
                 priority=body.priority or 0,
                 timeout_s=self._timeout(body.timeout),
-                kv_reuse=self.kv_reuse and body.kv_reuse is not False,
+                kv_reuse=kv_reuse,
             )
             for position, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         )

@@ -4,14 +4,13 @@ A reference becomes a digest here, once. Nothing below admission knows names, so
 binding that moves later changes nothing about a request that was admitted.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import Conflict, EngineFailure, NotFound
-from prefixd.server.tenants.bindings import ChosenBy
+from prefixd.server.tenants.bindings import Bindings, ChosenBy
 from prefixd.store.errors import InvalidReference, UnknownPrefix
-from prefixd.store.store import Manifest
+from prefixd.store.store import Manifest, PrefixStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +23,11 @@ class ResolvedPrefix:
 
 @dataclass(frozen=True, slots=True)
 class PrefixResolver:
-    """``resolve(tenant, reference)`` raises UnknownPrefix or InvalidReference;
-    ``bound(tenant, user)`` gives the reference of a user, or the tenant's default."""
+    """Resolves names against the store and users against the bindings. Blocking."""
 
     served: ServedModel
-    resolve: Callable[[str, str], Manifest]
-    bound: Callable[[str, str], tuple[str, ChosenBy] | None]
+    store: PrefixStore
+    bindings: Bindings
 
     def choose(self, tenant: str, model: str, user: str | None) -> ResolvedPrefix:
         """Raises NotFound for what does not exist, never falling back to the base; Conflict for
@@ -45,7 +43,7 @@ class PrefixResolver:
                     param="model",
                 )
             return self._checked(found, ChosenBy.MODEL)
-        chosen = None if user is None else self.bound(tenant, user)
+        chosen = None if user is None else self.bindings.chosen(tenant, user)
         if chosen is None:
             return ResolvedPrefix()
         reference, why = chosen
@@ -61,7 +59,7 @@ class PrefixResolver:
 
     def _find(self, tenant: str, reference: str) -> Manifest | None:
         try:
-            return self.resolve(tenant, reference)
+            return self.store.resolve(tenant=tenant, reference=reference)
         except (UnknownPrefix, InvalidReference):
             return None
 

@@ -19,17 +19,16 @@ from prefixd.server.api.generate.event_stream import ClientGone, Generation, whi
 from prefixd.server.api.generate.formatter import ChoiceBuffer, PrefixUsed, ResponseFormatter
 from prefixd.server.api.generate.recorder import RequestRecorder
 from prefixd.server.api.generate.requests import GenerationFields
-from prefixd.server.api.generate.resolver import PrefixResolver
 from prefixd.server.api.generate.sse import DONE, EventStream, frame
 from prefixd.server.api.generate.usage import UsageCounter
-from prefixd.server.api.request_record import Outcome, Started, TenantClass
-from prefixd.server.api.services import Services
+from prefixd.server.api.metrics import Metrics
+from prefixd.server.api.request_record import Outcome, Started, TenantClass, Tracer
+from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import FinishEvent, QueueFull, TokenEvent
 from prefixd.server.errors import PrefixdError, Unavailable
-from prefixd.server.tenants.limiter import Grant
+from prefixd.server.tenants.limiter import Grant, Limiter
 from prefixd.server.tenants.principal import Principal
-from prefixd.store.store import Manifest
 
 CLIENT_CLOSED_REQUEST = 499
 """What nginx logs when the client left first; nobody receives it."""
@@ -38,98 +37,93 @@ TRACE_HEADERS = ("traceparent", "tracestate")
 """W3C trace context."""
 
 
-def admission_for(services: Services, principal: Principal) -> Admission:
-    """Admission with what it needs to know of ``services`` and of the tenant's limits."""
+@dataclass(frozen=True, slots=True)
+class GenerationService:
+    """Admits requests and runs them on the engine, for both generating routes."""
 
-    def resolve(tenant: str, reference: str) -> Manifest:
-        return services.store.resolve(tenant=tenant, reference=reference)
+    admission: Admission
+    engine: Engine
+    limiter: Limiter
+    drain_state: DrainState
+    served: ServedModel
+    metrics: Metrics
+    trace: Tracer | None = None
 
-    return Admission(
-        served=services.served,
-        chooser=PrefixResolver(services.served, resolve, services.bindings.chosen),
-        pool_tokens=services.engine.config.max_tokens_for,
-        max_choices=services.limits.max_choices,
-        max_resident_tokens=principal.quota.max_resident_tokens,
-        weight=principal.weight,
-        kv_reuse=services.limits.kv_reuse and principal.kv_reuse,
-        max_seconds=services.limits.max_request_seconds,
-    )
+    async def respond(
+        self,
+        request: Request,
+        principal: Principal,
+        body: GenerationFields,
+        admit: Callable[[], Admitted],
+        formatter: ResponseFormatter,
+    ) -> Response:
+        """Run ``admit`` off the loop, charge the tenant, run the request on the engine, and format
+        the outcome."""
 
+        def admit_and_charge() -> tuple[Admitted, Grant]:
+            admitted = admit()
+            grant = self.limiter.admit(
+                principal.tenant, principal.quota, tokens=admitted.prompt_tokens
+            )
+            return admitted, grant
 
-async def respond(
-    request: Request,
-    *,
-    services: Services,
-    principal: Principal,
-    body: GenerationFields,
-    admit: Callable[[], Admitted],
-    formatter: ResponseFormatter,
-) -> Response:
-    """Run ``admit`` off the loop, count it, run it on the engine, and word the outcome."""
-
-    def admit_and_count() -> tuple[Admitted, Grant]:
-        admitted = admit()
-        grant = services.limiter.admit(
-            principal.tenant, principal.quota, tokens=admitted.prompt_tokens
+        started = Started(
+            endpoint=formatter.endpoint,
+            tenant=principal.tenant,
+            tenant_class=TenantClass.of(principal.weight),
+            request_id=request_id_of(request),
+            stream=bool(body.stream),
+            at_ns=time.time_ns(),
+            trace={
+                name: request.headers[name] for name in TRACE_HEADERS if name in request.headers
+            },
         )
-        return admitted, grant
+        recorder = RequestRecorder(started, metrics=self.metrics, trace=self.trace)
+        try:
+            self._check_ready(principal)
+            admitted, grant = await run_in_threadpool(admit_and_charge)
+        except Exception as error:
+            recorder.finish(Outcome.of(error), error)
+            raise
+        usage = UsageCounter(admitted)
+        recorder.admitted(admitted, usage, served_model=self.served.name)
+        answer = _Answer(
+            engine=self.engine,
+            drain_state=self.drain_state,
+            admitted=admitted,
+            bill=UsageCharge(self.limiter, grant, prompt_tokens=admitted.prompt_tokens),
+            formatter=formatter,
+            watch=recorder,
+            usage=usage,
+            created=int(time.time()),
+            wants_usage=body.wants_usage,
+            request_id=request_id_of(request),
+        )
+        try:
+            if not body.stream:
+                whole = await while_connected(request.receive, answer.whole())
+                return JSONResponse(whole, headers=answer.headers)
+            frames = answer.frames()
+            # The first frame decides the status: a request the engine fails at once is an error
+            # response and not a stream.
+            first = await while_connected(request.receive, _next(frames))
+            return EventStream(first, frames, answer.headers)
+        except ClientGone:
+            # The client may have left before the work began.
+            recorder.finish(Outcome.ABORTED)
+            await answer.bill.settle()
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    started = Started(
-        endpoint=formatter.endpoint,
-        tenant=principal.tenant,
-        tenant_class=TenantClass.of(principal.weight),
-        request_id=request_id_of(request),
-        stream=bool(body.stream),
-        at_ns=time.time_ns(),
-        trace={name: request.headers[name] for name in TRACE_HEADERS if name in request.headers},
-    )
-    watch = RequestRecorder(started, metrics=services.metrics, trace=services.trace)
-    try:
-        _check_ready(services, principal)
-        admitted, grant = await run_in_threadpool(admit_and_count)
-    except Exception as error:
-        watch.finish(Outcome.of(error), error)
-        raise
-    usage = UsageCounter(admitted)
-    watch.admitted(admitted, usage, served_model=services.served.name)
-    answer = _Answer(
-        engine=services.engine,
-        drain_state=services.drain_state,
-        admitted=admitted,
-        bill=UsageCharge(services.limiter, grant, prompt_tokens=admitted.prompt_tokens),
-        formatter=formatter,
-        watch=watch,
-        usage=usage,
-        created=int(time.time()),
-        wants_usage=body.wants_usage,
-        request_id=request_id_of(request),
-    )
-    try:
-        if not body.stream:
-            whole = await while_connected(request.receive, answer.whole())
-            return JSONResponse(whole, headers=answer.headers)
-        frames = answer.frames()
-        # The first frame decides the status: a request the engine fails at once is an error
-        # response and not a stream.
-        first = await while_connected(request.receive, _next(frames))
-        return EventStream(first, frames, answer.headers)
-    except ClientGone:
-        # For one who left before the work had begun.
-        watch.finish(Outcome.ABORTED)
-        await answer.bill.settle()
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-
-def _check_ready(services: Services, principal: Principal) -> None:
-    """Raise Unavailable for what would be refused anyhow, before any work is done for it."""
-    services.drain_state.check()
-    trouble = services.engine.trouble
-    if trouble is not None:
-        raise Unavailable(trouble, retry_after=1)
-    try:
-        services.engine.check_room(principal.tenant, weight=principal.weight)
-    except QueueFull as full:
-        raise refusal_of(full, services.drain_state) from full
+    def _check_ready(self, principal: Principal) -> None:
+        """Raise Unavailable, before any work is done, for a request the engine would refuse."""
+        self.drain_state.check()
+        trouble = self.engine.trouble
+        if trouble is not None:
+            raise Unavailable(trouble, retry_after=1)
+        try:
+            self.engine.check_room(principal.tenant, weight=principal.weight)
+        except QueueFull as full:
+            raise refusal_of(full, self.drain_state) from full
 
 
 async def _next(frames: AsyncGenerator[bytes]) -> bytes:

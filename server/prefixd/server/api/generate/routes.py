@@ -15,10 +15,12 @@ from prefixd.server.api.generate.formatter import (
     CompletionFormatter,
 )
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
-from prefixd.server.api.generate.respond import admission_for, respond
-from prefixd.server.api.services import ServicesDep
+from prefixd.server.api.generate.respond import GenerationService
+from prefixd.server.api.parts import part
 
 router = APIRouter(prefix="/v1", tags=["generation"])
+
+GenerationDep = Annotated[GenerationService, part("generation")]
 
 
 @router.post(
@@ -28,18 +30,17 @@ router = APIRouter(prefix="/v1", tags=["generation"])
 )
 async def create_completion(
     request: Request,
-    services: ServicesDep,
+    generation: GenerationDep,
     principal: Generator,
     body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))],
 ) -> Response:
     """Continue one or more prompts with the base model or a prefix; `stream` for events."""
-    return await respond(
+    return await generation.respond(
         request,
-        services=services,
-        principal=principal,
-        body=body,
-        admit=partial(admission_for(services, principal).completion, principal.tenant, body),
-        formatter=CompletionFormatter(services.served.tokenizer, body.logprobs),
+        principal,
+        body,
+        admit=partial(generation.admission.completion, principal, body),
+        formatter=CompletionFormatter(generation.served.tokenizer, body.logprobs),
     )
 
 
@@ -50,17 +51,16 @@ async def create_completion(
 )
 async def create_chat_completion(
     request: Request,
-    services: ServicesDep,
+    generation: GenerationDep,
     principal: Generator,
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
 ) -> Response:
     """Answer a conversation with the base model or a prefix; `stream` for events."""
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return await respond(
+    return await generation.respond(
         request,
-        services=services,
-        principal=principal,
-        body=body,
-        admit=partial(admission_for(services, principal).chat, principal.tenant, body),
-        formatter=ChatFormatter(services.served.tokenizer, top_logprobs),
+        principal,
+        body,
+        admit=partial(generation.admission.chat, principal, body),
+        formatter=ChatFormatter(generation.served.tokenizer, top_logprobs),
     )

@@ -6,8 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from prefixd.server.api.services import Services
-from prefixd.server.tenants.audit import Action
+from prefixd.server.tenants.audit import Action, AuditLog
 from prefixd.server.tenants.principal import Actor
 
 
@@ -15,7 +14,7 @@ from prefixd.server.tenants.principal import Actor
 class AuditHook:
     """Writes the audit entry into the store's transaction."""
 
-    services: Services
+    audit: AuditLog
     actor: Actor
     action: Action
     tenant: str
@@ -23,7 +22,7 @@ class AuditHook:
     detail: Mapping[str, Any]
 
     def __call__(self, connection: Connection, *_: object) -> None:
-        self.services.audit.add(
+        self.audit.add(
             connection,
             self.action,
             actor=self.actor,

@@ -6,7 +6,8 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from prefixd.server.api.auth import Reader
-from prefixd.server.api.services import Services, ServicesDep
+from prefixd.server.api.parts import ServedDep, StoreDep
+from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import NotFound
 from prefixd.store.errors import InvalidReference, UnknownPrefix
 from prefixd.store.store import Manifest
@@ -35,8 +36,7 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-def _base(services: Services) -> Model:
-    served = services.served
+def _base(served: ServedModel) -> Model:
     return Model(
         id=served.name,
         created=served.created,
@@ -46,8 +46,7 @@ def _base(services: Services) -> Model:
     )
 
 
-def _prefix(services: Services, manifest: Manifest, *, name: str) -> Model:
-    served = services.served
+def _prefix(served: ServedModel, manifest: Manifest, *, name: str) -> Model:
     return Model(
         id=name,
         created=int(manifest.created_at.timestamp()),
@@ -58,25 +57,23 @@ def _prefix(services: Services, manifest: Manifest, *, name: str) -> Model:
 
 
 @router.get("", response_model=ModelList)
-def list_models(services: ServicesDep, principal: Reader) -> ModelList:
+def list_models(store: StoreDep, served: ServedDep, principal: Reader) -> ModelList:
     """The base and the caller's prefixes (the first 1000 by name)."""
-    page = services.store.list(tenant=principal.tenant, limit=MAX_LISTED)
-    prefixes = [_prefix(services, one, name=one.name) for one in page.manifests]
-    return ModelList(data=[_base(services), *prefixes])
+    page = store.list(tenant=principal.tenant, limit=MAX_LISTED)
+    prefixes = [_prefix(served, one, name=one.name) for one in page.manifests]
+    return ModelList(data=[_base(served), *prefixes])
 
 
 @router.get("/{model:path}", response_model=Model)
-def get_model(model: str, services: ServicesDep, principal: Reader) -> Model:
+def get_model(model: str, store: StoreDep, served: ServedDep, principal: Reader) -> Model:
     """One model: the base's name, a prefix reference, or `base:reference`."""
-    base = services.served.name
+    base = served.name
     if model == base:
-        return _base(services)
+        return _base(served)
     try:
-        manifest = services.store.resolve(
-            tenant=principal.tenant, reference=model.removeprefix(f"{base}:")
-        )
+        manifest = store.resolve(tenant=principal.tenant, reference=model.removeprefix(f"{base}:"))
     except (UnknownPrefix, InvalidReference):
         raise NotFound(
             f"the model {model[:300]!a} does not exist", code="model_not_found", param="model"
         ) from None
-    return _prefix(services, manifest, name=model)
+    return _prefix(served, manifest, name=model)

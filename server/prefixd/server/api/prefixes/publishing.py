@@ -13,14 +13,14 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from prefixd.server.api.prefixes.manifests import PrefixManifest
-from prefixd.server.api.services import Services
+from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import Unprocessable
-from prefixd.server.tenants.audit import Action
-from prefixd.server.tenants.idempotency import Replay, check_key
+from prefixd.server.tenants.audit import Action, AuditLog
+from prefixd.server.tenants.idempotency import Idempotency, Replay, check_key
 from prefixd.server.tenants.principal import Actor, Principal
 from prefixd.server.tenants.quotas import check_stored
 from prefixd.store.artifact.base import BaseSpec
-from prefixd.store.store import Published
+from prefixd.store.store import PrefixStore, Published
 
 Within = Callable[[Connection, Published], None]
 
@@ -38,7 +38,10 @@ class UploadResult:
 class Publishing:
     """A publish by one principal under one name; ``key`` is the Idempotency-Key, if any came."""
 
-    services: Services
+    store: PrefixStore
+    audit: AuditLog
+    idempotency: Idempotency
+    served: ServedModel
     principal: Principal
     actor: Actor
     name: str
@@ -55,7 +58,7 @@ class Publishing:
         """Publish PEFT's two files. Blocking. Raises as the store does, QuotaExceeded, Conflict."""
 
         def publish(within: Within) -> Published:
-            return self.services.store.publish_peft(
+            return self.store.publish_peft(
                 tenant=self.principal.tenant,
                 name=self.name,
                 config=config,
@@ -78,13 +81,13 @@ class Publishing:
         """Publish a text. As ``peft``."""
 
         def publish(within: Within) -> Published:
-            return self.services.store.publish_text(
+            return self.store.publish_text(
                 tenant=self.principal.tenant,
                 name=self.name,
                 text=text,
                 metadata=metadata,
                 base=self._base(),
-                count_tokens=self.services.served.count_prefix_tokens,
+                count_tokens=self.served.count_prefix_tokens,
                 creator=self.principal.key_id,
                 within=within,
             )
@@ -112,7 +115,7 @@ class Publishing:
 
     def _replay(self, request_digest: str) -> UploadResult | None:
         assert self.key is not None
-        found = self.services.idempotency.find(
+        found = self.idempotency.find(
             self.principal.tenant, self.key, request_digest=request_digest
         )
         return None if found is None else UploadResult(found.status, found.body, replayed=True)
@@ -123,7 +126,7 @@ class Publishing:
         tenant, manifest = self.principal.tenant, published.manifest
         if published.created:
             check_stored(connection, tenant, self.principal.quota)
-        self.services.audit.add(
+        self.audit.add(
             connection,
             Action.PREFIX_PUBLISH,
             actor=self.actor,
@@ -135,7 +138,7 @@ class Publishing:
         )
         if self.key is not None and request_digest is not None:
             done = self._done(published)
-            self.services.idempotency.keep(
+            self.idempotency.keep(
                 connection,
                 tenant,
                 self.key,
@@ -149,7 +152,7 @@ class Publishing:
 
     def _base(self) -> BaseSpec:
         """The served base, with no more virtual tokens than this tenant's prefixes may have."""
-        base, own = self.services.served.base, self.principal.quota.max_virtual_tokens
+        base, own = self.served.base, self.principal.quota.max_virtual_tokens
         if own is None or own >= base.max_virtual_tokens:
             return base
         return replace(base, max_virtual_tokens=own)

@@ -8,10 +8,18 @@ from sqlalchemy import Connection
 
 from prefixd.server.api.auth import Acting, Generator, Writer
 from prefixd.server.api.body import StrictModel, json_body, json_request
+from prefixd.server.api.parts import (
+    AuditDep,
+    DrainStateDep,
+    EngineDep,
+    LimiterDep,
+    PinRoomDep,
+    ServedDep,
+    StoreDep,
+)
 from prefixd.server.api.prefixes.audit_hook import AuditHook
 from prefixd.server.api.prefixes.manifests import PrefixManifest
 from prefixd.server.api.prefixes.residency import RESIDENT, room_for_pin, warm
-from prefixd.server.api.services import ServicesDep
 from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.audit import Action
 from prefixd.store.store import Manifest
@@ -61,12 +69,21 @@ def _meant(reference: str, chosen: ChosenVersion) -> str:
     openapi_extra=_BODY,
 )
 def warm_prefix(
-    reference: str, response: Response, services: ServicesDep, principal: Generator, chosen: Chosen
+    *,
+    reference: str,
+    response: Response,
+    store: StoreDep,
+    engine: EngineDep,
+    served: ServedDep,
+    limiter: LimiterDep,
+    drain_state: DrainStateDep,
+    principal: Generator,
+    chosen: Chosen,
 ) -> ResidencyResponse:
     """Bring a version into this server's KV pool before a request needs it; returns at once."""
-    response.headers.update(services.limiter.count(principal.tenant, principal.quota))
-    found = services.store.resolve(tenant=principal.tenant, reference=_meant(reference, chosen))
-    state = warm(found, services, principal)
+    response.headers.update(limiter.count(principal.tenant, principal.quota))
+    found = store.resolve(tenant=principal.tenant, reference=_meant(reference, chosen))
+    state = warm(found, principal, engine=engine, served=served, drain_state=drain_state)
     if state == RESIDENT:
         response.status_code = 200
     return ResidencyResponse(
@@ -76,26 +93,37 @@ def warm_prefix(
 
 @router.put("/{reference}/pin", response_model=PrefixManifest, openapi_extra=_BODY)
 def pin_prefix(
-    *, reference: str, services: ServicesDep, principal: Writer, actor: Acting, chosen: Chosen
+    *,
+    reference: str,
+    store: StoreDep,
+    engine: EngineDep,
+    served: ServedDep,
+    audit: AuditDep,
+    room: PinRoomDep,
+    principal: Writer,
+    actor: Acting,
+    chosen: Chosen,
 ) -> PrefixManifest:
     """Have every server keep a version resident, in place of any other pinned version of it."""
 
     def note(connection: Connection, manifest: Manifest) -> None:
         detail = {"version": manifest.version}
-        noted = AuditHook(services, actor, Action.PIN_SET, principal.tenant, manifest.name, detail)
+        noted = AuditHook(audit, actor, Action.PIN_SET, principal.tenant, manifest.name, detail)
         noted(connection)
 
-    manifest = services.store.set_pin(
+    manifest = store.set_pin(
         tenant=principal.tenant,
         reference=_meant(reference, chosen),
         creator=principal.key_id,
-        within=room_for_pin(services, principal, note),
+        within=room_for_pin(principal, note, engine=engine, served=served, room=room),
     )
     return PrefixManifest.of(manifest)
 
 
 @router.delete("/{reference}/pin", status_code=204)
-def unpin_prefix(reference: str, services: ServicesDep, principal: Writer, actor: Acting) -> None:
+def unpin_prefix(
+    reference: str, store: StoreDep, audit: AuditDep, principal: Writer, actor: Acting
+) -> None:
     """Let a prefix, by its name, leave the pool as others do."""
-    noted = AuditHook(services, actor, Action.PIN_REMOVE, principal.tenant, reference, {})
-    services.store.remove_pin(tenant=principal.tenant, name=reference, within=noted)
+    noted = AuditHook(audit, actor, Action.PIN_REMOVE, principal.tenant, reference, {})
+    store.remove_pin(tenant=principal.tenant, name=reference, within=noted)

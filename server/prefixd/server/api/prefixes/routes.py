@@ -9,6 +9,7 @@ from pydantic import Field
 
 from prefixd.server.api.auth import Acting, Reader, Writer
 from prefixd.server.api.body import StrictModel, json_body, json_request
+from prefixd.server.api.parts import AuditDep, EngineDep, StoreDep
 from prefixd.server.api.prefixes.audit_hook import AuditHook
 from prefixd.server.api.prefixes.manifests import (
     PrefixList,
@@ -17,7 +18,6 @@ from prefixd.server.api.prefixes.manifests import (
     VersionList,
 )
 from prefixd.server.api.prefixes.stored_file import StoredFile
-from prefixd.server.api.services import ServicesDep
 from prefixd.server.tenants.audit import Action
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
@@ -33,48 +33,53 @@ class AliasTarget(StrictModel):
 
 @router.get("", response_model=PrefixList)
 def list_prefixes(
-    services: ServicesDep,
+    store: StoreDep,
+    engine: EngineDep,
     principal: Reader,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(max_length=128)] = None,
 ) -> PrefixList:
     """The caller's prefixes by name, each at its latest version."""
-    page = services.store.list(tenant=principal.tenant, limit=limit, after=after)
+    page = store.list(tenant=principal.tenant, limit=limit, after=after)
     return PrefixList(
-        data=[PrefixShown.now(one, services.engine) for one in page.manifests],
+        data=[PrefixShown.now(one, engine) for one in page.manifests],
         next_after=page.next_after,
     )
 
 
 @router.get("/{reference}", response_model=PrefixShown)
-def get_prefix(reference: str, services: ServicesDep, principal: Reader) -> PrefixShown:
+def get_prefix(
+    reference: str, store: StoreDep, engine: EngineDep, principal: Reader
+) -> PrefixShown:
     """The version that `name`, `name@3` or `name@alias` means now."""
-    found = services.store.resolve(tenant=principal.tenant, reference=reference)
-    return PrefixShown.now(found, services.engine)
+    found = store.resolve(tenant=principal.tenant, reference=reference)
+    return PrefixShown.now(found, engine)
 
 
 @router.delete("/{name}", status_code=204)
-def delete_prefix(name: str, services: ServicesDep, principal: Writer, actor: Acting) -> None:
+def delete_prefix(
+    name: str, store: StoreDep, audit: AuditDep, principal: Writer, actor: Acting
+) -> None:
     """Forget a prefix with all its versions and aliases. Requests that run keep what they have."""
-    noted = AuditHook(services, actor, Action.PREFIX_DELETE, principal.tenant, name, {})
-    services.store.delete(tenant=principal.tenant, name=name, within=noted)
+    noted = AuditHook(audit, actor, Action.PREFIX_DELETE, principal.tenant, name, {})
+    store.delete(tenant=principal.tenant, name=name, within=noted)
 
 
 @router.get("/{name}/versions", response_model=VersionList)
 def list_versions(
+    *,
     name: str,
-    services: ServicesDep,
+    store: StoreDep,
+    engine: EngineDep,
     principal: Reader,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     before: Annotated[int | None, Query(ge=1, le=2**31 - 1)] = None,
 ) -> VersionList:
     """Versions, newest first; `next_before` is what `before` takes for older ones."""
-    found = services.store.versions(
-        tenant=principal.tenant, name=name, limit=limit + 1, before=before
-    )
+    found = store.versions(tenant=principal.tenant, name=name, limit=limit + 1, before=before)
     more = found[limit - 1].version if len(found) > limit else None
     return VersionList(
-        data=[PrefixShown.now(one, services.engine) for one in found[:limit]], next_before=more
+        data=[PrefixShown.now(one, engine) for one in found[:limit]], next_before=more
     )
 
 
@@ -83,12 +88,10 @@ def list_versions(
     response_class=StoredFile,
     responses={200: {"content": {"application/octet-stream": {}}}},
 )
-def get_content(
-    name: str, version: Version, services: ServicesDep, principal: Reader
-) -> StoredFile:
+def get_content(name: str, version: Version, store: StoreDep, principal: Reader) -> StoredFile:
     """The stored artifact, byte for byte; its SHA-256 is the digest."""
-    manifest = services.store.manifest(tenant=principal.tenant, name=name, version=version)
-    path = services.store.fetch(tenant=principal.tenant, digest=manifest.digest)
+    manifest = store.manifest(tenant=principal.tenant, name=name, version=version)
+    path = store.fetch(tenant=principal.tenant, digest=manifest.digest)
     return StoredFile(
         path,
         media_type="application/octet-stream",
@@ -106,7 +109,8 @@ async def put_alias(
     *,
     name: str,
     alias: str,
-    services: ServicesDep,
+    store: StoreDep,
+    audit: AuditDep,
     principal: Writer,
     actor: Acting,
     body: Annotated[AliasTarget, Depends(json_body(AliasTarget))],
@@ -114,21 +118,21 @@ async def put_alias(
     """Let `name@alias` mean a version from the next request on."""
     detail = {"alias": alias, "version": body.version}
     manifest = await run_in_threadpool(
-        services.store.set_alias,
+        store.set_alias,
         tenant=principal.tenant,
         name=name,
         alias=alias,
         version=body.version,
-        within=AuditHook(services, actor, Action.ALIAS_SET, principal.tenant, name, detail),
+        within=AuditHook(audit, actor, Action.ALIAS_SET, principal.tenant, name, detail),
     )
     return PrefixManifest.of(manifest)
 
 
 @router.delete("/{name}/aliases/{alias}", status_code=204)
 def delete_alias(
-    name: str, alias: str, services: ServicesDep, principal: Writer, actor: Acting
+    *, name: str, alias: str, store: StoreDep, audit: AuditDep, principal: Writer, actor: Acting
 ) -> None:
     """Forget an alias; the version stays."""
     detail = {"alias": alias}
-    noted = AuditHook(services, actor, Action.ALIAS_REMOVE, principal.tenant, name, detail)
-    services.store.remove_alias(tenant=principal.tenant, name=name, alias=alias, within=noted)
+    noted = AuditHook(audit, actor, Action.ALIAS_REMOVE, principal.tenant, name, detail)
+    store.remove_alias(tenant=principal.tenant, name=name, alias=alias, within=noted)

@@ -9,11 +9,21 @@ from pydantic import Field
 
 from prefixd.server.api.auth import Acting, Writer
 from prefixd.server.api.body import StrictModel, json_request, media_type, parse_json, read_capped
+from prefixd.server.api.parts import (
+    AuditDep,
+    BodyLimits,
+    BodyLimitsDep,
+    DrainStateDep,
+    EngineDep,
+    IdempotencyDep,
+    LimiterDep,
+    ServedDep,
+    StoreDep,
+)
 from prefixd.server.api.prefixes.manifests import PrefixManifest
 from prefixd.server.api.prefixes.multipart import Upload, received
 from prefixd.server.api.prefixes.publishing import Publishing, parse_metadata, task_id_of
 from prefixd.server.api.prefixes.residency import try_warm
-from prefixd.server.api.services import Services, ServicesDep
 from prefixd.server.errors import BadRequest
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
@@ -84,21 +94,35 @@ async def put_prefix(
     request: Request,
     response: Response,
     name: str,
-    services: ServicesDep,
+    store: StoreDep,
+    engine: EngineDep,
+    served: ServedDep,
+    audit: AuditDep,
+    idempotency: IdempotencyDep,
+    limiter: LimiterDep,
+    limits: BodyLimitsDep,
+    drain_state: DrainStateDep,
     principal: Writer,
     actor: Acting,
     warm: Warm = False,
     idempotency_key: IdempotencyKey = None,
 ) -> PrefixManifest:
     """Upload a prefix: PEFT's two files as multipart, or a text as JSON. Durable on return."""
-    left = await run_in_threadpool(services.limiter.count, principal.tenant, principal.quota)
+    left = await run_in_threadpool(limiter.count, principal.tenant, principal.quota)
     response.headers.update(left)
     publishing = Publishing(
-        services=services, principal=principal, actor=actor, name=name, key=idempotency_key
+        store=store,
+        audit=audit,
+        idempotency=idempotency,
+        served=served,
+        principal=principal,
+        actor=actor,
+        name=name,
+        key=idempotency_key,
     )
     kind = media_type(request)
     if kind == "multipart/form-data":
-        async with _peft(request, services) as upload:
+        async with _peft(request, limits) as upload:
             for part in ("config", "weights"):
                 if part not in upload.names:
                     raise BadRequest(
@@ -113,7 +137,7 @@ async def put_prefix(
                 task_id=task_id_of(metadata),
             )
     elif kind == "application/json":
-        body = parse_json(TextPrefix, await read_capped(request, services.limits.max_body_bytes))
+        body = parse_json(TextPrefix, await read_capped(request, limits.max_body_bytes))
         done = await run_in_threadpool(publishing.text, body.text, metadata=body.metadata)
     else:
         raise BadRequest(
@@ -127,15 +151,23 @@ async def put_prefix(
     manifest = PrefixManifest.model_validate(done.body)
     if warm:
         reference = f"{manifest.name}@{manifest.version}"
-        await run_in_threadpool(try_warm, reference, services, principal)
+        await run_in_threadpool(
+            try_warm,
+            reference,
+            principal,
+            store=store,
+            engine=engine,
+            served=served,
+            drain_state=drain_state,
+        )
     return manifest
 
 
-def _peft(request: Request, services: Services) -> AbstractAsyncContextManager[Upload]:
+def _peft(request: Request, limits: BodyLimits) -> AbstractAsyncContextManager[Upload]:
     return received(
         request,
         small=("config", "metadata"),
         file="weights",
-        folder=services.limits.upload_dir,
-        limit=services.limits.max_prefix_bytes,
+        folder=limits.upload_dir,
+        limit=limits.max_prefix_bytes,
     )

@@ -7,11 +7,11 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from prefixd.server.api.body import StrictModel, capped, parse_json
-from prefixd.server.api.services import Services
 from prefixd.server.errors import BadRequest
-from prefixd.server.tenants.bindings import check_user
+from prefixd.server.tenants.bindings import Bindings, check_user
 from prefixd.server.tenants.principal import Actor
 from prefixd.store.errors import InvalidReference, UnknownPrefix
+from prefixd.store.store import PrefixStore
 
 BATCH = 5000
 MAX_LINE_BYTES = 8 * 1024
@@ -29,8 +29,12 @@ class ImportLine(StrictModel):
 class BindingImport:
     """One import by one tenant. Memory holds one batch, however long the body is."""
 
-    def __init__(self, services: Services, tenant: str, actor: Actor) -> None:
-        self._services = services
+    def __init__(
+        self, *, store: PrefixStore, bindings: Bindings, max_bytes: int, tenant: str, actor: Actor
+    ) -> None:
+        self._store = store
+        self._bindings = bindings
+        self._max_bytes = max_bytes
         self._tenant = tenant
         self._actor = actor
         self._known: set[str] = set()
@@ -41,7 +45,7 @@ class BindingImport:
         """Import the body; how many bindings it held. Raises BadRequest naming the bad line."""
         batch: list[bytes] = []
         try:
-            async for line in _lines(capped(request, self._services.limits.max_import_bytes)):
+            async for line in _lines(capped(request, self._max_bytes)):
                 batch.append(line)
                 if len(batch) == BATCH:
                     await run_in_threadpool(self._write, batch)
@@ -50,7 +54,7 @@ class BindingImport:
         finally:
             if self._written:
                 await run_in_threadpool(
-                    self._services.bindings.note_import,
+                    self._bindings.note_import,
                     self._tenant,
                     self._written,
                     actor=self._actor,
@@ -63,7 +67,7 @@ class BindingImport:
             self._read += 1
             if line.strip():
                 pairs.append(self._parsed(line))
-        self._services.bindings.bind_many(self._tenant, pairs)
+        self._bindings.bind_many(self._tenant, pairs)
         self._written += len(pairs)
 
     def _parsed(self, line: bytes) -> tuple[str, str]:
@@ -71,7 +75,7 @@ class BindingImport:
             found = parse_json(ImportLine, line)
             check_user(found.user)
             if found.prefix not in self._known:
-                self._services.store.resolve(tenant=self._tenant, reference=found.prefix)
+                self._store.resolve(tenant=self._tenant, reference=found.prefix)
                 if len(self._known) >= _MOST_KNOWN:
                     self._known.clear()
                 self._known.add(found.prefix)

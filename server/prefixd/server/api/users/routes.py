@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from prefixd.server.api.auth import Acting, Reader, Writer
 from prefixd.server.api.body import StrictModel, json_body, json_request, media_type
-from prefixd.server.api.services import Services, ServicesDep
+from prefixd.server.api.parts import BindingsDep, BodyLimitsDep, StoreDep
 from prefixd.server.api.users.importing import BindingImport
 from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.bindings import Binding
@@ -65,13 +65,13 @@ class Imported(BaseModel):
 
 @router.get("/users", response_model=BindingList)
 def list_bindings(
-    services: ServicesDep,
+    bindings: BindingsDep,
     principal: Reader,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(max_length=256)] = None,
 ) -> BindingList:
     """The users that are bound, in order."""
-    found, more = services.bindings.page(principal.tenant, limit=limit, after=after)
+    found, more = bindings.page(principal.tenant, limit=limit, after=after)
     return BindingList(data=[BindingShown.of(one) for one in found], next_after=more)
 
 
@@ -93,7 +93,13 @@ def list_bindings(
     },
 )
 async def import_bindings(
-    request: Request, services: ServicesDep, principal: Writer, actor: Acting
+    *,
+    request: Request,
+    store: StoreDep,
+    bindings: BindingsDep,
+    limits: BodyLimitsDep,
+    principal: Writer,
+    actor: Acting,
 ) -> Imported:
     """Bind many users: one JSON object a line, written in batches as they come.
 
@@ -106,14 +112,20 @@ async def import_bindings(
             f"expected the content type application/x-ndjson; received {kind[:80]!a}",
             code="unsupported_media_type",
         )
-    importing = BindingImport(services, principal.tenant, actor)
+    importing = BindingImport(
+        store=store,
+        bindings=bindings,
+        max_bytes=limits.max_import_bytes,
+        tenant=principal.tenant,
+        actor=actor,
+    )
     return Imported(imported=await importing.run(request))
 
 
 @router.get("/users/{user:path}/prefix", response_model=BindingShown)
-def get_binding(user: str, services: ServicesDep, principal: Reader) -> BindingShown:
+def get_binding(user: str, bindings: BindingsDep, principal: Reader) -> BindingShown:
     """The prefix a user is bound to."""
-    return BindingShown.of(services.bindings.get(principal.tenant, user))
+    return BindingShown.of(bindings.get(principal.tenant, user))
 
 
 @router.put(
@@ -122,8 +134,10 @@ def get_binding(user: str, services: ServicesDep, principal: Reader) -> BindingS
     openapi_extra=json_request(BindingTarget),
 )
 async def put_binding(
+    *,
     user: str,
-    services: ServicesDep,
+    store: StoreDep,
+    bindings: BindingsDep,
     principal: Writer,
     actor: Acting,
     body: Annotated[BindingTarget, Depends(json_body(BindingTarget))],
@@ -131,29 +145,30 @@ async def put_binding(
     """Let a user have a prefix, from the next request on."""
 
     def bind() -> Binding:
-        _check_known(services, principal.tenant, body.prefix)
-        return services.bindings.bind(principal.tenant, user, body.prefix, actor=actor)
+        store.resolve(tenant=principal.tenant, reference=body.prefix)  # raises for an unknown one
+        return bindings.bind(principal.tenant, user, body.prefix, actor=actor)
 
     return BindingShown.of(await run_in_threadpool(bind))
 
 
 @router.delete("/users/{user:path}/prefix", status_code=204)
-def delete_binding(user: str, services: ServicesDep, principal: Writer, actor: Acting) -> None:
+def delete_binding(user: str, bindings: BindingsDep, principal: Writer, actor: Acting) -> None:
     """Forget a user's binding: the default answers then."""
-    services.bindings.unbind(principal.tenant, user, actor=actor)
+    bindings.unbind(principal.tenant, user, actor=actor)
 
 
 @router.get("/default/prefix", response_model=DefaultShown)
-def get_default(services: ServicesDep, principal: Reader) -> DefaultShown:
+def get_default(bindings: BindingsDep, principal: Reader) -> DefaultShown:
     """The prefix of users without a binding."""
-    return DefaultShown(prefix=services.bindings.default(principal.tenant))
+    return DefaultShown(prefix=bindings.default(principal.tenant))
 
 
 @router.put(
     "/default/prefix", response_model=DefaultShown, openapi_extra=json_request(BindingTarget)
 )
 async def put_default(
-    services: ServicesDep,
+    store: StoreDep,
+    bindings: BindingsDep,
     principal: Writer,
     actor: Acting,
     body: Annotated[BindingTarget, Depends(json_body(BindingTarget))],
@@ -161,19 +176,14 @@ async def put_default(
     """Let users without a binding have a prefix, from the next request on."""
 
     def set_it() -> None:
-        _check_known(services, principal.tenant, body.prefix)
-        services.bindings.set_default(principal.tenant, body.prefix, actor=actor)
+        store.resolve(tenant=principal.tenant, reference=body.prefix)  # raises for an unknown one
+        bindings.set_default(principal.tenant, body.prefix, actor=actor)
 
     await run_in_threadpool(set_it)
     return DefaultShown(prefix=body.prefix)
 
 
 @router.delete("/default/prefix", status_code=204)
-def delete_default(services: ServicesDep, principal: Writer, actor: Acting) -> None:
+def delete_default(bindings: BindingsDep, principal: Writer, actor: Acting) -> None:
     """No default any more: users without a binding get the base."""
-    services.bindings.set_default(principal.tenant, None, actor=actor)
-
-
-def _check_known(services: Services, tenant: str, reference: str) -> None:
-    """Raise UnknownPrefix or InvalidReference for what nobody could be bound to."""
-    services.store.resolve(tenant=tenant, reference=reference)
+    bindings.set_default(principal.tenant, None, actor=actor)

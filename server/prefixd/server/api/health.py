@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from prefixd.server.api.services import Services, ServicesDep
+from prefixd.server.api.parts import DrainStateDep, EngineDep, MetricsDep
 
 router = APIRouter(tags=["operation"])
 
@@ -30,18 +30,12 @@ def live() -> HealthResponse:
     response_model=HealthResponse,
     responses={503: {"description": "Not now.", "model": HealthResponse}},
 )
-def ready(services: ServicesDep) -> Response:
-    """The engine steps and the server takes requests; else a sentence says why not."""
-    reason = _why_not(services)
+def ready(engine: EngineDep, drain_state: DrainStateDep) -> Response:
+    """The engine steps and the server takes requests; otherwise ``reason`` says why not."""
+    reason = "the server is shutting down" if drain_state.closed else engine.trouble
     if reason is None:
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": "not ready", "reason": reason}, 503)
-
-
-def _why_not(services: Services) -> str | None:
-    if services.drain_state.closed:
-        return "the server is shutting down"
-    return services.engine.trouble
 
 
 @router.get(
@@ -49,6 +43,6 @@ def _why_not(services: Services) -> str | None:
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-def metrics(services: ServicesDep) -> Response:
+def metrics(metrics: MetricsDep) -> Response:
     """Figures in Prometheus' text format."""
-    return Response(services.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)

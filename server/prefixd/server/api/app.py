@@ -1,0 +1,134 @@
+"""The HTTP application over parts that are ready: the composition root makes them, tests too."""
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import Depends, FastAPI
+
+from prefixd.server.api import error_responses, health, openapi
+from prefixd.server.api.admin import routes as admin_routes
+from prefixd.server.api.admin import state as state_routes
+from prefixd.server.api.auth import authenticated
+from prefixd.server.api.drain_state import DrainState
+from prefixd.server.api.generate import routes as generate_routes
+from prefixd.server.api.generate.admission import Admission
+from prefixd.server.api.generate.resolver import PrefixResolver
+from prefixd.server.api.generate.respond import GenerationService
+from prefixd.server.api.metrics import Metrics
+from prefixd.server.api.middleware import RequestLayer
+from prefixd.server.api.parts import BodyLimits
+from prefixd.server.api.prefixes import models as model_routes
+from prefixd.server.api.prefixes import residency_routes
+from prefixd.server.api.prefixes import routes as prefix_routes
+from prefixd.server.api.prefixes import uploads as upload_routes
+from prefixd.server.api.request_record import Tracer
+from prefixd.server.api.served import ServedModel
+from prefixd.server.api.users import routes as user_routes
+from prefixd.server.engine.engine import Engine
+from prefixd.server.tenants.audit import AuditLog
+from prefixd.server.tenants.bindings import Bindings
+from prefixd.server.tenants.idempotency import Idempotency
+from prefixd.server.tenants.limiter import Limiter
+from prefixd.server.tenants.quotas import PinRoom
+from prefixd.server.tenants.registry import Tenants
+from prefixd.store.store import PrefixStore
+
+PUBLIC = (health.router,)
+KEYED = (
+    generate_routes.router,
+    model_routes.router,
+    prefix_routes.router,
+    upload_routes.router,
+    residency_routes.router,
+    user_routes.router,
+    admin_routes.router,
+    state_routes.router,
+)
+
+
+def create_app(
+    *,
+    store: PrefixStore,
+    tenants: Tenants,
+    bindings: Bindings,
+    limiter: Limiter,
+    audit: AuditLog,
+    idempotency: Idempotency,
+    engine: Engine,
+    served: ServedModel,
+    metrics: Metrics,
+    drain_state: DrainState,
+    pin_room: PinRoom,
+    body_limits: BodyLimits,
+    body_timeout: float,
+    min_body_rate: int,
+    max_choices: int,
+    max_request_seconds: float | None = None,
+    kv_reuse: bool = True,
+    trace: Tracer | None = None,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+) -> FastAPI:
+    """The application. ``lifespan`` starts and stops the engine and what runs beside it. Times in
+    seconds, ``min_body_rate`` in bytes per second."""
+    app = FastAPI(
+        title="prefixd",
+        version=_version(),
+        description="One frozen base model, many swappable prefixes. OpenAI-compatible.",
+        lifespan=lifespan,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        # FastAPI's own traces hold paths, and with them users and prefixes.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
+    generation = GenerationService(
+        admission=Admission(
+            served=served,
+            resolver=PrefixResolver(served, store, bindings),
+            pool_tokens=engine.config.max_tokens_for,
+            max_choices=max_choices,
+            kv_reuse=kv_reuse,
+            max_seconds=max_request_seconds,
+        ),
+        engine=engine,
+        limiter=limiter,
+        drain_state=drain_state,
+        served=served,
+        metrics=metrics,
+        trace=trace,
+    )
+    app.state.audit = audit
+    app.state.bindings = bindings
+    app.state.body_limits = body_limits
+    app.state.drain_state = drain_state
+    app.state.engine = engine
+    app.state.generation = generation
+    app.state.idempotency = idempotency
+    app.state.limiter = limiter
+    app.state.metrics = metrics
+    app.state.pin_room = pin_room
+    app.state.served = served
+    app.state.store = store
+    app.state.tenants = tenants
+    for router in PUBLIC:
+        app.include_router(router)
+    # Deny by default: every route outside PUBLIC requires a key, before its body is read.
+    for router in KEYED:
+        app.include_router(router, dependencies=[Depends(authenticated)], responses=openapi.ERRORS)
+    error_responses.install(app)
+    openapi.install(app)
+    app.add_middleware(
+        RequestLayer,
+        metrics=metrics,
+        drain_state=drain_state,
+        body_timeout=body_timeout,
+        min_body_rate=min_body_rate,
+    )
+    return app
+
+
+def _version() -> str:
+    try:
+        return version("prefixd")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0"
