@@ -65,6 +65,11 @@ BASE = BaseSpec(
 )
 MAX_POSITIONS = 400
 POOL_BLOCKS = 32
+BODY_LIMITS = {
+    "max_body_bytes": 64 * 1024,
+    "max_prefix_bytes": 32 * 1024,
+    "max_import_bytes": 1024 * 1024,
+}
 LIMITS: dict[str, Any] = {
     "body_timeout": 5.0,
     "min_body_rate": 1024,
@@ -237,12 +242,7 @@ def make_world(tmp_path: Path, *, database_url: str | None = None) -> Iterator[W
         ),
         metrics=Metrics(engine.stats),
         drain_state=DrainState(),
-        body_limits=BodyLimits(
-            upload_dir=uploads,
-            max_body_bytes=64 * 1024,
-            max_prefix_bytes=32 * 1024,
-            max_import_bytes=1024 * 1024,
-        ),
+        body_limits=BodyLimits(upload_dir=uploads, **BODY_LIMITS),
         runner=runner,
         keys=keys,
         clock=clock,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.api.api_world import BASE, LIMITS, World, error_of, put_text
+from tests.api.api_world import BASE, BODY_LIMITS, World, error_of, put_text
 
 CONFIG = {
     "peft_type": "PROMPT_TUNING",
@@ -76,7 +76,7 @@ def test_nothing_stays_in_the_upload_folder(client: TestClient, world: World) ->
     client.put("/v1/prefixes/voice", files=files())
     client.put("/v1/prefixes/voice", files=files(weights=("w", b"rubbish")))
     client.put(
-        "/v1/prefixes/voice", files=files(weights=("w", bytes(LIMITS["max_prefix_bytes"] + 1)))
+        "/v1/prefixes/voice", files=files(weights=("w", bytes(BODY_LIMITS["max_prefix_bytes"] + 1)))
     )
     assert list(world.body_limits.upload_dir.iterdir()) == []
 
@@ -208,7 +208,7 @@ def test_malformed_artifacts_are_422(
     [
         ({"weights": None}, 400, "missing_part"),
         ({"config": None}, 400, "missing_part"),
-        ({"weights": ("w", bytes(LIMITS["max_prefix_bytes"] + 1))}, 413, "request_too_large"),
+        ({"weights": ("w", bytes(BODY_LIMITS["max_prefix_bytes"] + 1))}, 413, "request_too_large"),
         ({"weights": ("w", bytes(400_000))}, 413, "request_too_large"),
         ({"config": ("c", bytes(64 * 1024 + 1))}, 413, "request_too_large"),
         ({"model": ("m", b"x")}, 400, "unknown_part"),
@@ -265,7 +265,7 @@ def test_a_part_with_an_endless_header_is_not_gathered(client: TestClient) -> No
 def test_a_json_body_over_the_cap(client: TestClient) -> None:
     answer = client.put("/v1/prefixes/n", json={"kind": "text", "text": "x" * 70_000})
     assert answer.status_code == 413
-    assert str(LIMITS["max_body_bytes"]) in error_of(answer)["message"]
+    assert str(BODY_LIMITS["max_body_bytes"]) in error_of(answer)["message"]
 
 
 def test_a_body_without_length_over_the_cap(client: TestClient) -> None:
