@@ -29,8 +29,8 @@ TEXT_EVENTS = (
     "data: never read\n\n"
 ).encode()
 TEXT_CHUNKS = [
-    CompletionChunk("Grüß"),
-    CompletionChunk("b", index=1),
-    CompletionChunk(" dich", finish_reason="stop"),
-    CompletionChunk("", usage=Usage(1, 3)),
+    CompletionChunk(text="Grüß", index=0),
+    CompletionChunk(text="b", index=1),
+    CompletionChunk(text=" dich", index=0, finish_reason="stop"),
+    CompletionChunk(text="", index=0, usage=Usage(prompt_tokens=1, completion_tokens=3)),
 ]

@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from prefixd.client import AsyncClient, Client, errors, protocol_admin
-from prefixd.client.answers import Response
+from prefixd.client.wire import Response
 from tests.api.api_world import World, make_world
 from tests.clients.loopback import serving
 

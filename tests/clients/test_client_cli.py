@@ -218,7 +218,7 @@ def test_a_missing_key_says_where_it_goes(shell: Shell, server: Loopback):
 
 
 def test_no_server_says_what_to_do(shell: Shell, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("prefixd.client.retry.RetryPolicy.wait", lambda *_, **__: None)
+    monkeypatch.setattr("prefixd.client.transport.RetryPolicy.wait", lambda *_, **__: None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         result = shell("prefix", "ls", "--url", f"http://127.0.0.1:{free.getsockname()[1]}")

@@ -167,7 +167,7 @@ def test_all_are_asked_at_once_and_answers_keep_their_order(server: Loopback):
         on_done=lambda: done.append(1),
     )
     assert [answer.text for answer in answers] == ["Ahoy"] * 3
-    assert answers[0].prefix == PrefixUsed("bob", 2, "ff")
+    assert answers[0].prefix == PrefixUsed(name="bob", version=2, digest="ff")
     assert all(0 < answer.first_token_s <= answer.total_s for answer in answers)
     assert len(done) == 3
     models = [seen.json["model"] for seen in server.seen if isinstance(seen.json, dict)]
@@ -190,10 +190,10 @@ def test_the_proof_needs_two_prefixes_in_one_pass(passes: int, distinct: int, ho
 
 def test_the_table_names_versions_and_first_tokens():
     requests = asks(EXAMPLES[1:])
-    used = PrefixUsed("bob", 3, "ff")
+    used = PrefixUsed(name="bob", version=3, digest="ff")
     answers = [
         traffic.Answer("Ahoy [matey]!\n\n\x1b[2J", used, 0.25, 1.0),
-        traffic.Answer("- a", PrefixUsed("alice", 1, "ee"), 0.5, 1.0),
+        traffic.Answer("- a", PrefixUsed(name="alice", version=1, digest="ee"), 0.5, 1.0),
         traffic.Answer("Knead.", None, 0.125, 1.0),
     ]
     console = Console(width=80, record=True, file=io.StringIO())

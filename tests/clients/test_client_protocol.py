@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixd.client import answers, errors, protocol, streams
-from prefixd.client.answers import Response
+from prefixd.client import errors, protocol
+from prefixd.client.streams import ChunkReader
 from prefixd.client.types import Choice, CompletionChunk, Model, PrefixUsed, Usage
+from prefixd.client.wire import Request, Response, prefix_used
 from tests.clients.samples import MANIFEST, TEXT_CHUNKS, TEXT_EVENTS, USED
 
 
@@ -78,7 +79,7 @@ def test_what_a_request_asks_of_the_queue_travels_too():
         (protocol.unpin("triage").request, ("DELETE", "/v1/prefixes/triage/pin")),
     ],
 )
-def test_warm_pin_and_unpin_have_no_body(request_: protocol.Request, sent: tuple[str, str]):
+def test_warm_pin_and_unpin_have_no_body(request_: Request, sent: tuple[str, str]):
     assert (request_.method, request_.path) == sent
     assert (request_.json, dict(request_.params)) == (None, {})
 
@@ -130,8 +131,12 @@ def test_usage_says_what_was_shared():
         "completion_tokens": 1,
         "prompt_tokens_details": {"cached_tokens": 8},
     }
-    assert Usage.from_wire(body) == Usage(9, 1, cached_tokens=8)
-    assert Usage.from_wire({**body, "prompt_tokens_details": None}) == Usage(9, 1)
+    assert Usage.model_validate(body) == Usage(
+        prompt_tokens=9, completion_tokens=1, cached_tokens=8
+    )
+    assert Usage.model_validate({**body, "prompt_tokens_details": None}) == Usage(
+        prompt_tokens=9, completion_tokens=1
+    )
 
 
 @pytest.mark.parametrize(("status", "created"), [(201, True), (200, False)])
@@ -161,9 +166,9 @@ def test_a_completion_reports_its_prefix():
     }
     done = protocol.complete("x", model="triage").parse(_answer(body, x_request_id="r1"))
     assert done.text == "a"
-    assert done.choices[1] == Choice(1, "b", "length")
+    assert done.choices[1] == Choice(index=1, text="b", finish_reason="length")
     assert done.usage == Usage(prompt_tokens=2, completion_tokens=2)
-    assert done.prefix == PrefixUsed("triage", 3, "ab" * 32)
+    assert done.prefix == PrefixUsed(name="triage", version=3, digest="ab" * 32)
     assert done.prefix.reference == "triage@3"
     assert done.request_id == "r1"
 
@@ -183,7 +188,7 @@ def test_a_chat_answer_under_the_bare_base():
 def test_models_know_their_base():
     body = {"data": [{"id": "base", "parent": None}, {"id": "triage", "parent": "base"}]}
     models = protocol.list_models().parse(_answer(body))
-    assert models == (Model("base", None), Model("triage", "base"))
+    assert models == (Model(id="base", parent=None), Model(id="triage", parent="base"))
 
 
 @pytest.mark.parametrize(
@@ -192,14 +197,14 @@ def test_models_know_their_base():
         ({}, None),
         (
             {"x-prefixd-prefix": "a.b-c@12", "x-prefixd-prefix-digest": "ff"},
-            PrefixUsed("a.b-c", 12, "ff"),
+            PrefixUsed(name="a.b-c", version=12, digest="ff"),
         ),
     ],
 )
 def test_the_headers_name_the_prefix_of_a_stream(
     headers: dict[str, str], expected: PrefixUsed | None
 ):
-    assert answers.prefix_used(headers) == expected
+    assert prefix_used(headers) == expected
 
 
 # ── Refusals ─────────────────────────────────────────────────────────────────────────────────
@@ -261,7 +266,7 @@ def test_readiness_is_an_answer_and_no_error(status: int, ready: bool):
 
 @given(st.lists(st.integers(0, len(TEXT_EVENTS))))
 def test_a_stream_reads_alike_however_it_is_cut(cuts: list[int]):
-    reader = streams.ChunkReader(streams.text_piece)
+    reader = ChunkReader()
     edges = [0, *sorted(cuts), len(TEXT_EVENTS)]
     chunks = [
         chunk
@@ -276,33 +281,36 @@ def test_a_stream_reads_alike_however_it_is_cut(cuts: list[int]):
 def test_what_came_before_a_failure_is_read_however_it_is_cut(cuts: list[int]):
     text = b'data: {"choices":[{"index":0,"text":"so far"}]}\n\n'
     events = text + b'data: {"error":{"message":"the row failed"}}\n\n'
-    reader = streams.ChunkReader(streams.text_piece)
+    reader = ChunkReader()
     edges = [0, *sorted(min(cut, len(events)) for cut in cuts), len(events)]
     pieces = (events[start:end] for start, end in itertools.pairwise(edges))
     chunks = itertools.chain.from_iterable(map(reader.feed, pieces))
-    assert next(chunks) == CompletionChunk("so far")
+    assert next(chunks) == CompletionChunk(text="so far", index=0)
     with pytest.raises(errors.ServerError, match="the row failed"):
         next(chunks)
 
 
 def test_a_chat_stream_skips_what_has_no_text():
-    reader = streams.ChunkReader(streams.chat_piece)
+    reader = ChunkReader()
     events = (
         b'data: {"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
         b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n'
     )
-    assert list(reader.feed(events)) == [CompletionChunk(""), CompletionChunk("Hi")]
+    assert list(reader.feed(events)) == [
+        CompletionChunk(text="", index=0),
+        CompletionChunk(text="Hi", index=0),
+    ]
 
 
 def test_a_stream_without_its_last_event_was_interrupted():
-    reader = streams.ChunkReader(streams.text_piece)
+    reader = ChunkReader()
     assert list(reader.feed(b'data: {"choices":[]}\n\n')) == []
     with pytest.raises(errors.StreamInterruptedError):
         reader.finish()
 
 
 def test_a_failure_in_mid_stream_is_the_servers():
-    reader = streams.ChunkReader(streams.text_piece)
+    reader = ChunkReader()
     with pytest.raises(errors.ServerError, match="the row failed") as caught:
         list(reader.feed(b'data: {"error":{"message":"the row failed","request_id":"r2"}}\n\n'))
     assert caught.value.request_id == "r2"
@@ -322,7 +330,7 @@ def test_the_last_event_of_a_stream_may_be_a_refusal(
     code: str | None, kind: type[errors.ApiError], status: int
 ):
     event = json.dumps({"error": {"message": "the server is shutting down", "code": code}})
-    reader = streams.ChunkReader(streams.text_piece)
+    reader = ChunkReader()
     assert list(reader.feed(b'data: {"choices":[{"index":0,"text":"so far"}]}\n\n'))
     with pytest.raises(kind, match=r"^the server is shutting down$") as caught:
         list(reader.feed(f"data: {event}\n\ndata: [DONE]\n\n".encode()))
@@ -332,4 +340,4 @@ def test_the_last_event_of_a_stream_may_be_a_refusal(
 
 def test_an_event_that_is_no_chunk_is_a_protocol_error():
     with pytest.raises(errors.ProtocolError, match="choices"):
-        list(streams.ChunkReader(streams.text_piece).feed(b'data: {"hello":1}\n\n'))
+        list(ChunkReader().feed(b'data: {"hello":1}\n\n'))

@@ -12,7 +12,7 @@ from prefixd.client.errors import (
     TimedOutError,
     UnavailableError,
 )
-from prefixd.client.retry import RetryPolicy
+from prefixd.client.transport import RetryPolicy
 
 POLICY = RetryPolicy(attempts=3, first_wait=1.0, max_wait=5.0)
 

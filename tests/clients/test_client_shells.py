@@ -86,7 +86,7 @@ def test_the_key_and_the_json_arrive(run: Run, server: Loopback):
     async def body(client: Any) -> None:
         done = await client.complete("Where?", model="triage", temperature=0.0, seed=7)
         assert done.text == " Paris"
-        assert done.prefix == PrefixUsed("triage", 3, "ab" * 32)
+        assert done.prefix == PrefixUsed(name="triage", version=3, digest="ab" * 32)
 
     run(body)
     (seen,) = server.seen
@@ -217,7 +217,7 @@ def test_no_answer_in_time(run: Run):
 
 def test_no_url(run: Run):
     async def body(client: Any) -> None:
-        with pytest.raises(errors.ProtocolError, match="no URL"):
+        with pytest.raises(errors.ProtocolError, match="is not the URL of a server"):
             await client.is_live()
 
     run(body, url="ftp://example")
@@ -230,7 +230,10 @@ def test_a_stream_gives_its_chunks_and_its_prefix(run: Run, server: Loopback):
     async def body(client: Any) -> None:
         stream, *chunks = [item async for item in client.stream("stream_complete", "Hi", model="t")]
         assert chunks == TEXT_CHUNKS
-        assert (stream.prefix, stream.request_id) == (PrefixUsed("triage", 3, "ff"), "r1")
+        assert (stream.prefix, stream.request_id) == (
+            PrefixUsed(name="triage", version=3, digest="ff"),
+            "r1",
+        )
 
     run(body)
     assert isinstance(server.seen[0].json, dict)
@@ -243,7 +246,7 @@ def test_leaving_a_stream_early_hangs_up(run: Run, server: Loopback):
     async def body(client: Any) -> None:
         chunks = client.stream("stream_chat", HELLO, model="base")
         await anext(chunks)
-        assert await anext(chunks) == CompletionChunk("a")
+        assert await anext(chunks) == CompletionChunk(text="a", index=0)
         await chunks.aclose()
         assert server.hung_up.wait(30)
 
@@ -267,7 +270,7 @@ def test_a_loop_left_early_hangs_up_without_a_with(server: Loopback):
     server.stream(DELTA, endless=True)
     with Client(server.url) as client:
         for chunk in client.stream_chat(HELLO, model="base"):
-            assert chunk == CompletionChunk("a")
+            assert chunk == CompletionChunk(text="a", index=0)
             break
         assert server.hung_up.wait(30)
 

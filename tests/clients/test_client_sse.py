@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixd.client.sse import ServerEvent, SseDecoder
+from prefixd.client.streams import ServerEvent, SseDecoder
 
 STREAM = (
     "\ufeff: a comment\r\n"

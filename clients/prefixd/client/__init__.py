@@ -1,4 +1,4 @@
-"""Client library and command-line verbs that talk to a prefixd server.
+"""Python client of a prefixd server, synchronous and asynchronous.
 
 >>> from prefixd.client import Client
 >>> with Client(api_key="…") as client:
@@ -8,23 +8,28 @@
 
 from prefixd.client.aio import AsyncClient, AsyncStream
 from prefixd.client.errors import ApiError, ClientError
-from prefixd.client.retry import RetryPolicy
 from prefixd.client.sync import Client, Stream
+from prefixd.client.transport import RetryPolicy
 from prefixd.client.types import (
+    AuditEntry,
+    AuditPage,
     Binding,
     BindingPage,
     Completion,
     CompletionChunk,
+    Key,
+    KeyPage,
     Model,
     Prefix,
     PrefixPage,
     PrefixUsed,
+    Tenant,
+    TenantPage,
     Uploaded,
     Usage,
     VersionPage,
     Warmed,
 )
-from prefixd.client.types_admin import AuditEntry, AuditPage, Key, KeyPage, Tenant, TenantPage
 
 __all__ = [
     "ApiError",

@@ -1,14 +1,14 @@
-"""Errors a caller of the client can meet.
+"""The errors that the client raises.
 
 ::
 
     ClientError
-    ├── TransportError            no answer came
-    │   ├── ConnectError          nobody listens there
-    │   └── TimedOutError         no answer in time
-    ├── ProtocolError             an answer that is not what a prefixd server says
+    ├── TransportError            no response
+    │   ├── ConnectError          the server does not listen
+    │   └── TimedOutError         no response in time
+    ├── ProtocolError             a response that a prefixd server does not send
     ├── StreamInterruptedError    the stream ended before its last event
-    └── ApiError                  the server's own refusal: status, code, request_id
+    └── ApiError                  an error response: status, code, request_id
         ├── BadRequestError       400
         ├── AuthenticationError   401
         ├── PermissionDeniedError 403
@@ -24,11 +24,11 @@
 
 
 class ClientError(Exception):
-    """Base of everything this client raises on purpose."""
+    """Base of all errors of this client."""
 
 
 class TransportError(ClientError):
-    """The request or its answer was lost on the way."""
+    """The connection failed before the response was complete."""
 
 
 class ConnectError(TransportError):
@@ -36,19 +36,19 @@ class ConnectError(TransportError):
 
 
 class TimedOutError(TransportError):
-    """The server did not answer within the client's timeout."""
+    """The server did not respond within the client's timeout."""
 
 
 class ProtocolError(ClientError):
-    """The answer is not what a prefixd server sends: wrong URL, or a proxy in between."""
+    """The response is not one of a prefixd server: wrong URL, or a proxy in between."""
 
 
 class StreamInterruptedError(ClientError):
-    """The stream ended without its closing event: what came so far may be cut short."""
+    """The stream ended without its closing event: the text may be incomplete."""
 
 
 class ApiError(ClientError):
-    """The server refused or failed, and said why.
+    """The server refused the request or failed, and sent an error message.
 
     ``request_id`` finds the request in the server's log. ``retry_after`` is in seconds.
     """
@@ -83,15 +83,15 @@ class AuthenticationError(ApiError):
 
 
 class PermissionDeniedError(ApiError):
-    """The key is good, but its scopes do not cover this."""
+    """The key is valid, but its scopes do not allow this."""
 
 
 class NotFoundError(ApiError):
-    """No such thing for this tenant."""
+    """This tenant has no such resource."""
 
 
 class ConflictError(ApiError):
-    """The state of the thing does not allow this now."""
+    """The state of the resource does not allow this now."""
 
 
 class TooLargeError(ApiError):
@@ -99,7 +99,7 @@ class TooLargeError(ApiError):
 
 
 class InvalidPrefixError(ApiError):
-    """The upload was read and refused; the message says what was expected and what came."""
+    """The upload was refused; the message says what was expected and what came."""
 
 
 class RateLimitError(ApiError):
@@ -115,7 +115,7 @@ class UnavailableError(ServerError):
 
 
 class DeadlineError(ServerError):
-    """The request did not end within its own ``timeout``, or the server's longest."""
+    """The request did not end within its own ``timeout``, or the server's maximum."""
 
 
 BY_STATUS: dict[int, type[ApiError]] = {
@@ -139,9 +139,9 @@ BY_CODE = {
     "storage_unavailable": 503,
     "deadline_exceeded": 504,
 }
-"""The status that a failure in mid-stream would have had: its status line went out as 200."""
+"""The status of a failure in mid-stream, by its code: the status line was sent as 200."""
 
 
 def error_class(status: int) -> type[ApiError]:
-    """The class that stands for an HTTP status."""
+    """The class for an HTTP status."""
     return BY_STATUS.get(status, ServerError if status >= 500 else ApiError)

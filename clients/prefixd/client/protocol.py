@@ -1,27 +1,40 @@
-"""The REST protocol without I/O: requests as plain data, answers as types.
+"""The REST protocol without I/O: requests as plain data, responses as models.
 
-Every operation is one function that returns a ``Call``: what to send, and how to read the answer.
-The shells (``prefixd.client.sync`` and ``prefixd.client.aio``) send it; neither knows an endpoint.
+Every operation is one function that returns a ``Call``: what to send, and how to parse the
+response. The clients (``prefixd.client.sync`` and ``prefixd.client.aio``) send it and know no
+endpoint.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Generic, TypedDict, TypeVar, Unpack
-from urllib.parse import quote
+from typing import TypedDict, Unpack
 
-from prefixd.client import answers, streams
 from prefixd.client.types import (
+    Binding,
+    BindingPage,
     Completion,
+    DefaultPrefix,
+    ImportedBindings,
     Model,
+    ModelList,
     Prefix,
     PrefixPage,
     Uploaded,
     VersionPage,
     Warmed,
 )
+from prefixd.client.wire import (
+    Call,
+    Part,
+    Response,
+    StreamCall,
+    accepted,
+    dump,
+    parse_body,
+    parser,
+    request_of,
+)
 
-T = TypeVar("T")
 Message = Mapping[str, str]
 
 
@@ -29,7 +42,8 @@ class Sampling(TypedDict, total=False):
     """How the next token is chosen and when to stop; names as in the OpenAI API and vLLM.
 
     ``priority`` orders the tenant's own requests, the lowest first; after ``timeout`` seconds the
-    server gives up (``DeadlineError``); ``kv_reuse`` off shares no KV with other requests.
+    server aborts the request (``DeadlineError``); ``kv_reuse`` False shares no KV with other
+    requests.
     """
 
     max_tokens: int
@@ -53,45 +67,6 @@ class Sampling(TypedDict, total=False):
     kv_reuse: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One part of a multipart body. A ``Path`` is opened by the shell and streamed."""
-
-    name: str
-    filename: str
-    content: bytes | Path
-    content_type: str
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What to send, relative to the server's URL. ``json``, ``ndjson`` and ``parts`` exclude each
-    other."""
-
-    method: str
-    path: str
-    params: Mapping[str, str | int]
-    json: Mapping[str, object] | None = None
-    parts: tuple[Part, ...] = ()
-    ndjson: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Call(Generic[T]):
-    """A request and the reading of its answer; ``parse`` raises for a refusal."""
-
-    request: Request
-    parse: Callable[[answers.Response], T]
-
-
-@dataclass(frozen=True, slots=True)
-class StreamCall:
-    """A request that is answered by server-sent events, and the reading of one event's choice."""
-
-    request: Request
-    parse: streams.ChoiceParser
-
-
 # ── Prefixes ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -105,23 +80,22 @@ def upload(
 ) -> Call[Uploaded]:
     """Upload a PEFT prefix as a new version of ``name``: its config (JSON) and safetensors.
 
-    ``warm`` has the server that takes it make it resident at once.
+    With ``warm``, the server that receives it starts to make it resident.
     """
     parts = [
         Part("config", "adapter_config.json", config, "application/json"),
         Part("weights", "adapter_model.safetensors", weights, "application/octet-stream"),
     ]
     if metadata is not None:
-        encoded = answers.dump(metadata)
+        encoded = dump(metadata)
         parts.append(Part("metadata", "metadata.json", encoded, "application/json"))
-    request = request_of(
-        "PUT", "v1", "prefixes", name, params=_warming(warm=warm), parts=tuple(parts)
-    )
-    return Call(request, answers.uploaded)
+    params = {"warm": "true" if warm else None}
+    request = request_of("PUT", "v1", "prefixes", name, params=params, parts=tuple(parts))
+    return Call(request, _uploaded)
 
 
-def _warming(*, warm: bool) -> dict[str, str | int]:
-    return {"warm": "true"} if warm else {}
+def _uploaded(response: Response) -> Uploaded:
+    return Uploaded(prefix=parse_body(Prefix, response), created=response.status == 201)
 
 
 def upload_folder(
@@ -131,7 +105,7 @@ def upload_folder(
     metadata: Mapping[str, object] | None = None,
     warm: bool = False,
 ) -> Call[Uploaded]:
-    """Upload what PEFT's ``save_pretrained`` wrote into ``folder`` as a new version of ``name``."""
+    """Upload a folder written by PEFT's ``save_pretrained`` as a new version of ``name``."""
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     return upload(name, config=config, weights=weights, metadata=metadata, warm=warm)
 
@@ -143,70 +117,65 @@ def upload_text(
     metadata: Mapping[str, object] | None = None,
     warm: bool = False,
 ) -> Call[Uploaded]:
-    """Upload a text as a new version of ``name``: a hard prompt, compiled once like any other."""
+    """Upload a text as a new version of ``name``: a hard prompt."""
     body: dict[str, object] = {"kind": "text", "text": text}
     if metadata is not None:
         body["metadata"] = metadata
-    request = request_of("PUT", "v1", "prefixes", name, params=_warming(warm=warm), json=body)
-    return Call(request, answers.uploaded)
+    params = {"warm": "true" if warm else None}
+    return Call(request_of("PUT", "v1", "prefixes", name, params=params, json=body), _uploaded)
 
 
 def list_prefixes(*, limit: int | None = None, after: str | None = None) -> Call[PrefixPage]:
     """The tenant's prefixes by name, the latest version of each, a page at a time."""
-    params: dict[str, str | int] = {}
-    if limit is not None:
-        params["limit"] = limit
-    if after is not None:
-        params["after"] = after
-    return Call(request_of("GET", "v1", "prefixes", params=params), answers.prefix_page)
+    params = {"limit": limit, "after": after}
+    return Call(request_of("GET", "v1", "prefixes", params=params), parser(PrefixPage))
 
 
 def show_prefix(name: str) -> Call[Prefix]:
-    """The manifest behind a name (``name``, ``name@3`` or ``name@alias``)."""
-    return Call(request_of("GET", "v1", "prefixes", name), answers.prefix)
+    """The manifest of a prefix reference (``name``, ``name@3`` or ``name@alias``)."""
+    return Call(request_of("GET", "v1", "prefixes", name), parser(Prefix))
 
 
 def list_versions(
     name: str, *, limit: int | None = None, before: int | None = None
 ) -> Call[VersionPage]:
     """Versions of a prefix, newest first, a page at a time."""
-    given = {"limit": limit, "before": before}
-    params = {name: value for name, value in given.items() if value is not None}
+    params = {"limit": limit, "before": before}
     request = request_of("GET", "v1", "prefixes", name, "versions", params=params)
-    return Call(request, answers.version_page)
+    return Call(request, parser(VersionPage))
 
 
 def set_alias(name: str, alias: str, *, version: int) -> Call[Prefix]:
-    """Let ``name@alias`` mean a version from now on."""
+    """Make ``name@alias`` refer to a version."""
     request = request_of("PUT", "v1", "prefixes", name, "aliases", alias, json={"version": version})
-    return Call(request, answers.prefix)
+    return Call(request, parser(Prefix))
 
 
 def remove_alias(name: str, alias: str) -> Call[None]:
-    """Forget an alias; the version stays."""
-    return Call(request_of("DELETE", "v1", "prefixes", name, "aliases", alias), answers.nothing)
+    """Remove an alias; the version stays."""
+    return Call(request_of("DELETE", "v1", "prefixes", name, "aliases", alias), _no_content)
 
 
 def warm(reference: str) -> Call[Warmed]:
-    """Have the server make a version resident (``name``, ``name@3`` or ``name@alias``) before
-    anybody asks for it; returns at once."""
-    return Call(request_of("POST", "v1", "prefixes", reference, "warm"), answers.warmed)
+    """Start to make a version (``name``, ``name@3`` or ``name@alias``) resident; returns at
+    once."""
+    return Call(request_of("POST", "v1", "prefixes", reference, "warm"), parser(Warmed))
 
 
 def pin(reference: str) -> Call[Prefix]:
-    """Have servers keep the version that a reference means now resident, in place of any other
-    version of its prefix."""
-    return Call(request_of("PUT", "v1", "prefixes", reference, "pin"), answers.prefix)
+    """Keep the version that a reference now means resident, instead of any other version of its
+    prefix."""
+    return Call(request_of("PUT", "v1", "prefixes", reference, "pin"), parser(Prefix))
 
 
 def unpin(name: str) -> Call[None]:
-    """Let a pinned prefix go from residency as others do."""
-    return Call(request_of("DELETE", "v1", "prefixes", name, "pin"), answers.nothing)
+    """Allow the eviction of a pinned prefix again."""
+    return Call(request_of("DELETE", "v1", "prefixes", name, "pin"), _no_content)
 
 
 def delete_prefix(name: str) -> Call[None]:
     """Delete a prefix with all its versions and aliases."""
-    return Call(request_of("DELETE", "v1", "prefixes", name), answers.nothing)
+    return Call(request_of("DELETE", "v1", "prefixes", name), _no_content)
 
 
 # ── Generation ───────────────────────────────────────────────────────────────────────────────
@@ -217,7 +186,7 @@ def complete(
 ) -> Call[Completion]:
     """Continue a prompt (text or token ids) under a prefix reference or the bare base."""
     body: dict[str, object] = {"model": model, "prompt": prompt, **sampling}
-    return Call(request_of("POST", "v1", "completions", json=body), answers.completion)
+    return Call(request_of("POST", "v1", "completions", json=body), _completion)
 
 
 def chat(
@@ -225,7 +194,7 @@ def chat(
 ) -> Call[Completion]:
     """Answer a conversation under a prefix reference or the bare base."""
     body = {"model": model, "messages": list(messages), **sampling}
-    return Call(request_of("POST", "v1", "chat", "completions", json=body), answers.chat)
+    return Call(request_of("POST", "v1", "chat", "completions", json=body), _completion)
 
 
 def stream_complete(
@@ -233,7 +202,7 @@ def stream_complete(
 ) -> StreamCall:
     """Like ``complete``, a chunk at a time."""
     body = {"model": model, "prompt": prompt, **sampling, **_STREAMED}
-    return StreamCall(request_of("POST", "v1", "completions", json=body), streams.text_piece)
+    return StreamCall(request_of("POST", "v1", "completions", json=body))
 
 
 def stream_chat(
@@ -241,48 +210,104 @@ def stream_chat(
 ) -> StreamCall:
     """Like ``chat``, a chunk at a time."""
     body = {"model": model, "messages": list(messages), **sampling, **_STREAMED}
-    return StreamCall(
-        request_of("POST", "v1", "chat", "completions", json=body), streams.chat_piece
-    )
+    return StreamCall(request_of("POST", "v1", "chat", "completions", json=body))
 
 
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def _completion(response: Response) -> Completion:
+    completion = parse_body(Completion, response)
+    return completion.model_copy(update={"request_id": response.headers.get("x-request-id")})
+
+
+# ── Bindings ─────────────────────────────────────────────────────────────────────────────────
+
+
+def bind_user(user: str, prefix: str) -> Call[Binding]:
+    """Bind ``user`` to a prefix reference (``name``, ``name@3`` or ``name@alias``)."""
+    request = request_of("PUT", "v1", "users", user, "prefix", json={"prefix": prefix})
+    return Call(request, parser(Binding))
+
+
+def show_binding(user: str) -> Call[Binding]:
+    """The binding of ``user``."""
+    return Call(request_of("GET", "v1", "users", user, "prefix"), parser(Binding))
+
+
+def unbind_user(user: str) -> Call[None]:
+    """Remove a binding: the user then gets the tenant's default prefix, or the base."""
+    return Call(request_of("DELETE", "v1", "users", user, "prefix"), _no_content)
+
+
+def list_bindings(*, limit: int | None = None, after: str | None = None) -> Call[BindingPage]:
+    """Bindings in the order of users, a page at a time."""
+    params = {"limit": limit, "after": after}
+    return Call(request_of("GET", "v1", "users", params=params), parser(BindingPage))
+
+
+def import_bindings(lines: bytes) -> Call[int]:
+    """Bind many users: lines of ``{"user": …, "prefix": …}``. Returns their number."""
+    request = request_of("POST", "v1", "users", "bindings:import", ndjson=lines)
+    return Call(request, lambda response: parse_body(ImportedBindings, response).imported)
+
+
+def show_default() -> Call[str]:
+    """The prefix reference of users without a binding."""
+    return Call(request_of("GET", "v1", "default", "prefix"), _default_prefix)
+
+
+def set_default(prefix: str) -> Call[str]:
+    """Set the prefix reference of users without a binding."""
+    request = request_of("PUT", "v1", "default", "prefix", json={"prefix": prefix})
+    return Call(request, _default_prefix)
+
+
+def remove_default() -> Call[None]:
+    """Remove the default: users without a binding get the base."""
+    return Call(request_of("DELETE", "v1", "default", "prefix"), _no_content)
+
+
+def _default_prefix(response: Response) -> str:
+    return parse_body(DefaultPrefix, response).prefix
 
 
 # ── The server ───────────────────────────────────────────────────────────────────────────────
 
 
 def list_models() -> Call[tuple[Model, ...]]:
-    """What the ``model`` field takes: the base first, then the caller's prefixes."""
-    return Call(request_of("GET", "v1", "models"), answers.models)
+    """The values of the ``model`` field: the base first, then the tenant's prefixes."""
+    return Call(request_of("GET", "v1", "models"), _models)
 
 
 def metrics() -> Call[str]:
     """The server's counters in the Prometheus text format."""
-    return Call(request_of("GET", "metrics"), answers.text)
+    return Call(request_of("GET", "metrics"), _text)
 
 
 def is_live() -> Call[bool]:
-    """Whether the process answers."""
-    return Call(request_of("GET", "health", "live"), answers.is_healthy)
+    """Whether the process responds."""
+    return Call(request_of("GET", "health", "live"), _is_healthy)
 
 
 def is_ready() -> Call[bool]:
-    """Whether the server takes requests: the model is loaded and the engine runs."""
-    return Call(request_of("GET", "health", "ready"), answers.is_healthy)
+    """Whether the server accepts requests: the model is loaded and the engine runs."""
+    return Call(request_of("GET", "health", "ready"), _is_healthy)
 
 
-def request_of(
-    method: str,
-    *path: str,
-    params: Mapping[str, str | int] | None = None,
-    json: Mapping[str, object] | None = None,
-    parts: tuple[Part, ...] = (),
-    ndjson: bytes | None = None,
-) -> Request:
-    """A request; each of ``path`` is one segment."""
-    # A name with a slash or a question mark must stay one segment: the server then refuses it.
-    joined = "/" + "/".join(quote(segment, safe="@:") for segment in path)
-    return Request(
-        method=method, path=joined, params=params or {}, json=json, parts=parts, ndjson=ndjson
-    )
+def _models(response: Response) -> tuple[Model, ...]:
+    return parse_body(ModelList, response).data
+
+
+def _text(response: Response) -> str:
+    return accepted(response).body.decode("utf-8", errors="replace")
+
+
+def _no_content(response: Response) -> None:
+    accepted(response)
+
+
+def _is_healthy(response: Response) -> bool:
+    if response.status not in {200, 503}:  # another program's response
+        accepted(response)
+    return response.status == 200

@@ -1,15 +1,41 @@
-"""What the server answers, as frozen dataclasses. Fields this client does not know are ignored."""
+"""The server's responses as frozen pydantic models. Fields unknown to this client are ignored."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Self
+from typing import Annotated
 
-from prefixd.client.wire import as_object, maybe, moment, objects, read, strings
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    AliasPath,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+from pydantic_core import PydanticUseDefault
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixVersion:
+class ResponseModel(BaseModel):
+    """Base of all models: immutable, and no value is converted to another type."""
+
+    model_config = ConfigDict(frozen=True, strict=True, populate_by_name=True)
+
+
+def _default_if_null(value: object) -> object:
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
+NullIsDefault = BeforeValidator(_default_if_null)
+
+
+# ── Prefixes ─────────────────────────────────────────────────────────────────────────────────
+
+
+class PrefixVersion(ResponseModel):
     """Which version of which prefix, and the digest of its bytes."""
 
     name: str
@@ -22,7 +48,6 @@ class PrefixVersion:
         return f"{self.name}@{self.version}"
 
 
-@dataclass(frozen=True, slots=True)
 class PrefixUsed(PrefixVersion):
     """The prefix a generation ran under: exactly which version, by digest.
 
@@ -31,183 +56,167 @@ class PrefixUsed(PrefixVersion):
 
     chosen_by: str | None = None
 
-    @classmethod
-    def from_wire(cls, source: Mapping[str, object]) -> Self:
-        """From the ``prefix`` object of a generation."""
-        return cls(
-            name=read(source, "name", str),
-            version=read(source, "version", int),
-            digest=read(source, "digest", str),
-            chosen_by=maybe(source, "chosen_by", str),
-        )
 
-
-@dataclass(frozen=True, slots=True)
 class Prefix(PrefixVersion):
     """One immutable version of a prefix: the server's manifest.
 
-    ``pinned``: servers keep it resident. ``tier`` says where the server that answered has it now:
-    ``resident`` (in the pool), ``host`` (compiled, in its memory), on its way (``fetching``,
+    ``pinned``: servers keep it resident. ``tier`` is where the responding server holds it now:
+    ``resident`` (in the pool), ``host`` (compiled, in host memory), in transit (``fetching``,
     ``staged``, ``compiling``), or None.
     """
 
     kind: str
     num_virtual_tokens: int
     size_bytes: int
-    created_at: datetime
-    aliases: tuple[str, ...] = ()
+    created_at: AwareDatetime
+    # After a validator a JSON array is a list, which a strict tuple would refuse.
+    aliases: Annotated[tuple[str, ...], Field(strict=False), NullIsDefault] = ()
     peft_type: str | None = None
     dtype: str | None = None
     base_model_name_or_path: str | None = None
-    metadata: Mapping[str, object] = field(default_factory=dict)
-    pinned: bool = False
+    metadata: Annotated[Mapping[str, object], NullIsDefault] = Field(default_factory=dict)
+    pinned: Annotated[bool, NullIsDefault] = False
     tier: str | None = None
 
-    @classmethod
-    def from_wire(cls, source: Mapping[str, object]) -> Self:
-        """From a manifest object."""
-        return cls(
-            name=read(source, "name", str),
-            version=read(source, "version", int),
-            digest=read(source, "digest", str),
-            kind=read(source, "kind", str),
-            num_virtual_tokens=read(source, "num_virtual_tokens", int),
-            size_bytes=read(source, "size_bytes", int),
-            created_at=moment(source, "created_at"),
-            aliases=strings(source, "aliases"),
-            peft_type=maybe(source, "peft_type", str),
-            dtype=maybe(source, "dtype", str),
-            base_model_name_or_path=maybe(source, "base_model_name_or_path", str),
-            metadata=maybe(source, "metadata", dict) or {},
-            pinned=maybe(source, "pinned", bool) or False,
-            tier=maybe(source, "tier", str),
-        )
 
-
-@dataclass(frozen=True, slots=True)
-class Uploaded:
-    """The outcome of an upload. ``created`` is False when the same bytes were already there."""
+class Uploaded(ResponseModel):
+    """The outcome of an upload. ``created`` is False when the same bytes were already stored."""
 
     prefix: Prefix
     created: bool
 
 
-@dataclass(frozen=True, slots=True)
 class Warmed(PrefixVersion):
-    """A version that is being made resident, and where it is: ``resident``, ``queued`` or one of
-    the other tiers."""
+    """A version that is being made resident. ``state`` is ``queued`` or a tier, as of
+    ``Prefix.tier``."""
 
     state: str
 
-    @classmethod
-    def from_wire(cls, source: Mapping[str, object]) -> Self:
-        """From the answer to a ``warm``."""
-        return cls(
-            name=read(source, "name", str),
-            version=read(source, "version", int),
-            digest=read(source, "digest", str),
-            state=read(source, "state", str),
-        )
 
-
-@dataclass(frozen=True, slots=True)
-class PrefixPage:
+class PrefixPage(ResponseModel):
     """Some of the tenant's prefixes; pass ``next_after`` as ``after`` for more, if it is set."""
 
-    prefixes: tuple[Prefix, ...]
-    next_after: str | None
+    prefixes: tuple[Prefix, ...] = Field(validation_alias="data")
+    next_after: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class VersionPage:
+class VersionPage(ResponseModel):
     """Some versions of a prefix, newest first; pass ``next_before`` as ``before`` for older ones,
     if it is set."""
 
-    versions: tuple[Prefix, ...]
-    next_before: int | None
+    versions: tuple[Prefix, ...] = Field(validation_alias="data")
+    next_before: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Binding:
+class Model(ResponseModel):
+    """A name the ``model`` field takes: the base (``parent`` is None) or a prefix of it."""
+
+    id: str
+    parent: str | None = None
+
+
+class ModelList(ResponseModel):
+    """All names the ``model`` field takes."""
+
+    data: tuple[Model, ...]
+
+
+# ── Bindings ─────────────────────────────────────────────────────────────────────────────────
+
+
+class Binding(ResponseModel):
     """An end user and the prefix reference the user is bound to."""
 
     user: str
     prefix: str
-    updated_at: datetime
-
-    @classmethod
-    def from_wire(cls, source: Mapping[str, object]) -> Self:
-        """From a binding object."""
-        return cls(
-            user=read(source, "user", str),
-            prefix=read(source, "prefix", str),
-            updated_at=moment(source, "updated_at"),
-        )
+    updated_at: AwareDatetime
 
 
-@dataclass(frozen=True, slots=True)
-class BindingPage:
+class BindingPage(ResponseModel):
     """Some bindings; pass ``next_after`` as ``after`` for more, if it is set."""
 
-    bindings: tuple[Binding, ...]
-    next_after: str | None
+    bindings: tuple[Binding, ...] = Field(validation_alias="data")
+    next_after: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A name the ``model`` field takes: the base (``parent`` is None) or a prefix of it."""
+class ImportedBindings(ResponseModel):
+    """How many bindings an import set."""
 
-    id: str
-    parent: str | None
-
-    @classmethod
-    def from_wire(cls, source: Mapping[str, object]) -> Self:
-        """From an entry of ``GET /v1/models``."""
-        return cls(id=read(source, "id", str), parent=maybe(source, "parent", str))
+    imported: int
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens counted by the server. Virtual tokens of the prefix are not among them.
+class DefaultPrefix(ResponseModel):
+    """The prefix reference of users without a binding."""
 
-    ``cached_tokens`` of the prompt were not computed: their KV was there (KV reuse).
+    prefix: str
+
+
+# ── Generation ───────────────────────────────────────────────────────────────────────────────
+
+
+class Usage(ResponseModel):
+    """Tokens counted by the server, without the virtual tokens of the prefix.
+
+    ``cached_tokens`` of the prompt were not computed: KV reuse supplied their KV.
     """
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int = 0
-
-    @classmethod
-    def from_wire(cls, source: Mapping[str, object]) -> Self:
-        """From a ``usage`` object."""
-        details = as_object(source.get("prompt_tokens_details") or {})
-        return cls(
-            cached_tokens=maybe(details, "cached_tokens", int) or 0,
-            prompt_tokens=read(source, "prompt_tokens", int),
-            completion_tokens=read(source, "completion_tokens", int),
-        )
+    cached_tokens: Annotated[int, NullIsDefault] = Field(
+        default=0,
+        validation_alias=AliasChoices(
+            "cached_tokens", AliasPath("prompt_tokens_details", "cached_tokens")
+        ),
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One generated answer. ``finish_reason`` is ``stop`` or ``length``."""
+class ChatMessage(ResponseModel):
+    """The ``message`` or ``delta`` of a chat choice; the first delta has the role alone."""
 
+    content: Annotated[str, NullIsDefault] = ""
+
+
+class _GeneratedText(ResponseModel):
     index: int
     text: str
-    finish_reason: str | None
+    finish_reason: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_of_chat(cls, fields: object) -> object:
+        # The chat endpoint sends the text as `message` (whole) or `delta` (streamed).
+        if isinstance(fields, Mapping):
+            for key in ("message", "delta"):
+                if key in fields:
+                    return {**fields, "text": ChatMessage.model_validate(fields[key]).content}
+        return fields
+
+
+class Choice(_GeneratedText):
+    """One generated text. ``finish_reason`` is ``stop`` or ``length``."""
+
     logprobs: Mapping[str, object] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A finished generation, of either endpoint: a chat answer's content is its ``text``."""
+class CompletionChunk(_GeneratedText):
+    """A piece of a streamed generation; only the last one has ``usage``."""
+
+    usage: Usage | None = None
+
+
+def _by_index(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    return tuple(sorted(choices, key=lambda choice: choice.index))
+
+
+class Completion(ResponseModel):
+    """A finished generation of either endpoint; the content of a chat message is its ``text``."""
 
     id: str
     model: str
-    choices: tuple[Choice, ...]
-    usage: Usage | None
-    prefix: PrefixUsed | None
-    request_id: str | None
+    choices: Annotated[tuple[Choice, ...], Field(min_length=1), AfterValidator(_by_index)]
+    usage: Usage | None = None
+    prefix: PrefixUsed | None = None
+    request_id: str | None = None
 
     @property
     def text(self) -> str:
@@ -215,16 +224,67 @@ class Completion:
         return self.choices[0].text
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionChunk:
-    """A piece of a streamed generation; ``usage`` comes with the last one alone."""
-
-    text: str
-    index: int = 0
-    finish_reason: str | None = None
-    usage: Usage | None = None
+# ── Administration ───────────────────────────────────────────────────────────────────────────
 
 
-def manifests(source: Mapping[str, object]) -> tuple[Prefix, ...]:
-    """The prefixes in a listing's ``data``."""
-    return tuple(Prefix.from_wire(entry) for entry in objects(source, "data"))
+class Tenant(ResponseModel):
+    """A tenant; ``quota`` holds its limits by name, None for no limit."""
+
+    name: str
+    created_at: AwareDatetime
+    default_prefix: str | None = None
+    weight: float
+    kv_reuse: bool
+    quota: Mapping[str, object]
+
+
+class Key(ResponseModel):
+    """An API key. Only the response that issues it has its ``secret``.
+
+    ``state`` is ``active``, ``replaced``, ``expired`` or ``revoked``.
+    """
+
+    key_id: str
+    tenant: str
+    label: str
+    scopes: Annotated[tuple[str, ...], Field(strict=False), NullIsDefault] = ()
+    state: str
+    created_at: AwareDatetime
+    expires_at: AwareDatetime | None = None
+    replaced_by: str | None = None
+    secret: str | None = Field(default=None, validation_alias="key", repr=False)
+
+
+class AuditEntry(ResponseModel):
+    """One recorded change. ``actor_key`` None means the command line on the catalog."""
+
+    id: int
+    at: AwareDatetime
+    tenant: str
+    action: str
+    subject: str
+    actor_tenant: str | None = None
+    actor_key: str | None = None
+    request_id: str | None = None
+    detail: Mapping[str, object]
+
+
+class TenantPage(ResponseModel):
+    """Some tenants by name; pass ``next_after`` as ``after`` for more, if it is set."""
+
+    tenants: tuple[Tenant, ...] = Field(validation_alias="data")
+    next_after: str | None = None
+
+
+class KeyPage(ResponseModel):
+    """Some keys, oldest first; pass ``next_after`` as ``after`` for more, if it is set."""
+
+    keys: tuple[Key, ...] = Field(validation_alias="data")
+    next_after: str | None = None
+
+
+class AuditPage(ResponseModel):
+    """Some entries, newest first; pass ``next_before`` as ``before`` for more, if it is set."""
+
+    entries: tuple[AuditEntry, ...] = Field(validation_alias="data")
+    next_before: int | None = None

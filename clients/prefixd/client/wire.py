@@ -1,72 +1,186 @@
-"""Reading JSON that another program wrote: every field is checked once, here."""
+"""HTTP requests and responses as plain data, and the parsing of responses. No I/O."""
 
 import json
-from collections.abc import Mapping
-from datetime import datetime
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Generic, TypeVar
+from urllib.parse import quote
 
-from prefixd.client.errors import ProtocolError
+from pydantic import ValidationError
+
+from prefixd.client.errors import ApiError, ProtocolError, error_class
+from prefixd.client.types import PrefixUsed, ResponseModel
 
 T = TypeVar("T")
+M = TypeVar("M", bound=ResponseModel)
 
 
-def load_object(body: str | bytes) -> Mapping[str, object]:
-    """The JSON object in ``body``. ``ProtocolError`` when it is anything else."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of a multipart body. A ``Path`` is opened when the request is sent, and streamed."""
+
+    name: str
+    filename: str
+    content: bytes | Path
+    content_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to send, relative to the server's URL. ``json``, ``ndjson`` and ``parts`` exclude each
+    other."""
+
+    method: str
+    path: str
+    params: Mapping[str, str | int]
+    json: Mapping[str, object] | None = None
+    parts: tuple[Part, ...] = ()
+    ndjson: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response whose body has been read; header names are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """A request and the parser of its response; ``parse`` raises ``ApiError`` for an error
+    response."""
+
+    request: Request
+    parse: Callable[[Response], T]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamCall:
+    """A request whose response is a stream of server-sent events."""
+
+    request: Request
+
+
+def request_of(
+    method: str,
+    *path: str,
+    params: Mapping[str, str | int | None] | None = None,
+    json: Mapping[str, object] | None = None,
+    parts: tuple[Part, ...] = (),
+    ndjson: bytes | None = None,
+) -> Request:
+    """A request; each of ``path`` is one segment, ``params`` that are None are left out."""
+    # A name with a slash or a question mark must stay one segment: the server then refuses it.
+    joined = "/" + "/".join(quote(segment, safe="@:") for segment in path)
+    query = {name: value for name, value in (params or {}).items() if value is not None}
+    return Request(method=method, path=joined, params=query, json=json, parts=parts, ndjson=ndjson)
+
+
+def dump(value: Mapping[str, object]) -> bytes:
+    """Compact JSON in UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+# ── Responses ────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_json(model: type[M], body: str | bytes) -> M:
+    """The JSON object in ``body`` as a ``model``.
+
+    ``ProtocolError`` for anything else; it names the field, what was expected and what came.
+    """
     try:
-        value: object = json.loads(body)
-    except ValueError:
-        raise ProtocolError(f"expected JSON, the server sent {_shown(body)}") from None
-    return as_object(value)
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise ProtocolError(_mismatch(error, body)) from None
 
 
-def as_object(value: object) -> Mapping[str, object]:
-    """``value`` as a JSON object."""
-    if not isinstance(value, dict):
-        raise ProtocolError(f"expected a JSON object, the server sent {_shown(repr(value))}")
-    return value
+def _mismatch(error: ValidationError, body: str | bytes) -> str:
+    """The first mismatch as a sentence. Never the whole object: a key's secret may be in it."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    if first["type"] == "json_invalid":
+        text = body if isinstance(body, str) else body.decode("utf-8", errors="replace")
+        return f"expected JSON, the server sent {text[:80]!r}{'…' if len(text) > 80 else ''}"
+    if not first["loc"]:
+        return f"expected a JSON object, the server sent {first['input']!r:.80}"
+    field = ".".join(str(key) for key in first["loc"])
+    if first["type"] == "missing":
+        return f"expected the field {field!r}, the server did not send it"
+    # pydantic's messages begin with what they are about: "Input should be a valid integer".
+    _, _, rule = first["msg"].partition(" ")
+    return f"the field {field!r} {rule}, the server sent {first['input']!r:.80}"
 
 
-def read(source: Mapping[str, object], key: str, kind: type[T]) -> T:
-    """The field ``key``, which must be there and of ``kind`` (an int passes for a float)."""
-    value = source.get(key)
-    if kind is float and type(value) is int:
-        value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ProtocolError(
-            f"expected the field {key!r} to be {kind.__name__}, the server sent {value!r:.80}"
-        )
-    return value
+def accepted(response: Response) -> Response:
+    """The response if its status is 2xx; else raises ``ApiError`` or ``ProtocolError``."""
+    if response.status >= 400:
+        raise error_of(response)
+    if response.status >= 300:
+        raise ProtocolError(f"expected a response, the server redirects ({response.status})")
+    return response
 
 
-def maybe(source: Mapping[str, object], key: str, kind: type[T]) -> T | None:
-    """The field ``key``, or None where it is null or absent."""
-    return None if source.get(key) is None else read(source, key, kind)
+def parse_body(model: type[M], response: Response) -> M:
+    """The body of a 2xx response as a ``model``; raises as ``accepted`` and ``parse_json`` do."""
+    return parse_json(model, accepted(response).body)
 
 
-def objects(source: Mapping[str, object], key: str) -> list[Mapping[str, object]]:
-    """The field ``key`` as a list of objects."""
-    values: list[object] = read(source, key, list)
-    return [as_object(value) for value in values]
+def parser(model: type[M]) -> Callable[[Response], M]:
+    """``parse_body`` for one model."""
+    return partial(parse_body, model)
 
 
-def strings(source: Mapping[str, object], key: str) -> tuple[str, ...]:
-    """The field ``key`` as strings; absent or null is empty."""
-    values: list[object] = maybe(source, key, list) or []
-    return tuple(str(value) for value in values)
+# ── Errors ───────────────────────────────────────────────────────────────────────────────────
 
 
-def moment(source: Mapping[str, object], key: str) -> datetime:
-    """The field ``key`` as a time with its offset (ISO 8601)."""
-    text = read(source, key, str)
+class ErrorDetails(ResponseModel):
+    """The OpenAI-shaped error object."""
+
+    message: str
+    code: str | None = None
+    type: str | None = None
+    param: str | None = None
+    request_id: str | None = None
+
+    def to_error(self, status: int) -> ApiError:
+        """The error for this object under an HTTP status."""
+        return error_class(status)(status=status, **self.model_dump())
+
+
+class _ErrorBody(ResponseModel):
+    error: ErrorDetails
+
+
+def error_of(response: Response) -> ApiError:
+    """The error for a response of status 400 or more."""
     try:
-        parsed = datetime.fromisoformat(text)
-    except ValueError:
-        raise ProtocolError(f"expected {key!r} to be a time, the server sent {text!r}") from None
-    if parsed.tzinfo is None:
-        raise ProtocolError(f"expected {key!r} with an offset from UTC, the server sent {text!r}")
-    return parsed
+        error = parse_json(_ErrorBody, response.body).error.to_error(response.status)
+    except ProtocolError:  # a proxy's page, not the server's JSON: the status is still known
+        message = f"the server responded {response.status} without an error message"
+        error = error_class(response.status)(message, status=response.status)
+    error.request_id = error.request_id or response.headers.get("x-request-id")
+    error.retry_after = _seconds(response.headers.get("retry-after"))
+    return error
 
 
-def _shown(body: str | bytes) -> str:
-    text = body if isinstance(body, str) else body.decode("utf-8", errors="replace")
-    return repr(text[:80] + ("…" if len(text) > 80 else ""))
+def _seconds(value: str | None) -> float | None:
+    try:
+        return None if value is None else max(0.0, float(value))
+    except ValueError:  # the header may also hold a date; our server sends seconds
+        return None
+
+
+def prefix_used(headers: Mapping[str, str]) -> PrefixUsed | None:
+    """The prefix named by a generation's headers; None for the bare base."""
+    reference, digest = headers.get("x-prefixd-prefix"), headers.get("x-prefixd-prefix-digest")
+    if not reference or not digest:
+        return None
+    name, _, version = reference.rpartition("@")
+    if not name or not version.isdecimal():
+        raise ProtocolError(f"expected x-prefixd-prefix to be name@version, not {reference!r}")
+    chosen_by = headers.get("x-prefixd-prefix-chosen-by")
+    return PrefixUsed(name=name, version=int(version), digest=digest, chosen_by=chosen_by)

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
@@ -16,9 +15,9 @@ from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
-from prefixd.client._http import DEFAULT_TIMEOUT, DEFAULT_URL
 from prefixd.client.errors import ApiError, AuthenticationError, ClientError, ConnectError
 from prefixd.client.sync import Client
+from prefixd.client.transport import DEFAULT_TIMEOUT, DEFAULT_URL
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -119,8 +118,12 @@ _CONNECTION = (
 
 
 def print_json(value: Any) -> None:
-    """Print dataclasses, or lists of them, as JSON."""
-    plain = [asdict(entry) for entry in value] if isinstance(value, list | tuple) else asdict(value)
+    """Print a pydantic model, or a list of them, as JSON."""
+    plain = (
+        [entry.model_dump() for entry in value]
+        if isinstance(value, list | tuple)
+        else value.model_dump()
+    )
     typer.echo(json.dumps(plain, indent=2, ensure_ascii=False, default=_json_default))
 
 

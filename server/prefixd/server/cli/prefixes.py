@@ -8,7 +8,6 @@ import json
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -171,7 +170,7 @@ def show(
     if as_json:
         terminal.print_json(found)
         return
-    for key, value in asdict(found).items():
+    for key, value in found.model_dump().items():
         shown = ", ".join(value) if isinstance(value, tuple) else value
         typer.echo(f"{key:<24} {terminal.printable(str(shown))}")
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from prefixd.client.errors import ClientError, ProtocolError
+from prefixd.client.errors import ClientError
 from prefixd.client.sync import Client
-from prefixd.client.wire import load_object
 
 # What an operator set for a server of theirs must not steer the demo's; these only choose speed.
 _KEPT = frozenset({"PREFIXD_DEVICE", "PREFIXD_DTYPE", "PREFIXD_THREADS"})
@@ -144,9 +143,10 @@ class ServerProcess:
 def _event(line: str) -> Mapping[str, object]:
     """A line of the server's JSON log; empty for a library's own words on standard error."""
     try:
-        return load_object(line)
-    except ProtocolError:
+        event = json.loads(line)
+    except ValueError:
         return {}
+    return event if isinstance(event, dict) else {}
 
 
 def _is_ready(client: Client) -> bool:

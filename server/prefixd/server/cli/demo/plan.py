@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel, ValidationError
+
+from prefixd.client.errors import ClientError
 from prefixd.client.protocol import Message
-from prefixd.client.wire import load_object, objects, read
 
 # Two tenants with different sets, so that what one may not see is visible.
 SUPPORT, FRIENDS = "acme-support", "penpals"
@@ -50,29 +52,35 @@ class Ask:
         return self.messages[-1]["content"]
 
 
+class _Entry(BaseModel):
+    name: str
+    path: str
+    summary: str
+    max_tokens: int
+    prompts: list[tuple[Message, ...]]
+
+
+class _Listing(BaseModel):
+    prefixes: list[_Entry]
+
+
 def read_examples(folder: Path) -> list[Example]:
-    """The examples that ``prefixes.json`` in ``folder`` lists."""
-    listing = load_object((folder / "prefixes.json").read_bytes())
+    """The examples that ``prefixes.json`` in ``folder`` lists; ``ClientError`` for others."""
+    path = folder / "prefixes.json"
+    try:
+        listing = _Listing.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ClientError(f"{path} is not a list of examples: {error}") from None
     return [
         Example(
-            name=read(entry, "name", str),
-            folder=folder / read(entry, "path", str),
-            summary=read(entry, "summary", str),
-            max_tokens=read(entry, "max_tokens", int),
-            prompts=_conversations(read(entry, "prompts", list)),
+            name=entry.name,
+            folder=folder / entry.path,
+            summary=entry.summary,
+            max_tokens=entry.max_tokens,
+            prompts=tuple(entry.prompts),
         )
-        for entry in objects(listing, "prefixes")
+        for entry in listing.prefixes
     ]
-
-
-def _conversations(prompts: list[object]) -> tuple[tuple[Message, ...], ...]:
-    return tuple(
-        tuple(
-            {"role": read(message, "role", str), "content": read(message, "content", str)}
-            for message in objects({"messages": prompt}, "messages")
-        )
-        for prompt in prompts
-    )
 
 
 def asks(examples: Sequence[Example]) -> list[Ask]:
