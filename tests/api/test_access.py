@@ -79,6 +79,7 @@ def test_the_table_is_the_whole_application(world: World) -> None:
 @pytest.mark.parametrize(
     "authorization",
     [None, "Bearer ", "Bearer nonsense", f"Bearer {keys.generate().text}", "Basic eDp5"],
+    ids=["none", "empty", "malformed", "unknown key", "basic"],
 )
 def test_without_a_good_key_every_route_is_401(
     client: TestClient, method: str, path: str, authorization: str | None
