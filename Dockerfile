@@ -23,7 +23,7 @@ COPY prefix_store prefix_store
 COPY clients clients
 COPY server server
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --constraint constraints.txt '.[postgres,s3,otel]' \
+    pip install --constraint constraints.txt '.[serve,demo,postgres,s3,otel]' \
     && python -m compileall -q /opt/prefixd/lib
 
 FROM python:3.11-slim-bookworm AS runtime

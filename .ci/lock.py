@@ -39,6 +39,7 @@ def pins(root: str, extras: set[str]) -> dict[str, str]:
                 visited.add(node)
                 pending.append(node)
     found.pop(canonicalize_name(root))
+    found.pop("pip", None)  # pip-audit needs one, and any will do
     return found
 
 

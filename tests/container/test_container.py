@@ -122,6 +122,14 @@ def test_the_image_holds_every_package_the_wheel_lists():
     assert set(sources) <= copied
 
 
+def test_image_holds_every_extra_but_the_tools():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    installed = re.findall(r"'\.\[([a-z0-9,]+)\]'", " ".join(_all("build", "RUN")))
+    assert [set(names.split(",")) for names in installed] == [
+        set(project["optional-dependencies"]) - {"dev"}
+    ]
+
+
 @pytest.mark.parametrize("name", ["Dockerfile", "docker-compose.yml", "docker/entrypoint.sh"])
 def test_nothing_names_a_host_or_a_floating_tag(name: str):
     text = (ROOT / name).read_text("utf-8")

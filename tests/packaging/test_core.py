@@ -1,0 +1,57 @@
+"""The wheel without extras: the client and the command line in an environment without torch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from tests.api.api_world import World, make_world, put_text
+from tests.clients.loopback import serving
+from tests.packaging.wheel import Environment
+
+pytestmark = pytest.mark.slow
+
+HEAVY = ("torch", "transformers", "fastapi", "sqlalchemy", "numpy", "uvicorn")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, str]]:
+    with make_world(tmp_path_factory.mktemp("world")) as world, serving(world.app) as url:
+        yield world, url
+
+
+def test_core_installs_nothing_heavy(core: Environment) -> None:
+    code = "import sys, importlib.util as u; sys.exit(str([n for n in {!r} if u.find_spec(n)]))"
+    result = core.run("python", "-c", code.format(HEAVY))
+    assert result.stderr.strip() == "[]"
+
+
+def test_modules_come_from_the_wheel(core: Environment) -> None:
+    result = core.run("python", "-c", "import prefixd.client as c; print(c.__file__)")
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).is_relative_to(core.folder)
+
+
+@pytest.mark.parametrize("names", ["Client", "AsyncClient", "Client, AsyncClient"])
+def test_client_imports_beside_folders_of_the_same_names(core: Environment, names: str) -> None:
+    result = core.run("python", "-c", f"from prefixd.client import {names}")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("program", [("prefixd",), ("python", "-m", "prefixd.server")])
+def test_help_lists_the_verbs(core: Environment, program: tuple[str, ...]) -> None:
+    result = core.run(*program, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert {"serve", "demo", "prefix", "user", "chat"} <= set(result.stdout.split())
+
+
+def test_prefix_ls_lists_the_prefixes_of_a_server(
+    core: Environment, served: tuple[World, str]
+) -> None:
+    world, url = served
+    put_text(TestClient(world.app), "pirate", "Speak like a pirate.", world.headers())
+    result = core.run(
+        "prefixd", "prefix", "ls", PREFIXD_URL=url, PREFIXD_API_KEY=world.keys["acme"]
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "pirate" in result.stdout
