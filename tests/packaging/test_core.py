@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+
 from tests.api.api_world import World, make_world, put_text
 from tests.clients.loopback import serving
 from tests.packaging.wheel import Environment

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+
 from tests.faults.faults_model import save_model
 from tests.packaging.wheel import Environment
 
