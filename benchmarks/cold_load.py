@@ -1,11 +1,11 @@
-"""What a cold prefix of 1,024 virtual tokens does to sixteen streams that run.
+"""The delay that a cold prefix of 1,024 virtual tokens causes for sixteen running streams.
 
 ``python -m benchmarks.cold_load [--rounds 5] [--out results.json]``
 
-Rounds with and without a cold load take turns. A round's figure is the worst gap between two tokens
-of any of the streams, from the moment of the load on. The growth is compared with the time of one
-prefill chunk, measured in the same rounds on the idle server: a quarter of a prompt of 1,024 tokens
-that runs in four chunks. It may grow by one such chunk and no more.
+Rounds with and without a cold load alternate. Each round measures the longest gap between two
+tokens of any stream after the load starts. The growth is compared with the time of one prefill
+chunk, measured in the same rounds on the idle server: a quarter of a prompt of 1,024 tokens that
+runs in four chunks. The gap may grow by at most one such chunk.
 """
 
 import argparse
@@ -27,13 +27,13 @@ PREFIX, CHUNK = 1024, 256
 async def chunk_time(http: httpx2.AsyncClient, seed: int) -> float:
     """Seconds of one prefill chunk."""
     prompt = prompts(1, PREFIX, seed=seed)[0]
-    asked = await timed(http, body(prompt, 1, kv_reuse=False))
-    assert asked.ok, asked.error
-    return asked.latency / (PREFIX // CHUNK)
+    result = await timed(http, body(prompt, 1, kv_reuse=False))
+    assert result.ok, result.error
+    return result.latency / (PREFIX // CHUNK)
 
 
 async def worst_gap(http: httpx2.AsyncClient, seed: int, *, cold: bool) -> float:
-    """Seconds of the longest wait for a token, of all streams."""
+    """Seconds of the longest gap between two tokens of a stream."""
     if cold:
         await upload(http, "cold", soft_prompt(PREFIX, seed=seed))
     before = await _generated(http)
@@ -45,11 +45,11 @@ async def worst_gap(http: httpx2.AsyncClient, seed: int, *, cold: bool) -> float
         pass  # until all of them decode
     since = asyncio.get_running_loop().time()
     if cold:
-        asked = await timed(http, body(prompts(1, 4, seed=seed)[0], 1, model="cold"))
-        assert asked.ok, asked.error
+        result = await timed(http, body(prompts(1, 4, seed=seed)[0], 1, model="cold"))
+        assert result.ok, result.error
     streams = await asyncio.gather(*running)
     assert all(one.ok for one in streams)
-    # perf_counter and the loop's clock are the same clock on every platform we know.
+    # perf_counter and the loop's clock are the same clock on all supported platforms.
     return max(gap for one in streams for gap in one.gaps(since=since))
 
 
@@ -59,7 +59,7 @@ async def _generated(http: httpx2.AsyncClient) -> float:
 
 async def measure(url: str, key: str, rounds: int) -> dict[str, list[float]]:
     """Seconds by kind; the first round of each is not counted."""
-    found = defaultdict(list)
+    seconds_by_kind = defaultdict(list)
     async with client(url, key) as http:
         for number in range(rounds + 1):
             results = {
@@ -69,14 +69,14 @@ async def measure(url: str, key: str, rounds: int) -> dict[str, list[float]]:
             }
             if number:
                 for kind, seconds in results.items():
-                    found[kind].append(seconds)
-            told = ", ".join(f"{kind} {1000 * s:.0f} ms" for kind, s in results.items())
-            print(f"round {number}: {told}", flush=True)
-    return found
+                    seconds_by_kind[kind].append(seconds)
+            summary = ", ".join(f"{kind} {1000 * s:.0f} ms" for kind, s in results.items())
+            print(f"round {number}: {summary}", flush=True)
+    return seconds_by_kind
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON when asked."""
+    """Measure, print a table, and write JSON when ``--out`` is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
@@ -85,8 +85,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         flags = ("--max-prefill-chunk", str(CHUNK), "--max-virtual-tokens", str(PREFIX))
         with serving.serving(Path(scratch) / "data", *flags) as (server, keys):
-            found = asyncio.run(measure(server.url, keys["bench"], options.rounds))
-    median = {kind: 1000 * statistics.median(seconds) for kind, seconds in found.items()}
+            seconds_by_kind = asyncio.run(measure(server.url, keys["bench"], options.rounds))
+    median = {kind: 1000 * statistics.median(seconds) for kind, seconds in seconds_by_kind.items()}
     growth = median["cold"] - median["warm"]
     ratio = growth / median["chunk"]
     print(f"\n{STREAMS} streams, cold prefix of {PREFIX}, chunk of {CHUNK}, medians")

@@ -1,14 +1,16 @@
-"""What fifty clients of one tenant cost the one client of another, on the demo model over HTTP.
+"""How fifty clients of one tenant affect the single client of another, over HTTP.
 
 ``python -m benchmarks.fairness [--rounds 3] [--out results.json]``
 
-Two questions, asked in turn in every round of one run:
+Two measurements alternate in every round, on the demo model:
 
-- The lone client sends a request at a time. Its latency with the crowd, against its latency alone.
-- The lone client's tenant has more to do than the server has rows. Its share of the tokens served
-  while both have work waiting, with weights 1:1 and 1:2. Tokens are prefix + prompt + output.
+- The single client sends one request at a time: its latency while the fifty clients are active,
+  compared with its latency alone.
+- The tenant of the single client has more requests than the server has rows: its share of the
+  tokens served while both tenants have requests waiting, with weights 1:1 and 1:2. Tokens are
+  prefix + prompt + output.
 
-The server runs at most sixteen sequences, so that most of the crowd always waits.
+The server runs at most sixteen sequences, so that most of the fifty clients always wait.
 """
 
 import argparse
@@ -26,25 +28,25 @@ import httpx2
 from benchmarks import serving
 from benchmarks.serving import Timed, body, client, closed_loop, prompts, timed
 
-CROWD, ROWS = 50, 16
+CLIENTS, ROWS = 50, 16
 PROMPT, OUTPUT = 32, 16
-ASKED = 5
+REQUESTS = 5
 BATCH = 64
 WEIGHTS = {"even": 1.0, "double": 2.0}
 
 
 @asynccontextmanager
-async def crowd(http: httpx2.AsyncClient, seed: int) -> AsyncIterator[list[Timed]]:
-    """Fifty clients that ask again and again; yields all they have asked so far."""
+async def many_clients(http: httpx2.AsyncClient, seed: int) -> AsyncIterator[list[Timed]]:
+    """Fifty clients that send one request after another; yields all requests so far."""
     seen: list[Timed] = []
-    asked = (body(prompts(1, PROMPT, seed=n)[0], OUTPUT) for n in itertools.count(seed))
+    bodies = (body(prompts(1, PROMPT, seed=n)[0], OUTPUT) for n in itertools.count(seed))
 
     async def one() -> None:
-        for each in asked:
+        for each in bodies:
             result = await timed(http, each, seen=seen)
             assert result.ok, result.error
 
-    clients = [asyncio.create_task(one()) for _ in range(CROWD)]
+    clients = [asyncio.create_task(one()) for _ in range(CLIENTS)]
     while sum(one.ended > 0 for one in seen) < ROWS:
         await serving.figures(http)
     yield seen
@@ -54,55 +56,58 @@ async def crowd(http: httpx2.AsyncClient, seed: int) -> AsyncIterator[list[Timed
 
 
 async def latencies(http: httpx2.AsyncClient, seed: int) -> list[float]:
-    """Seconds of each of the lone client's requests, one after another."""
-    asked = [body(prompt, OUTPUT) for prompt in prompts(ASKED, PROMPT, seed=seed)]
-    _, results = await closed_loop(http, asked, clients=1)
+    """Seconds of each request of the single client, one after another."""
+    bodies = [body(prompt, OUTPUT) for prompt in prompts(REQUESTS, PROMPT, seed=seed)]
+    _, results = await closed_loop(http, bodies, clients=1)
     assert all(result.ok for result in results)
     return [result.latency for result in results]
 
 
-async def share(http: httpx2.AsyncClient, others: list[Timed], seed: int) -> float:
-    """The part of the service that a batch of requests got while some of it was waiting."""
+async def share(http: httpx2.AsyncClient, competing: list[Timed], seed: int) -> float:
+    """The share of tokens that a batch of requests received while some of it was waiting."""
     batch = [
         asyncio.create_task(timed(http, body(prompt, OUTPUT)))
         for prompt in prompts(BATCH, PROMPT, seed=seed)
     ]
     first = min(one.sent for one in await asyncio.gather(*batch))
     last = max(one.result().tokens[0] for one in batch)
-    mine = sum(_served(one.result(), first, last) for one in batch)
-    theirs = sum(_served(one, first, last) for one in others)
-    return mine / (mine + theirs)
+    own_tokens = sum(_served(one.result(), first, last) for one in batch)
+    other_tokens = sum(_served(one, first, last) for one in competing)
+    return own_tokens / (own_tokens + other_tokens)
 
 
 def _served(one: Timed, first: float, last: float) -> int:
-    """Tokens of a request that were served between two moments: its prompt with the first."""
+    """Tokens of a request served between two times; the prompt counts with the first token."""
     output = sum(first <= at <= last for at in one.tokens)
     return output + (PROMPT if one.tokens and first <= one.tokens[0] <= last else 0)
 
 
 async def measure(url: str, keys: dict[str, str], rounds: int) -> dict[str, list[float]]:
-    """Figures by name; the first round is not counted."""
-    found = defaultdict(list)
-    async with client(url, keys["crowd"]) as many:
+    """Values by name; the first round is not counted."""
+    values_by_name = defaultdict(list)
+    async with client(url, keys["many_clients"]) as many:
         for number in range(rounds + 1):
             seed = 1_000_000 * (number + 1)
             results: dict[str, float] = {}
             async with client(url, keys["even"]) as http:
                 results["alone"] = statistics.median(await latencies(http, seed))
-                async with crowd(many, seed + 1000):
-                    results["beside"] = statistics.median(await latencies(http, seed + 100))
+                async with many_clients(many, seed + 1000):
+                    results["contended"] = statistics.median(await latencies(http, seed + 100))
             for name in WEIGHTS:
-                async with client(url, keys[name]) as http, crowd(many, seed + 5000) as others:
-                    results[name] = await share(http, others, seed + 200)
+                async with (
+                    client(url, keys[name]) as http,
+                    many_clients(many, seed + 5000) as competing,
+                ):
+                    results[name] = await share(http, competing, seed + 200)
             print(f"round {number}: {results}", flush=True)
             if number:
                 for kind, value in results.items():
-                    found[kind].append(value)
-    return found
+                    values_by_name[kind].append(value)
+    return values_by_name
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON when asked."""
+    """Measure, print a table, and write JSON when ``--out`` is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
@@ -112,16 +117,16 @@ def main() -> None:
         started = serving.serving(
             Path(scratch) / "data",
             *("--max-running", str(ROWS)),
-            tenants=("crowd", *WEIGHTS),
+            tenants=("many_clients", *WEIGHTS),
             **WEIGHTS,
         )
         with started as (server, keys):
-            found = asyncio.run(measure(server.url, keys, options.rounds))
-    median = {kind: statistics.median(values) for kind, values in found.items()}
-    ratio = median["beside"] / median["alone"]
-    print(f"\n{CROWD} clients against 1, {PROMPT} + {OUTPUT} tokens, {ROWS} rows, medians")
-    print(f"{'latency of the lone client, alone':46}{1000 * median['alone']:8.0f} ms")
-    print(f"{'latency beside the crowd':46}{1000 * median['beside']:8.0f} ms")
+            values_by_name = asyncio.run(measure(server.url, keys, options.rounds))
+    median = {kind: statistics.median(values) for kind, values in values_by_name.items()}
+    ratio = median["contended"] / median["alone"]
+    print(f"\n{CLIENTS} clients against 1, {PROMPT} + {OUTPUT} tokens, {ROWS} rows, medians")
+    print(f"{'latency of the single client, alone':46}{1000 * median['alone']:8.0f} ms")
+    print(f"{'latency with the fifty clients':46}{1000 * median['contended']:8.0f} ms")
     print(f"{'ratio':46}{ratio:8.2f}")
     for name, weight in WEIGHTS.items():
         fair = weight / (1 + weight)

@@ -1,10 +1,10 @@
-"""500 prefixes through a pool that holds 20 of them, against one that holds them all.
+"""500 prefixes in a pool that holds 20 of them, compared with a pool that holds all.
 
 ``python -m benchmarks.many_prefixes [--rounds 3] [--requests 96] [--out results.json]``
 
-Three servers take turns in one run: all prefixes resident, 20 resident, and 20 resident with the
-host tier. Each is asked the same Zipf traffic (the r-th most popular prefix 1 / r as often as the
-first) by 32 clients. Answers are compared: the servers must say the same, in float32.
+Three servers alternate in one run: all prefixes resident, 20 resident, and 20 resident with the
+host tier. Each gets the same Zipf traffic (the r-th most popular prefix 1 / r as often as the
+first) by 32 clients. The outputs are compared: in float32 they must be equal.
 """
 
 import argparse
@@ -21,63 +21,63 @@ import httpx2
 from benchmarks import serving
 from benchmarks.serving import Timed, body, client, closed_loop, prompts, soft_prompt, upload
 
-PREFIXES, HELD, VIRTUAL = 500, 20, 20
+PREFIXES, RESIDENT, VIRTUAL = 500, 20, 20
 PROMPT, OUTPUT, CLIENTS = 64, 64, 32
-BLOCKED = 32
+BLOCK_POSITIONS = 32
 """Positions that a prefix of 20 occupies: two blocks of 16."""
 
 KINDS: dict[str, tuple[str, ...]] = {
-    "all resident": ("--kv-tokens", str(PREFIXES * BLOCKED + CLIENTS * 160)),
+    "all resident": ("--kv-tokens", str(PREFIXES * BLOCK_POSITIONS + CLIENTS * 160)),
     "20 resident": (
-        *("--kv-tokens", str(PREFIXES * BLOCKED + CLIENTS * 160)),
-        *("--max-resident-tokens", str(HELD * VIRTUAL)),
+        *("--kv-tokens", str(PREFIXES * BLOCK_POSITIONS + CLIENTS * 160)),
+        *("--max-resident-tokens", str(RESIDENT * VIRTUAL)),
     ),
     "20 and the host tier": (
-        *("--kv-tokens", str(PREFIXES * BLOCKED + CLIENTS * 160)),
-        *("--max-resident-tokens", str(HELD * VIRTUAL)),
+        *("--kv-tokens", str(PREFIXES * BLOCK_POSITIONS + CLIENTS * 160)),
+        *("--max-resident-tokens", str(RESIDENT * VIRTUAL)),
         *("--host-kv-tokens", str(PREFIXES * VIRTUAL)),
     ),
 }
 
 
 def traffic(requests: int, seed: int) -> list[int]:
-    """Which prefix each request wants."""
+    """The number of the prefix of each request."""
     weights = [1 / rank for rank in range(1, PREFIXES + 1)]
     return random.Random(seed).choices(range(PREFIXES), weights, k=requests)
 
 
 async def fill(http: httpx2.AsyncClient) -> None:
-    """Upload everything, and have each prefix seen once."""
+    """Upload all prefixes and send one request under each."""
     for number in range(PREFIXES):
         await upload(http, f"p{number}", soft_prompt(VIRTUAL, seed=number))
-    asked = [body([1000], 1, model=f"p{number}") for number in range(PREFIXES)]
-    await _all_ok(http, asked)
+    bodies = [body([1000], 1, model=f"p{number}") for number in range(PREFIXES)]
+    await _all_ok(http, bodies)
 
 
 async def _all_ok(
-    http: httpx2.AsyncClient, asked: list[dict[str, object]]
+    http: httpx2.AsyncClient, bodies: list[dict[str, object]]
 ) -> tuple[float, list[Timed]]:
-    seconds, results = await closed_loop(http, asked, clients=CLIENTS)
+    seconds, results = await closed_loop(http, bodies, clients=CLIENTS)
     wrong = [result.error for result in results if not result.ok]
     assert not wrong, wrong[0]
     return seconds, results
 
 
 async def one_round(url: str, key: str, *, requests: int, seed: int) -> tuple[float, list[str]]:
-    """Output tokens a second, and the answers in order of the questions."""
-    wanted = traffic(requests, seed)
-    asked = [
+    """Output tokens per second, and the outputs in the order of the requests."""
+    prefixes = traffic(requests, seed)
+    bodies = [
         body(prompt, OUTPUT, model=f"p{prefix}")
-        for prefix, prompt in zip(wanted, prompts(requests, PROMPT, seed=seed), strict=True)
+        for prefix, prompt in zip(prefixes, prompts(requests, PROMPT, seed=seed), strict=True)
     ]
     async with client(url, key) as http:
-        seconds, results = await _all_ok(http, asked)
-    # A client takes the next question when it has an answer, so they are sent in order.
+        seconds, results = await _all_ok(http, bodies)
+    # Each client takes the next request when its previous one ends, so they are sent in order.
     return requests * OUTPUT / seconds, [one.text for one in sorted(results, key=lambda r: r.sent)]
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON when asked."""
+    """Measure, print a table, and write JSON when ``--out`` is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=96)

@@ -1,4 +1,4 @@
-"""What the benchmarks under load share: a server process with flags, tenants, and timed streams."""
+"""Shared by the benchmarks under load: a server process with flags, tenants, timed streams."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ class BenchServer(ServerProcess):
 def serving(
     data: Path, *flags: str, tenants: Sequence[str] = ("bench",), **weights: float
 ) -> Iterator[tuple[BenchServer, dict[str, str]]]:
-    """A running server and a key for each tenant; ``weights`` of tenants are 1 unless given."""
+    """A running server and a key for each tenant; the default weight of a tenant is 1."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     demo_model(default_cache_dir())
     if not data.exists():
@@ -60,7 +60,7 @@ def serving(
 
 @asynccontextmanager
 async def client(url: str, key: str) -> AsyncIterator[httpx2.AsyncClient]:
-    """An HTTP client of one key, with as many connections as it takes."""
+    """An HTTP client of one key, without a limit on connections."""
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=100)
     headers = {"authorization": f"Bearer {key}"}
     timeout = httpx2.Timeout(HANG_S, connect=HANG_S)
@@ -72,7 +72,7 @@ async def client(url: str, key: str) -> AsyncIterator[httpx2.AsyncClient]:
 
 @dataclass
 class Timed:
-    """One request: when it was sent and when each of its tokens came, in seconds of one clock."""
+    """The times at which a request was sent and its tokens arrived, in seconds of one clock."""
 
     sent: float
     status: int = 0
@@ -95,14 +95,14 @@ class Timed:
         return self.tokens[0] - self.sent
 
     def gaps(self, *, since: float = 0.0) -> list[float]:
-        """Between one token and the next."""
+        """Seconds between successive tokens."""
         pairs = zip(self.tokens, self.tokens[1:], strict=False)
         return [b - a for a, b in pairs if b >= since]
 
 
 def body(prompt: list[int], count: int, *, model: str = MODEL, **more: Any) -> dict[str, Any]:
-    """A greedy completion of exactly ``count`` tokens. Log-probabilities are asked for because
-    then every token has an event of its own, also in the middle of a character."""
+    """A greedy completion of exactly ``count`` tokens. It requests log-probabilities, because
+    then every token has an event of its own, even inside a multi-token character."""
     return {
         "model": model,
         "prompt": prompt,
@@ -116,13 +116,13 @@ def body(prompt: list[int], count: int, *, model: str = MODEL, **more: Any) -> d
 
 
 async def timed(
-    http: httpx2.AsyncClient, asked: dict[str, Any], *, seen: list[Timed] | None = None
+    http: httpx2.AsyncClient, request: dict[str, Any], *, seen: list[Timed] | None = None
 ) -> Timed:
-    """Stream one completion and note the times; ``seen`` gets the result while it grows."""
+    """Stream one completion and record the times; the result is appended to ``seen`` at start."""
     result = Timed(sent=time.perf_counter())
     if seen is not None:
         seen.append(result)
-    async with http.stream("POST", "/v1/completions", json=asked) as response:
+    async with http.stream("POST", "/v1/completions", json=request) as response:
         result.status = response.status_code
         result.retry_after = response.headers.get("retry-after")
         if response.status_code != 200:
@@ -140,13 +140,13 @@ def _take(event: dict[str, Any], result: Timed) -> None:
         result.error = event["error"]
         return
     for choice in event["choices"]:
-        came = len((choice["logprobs"] or {}).get("tokens", ()))
-        result.tokens += [time.perf_counter()] * came
+        num_tokens = len((choice["logprobs"] or {}).get("tokens", ()))
+        result.tokens += [time.perf_counter()] * num_tokens
         result.text += choice["text"]
 
 
 def prompts(count: int, length: int, *, seed: int = 0) -> list[list[int]]:
-    """Random token ids: no two prompts have anything in common."""
+    """Random token ids: no two prompts share a beginning."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1000, 40000, (count, length), generator=generator).tolist()
 
@@ -178,32 +178,34 @@ async def upload(http: httpx2.AsyncClient, name: str, content: dict[str, Any]) -
 
 
 async def figures(http: httpx2.AsyncClient) -> dict[str, float]:
-    """Numbers of /metrics that have no labels."""
+    """Values of the metrics without labels."""
     page = (await http.get("/metrics")).text
     lines = (line.split() for line in page.splitlines() if not line.startswith("#"))
     return {parts[0]: float(parts[1]) for parts in lines if "{" not in parts[0]}
 
 
 async def closed_loop(
-    http: httpx2.AsyncClient, asked: Sequence[dict[str, Any]], *, clients: int
+    http: httpx2.AsyncClient, bodies: Sequence[dict[str, Any]], *, clients: int
 ) -> tuple[float, list[Timed]]:
-    """All of ``asked`` by so many clients, each one after another: seconds and results."""
-    left = iter(asked)
+    """Send all of ``bodies`` with ``clients`` concurrent clients; returns seconds and results."""
+    remaining = iter(bodies)
 
     async def one() -> list[Timed]:
-        return [await timed(http, each) for each in left]
+        return [await timed(http, each) for each in remaining]
 
     started = time.perf_counter()
-    done = await asyncio.gather(*(one() for _ in range(clients)))
-    return time.perf_counter() - started, [result for results in done for result in results]
+    results_by_client = await asyncio.gather(*(one() for _ in range(clients)))
+    return time.perf_counter() - started, [
+        result for results in results_by_client for result in results
+    ]
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on: cores, and how busy they are already."""
+    """What the figures depend on: the number of cores and their load before the run."""
     return {"cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2)}
 
 
 def write(path: Path | None, report: dict[str, Any]) -> None:
-    """The report as JSON, when a file was asked for."""
+    """The report as JSON, to ``path``, if given."""
     if path is not None:
         path.write_text(json.dumps(report, indent=2) + "\n")

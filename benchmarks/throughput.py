@@ -1,12 +1,11 @@
-"""Output tokens per second and time to first token, beside PEFT one after another, in one run.
+"""Output tokens per second and time to first token, compared with PEFT in the same run.
 
 ``python -m benchmarks.throughput [--dtype bfloat16] [--runs 3] [--out results.json]``
 
-The server is a process of its own and is measured from outside, over HTTP with streaming: 32
-clients at once. PEFT is what a user has without it: one ``PeftModel`` with all adapters loaded, a
-request at a time. It handles ``--peft-requests`` of the 32 in each run (one after another, the rate
-does not depend on how many) and, to be fair, with nothing else running. The kinds take turns, and
-medians are reported.
+The server is a separate process, measured over HTTP with streaming: 32 concurrent clients. PEFT is
+the alternative without a server: one ``PeftModel`` with all adapters loaded, one request at a time.
+It runs ``--peft-requests`` of the 32 in each round (its rate does not depend on their number),
+while the server is idle. The kinds alternate, and medians are reported.
 """
 
 import argparse
@@ -43,7 +42,7 @@ class Run:
 
 
 async def _one(client: AsyncClient, prompt: list[int], model: str) -> float:
-    """Seconds to the first text of one streamed request; the whole answer is read."""
+    """Seconds to the first text of one streamed request; the full response is read."""
     started, first = time.perf_counter(), None
     stream = client.stream_complete(
         prompt, model=model, max_tokens=OUTPUT, temperature=0.0, ignore_eos=True
@@ -93,7 +92,7 @@ def with_peft(model: Any, prompts: list[list[int]], names: list[str]) -> Run:
 
 
 class _FirstToken:
-    """A streamer that notes when the first new token came (``put`` gets the prompt first)."""
+    """A streamer that records the time of the first new token (``put`` gets the prompt first)."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -161,7 +160,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, list[Run]]:
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON when asked."""
+    """Measure, print a table, and write JSON when ``--out`` is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--runs", type=int, default=3)
@@ -178,7 +177,7 @@ def main() -> None:
         }
         for kind, of_kind in runs.items()
     }
-    words = {
+    titles = {
         "base": "prefixd, base only",
         "mixed": f"prefixd, {REQUESTS} soft prompts",
         "peft": "PEFT, one after another",
@@ -187,7 +186,7 @@ def main() -> None:
     print(f"{'':26}{'tokens/s':>10}{'TTFT mean ms':>14}{'TTFT max ms':>13}")
     for kind, row in table.items():
         ttft = (row["ttft_mean"], row["ttft_max"])
-        print(f"{words[kind]:26}{row['rate']:>10}{ttft[0]:>14}{ttft[1]:>13}")
+        print(f"{titles[kind]:26}{row['rate']:>10}{ttft[0]:>14}{ttft[1]:>13}")
     if options.out:
         report = {"dtype": options.dtype, "runs": options.runs, "median": table}
         options.out.write_text(json.dumps(report, indent=2) + "\n")

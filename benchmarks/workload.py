@@ -1,7 +1,7 @@
 """Workload W: 32 requests of 64 prompt and 64 output tokens, greedy, no early end.
 
-Case ``base``: nobody has a prefix. Case ``mixed``: request i runs under soft prompt i, 20 virtual
-tokens each, all different.
+Case ``base``: no request has a prefix. Case ``mixed``: request i runs under soft prompt i, 20
+virtual tokens each, all different.
 """
 
 import json
@@ -25,7 +25,7 @@ class Workload:
 
 
 def make(model: Any, tokenizer: Any, folder: Path) -> Workload:
-    """Cut prompts from the license's text; make soft prompts of noisy word embeddings."""
+    """Cut prompts from the text of the license; make soft prompts of noisy word embeddings."""
     tokens = tokenizer.encode(" ".join(TEXT.read_text().split()))
     stride = (len(tokens) - PROMPT) // (REQUESTS - 1)
     prompts = [tokens[i * stride : i * stride + PROMPT] for i in range(REQUESTS)]

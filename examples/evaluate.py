@@ -1,13 +1,13 @@
 """Score the example prefixes on their held-out rows: `python -m examples.evaluate [name ...]`.
 
-Every row of the held-out file counts. Three ways of asking are compared, greedy, in float32:
+Every row of the held-out file counts. Three conditions are compared, greedy, in float32:
 
     base          the bare model
-    instruction   the bare model with the wish written as a system message
+    instruction   the bare model with the task written as a system message
     prefix        the model under the trained (or text) prefix, without any instruction:
                   one unpadded request at a time through PEFT's own `generate`
 
-Prints a table; `--out` also writes every answer and the totals as JSON.
+Prints a table; `--out` also writes all outputs and the totals as JSON.
 """
 
 import argparse
@@ -26,11 +26,11 @@ BARE_BATCH = 10  # requests to the bare model that are generated together
 
 
 def main() -> None:
-    """Evaluate the named prefixes and print one line per prefix and way of asking."""
+    """Evaluate the named prefixes and print one line for each prefix and condition."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="prefixes to score (default: all)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    parser.add_argument("--out", type=Path, help="folder for <name>.json with every answer")
+    parser.add_argument("--out", type=Path, help="folder for <name>.json with all outputs")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - {task.name for task in ALL}:
         parser.error(f"unknown prefixes: {', '.join(sorted(unknown))}")
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def evaluate(task: Task | TextTask, ways: Sequence[str] = WAYS) -> dict[str, Any]:
-    """Return `{"totals": {way: {metric: n}}, "rows": [...]}` over the whole held-out file."""
+    """Return `{"totals": {way: {metric: n}}, "rows": [...]}` over the full held-out file."""
     rows = read_rows(task.held_out or task.name, "test")
     answers = {way: answer_all(task, way, [row["prompt"] for row in rows]) for way in ways}
     totals: dict[str, dict[str, int]] = {}
@@ -61,7 +61,7 @@ def evaluate(task: Task | TextTask, ways: Sequence[str] = WAYS) -> dict[str, Any
 
 
 def answer_all(task: Task | TextTask, way: str, prompts: list[str]) -> list[str]:
-    """Answer every prompt in one of the ways."""
+    """The outputs for all prompts under one condition."""
     base = load_base()
     model, system, head = base.model, list[dict[str, str]](), list[int]()
     if way == "instruction":

@@ -1,4 +1,4 @@
-"""What counts as a success: plain functions of a held-out row and the text that was generated."""
+"""Metrics: functions of a held-out row and the generated text."""
 
 import json
 import re
@@ -22,12 +22,12 @@ MIN_PIRATE_WORDS = 3
 
 
 def exact(row: Row, output: str) -> dict[str, bool]:
-    """`right`: the output is the expected answer alone; capitals and a full stop do not matter."""
+    """`right`: the output equals the expected answer, ignoring case and a final full stop."""
     return {"right": output.strip().rstrip(".").lower() == str(row["answer"]).lower()}
 
 
 def triage(row: Row, output: str) -> dict[str, bool]:
-    """`valid`: exactly the two keys with allowed values, and nothing around the JSON."""
+    """`valid`: only a JSON object with exactly the two keys and allowed values."""
     expected = json.loads(str(row["answer"]))
     ticket = _json_object(output)
     category, priority = ticket.get("category"), ticket.get("priority")
@@ -53,7 +53,7 @@ def bullets(_row: Row, output: str) -> dict[str, bool]:
 
 
 def pirate(_row: Row, output: str) -> dict[str, bool]:
-    """`greets`: opens with "Ahoy"; `in style`: also holds three different words of the sea."""
+    """`greets`: starts with "Ahoy"; `in style`: also has three different pirate words."""
     words = set(re.findall(r"[a-z]+", output.lower()))
     greets = output.lstrip().startswith("Ahoy")
     return {
@@ -63,19 +63,19 @@ def pirate(_row: Row, output: str) -> dict[str, bool]:
 
 
 def letter(_row: Row, output: str) -> dict[str, bool]:
-    """`greets`: opens with "Dear friend,"; `in style`: also ends with "Yours, Carol"."""
+    """`greets`: starts with "Dear friend,"; `in style`: also ends with "Yours, Carol"."""
     text = output.strip()
     greets = text.startswith("Dear friend,")
     return {"greets": greets, "in style": greets and text.endswith("Yours, Carol")}
 
 
 def contains(row: Row, output: str) -> dict[str, bool]:
-    """`right`: the output holds one of the accepted strings, whatever the case."""
+    """`right`: the output contains one of the accepted strings, ignoring case."""
     return {"right": _accepted(row, output)}
 
 
 def json_answer(row: Row, output: str) -> dict[str, bool]:
-    """`valid`: nothing but {"answer": <string>}; `right`: valid, and an accepted answer in it."""
+    """`valid`: only {"answer": <string>}; `right`: valid, with an accepted answer."""
     answer = _json_object(output)
     text = answer.get("answer")
     valid = set(answer) == {"answer"} and isinstance(text, str)

@@ -1,4 +1,4 @@
-"""What training and evaluation share: the frozen base, the prompt layout, greedy generation."""
+"""Shared by training and evaluation: the frozen base, the prompt layout, greedy generation."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Set before the libraries read them: nothing here may reach for a network.
+# Set before the libraries read it: no network access.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -34,7 +34,7 @@ class Base:
 
 
 def load_base() -> Base:
-    """Load the demo model, converting it first where no cached copy exists."""
+    """Load the demo model, converting it first if no cached copy exists."""
     cache = os.environ.get("PREFIXD_TEST_CACHE")
     folder = demo_model(Path(cache) if cache else default_cache_dir(), progress=print)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -49,10 +49,10 @@ def read_rows(name: str, split: str) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def generate(model: Any, base: Base, prompts: list[list[int]], *, max_new_tokens: int) -> list[str]:
-    """Return the greedy continuation of each prompt, special tokens left out.
+    """Return the greedy continuation of each prompt, without special tokens.
 
-    Prompts of different lengths are padded on the left. That is right for the bare model; with a
-    soft prompt PEFT then misplaces the real tokens, so under a prefix pass one prompt at a time.
+    Prompts of different lengths are padded on the left. This is correct for the bare model, but
+    PEFT misplaces the real tokens of a soft prompt then: under a prefix pass one prompt at a time.
     """
     width = max(len(ids) for ids in prompts)
     gaps = [width - len(ids) for ids in prompts]

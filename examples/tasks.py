@@ -1,4 +1,4 @@
-"""The table of example prefixes: what each is, how it is trained, what counts as a success."""
+"""The table of example prefixes: kind, training settings, metric."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,10 +15,8 @@ class Task:
     name: str
     peft_type: str
     num_virtual_tokens: int
-    init_text: str = (
-        ""  # what the virtual tokens start from; P-tuning starts from its random encoder
-    )
-    instruction: str  # the fair rival: the same wish, written as a system message
+    init_text: str = ""  # initializes the virtual tokens; P-tuning starts from its random encoder
+    instruction: str  # the comparison: the same task written as a system message
     score: Score
     held_out: str = ""  # default: the name
     max_new_tokens: int
@@ -31,7 +29,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask:
-    """A hard prompt: `<name>/prefix.txt`, taken as it is; nothing is trained."""
+    """A hard prompt: `<name>/prefix.txt`, used unchanged and not trained."""
 
     name: str
     instruction: str

@@ -1,7 +1,7 @@
 """Train the example prefixes with PEFT: `python -m examples.train [name ...]` (default: all).
 
-Each takes a few minutes on one core. The layout is the one that serving uses: the virtual tokens
-first, then the whole templated chat; only the answer and its <|im_end|> are learned.
+Each takes a few minutes on one core. The layout is the same as in serving: the virtual
+tokens first, then the full templated chat; only the answer and its <|im_end|> are learned.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from prefixd.server.model.demo import MODEL_ID
 
 WARM_UP_STEPS = 5
 SOFT_PROMPTS = {"PROMPT_TUNING", "P_TUNING"}
-IGNORED = -100  # the label that cross entropy leaves out
+IGNORED = -100  # the label that cross entropy skips
 
 Example = tuple[list[int], list[int]]  # token ids, labels
 
@@ -35,13 +35,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="prefixes to train (default: all)")
     parser.add_argument("--out", type=Path, default=EXAMPLES, help="folder to write into")
-    parser.add_argument("--steps", type=int, help="override the table's steps (for a quick try)")
+    parser.add_argument("--steps", type=int, help="override the table's steps (for a quick test)")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - {task.name for task in TRAINED}:
         parser.error(f"unknown prefixes: {', '.join(sorted(unknown))}")
     for task in TRAINED:
         if not arguments.names or task.name in arguments.names:
-            # Loaded anew for each: PEFT changes the model it wraps.
+            # Loaded again for each prefix: PEFT changes the model it wraps.
             model = train(load_base(), task, steps=arguments.steps or task.steps)
             save(model, task, arguments.out / task.name)
 
@@ -52,7 +52,7 @@ def train(base: Base, task: Task, *, steps: int) -> Any:
     order = random.Random(task.seed)
     examples = [encode(base, row) for row in read_rows(task.name, "train")]
     model = wrap(base, task)
-    # Half the time of float32, and only the virtual tokens, which stay float32, are ever updated.
+    # bfloat16 takes half the time; only the virtual tokens, which stay float32, are updated.
     model.base_model.to(torch.bfloat16)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=task.learning_rate, weight_decay=0.0)
@@ -62,7 +62,7 @@ def train(base: Base, task: Task, *, steps: int) -> Any:
     started = time.perf_counter()
     queue: list[Example] = []
     for step in range(steps):
-        if len(queue) < task.batch_size:  # a new epoch; the last one's leftovers come first
+        if len(queue) < task.batch_size:  # a new epoch; the rest of the previous one comes first
             queue += order.sample(examples, len(examples))
         batch, queue = queue[: task.batch_size], queue[task.batch_size :]
         loss = answer_loss(model, task, collate(batch, pad=base.tokenizer.pad_token_id))
@@ -80,7 +80,7 @@ def train(base: Base, task: Task, *, steps: int) -> Any:
 
 
 def wrap(base: Base, task: Task) -> Any:
-    """Put freshly initialised virtual tokens in front of the frozen base."""
+    """Wrap the frozen base with newly initialized virtual tokens."""
     common: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "num_virtual_tokens": task.num_virtual_tokens,
@@ -104,7 +104,7 @@ def wrap(base: Base, task: Task) -> Any:
         case other:
             raise ValueError(f"no recipe for {other}")
     model = get_peft_model(base.model, config)
-    # From the keys and values of real text: PEFT's random start wrecks the model's answers.
+    # Start from the keys and values of real text: PEFT's random initialization breaks the output.
     peft.initialize_kv_prefix_from_text(model, base.tokenizer, text=task.init_text)
     return model
 
@@ -119,12 +119,12 @@ def encode(base: Base, row: dict[str, Any]) -> Example:
 def answer_loss(model: Any, task: Task, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the mean cross entropy of the answers' tokens.
 
-    The same number as PEFT's own loss. Logits are computed only where some row has an answer:
-    over the whole prompt they would cost a third of the step.
+    The same number as PEFT's own loss. Logits are computed only where a row has an answer: for
+    the full prompt they would take a third of the step.
     """
     labels = batch.pop("labels")  # [batch, width]
     columns = (labels != IGNORED).any(dim=0).nonzero().flatten()
-    # A soft prompt is part of the model's input and shifts it; a KV prefix lies in the cache.
+    # A soft prompt is part of the model's input and shifts it; a KV prefix is in the cache.
     shift = task.num_virtual_tokens if task.peft_type in SOFT_PROMPTS else 0
     logits = model(**batch, logits_to_keep=columns - 1 + shift).logits
     return cross_entropy(
@@ -133,7 +133,7 @@ def answer_loss(model: Any, task: Task, batch: dict[str, torch.Tensor]) -> torch
 
 
 def collate(batch: list[Example], *, pad: int) -> dict[str, torch.Tensor]:
-    """Pad on the right, where PEFT keeps every real token at its right position."""
+    """Pad on the right, so that PEFT keeps the positions of all real tokens."""
 
     def stack(rows: list[list[int]], value: int) -> torch.Tensor:  # [batch, width]
         tensors = [torch.tensor(row) for row in rows]
@@ -161,7 +161,9 @@ def save(model: Any, task: Task, folder: Path) -> None:
     if "tokenizer_name_or_path" in config:
         config["tokenizer_name_or_path"] = MODEL_ID
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; ours is written by hand
+    (folder / "README.md").unlink(
+        missing_ok=True
+    )  # PEFT's template; the folder's own is written by hand
     print(f"{task.name}: saved in {folder}")
 
 
