@@ -8,6 +8,7 @@ MODEL           ?= demo
 PIP_FLAGS       ?= --quiet
 SOAK_SECONDS    ?= 1200
 SEED            ?=
+MODULES         ?=
 # A package index with CPU-only builds of torch saves gigabytes where no GPU is present.
 TORCH_INDEX_URL ?=
 
@@ -16,9 +17,13 @@ STAMP := $(VENV)/.prefixd-installed
 PIP   := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) --constraint constraints.txt
 # Left out of `make check`: minutes instead of seconds. `make test` and CI run them.
 FAST  := not slow and not demo_model
+# Fast tests run in several processes, each file in one. Slow ones run alone: they measure time.
+JOBS  ?= 2
+SPLIT := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check lint types imports fast format gpu-check bench soak lock clean
+.PHONY: help install demo serve test check lint types imports words fast slow cover format docs \
+        audit mutate gpu-check bench soak lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,9 +47,7 @@ demo: install ## Serve the demo model, mix prefixes in one batch, keep serving (
 serve: install ## Run the server: MODEL=demo, a folder or a Hugging Face id
 	@$(BIN)/prefixd serve --model $(MODEL) $(ARGS)
 
-test: lint ## Everything CI runs: make check plus the slow tests
-	@echo "==> pytest"
-	@$(BIN)/python -m pytest $(ARGS)
+test: lint fast slow ## Everything CI runs: make check plus the slow tests
 
 check: lint fast ## What a commit passes: format, lint, types, import rules, fast tests
 
@@ -62,13 +65,34 @@ imports: install
 	@echo "==> import rules"
 	@log=$$($(BIN)/lint-imports 2>&1) || { echo "$$log"; exit 1; }
 
+# Exit status 5 means that no test was selected: not an error where ARGS select some.
 fast: install
 	@echo "==> pytest, fast tests"
-	@$(BIN)/python -m pytest -m "$(FAST)" $(ARGS)
+	@$(BIN)/python -m pytest $(SPLIT) -m "$(FAST)" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+
+slow: install
+	@echo "==> pytest, slow tests"
+	@$(BIN)/python -m pytest -m "not ($(FAST))" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+
+cover: install ## Branch coverage of the fast tests; fails below the floor in pyproject.toml
+	@$(BIN)/python -m pytest $(SPLIT) -m "$(FAST)" --cov --cov-report=term $(ARGS)
+
+words: install
+	@echo "==> words"
+	@$(BIN)/python .ci/words.py
 
 format: install ## Format the code and apply ruff's safe fixes
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format .
+
+docs: install ## Write the pages made from the code: settings, command line, rooms
+	@$(BIN)/python .ci/reference.py
+
+audit: install ## Look for known vulnerabilities in constraints.txt; exit 2 when one was not checked
+	@$(BIN)/python .ci/audit.py
+
+mutate: install ## Change the code of MODULES, one place at a time, and count what no test notices
+	@$(BIN)/python .ci/mutate.py $(MODULES)
 
 gpu-check: ## Golden tests and a smoke throughput on CUDA (any python with torch; skips without a GPU)
 	@$(PYTHON) tests/gpu/check.py $(ARGS)

@@ -1,11 +1,13 @@
-"""The wheel of this checkout, and virtual environments that hold it."""
+"""The wheel of this checkout, virtual environments that hold it, and the tools in .ci/."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 import venv
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,3 +87,13 @@ def add_packages_of_suite(environment: Environment) -> None:
     own = environment.folder / "lib" / name / "site-packages"
     (own / "suite.pth").write_text("".join(f"{folder}\n" for folder in folders))
     assert os.pathsep not in "".join(folders)
+
+
+def load_tool(name: str) -> ModuleType:
+    """A script of ``.ci/`` as a module."""
+    spec = importlib.util.spec_from_file_location(f"ci_{name}", ROOT / ".ci" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""Write the pages that are made from the code: settings, command line, rooms.
+
+.ci/reference.py             write docs/settings.md, docs/cli.md and the table of rooms
+.ci/reference.py --check     exit 1 and name the pages that differ from the code
+"""
+
+import inspect
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grimp
+from typer.main import get_command
+
+from prefixd.server.cli.main import app
+
+ROOT = Path(__file__).resolve().parents[1]
+MADE_BY = "<!-- Made from the code by `make docs`. Do not edit. -->"
+ARCHITECTURE = "docs/architecture.md"
+ROOMS_BEGIN, ROOMS_END = "<!-- rooms:begin -->", "<!-- rooms:end -->"
+
+# From the top: a room imports only what is below it.
+ROOMS = {
+    "prefixd.server.cli": "the command line",
+    "prefixd.server.serve": "settings, composition, sockets, shutdown, logs, traces",
+    "prefixd.server.api": "HTTP, one folder per resource",
+    "prefixd.server.tenants": "tenants, API keys, quotas, limits, bindings, audit",
+    "prefixd.server.model": "everything that needs torch",
+    "prefixd.server.testing": "a fake model for tests",
+    "prefixd.server.engine": "scheduling, residency and KV blocks over plain data",
+    "prefixd.server.errors": "the errors of the server",
+    "prefixd.store": "artifacts, catalog and blobs",
+    "prefixd.store.db": "the database and the migrations of all tables",
+    "prefixd.client": "the sync and the async client",
+}
+PACKAGES = ("prefixd.server", "prefixd.store", "prefixd.client")
+
+
+# -- rooms ----------------------------------------------------------------------------------------
+
+
+def rooms_table() -> str:
+    """A table of the rooms: their modules and which rooms they import."""
+    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    arrows: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    modules = defaultdict(set)
+    for module in sorted(graph.modules):
+        room = _room(module)
+        modules[room].add(_within(module, room))
+        for imported in graph.find_modules_directly_imported_by(module):
+            target = _room(imported)
+            if target != room:
+                arrows[room][target].add(_within(imported, target))
+    rows = ["| Room | Holds | Modules | Imports |", "|---|---|---|---|"]
+    for room, holds in ROOMS.items():
+        names = ", ".join(sorted(modules[room] - {""}))
+        imports = ", ".join(
+            _target(target, parts) for target, parts in sorted(arrows[room].items())
+        )
+        rows.append(f"| `{_short(room)}` | {holds} | {names} | {imports or 'nothing of ours'} |")
+    return "\n".join(rows)
+
+
+def _room(module: str) -> str:
+    """The room a module is in; the packages' own modules count to the command line."""
+    inside = [room for room in ROOMS if module == room or module.startswith(f"{room}.")]
+    return max(inside, key=len, default="prefixd.server.cli")
+
+
+def _within(module: str, room: str) -> str:
+    """The name of a module or subfolder directly inside a room; empty for the room itself."""
+    return module.removeprefix(room).lstrip(".").partition(".")[0] if module != room else ""
+
+
+def _short(room: str) -> str:
+    return room.removeprefix("prefixd.").removeprefix("server.")
+
+
+def _target(room: str, parts: set[str]) -> str:
+    """A room that is imported, with the parts of it where they are few."""
+    few = len(parts) <= 3 and "" not in parts
+    return f"{_short(room)} ({', '.join(sorted(parts))})" if few else _short(room)
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+
+def settings_page() -> str:
+    """Every setting: a flag of ``prefixd serve`` and a variable."""
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for option in _options(get_command(app).commands["serve"]):  # type: ignore[attr-defined]
+        group = getattr(option, "rich_help_panel", None) or "Settings"
+        kind = f" `{option.metavar}`" if option.metavar else ""
+        groups[group].append(
+            f"| `{option.opts[0]}`{kind} | `{option.envvar}` | {_default(option)} "
+            f"| {_cell(option.help)} |"
+        )
+    lines = [
+        "# Settings",
+        "",
+        MADE_BY,
+        "",
+        "Every setting is a flag of `prefixd serve` and an environment variable.",
+        "The flag takes precedence. Values are checked once, at start.",
+    ]
+    for group, rows in groups.items():
+        lines += ["", f"## {group}", "", "| Flag | Variable | Default | Meaning |"]
+        lines += ["|---|---|---|---|", *rows]
+    return "\n".join(lines) + "\n"
+
+
+# -- command line ---------------------------------------------------------------------------------
+
+
+def cli_page() -> str:
+    """Every verb with its arguments and options."""
+    lines = ["# Command line", "", MADE_BY, ""]
+    lines += ["Options can be set by the variable named beside them.", ""]
+    lines += ["`prefixd VERB --help` prints the same on the terminal."]
+    for path, command in _verbs("prefixd", get_command(app)):
+        lines += ["", f"## {path}", "", inspect.cleandoc(command.help or "")]
+        if path == "prefixd serve":
+            lines += ["", "Its options are the [settings](settings.md)."]
+            continue
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        usage = " ".join([path, *(_argument(p) for p in arguments)])
+        rows = [_argument_row(p) for p in arguments]
+        rows += [_option_row(p) for p in _options(command)]
+        lines += ["", f"`{usage}`"]
+        if rows:
+            lines += ["", "| Option | Variable | Default | Meaning |", "|---|---|---|---|", *rows]
+    return "\n".join(lines) + "\n"
+
+
+def _verbs(path: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """Every command that does something, with the words that name it."""
+    if not hasattr(command, "commands"):
+        yield path, command
+        return
+    if own := [option for option in _options(command) if option.name != "help"]:
+        assert own
+        yield path, command
+    for name, inner in sorted(command.commands.items()):
+        yield from _verbs(f"{path} {name}", inner)
+
+
+def _options(command: Any) -> list[Any]:
+    return [
+        parameter
+        for parameter in command.params
+        if parameter.param_type_name == "option"
+        and not getattr(parameter, "hidden", False)
+        and parameter.name != "help"
+    ]
+
+
+def _argument(parameter: Any) -> str:
+    name = parameter.metavar or parameter.name.upper()
+    return name if parameter.required else f"[{name}]"
+
+
+def _argument_row(parameter: Any) -> str:
+    return f"| `{_argument(parameter)}` | | {_default(parameter)} | {_cell(parameter.help)} |"
+
+
+def _option_row(parameter: Any) -> str:
+    names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
+    variable = f"`{parameter.envvar}`" if parameter.envvar else ""
+    return f"| {names} | {variable} | {_default(parameter)} | {_cell(parameter.help)} |"
+
+
+def _default(parameter: Any) -> str:
+    if isinstance(shown := getattr(parameter, "show_default", None), str):
+        return f"`{shown}`"
+    if parameter.required:
+        return "required"
+    if parameter.default in {None, False} or getattr(parameter, "is_flag", False):
+        return ""
+    return f"`{parameter.default}`" if shown else ""
+
+
+def _cell(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")
+
+
+# -- pages ----------------------------------------------------------------------------------------
+
+
+def pages() -> dict[str, str]:
+    """The pages as the code has them, by their path."""
+    text = (ROOT / ARCHITECTURE).read_text("utf-8")
+    before, begin, rest = text.partition(ROOMS_BEGIN)
+    _, end, after = rest.partition(ROOMS_END)
+    assert begin, f"{ARCHITECTURE} has no {ROOMS_BEGIN}"
+    assert end, f"{ARCHITECTURE} has no {ROOMS_END}"
+    return {
+        "docs/settings.md": settings_page(),
+        "docs/cli.md": cli_page(),
+        ARCHITECTURE: f"{before}{begin}\n{rooms_table()}\n{end}{after}",
+    }
+
+
+def differing() -> list[str]:
+    """The pages that are not as the code has them."""
+    return [
+        name
+        for name, text in pages().items()
+        if not (ROOT / name).is_file() or (ROOT / name).read_text("utf-8") != text
+    ]
+
+
+def main() -> int:
+    """Write the pages, or with ``--check`` compare them."""
+    if sys.argv[1:] == ["--check"]:
+        names = differing()
+        for name in names:
+            print(f"{name} differs from the code: run make docs")
+        return 1 if names else 0
+    for name, text in pages().items():
+        (ROOT / name).write_text(text, "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
