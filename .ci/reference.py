@@ -25,16 +25,16 @@ ROOMS_BEGIN, ROOMS_END = "<!-- rooms:begin -->", "<!-- rooms:end -->"
 # From the top: a room imports only what is below it.
 ROOMS = {
     "prefixd.server.cli": "the command line",
-    "prefixd.server.serve": "settings, composition, sockets, shutdown, logs, traces",
-    "prefixd.server.api": "HTTP, one folder per resource",
-    "prefixd.server.tenants": "tenants, API keys, quotas, limits, bindings, audit",
-    "prefixd.server.model": "everything that needs torch",
+    "prefixd.server.serve": "settings, composition, HTTP socket, shutdown, telemetry",
+    "prefixd.server.api": "HTTP: one slice for each resource",
+    "prefixd.server.tenants": "tenants, keys, scopes, limits, bindings, audit log",
+    "prefixd.server.model": "torch: loading, forward pass, sampling",
     "prefixd.server.testing": "a fake model for tests",
-    "prefixd.server.engine": "scheduling, residency and KV blocks over plain data",
+    "prefixd.server.engine": "scheduler, residency, KV blocks; pure except for the loop",
     "prefixd.server.errors": "the errors of the server",
-    "prefixd.store": "artifacts, catalog and blobs",
+    "prefixd.store": "artifacts, blobs, catalog",
     "prefixd.store.db": "the database and the migrations of all tables",
-    "prefixd.client": "the sync and the async client",
+    "prefixd.client": "the sync and the async Python client",
 }
 PACKAGES = ("prefixd.server", "prefixd.store", "prefixd.client")
 

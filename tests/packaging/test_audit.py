@@ -1,6 +1,7 @@
 """`make audit` counts a version that was not looked up as an error of its own."""
 
 import pytest
+
 from tests.packaging.wheel import load_tool
 
 audit = load_tool("audit")
