@@ -15,6 +15,6 @@ def _running() -> Iterator[Loopback]:
 
 @pytest.fixture
 def server(_running: Loopback) -> Iterator[Loopback]:
-    _running.forget()
+    _running.reset()
     yield _running
-    assert not _running.replies, "the client asked less often than the test expects"
+    assert not _running.replies, "the client sent fewer requests than the test expects"

@@ -1,4 +1,4 @@
-"""A small server on 127.0.0.1 that says what a test tells it, for clients with a real socket."""
+"""A server on 127.0.0.1 that sends scripted responses, for clients with a real socket."""
 
 import json
 import threading
@@ -17,8 +17,8 @@ from uvicorn._types import ASGIApplication
 
 
 @dataclass
-class Seen:
-    """One request as the server saw it."""
+class ReceivedRequest:
+    """One request as the server received it."""
 
     method: str
     path: str
@@ -29,8 +29,8 @@ class Seen:
 
 
 @dataclass
-class Reply:
-    """What to answer. ``stream`` replaces ``body`` by pieces; ``endless`` then stays open."""
+class ScriptedResponse:
+    """``stream`` replaces ``body`` by pieces; with ``endless`` the stream then stays open."""
 
     body: object = None
     status: int = 200
@@ -41,31 +41,31 @@ class Reply:
 
 @dataclass
 class Loopback:
-    """The running server: queue replies, look at what came."""
+    """The running server: queue responses, inspect the requests in ``seen``."""
 
     url: str = ""
-    replies: deque[Reply] = field(default_factory=deque)
-    seen: list[Seen] = field(default_factory=list)
+    replies: deque[ScriptedResponse] = field(default_factory=deque)
+    seen: list[ReceivedRequest] = field(default_factory=list)
     hung_up: threading.Event = field(default_factory=threading.Event)
 
     def reply(self, body: object = None, *, status: int = 200, **headers: str) -> None:
-        """Queue an answer; ``retry_after="1"`` becomes the header ``retry-after``."""
+        """Queue a response; ``retry_after="1"`` becomes the header ``retry-after``."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.replies.append(Reply(body=body, status=status, headers=named))
+        self.replies.append(ScriptedResponse(body=body, status=status, headers=named))
 
     def stream(self, *pieces: bytes, endless: bool = False, **headers: str) -> None:
-        """Queue an event stream."""
+        """Queue a response that is an event stream."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.replies.append(Reply(stream=pieces, endless=endless, headers=named))
+        self.replies.append(ScriptedResponse(stream=pieces, endless=endless, headers=named))
 
-    def forget(self) -> None:
-        """Start anew for the next test."""
+    def reset(self) -> None:
+        """Drop queued responses and received requests."""
         self.replies.clear()
         self.seen.clear()
         self.hung_up.clear()
 
     async def handle(self, request: Request) -> Response:
-        self.seen.append(await _seen(request))
+        self.seen.append(await _received(request))
         reply = self.replies.popleft()
         if reply.stream:
             return StreamingResponse(
@@ -74,17 +74,17 @@ class Loopback:
         body = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
         return Response(body, status_code=reply.status, headers=reply.headers)
 
-    async def _pieces(self, reply: Reply) -> AsyncIterator[bytes]:
+    async def _pieces(self, reply: ScriptedResponse) -> AsyncIterator[bytes]:
         try:
             for piece in reply.stream:
                 yield piece
             if reply.endless:
-                await anyio.sleep_forever()  # until the client hangs up
+                await anyio.sleep_forever()  # until the client disconnects
         finally:
             self.hung_up.set()
 
 
-async def _seen(request: Request) -> Seen:
+async def _received(request: Request) -> ReceivedRequest:
     kind = request.headers.get("content-type", "")
     parts: dict[str, bytes] = {}
     body: object = None
@@ -95,7 +95,7 @@ async def _seen(request: Request) -> Seen:
                 parts[name] = await part.read()
     elif kind == "application/json":
         body = await request.json()
-    return Seen(
+    return ReceivedRequest(
         method=request.method,
         path=request.scope["raw_path"].decode(),
         query=dict(request.query_params),
@@ -105,8 +105,8 @@ async def _seen(request: Request) -> Seen:
     )
 
 
-class _Announcing(uvicorn.Server):
-    """A server that says when it listens, so that nobody has to poll."""
+class _Server(uvicorn.Server):
+    """A server that sets ``listening``, so that starting it needs no polling."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -119,9 +119,9 @@ class _Announcing(uvicorn.Server):
 
 @contextmanager
 def serving(app: ASGIApplication) -> Iterator[str]:
-    """Serve an application on a free port of 127.0.0.1, in a thread; its URL."""
+    """Serve an application on a free port of 127.0.0.1, in a thread; yields its URL."""
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none")
-    server = _Announcing(config)
+    server = _Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -1,4 +1,4 @@
-"""What a server says, for every client test."""
+"""Responses of a server, for the client tests."""
 
 from prefixd.client.types import CompletionChunk, Usage
 

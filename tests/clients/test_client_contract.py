@@ -1,4 +1,4 @@
-"""The client against the real application: only the model is a fake.
+"""The client against the real application with a fake model.
 
 ``FakeRunner``'s tokens are a hash of the prefix's digest and the tokens so far, so the text proves
 which prefix reached the request.
@@ -29,24 +29,24 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, st
 @pytest.fixture
 def client(served: tuple[World, str]) -> Iterator[Client]:
     world, url = served
-    with Client(url, api_key=world.keys["acme"]) as one:
-        yield one
+    with Client(url, api_key=world.keys["acme"]) as connected:
+        yield connected
 
 
 def _expected(digest: str | None, count: int) -> str:
     return bytes(fake_generate(digest, PROMPT.encode(), count)).decode()
 
 
-def test_the_life_of_a_prefix(client: Client):
+def test_upload_alias_show_and_delete_a_prefix(client: Client):
     first = client.upload_text("life", "Be brief.", metadata={"by": "Zoë"})
     again = client.upload_text("life", "Be brief.", metadata={"by": "Zoë"})
     second = client.upload_text("life", "Be long.")
     assert (first.created, again.created, second.created) == (True, False, True)
     assert again.prefix.digest == first.prefix.digest
     newest = client.list_versions("life", limit=1)
-    assert ([one.version for one in newest.versions], newest.next_before) == ([2], 2)
+    assert ([prefix.version for prefix in newest.versions], newest.next_before) == ([2], 2)
     oldest = client.list_versions("life", before=newest.next_before)
-    assert ([one.version for one in oldest.versions], oldest.next_before) == ([1], None)
+    assert ([prefix.version for prefix in oldest.versions], oldest.next_before) == ([1], None)
     assert client.set_alias("life", "prod", version=1).reference == "life@1"
     shown = client.show_prefix("life@prod")
     assert (shown.digest, shown.metadata) == (first.prefix.digest, {"by": "Zoë"})
@@ -59,17 +59,17 @@ def test_the_life_of_a_prefix(client: Client):
         client.list_versions("life")
 
 
-def test_pages_follow_one_another(client: Client):
+def test_next_after_continues_the_list_of_prefixes(client: Client):
     names = ["page-a", "page-b", "page-c"]
     for name in names:
         client.upload_text(name, name)
     page = client.list_prefixes(limit=2, after="page-")
-    assert [one.name for one in page.prefixes] == names[:2]
+    assert [prefix.name for prefix in page.prefixes] == names[:2]
     last = client.list_prefixes(limit=2, after=page.next_after)
     assert last.prefixes[0].name == "page-c"
 
 
-def test_a_completion_under_a_prefix_and_under_the_base(client: Client):
+def test_completion_reports_its_prefix_or_none_for_the_base(client: Client):
     prefix = client.upload_text("voice", "Answer like a pirate.").prefix
     base = next(model.id for model in client.list_models() if model.parent is None)
     under = client.complete(PROMPT, model="voice@1", max_tokens=6, temperature=0.0)
@@ -83,7 +83,9 @@ def test_a_completion_under_a_prefix_and_under_the_base(client: Client):
     assert (bare.text, bare.prefix) == (_expected(None, 6), None)
 
 
-def test_both_shells_stream_what_a_completion_says(client: Client, served: tuple[World, str]):
+def test_streamed_text_of_both_clients_equals_the_completion(
+    client: Client, served: tuple[World, str]
+):
     digest = client.upload_text("streamed", "Sing.").prefix.digest
     with client.stream_complete(PROMPT, model="streamed", max_tokens=9, temperature=0.0) as stream:
         chunks = list(stream)
@@ -96,14 +98,16 @@ def test_both_shells_stream_what_a_completion_says(client: Client, served: tuple
 
     async def asynchronously() -> list[str]:
         world, url = served
-        async with AsyncClient(url, api_key=world.keys["acme"]) as other:
-            stream = other.stream_complete(PROMPT, model="streamed", max_tokens=9, temperature=0.0)
+        async with AsyncClient(url, api_key=world.keys["acme"]) as async_client:
+            stream = async_client.stream_complete(
+                PROMPT, model="streamed", max_tokens=9, temperature=0.0
+            )
             return [chunk.text async for chunk in stream]
 
     assert "".join(anyio.run(asynchronously)) == _expected(digest, 9)
 
 
-def test_a_chat_streams_what_it_says_at_once(client: Client):
+def test_streamed_chat_text_equals_the_whole_chat_response(client: Client):
     client.upload_text("talk", "Chat.")
     whole = client.chat(HELLO, model="talk", max_tokens=5, temperature=0.0)
     with client.stream_chat(HELLO, model="talk", max_tokens=5, temperature=0.0) as stream:
@@ -112,17 +116,19 @@ def test_a_chat_streams_what_it_says_at_once(client: Client):
     assert "".join(pieces) == whole.text
 
 
-def test_refusals_have_their_types(client: Client, served: tuple[World, str], tmp_path: Path):
+def test_error_responses_raise_the_error_of_their_status(
+    client: Client, served: tuple[World, str], tmp_path: Path
+):
     world, url = served
     client.upload_text("mine", "x")
     with (
-        Client(url, api_key=world.keys["beta"]) as stranger,
+        Client(url, api_key=world.keys["beta"]) as other_tenant,
         pytest.raises(errors.NotFoundError) as hidden,
     ):
-        stranger.complete("x", model="mine")
+        other_tenant.complete("x", model="mine")
     assert hidden.value.request_id
-    with Client(url) as nobody, pytest.raises(errors.AuthenticationError):
-        nobody.list_models()
+    with Client(url) as keyless, pytest.raises(errors.AuthenticationError):
+        keyless.list_models()
     with pytest.raises(errors.BadRequestError, match="tokens"):
         client.complete("x" * 1000, model="mine")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
@@ -131,7 +137,7 @@ def test_refusals_have_their_types(client: Client, served: tuple[World, str], tm
         client.upload_folder("lora", tmp_path)
 
 
-def test_the_server_is_well_and_counts_its_passes(client: Client):
+def test_health_and_step_metrics_of_a_running_server(client: Client):
     assert client.is_live()
     assert client.is_ready()
     before = metric(client.metrics(), "prefixd_steps_total")

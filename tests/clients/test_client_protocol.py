@@ -1,22 +1,19 @@
-"""Requests as plain data and answers as types, without a socket."""
+"""Requests as plain data and responses as models, without a socket."""
 
-import itertools
 import json
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from prefixd.client import errors, protocol
-from prefixd.client.streams import ChunkReader
-from prefixd.client.types import Choice, CompletionChunk, Model, PrefixUsed, Usage
-from prefixd.client.wire import Request, Response, prefix_used
-from tests.clients.samples import MANIFEST, TEXT_CHUNKS, TEXT_EVENTS, USED
+from prefixd.client import errors, protocol, protocol_admin
+from prefixd.client.types import Choice, Model, PrefixUsed, Usage
+from prefixd.client.wire import Request, Response, parse_json, prefix_used
+from tests.clients.samples import MANIFEST, USED
 
 
-def _answer(body: object, *, status: int = 200, **headers: str) -> Response:
+def _response(body: object, *, status: int = 200, **headers: str) -> Response:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return Response(status=status, headers=named, body=json.dumps(body).encode())
 
@@ -24,7 +21,7 @@ def _answer(body: object, *, status: int = 200, **headers: str) -> Response:
 # ── Requests ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_upload_from_a_folder_names_files_and_reads_none():
+def test_folder_upload_names_its_files_without_opening_them():
     call = protocol.upload_folder("triage", Path("/nowhere"), metadata={"task_id": 1})
     assert (call.request.method, call.request.path) == ("PUT", "/v1/prefixes/triage")
     assert [(part.name, part.content) for part in call.request.parts] == [
@@ -34,7 +31,7 @@ def test_an_upload_from_a_folder_names_files_and_reads_none():
     ]
 
 
-def test_an_upload_of_text_is_json():
+def test_text_upload_is_sent_as_json():
     call = protocol.upload_text("voice", "Answer like a pirate.")
     assert call.request.json == {"kind": "text", "text": "Answer like a pirate."}
     assert call.request.parts == ()
@@ -48,11 +45,11 @@ def test_an_upload_of_text_is_json():
         ("a?b#c", "/v1/prefixes/a%3Fb%23c"),
     ],
 )
-def test_a_name_stays_one_segment_of_the_path(name: str, path: str):
+def test_prefix_name_is_quoted_into_one_path_segment(name: str, path: str):
     assert protocol.show_prefix(name).request.path == path
 
 
-def test_sampling_fields_travel_as_they_are():
+def test_sampling_fields_are_sent_unchanged():
     call = protocol.complete("Hi", model="triage@prod", max_tokens=4, temperature=0.0, user="alice")
     assert call.request.json == {
         "model": "triage@prod",
@@ -63,7 +60,7 @@ def test_sampling_fields_travel_as_they_are():
     }
 
 
-def test_what_a_request_asks_of_the_queue_travels_too():
+def test_priority_timeout_and_kv_reuse_are_sent():
     call = protocol.chat([], model="base", priority=-1, timeout=2.5, kv_reuse=False)
     assert call.request.json is not None
     assert call.request.json["priority"] == -1
@@ -84,7 +81,7 @@ def test_warm_pin_and_unpin_have_no_body(request_: Request, sent: tuple[str, str
     assert (request_.json, dict(request_.params)) == (None, {})
 
 
-def test_an_upload_may_ask_to_be_warmed():
+def test_upload_with_warm_sets_the_query_parameter():
     for call in (
         protocol.upload_text("voice", "x", warm=True),
         protocol.upload_folder("voice", Path("/nowhere"), warm=True),
@@ -93,67 +90,125 @@ def test_an_upload_may_ask_to_be_warmed():
     assert dict(protocol.upload_text("voice", "x").request.params) == {}
 
 
-def test_a_stream_asks_for_its_usage():
+def test_stream_requests_usage():
     sent = protocol.stream_chat([{"role": "user", "content": "Hi"}], model="base").request.json
     assert sent is not None
     assert sent["stream"] is True
     assert sent["stream_options"] == {"include_usage": True}
 
 
-# ── Answers ──────────────────────────────────────────────────────────────────────────────────
+# ── Responses ────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_manifest_is_typed():
-    prefix = protocol.show_prefix("triage").parse(_answer(MANIFEST))
+def test_manifest_is_parsed_into_typed_fields():
+    prefix = protocol.show_prefix("triage").parse(_response(MANIFEST))
     assert prefix.reference == "triage@3"
     assert prefix.created_at == datetime(2026, 11, 21, 10, tzinfo=UTC)
     assert prefix.aliases == ("latest", "prod")
     assert prefix.metadata == {"task_id": 1}
 
 
-def test_a_manifest_says_where_it_is():
-    plain = protocol.show_prefix("triage").parse(_answer(MANIFEST))
-    assert (plain.pinned, plain.tier) == (False, None)
-    kept = protocol.pin("triage").parse(_answer({**MANIFEST, "pinned": True, "tier": "resident"}))
-    assert (kept.pinned, kept.tier) == (True, "resident")
+def test_manifest_has_pinned_and_tier():
+    unpinned = protocol.show_prefix("triage").parse(_response(MANIFEST))
+    assert (unpinned.pinned, unpinned.tier) == (False, None)
+    pinned = protocol.pin("triage").parse(
+        _response({**MANIFEST, "pinned": True, "tier": "resident"})
+    )
+    assert (pinned.pinned, pinned.tier) == (True, "resident")
 
 
 @pytest.mark.parametrize(("status", "state"), [(200, "resident"), (202, "fetching")])
-def test_warming_says_how_far_it_is(status: int, state: str):
+def test_warm_reports_the_residency_state(status: int, state: str):
     body = {"object": "prefix.residency", **USED, "state": state}
-    found = protocol.warm("triage").parse(_answer(body, status=status))
-    assert (found.reference, found.digest, found.state) == ("triage@3", "ab" * 32, state)
+    warmed = protocol.warm("triage").parse(_response(body, status=status))
+    assert (warmed.reference, warmed.digest, warmed.state) == ("triage@3", "ab" * 32, state)
 
 
-def test_usage_says_what_was_shared():
+def test_usage_has_the_cached_tokens():
     body = {
         "prompt_tokens": 9,
         "completion_tokens": 1,
         "prompt_tokens_details": {"cached_tokens": 8},
     }
-    assert Usage.model_validate(body) == Usage(
+    assert parse_json(Usage, json.dumps(body)) == Usage(
         prompt_tokens=9, completion_tokens=1, cached_tokens=8
     )
-    assert Usage.model_validate({**body, "prompt_tokens_details": None}) == Usage(
+    assert parse_json(Usage, json.dumps({**body, "prompt_tokens_details": None})) == Usage(
         prompt_tokens=9, completion_tokens=1
     )
 
 
 @pytest.mark.parametrize(("status", "created"), [(201, True), (200, False)])
-def test_an_upload_says_whether_it_made_a_version(status: int, created: bool):
+def test_upload_reports_whether_it_created_a_version(status: int, created: bool):
     call = protocol.upload_text("triage", "x")
-    assert call.parse(_answer(MANIFEST, status=status)).created is created
+    assert call.parse(_response(MANIFEST, status=status)).created is created
 
 
 @pytest.mark.parametrize(
     "broken", [{"version": "3"}, {"version": True}, {"version": None}, {"created_at": "today"}]
 )
-def test_a_field_of_the_wrong_type_is_named(broken: dict[str, object]):
+def test_protocol_error_names_the_field_of_the_wrong_type(broken: dict[str, object]):
     with pytest.raises(errors.ProtocolError, match=next(iter(broken))):
-        protocol.show_prefix("triage").parse(_answer(MANIFEST | broken))
+        protocol.show_prefix("triage").parse(_response(MANIFEST | broken))
 
 
-def test_a_completion_reports_its_prefix():
+def test_protocol_error_names_a_nested_field_and_shows_its_value():
+    body = {"data": [MANIFEST, MANIFEST | {"size_bytes": "big"}]}
+    with pytest.raises(errors.ProtocolError) as caught:
+        protocol.list_prefixes().parse(_response(body))
+    assert str(caught.value) == (
+        "the field 'data.1.size_bytes' should be a valid integer, the server sent 'big'"
+    )
+
+
+def test_protocol_error_for_a_missing_field_does_not_show_the_secret_of_a_key():
+    body = {"key_id": "k1", "key": "pfx_secret", "tenant": "acme", "state": "active"}
+    with pytest.raises(errors.ProtocolError) as caught:
+        protocol_admin.create_key().parse(_response(body))
+    assert str(caught.value) == "expected the field 'label', the server did not send it"
+
+
+def test_time_without_an_offset_raises_protocol_error():
+    body = MANIFEST | {"created_at": "2026-11-21T10:00:00"}
+    with pytest.raises(errors.ProtocolError, match=r"created_at.*timezone"):
+        protocol.show_prefix("triage").parse(_response(body))
+
+
+def test_array_instead_of_an_object_raises_protocol_error():
+    with pytest.raises(errors.ProtocolError, match=r"expected a JSON object, .* \[\]"):
+        protocol.show_prefix("triage").parse(_response([]))
+
+
+def test_null_means_the_default_of_a_field():
+    body = MANIFEST | {"aliases": None, "metadata": None, "pinned": None, "tier": None}
+    prefix = protocol.show_prefix("triage").parse(_response(body))
+    assert (prefix.aliases, prefix.metadata, prefix.pinned, prefix.tier) == ((), {}, False, None)
+
+
+def test_models_are_immutable():
+    prefix = protocol.show_prefix("triage").parse(_response(MANIFEST))
+    with pytest.raises(ValidationError, match="frozen"):
+        prefix.version = 4
+
+
+@pytest.mark.parametrize(
+    ("choices", "field"),
+    [
+        ([], "choices"),
+        ([{"index": 0}], "choices.0.text"),
+        ([{"index": 0, "text": None}], "choices.0.text"),
+        ([{"text": "a"}], "choices.0.index"),
+        ([{"index": 0, "message": None}], "choices.0"),
+        ([{"index": 0, "message": {"content": 5}}], "choices.0.content"),
+    ],
+)
+def test_malformed_choices_raise_protocol_error(choices: list[object], field: str):
+    body = {"id": "c", "model": "base", "choices": choices}
+    with pytest.raises(errors.ProtocolError, match=f"'{field}'"):
+        protocol.complete("x", model="base").parse(_response(body))
+
+
+def test_completion_has_sorted_choices_usage_and_prefix():
     body = {
         "id": "cmpl-1",
         "model": "triage",
@@ -164,16 +219,16 @@ def test_a_completion_reports_its_prefix():
         "usage": {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4},
         "prefix": USED,
     }
-    done = protocol.complete("x", model="triage").parse(_answer(body, x_request_id="r1"))
-    assert done.text == "a"
-    assert done.choices[1] == Choice(index=1, text="b", finish_reason="length")
-    assert done.usage == Usage(prompt_tokens=2, completion_tokens=2)
-    assert done.prefix == PrefixUsed(name="triage", version=3, digest="ab" * 32)
-    assert done.prefix.reference == "triage@3"
-    assert done.request_id == "r1"
+    completion = protocol.complete("x", model="triage").parse(_response(body, x_request_id="r1"))
+    assert completion.text == "a"
+    assert completion.choices[1] == Choice(index=1, text="b", finish_reason="length")
+    assert completion.usage == Usage(prompt_tokens=2, completion_tokens=2)
+    assert completion.prefix == PrefixUsed(name="triage", version=3, digest="ab" * 32)
+    assert completion.prefix.reference == "triage@3"
+    assert completion.request_id == "r1"
 
 
-def test_a_chat_answer_under_the_bare_base():
+def test_chat_response_of_the_base_has_no_prefix():
     message = {"role": "assistant", "content": "Paris."}
     body = {
         "id": "c",
@@ -181,13 +236,13 @@ def test_a_chat_answer_under_the_bare_base():
         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
         "prefix": None,
     }
-    done = protocol.chat([], model="base").parse(_answer(body))
-    assert (done.text, done.prefix, done.usage) == ("Paris.", None, None)
+    completion = protocol.chat([], model="base").parse(_response(body))
+    assert (completion.text, completion.prefix, completion.usage) == ("Paris.", None, None)
 
 
-def test_models_know_their_base():
+def test_models_have_their_base_as_parent():
     body = {"data": [{"id": "base", "parent": None}, {"id": "triage", "parent": "base"}]}
-    models = protocol.list_models().parse(_answer(body))
+    models = protocol.list_models().parse(_response(body))
     assert models == (Model(id="base", parent=None), Model(id="triage", parent="base"))
 
 
@@ -201,13 +256,13 @@ def test_models_know_their_base():
         ),
     ],
 )
-def test_the_headers_name_the_prefix_of_a_stream(
+def test_prefix_of_a_stream_is_read_from_its_headers(
     headers: dict[str, str], expected: PrefixUsed | None
 ):
     assert prefix_used(headers) == expected
 
 
-# ── Refusals ─────────────────────────────────────────────────────────────────────────────────
+# ── Error responses ──────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -228,116 +283,38 @@ def test_the_headers_name_the_prefix_of_a_stream(
         (504, errors.DeadlineError),
     ],
 )
-def test_every_status_has_its_error(status: int, kind: type[errors.ApiError]):
-    error = {"message": "no", "type": "t", "code": "c", "param": "p", "request_id": "r"}
+def test_each_error_status_raises_its_class_with_all_fields(
+    status: int, kind: type[errors.ApiError]
+):
+    details = {"message": "no", "type": "t", "code": "c", "param": "p", "request_id": "r"}
     with pytest.raises(kind) as caught:
-        protocol.delete_prefix("x").parse(_answer({"error": error}, status=status, retry_after="2"))
-    found = caught.value
-    assert type(found) is kind
-    assert (found.status, str(found), found.type, found.code) == (status, "no", "t", "c")
-    assert (found.param, found.request_id, found.retry_after) == ("p", "r", 2.0)
+        protocol.delete_prefix("x").parse(
+            _response({"error": details}, status=status, retry_after="2")
+        )
+    error = caught.value
+    assert type(error) is kind
+    assert (error.status, str(error), error.type, error.code) == (status, "no", "t", "c")
+    assert (error.param, error.request_id, error.retry_after) == ("p", "r", 2.0)
 
 
 @pytest.mark.parametrize("body", [b"<html>Bad gateway", b"[]", b'{"error":"no"}', b"\xff"])
-def test_a_strangers_error_page_keeps_its_status(body: bytes):
+def test_error_page_of_a_proxy_raises_the_error_of_its_status(body: bytes):
     response = Response(502, {"x-request-id": "r9", "retry-after": "tomorrow"}, body)
     with pytest.raises(errors.ServerError, match="502") as caught:
         protocol.metrics().parse(response)
     assert (caught.value.request_id, caught.value.retry_after) == ("r9", None)
 
 
-def test_a_page_that_is_no_json_is_a_protocol_error():
+def test_response_that_is_not_json_raises_protocol_error():
     with pytest.raises(errors.ProtocolError, match="expected JSON"):
         protocol.list_models().parse(Response(200, {}, b"<html>hello"))
 
 
-def test_a_redirect_is_no_answer():
+def test_redirect_raises_protocol_error():
     with pytest.raises(errors.ProtocolError, match="redirects"):
         protocol.delete_prefix("x").parse(Response(302, {}, b""))
 
 
 @pytest.mark.parametrize(("status", "ready"), [(200, True), (503, False)])
-def test_readiness_is_an_answer_and_no_error(status: int, ready: bool):
-    assert protocol.is_ready().parse(_answer({}, status=status)) is ready
-
-
-# ── Streams ──────────────────────────────────────────────────────────────────────────────────
-
-
-@given(st.lists(st.integers(0, len(TEXT_EVENTS))))
-def test_a_stream_reads_alike_however_it_is_cut(cuts: list[int]):
-    reader = ChunkReader()
-    edges = [0, *sorted(cuts), len(TEXT_EVENTS)]
-    chunks = [
-        chunk
-        for start, end in itertools.pairwise(edges)
-        for chunk in reader.feed(TEXT_EVENTS[start:end])
-    ]
-    reader.finish()
-    assert chunks == TEXT_CHUNKS
-
-
-@given(st.lists(st.integers(0, 10_000)))
-def test_what_came_before_a_failure_is_read_however_it_is_cut(cuts: list[int]):
-    text = b'data: {"choices":[{"index":0,"text":"so far"}]}\n\n'
-    events = text + b'data: {"error":{"message":"the row failed"}}\n\n'
-    reader = ChunkReader()
-    edges = [0, *sorted(min(cut, len(events)) for cut in cuts), len(events)]
-    pieces = (events[start:end] for start, end in itertools.pairwise(edges))
-    chunks = itertools.chain.from_iterable(map(reader.feed, pieces))
-    assert next(chunks) == CompletionChunk(text="so far", index=0)
-    with pytest.raises(errors.ServerError, match="the row failed"):
-        next(chunks)
-
-
-def test_a_chat_stream_skips_what_has_no_text():
-    reader = ChunkReader()
-    events = (
-        b'data: {"choices":[{"index":0,"delta":{"role":"assistant"}}]}\n\n'
-        b'data: {"choices":[{"index":0,"delta":{"content":"Hi"}}]}\n\n'
-    )
-    assert list(reader.feed(events)) == [
-        CompletionChunk(text="", index=0),
-        CompletionChunk(text="Hi", index=0),
-    ]
-
-
-def test_a_stream_without_its_last_event_was_interrupted():
-    reader = ChunkReader()
-    assert list(reader.feed(b'data: {"choices":[]}\n\n')) == []
-    with pytest.raises(errors.StreamInterruptedError):
-        reader.finish()
-
-
-def test_a_failure_in_mid_stream_is_the_servers():
-    reader = ChunkReader()
-    with pytest.raises(errors.ServerError, match="the row failed") as caught:
-        list(reader.feed(b'data: {"error":{"message":"the row failed","request_id":"r2"}}\n\n'))
-    assert caught.value.request_id == "r2"
-
-
-@pytest.mark.parametrize(
-    ("code", "kind", "status"),
-    [
-        ("shutting_down", errors.UnavailableError, 503),
-        ("overloaded", errors.UnavailableError, 503),
-        ("deadline_exceeded", errors.DeadlineError, 504),
-        ("engine_error", errors.ServerError, 500),
-        (None, errors.ServerError, 500),
-    ],
-)
-def test_the_last_event_of_a_stream_may_be_a_refusal(
-    code: str | None, kind: type[errors.ApiError], status: int
-):
-    event = json.dumps({"error": {"message": "the server is shutting down", "code": code}})
-    reader = ChunkReader()
-    assert list(reader.feed(b'data: {"choices":[{"index":0,"text":"so far"}]}\n\n'))
-    with pytest.raises(kind, match=r"^the server is shutting down$") as caught:
-        list(reader.feed(f"data: {event}\n\ndata: [DONE]\n\n".encode()))
-    assert type(caught.value) is kind
-    assert (caught.value.status, caught.value.code) == (status, code)
-
-
-def test_an_event_that_is_no_chunk_is_a_protocol_error():
-    with pytest.raises(errors.ProtocolError, match="choices"):
-        list(ChunkReader().feed(b'data: {"hello":1}\n\n'))
+def test_status_503_of_the_readiness_check_returns_false(status: int, ready: bool):
+    assert protocol.is_ready().parse(_response({}, status=status)) is ready

@@ -1,4 +1,4 @@
-"""Both shells say the same on a real socket: every test runs on each."""
+"""Both clients on a real socket: every test runs with each."""
 
 import json
 import socket
@@ -18,7 +18,7 @@ HELLO = [{"role": "user", "content": "Hi"}]
 
 
 class AwaitedSync:
-    """The sync client with the async client's face, so that one test body serves both."""
+    """The sync client with the async client's methods, so that one test body serves both."""
 
     def __init__(self, url: str, **options: Any) -> None:
         self.slept: list[float] = []
@@ -64,7 +64,7 @@ Run = Callable[..., None]
 def run(request: pytest.FixtureRequest, server: Loopback) -> Run:
     """Run a coroutine function on a fresh client of one kind."""
 
-    def go(
+    def run_body(
         body: Callable[[Any], Awaitable[None]], *, url: str | None = None, **options: Any
     ) -> None:
         async def with_client() -> None:
@@ -76,17 +76,17 @@ def run(request: pytest.FixtureRequest, server: Loopback) -> Run:
 
         anyio.run(with_client)
 
-    return go
+    return run_body
 
 
-def test_the_key_and_the_json_arrive(run: Run, server: Loopback):
+def test_api_key_and_json_body_reach_the_server(run: Run, server: Loopback):
     choice = {"index": 0, "text": " Paris", "finish_reason": "stop"}
     server.reply({"id": "c", "model": "triage", "choices": [choice], "prefix": USED})
 
     async def body(client: Any) -> None:
-        done = await client.complete("Where?", model="triage", temperature=0.0, seed=7)
-        assert done.text == " Paris"
-        assert done.prefix == PrefixUsed(name="triage", version=3, digest="ab" * 32)
+        completion = await client.complete("Where?", model="triage", temperature=0.0, seed=7)
+        assert completion.text == " Paris"
+        assert completion.prefix == PrefixUsed(name="triage", version=3, digest="ab" * 32)
 
     run(body)
     (seen,) = server.seen
@@ -95,7 +95,9 @@ def test_the_key_and_the_json_arrive(run: Run, server: Loopback):
     assert seen.json == {"model": "triage", "prompt": "Where?", "temperature": 0.0, "seed": 7}
 
 
-def test_a_folder_arrives_as_the_documented_parts(run: Run, server: Loopback, tmp_path: Path):
+def test_uploaded_folder_arrives_as_the_documented_parts(
+    run: Run, server: Loopback, tmp_path: Path
+):
     (tmp_path / "adapter_config.json").write_bytes(b'{"peft_type":"PROMPT_TUNING"}')
     (tmp_path / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 4096)
     server.reply(MANIFEST, status=201)
@@ -116,7 +118,7 @@ def test_a_folder_arrives_as_the_documented_parts(run: Run, server: Loopback, tm
     assert "content-length" in seen.headers
 
 
-def test_the_rest_of_the_prefix_verbs(run: Run, server: Loopback):
+def test_methods_and_paths_of_the_other_prefix_operations(run: Run, server: Loopback):
     server.reply({"data": [MANIFEST], "next_after": "triage"})
     server.reply({"data": [MANIFEST]})
     server.reply(MANIFEST)
@@ -152,7 +154,7 @@ def test_the_rest_of_the_prefix_verbs(run: Run, server: Loopback):
     assert server.seen[2].json == {"version": 3}
 
 
-def test_a_refusal_is_typed(run: Run, server: Loopback):
+def test_error_response_raises_its_class_with_code_and_request_id(run: Run, server: Loopback):
     error = {"message": "no prefix 'x'", "code": "not_found", "request_id": "r5"}
     server.reply({"error": error}, status=404)
 
@@ -164,7 +166,7 @@ def test_a_refusal_is_typed(run: Run, server: Loopback):
     run(body)
 
 
-def test_a_busy_server_is_asked_again(run: Run, server: Loopback):
+def test_503_and_429_are_retried_after_retry_after(run: Run, server: Loopback):
     full = {"error": {"message": "full"}}
     server.reply(full, status=503, retry_after="2")
     server.reply(full, status=429, retry_after="1")
@@ -177,7 +179,7 @@ def test_a_busy_server_is_asked_again(run: Run, server: Loopback):
     run(body)
 
 
-def test_a_file_is_sent_whole_on_the_second_try(run: Run, server: Loopback, tmp_path: Path):
+def test_retry_sends_an_uploaded_file_whole_again(run: Run, server: Loopback, tmp_path: Path):
     (tmp_path / "adapter_config.json").write_bytes(b"{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
     server.reply({"error": {"message": "full"}}, status=503, retry_after="0")
@@ -190,7 +192,7 @@ def test_a_file_is_sent_whole_on_the_second_try(run: Run, server: Loopback, tmp_
     assert [seen.parts["weights"] for seen in server.seen] == [b"weights", b"weights"]
 
 
-def test_nobody_there(run: Run):
+def test_refused_connection_raises_connect_error_after_retries(run: Run):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -203,7 +205,7 @@ def test_nobody_there(run: Run):
         run(body, url=url)
 
 
-def test_no_answer_in_time(run: Run):
+def test_timeout_raises_timed_out_error_without_retry(run: Run):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
 
@@ -215,7 +217,7 @@ def test_no_answer_in_time(run: Run):
         run(body, url=url, timeout=0.5)
 
 
-def test_no_url(run: Run):
+def test_unsupported_url_raises_protocol_error(run: Run):
     async def body(client: Any) -> None:
         with pytest.raises(errors.ProtocolError, match="is not the URL of a server"):
             await client.is_live()
@@ -223,7 +225,7 @@ def test_no_url(run: Run):
     run(body, url="ftp://example")
 
 
-def test_a_stream_gives_its_chunks_and_its_prefix(run: Run, server: Loopback):
+def test_stream_has_chunks_prefix_and_request_id(run: Run, server: Loopback):
     used = {"x_prefixd_prefix": "triage@3", "x_prefixd_prefix_digest": "ff", "x_request_id": "r1"}
     server.stream(TEXT_EVENTS[:20], TEXT_EVENTS[20:], **used)
 
@@ -240,7 +242,7 @@ def test_a_stream_gives_its_chunks_and_its_prefix(run: Run, server: Loopback):
     assert server.seen[0].json["stream"] is True
 
 
-def test_leaving_a_stream_early_hangs_up(run: Run, server: Loopback):
+def test_leaving_a_stream_early_closes_the_connection(run: Run, server: Loopback):
     server.stream(DELTA, endless=True)
 
     async def body(client: Any) -> None:
@@ -253,7 +255,7 @@ def test_leaving_a_stream_early_hangs_up(run: Run, server: Loopback):
     run(body)
 
 
-def test_a_stream_that_nobody_read_hangs_up(run: Run, server: Loopback):
+def test_leaving_an_unread_stream_closes_the_connection(run: Run, server: Loopback):
     server.stream(DELTA, endless=True)
 
     async def body(client: Any) -> None:
@@ -266,7 +268,7 @@ def test_a_stream_that_nobody_read_hangs_up(run: Run, server: Loopback):
     run(body)
 
 
-def test_a_loop_left_early_hangs_up_without_a_with(server: Loopback):
+def test_leaving_a_sync_loop_early_closes_the_connection(server: Loopback):
     server.stream(DELTA, endless=True)
     with Client(server.url) as client:
         for chunk in client.stream_chat(HELLO, model="base"):
@@ -275,7 +277,7 @@ def test_a_loop_left_early_hangs_up_without_a_with(server: Loopback):
         assert server.hung_up.wait(30)
 
 
-def test_a_refused_stream_is_typed_and_retried(run: Run, server: Loopback):
+def test_stream_request_is_retried_and_raises_the_error_class(run: Run, server: Loopback):
     server.reply({"error": {"message": "full"}}, status=503, retry_after="1")
     server.reply({"error": {"message": "no such prefix"}}, status=404)
 
@@ -287,7 +289,7 @@ def test_a_refused_stream_is_typed_and_retried(run: Run, server: Loopback):
     run(body)
 
 
-def test_a_stream_cut_short_is_no_answer(run: Run, server: Loopback):
+def test_stream_that_ends_early_raises_interrupted(run: Run, server: Loopback):
     server.stream(DELTA)
 
     async def body(client: Any) -> None:
@@ -297,7 +299,7 @@ def test_a_stream_cut_short_is_no_answer(run: Run, server: Loopback):
     run(body)
 
 
-def test_text_keeps_its_letters(run: Run, server: Loopback):
+def test_non_ascii_text_and_metadata_arrive_unchanged(run: Run, server: Loopback):
     server.reply(MANIFEST, status=201)
 
     async def body(client: Any) -> None:

@@ -26,47 +26,51 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, st
 @pytest.fixture
 def client(served: tuple[World, str]) -> Iterator[Client]:
     world, url = served
-    with Client(url, api_key=world.keys["acme"]) as one:
-        one.upload_text("voice", "Be brief.")
-        yield one
+    with Client(url, api_key=world.keys["acme"]) as connected:
+        connected.upload_text("voice", "Be brief.")
+        yield connected
 
 
-def test_the_life_of_a_binding(client: Client):
-    made = client.bind_user("ann/1 é", "voice@1")
-    assert (made.user, made.prefix) == ("ann/1 é", "voice@1")
-    assert client.show_binding("ann/1 é") == made
-    answer = client.complete("hi", model="tiny", user="ann/1 é", max_tokens=2)
-    assert answer.prefix is not None
-    assert (answer.prefix.reference, answer.prefix.chosen_by) == ("voice@1", "user")
+def test_bind_use_and_unbind_a_user(client: Client):
+    binding = client.bind_user("ann/1 é", "voice@1")
+    assert (binding.user, binding.prefix) == ("ann/1 é", "voice@1")
+    assert client.show_binding("ann/1 é") == binding
+    completion = client.complete("hi", model="tiny", user="ann/1 é", max_tokens=2)
+    assert completion.prefix is not None
+    assert (completion.prefix.reference, completion.prefix.chosen_by) == ("voice@1", "user")
     with client.stream_complete("hi", model="tiny", user="ann/1 é", max_tokens=2) as stream:
-        assert stream.prefix == answer.prefix
+        assert stream.prefix == completion.prefix
     client.unbind_user("ann/1 é")
     with pytest.raises(errors.NotFoundError):
         client.show_binding("ann/1 é")
 
 
-def test_the_default(client: Client):
+def test_set_use_and_remove_the_default_prefix(client: Client):
     assert client.set_default("voice") == "voice"
     assert client.show_default() == "voice"
-    answer = client.complete("hi", model="tiny", user="nobody", max_tokens=2)
-    assert answer.prefix is not None
-    assert answer.prefix.chosen_by == "default"
+    completion = client.complete("hi", model="tiny", user="unbound", max_tokens=2)
+    assert completion.prefix is not None
+    assert completion.prefix.chosen_by == "default"
     client.remove_default()
     with pytest.raises(errors.NotFoundError):
         client.show_default()
 
 
-def test_an_import_and_its_pages(client: Client):
+def test_imported_bindings_are_listed_in_pages(client: Client):
     lines = [json.dumps({"user": f"u{n}", "prefix": "voice"}) for n in range(5)]
     assert client.import_bindings("\n".join(lines).encode()) == 5
     page = client.list_bindings(limit=3)
     rest = client.list_bindings(after=page.next_after)
-    assert [one.user for one in (*page.bindings, *rest.bindings)] == [f"u{n}" for n in range(5)]
+    assert [binding.user for binding in (*page.bindings, *rest.bindings)] == [
+        f"u{n}" for n in range(5)
+    ]
     for n in range(5):
         client.unbind_user(f"u{n}")
 
 
-def test_the_verbs(client: Client, served: tuple[World, str], tmp_path: Path):
+def test_user_verbs_bind_import_list_and_unbind(
+    client: Client, served: tuple[World, str], tmp_path: Path
+):
     world, url = served
     environment = {"PREFIXD_URL": url, "PREFIXD_API_KEY": world.keys["acme"]}
 

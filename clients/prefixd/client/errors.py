@@ -99,7 +99,7 @@ class TooLargeError(ApiError):
 
 
 class InvalidPrefixError(ApiError):
-    """The upload was refused; the message says what was expected and what came."""
+    """The upload was refused; the message gives the expected and the received value."""
 
 
 class RateLimitError(ApiError):
@@ -139,7 +139,7 @@ BY_CODE = {
     "storage_unavailable": 503,
     "deadline_exceeded": 504,
 }
-"""The status of a failure in mid-stream, by its code: the status line was sent as 200."""
+"""The status of a failure during a stream, by its code: the status line was sent as 200."""
 
 
 def error_class(status: int) -> type[ApiError]:

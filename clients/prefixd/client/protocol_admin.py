@@ -84,7 +84,7 @@ def rotate_key(key_id: str, *, overlap_seconds: float | None = None) -> Call[Key
 
 
 def revoke_key(key_id: str) -> Call[Key]:
-    """Revoke a key for ever: its next request is refused."""
+    """Revoke a key: the server refuses its next request."""
     return Call(request_of("DELETE", *_ADMIN, "keys", key_id), parser(Key))
 
 

@@ -77,8 +77,8 @@ class _Event(ResponseModel):
 class ChunkReader:
     """Incremental reader: ``feed`` bytes for the chunks they complete, then ``finish``.
 
-    ``feed`` raises ``ApiError`` when the server reports a failure in mid-stream; ``finish`` raises
-    ``StreamInterruptedError`` when the closing event never came.
+    ``feed`` raises ``ApiError`` when the server reports a failure during the stream; ``finish``
+    raises ``StreamInterruptedError`` when the closing event never came.
     """
 
     def __init__(self) -> None:

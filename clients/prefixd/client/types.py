@@ -87,7 +87,7 @@ class Uploaded(ResponseModel):
 
 
 class Warmed(PrefixVersion):
-    """A version that is being made resident. ``state`` is ``queued`` or a tier, as of
+    """A version on its way into the pool. ``state`` is ``queued`` or a tier, as of
     ``Prefix.tier``."""
 
     state: str
@@ -199,7 +199,10 @@ class Choice(_GeneratedText):
 
 
 class CompletionChunk(_GeneratedText):
-    """A piece of a streamed generation; only the last one has ``usage``."""
+    """A piece of a streamed generation; only the last one has ``usage``.
+
+    The server uses "chunk" for a piece of a prompt in a prefill.
+    """
 
     usage: Usage | None = None
 

@@ -73,7 +73,7 @@ def request_of(
     parts: tuple[Part, ...] = (),
     ndjson: bytes | None = None,
 ) -> Request:
-    """A request; each of ``path`` is one segment, ``params`` that are None are left out."""
+    """A request; each of ``path`` is one segment, ``params`` of None are omitted."""
     # A name with a slash or a question mark must stay one segment: the server then refuses it.
     joined = "/" + "/".join(quote(segment, safe="@:") for segment in path)
     query = {name: value for name, value in (params or {}).items() if value is not None}
@@ -91,7 +91,8 @@ def dump(value: Mapping[str, object]) -> bytes:
 def parse_json(model: type[M], body: str | bytes) -> M:
     """The JSON object in ``body`` as a ``model``.
 
-    ``ProtocolError`` for anything else; it names the field, what was expected and what came.
+    ``ProtocolError`` for anything else; its message gives the field, what was expected
+    and the received value.
     """
     try:
         return model.model_validate_json(body)
