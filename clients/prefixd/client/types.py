@@ -87,7 +87,7 @@ class Uploaded(ResponseModel):
 
 
 class Warmed(PrefixVersion):
-    """A version on its way into the pool. ``state`` is ``queued`` or a tier, as of
+    """A version that is resident or being loaded. ``state`` is ``queued`` or a tier, as of
     ``Prefix.tier``."""
 
     state: str
