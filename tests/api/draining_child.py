@@ -46,7 +46,7 @@ def main() -> None:
             patience=patience,
             closing=1,
         ).run(sockets=[bound])
-        world.engine.scheduler.check_integrity()
+        world.engine.loop.scheduler.check_integrity()
         staying = [one for one in threading.enumerate() if one is not threading.main_thread()]
         for thread in staying:
             thread.join(None if not thread.daemon else 0)

@@ -31,7 +31,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.tiers: dict[PrefixKey, str] = {}
-        self.warmed: list[tuple[PrefixHandle, int | None]] = []
+        self.preloaded: list[tuple[PrefixHandle, int | None]] = []
         self.pins: list[PrefixHandle] = []
         self.caps: Mapping[str, int] | None = None
         self.retired: list[PrefixKey] = []
@@ -40,10 +40,10 @@ class Pool:
     def tier(self, key: PrefixKey) -> str | None:
         return self.tiers.get(key)
 
-    def warm(self, handle: PrefixHandle, *, max_resident_tokens: int | None = None) -> None:
+    def preload(self, handle: PrefixHandle, *, max_resident_tokens: int | None = None) -> None:
         if self.full is not None:
             raise self.full
-        self.warmed.append((handle, max_resident_tokens))
+        self.preloaded.append((handle, max_resident_tokens))
 
     def set_pins(
         self, handles: Iterable[PrefixHandle], *, caps: Mapping[str, int] | None = None
@@ -58,7 +58,7 @@ class Pool:
 def pool(world: World, monkeypatch: pytest.MonkeyPatch) -> Pool:
     """In place of the engine's methods; asked for before ``client``, which starts the server."""
     pool = Pool()
-    for name in ("tier", "warm", "set_pins", "retire"):
+    for name in ("tier", "preload", "set_pins", "retire"):
         monkeypatch.setattr(world.engine, name, getattr(pool, name))
     return pool
 
@@ -88,7 +88,7 @@ def test_warming_hands_the_version_to_the_engine(
         "digest": manifest["digest"],
         "state": "queued",
     }
-    assert pool.warmed == [(handle(manifest), 50)]
+    assert pool.preloaded == [(handle(manifest), 50)]
 
 
 @pytest.mark.parametrize("state", ["fetching", "staged", "compiling", "host"])
@@ -99,7 +99,7 @@ def test_what_is_on_its_way_is_said(
     pool.tiers[key(manifest)] = state
     answer = client.post("/v1/prefixes/voice/warm")
     assert (answer.status_code, answer.json()["state"]) == (202, state)
-    assert len(pool.warmed) == 1
+    assert len(pool.preloaded) == 1
 
 
 def test_what_is_resident_is_left_alone(pool: Pool, client: TestClient, world: World) -> None:
@@ -107,7 +107,7 @@ def test_what_is_resident_is_left_alone(pool: Pool, client: TestClient, world: W
     pool.tiers[key(manifest)] = "resident"
     answer = client.post("/v1/prefixes/voice/warm")
     assert (answer.status_code, answer.json()["state"]) == (200, "resident")
-    assert pool.warmed == []
+    assert pool.preloaded == []
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_versions_that_are_none(
     answer = client.request(method, f"/v1/prefixes/{reference}/{verb}", json=body)
     assert answer.status_code == status
     error_of(answer)
-    assert pool.warmed == []
+    assert pool.preloaded == []
     assert pool.pins == []
 
 
@@ -185,7 +185,7 @@ def test_what_no_request_could_run_under_is_refused(
     other = type(BASE)(**{**{f: getattr(BASE, f) for f in BASE.__slots__}, "fingerprint": "e" * 64})
     object.__setattr__(world.served, "base", other)
     assert refused() == (409, "base_mismatch")
-    assert pool.warmed == []
+    assert pool.preloaded == []
     assert pool.pins == []
 
 
@@ -201,7 +201,7 @@ def test_a_full_or_closing_engine_says_when_to_come_again(
     world.drain_state.close()
     answer = client.post("/v1/prefixes/voice/warm")
     assert answer.status_code == 503
-    assert pool.warmed == []
+    assert pool.preloaded == []
 
 
 def test_warming_is_one_of_a_tenants_requests(pool: Pool, client: TestClient, world: World) -> None:
@@ -211,7 +211,7 @@ def test_warming_is_one_of_a_tenants_requests(pool: Pool, client: TestClient, wo
     assert answer.headers["x-ratelimit-remaining-requests"] == "0"
     refused = client.post("/v1/prefixes/voice/warm")
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "60")
-    assert len(pool.warmed) == 1
+    assert len(pool.preloaded) == 1
 
 
 def test_an_upload_may_warm_and_never_fails_by_it(
@@ -220,11 +220,11 @@ def test_an_upload_may_warm_and_never_fails_by_it(
     body = {"kind": "text", "text": "hello"}
     first = client.put("/v1/prefixes/voice?warm=true", json=body)
     assert first.status_code == 201
-    assert [one for one, _ in pool.warmed] == [handle(first.json())]
+    assert [one for one, _ in pool.preloaded] == [handle(first.json())]
     assert client.put("/v1/prefixes/voice?warm=true", json=body).status_code == 200
-    assert len(pool.warmed) == 2
+    assert len(pool.preloaded) == 2
     assert client.put("/v1/prefixes/voice", json=body).status_code == 200
-    assert len(pool.warmed) == 2
+    assert len(pool.preloaded) == 2
     pool.full = QueueFull("full", retry_after=1.0)
     again = client.put("/v1/prefixes/other?warm=true", json={"kind": "text", "text": "two"})
     assert again.status_code == 201

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from prefixd.server.engine.config import SchedulerConfig
-from prefixd.server.engine.engine import Engine, seeded_uniform
+from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
@@ -21,6 +21,7 @@ from prefixd.server.engine.request import (
     StopParams,
     TokenEvent,
 )
+from prefixd.server.engine.sequence import seeded_uniform
 from prefixd.server.engine.step import Detokenizer, OutOfMemory, Step, StepOutput
 from prefixd.server.testing import ByteDetokenizer, FakeRunner, FakeSource, fake_generate
 
@@ -87,8 +88,8 @@ def bench() -> Iterator[Bench]:
     bench.engine.start()
     yield bench
     bench.engine.stop()
-    bench.engine.scheduler.check_integrity()
-    assert bench.engine.scheduler.idle
+    bench.engine.loop.scheduler.check_integrity()
+    assert bench.engine.loop.scheduler.idle
 
 
 def answer(events: "queue.Queue[Event]") -> tuple[str, FinishEvent]:
@@ -208,16 +209,16 @@ def test_a_source_that_breaks_shows_no_internals(
 
     monkeypatch.setattr(bench.source, "fetch", broken)
     _, events = bench.submit(prefix=PREFIX)
-    assert answer(events)[1].error == "the prefix could not be loaded"
+    assert answer(events)[1].error == "the prefix failed to load"
 
 
 def test_a_tenant_that_warms_more_than_there_are_places_for_is_told(bench: Bench) -> None:
     for number in range(256):
-        bench.engine.warm(PrefixHandle(PrefixKey("t", f"too large {number}"), 10_000))
+        bench.engine.preload(PrefixHandle(PrefixKey("t", f"too large {number}"), 10_000))
     bench.engine.state()  # answered behind all that was posted before
     with pytest.raises(QueueFull, match="too many prefixes are being warmed"):
-        bench.engine.warm(PrefixHandle(PrefixKey("t", "one more"), 10_000))
-    bench.engine.warm(PrefixHandle(PrefixKey("other", "digest"), 10_000))
+        bench.engine.preload(PrefixHandle(PrefixKey("t", "one more"), 10_000))
+    bench.engine.preload(PrefixHandle(PrefixKey("other", "digest"), 10_000))
 
 
 def fail_steps(
@@ -389,7 +390,7 @@ def test_a_picture_that_fails_harms_nobody(bench: Bench, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> dict[str, object]:
         raise LookupError("a bug in the picture")
 
-    monkeypatch.setattr("prefixd.server.engine.engine.debug_state", broken)
+    monkeypatch.setattr("prefixd.server.engine.loop.debug_state", broken)
     _, events = bench.submit()
     with pytest.raises(LookupError):
         bench.engine.state()
@@ -407,7 +408,7 @@ def test_a_loop_that_fails_tells_everybody_and_starts_over(
     def broken(**_: object) -> Step:
         raise AssertionError("a bug in the scheduler")
 
-    monkeypatch.setattr(bench.engine.scheduler, "schedule", broken)
+    monkeypatch.setattr(bench.engine.loop.scheduler, "schedule", broken)
     bench.engine.start()
     end = answer(events)[1]
     assert end.error == "the engine had to start over; please try again"

@@ -13,7 +13,7 @@ from prefixd.server.engine.request import (
     StopParams,
 )
 from prefixd.server.engine.scheduler import Scheduler
-from prefixd.server.engine.sequence import Sequence
+from prefixd.server.engine.sequence import End, Sequence
 from prefixd.server.testing import FakeRunner, FakeStaged
 
 CONFIG = SchedulerConfig(num_blocks=200, block_size=4)
@@ -152,6 +152,6 @@ def test_what_no_finite_logits_vouch_for_is_not_known() -> None:
     step = scheduler.schedule()
     scheduler.update(step, scheduler.runner.run(step))  # type: ignore[attr-defined]
     assert half.num_computed == 8
-    scheduler.end(half, FinishReason.ABORT)
+    scheduler.end(half, End(FinishReason.ABORT))
     assert run(scheduler, 1, prompt).num_cached == 0
     assert run(scheduler, 2, prompt).num_cached == 8

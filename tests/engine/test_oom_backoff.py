@@ -3,22 +3,22 @@
 import pytest
 
 from prefixd.server.engine.config import SchedulerConfig
-from prefixd.server.engine.oom_backoff import OomBackoff
+from prefixd.server.engine.recovery import OomBackoff
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.step import Chunk, CompileChunk, Save, Step
 from prefixd.server.testing import FakeStaged
 
 KEY = PrefixKey("t", "digest")
-SAVES = (Save(KEY, 8, (1, 2)),)
+SAVES = [Save(KEY, 8, (1, 2))]
 CONFIG = SchedulerConfig(num_blocks=64, block_size=4, max_running=64, max_prefill_chunk=512)
 
 
-def chunks(*sizes: int) -> tuple[Chunk, ...]:
-    return tuple(Chunk(i, [0] * size, 0, []) for i, size in enumerate(sizes))
+def chunks(*sizes: int) -> list[Chunk]:
+    return [Chunk(i, [0] * size, 0, []) for i, size in enumerate(sizes)]
 
 
-def compiles(*sizes: int) -> tuple[CompileChunk, ...]:
-    return tuple(CompileChunk(KEY, FakeStaged(size), 0, size, []) for size in sizes)
+def compiles(*sizes: int) -> list[CompileChunk]:
+    return [CompileChunk(KEY, FakeStaged(size), 0, size, []) for size in sizes]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_limits_come_back_when_steps_go_well() -> None:
     oom_backoff = OomBackoff(CONFIG)
     oom_backoff.shrink(Step(chunks=chunks(*[1] * 64)))
     for _ in range(31):
-        oom_backoff.step_went_well()
+        oom_backoff.step_succeeded()
     assert oom_backoff.max_running == 32
-    oom_backoff.step_went_well()
+    oom_backoff.step_succeeded()
     assert oom_backoff.max_running == 64

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from prefixd.server.engine.config import SchedulerConfig
-from prefixd.server.engine.preloads import Preloads
+from prefixd.server.engine.prefix_loader import Preloads, preloads_full
 from prefixd.server.engine.request import (
     AdmittedRequest,
     FinishReason,
@@ -16,9 +16,8 @@ from prefixd.server.engine.request import (
     SamplingParams,
     StopParams,
 )
-from prefixd.server.engine.residency import Stage
 from prefixd.server.engine.scheduler import Scheduler
-from prefixd.server.engine.sequence import Sequence
+from prefixd.server.engine.sequence import End, Sequence
 from prefixd.server.engine.step import Step
 from prefixd.server.testing import FakeRunner, FakeStaged
 
@@ -65,10 +64,9 @@ class World:
         self.now += 0.1
         step = self.scheduler.schedule(now=self.now)
         self.steps.append(step)
-        for item in self.scheduler.update(step, self.runner.run(step)):
-            if item.finished:
-                handle = item.sequence.prefix
-                self.served[handle.key.digest if handle else "base"] += 1
+        for sequence in self.scheduler.update(step, self.runner.run(step)):
+            handle = sequence.prefix
+            self.served[handle.key.digest if handle else "base"] += 1
         for key in step.fetches:
             length = int(key.digest.split("-")[1])
             self.failed += self.scheduler.prefix_staged(key, FakeStaged(length), now=self.now)
@@ -88,7 +86,7 @@ class World:
 
     def resident(self) -> set[str]:
         residency = self.scheduler.memory.residency
-        return {entry.key.digest for entry in residency if entry.stage is Stage.RESIDENT}
+        return {entry.key.digest for entry in residency if entry.is_compiled}
 
 
 HOT, COLD = prefix("crowd", "hot"), prefix("lone", "cold")
@@ -115,7 +113,7 @@ def test_a_forced_prefix_that_nobody_wants_any_more_lets_the_others_stay() -> No
         if number == 3:
             cold = world.ask(COLD)
         if world.scheduler.prefix_loader.forcing is not None:
-            world.scheduler.end(cold, FinishReason.ABORT)
+            world.scheduler.end(cold, End(FinishReason.ABORT))
             break
     before = world.served["hot-8"]
     for _ in zip(range(20), world.steps_with(HOT), strict=False):
@@ -211,7 +209,7 @@ def test_and_of_two_such_the_first_is_used_before_the_second_takes_its_room() ->
 def test_prefixes_of_those_further_back_than_a_step_looks_clog_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("prefixd.server.engine.scheduler.LOOKAHEAD", 3)
+    monkeypatch.setattr("prefixd.server.engine.step_builder.LOOKAHEAD", 3)
     world = World(max_staged=2, max_resident_tokens=16)
     asked = [world.ask(prefix(tenant, name)) for tenant in "abcdef" for name in "xyz"]
     for _ in range(200):
@@ -318,7 +316,7 @@ def test_wishes_that_cannot_come_true_block_nobody_and_fetch_nothing() -> None:
     assert {key.digest for step in world.steps for key in step.fetches} == {"a-8", "b-8"}
     # And where they were fetched and then lost their room, they make way.
     for sequence in running:
-        world.scheduler.end(sequence, FinishReason.ABORT)
+        world.scheduler.end(sequence, End(FinishReason.ABORT))
     step = world.scheduler.schedule(now=world.now)
     assert {key.digest for key in step.fetches} == {"w-8", "x-8"}
     world.scheduler.update(step, world.runner.run(step))
@@ -344,19 +342,19 @@ def test_one_tenants_warms_that_find_no_room_do_not_hold_up_anothers() -> None:
 
 
 def test_one_tenants_crowd_of_warms_leaves_places_for_others() -> None:
-    preloads = Preloads(most=4)
+    preloads = Preloads(limit=4)
     for name in "abcd":
-        assert not preloads.full_for("crowd")
+        assert not preloads_full(preloads.by_tenant(), "crowd", limit=4)
         preloads.add(prefix("crowd", name), cap=None, now=0.0)
-    assert preloads.full_for("crowd")
+    assert preloads_full(preloads.by_tenant(), "crowd", limit=4)
     preloads.add(prefix("crowd", "e"), cap=None, now=0.0)  # one that raced past the question
     assert [warm.handle for warm in preloads] == [prefix("crowd", name) for name in "bcde"]
     for name in "xy":
-        assert not preloads.full_for("other")
+        assert not preloads_full(preloads.by_tenant(), "other", limit=4)
         preloads.add(prefix("other", name), cap=None, now=0.0)
     assert [warm.handle.key.tenant for warm in preloads] == ["crowd", "crowd", "other", "other"]
-    assert preloads.full_for("other")
-    assert not preloads.full_for("third")
+    assert preloads_full(preloads.by_tenant(), "other", limit=4)
+    assert not preloads_full(preloads.by_tenant(), "third", limit=4)
     preloads.add(prefix("other", "x"), cap=7, now=0.0)  # again: takes no other place
     assert len(preloads) == 4
 
@@ -399,11 +397,11 @@ def test_a_prefix_that_could_not_be_had_is_not_asked_for_again_for_a_while() -> 
     gone = prefix("t", "gone")
     world.ask(gone)
     step = world.scheduler.schedule(now=world.now)
-    assert step.fetches == (gone.key,)
+    assert step.fetches == [gone.key]
     assert len(world.scheduler.prefix_failed(gone.key, "gone", now=world.now)) == 1
     world.now += 4.9
     at_once = world.ask(gone)
-    assert (at_once.reason, at_once.error) == (FinishReason.ERROR, "gone")
+    assert at_once.end == End(FinishReason.ERROR, error="gone")
     world.now += 0.2
     world.ask(gone, tokens=1)
     for _ in range(5):
@@ -432,7 +430,7 @@ def test_a_tenant_whose_prefix_is_on_its_way_saves_nothing_up() -> None:
     for _ in range(40):
         world.ask(slow, tokens=1)
     fetching = world.scheduler.schedule(now=world.now)
-    assert fetching.fetches == (key,)
+    assert fetching.fetches == [key]
     for _ in range(120):
         if len(world.scheduler.waiting.of("base")) < 3:
             world.ask(tokens=1)

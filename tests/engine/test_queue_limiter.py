@@ -46,7 +46,8 @@ def test_what_is_on_its_way_counts_as_what_waits_does() -> None:
     bounded.enter(first)
     bounded.enter(request("a"))
     bounded.entered(first)
-    bounded.publish(waiting("a"), rate=5.0)
+    bounded.publish(waiting("a"))
+    bounded.rate = 5.0
     bounded.enter(request("a"))
     with pytest.raises(QueueFull, match="30 tokens wait, of at most 30") as refused:
         bounded.enter(request("a"))
@@ -55,7 +56,8 @@ def test_what_is_on_its_way_counts_as_what_waits_does() -> None:
 
 def test_a_tenant_below_its_share_enters_a_full_queue() -> None:
     bounded = gate(40)
-    bounded.publish(waiting("crowd", "crowd", "crowd", "crowd"), rate=1e9)
+    bounded.publish(waiting("crowd", "crowd", "crowd", "crowd"))
+    bounded.rate = 1e9
     with pytest.raises(QueueFull) as refused:
         bounded.enter(request("crowd"))
     assert refused.value.retry_after == 1.0, "never less than a second"
@@ -66,7 +68,8 @@ def test_a_tenant_below_its_share_enters_a_full_queue() -> None:
 
 def test_the_share_is_by_weight() -> None:
     bounded = gate(40)
-    bounded.publish(waiting("crowd", "crowd", "crowd", "crowd"), rate=1.0)
+    bounded.publish(waiting("crowd", "crowd", "crowd", "crowd"))
+    bounded.rate = 1.0
     with pytest.raises(QueueFull):
         bounded.enter(request("light", weight=0.25))
     bounded.enter(request("heavy", n=3, weight=3.0))
@@ -85,7 +88,8 @@ def test_a_closed_gate_says_why() -> None:
 
 def test_who_would_be_refused_anyhow_is_told_without_a_request() -> None:
     bounded = gate(40)
-    bounded.publish(waiting("crowd", "crowd", "crowd", "crowd"), rate=1.0)
+    bounded.publish(waiting("crowd", "crowd", "crowd", "crowd"))
+    bounded.rate = 1.0
     with pytest.raises(QueueFull, match="40 tokens wait, of at most 40"):
         bounded.check("crowd", weight=1.0)
     for _ in range(5):

@@ -4,7 +4,6 @@ import gc
 import itertools
 
 from prefixd.server.engine.config import SchedulerConfig
-from prefixd.server.engine.debug_state import debug_state
 from prefixd.server.engine.request import (
     AdmittedRequest,
     FinishReason,
@@ -13,9 +12,9 @@ from prefixd.server.engine.request import (
     SamplingParams,
     StopParams,
 )
-from prefixd.server.engine.residency import Stage
 from prefixd.server.engine.scheduler import Scheduler
-from prefixd.server.engine.sequence import Sequence
+from prefixd.server.engine.sequence import End, Sequence
+from prefixd.server.engine.stats import debug_state
 from prefixd.server.testing import FakeRunner, FakeStaged
 
 _ids = itertools.count()
@@ -49,7 +48,7 @@ def prefix(tenant: str, name: str, length: int) -> PrefixHandle:
 
 def resident(scheduler: Scheduler) -> set[str]:
     entries = scheduler.memory.residency
-    return {entry.key.digest for entry in entries if entry.stage is Stage.RESIDENT}
+    return {entry.key.digest for entry in entries if entry.is_compiled}
 
 
 def test_a_tenant_at_its_cap_waits_for_its_own_prefix_to_become_idle() -> None:
@@ -105,9 +104,9 @@ def test_what_ended_in_time_is_not_kept_until_its_deadline() -> None:
     for _ in range(5000):
         brief = Sequence(next(_ids), bare(timeout_s=1e8), 0, 0, [1])
         scheduler.add(brief)
-        scheduler.end(brief, FinishReason.ABORT)
+        scheduler.end(brief, End(FinishReason.ABORT))
     assert num_sequences() - before < 1000
-    assert scheduler.next_expiry == 60.0
+    assert scheduler.deadlines.next_at == 60.0
     assert scheduler.expire(now=61.0) == [patient]
 
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixd.server.engine.stopping import StopStrings
+from prefixd.server.engine.output_processor import StopStrings
 
 letters = st.text(alphabet="ab<>", max_size=30)
 

@@ -50,8 +50,8 @@ class Ledger:
     def run(self, step: Step) -> StepOutput:
         """Run a step and enter it."""
         assert self.engine is not None
-        scheduler, pause = self.engine.scheduler, threading.Event()
-        while len(scheduler.waiting) + len(self.engine._inbox) < self.backlog:
+        scheduler, pause = self.engine.loop.scheduler, threading.Event()
+        while len(scheduler.waiting) + len(self.engine.loop._inbox) < self.backlog:
             pause.wait(0.001)
         running = {sequence.seq_id: sequence for sequence in scheduler.running}
         served: Counter[str] = Counter()

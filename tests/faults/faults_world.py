@@ -83,7 +83,7 @@ class World:
                 return
             turn.wait(0.02)
         raise AssertionError(
-            f"the server never became idle: {self.engine.scheduler!r}, tasks {self.tasks()}"
+            f"the server never became idle: {self.engine.loop.scheduler!r}, tasks {self.tasks()}"
         )
 
     def _empty_handed(self) -> bool:
@@ -107,7 +107,7 @@ def running(
     loaded = build_server(
         Settings(model=str(model), data_dir=data, threads=1, host="127.0.0.1", **settings)
     )
-    runner = loaded.engine._runner = wrap(loaded.engine._runner)
+    runner = loaded.engine.loop._runner = wrap(loaded.engine.loop._runner)
     known = {tenant.name for tenant in loaded.tenants.list_tenants()}
     for name in tenants:
         if name not in known:
@@ -128,4 +128,4 @@ def running(
         thread.join(60)
         assert not thread.is_alive(), "the server did not stop"
         loaded.tenants._engine.dispose()
-    loaded.engine.scheduler.check_integrity()
+    loaded.engine.loop.scheduler.check_integrity()

@@ -54,9 +54,9 @@ class Watch:
 
     def run(self, step: Step) -> StepOutput:
         assert self.engine is not None
-        waiting = list(self.engine.scheduler.waiting)
+        waiting = list(self.engine.loop.scheduler.waiting)
         pause, latest = threading.Event(), time.monotonic() + PATIENCE_S * self.flooded
-        while len(waiting) + len(self.engine._inbox) < PLACES and time.monotonic() < latest:
+        while len(waiting) + len(self.engine.loop._inbox) < PLACES and time.monotonic() < latest:
             pause.wait(0.001)
         self.most_waiting = max(self.most_waiting, len(waiting))
         self.waited.update(sequence.seq_id for sequence in waiting)

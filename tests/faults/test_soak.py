@@ -119,7 +119,7 @@ def _soak(model: Path, scratch: Path) -> str:
 def _check_idle(world: World, seed: str) -> None:
     stats = world.engine.stats()
     held = stats.blocks_free + stats.blocks_prefix
-    assert held == stats.blocks_total, f"{seed}: blocks leaked: {world.engine.scheduler!r}"
+    assert held == stats.blocks_total, f"{seed}: blocks leaked: {world.engine.loop.scheduler!r}"
 
 
 def _check_memory(memory: list[tuple[int, int]]) -> str:

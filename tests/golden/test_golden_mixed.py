@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from prefixd.server.engine.request import PrefixHandle, SamplingParams
-from prefixd.server.engine.residency import Stage
 from prefixd.server.engine.step import Step
 from prefixd.server.model.prefix import KVPrefix, SoftPrompt
 from tests.golden.golden_harness import (
@@ -60,7 +59,7 @@ def together(
 
 def preempt_often(served: Served) -> None:
     """Preempt the youngest running sequence before every ninth step."""
-    scheduler = served.engine.scheduler
+    scheduler = served.engine.loop.scheduler
     schedule, calls = scheduler.schedule, itertools.count(1)
 
     def schedule_after_preempting(*, now: float) -> Step:
@@ -118,7 +117,7 @@ def test_concurrent_requests_share_one_compiled_prefix(
     run = served.runner.run
 
     def watch(step: object) -> object:
-        scheduler = served.engine.scheduler
+        scheduler = served.engine.loop.scheduler
         pool = scheduler.memory.pool
         held.append((pool.num_usable - pool.num_free, len(scheduler.running)))
         return run(step)  # type: ignore[arg-type]
@@ -176,8 +175,8 @@ def evict_everything(served: Served) -> None:
     """Fill the pool once, so that idle prefixes are evicted and their blocks are reused."""
     size = served.engine.config.max_tokens_for(0) - 1
     served.generate([3] * size, count=1)
-    entries = served.engine.scheduler.memory.residency
-    assert not [entry for entry in entries if entry.stage is Stage.RESIDENT]
+    entries = served.engine.loop.scheduler.memory.residency
+    assert not [entry for entry in entries if entry.is_compiled]
 
 
 def test_a_prefix_with_nan_fails_its_request_with_a_clear_message(

@@ -57,9 +57,9 @@ def logits_under(
     full_blocks = shared[: length // block_size]
     own = list(range(100, 100 + -(-(length + len(rest)) // block_size) - len(full_blocks)))
     compiled = CompileChunk(PrefixKey("t", "d"), prefix, 0, length, shared)
-    runner.run(Step(compiles=(compiled,), fresh=(*shared, *own)))
+    runner.run(Step(compiles=[compiled], fresh=[*shared, *own]))
     if len(full_blocks) < len(shared):
-        runner.run(Step(copies=(BlockCopy(shared[-1], own[0]),)))
+        runner.run(Step(copies=[BlockCopy(shared[-1], own[0])]))
     table = [*full_blocks, *own]
     rows = []
     for i, token in enumerate(rest):

@@ -27,7 +27,7 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.engine.residency import Stage
 from prefixd.server.engine.scheduler import Scheduler
-from prefixd.server.engine.sequence import Sequence, State
+from prefixd.server.engine.sequence import End, Sequence, State
 from prefixd.server.engine.step import Sampled, Step, StepOutput
 from prefixd.server.testing import FakeRunner, FakeStaged, fake_generate
 
@@ -72,7 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         looked_at: int,
     ) -> None:
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr("prefixd.server.engine.scheduler.LOOKAHEAD", looked_at)
+        self.patch.setattr("prefixd.server.engine.step_builder.LOOKAHEAD", looked_at)
         self.cap = cap
         self.config = SchedulerConfig(
             num_blocks=blocks,
@@ -172,7 +172,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(sequence=consumes(sequences))
     def abort(self, sequence: Sequence) -> None:
         if not sequence.finished:
-            self.scheduler.end(sequence, FinishReason.ABORT)
+            self.scheduler.end(sequence, End(FinishReason.ABORT))
             del self.alive[sequence.seq_id]
 
     @rule(seconds=st.sampled_from([0.3, 1.1, 3.0]))
@@ -196,7 +196,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self) -> None:
         self.time_passes(0.1)
         before = {s.seq_id: s.num_remaining for s in self.scheduler.running}
-        proving = self.scheduler.proving
+        proving = self.scheduler.recovery.proving
         preemptions = self.scheduler.num_preemptions
         waited = self.ready_tenants()
         step = self.scheduler.schedule(now=self.now)
@@ -205,15 +205,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.check_fairness(waited & self.ready_tenants())
         decodes = {i for i, remaining in before.items() if remaining == 1}
         missed = decodes - {c.seq_id for c in step.chunks}
-        if proving and self.scheduler.proving:
+        if proving and self.scheduler.recovery.proving:
             assert step.num_parts <= 1, "a suspect has to prove itself alone"
         elif not proving:
             assert len(missed) <= self.scheduler.num_preemptions - preemptions, "a decode stalled"
         self.fetching += step.fetches
         output = self.runner.run(step) if step.has_work else StepOutput({})
-        for progress in self.scheduler.update(step, output):
-            if progress.finished:
-                self.check_ended(progress.sequence)
+        for sequence in self.scheduler.update(step, output):
+            self.check_ended(sequence)
 
     def check_step(self, step: Step) -> None:
         assert step.num_tokens <= self.config.max_tokens_per_step
@@ -248,12 +247,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget = self.config.max_resident_tokens
         assert budget is None or residency.num_tokens <= budget, "prefixes are over the budget"
         assert self.scheduler.memory.host.num_tokens <= self.config.host_tokens
-        coming = [entry for entry in residency if entry.stage is not Stage.RESIDENT]
+        coming = [entry for entry in residency if not entry.is_compiled]
         assert len(coming) <= self.config.max_staged
 
     def ready_tenants(self) -> set[str]:
         """Tenants with something waiting that could run now but for the room."""
-        if self.scheduler.proving or self.scheduler.prefix_loader.forcing is not None:
+        if self.scheduler.recovery.proving or self.scheduler.prefix_loader.forcing is not None:
             return set()
         waiting = self.scheduler.waiting
         return {s.tenant for s in waiting if self.scheduler.memory.is_ready(s)}
@@ -302,7 +301,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         while True:
             self.mourn(ended, only=culprit)
-            if ended or not self.scheduler.proving:
+            if ended or not self.scheduler.recovery.proving:
                 break
             step = self.scheduler.schedule(now=self.now)
             self.check_step(step)
@@ -311,9 +310,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             if culprit in parts:
                 ended = self.scheduler.step_failed(step, "boom", now=self.now)
             else:
-                for progress in self.scheduler.update(step, self.runner.run(step)):
-                    if progress.finished:
-                        self.check_ended(progress.sequence)
+                for sequence in self.scheduler.update(step, self.runner.run(step)):
+                    self.check_ended(sequence)
 
     def mourn(self, ended: list[Sequence], *, only: object = None) -> None:
         for sequence in ended:
@@ -332,12 +330,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if sampled:
             wrong = sorted(sampled)[which % len(sampled)]
             sampled[wrong] = Sampled(0, finite=False)
-        for progress in self.scheduler.update(step, StepOutput(sampled, output.saved)):
-            sequence = progress.sequence
+        for sequence in self.scheduler.update(step, StepOutput(sampled, output.saved)):
             if sampled and sequence.seq_id == wrong:
                 assert sequence.reason is FinishReason.ERROR
                 del self.alive[sequence.seq_id]
-            elif progress.finished:
+            else:
                 self.check_ended(sequence)
 
     # -- prefixes ----
@@ -416,7 +413,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 while self.fetching:
                     self.fetch_ends_well(0)
             pool, residency = self.scheduler.memory.pool, self.scheduler.memory.residency
-            pins = set(self.scheduler.prefix_loader.pins)
+            pins = set(residency.pins)
             assert {entry.key for entry in residency} <= pins, "idle, and more than pins is held"
             assert all(e.stage is not Stage.COMPILING for e in residency)
             assert set(self.scheduler.memory.host.keys()) <= pins

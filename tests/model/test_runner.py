@@ -9,7 +9,7 @@ from prefixd.server.engine.step import Chunk, OutOfMemory, Step
 from prefixd.server.model.load import prepare_base
 from prefixd.server.model.runner import TorchRunner
 
-STEP = Step(chunks=(Chunk(0, [1, 2], 0, [1], sampling=SamplingParams(temperature=0)),), fresh=(1,))
+STEP = Step(chunks=[Chunk(0, [1, 2], 0, [1], sampling=SamplingParams(temperature=0))], fresh=[1])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The block pool: which KV blocks are free, and how many block tables point at each used one."""
+"""The block pool: which KV blocks are free, and how many block tables refer to each used one."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -7,17 +7,18 @@ from prefixd.server.engine.step import NULL_BLOCK
 
 
 class BlockPool:
-    """Reference-counted blocks of KV, by id. Block 0 is the null block and is never handed out.
+    """Reference-counted blocks of KV, by id. Block 0 is the null block and is never allocated.
 
     ::
 
-        empty --allocate--> held --release--> empty          nobody knows what was in it
+        empty --allocate--> held --release--> empty          its content is unknown
                              ^  \\--release--> remembered     free too, but its content is known
                              |                   |   \\
                              +------share--------+    +--allocate--> held (forgotten first)
 
-    Empty blocks are reused last in, first out: leftovers come back soon, so a forgotten zeroing
-    shows in a test instead of in production. Of the remembered ones the least recently used go.
+    Empty blocks are reused last in, first out: leftovers return soon, so that a missing zeroing
+    shows in a test instead of in production. Remembered blocks are reused only when no block is
+    empty, the least recently used first.
     """
 
     def __init__(self, *, num_blocks: int) -> None:
@@ -37,7 +38,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks nobody refers to, remembered ones included."""
+        """Blocks without a reference, remembered ones included."""
         return len(self._empty) + len(self._remembered)
 
     @property
@@ -50,8 +51,8 @@ class BlockPool:
         return self._references[block]
 
     def allocate(self, count: int) -> list[int]:
-        """Hand out ``count`` blocks with one reference each; the caller checked ``num_free``."""
-        assert count <= self.num_free, f"{count} blocks asked, {self.num_free} free"
+        """Take ``count`` free blocks, with one reference each; the caller checked ``num_free``."""
+        assert count <= self.num_free, f"{count} blocks needed, {self.num_free} free"
         blocks = []
         for _ in range(count):
             if self._empty:
@@ -64,7 +65,7 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """One more block table refers to each of ``blocks``, held or remembered."""
+        """Add one reference to each of ``blocks``, held or remembered."""
         for block in blocks:
             if self._references[block] == 0:
                 assert block in self._remembered, f"block {block} is empty and cannot be shared"
@@ -72,8 +73,8 @@ class BlockPool:
             self._references[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One block table less refers to each of ``blocks``; those nobody holds become free."""
-        # Backwards: of a remembered run the end is the first to go, as its start is worth more.
+        """Drop one reference to each of ``blocks``; those without any become free."""
+        # Backwards: the end of a remembered run is reused before its start, which is worth more.
         for block in reversed(blocks):
             assert self._references[block] > 0, f"block {block} released more often than held"
             self._references[block] -= 1
@@ -84,14 +85,14 @@ class BlockPool:
                     self._empty.append(block)
 
     def remember(self, block: int, name: bytes) -> None:
-        """Know a held block by the digest of its content, unless another goes by that name."""
+        """Register a held block under the digest of its content, unless the name is taken."""
         assert self._references[block] > 0, f"block {block} is free and cannot be remembered"
         if name not in self._blocks and block not in self._names:
             self._blocks[name] = block
             self._names[block] = name
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Let nobody find these blocks again."""
+        """Remove these blocks from the look-up by content."""
         for block in blocks:
             self._forget_name(block)
             if block in self._remembered:
@@ -99,7 +100,7 @@ class BlockPool:
                 self._empty.append(block)
 
     def find(self, name: bytes) -> int | None:
-        """The block known by ``name``, held or free."""
+        """The block registered under ``name``, held or free."""
         return self._blocks.get(name)
 
     def _forget_name(self, block: int) -> None:

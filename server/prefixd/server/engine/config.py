@@ -1,4 +1,4 @@
-"""Sizes and patience the scheduler works with."""
+"""Sizes and time limits of the scheduler."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 class SchedulerConfig:
     """Sizes. ``num_blocks`` counts the null block; lengths are in tokens, times in seconds.
 
-    - ``max_staged``: prefixes on their way from the store into the pool, at a time.
+    - ``max_staged``: prefixes that are loading (fetching, staged or compiling) at a time.
     - ``max_resident_tokens``: virtual tokens of all prefixes in the pool (None: the whole pool).
     - ``host_tokens``: virtual tokens of compiled prefixes kept in host memory for a quick return.
-    - ``max_prefix_wait_s``: a sequence whose turn it has been for so long forces its prefix in.
-    - ``failed_prefix_memory_s``: how long a prefix that could not be had is not asked for again.
+    - ``max_prefix_wait_s``: a sequence whose turn came so long ago forces its prefix in.
+    - ``failed_prefix_memory_s``: how long a prefix that failed to load is not fetched again.
     - ``max_waiting_tokens``: prompt and output tokens that may wait (None: no bound).
     - ``max_queue_wait_s``: a sequence that has not started by then is shed (None: never).
     """
@@ -50,10 +50,10 @@ class SchedulerConfig:
         return -(-num_tokens // self.block_size)
 
     def max_tokens_for(self, prefix_tokens: int) -> int:
-        """Most real tokens (prompt and output) one sequence under a prefix of ``prefix_tokens``
-        can have with the whole pool to itself; 0 or less means that the prefix does not fit.
+        """Most real tokens (prompt and output) that one sequence under a prefix of
+        ``prefix_tokens`` can have in an otherwise empty pool; 0 or less: the prefix does not fit.
 
-        The last output token is never written, hence the one on top.
+        The KV of the last output token is never written, hence the added one.
         """
         if self.max_resident_tokens is not None and prefix_tokens > self.max_resident_tokens:
             return 0

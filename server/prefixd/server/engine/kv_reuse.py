@@ -1,8 +1,8 @@
 """KV reuse: blocks of equal tokens under the same prefix of the same tenant are shared.
 
-A block is known by a hash chain: the digest of its tokens and of everything before them. The chain
+A block is named by a hash chain: the digest of its tokens and of everything before them. The chain
 begins with tenant, prefix digest and the namespace of the pool (model fingerprint and dtype), so
-no request can reach, or time, what another tenant, prefix or model computed.
+no request can reach, or time, KV that another tenant, prefix or model computed.
 
 ::
 
@@ -23,7 +23,7 @@ _NAME_BYTES = 16
 
 
 class KVReuse:
-    """Finds and remembers the blocks of sequences; owns no block itself."""
+    """Finds and registers the full blocks of sequences; owns no block itself."""
 
     def __init__(self, *, pool: BlockPool, block_size: int, namespace: str) -> None:
         self._pool = pool
@@ -33,17 +33,17 @@ class KVReuse:
         self.num_reused_tokens = 0
 
     def find(self, sequence: Sequence) -> list[int]:
-        """Blocks that hold the first tokens of ``sequence`` already, in order. At least one token
-        is always left to run: its logits are what comes next."""
+        """Blocks that already hold the first tokens of ``sequence``, in order. At least one token
+        always remains to be run: its logits give the next token."""
         if not sequence.request.kv_reuse:
             return []
-        found = []
+        blocks = []
         for name in self._names(sequence, upto=len(sequence.tokens) - 1):
             block = self._pool.find(name)
             if block is None:
                 break
-            found.append(block)
-        return found
+            blocks.append(block)
+        return blocks
 
     def covered(self, sequence: Sequence, num_blocks: int) -> int:
         """Tokens of ``sequence`` that its first ``num_blocks`` own blocks hold."""
@@ -52,14 +52,14 @@ class KVReuse:
         return num_blocks * self._block_size - sequence.num_prefix_tokens % self._block_size
 
     def count(self, sequence: Sequence, reused_tokens: int) -> None:
-        """Note what a look-up at a sequence's first start brought."""
+        """Count the look-up at a sequence's first start."""
         if sequence.request.kv_reuse:
             self.num_queried_tokens += len(sequence.tokens)
             self.num_reused_tokens += reused_tokens
 
     def remember(self, sequence: Sequence) -> None:
-        """Make the blocks that ``sequence`` has filled known to those that come after it. To be
-        called when its logits were finite: they vouch for all the KV they were made from."""
+        """Register the blocks that ``sequence`` has filled. To be called when its logits were
+        finite: only then is all the KV they depend on known to be finite."""
         if not sequence.request.kv_reuse:
             return
         own = sequence.block_table[sequence.num_prefix_tokens // self._block_size :]
@@ -68,8 +68,8 @@ class KVReuse:
             self._pool.remember(own[index], names[index])
         sequence.num_remembered = len(names)
 
-    def distrust(self, sequence: Sequence) -> None:
-        """Its KV is not to be had again: the sequence went wrong somewhere."""
+    def forget(self, sequence: Sequence) -> None:
+        """Remove the blocks of a sequence whose logits were not finite from the look-up."""
         self._pool.forget(sequence.block_table[sequence.num_prefix_tokens // self._block_size :])
 
     def _names(self, sequence: Sequence, *, upto: int) -> list[bytes]:

@@ -1,7 +1,7 @@
-"""What admission hands the engine: a request parsed once into a stronger type.
+"""What admission passes to the engine, and what the engine reports back: plain, frozen data.
 
-Nothing behind this type accepts less: the prefix is a digest and no longer a name, the prompt is
-token ids, and a request that can never fit has already been refused at the door.
+A request is parsed once into these types: the prefix is a digest and no longer a name, the prompt
+is token ids, and a request that can never fit has already been refused.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from typing import NamedTuple
 class PrefixKey(NamedTuple):
     """Identity of one prefix in the pool: never a name, so a re-upload cannot hit old KV.
 
-    A tuple, as it is a key of dictionaries in every step, and tuples hash without Python code.
+    A tuple, because it is a dictionary key in every step, and tuples hash without Python code.
     """
 
     tenant: str
@@ -73,12 +73,12 @@ class StopParams:
 class AdmittedRequest:
     """One request that fits: ``n`` sequences of the same prompt under the same prefix.
 
-    ``expected_tokens`` is the length of output to reckon with where the caller named none (None:
-    ``stop.max_tokens``). ``max_resident_tokens`` caps the virtual tokens that the tenant's prefixes
-    may hold in the pool at a time (None: no cap); admission has refused a prefix that is longer
-    than that by itself. ``weight`` is the tenant's share against other tenants' (2 gets twice as
-    much), ``priority`` orders the tenant's own requests (lower goes first, as in vLLM),
-    ``timeout_s`` is how long after it was submitted the request ends, finished or not, and
+    ``expected_tokens`` is the output length that the queue assumes where the request set none
+    (None: ``stop.max_tokens``). ``max_resident_tokens`` caps the virtual tokens that the tenant's
+    prefixes may hold in the pool at a time (None: no cap); admission has refused a prefix that is
+    longer than that by itself. ``weight`` is the tenant's share against other tenants' (2 gets
+    twice as much), ``priority`` orders the tenant's own requests (lower runs first, as in vLLM),
+    ``timeout_s`` is how long after its submission the request ends, finished or not, and
     ``kv_reuse`` says whether it may share KV of equal tokens with other requests of its tenant
     under the same prefix.
     """
@@ -99,7 +99,7 @@ class AdmittedRequest:
 
     @property
     def cost(self) -> int:
-        """Tokens one of its sequences brings to the queue: prompt and output."""
+        """Tokens that each of its sequences adds to the queue: prompt and output."""
         expected = self.expected_tokens
         return len(self.prompt) + (self.stop.max_tokens if expected is None else expected)
 
@@ -107,7 +107,7 @@ class AdmittedRequest:
 class FinishReason(StrEnum):
     """Why a sequence ended; the first two are OpenAI's words.
 
-    TIMEOUT: its own ``timeout_s`` passed. SHED: it gave way, unstarted, to an overload.
+    TIMEOUT: its own ``timeout_s`` passed. SHED: it was dropped, unstarted, under overload.
     """
 
     STOP = "stop"
@@ -165,7 +165,7 @@ Event = TokenEvent | FinishEvent
 
 
 class QueueFull(Exception):
-    """The engine takes no more for now. ``retry_after`` is in seconds."""
+    """The engine accepts no further request for now. ``retry_after`` is in seconds."""
 
     def __init__(self, message: str, *, retry_after: float) -> None:
         super().__init__(message)

@@ -1,19 +1,33 @@
-"""Which prefixes are in the pool, coming, or gone. Counts and keeps order; decides nothing.
-
-::
-
-    absent --want--> FETCHING --staged--> STAGED --place--> COMPILING --compiled--> RESIDENT
-       ^                |                   ^                   |                      |
-       +----failed------+                   +------unplace------+                      |
-       +------------------------------------evict--------------------------------------+
+"""Which prefixes are in the pool or loading, and who needs them. Decides nothing.
 
 One entry per digest and tenant, so a prefix is fetched once, compiled once and stored once however
-many sequences use it (single flight). The blocks of an entry are referenced by the entry itself
-and by the block table of each sequence under it.
+many sequences use it (single flight). Every change of an entry's stage is a method of Residency::
+
+    absent --fetch--> FETCHING --staged--> STAGED --place--> COMPILING --compiled--> RESIDENT
+                                             ^                   |                    |   ^
+                                             +------unplace------+               leave|   |stay
+                                                                                      v   |
+    any stage --drop, evict--> absent                                                LEAVING
+
+| Stage     | Payload | Blocks | Sequences under it      | Ends with                           |
+|-----------|---------|--------|-------------------------|-------------------------------------|
+| FETCHING  | no      | no     | wait                    | the fetch                           |
+| STAGED    | yes     | no     | wait                    | room in the pool, or no claim       |
+| COMPILING | yes     | all    | wait                    | its last token, or blocks run short |
+| RESIDENT  | no      | all    | start and run           | eviction, when idle                 |
+| LEAVING   | no      | all    | run on, but none starts | eviction, when idle                 |
+
+Two counts complete the stage. ``num_users`` sequences run under an entry now; it is idle without
+any. ``num_uses`` have started under it since it was compiled; one without any that was ``forced``
+in is reserved for the sequence that waits for it.
+
+A prefix is claimed by each sequence that waits for it (``waiters``), by a pin (``pins``) and by a
+preload (``preloads``). The blocks of an entry are referenced by the entry itself and by the block
+table of each sequence under it.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -23,23 +37,26 @@ from prefixd.server.engine.step import StagedPrefix
 
 
 class Stage(Enum):
-    """How far a prefix has come."""
+    """How far a prefix has come; the table above says what holds at each."""
 
     FETCHING = auto()
     STAGED = auto()
     COMPILING = auto()
     RESIDENT = auto()
+    LEAVING = auto()
+
+
+_COMPILED = {Stage.RESIDENT, Stage.LEAVING}
+_PLACED = _COMPILED | {Stage.COMPILING}
 
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """One prefix on its way into the pool or in it.
+    """One prefix that is loading or in the pool. Only Residency changes the first group of fields.
 
-    ``unused``: no sequence ran under it yet. ``forced``: nor did one that forced it in, for which
-    its room is kept. ``leaving``: it takes no more sequences, since its
-    room is promised to another. ``retired``: its version was deleted or replaced. ``suspect``: its
-    compile was in a step that failed. ``cap``: of its tenant.
-    ``asked``: the step in which it was last asked for.
+    ``forced``: it was placed by force, for a sequence that had waited too long. ``cap``: virtual
+    tokens its tenant may have in the pool, as of the last request. ``requested_at``: the last step
+    that requested it.
     """
 
     key: PrefixKey
@@ -49,31 +66,47 @@ class Entry:
     blocks: list[int] = field(default_factory=list)
     num_compiled: int = 0
     num_users: int = 0
-    unused: bool = True
+    num_uses: int = 0
     forced: bool = False
-    leaving: bool = False
-    retired: bool = False
-    suspect: bool = False
+
     cap: int | None = None
-    asked: int = 0
+    requested_at: int = 0
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether all its KV is in the pool."""
+        return self.stage in _COMPILED
 
     @property
     def idle(self) -> bool:
-        """Resident, and no running sequence under it."""
-        return self.stage is Stage.RESIDENT and self.num_users == 0
+        """Compiled, and no running sequence under it."""
+        return self.num_users == 0 and self.stage in _COMPILED
+
+    @property
+    def tier(self) -> str:
+        """The stage in the words of the API."""
+        return "resident" if self.stage in _COMPILED else self.stage.name.lower()
 
 
 class Residency:
-    """Entries by prefix key, the resident ones in the order of their last use."""
+    """Entries by prefix key, the compiled ones in the order of their last use."""
 
     def __init__(self, *, pool: BlockPool, block_size: int) -> None:
         self._pool = pool
         self._block_size = block_size
-        self._stages: dict[Stage, OrderedDict[PrefixKey, Entry]] = {
-            stage: OrderedDict() for stage in Stage
-        }
         self._entries: dict[PrefixKey, Entry] = {}
-        self._held_tokens: Counter[str] = Counter()
+        compiled: OrderedDict[PrefixKey, Entry] = OrderedDict()
+        self._by_stage: dict[Stage, OrderedDict[PrefixKey, Entry]] = {
+            **{stage: OrderedDict() for stage in Stage},
+            # One order of use for both, so that one that stays after all keeps its place.
+            Stage.RESIDENT: compiled,
+            Stage.LEAVING: compiled,
+        }
+        self._tokens_by_tenant: Counter[str] = Counter()
+        self.waiters: Counter[PrefixKey] = Counter()
+        self.pins: Mapping[PrefixKey, PrefixHandle] = {}
+        self.preloads: Collection[PrefixKey] = ()
+        self.num_loading = 0
         self.num_tokens = 0
         self.num_blocks = 0
         self.num_changes = 0
@@ -94,131 +127,149 @@ class Residency:
         """Blocks that hold ``num_tokens`` positions."""
         return -(-num_tokens // self._block_size)
 
-    def want(self, handle: PrefixHandle) -> Entry:
-        """Note that ``handle`` is absent and needed: a new entry, to be fetched by the caller."""
+    # -- claims ----
+
+    def add_waiter(self, key: PrefixKey) -> None:
+        """Count a sequence that waits to run under the prefix."""
+        self.waiters[key] += 1
+
+    def remove_waiter(self, key: PrefixKey) -> None:
+        """Count a sequence that no longer waits."""
+        self.waiters[key] -= 1
+        if not self.waiters[key]:
+            del self.waiters[key]
+
+    def is_claimed(self, key: PrefixKey) -> bool:
+        """Whether a waiting sequence, a pin or a preload needs the prefix."""
+        return key in self.waiters or key in self.pins or key in self.preloads
+
+    # -- transitions ----
+
+    def fetch(self, handle: PrefixHandle) -> Entry:
+        """Absent to FETCHING: a new entry. The caller fetches the prefix."""
         assert handle.key not in self._entries
         entry = self._entries[handle.key] = Entry(handle.key, handle.num_tokens)
-        self._stages[Stage.FETCHING][handle.key] = entry
+        self._by_stage[Stage.FETCHING][handle.key] = entry
         self.num_changes += 1
+        self.num_loading += 1
         return entry
 
-    def fetched(self, entry: Entry, payload: StagedPrefix) -> None:
-        """A fetch ended well. The caller has compared the number of tokens."""
+    def staged(self, entry: Entry, payload: StagedPrefix) -> None:
+        """FETCHING to STAGED. The caller has compared the number of tokens."""
         assert entry.stage is Stage.FETCHING
         entry.payload = payload
         self._move(entry, Stage.STAGED)
 
-    def place(self, entry: Entry) -> list[int]:
-        """Give a staged prefix its blocks, fresh from the pool; all or nothing."""
+    def place(self, entry: Entry, *, forced: bool) -> list[int]:
+        """STAGED to COMPILING: allocate all its blocks, which the caller zeroes."""
         assert entry.stage is Stage.STAGED
         entry.blocks = self._pool.allocate(self.blocks_needed(entry.num_tokens))
+        entry.forced = forced
         self._count(entry, 1)
         self._move(entry, Stage.COMPILING)
         return entry.blocks
 
     def unplace(self, entry: Entry) -> None:
-        """Take the blocks of a compiling prefix back; it stays staged and starts over later."""
+        """COMPILING back to STAGED: release its blocks. The compile starts over later."""
         assert entry.stage is Stage.COMPILING
-        self._give_back(entry)
+        self._release_blocks(entry)
         entry.num_compiled = 0
         self._move(entry, Stage.STAGED)
 
     def compiled(self, key: PrefixKey, upto: int) -> None:
-        """The first ``upto`` virtual tokens are in the pool; all of them makes it resident."""
+        """The first ``upto`` tokens are in the pool. When all are: COMPILING to RESIDENT."""
         entry = self._entries[key]
         assert entry.stage is Stage.COMPILING
         entry.num_compiled = upto
         if upto == entry.num_tokens:
-            entry.payload, entry.suspect = None, False
+            entry.payload = None
             self.num_compiles += 1
+            self.num_loading -= 1
             self._move(entry, Stage.RESIDENT)
 
+    def leave(self, entry: Entry) -> None:
+        """RESIDENT to LEAVING: no sequence starts under it, because its room is promised."""
+        assert entry.is_compiled
+        entry.stage = Stage.LEAVING
+
+    def stay(self, entries: Iterable[Entry]) -> None:
+        """LEAVING back to RESIDENT."""
+        for entry in entries:
+            if entry.stage is Stage.LEAVING:
+                entry.stage = Stage.RESIDENT
+
     def acquire(self, key: PrefixKey) -> Entry:
-        """A sequence starts to run under a resident prefix; it holds the whole blocks too."""
+        """A sequence starts under a RESIDENT entry and references its full blocks."""
         entry = self._entries[key]
         assert entry.stage is Stage.RESIDENT
         entry.num_users += 1
-        entry.unused = entry.forced = False
-        self._pool.share(self.whole_blocks(entry))
-        self._stages[Stage.RESIDENT].move_to_end(key)
+        entry.num_uses += 1
+        self._pool.share(entry.blocks[: entry.num_tokens // self._block_size])
+        self._by_stage[Stage.RESIDENT].move_to_end(key)
         return entry
 
     def release(self, key: PrefixKey) -> None:
-        """A sequence under the prefix stopped running (its own table releases the blocks)."""
+        """A sequence under the prefix stopped running. Its own table releases the blocks."""
         self._entries[key].num_users -= 1
-        self._stages[Stage.RESIDENT].move_to_end(key)
-
-    def whole_blocks(self, entry: Entry) -> list[int]:
-        """The blocks filled to the brim: shared as they are. A tail is copied to each sequence."""
-        return entry.blocks[: entry.num_tokens // self._block_size]
-
-    def resident(self) -> list[Entry]:
-        """Resident entries, least recently used first."""
-        return list(self._stages[Stage.RESIDENT].values())
-
-    def idle(self) -> list[Entry]:
-        """Resident entries no running sequence uses, least recently used first."""
-        return [entry for entry in self._stages[Stage.RESIDENT].values() if entry.idle]
-
-    def staged(self) -> list[Entry]:
-        """Entries fetched and waiting for blocks."""
-        return list(self._stages[Stage.STAGED].values())
-
-    def compiling(self) -> list[Entry]:
-        """Entries whose compile is under way, oldest first."""
-        return list(self._stages[Stage.COMPILING].values())
-
-    def tokens_of(self, tenant: str) -> int:
-        """Virtual tokens that a tenant's prefixes hold in the pool, those compiling included."""
-        return self._held_tokens[tenant]
-
-    def num_at(self, stage: Stage) -> int:
-        """How many entries are at ``stage``."""
-        return len(self._stages[stage])
-
-    @property
-    def num_coming(self) -> int:
-        """Entries on their way into the pool: their payloads take host memory."""
-        return len(self._entries) - self.num_at(Stage.RESIDENT)
+        self._by_stage[Stage.RESIDENT].move_to_end(key)
 
     def evict(self, entry: Entry) -> None:
-        """Drop an idle entry and its blocks."""
+        """Idle to absent: release its blocks."""
         assert entry.idle
         self.drop(entry)
         self.num_evictions += 1
 
     def drop(self, entry: Entry) -> None:
-        """Forget an entry no sequence runs under: its fetch or compile failed, or nobody waits."""
+        """Any stage to absent, without running sequences: the load failed, or has no claim."""
         assert entry.num_users == 0
         if entry.blocks:
-            self._give_back(entry)
+            self._release_blocks(entry)
         del self._entries[entry.key]
-        del self._stages[entry.stage][entry.key]
+        del self._by_stage[entry.stage][entry.key]
         self.num_changes += 1
+        self.num_loading -= not entry.is_compiled
 
-    def tables(self) -> Iterable[list[int]]:
-        """The block lists of all entries, for the integrity check."""
-        return [entry.blocks for entry in self]
+    # -- look-ups ----
+
+    def resident(self) -> list[Entry]:
+        """Compiled entries (RESIDENT and LEAVING), least recently used first."""
+        return list(self._by_stage[Stage.RESIDENT].values())
+
+    def staged_entries(self) -> list[Entry]:
+        """Entries that wait for blocks, oldest first."""
+        return list(self._by_stage[Stage.STAGED].values())
+
+    def compiling(self) -> list[Entry]:
+        """Entries whose compile is under way, oldest first."""
+        return list(self._by_stage[Stage.COMPILING].values())
+
+    def tokens_of(self, tenant: str) -> int:
+        """Virtual tokens that a tenant's prefixes hold in the pool, those compiling included."""
+        return self._tokens_by_tenant[tenant]
 
     def check_integrity(self) -> None:
         """Prove that the counts are what the entries add up to."""
         holders = [entry for entry in self if entry.blocks]
         assert self.num_tokens == sum(entry.num_tokens for entry in holders)
         assert self.num_blocks == sum(len(entry.blocks) for entry in holders)
-        for tenant, tokens in self._held_tokens.items():
+        assert self.num_loading == sum(not entry.is_compiled for entry in self)
+        for tenant, tokens in self._tokens_by_tenant.items():
             assert tokens == sum(e.num_tokens for e in holders if e.key.tenant == tenant)
         for entry in self:
-            assert self._stages[entry.stage][entry.key] is entry
-            placed = entry.stage in {Stage.COMPILING, Stage.RESIDENT}
-            assert bool(entry.blocks) == placed, f"{entry} holds what its stage does not"
+            assert self._by_stage[entry.stage][entry.key] is entry
+            placed = entry.stage in _PLACED
+            assert bool(entry.blocks) == placed, f"{entry} and its stage differ in blocks"
+            has_payload = entry.stage in {Stage.STAGED, Stage.COMPILING}
+            assert (entry.payload is not None) == has_payload, f"{entry} differs in payload"
+            assert entry.is_compiled or not entry.num_uses, f"{entry} was used before its compile"
 
     def _move(self, entry: Entry, stage: Stage) -> None:
-        del self._stages[entry.stage][entry.key]
+        del self._by_stage[entry.stage][entry.key]
         entry.stage = stage
-        self._stages[stage][entry.key] = entry
+        self._by_stage[stage][entry.key] = entry
         self.num_changes += 1
 
-    def _give_back(self, entry: Entry) -> None:
+    def _release_blocks(self, entry: Entry) -> None:
         self._count(entry, -1)
         self._pool.release(entry.blocks)
         entry.blocks = []
@@ -226,9 +277,10 @@ class Residency:
     def _count(self, entry: Entry, sign: int) -> None:
         self.num_tokens += sign * entry.num_tokens
         self.num_blocks += sign * len(entry.blocks)
-        self._held_tokens[entry.key.tenant] += sign * entry.num_tokens
-        if not self._held_tokens[entry.key.tenant]:
-            del self._held_tokens[entry.key.tenant]
+        self._tokens_by_tenant[entry.key.tenant] += sign * entry.num_tokens
+        if not self._tokens_by_tenant[entry.key.tenant]:
+            del self._tokens_by_tenant[entry.key.tenant]
 
     def __repr__(self) -> str:
-        return f"Residency({ {s.name.lower(): self.num_at(s) for s in Stage} })"
+        counts = Counter(entry.stage for entry in self)
+        return f"Residency({ {stage.name.lower(): counts[stage] for stage in Stage} })"

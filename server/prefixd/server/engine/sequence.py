@@ -7,10 +7,14 @@
        +-----preempt------+          abort and failure reach FINISHED from anywhere before it
 """
 
+import hashlib
+import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from math import inf
 
-from prefixd.server.engine.request import AdmittedRequest, FinishReason, PrefixHandle, StopParams
+from prefixd.server.engine.request import AdmittedRequest, FinishReason, PrefixHandle
 
 
 class State(Enum):
@@ -28,16 +32,27 @@ _NEXT = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a sequence ended. The fields are those of ``FinishEvent``."""
+
+    reason: FinishReason
+    stop: str | int | None = None
+    error: str | None = None
+    error_code: str | None = None
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One request's tokens and state; ``n=4`` makes four of them.
+    """One request's tokens and state; a request with ``n=4`` has four.
 
     ``tokens`` is prompt then output. ``num_computed`` counts the tokens whose KV is in the pool,
     virtual tokens not included. ``block_table`` begins with the shared blocks of the prefix.
+    ``num_cached`` tokens were reused at the first start, ``num_remembered`` own blocks are
+    registered for reuse. ``end`` is set once, by ``finish``.
 
     Times are in seconds on the engine's clock: ``arrived``, ``started`` (first run; None before)
-    and ``due_since`` (since when nothing but its prefix was missing). A ``suspect`` was in a step
-    that failed and has to prove itself alone.
+    and ``due_since`` (since when only its prefix was missing).
     """
 
     seq_id: int
@@ -51,34 +66,22 @@ class Sequence:
     arrived: float = 0.0
     due_since: float | None = None
     started: float | None = None
-    suspect: bool = False
     num_cached: int = 0
     num_remembered: int = 0
     block_names: list[bytes] = field(default_factory=list)
-    reason: FinishReason | None = None
-    stop: str | int | None = None
-    error: str | None = None
-    error_code: str | None = None
+    end: End | None = None
+    # Copied from the request, because every step reads them.
+    tenant: str = field(init=False)
+    prefix: PrefixHandle | None = field(init=False)
+    num_prefix_tokens: int = field(init=False)
+    num_prompt: int = field(init=False)
+    cost: int = field(init=False)
 
-    @property
-    def tenant(self) -> str:
-        """Owner of the request."""
-        return self.request.tenant
-
-    @property
-    def prefix(self) -> PrefixHandle | None:
-        """The prefix it runs under, if any."""
-        return self.request.prefix
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Positions before the first real token."""
-        return self.request.prefix.num_tokens if self.request.prefix else 0
-
-    @property
-    def num_prompt(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt)
+    def __post_init__(self) -> None:
+        request = self.request
+        self.tenant, self.prefix, self.cost = request.tenant, request.prefix, request.cost
+        self.num_prefix_tokens = 0 if request.prefix is None else request.prefix.num_tokens
+        self.num_prompt = len(request.prompt)
 
     @property
     def num_output(self) -> int:
@@ -92,11 +95,16 @@ class Sequence:
 
     @property
     def finished(self) -> bool:
-        """Whether its life is over."""
+        """Whether it has ended."""
         return self.state is State.FINISHED
 
+    @property
+    def reason(self) -> FinishReason | None:
+        """Why it ended; None while it lives."""
+        return None if self.end is None else self.end.reason
+
     def admit(self, *, num_computed: int, now: float) -> None:
-        """WAITING to RUNNING, with the KV of its first ``num_computed`` tokens at hand."""
+        """WAITING to RUNNING, with the KV of its first ``num_computed`` tokens in the pool."""
         self._move(State.RUNNING)
         self.num_computed = num_computed
         self.due_since = None
@@ -108,38 +116,18 @@ class Sequence:
         self._move(State.WAITING)
         self.num_computed = self.num_remembered = 0
 
-    def finish(
-        self,
-        reason: FinishReason,
-        *,
-        stop: str | int | None = None,
-        error: str | None = None,
-        error_code: str | None = None,
-    ) -> None:
+    def finish(self, end: End) -> None:
         """Any living state to FINISHED."""
         self._move(State.FINISHED)
-        self.reason, self.stop, self.error, self.error_code = reason, stop, error, error_code
+        self.end = end
 
-    def correct(
-        self,
-        reason: FinishReason,
-        *,
-        stop: str | int | None = None,
-        error: str | None = None,
-    ) -> None:
-        """Say otherwise how it ended: its last text decides."""
-        assert self.finished
-        self.reason, self.stop, self.error = reason, stop, error
-
-    def append(self, token_id: int) -> FinishReason | None:
-        """Take a sampled token and say whether it ends the sequence (without ending it)."""
-        self.tokens.append(token_id)
-        stop: StopParams = self.request.stop
-        if token_id in stop.token_ids and self.num_output > stop.min_tokens:
-            return FinishReason.STOP
-        if self.num_output >= stop.max_tokens:
-            return FinishReason.LENGTH
-        return None
+    def end_after(self, token_id: int) -> End | None:
+        """How ``token_id`` as the next token ends the sequence; None: it goes on."""
+        stop = self.request.stop
+        num_output = len(self.tokens) - self.num_prompt + 1
+        if token_id in stop.token_ids and num_output > stop.min_tokens:
+            return End(FinishReason.STOP, stop=token_id)
+        return End(FinishReason.LENGTH) if num_output >= stop.max_tokens else None
 
     def _move(self, state: State) -> None:
         assert state in _NEXT[self.state], f"a sequence cannot go from {self.state} to {state}"
@@ -153,7 +141,7 @@ class Sequence:
 
 
 def sequences_of(request: AdmittedRequest, *, first_id: int, seed: int) -> list[Sequence]:
-    """The ``n`` sequences that ``request`` asks for, with ids and seeds that follow each other."""
+    """The ``n`` sequences of ``request``, with consecutive ids and seeds."""
     return [
         Sequence(
             seq_id=first_id + index,
@@ -164,3 +152,61 @@ def sequences_of(request: AdmittedRequest, *, first_id: int, seed: int) -> list[
         )
         for index in range(request.n)
     ]
+
+
+def seeded_uniform(seed: int, index: int) -> float:
+    """The draw in [0, 1) for output ``index`` under ``seed``: the same in any batch, after a
+    preemption and on any device."""
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
+
+
+_MIN_COMPACTED = 256
+"""Deadlines below which the heap is never compacted."""
+
+
+class Deadlines:
+    """When requests time out, and when unstarted ones have waited too long, earliest first.
+
+    ``next_at`` is the earliest deadline; infinity when there is none.
+    """
+
+    def __init__(self) -> None:
+        self.next_at = inf
+        self._heap: list[tuple[float, int, FinishReason, Sequence]] = []
+        self._max_entries = _MIN_COMPACTED
+
+    def add(self, sequence: Sequence, *, max_queue_wait_s: float | None) -> None:
+        """Add the deadlines of a sequence that has just arrived, if it has any."""
+        for limit_s, reason in (
+            (sequence.request.timeout_s, FinishReason.TIMEOUT),
+            (max_queue_wait_s, FinishReason.SHED),
+        ):
+            if limit_s is not None:
+                deadline = sequence.arrived + limit_s
+                heapq.heappush(self._heap, (deadline, sequence.seq_id, reason, sequence))
+        if len(self._heap) > self._max_entries:
+            # A sequence that ended in time would otherwise be kept, with all its tokens, until a
+            # deadline that may be years away.
+            self._heap = [item for item in self._heap if not item[-1].finished]
+            heapq.heapify(self._heap)
+            self._max_entries = max(_MIN_COMPACTED, 2 * len(self._heap))
+        self.next_at = self._heap[0][0] if self._heap else inf
+
+    def expired(self, *, now: float) -> Iterator[tuple[Sequence, End]]:
+        """Living sequences to end now, and how. The caller ends each before it takes the next."""
+        while self.next_at <= now:
+            _, _, reason, sequence = heapq.heappop(self._heap)
+            self.next_at = self._heap[0][0] if self._heap else inf
+            if sequence.finished:
+                continue
+            if reason is FinishReason.TIMEOUT:
+                error = (
+                    f"the request's timeout of {sequence.request.timeout_s:g} s passed after "
+                    f"{sequence.num_output} tokens of output"
+                )
+                yield sequence, End(reason, error=error)
+            elif sequence.started is None:
+                waited = now - sequence.arrived
+                error = f"the server is full: the request waited {waited:.0f} s without a start"
+                yield sequence, End(reason, error=error)

@@ -1,23 +1,26 @@
-"""What the engine did and holds, as a plain snapshot for metrics and the curious."""
+"""What the engine did and holds, as plain data: figures for metrics, the state for an operator."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
 from prefixd.server.engine.request import FinishReason, PrefixKey
-from prefixd.server.engine.residency import Stage
-from prefixd.server.engine.scheduler import Progress, Scheduler
+from prefixd.server.engine.residency import Entry, Stage
+from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import Sequence
-from prefixd.server.engine.step import Step
+from prefixd.server.engine.step import Step, StepOutput
 
 TENANT_CLASSES = ("low", "standard", "high")
 """Tenants by their weight: below 1, 1, above 1."""
 
 _SMOOTHING = 0.95
+_MAX_LISTED = 1000
 
 
 def tenant_class(weight: float) -> str:
-    """Which of TENANT_CLASSES a tenant of ``weight`` belongs to."""
+    """The one of TENANT_CLASSES that a tenant of ``weight`` belongs to."""
     return "standard" if weight == 1 else "low" if weight < 1 else "high"
 
 
@@ -28,8 +31,8 @@ class EngineStats:
     ``steps`` are forward passes run; ``distinct_prefixes_*`` count the different prefixes among
     the rows of one pass; times are in seconds, blocks exclude the null block, tokens of prefixes
     are virtual tokens. ``passes_by_*`` and ``step_times`` count passes by what they carried and by
-    how long they took (upper edge in seconds). ``tiers`` says how far each prefix has come that is
-    in the pool, on its way into it, or in host memory.
+    how long they took (upper edge in seconds). ``tiers`` says how far each prefix is that is in the
+    pool, loading, or in host memory.
     """
 
     steps: int
@@ -71,7 +74,7 @@ class EngineStats:
 
     @property
     def prefixes_held(self) -> frozenset[PrefixKey]:
-        """Prefixes in the pool, on their way into it, or in host memory."""
+        """Prefixes in the pool, loading, or in host memory."""
         return frozenset(self.tiers)
 
 
@@ -100,26 +103,26 @@ class StatsKeeper:
     finished: Counter[str] = field(
         default_factory=lambda: Counter({reason.value: 0 for reason in FinishReason})
     )
-    _tiers: Mapping[PrefixKey, str] = field(default_factory=dict)
-    _tiers_seen: tuple[int, int] = (-1, -1)
 
-    def step(self, step: Step, seconds: float, progress: list[Progress]) -> None:
-        """Count one forward pass and what it brought."""
+    def step(self, step: Step, seconds: float, output: StepOutput) -> None:
+        """Count one forward pass and its output."""
+        num_tokens, num_distinct = step.num_tokens, step.distinct_prefixes
         self.steps += 1
         self.step_seconds += seconds
         self.step_times[next((e for e in STEP_TIME_EDGES if seconds <= e), float("inf"))] += 1
-        self.tokens_run += step.num_tokens
-        self.passes_by_tokens[_rounded_up(step.num_tokens)] += 1
-        self.distinct_last = step.distinct_prefixes
-        self.passes[step.distinct_prefixes] += 1
-        self.generated_tokens += sum(p.sampled is not None for p in progress)
-        if step.num_tokens:
-            compiled = sum(part.stop - part.start for part in step.compiles)
-            self.compile_seconds += seconds * compiled / step.num_tokens
-            rate = step.num_tokens / max(seconds, 1e-6)
+        self.tokens_run += num_tokens
+        # Rounded up to a power of two, so that the table does not grow over a long life.
+        self.passes_by_tokens[1 << max(0, num_tokens - 1).bit_length()] += 1
+        self.distinct_last = num_distinct
+        self.passes[num_distinct] += 1
+        self.generated_tokens += sum(sampled.finite for sampled in output.sampled.values())
+        if num_tokens:
+            if step.compiles:
+                self.compile_seconds += seconds * step.num_compiled / num_tokens
+            rate = num_tokens / max(seconds, 1e-6)
             self.rate = _SMOOTHING * self.rate + (1 - _SMOOTHING) * rate if self.rate else rate
 
-    def snapshot(self, scheduler: Scheduler) -> EngineStats:
+    def snapshot(self, scheduler: Scheduler, tiers: Mapping[PrefixKey, str]) -> EngineStats:
         """All figures at this moment."""
         memory, prefix_loader, waiting = (
             scheduler.memory,
@@ -158,34 +161,114 @@ class StatsKeeper:
             blocks_prefix=residency.num_blocks,
             resident_tokens=residency.num_tokens,
             host_tokens=memory.host.num_tokens,
-            pinned_prefixes=len(prefix_loader.pins),
-            prefixes_resident=residency.num_at(Stage.RESIDENT),
+            pinned_prefixes=len(residency.pins),
+            prefixes_resident=len(residency) - residency.num_loading,
             prefix_loads={"store": 0, "host": 0} | prefix_loader.num_loads,
             prefix_compiles=residency.num_compiles,
             prefix_evictions=residency.num_evictions,
             prefix_swaps=prefix_loader.num_swaps,
             kv_queried_tokens=memory.reuse.num_queried_tokens,
             kv_reused_tokens=memory.reuse.num_reused_tokens,
-            tiers=self._tiers_of(scheduler),
+            tiers=tiers,
         )
 
-    def _tiers_of(self, scheduler: Scheduler) -> Mapping[PrefixKey, str]:
-        """Made anew only when something moved."""
-        residency, host = scheduler.memory.residency, scheduler.memory.host
-        seen = residency.num_changes, host.num_changes
-        if seen != self._tiers_seen:
-            tiers = dict.fromkeys(host.keys(), "host")
-            self._tiers = tiers | {entry.key: entry.stage.name.lower() for entry in residency}
-            self._tiers_seen = seen
-        return self._tiers
+
+def tiers_of(scheduler: Scheduler) -> Mapping[PrefixKey, str]:
+    """How far each prefix is that is in the pool, loading, or in host memory."""
+    tiers = dict.fromkeys(scheduler.memory.host.keys(), "host")
+    return tiers | {entry.key: entry.tier for entry in scheduler.memory.residency}
 
 
 def _by_class(sequences: Iterable[Sequence]) -> Counter[str]:
-    counted: Counter[str] = Counter(dict.fromkeys(TENANT_CLASSES, 0))
-    counted.update(tenant_class(sequence.request.weight) for sequence in sequences)
-    return counted
+    counts: Counter[str] = Counter(dict.fromkeys(TENANT_CLASSES, 0))
+    counts.update(tenant_class(sequence.request.weight) for sequence in sequences)
+    return counts
 
 
-def _rounded_up(tokens: int) -> int:
-    """To a power of two, so that a long life does not grow the table."""
-    return 1 << max(0, tokens - 1).bit_length()
+def debug_state(scheduler: Scheduler, *, now: float) -> dict[str, Any]:
+    """What runs, waits and is resident, ready for JSON: ids, counts and names of tenants, never a
+    token of a prompt or of an answer. Lists are cut at 1000, but all is counted."""
+    memory, prefix_loader, waiting = scheduler.memory, scheduler.prefix_loader, scheduler.waiting
+    pool, residency, config = memory.pool, memory.residency, scheduler.config
+    backoff, retired = scheduler.recovery.backoff, scheduler.eviction.retired
+    return {
+        "pool": {
+            "block_size": config.block_size,
+            "blocks": pool.num_usable,
+            "free": pool.num_free,
+            "remembered": pool.num_remembered,
+            "prefixes": residency.num_blocks,
+        },
+        "limits": {
+            "max_running": backoff.max_running,
+            "max_prefill_chunk": backoff.max_chunk,
+            "max_tokens_per_step": config.max_tokens_per_step,
+            "max_resident_tokens": config.max_resident_tokens,
+            "max_waiting_tokens": config.max_waiting_tokens,
+        },
+        "running": {
+            "count": len(scheduler.running),
+            "sequences": [_sequence(s, now) for s in scheduler.running[:_MAX_LISTED]],
+        },
+        "waiting": {
+            "count": len(waiting),
+            "tokens": waiting.num_tokens,
+            "tenants": [_tenant(scheduler, tenant, now) for tenant in waiting.tenants],
+        },
+        "prefixes": {
+            "count": len(residency),
+            "tokens": residency.num_tokens,
+            "entries": [
+                _entry(entry, pinned=entry.key in residency.pins, retired=entry.key in retired)
+                for entry in islice(residency, _MAX_LISTED)
+            ],
+        },
+        "host": {"count": len(memory.host), "tokens": memory.host.num_tokens},
+        "pins": [{"tenant": key.tenant, "digest": key.digest} for key in residency.pins],
+        "warming": len(prefix_loader.preloads),
+        "forcing": None if prefix_loader.forcing is None else prefix_loader.forcing.digest,
+        "preemptions": scheduler.num_preemptions,
+    }
+
+
+def _sequence(sequence: Sequence, now: float) -> dict[str, Any]:
+    return {
+        "request_id": sequence.request.request_id,
+        "index": sequence.index,
+        "tenant": sequence.tenant,
+        "prefix": sequence.prefix.key.digest if sequence.prefix else None,
+        "prompt_tokens": sequence.num_prompt,
+        "output_tokens": sequence.num_output,
+        "cached_tokens": sequence.num_cached,
+        "computed_tokens": sequence.num_computed,
+        "blocks": len(sequence.block_table),
+        "age_s": round(now - sequence.arrived, 3),
+    }
+
+
+def _tenant(scheduler: Scheduler, tenant: str, now: float) -> dict[str, Any]:
+    waiting = scheduler.waiting
+    queued = waiting.of(tenant)
+    return {
+        "tenant": tenant,
+        "count": len(queued),
+        "tokens": waiting.tokens_of(tenant),
+        "counter": waiting.counter(tenant),
+        "weight": waiting.weight(tenant),
+        "oldest_s": round(now - min(sequence.arrived for sequence in queued), 3),
+    }
+
+
+def _entry(entry: Entry, *, pinned: bool, retired: bool) -> dict[str, Any]:
+    return {
+        "tenant": entry.key.tenant,
+        "digest": entry.key.digest,
+        "tier": entry.tier,
+        "tokens": entry.num_tokens,
+        "compiled": entry.num_compiled,
+        "blocks": len(entry.blocks),
+        "users": entry.num_users,
+        "pinned": pinned,
+        "leaving": entry.stage is Stage.LEAVING,
+        "retired": retired,
+    }

@@ -23,16 +23,17 @@ from typing import Protocol
 from prefixd.server.engine.request import PrefixKey, SamplingParams, TokenLogprob
 
 NULL_BLOCK = 0
-"""Block 0 is never handed out and holds zeros for ever: what padding reads."""
+"""Block 0 is never allocated and always holds zeros: padding reads it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Consecutive tokens of one sequence to run through the model in this step.
 
-    ``sampling`` is set when the last token's logits are to be sampled; ``uniform`` is then the
-    draw in [0, 1) that decides, ``history`` all tokens so far (empty unless penalties ask; the
-    first ``num_prompt_tokens`` are the prompt) and ``banned`` ids that must not come yet.
+    ``sampling`` is set when the last token's logits are to be sampled. ``uniform`` is then the
+    draw in [0, 1) that selects the token, ``history`` all tokens so far (empty unless penalties
+    need them; the first ``num_prompt_tokens`` are the prompt) and ``banned`` the ids that must not
+    be sampled yet.
     """
 
     seq_id: int
@@ -69,7 +70,7 @@ class BlockCopy:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Read a compiled prefix back to host memory: its blocks were given up, and may already be
+    """Read a compiled prefix back to host memory: its blocks are free again, and may already be
     among this step's ``fresh``."""
 
     key: PrefixKey
@@ -77,25 +78,30 @@ class Save:
     block_table: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Step:
     """One forward pass over any mix of decode rows, prefill chunks and prefix compiles.
 
+    The scheduler fills it, within ``budget``: the tokens that may still be added. ``max_chunk`` is
+    the most tokens of one sequence, and of all compiles together.
+
     The runner performs, in this order: ``saves``, zero ``fresh``, ``copies``, then ``chunks`` and
-    ``compiles`` in one pass. ``fetches`` is for the engine: prefixes to bring from the store, off
+    ``compiles`` in one pass. ``fetches`` is for the engine: prefixes to load from the store, off
     the hot path.
     """
 
-    chunks: tuple[Chunk, ...] = ()
-    compiles: tuple[CompileChunk, ...] = ()
-    copies: tuple[BlockCopy, ...] = ()
-    fresh: tuple[int, ...] = ()
-    fetches: tuple[PrefixKey, ...] = ()
-    saves: tuple[Save, ...] = ()
+    chunks: list[Chunk] = field(default_factory=list)
+    compiles: list[CompileChunk] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)
+    fetches: list[PrefixKey] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+    budget: int = 0
+    max_chunk: int = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether the runner has anything to do."""
+        """Whether there is anything for the runner to do."""
         return bool(self.chunks or self.compiles or self.fresh or self.saves)
 
     @property
@@ -106,9 +112,12 @@ class Step:
     @property
     def num_tokens(self) -> int:
         """Tokens this step runs, virtual ones included."""
-        return sum(len(c.tokens) for c in self.chunks) + sum(
-            c.stop - c.start for c in self.compiles
-        )
+        return sum(len(c.tokens) for c in self.chunks) + self.num_compiled
+
+    @property
+    def num_compiled(self) -> int:
+        """Virtual tokens this step compiles."""
+        return sum(part.stop - part.start for part in self.compiles)
 
     @property
     def distinct_prefixes(self) -> int:
@@ -118,8 +127,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One sampled token. ``finite`` is False when the row's logits held NaN or +inf: the row
-    failed, and alone."""
+    """One sampled token. ``finite`` is False when the row's logits held NaN or +inf: that row
+    failed, and no other."""
 
     token_id: int
     finite: bool = True
@@ -129,7 +138,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """Sampled tokens by sequence id, for the chunks that asked for one, and what was saved."""
+    """Sampled tokens by sequence id, for the chunks with ``sampling``, and the saved prefixes."""
 
     sampled: dict[int, Sampled]
     saved: "dict[PrefixKey, StagedPrefix]" = field(default_factory=dict)
@@ -138,7 +147,7 @@ class StepOutput:
 class StagedPrefix(Protocol):
     """A prefix fetched, verified and validated, in host memory, ready to compile.
 
-    The engine only counts its positions; what it holds is between the source and the runner.
+    The engine only counts its positions; the content is private to the source and the runner.
     """
 
     @property
@@ -146,7 +155,7 @@ class StagedPrefix(Protocol):
 
 
 class OutOfMemory(Exception):
-    """The device had no room for a step; smaller ones may go through."""
+    """The device had no memory for a step; smaller steps may succeed."""
 
 
 STORAGE_UNAVAILABLE = "storage_unavailable"
@@ -163,7 +172,7 @@ class PrefixUnavailable(Exception):
 
 
 class PrefixSource(Protocol):
-    """Brings a prefix from the store. Blocking; called off the engine's thread."""
+    """Loads a prefix from the store. Blocking; called off the engine's thread."""
 
     def fetch(self, key: PrefixKey) -> StagedPrefix:
         """Raise PrefixUnavailable when it fails to load."""
@@ -171,10 +180,10 @@ class PrefixSource(Protocol):
 
 
 class ModelRunner(Protocol):
-    """The device. ``run`` is called by one thread only."""
+    """Runs steps on the device. ``run`` is called by one thread only."""
 
     def run(self, step: Step) -> StepOutput:
-        """Raises OutOfMemory, or anything else when the pass fails."""
+        """Raise OutOfMemory, or any other exception when the pass fails."""
         ...
 
 
@@ -186,5 +195,5 @@ class Detokenizer(Protocol):
         ...
 
     def flush(self) -> str:
-        """What is still held back, at the end."""
+        """Text that is still held back, at the end."""
         ...

@@ -1,62 +1,184 @@
-"""A step while it is drawn up."""
+"""The parts of a step: what is planned for suspects, running and waiting sequences."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
-from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.residency import Entry
-from prefixd.server.engine.step import BlockCopy, Chunk, CompileChunk, Save, Step
+from prefixd.server.engine.eviction import EvictionPolicy
+from prefixd.server.engine.fair_queue import LOOKAHEAD, FairQueue
+from prefixd.server.engine.memory import Memory
+from prefixd.server.engine.prefix_loader import PrefixLoader
+from prefixd.server.engine.recovery import Recovery
+from prefixd.server.engine.residency import Entry, Stage
+from prefixd.server.engine.sequence import Sequence, State
+from prefixd.server.engine.step import Chunk, Step
+
+_LOOKAHEAD_WHEN_FULL = 64
+"""Waiting sequences whose prefixes a step loads when no more sequences can start."""
 
 
-@dataclass(slots=True)
 class StepBuilder:
-    """``budget`` tokens are left of the step; no sequence takes more than ``chunk`` of them,
-    and all compiles together take no more."""
+    """Adds parts to a step, within its budget. It shares the scheduler's queue and running list,
+    and moves sequences between them."""
 
-    budget: int
-    chunk: int
-    compiled: int = 0
-    chunks: list[Chunk] = field(default_factory=list)
-    compiles: list[CompileChunk] = field(default_factory=list)
-    copies: list[BlockCopy] = field(default_factory=list)
-    fresh: list[int] = field(default_factory=list)
-    fetches: list[PrefixKey] = field(default_factory=list)
-    saves: list[Save] = field(default_factory=list)
+    def __init__(
+        self,
+        *,
+        waiting: FairQueue,
+        running: list[Sequence],
+        memory: Memory,
+        eviction: EvictionPolicy,
+        prefix_loader: PrefixLoader,
+        recovery: Recovery,
+        preempt: Callable[[Sequence], None],
+        uniform: Callable[[int, int], float],
+    ) -> None:
+        self._waiting = waiting
+        self._running = running
+        self._memory = memory
+        self._eviction = eviction
+        self._prefix_loader = prefix_loader
+        self._recovery = recovery
+        self._preempt = preempt
+        self._uniform = uniform
 
-    def share(self, wanted: int) -> int:
-        """How many of ``wanted`` tokens one part may run."""
-        return min(wanted, self.budget, self.chunk)
+    def run_suspect(self, step: Step, now: float) -> bool:
+        """Plan the next suspect of a failed step, alone; False: there is none that can run."""
+        while (suspect := self._recovery.next_suspect()) is not None:
+            if isinstance(suspect, Entry):
+                is_planned = self._prefix_loader.compile_alone(step, suspect)
+            elif suspect.state is State.RUNNING:
+                self._run(step, suspect)
+                is_planned = True
+            else:
+                is_planned = self._memory.is_ready(suspect) and self._start(step, suspect, now)
+            if is_planned:
+                return True
+            del self._recovery.suspects[suspect]  # it cannot run now: it is served with the others
+        return False
 
-    def run(self, chunk: Chunk) -> None:
-        """Take up a part of a sequence."""
-        self.chunks.append(chunk)
-        self.budget -= len(chunk.tokens)
+    def continue_decodes(self, step: Step) -> None:
+        """Plan one token for each sequence that decodes."""
+        for sequence in tuple(self._running):
+            num_tokens = len(sequence.tokens)
+            if num_tokens - sequence.num_computed != 1 or sequence.state is not State.RUNNING:
+                continue
+            capacity = len(sequence.block_table) * self._memory.block_size
+            num_positions = sequence.num_prefix_tokens + num_tokens
+            if num_positions <= capacity or self._grow(step, sequence):
+                self._run(step, sequence)
 
-    def compile(self, entry: Entry) -> int:
-        """Take up the next part of a compile if there is room; returns how many tokens."""
-        size = min(self.budget, self.chunk - self.compiled, entry.num_tokens - entry.num_compiled)
-        if not size:
-            return 0
-        assert entry.payload is not None
-        self.compiles.append(
-            CompileChunk(
-                key=entry.key,
-                payload=entry.payload,
-                start=entry.num_compiled,
-                stop=entry.num_compiled + size,
-                block_table=tuple(entry.blocks),
+    def continue_prefills(self, step: Step) -> None:
+        """Plan the next chunk of each running sequence that is not in the step yet."""
+        planned = {chunk.seq_id for chunk in step.chunks}
+        for sequence in self._running:
+            if step.budget == 0:
+                return
+            if sequence.seq_id not in planned:
+                self._run(step, sequence)
+
+    def serve_waiting(self, step: Step, now: float) -> bool:
+        """Start the sequences that can start, in fair order, and load the prefixes of the others.
+        False: the next that could run has no room in the pool."""
+        if not self._start_reserved(step, now):
+            return False
+        residency, max_running = self._memory.residency, self._recovery.backoff.max_running
+        room = max(0, max_running - len(self._running)) if step.budget else 0
+        ready = [
+            entry.key
+            for entry in (residency.resident() if room else ())
+            if entry.stage is Stage.RESIDENT and entry.key in residency.waiters
+        ]
+        passed_over: set[str] = set()
+        for sequence in self._waiting.in_order(
+            ready=ready, depth=room, lookahead=LOOKAHEAD if room else _LOOKAHEAD_WHEN_FULL
+        ):
+            is_full = not step.budget or len(self._running) >= max_running
+            if not self._memory.is_ready(sequence):
+                if not is_full:
+                    passed_over.add(sequence.tenant)
+                    if sequence.due_since is None:
+                        sequence.due_since = now
+                self._prefix_loader.load(step, sequence, now=now)
+                continue
+            level = self._waiting.counter(sequence.tenant)
+            if is_full or not self._start(step, sequence, now):
+                # A sequence that does not fit blocks those behind it, or they would take its room.
+                return is_full
+            for tenant in passed_over - {sequence.tenant}:
+                self._waiting.lift(tenant, level)
+        return True
+
+    def _start_reserved(self, step: Step, now: float) -> bool:
+        """Start the first waiting sequence of each prefix that was forced in and not yet used: its
+        turn was before its prefix came, and the compile has been charged since. False: one has no
+        room."""
+        residency = self._memory.residency
+        for entry in residency.resident():
+            if not entry.forced or entry.num_uses or entry.key not in residency.waiters:
+                continue
+            if not step.budget or len(self._running) >= self._recovery.backoff.max_running:
+                break
+            sequence = self._waiting.first_under(entry.key)
+            if self._memory.is_ready(sequence) and not self._start(step, sequence, now):
+                return False
+        return True
+
+    def _start(self, step: Step, sequence: Sequence, now: float) -> bool:
+        """Let a waiting sequence run if there is room for it."""
+        memory = self._memory
+        reused = memory.reuse.find(sequence)
+        if not self._eviction.room_to_start(
+            step,
+            sequence,
+            reused,
+            num_running=len(self._running),
+            promised=self._prefix_loader.promised,
+        ):
+            return False
+        self._waiting.remove(sequence)
+        if sequence.prefix is not None:
+            memory.residency.remove_waiter(sequence.prefix.key)
+        num_reused = memory.hold(step, sequence, reused)
+        if sequence.started is None:
+            memory.reuse.count(sequence, num_reused)
+            self._waiting.charge(sequence.tenant, sequence.num_prefix_tokens + sequence.num_prompt)
+        sequence.admit(num_computed=num_reused, now=now)
+        self._running.append(sequence)
+        self._run(step, sequence)
+        return True
+
+    def _grow(self, step: Step, sequence: Sequence) -> bool:
+        """Give a decoding sequence the block its next token needs; False: it was preempted."""
+        while not self._eviction.room_for_block(step, alone=len(self._running) == 1):
+            youngest = self._running[-1]
+            planned = {chunk.seq_id for chunk in step.chunks}
+            assert youngest.seq_id not in planned, "the youngest sequence is planned last"
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        block = self._memory.pool.allocate(1)
+        step.fresh += block
+        sequence.block_table += block
+        return True
+
+    def _run(self, step: Step, sequence: Sequence) -> None:
+        """Plan the next tokens of a running sequence: as many as the step has room for."""
+        start, num_tokens = sequence.num_computed, len(sequence.tokens)
+        size = min(num_tokens - start, step.budget, step.max_chunk)
+        sampling, stop = sequence.request.sampling, sequence.request.stop
+        is_last = start + size == num_tokens
+        num_output = num_tokens - sequence.num_prompt
+        step.chunks.append(
+            Chunk(
+                seq_id=sequence.seq_id,
+                tokens=sequence.tokens[start : start + size],
+                start=sequence.num_prefix_tokens + start,
+                block_table=tuple(sequence.block_table),
+                prefix=sequence.prefix.key if sequence.prefix else None,
+                sampling=sampling if is_last else None,
+                uniform=self._uniform(sequence.seed, num_output) if is_last else 0.0,
+                history=tuple(sequence.tokens) if is_last and sampling.needs_history else (),
+                num_prompt_tokens=sequence.num_prompt,
+                banned=tuple(stop.token_ids) if num_output < stop.min_tokens else (),
             )
         )
-        self.budget -= size
-        self.compiled += size
-        return size
-
-    def step(self) -> Step:
-        """The step as it stands."""
-        return Step(
-            chunks=tuple(self.chunks),
-            compiles=tuple(self.compiles),
-            copies=tuple(self.copies),
-            fresh=tuple(self.fresh),
-            fetches=tuple(self.fetches),
-            saves=tuple(self.saves),
-        )
+        step.budget -= size

@@ -1,5 +1,6 @@
 """The only code that runs on the device: takes a step, returns sampled tokens."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def forward(
-        self, chunks: tuple[Chunk, ...], compiles: list[CompileChunk] | None = None
+        self, chunks: Sequence[Chunk], compiles: list[CompileChunk] | None = None
     ) -> torch.Tensor:
         """Run chunks and compiles as one flat row.
 
@@ -114,7 +115,7 @@ class TorchRunner:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _embeddings(self, chunks: tuple[Chunk, ...], compiles: list[CompileChunk]) -> torch.Tensor:
+    def _embeddings(self, chunks: Sequence[Chunk], compiles: list[CompileChunk]) -> torch.Tensor:
         """Input embeddings [num_tokens, hidden_size]: looked up, or those of a soft prompt."""
         token_ids: list[int] = [token for chunk in chunks for token in chunk.tokens]
         soft: list[tuple[int, torch.Tensor]] = []
@@ -150,7 +151,7 @@ class TorchRunner:
             self.cache.write(layer, slots, kv[2 * layer], kv[2 * layer + 1])
 
 
-def _lay_out(chunks: tuple[Chunk, ...], compiles: list[CompileChunk]) -> list[Row]:
+def _lay_out(chunks: Sequence[Chunk], compiles: list[CompileChunk]) -> list[Row]:
     """Rows of a flat pass, chunks first, then compiles."""
     rows: list[Row] = []
     offset = 0

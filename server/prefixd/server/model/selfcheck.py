@@ -89,7 +89,7 @@ def _run_in_blocks(runner: TorchRunner, tokens: list[int], *, prefix: int) -> to
     own = range(shared[-1] + 1, shared[-1] + 1 + -(-len(tokens) // size) - len(full))
     table = [*full, *own]
     compile_chunk = CompileChunk(PrefixKey("", ""), head, 0, prefix, shared)
-    runner.run(Step(compiles=(compile_chunk,), fresh=(*shared, *own)))
+    runner.run(Step(compiles=[compile_chunk], fresh=[*shared, *own]))
     runner.cache.copy([BlockCopy(shared[-1], own[0])])
     middle = (prefix + len(tokens)) // 2
     runner.forward((Chunk(0, tokens[prefix:middle], prefix, table),))

@@ -61,7 +61,7 @@ def warm(
     if state == RESIDENT:
         return state
     try:
-        engine.warm(
+        engine.preload(
             handle_of(manifest),
             max_resident_tokens=principal.quota.max_resident_tokens,
         )

@@ -1,0 +1,153 @@
+"""After failures: smaller steps, suspects that run alone, and when the engine is not ready.
+
+::
+
+    a step failed    | its parts                            | limits
+    -----------------+--------------------------------------+---------------------------
+    no memory        | start over; the part ends if it was  | halved by what the step
+                     | alone and nothing could be halved    | had; they double again
+                     |                                      | every 32 good steps
+    any other error  | are suspects: each runs in a step of | unchanged
+                     | its own, all others pause; the part  |
+                     | ends if the step had no other        |
+
+So only the request that breaks a step ends, and all others get the same answer as without it.
+"""
+
+from collections import deque
+
+from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.residency import Entry, Residency
+from prefixd.server.engine.sequence import Sequence
+from prefixd.server.engine.step import Step
+
+_GROW_EVERY = 32
+"""Steps that have to succeed before the limits double again."""
+
+_MAX_FAILURES = 8
+_FAILURES_FORGOTTEN_S = 30.0
+_MAX_RESTARTS, _RESTARTS_WITHIN_S = 5, 60.0
+
+
+class OomBackoff:
+    """Limits of a step: how many sequences may run, and tokens of one part. They are smaller for a
+    while after the device ran out of memory; ``is_reduced`` says whether they are now."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._configured = config.max_running, config.max_prefill_chunk
+        self.max_running, self.max_chunk = self._configured
+        self.is_reduced = False
+        self._num_succeeded = 0
+
+    def shrink(self, step: Step) -> bool:
+        """Halve what of ``step`` can be halved; False when it was as small as possible.
+
+        A part that the step had only one of says nothing about how many there may be. And what it
+        was to save is gone: the next step needs no memory for that.
+        """
+        rows = len(step.chunks)
+        longest = max([step.num_compiled, *(len(chunk.tokens) for chunk in step.chunks)])
+        self._num_succeeded = 0
+        if rows > 1:
+            self.max_running = min(self.max_running, rows // 2)
+        if longest > 1:
+            self.max_chunk = min(self.max_chunk, longest // 2)
+        self.is_reduced = (self.max_running, self.max_chunk) != self._configured
+        return rows > 1 or longest > 1 or bool(step.saves)
+
+    def step_succeeded(self) -> None:
+        """Count one step towards larger limits."""
+        self._num_succeeded += 1
+        if self._num_succeeded % _GROW_EVERY == 0:
+            max_running, max_chunk = self._configured
+            self.max_running = min(max_running, 2 * self.max_running)
+            self.max_chunk = min(max_chunk, 2 * self.max_chunk)
+            self.is_reduced = (self.max_running, self.max_chunk) != self._configured
+
+
+class Recovery:
+    """What follows a failed step. ``suspects`` are the sequences and prefixes of failed steps that
+    have not yet run alone, in the order of their turns."""
+
+    def __init__(self, config: SchedulerConfig, *, residency: Residency) -> None:
+        self.backoff = OomBackoff(config)
+        self.suspects: dict[Sequence | Entry, None] = {}
+        self._residency = residency
+
+    def step_failed(self, step: Step, sequences: list[Sequence], *, out_of_memory: bool) -> bool:
+        """Take back the blocks of all compiles, and note the suspects. ``sequences`` are those of
+        the step. Returns whether the step's parts have to end."""
+        ends = not self.backoff.shrink(step) if out_of_memory else step.num_parts == 1
+        in_step = {part.key for part in step.compiles}
+        compiling = self._residency.compiling()
+        for sequence in sequences:
+            self.suspects.pop(sequence, None)
+        for entry in compiling:
+            self.suspects.pop(entry, None)
+            # Also one that this very step placed: its blocks may not have been zeroed.
+            self._residency.unplace(entry)
+        if not out_of_memory and not ends:
+            self.suspects.update(dict.fromkeys(sequences))
+            self.suspects.update((entry, None) for entry in compiling if entry.key in in_step)
+        return ends
+
+    def next_suspect(self) -> Sequence | Entry | None:
+        """The suspect whose turn it is; None when there is none left."""
+        while self.suspects:
+            suspect = next(iter(self.suspects))
+            if self._is_pending(suspect):
+                return suspect
+            del self.suspects[suspect]
+        return None
+
+    @property
+    def proving(self) -> bool:
+        """Whether suspects run alone, and all others pause."""
+        return any(map(self._is_pending, self.suspects))
+
+    def _is_pending(self, suspect: Sequence | Entry) -> bool:
+        if isinstance(suspect, Sequence):
+            return not suspect.finished
+        return self._residency.get(suspect.key) is suspect and not suspect.is_compiled
+
+
+class Watchdog:
+    """Whether steps succeed in time, and how often the loop may start over. Times are in seconds
+    on one clock.
+
+    The engine's thread writes ``turn_began`` (None between two turns), and ``num_failures``, the
+    failed steps since the last that succeeded; any thread may ask for ``trouble``.
+    """
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.turn_began: float | None = None
+        self.num_failures = 0
+        self._last_failure = 0.0
+        self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
+
+    def step_failed(self, *, now: float) -> None:
+        """Count a failed step."""
+        self.num_failures += 1
+        self._last_failure = now
+
+    def may_restart(self, *, now: float) -> bool:
+        """Whether the loop starts over after an exception of its own: not when it keeps failing."""
+        self.turn_began = None
+        recent = [moment for moment in self._restarts if now - moment < _RESTARTS_WITHIN_S]
+        self._restarts.append(now)
+        return len(recent) < _MAX_RESTARTS
+
+    def trouble(self, *, now: float) -> str | None:
+        """What is wrong, in a sentence; None when nothing is.
+
+        Failed steps are forgotten after a while: an engine that is not ready gets no requests, so
+        no step could succeed.
+        """
+        began = self.turn_began
+        if began is not None and now - began > self.timeout_s:
+            return f"no step has ended for {now - began:.0f} s"
+        recent = now - self._last_failure < _FAILURES_FORGOTTEN_S
+        if self.num_failures >= _MAX_FAILURES and recent:
+            return f"the last {self.num_failures} steps failed"
+        return None
