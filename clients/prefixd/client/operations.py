@@ -1,15 +1,15 @@
-"""The operations of both clients, listed once. A client says how one is sent."""
+"""The operations of both clients, listed once. A client defines how a call is sent."""
 
 from collections.abc import Awaitable, Callable
 from functools import wraps
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
 from prefixd.client import protocol, protocol_admin
 from prefixd.client.wire import Call, StreamCall
 
 P = ParamSpec("P")
 T = TypeVar("T")
-S_co = TypeVar("S_co", covariant=True)
+T_co = TypeVar("T_co", covariant=True)
 
 
 class Sender(Protocol):
@@ -24,94 +24,90 @@ class AsyncSender(Protocol):
     def send(self, call: Call[T]) -> Awaitable[T]: ...
 
 
-class Streamer(Protocol[S_co]):
-    """A client of either kind; ``S_co`` is its type of stream."""
+class Streamer(Protocol[T_co]):
+    """A client of either kind; ``T_co`` is its type of stream."""
 
-    def stream(self, call: StreamCall) -> S_co: ...
+    def stream(self, call: StreamCall) -> T_co: ...
 
 
-class Operation(Generic[P, T]):
-    """A method with the signature and docstring of ``build`` that sends the call it returns.
-
-    On an asynchronous client the method returns an awaitable.
-    """
-
-    def __init__(self, build: Callable[P, Call[T]]) -> None:
-        self._build = build
-        self.__doc__ = build.__doc__
+class Method(Protocol[P, T_co]):
+    """The type of a method that returns a ``T_co`` on a synchronous client, an awaitable of one on
+    an asynchronous client."""
 
     @overload
-    def __get__(self, client: Sender, owner: object = None) -> Callable[P, T]: ...
+    def __get__(self, client: Sender, owner: object = None) -> Callable[P, T_co]: ...
     @overload
-    def __get__(self, client: AsyncSender, owner: object = None) -> Callable[P, Awaitable[T]]: ...
-    def __get__(self, client: Any, owner: object = None) -> Any:
-        if client is None:
-            return self
-
-        @wraps(self._build)
-        def method(*args: P.args, **kwargs: P.kwargs) -> Any:
-            return client.send(self._build(*args, **kwargs))
-
-        return method
+    def __get__(
+        self, client: AsyncSender, owner: object = None
+    ) -> Callable[P, Awaitable[T_co]]: ...
 
 
-class StreamOperation(Generic[P]):
-    """As ``Operation``, for calls whose response is a stream."""
+class StreamMethod(Protocol[P]):
+    """The type of a method that returns the stream type of its client."""
 
-    def __init__(self, build: Callable[P, StreamCall]) -> None:
-        self._build = build
-        self.__doc__ = build.__doc__
+    def __get__(self, client: Streamer[T], owner: object = None) -> Callable[P, T]: ...
 
-    def __get__(self, client: Streamer[S_co], owner: object = None) -> Callable[P, S_co]:
-        @wraps(self._build)
-        def method(*args: P.args, **kwargs: P.kwargs) -> S_co:
-            return client.stream(self._build(*args, **kwargs))
 
-        return method
+def _operation(build: Callable[P, Call[T]]) -> Method[P, T]:
+    """A method with the signature and docstring of ``build`` that sends the call it returns."""
+
+    @wraps(build)
+    def method(client: Any, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        return client.send(build(*args, **kwargs))
+
+    return cast("Method[P, T]", method)
+
+
+def _stream(build: Callable[P, StreamCall]) -> StreamMethod[P]:
+    @wraps(build)
+    def method(client: Any, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        return client.stream(build(*args, **kwargs))
+
+    return cast("StreamMethod[P]", method)
 
 
 class Operations:
     """Every operation of the REST API as a method."""
 
-    upload = Operation(protocol.upload)
-    upload_folder = Operation(protocol.upload_folder)
-    upload_text = Operation(protocol.upload_text)
-    list_prefixes = Operation(protocol.list_prefixes)
-    show_prefix = Operation(protocol.show_prefix)
-    list_versions = Operation(protocol.list_versions)
-    set_alias = Operation(protocol.set_alias)
-    remove_alias = Operation(protocol.remove_alias)
-    warm = Operation(protocol.warm)
-    pin = Operation(protocol.pin)
-    unpin = Operation(protocol.unpin)
-    delete_prefix = Operation(protocol.delete_prefix)
+    upload = _operation(protocol.upload)
+    upload_folder = _operation(protocol.upload_folder)
+    upload_text = _operation(protocol.upload_text)
+    list_prefixes = _operation(protocol.list_prefixes)
+    show_prefix = _operation(protocol.show_prefix)
+    list_versions = _operation(protocol.list_versions)
+    set_alias = _operation(protocol.set_alias)
+    remove_alias = _operation(protocol.remove_alias)
+    warm = _operation(protocol.warm)
+    pin = _operation(protocol.pin)
+    unpin = _operation(protocol.unpin)
+    delete_prefix = _operation(protocol.delete_prefix)
 
-    complete = Operation(protocol.complete)
-    chat = Operation(protocol.chat)
-    stream_complete = StreamOperation(protocol.stream_complete)
-    stream_chat = StreamOperation(protocol.stream_chat)
+    complete = _operation(protocol.complete)
+    chat = _operation(protocol.chat)
+    stream_complete = _stream(protocol.stream_complete)
+    stream_chat = _stream(protocol.stream_chat)
 
-    bind_user = Operation(protocol.bind_user)
-    show_binding = Operation(protocol.show_binding)
-    unbind_user = Operation(protocol.unbind_user)
-    list_bindings = Operation(protocol.list_bindings)
-    import_bindings = Operation(protocol.import_bindings)
-    show_default = Operation(protocol.show_default)
-    set_default = Operation(protocol.set_default)
-    remove_default = Operation(protocol.remove_default)
+    bind_user = _operation(protocol.bind_user)
+    show_binding = _operation(protocol.show_binding)
+    unbind_user = _operation(protocol.unbind_user)
+    list_bindings = _operation(protocol.list_bindings)
+    import_bindings = _operation(protocol.import_bindings)
+    show_default = _operation(protocol.show_default)
+    set_default = _operation(protocol.set_default)
+    remove_default = _operation(protocol.remove_default)
 
-    list_models = Operation(protocol.list_models)
-    metrics = Operation(protocol.metrics)
-    is_live = Operation(protocol.is_live)
-    is_ready = Operation(protocol.is_ready)
+    list_models = _operation(protocol.list_models)
+    metrics = _operation(protocol.metrics)
+    is_live = _operation(protocol.is_live)
+    is_ready = _operation(protocol.is_ready)
 
-    list_tenants = Operation(protocol_admin.list_tenants)
-    create_tenant = Operation(protocol_admin.create_tenant)
-    show_tenant = Operation(protocol_admin.show_tenant)
-    set_tenant = Operation(protocol_admin.set_tenant)
-    set_quota = Operation(protocol_admin.set_quota)
-    list_keys = Operation(protocol_admin.list_keys)
-    create_key = Operation(protocol_admin.create_key)
-    rotate_key = Operation(protocol_admin.rotate_key)
-    revoke_key = Operation(protocol_admin.revoke_key)
-    read_audit = Operation(protocol_admin.read_audit)
+    list_tenants = _operation(protocol_admin.list_tenants)
+    create_tenant = _operation(protocol_admin.create_tenant)
+    show_tenant = _operation(protocol_admin.show_tenant)
+    set_tenant = _operation(protocol_admin.set_tenant)
+    set_quota = _operation(protocol_admin.set_quota)
+    list_keys = _operation(protocol_admin.list_keys)
+    create_key = _operation(protocol_admin.create_key)
+    rotate_key = _operation(protocol_admin.rotate_key)
+    revoke_key = _operation(protocol_admin.revoke_key)
+    read_audit = _operation(protocol_admin.read_audit)
