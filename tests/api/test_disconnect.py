@@ -233,9 +233,9 @@ def test_a_slow_server_is_no_slow_sender() -> None:
     patience = ReceiveTimeout(pause=1.0, min_rate=100)
     waited, received = 0.0, 0
     for _ in range(1000):
-        assert patience.left(waited=waited, received=received) >= 0.5
+        assert patience.remaining(waited=waited, received=received) >= 0.5
         waited, received = waited + 0.5, received + 50
-    assert patience.left(waited=3.0, received=100) < 0
+    assert patience.remaining(waited=3.0, received=100) < 0
 
 
 def with_patience(world: World, *, body_timeout: float) -> None:

@@ -7,7 +7,7 @@ import structlog
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
-from prefixd.server.api.generate.sse import DONE
+from prefixd.server.api.generate.event_stream import DONE
 from prefixd.server.testing import ByteTokenizer
 from tests.api.api_world import World, put_text
 from tests.api.test_completions import complete

@@ -8,8 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from prefixd.server.api.generate.admission import Admitted
-from prefixd.server.api.generate.resolver import ResolvedPrefix
-from prefixd.server.api.generate.usage import UsageCounter
+from prefixd.server.api.request_record import Endpoint, RequestRecord, TenantClass
 from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
@@ -271,12 +270,16 @@ def test_cached_tokens_are_counted_once_for_each_prompt(client: TestClient, scri
     assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
 
 
-def test_a_tally_without_an_end_is_nothing() -> None:
+def test_usage_before_any_sequence_ends_has_no_cached_tokens() -> None:
     request = AdmittedRequest("r", "acme", (1, 2), None, SamplingParams(), StopParams(1), n=2)
-    usage = UsageCounter(
-        Admitted(id="r", model="tiny", choice=ResolvedPrefix(), requests=(request,))
+    record = RequestRecord(
+        endpoint=Endpoint.COMPLETIONS,
+        tenant="acme",
+        tenant_class=TenantClass.STANDARD,
+        served_model="tiny",
+        admitted=Admitted(id="r", model="tiny", prefix=None, requests=(request,)),
     )
-    assert usage.usage()["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert record.usage()["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
 def test_the_time_in_the_queue_is_that_of_the_first_to_run(

@@ -116,7 +116,7 @@ def test_a_step_that_hangs_turns_readiness_off(world: World) -> None:
 def test_a_deadline_holds_even_where_the_engine_hangs(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefixd.server.api.generate.event_stream._SLACK_S", 0.05)
+    monkeypatch.setattr("prefixd.server.api.generate.event_stream._TIMEOUT_SLACK_S", 0.05)
 
     async def scenario() -> None:
         world.runner.gate.clear()

@@ -12,7 +12,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from prefixd.server.api.error_responses import CATALOG_AWAY
+from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.step import STORAGE_UNAVAILABLE, PrefixUnavailable
 from prefixd.server.tenants.registry import Tenants
@@ -82,7 +82,7 @@ def test_an_upload_that_is_durable_is_told_so_though_it_cannot_be_warmed(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("message", [BLOBS_AWAY, CATALOG_AWAY])
+@pytest.mark.parametrize("message", [BLOBS_AWAY, CATALOG_UNAVAILABLE])
 def test_a_prefix_that_cannot_be_loaded_now(
     client: TestClient,
     world: World,
@@ -119,7 +119,7 @@ def test_what_the_engine_is_told_of_storage_that_is_away(
     assert opened(key).text == "hello"
     for error, message in (
         (BlobsUnavailable(BLOBS_AWAY), BLOBS_AWAY),
-        (OperationalError("SELECT", {}, Exception(SECRET)), CATALOG_AWAY),
+        (OperationalError("SELECT", {}, Exception(SECRET)), CATALOG_UNAVAILABLE),
     ):
         monkeypatch.setattr(store, "fetch", failing(error))
         with pytest.raises(PrefixUnavailable) as away:

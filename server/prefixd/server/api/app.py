@@ -14,7 +14,6 @@ from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.generate import routes as generate_routes
 from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.resolver import PrefixResolver
-from prefixd.server.api.generate.respond import GenerationService
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.middleware import RequestLayer
 from prefixd.server.api.parts import BodyLimits
@@ -81,7 +80,7 @@ def create_app(
         # FastAPI's own traces hold paths, and with them users and prefixes.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    generation = GenerationService(
+    generation = generate_routes.GenerationService(
         admission=Admission(
             served=served,
             resolver=PrefixResolver(served, store, bindings),

@@ -1,4 +1,9 @@
-"""Every error in one shape: {"error": {"message", "type", "code", "param", "request_id"}}."""
+"""Every error in one shape: {"error": {"message", "type", "code", "param", "request_id"}}.
+
+``prefixd.server.errors`` has the status, type and code of each class; here everything else that can
+go wrong becomes one of these classes: exceptions of the store, the database, pydantic and the
+router, a full queue, and sequences that the engine ended early.
+"""
 
 import math
 import re
@@ -16,8 +21,12 @@ from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalErr
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
+from prefixd.server.api.drain_state import DrainState
+from prefixd.server.engine.request import FinishEvent, FinishReason, QueueFull
+from prefixd.server.engine.step import STORAGE_UNAVAILABLE
 from prefixd.server.errors import (
     BadRequest,
+    DeadlineExceeded,
     EngineFailure,
     MethodNotAllowed,
     NotFound,
@@ -36,14 +45,16 @@ from prefixd.store.errors import (
 
 log = structlog.get_logger("prefixd")
 
-CATALOG_AWAY = "the catalog cannot be reached; try again in a while"
+CATALOG_UNAVAILABLE = "the catalog cannot be reached; try again in a while"
+_OVERLOADED = "overloaded"
 _STORAGE_RETRY_S = 5.0
+_SHED_RETRY_S = 1.0
 
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, in a sentence and in words for machines."""
+    """What went wrong: a sentence, and codes for programs."""
 
     message: str
     type: str
@@ -76,25 +87,25 @@ def error_response(
     """``error`` as a response."""
     sent = {**(headers or {}), **error.headers}
     if error.retry_after is not None:
-        # Rounded up: who waits as long as told is not refused again.
+        # Rounded up: a client that waits this long is not refused again.
         sent["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if error.status == HTTPStatus.UNAUTHORIZED:
         sent["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error, request_id), error.status, headers=sent)
 
 
-def fault_of_ours() -> PrefixdError:
-    """What a caller is told of an exception that nobody meant: nothing."""
+def internal_error() -> PrefixdError:
+    """The error for an unexpected exception: its details are for the log only."""
     return PrefixdError("the server failed on this request; the log says why")
 
 
-def storage_away(message: str) -> Unavailable:
-    """The database or the bucket cannot be reached now."""
+def storage_unavailable(message: str) -> Unavailable:
+    """The error for a database or a bucket that cannot be reached."""
     return Unavailable(message, code="storage_unavailable", retry_after=_STORAGE_RETRY_S)
 
 
 def from_store(error: StoreError) -> PrefixdError:
-    """The store's refusal in the server's words."""
+    """The error for an exception of the store."""
     match error:
         case ArtifactRefused():
             return Unprocessable(error.message, code=error.code, param=error.param)
@@ -103,7 +114,7 @@ def from_store(error: StoreError) -> PrefixdError:
         case UnknownPrefix():
             return NotFound(error.message, code="prefix_not_found")
         case BlobsUnavailable():
-            return storage_away(error.message)
+            return storage_unavailable(error.message)
         case CorruptArtifact():
             return EngineFailure(error.message, code="corrupt_prefix")
         case _:
@@ -111,11 +122,11 @@ def from_store(error: StoreError) -> PrefixdError:
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
-    """The first of pydantic's complaints as one sentence: what was expected and what came."""
+    """The first of pydantic's errors as one sentence: what was expected and what was received."""
     first = errors[0]
     names = [str(part) for part in first["loc"] if part not in {"body", "query", "path"}]
     if names and names[-1] == "[key]":
-        names = names[:-2]  # a key that the caller made up, as any value
+        names = names[:-2]  # the key is the caller's, as any value is
     param = ".".join(names)[:200]
     field = f"'{param.encode('ascii', 'backslashreplace').decode()}'"
     kind = first["type"]
@@ -131,12 +142,12 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
         return BadRequest(first["msg"].removeprefix("Value error, "), param=param or None)
     expected = first["msg"].removeprefix("Input should be ")
     subject = field if names else "the body"
-    came = _describe(first.get("input"), show_word=kind == "literal_error")
-    return BadRequest(f"{subject}: expected {expected}; received {came}", param=param or None)
+    received = _describe(first.get("input"), show_word=kind == "literal_error")
+    return BadRequest(f"{subject}: expected {expected}; received {received}", param=param or None)
 
 
 def _describe(value: object, *, show_word: bool) -> str:
-    """What came, without repeating a prompt: text is only ever shown where one of a few fixed
+    """A received value, without repeating a prompt: text is shown only where one of a few fixed
     words was expected."""
     match value:
         case None:
@@ -153,16 +164,44 @@ def _describe(value: object, *, show_word: bool) -> str:
             return "an object"
 
 
+def from_finish(event: FinishEvent, drain_state: DrainState) -> PrefixdError:
+    """The error for a sequence that has no complete output."""
+    match event.reason:
+        case FinishReason.ERROR if event.error_code == STORAGE_UNAVAILABLE:
+            return storage_unavailable(event.error or "the prefix store is unavailable")
+        case FinishReason.ERROR:
+            return EngineFailure(event.error or "the engine failed on this request")
+        case FinishReason.TIMEOUT:
+            return DeadlineExceeded(event.error or "the request's timeout has passed")
+        case FinishReason.SHED:
+            return Unavailable(
+                event.error or "the server is too busy to begin this request",
+                code=_OVERLOADED,
+                retry_after=event.retry_after or _SHED_RETRY_S,
+            )
+        case FinishReason.ABORT:
+            return drain_state.refusal("the server stopped before the answer was complete")
+        case FinishReason.STOP | FinishReason.LENGTH:
+            raise AssertionError(f"a complete sequence is no error: {event}")
+
+
+def from_queue_full(full: QueueFull, drain_state: DrainState) -> PrefixdError:
+    """The error for a request that the engine did not accept."""
+    if drain_state.closed:
+        return drain_state.refusal()
+    return Unavailable(full.message, code=_OVERLOADED, retry_after=full.retry_after)
+
+
 def request_id_of(request: Request) -> str | None:
     """The id the middleware gave this request."""
     return getattr(request.state, "request_id", None)
 
 
 def install(app: FastAPI) -> None:
-    """Make ``app`` answer every error in the one shape."""
+    """Register handlers, so that ``app`` responds to every error in the one shape."""
 
     @app.exception_handler(PrefixdError)
-    async def on_refusal(request: Request, error: PrefixdError) -> JSONResponse:
+    async def on_error(request: Request, error: PrefixdError) -> JSONResponse:
         return error_response(error, request_id_of(request))
 
     @app.exception_handler(StoreError)
@@ -173,19 +212,19 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(InterfaceError)
     @app.exception_handler(PoolTimeout)
     async def on_database(request: Request, error: SQLAlchemyError) -> JSONResponse:
-        if _is_ours(error):
+        if _is_bad_query(error):
             raise error
         # The reason, which may name the database's address, is for the log.
         log.error("the catalog failed", why=str(error).partition("\n")[0])
-        return error_response(storage_away(CATALOG_AWAY), request_id_of(request))
+        return error_response(storage_unavailable(CATALOG_UNAVAILABLE), request_id_of(request))
 
     @app.exception_handler(DataError)
     async def on_value(request: Request, error: DataError) -> JSONResponse:
         if "NUL" not in str(error.orig):
             raise error
-        # PostgreSQL cannot even look for such a text, SQLite finds nothing by it.
-        refusal = BadRequest("expected texts without NUL characters; received one with some")
-        return error_response(refusal, request_id_of(request))
+        # PostgreSQL rejects such a text in a query, SQLite finds nothing.
+        bad_text = BadRequest("expected texts without NUL characters; received one with some")
+        return error_response(bad_text, request_id_of(request))
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -196,9 +235,9 @@ def install(app: FastAPI) -> None:
         return error_response(_from_http(error, request), request_id_of(request), error.headers)
 
 
-def _is_ours(error: SQLAlchemyError) -> bool:
-    """Whether the database is there and what it was asked is wrong: SQLite has one class for that
-    and for a file that is locked or gone."""
+def _is_bad_query(error: SQLAlchemyError) -> bool:
+    """Whether the query is wrong and not the database unavailable: SQLite has one class for a bad
+    query and for a file that is locked or missing."""
     cause = error.orig if isinstance(error, DBAPIError) else None
     name = getattr(cause, "sqlite_errorname", None)  # absent where Python itself raised
     return isinstance(cause, sqlite3.Error) and name == "SQLITE_ERROR"

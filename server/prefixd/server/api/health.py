@@ -1,19 +1,22 @@
-"""Routes without a key: health and metrics. Neither names a tenant, a prefix or a prompt."""
+"""Public routes: health and metrics. They show no tenant, prefix or prompt."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from prefixd.server.api.parts import DrainStateDep, EngineDep, MetricsDep
+from prefixd.server.api.metrics import Metrics
+from prefixd.server.api.parts import DrainStateDep, EngineDep, part
 
 router = APIRouter(tags=["operation"])
 
+MetricsDep = Annotated[Metrics, part("metrics")]
+
 
 class HealthResponse(BaseModel):
-    """``ok``, or why not."""
+    """``ok``, or the reason why not."""
 
     status: Literal["ok", "not ready"]
     reason: str | None = None
@@ -21,7 +24,7 @@ class HealthResponse(BaseModel):
 
 @router.get("/health/live", response_model=HealthResponse, response_model_exclude_none=True)
 def live() -> HealthResponse:
-    """The process answers."""
+    """The process responds."""
     return HealthResponse(status="ok")
 
 
@@ -44,5 +47,5 @@ def ready(engine: EngineDep, drain_state: DrainStateDep) -> Response:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 def metrics(metrics: MetricsDep) -> Response:
-    """Figures in Prometheus' text format."""
+    """Metrics in Prometheus' text format."""
     return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)

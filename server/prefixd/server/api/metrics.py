@@ -1,8 +1,8 @@
-"""What /metrics shows: request figures counted here, engine figures read when asked.
+"""The page /metrics: request figures counted here, engine figures read at each scrape.
 
 Label values come from fixed sets (route templates, outcomes, classes), never from requests, so
-their number is bounded; no tenant and no prefix name appears, which is why the route may be public.
-Names are those that vLLM gives the same things, where it has them.
+their number is bounded. No tenant or prefix name appears, so the route may be public. Metrics that
+vLLM has too have vLLM's names.
 """
 
 import itertools
@@ -18,18 +18,18 @@ from prometheus_client import (
 )
 
 from prefixd.server.api.engine_metrics import EngineCollector
-from prefixd.server.api.request_record import Endpoint, Outcome, RequestRecord, Started, TenantClass
+from prefixd.server.api.request_record import Endpoint, Outcome, RequestRecord, TenantClass
 from prefixd.server.engine.stats import EngineStats
 
-# When each series began: half as many lines again, and no use to anybody here.
-disable_created_metrics()  # type: ignore[no-untyped-call]  # theirs
+# The creation time of each series: 50 % more lines, and unused.
+disable_created_metrics()  # type: ignore[no-untyped-call]  # untyped
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
 class Metrics:
-    """One application's figures, in a registry of its own."""
+    """The metrics of one application, in its own registry."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self.registry = CollectorRegistry()
@@ -46,18 +46,20 @@ class Metrics:
             ["endpoint", "outcome"],
             registry=self.registry,
         )
-        self._first_token = self._histogram(
+        first_token = self._histogram(
             "prefixd_time_to_first_token_seconds",
             "From arrival to the first token.",
             {"endpoint": Endpoint},
             _LATENCY,
         )
-        self._per_token = self._histogram(
+        self.first_token = {endpoint: first_token.labels(endpoint) for endpoint in Endpoint}
+        per_token = self._histogram(
             "prefixd_time_per_output_token_seconds",
             "Between two tokens of a sequence.",
             {"endpoint": Endpoint},
             _PER_TOKEN,
         )
+        self.per_token = {endpoint: per_token.labels(endpoint) for endpoint in Endpoint}
         self._total = self._histogram(
             "prefixd_e2e_request_latency_seconds",
             "From arrival to the end of the answer.",
@@ -78,30 +80,20 @@ class Metrics:
         labels: Mapping[str, type[StrEnum]],
         buckets: tuple[float, ...],
     ) -> Histogram:
-        made = Histogram(name, text, list(labels), buckets=buckets, registry=self.registry)
-        # All series from the start: a rate needs a zero to begin with.
+        histogram = Histogram(name, text, list(labels), buckets=buckets, registry=self.registry)
+        # All series from the start: a rate needs a first value of zero.
         for values in itertools.product(*labels.values()):
-            made.labels(*values)
-        return made
-
-    def first_token(self, started: Started, seconds: float) -> None:
-        """A request has its first token, ``seconds`` after it came."""
-        self._first_token.labels(started.endpoint.value).observe(seconds)
-
-    def gaps(self, started: Started, seconds: float, count: int) -> None:
-        """A sequence had to wait ``seconds`` for each of its next ``count`` tokens."""
-        per_token = self._per_token.labels(started.endpoint.value)
-        for _ in range(count):
-            per_token.observe(seconds)
+            histogram.labels(*values)
+        return histogram
 
     def ended(self, record: RequestRecord) -> None:
         """Count a request that has ended."""
-        labels = (record.started.endpoint.value, record.outcome.value)
+        labels = (record.endpoint.value, record.outcome.value)
         self._generations.labels(*labels).inc()
         if record.outcome is not Outcome.REFUSED:
             self._total.labels(*labels).observe(record.total)
         if record.queue is not None:
-            self._queue.labels(record.started.tenant_class.value).observe(record.queue)
+            self._queue.labels(record.tenant_class.value).observe(record.queue)
 
     def render(self) -> bytes:
         """The page in Prometheus' text format."""

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from prefixd.server.api.drain_state import DrainState
-from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.engine import Engine
 from prefixd.server.tenants.audit import AuditLog
@@ -48,7 +47,6 @@ DrainStateDep = Annotated[DrainState, part("drain_state")]
 EngineDep = Annotated[Engine, part("engine")]
 IdempotencyDep = Annotated[Idempotency, part("idempotency")]
 LimiterDep = Annotated[Limiter, part("limiter")]
-MetricsDep = Annotated[Metrics, part("metrics")]
 PinRoomDep = Annotated[PinRoom, part("pin_room")]
 ServedDep = Annotated[ServedModel, part("served")]
 StoreDep = Annotated[PrefixStore, part("store")]

@@ -1,5 +1,7 @@
-"""What is known of one request for generation when it has ended, for figures, log and trace."""
+"""What metrics, log and trace report about one request for generation."""
 
+import time
+from asyncio import CancelledError
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,10 +10,16 @@ from typing import Any, Protocol, Self
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from prefixd.server.api.generate.admission import Admitted
+from prefixd.server.engine.request import FinishEvent
 from prefixd.server.errors import DeadlineExceeded, PrefixdError, Unavailable
 from prefixd.store.errors import BlobsUnavailable, CorruptArtifact, StoreError
 
 _SHORT_DIGEST = 12
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its response was complete."""
 
 
 class Endpoint(StrEnum):
@@ -22,8 +30,8 @@ class Endpoint(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How a request for generation ended: REFUSED is the caller's doing, UNAVAILABLE a server that
-    is full, starting, ending or without its storage, ABORTED a client that left."""
+    """How a request for generation ended. REFUSED: an error of the caller. UNAVAILABLE: the server
+    is full, starting, stopping or without its storage. ABORTED: the client disconnected."""
 
     OK = "ok"
     REFUSED = "refused"
@@ -33,9 +41,11 @@ class Outcome(StrEnum):
     ERROR = "error"
 
     @classmethod
-    def of(cls, error: Exception) -> Self:
-        """The outcome of a request that is answered with ``error``, or for which it was raised."""
+    def of(cls, error: BaseException) -> Self:
+        """The outcome of a request that raised ``error``; its task may have been cancelled."""
         match error:
+            case ClientGone() | CancelledError() | GeneratorExit():
+                return cls.ABORTED
             case Unavailable() | BlobsUnavailable() | SQLAlchemyError():
                 return cls.UNAVAILABLE
             case DeadlineExceeded():
@@ -49,7 +59,7 @@ class Outcome(StrEnum):
 
 
 class TenantClass(StrEnum):
-    """Tenants by their weight, for labels: as many values as that, however many tenants."""
+    """Tenants grouped by weight: a label with a fixed number of values."""
 
     LOW = "low"
     STANDARD = "standard"
@@ -57,98 +67,129 @@ class TenantClass(StrEnum):
 
     @classmethod
     def of(cls, weight: float) -> Self:
-        """The class of a tenant of ``weight``: beneath, at or above 1."""
+        """The class of a tenant of ``weight``: below, at or above 1."""
         if weight == 1:
             return cls.STANDARD
         return cls.LOW if weight < 1 else cls.HIGH
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
-    """What is known when a request arrives. ``at_ns`` is Unix time; ``trace`` are its headers of
-    W3C trace context, as they came."""
+@dataclass(slots=True, kw_only=True)
+class RequestRecord:
+    """One request for generation, for metrics, log, trace and ``usage``. No prompt and no text.
+
+    ``at_ns`` is Unix time; ``trace_context`` are the W3C headers as received; ``admitted`` is None
+    when the request was refused. Times in seconds: ``queue`` is from submission until the first
+    sequence began to run, ``first_token`` and ``total`` count from arrival; None when that point
+    was not reached. ``generated_tokens`` counts the tokens received from the engine.
+    """
 
     endpoint: Endpoint
     tenant: str
     tenant_class: TenantClass
-    request_id: str | None
-    stream: bool
-    at_ns: int
-    trace: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """What admission made of it. ``model`` is what the caller called it and ``served_model`` the
-    base; ``digest`` is the prefix's."""
-
-    id: str
-    model: str
     served_model: str
-    digest: str | None
-    virtual_tokens: int
-    choices: int
-    max_tokens: int
-    temperature: float
+    request_id: str | None = None
+    stream: bool = False
+    trace_context: Mapping[str, str] = field(default_factory=dict)
+    at_ns: int = field(default_factory=time.time_ns)
+    admitted: Admitted | None = None
+    outcome: Outcome = Outcome.OK
+    error_code: str | None = None
+    generated_tokens: int = 0
+    queue: float | None = None
+    first_token: float | None = None
+    total: float = 0.0
+    finished: dict[int, FinishEvent] = field(default_factory=dict)
 
+    def sequence_finished(self, choice: int, event: FinishEvent) -> None:
+        """One sequence of the request ended."""
+        self.finished[choice] = event
+        if event.queue_s is not None:
+            self.queue = event.queue_s if self.queue is None else min(self.queue, event.queue_s)
 
-@dataclass(frozen=True, slots=True)
-class RequestRecord:
-    """One request that has ended. Times in seconds; ``queue`` is from submission until its first
-    sequence began to run, ``first_token`` and ``total`` count from arrival; all None where it did
-    not come to that. No prompt and no text."""
+    @property
+    def num_choices(self) -> int:
+        """Sequences of the request; 0 when it was refused."""
+        return self.admitted.num_choices if self.admitted else 0
 
-    started: Started
-    taken: Taken | None
-    outcome: Outcome
-    error_code: str | None
-    prompt_tokens: int
-    output_tokens: int
-    cached_tokens: int
-    queue: float | None
-    first_token: float | None
-    total: float
-    finish_reasons: tuple[str, ...]
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of the sequences that ended."""
+        return sum(event.completion_tokens for event in self.finished.values())
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens of all sequences, whether they ended or not."""
+        return max(self.generated_tokens, self.completion_tokens)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens whose KV was shared and not computed.
+
+        A prompt counts once for its n sequences, with the least that any of them shared: the later
+        ones share what the first computed.
+        """
+        cached: dict[int, int] = {}
+        n = self.admitted.requests[0].n if self.admitted else 1
+        for choice, event in self.finished.items():
+            prompt = choice // n
+            cached[prompt] = min(cached.get(prompt, event.cached_tokens), event.cached_tokens)
+        return sum(cached.values())
+
+    @property
+    def finish_reasons(self) -> tuple[str, ...]:
+        """Why the sequences ended, in the order of the choices."""
+        return tuple(event.reason.value for _, event in sorted(self.finished.items()))
+
+    def usage(self) -> dict[str, Any]:
+        """The ``usage`` object of the response; virtual tokens are not included."""
+        prompt_tokens = self.admitted.prompt_tokens if self.admitted else 0
+        completion_tokens = self.completion_tokens
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
 
     def log_fields(self) -> dict[str, Any]:
-        """For a log line: what is None is left out, and so is every name that a tenant gave."""
-        started, taken = self.started, self.taken
+        """Fields of the log line, without those that are None and without names from tenants."""
         fields: dict[str, Any] = {
-            "request_id": started.request_id,
-            "tenant": started.tenant,
-            "endpoint": started.endpoint.value,
-            "stream": started.stream,
+            "request_id": self.request_id,
+            "tenant": self.tenant,
+            "endpoint": self.endpoint.value,
+            "stream": self.stream,
             "outcome": self.outcome.value,
             "code": self.error_code,
-            "queue_seconds": _rounded(self.queue),
-            "first_token_seconds": _rounded(self.first_token),
-            "seconds": _rounded(self.total),
+            "queue_seconds": self.queue,
+            "first_token_seconds": self.first_token,
+            "seconds": self.total,
         }
-        if taken is not None:
+        if self.admitted is not None:
+            prefix = self.admitted.prefix.manifest if self.admitted.prefix else None
             fields |= {
-                "id": taken.id,
-                "prefix": taken.digest and taken.digest[:_SHORT_DIGEST],
-                "virtual_tokens": taken.virtual_tokens,
-                "choices": taken.choices,
-                "prompt_tokens": self.prompt_tokens,
+                "id": self.admitted.id,
+                "prefix": prefix.digest[:_SHORT_DIGEST] if prefix else None,
+                "virtual_tokens": prefix.num_virtual_tokens if prefix else 0,
+                "choices": self.admitted.num_choices,
+                "prompt_tokens": self.admitted.prompt_tokens,
                 "cached_tokens": self.cached_tokens,
                 "output_tokens": self.output_tokens,
                 "finish_reasons": list(self.finish_reasons),
             }
-        return {name: value for name, value in fields.items() if value is not None}
+        return {
+            name: round(value, 4) if isinstance(value, float) else value
+            for name, value in fields.items()
+            if value is not None
+        }
 
 
 class Tracer(Protocol):
-    """Where records go on to, beside figures and log."""
+    """A further destination of records, beside metrics and log."""
 
     def __call__(self, record: RequestRecord) -> None:
-        """Take one. Must neither block nor raise."""
+        """Export a record. Must neither block nor raise."""
         ...
 
     def close(self) -> None:
-        """Pass on what was taken, and take no more."""
+        """Flush what was exported, and accept nothing more."""
         ...
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 4)

@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.api.app import create_app
 from prefixd.server.api.drain_state import DrainState
-from prefixd.server.api.error_responses import CATALOG_AWAY
+from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.parts import BodyLimits
 from prefixd.server.api.prefixes.residency import pin_room
@@ -228,4 +228,4 @@ class _Artifacts:
             raise PrefixUnavailable(error.message, code=code) from error
         except SQLAlchemyError as error:
             log.exception("the catalog failed")
-            raise PrefixUnavailable(CATALOG_AWAY, code=STORAGE_UNAVAILABLE) from error
+            raise PrefixUnavailable(CATALOG_UNAVAILABLE, code=STORAGE_UNAVAILABLE) from error

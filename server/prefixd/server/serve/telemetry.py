@@ -73,17 +73,16 @@ class Spans:
         """Make the span of a generation that has ended, under the trace its request came with."""
         from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - an extra
 
-        started = record.started
         span = self._tracer.start_span(
             _name(record),
-            context=self._context.extract(started.trace),
+            context=self._context.extract(record.trace_context),
             kind=SpanKind.SERVER,
             attributes=attributes_of(record),
-            start_time=started.at_ns,
+            start_time=record.at_ns,
         )
         if record.outcome in _FAILURES:
             span.set_status(StatusCode.ERROR)
-        span.end(started.at_ns + round(record.total * 1e9))
+        span.end(record.at_ns + round(record.total * 1e9))
 
     def close(self) -> None:
         """Send what is left, for a short while: a collector that is gone must not hold us up."""
@@ -93,37 +92,39 @@ class Spans:
 
 
 def _name(record: RequestRecord) -> str:
-    operation = _OPERATIONS[record.started.endpoint]
-    return operation if record.taken is None else f"{operation} {record.taken.served_model}"
+    operation = _OPERATIONS[record.endpoint]
+    return operation if record.admitted is None else f"{operation} {record.served_model}"
 
 
 def attributes_of(record: RequestRecord) -> dict[str, Value]:
-    """The span's attributes; what is not known is left out."""
-    started, taken = record.started, record.taken
-    found: dict[str, Value | None] = {
-        "gen_ai.operation.name": _OPERATIONS[started.endpoint],
+    """The span's attributes, without those that are unknown."""
+    attributes: dict[str, Value | None] = {
+        "gen_ai.operation.name": _OPERATIONS[record.endpoint],
         "gen_ai.provider.name": "prefixd",
-        "gen_ai.request.stream": started.stream,
+        "gen_ai.request.stream": record.stream,
         "gen_ai.server.time_to_first_token": record.first_token,
         "error.type": record.error_code,
         "prefixd.outcome": record.outcome.value,
-        "prefixd.request.id": started.request_id,
-        "prefixd.tenant": started.tenant,
+        "prefixd.request.id": record.request_id,
+        "prefixd.tenant": record.tenant,
         "prefixd.queue_time": record.queue,
     }
-    if taken is not None:
-        found |= {
-            "gen_ai.request.model": taken.model,
-            "gen_ai.request.max_tokens": taken.max_tokens,
-            "gen_ai.request.temperature": taken.temperature,
-            "gen_ai.request.choice.count": taken.choices,
-            "gen_ai.response.id": taken.id,
-            "gen_ai.response.model": taken.served_model,
+    admitted = record.admitted
+    if admitted is not None:
+        request = admitted.requests[0]
+        prefix = admitted.prefix.manifest if admitted.prefix else None
+        attributes |= {
+            "gen_ai.request.model": admitted.model,
+            "gen_ai.request.max_tokens": request.stop.max_tokens,
+            "gen_ai.request.temperature": request.sampling.temperature,
+            "gen_ai.request.choice.count": admitted.num_choices,
+            "gen_ai.response.id": admitted.id,
+            "gen_ai.response.model": record.served_model,
             "gen_ai.response.finish_reasons": record.finish_reasons,
-            "gen_ai.usage.input_tokens": record.prompt_tokens,
+            "gen_ai.usage.input_tokens": admitted.prompt_tokens,
             "gen_ai.usage.output_tokens": record.output_tokens,
             "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
-            "prefixd.prefix.digest": taken.digest,
-            "prefixd.prefix.virtual_tokens": taken.virtual_tokens,
+            "prefixd.prefix.digest": prefix.digest if prefix else None,
+            "prefixd.prefix.virtual_tokens": prefix.num_virtual_tokens if prefix else 0,
         }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in attributes.items() if value is not None}

@@ -1,8 +1,9 @@
-"""Answers of the generating routes, as OpenAI shapes them, with the prefix that was used."""
+"""Responses of the generating routes: OpenAI's, with the prefix that was used."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from itertools import chain
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
@@ -11,12 +12,12 @@ from prefixd.server.api.served import Tokenizer
 from prefixd.server.engine.request import FinishReason, TokenEvent, TokenLogprob
 from prefixd.server.tenants.bindings import ChosenBy
 
-# JSON has no minus infinity; vLLM writes this number for it.
+# JSON has no minus infinity; vLLM sends this number instead.
 _LOWEST_LOGPROB = -9999.0
 
 
 class PrefixUsed(BaseModel):
-    """The version that answered, fixed when the request was admitted, and why this one."""
+    """The version that was used, fixed when the request was admitted, and why it was chosen."""
 
     name: str
     version: int
@@ -25,7 +26,7 @@ class PrefixUsed(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    """What the prompt's tokens were. ``cached_tokens`` were not computed: their KV was there."""
+    """``cached_tokens`` of the prompt were not computed: their KV was shared."""
 
     cached_tokens: int
 
@@ -49,7 +50,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One answer to a completion."""
+    """One choice of a completion."""
 
     index: int
     text: str
@@ -58,7 +59,7 @@ class CompletionChoice(BaseModel):
 
 
 class CompletionAnswer(BaseModel):
-    """Answer of POST /v1/completions."""
+    """Response of POST /v1/completions."""
 
     id: str
     object: Literal["text_completion"]
@@ -70,7 +71,7 @@ class CompletionAnswer(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token that might have been."""
+    """A likely token at a position."""
 
     token: str
     logprob: float
@@ -78,7 +79,7 @@ class TopLogprob(BaseModel):
 
 
 class ChatTokenLogprob(TopLogprob):
-    """A token that came, and the likeliest ones in its place."""
+    """A generated token, and the likeliest ones at its position."""
 
     top_logprobs: list[TopLogprob]
 
@@ -91,7 +92,7 @@ class ChatLogprobs(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """What the model said."""
+    """The message of the model."""
 
     role: Literal["assistant"]
     content: str
@@ -99,7 +100,7 @@ class AssistantMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One answer to a conversation."""
+    """One choice of a chat."""
 
     index: int
     message: AssistantMessage
@@ -108,7 +109,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatAnswer(BaseModel):
-    """Answer of POST /v1/chat/completions."""
+    """Response of POST /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion"]
@@ -119,164 +120,128 @@ class ChatAnswer(BaseModel):
     prefix: PrefixUsed | None
 
 
-@dataclass(slots=True)
-class ChoiceBuffer:
-    """What one sequence has brought so far. ``characters`` counts token texts, for offsets."""
-
-    text: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    top_logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list)
-    characters: int = 0
-    finish_reason: FinishReason | None = None
-
-    def add(self, event: TokenEvent) -> None:
-        """Append ``event``."""
-        self.text.append(event.text)
-        self.logprobs.extend(event.logprobs)
-        self.top_logprobs.extend(event.top_logprobs)
-
-
-class ResponseFormatter(Protocol):
-    """How one of the two routes words the same events. Each method gives the ``choices`` entry."""
-
-    @property
-    def endpoint(self) -> Endpoint: ...
-
-    @property
-    def object(self) -> str: ...
-
-    @property
-    def chunk_object(self) -> str: ...
-
-    def opening(self, choice: int) -> dict[str, Any] | None:
-        """Before the first token, or None."""
-        ...
-
-    def delta(self, choice: int, event: TokenEvent, so_far: ChoiceBuffer) -> dict[str, Any]:
-        """New output; ``so_far`` is what came before it."""
-        ...
-
-    def closing(self, choice: int, reason: FinishReason) -> dict[str, Any]:
-        """The end of a sequence."""
-        ...
-
-    def whole(self, choice: int, collected: ChoiceBuffer) -> dict[str, Any]:
-        """Everything at once."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class CompletionFormatter:
-    """Words of /v1/completions."""
+    """Formats one response of /v1/completions. Each method returns an entry of ``choices``."""
+
+    endpoint: ClassVar = Endpoint.COMPLETIONS
+    object: ClassVar = "text_completion"
+    chunk_object: ClassVar = "text_completion"
 
     tokenizer: Tokenizer
     top_logprobs: int | None
-    endpoint: Endpoint = Endpoint.COMPLETIONS
-    object: str = "text_completion"
-    chunk_object: str = "text_completion"
+    # Choice to the characters of its tokens so far, for ``text_offset``.
+    _characters: dict[int, int] = field(default_factory=dict)
 
-    def opening(self, choice: int) -> None:
-        """Completions begin with their text."""
-        del choice
+    def openings(self, num_choices: int) -> list[dict[str, Any]]:
+        """Entries before the first text: a completion has none."""
+        del num_choices
+        return []
 
-    def delta(self, choice: int, event: TokenEvent, so_far: ChoiceBuffer) -> dict[str, Any]:
-        """A piece of text."""
-        logprobs = self._logprobs(event.logprobs, event.top_logprobs, so_far)
+    def delta(self, choice: int, event: TokenEvent) -> dict[str, Any]:
+        """New text."""
+        logprobs = self._logprobs(choice, [event])
         return {"index": choice, "text": event.text, "logprobs": logprobs, "finish_reason": None}
 
     def closing(self, choice: int, reason: FinishReason) -> dict[str, Any]:
-        """No more text."""
+        """The end of the text."""
         return {"index": choice, "text": "", "logprobs": None, "finish_reason": reason.value}
 
-    def whole(self, choice: int, collected: ChoiceBuffer) -> dict[str, Any]:
-        """The text."""
-        collected.characters = 0
+    def whole(
+        self, choice: int, events: Sequence[TokenEvent], reason: FinishReason
+    ) -> dict[str, Any]:
+        """The whole text."""
         return {
             "index": choice,
-            "text": "".join(collected.text),
-            "logprobs": self._logprobs(collected.logprobs, collected.top_logprobs, collected),
-            "finish_reason": collected.finish_reason,
+            "text": "".join([event.text for event in events]),
+            "logprobs": self._logprobs(choice, events),
+            "finish_reason": reason.value,
         }
 
-    def _logprobs(
-        self,
-        chosen: Sequence[TokenLogprob],
-        top: Sequence[tuple[TokenLogprob, ...]],
-        so_far: ChoiceBuffer,
-    ) -> dict[str, Any] | None:
+    def _logprobs(self, choice: int, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
+        chosen = [token for event in events for token in event.logprobs]
         if self.top_logprobs is None or not chosen:
             return None
         tokens = [self.tokenizer.token_text(token.token_id) for token in chosen]
         offsets = []
+        characters = self._characters.get(choice, 0)
         for token in tokens:
-            offsets.append(so_far.characters)
-            so_far.characters += len(token)
+            offsets.append(characters)
+            characters += len(token)
+        self._characters[choice] = characters
+        rows = chain.from_iterable(event.top_logprobs for event in events)
         return {
             "tokens": tokens,
-            "token_logprobs": [_shown(token) for token in chosen],
-            "top_logprobs": [self._table(row) for row in top] if self.top_logprobs else None,
+            "token_logprobs": [_finite(token) for token in chosen],
+            "top_logprobs": [self._table(row) for row in rows] if self.top_logprobs else None,
             "text_offset": offsets,
         }
 
     def _table(self, row: tuple[TokenLogprob, ...]) -> dict[str, float]:
-        return {self.tokenizer.token_text(token.token_id): _shown(token) for token in row}
+        return {self.tokenizer.token_text(token.token_id): _finite(token) for token in row}
 
 
 @dataclass(frozen=True, slots=True)
 class ChatFormatter:
-    """Words of /v1/chat/completions."""
+    """Formats one response of /v1/chat/completions. Methods as of CompletionFormatter."""
+
+    endpoint: ClassVar = Endpoint.CHAT
+    object: ClassVar = "chat.completion"
+    chunk_object: ClassVar = "chat.completion.chunk"
 
     tokenizer: Tokenizer
     top_logprobs: int | None
-    endpoint: Endpoint = Endpoint.CHAT
-    object: str = "chat.completion"
-    chunk_object: str = "chat.completion.chunk"
 
-    def opening(self, choice: int) -> dict[str, Any]:
-        """Who speaks."""
-        return self._chunk(choice, {"role": "assistant", "content": ""})
+    def openings(self, num_choices: int) -> list[dict[str, Any]]:
+        """The role of each message, before its first text."""
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk(choice, delta) for choice in range(num_choices)]
 
-    def delta(self, choice: int, event: TokenEvent, so_far: ChoiceBuffer) -> dict[str, Any]:
-        """A piece of the message."""
-        del so_far
+    def delta(self, choice: int, event: TokenEvent) -> dict[str, Any]:
+        """New text of the message."""
         chunk = self._chunk(choice, {"content": event.text})
-        chunk["logprobs"] = self._logprobs(event.logprobs, event.top_logprobs)
+        chunk["logprobs"] = self._logprobs([event])
         return chunk
 
     def closing(self, choice: int, reason: FinishReason) -> dict[str, Any]:
-        """No more text."""
+        """The end of the message."""
         return {**self._chunk(choice, {}), "finish_reason": reason.value}
 
-    def whole(self, choice: int, collected: ChoiceBuffer) -> dict[str, Any]:
-        """The message."""
+    def whole(
+        self, choice: int, events: Sequence[TokenEvent], reason: FinishReason
+    ) -> dict[str, Any]:
+        """The whole message."""
+        content = "".join([event.text for event in events])
         return {
             "index": choice,
-            "message": {"role": "assistant", "content": "".join(collected.text), "refusal": None},
-            "logprobs": self._logprobs(collected.logprobs, collected.top_logprobs),
-            "finish_reason": collected.finish_reason,
+            "message": {"role": "assistant", "content": content, "refusal": None},
+            "logprobs": self._logprobs(events),
+            "finish_reason": reason.value,
         }
 
     def _chunk(self, choice: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def _logprobs(
-        self, chosen: Sequence[TokenLogprob], top: Sequence[tuple[TokenLogprob, ...]]
-    ) -> dict[str, Any] | None:
+    def _logprobs(self, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
+        chosen = [token for event in events for token in event.logprobs]
         if self.top_logprobs is None or not chosen:
             return None
-        rows = top or [()] * len(chosen)
+        rows = [row for event in events for row in event.top_logprobs] or [()] * len(chosen)
         content = [
-            {**self._entry(token), "top_logprobs": [self._entry(one) for one in row]}
+            {**self._entry(token), "top_logprobs": [self._entry(likely) for likely in row]}
             for token, row in zip(chosen, rows, strict=True)
         ]
         return {"content": content, "refusal": None}
 
     def _entry(self, token: TokenLogprob) -> dict[str, Any]:
         text = self.tokenizer.token_text(token.token_id)
-        # Half a character has no bytes to show: its token text is a replacement mark.
+        # Part of a character has no bytes to show: its token text is a replacement mark.
         raw = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": _shown(token), "bytes": raw}
+        return {"token": text, "logprob": _finite(token), "bytes": raw}
 
 
-def _shown(token: TokenLogprob) -> float:
+ResponseFormatter = CompletionFormatter | ChatFormatter
+
+
+def _finite(token: TokenLogprob) -> float:
     return max(token.logprob, _LOWEST_LOGPROB)

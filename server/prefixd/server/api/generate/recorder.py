@@ -1,95 +1,90 @@
-"""Times one request for generation, and tells the figures, the log and the trace how it ended."""
+"""The accounting of one request for generation: metrics, log, trace and the tenant's charge."""
 
+import asyncio
 import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
 import structlog
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.exc import SQLAlchemyError
 
-from prefixd.server.api.generate.admission import Admitted
-from prefixd.server.api.generate.usage import UsageCounter
 from prefixd.server.api.metrics import Metrics
-from prefixd.server.api.request_record import Outcome, RequestRecord, Started, Taken, Tracer
-from prefixd.server.engine.request import FinishEvent
+from prefixd.server.api.request_record import Outcome, RequestRecord, Tracer
+from prefixd.server.engine.request import TokenEvent
 from prefixd.server.errors import PrefixdError
+from prefixd.server.tenants.limiter import Grant, Limiter
 
-log = structlog.get_logger("prefixd.generation")
+log = structlog.get_logger("prefixd")
+generation_log = structlog.get_logger("prefixd.generation")
 
 
+@dataclass(slots=True, kw_only=True)
 class RequestRecorder:
-    """From arrival to the end. Call ``finish`` at least once."""
+    """Entered when a request arrives. On exit the outcome is recorded and the tenant's charge is
+    settled, once, however the request ended.
 
-    def __init__(self, started: Started, *, metrics: Metrics, trace: Tracer | None = None) -> None:
-        self._begun = time.perf_counter()
-        self._started = started
-        self._metrics = metrics
-        self._trace = trace
-        self._taken: Taken | None = None
-        self._tally: UsageCounter | None = None
-        self._first: float | None = None
-        self._last: dict[int, float] = {}
-        self._output_tokens = 0
-        self._reasons: dict[int, str] = {}
-        self._queue: float | None = None
-        self._finished = False
+    ``grant`` is set when the limiter has admitted the request.
+    """
 
-    def admitted(self, admitted: Admitted, usage: UsageCounter, *, served_model: str) -> None:
-        """It fits, and goes to the engine. ``usage`` is kept by whoever makes the answer."""
-        self._tally = usage
-        prefix, request = admitted.prefix, admitted.requests[0]
-        self._taken = Taken(
-            id=admitted.id,
-            model=admitted.model,
-            served_model=served_model,
-            digest=None if prefix is None else prefix.digest,
-            virtual_tokens=0 if prefix is None else prefix.num_virtual_tokens,
-            choices=admitted.num_choices,
-            max_tokens=request.stop.max_tokens,
-            temperature=request.sampling.temperature,
-        )
+    record: RequestRecord
+    metrics: Metrics
+    limiter: Limiter
+    trace: Tracer | None = None
+    grant: Grant | None = None
+    _arrived: float = field(default_factory=time.perf_counter)
+    _last_token: dict[int, float] = field(default_factory=dict)
 
-    def tokens(self, choice: int, count: int) -> None:
-        """``count`` tokens of one sequence just arrived."""
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        record = self.record
+        record.total = time.perf_counter() - self._arrived
+        if error is not None:
+            record.outcome = Outcome.of(error)
+            record.error_code = error.code if isinstance(error, PrefixdError) else None
+        self.metrics.ended(record)
+        generation_log.info("generation", **record.log_fields())
+        if self.trace is not None:
+            self.trace(record)
+        if self.grant is not None and self.grant.quota.is_metered:
+            # Goes on when this task is cancelled: the lease would stay until it expires.
+            await asyncio.shield(run_in_threadpool(self._settle, self.grant))
+
+    def token(self, choice: int, event: TokenEvent) -> None:
+        """Count new tokens of one sequence."""
+        count = len(event.token_ids)
         if not count:
             return
         now = time.perf_counter()
-        before = self._last.get(choice)
-        self._last[choice] = now
-        self._output_tokens += count
-        if self._first is None:
-            self._first = now
-            self._metrics.first_token(self._started, now - self._begun)
-        if before is not None:
-            self._metrics.gaps(self._started, (now - before) / count, count)
+        self.record.generated_tokens += count
+        if self.record.first_token is None:
+            self.record.first_token = now - self._arrived
+            self.metrics.first_token[self.record.endpoint].observe(self.record.first_token)
+        if choice in self._last_token:
+            gap = (now - self._last_token[choice]) / count
+            for _ in event.token_ids:
+                self.metrics.per_token[self.record.endpoint].observe(gap)
+        self._last_token[choice] = now
 
-    def ended(self, choice: int, event: FinishEvent) -> None:
-        """One sequence is done."""
-        self._reasons[choice] = event.reason.value
-        if event.queue_s is not None:
-            self._queue = min(self._queue or event.queue_s, event.queue_s)
+    def _settle(self, grant: Grant) -> None:
+        """Charge the output, or return the tokens of a request that the server could not serve.
 
-    def finish(self, outcome: Outcome, error: Exception | None = None) -> None:
-        """The request ended. Later calls change nothing: the first outcome is the true one."""
-        if self._finished:
-            return
-        self._finished = True
-        record = self._record(outcome, error)
-        self._metrics.ended(record)
-        log.info("generation", **record.log_fields())
-        if self._trace is not None:
-            self._trace(record)
-
-    def _record(self, outcome: Outcome, error: Exception | None) -> RequestRecord:
-        usage = self._tally
-        completed = 0 if usage is None else usage.completion_tokens
-        return RequestRecord(
-            started=self._started,
-            taken=self._taken,
-            outcome=outcome,
-            error_code=error.code if isinstance(error, PrefixdError) else None,
-            prompt_tokens=0 if usage is None else usage.prompt_tokens,
-            output_tokens=max(self._output_tokens, completed),
-            cached_tokens=0 if usage is None else usage.cached_tokens,
-            queue=self._queue,
-            first_token=None if self._first is None else self._first - self._begun,
-            total=time.perf_counter() - self._begun,
-            finish_reasons=tuple(reason for _, reason in sorted(self._reasons.items())),
-        )
+        Without a database the lease expires by itself; the response is not lost.
+        """
+        record = self.record
+        try:
+            if record.outcome is Outcome.UNAVAILABLE and not record.generated_tokens:
+                prompt_tokens = record.admitted.prompt_tokens if record.admitted else 0
+                self.limiter.give_back(grant, tokens=prompt_tokens)
+            else:
+                self.limiter.settle(grant, output_tokens=record.generated_tokens)
+        except SQLAlchemyError:
+            log.exception("a request's limits were not settled", tenant=grant.tenant)

@@ -1,8 +1,7 @@
-"""The fields that completions and chat completions share, named as OpenAI and vLLM name them.
+"""Bodies of completions and chat completions, with the field names of OpenAI and vLLM.
 
-Three groups: fields that work; fields that change nothing here and are ignored; and fields that
-would change the output in a way this server does not offer, refused by name unless they say what
-happens anyway.
+Three groups of fields: those that work; those that are ignored because they do not change the
+output; and those that are not supported, refused by name unless their value is neutral.
 """
 
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from prefixd.server.api.body import StrictModel
 
 
 def one_of(expected: str) -> WrapValidator:
-    """One complaint for a union, instead of one for each of its arms."""
+    """A single error for a union, instead of one for each of its members."""
 
     def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -48,7 +47,7 @@ Prompt = Annotated[
 
 
 class StreamOptions(StrictModel):
-    """What a stream carries besides text."""
+    """What a stream contains besides text."""
 
     include_usage: bool | None = Field(
         default=None, description="One more chunk before the end, with the token counts."
@@ -57,9 +56,9 @@ class StreamOptions(StrictModel):
 
 
 class GenerationFields(StrictModel):
-    """What to generate with, and how."""
+    """Fields of both kinds of request."""
 
-    # Field -> the values that ask for nothing special.
+    # Unsupported field -> its values that change nothing.
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     model: str = Field(
@@ -79,7 +78,8 @@ class GenerationFields(StrictModel):
     )
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     stop: Stop | None = Field(
-        default=None, description="Text, or up to 16 texts, that end the output; left out of it."
+        default=None,
+        description="Text, or up to 16 texts, that end the output and are not part of it.",
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -87,10 +87,10 @@ class GenerationFields(StrictModel):
     top_k: int | None = Field(default=None, ge=-1, description="0 or -1: off.")
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(
-        default=None, ge=0.01, le=10, description="Nearer to 0 logits would overflow."
+        default=None, ge=0.01, le=10, description="Below 0.01 logits would overflow."
     )
     ignore_eos: bool | None = Field(
-        default=None, description="Go on after the model's own end of text."
+        default=None, description="Continue after the model's own end of text."
     )
     min_tokens: int | None = Field(default=None, ge=0)
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
@@ -100,18 +100,18 @@ class GenerationFields(StrictModel):
         default=None,
         ge=-(2**31),
         lt=2**31,
-        description="Of your tenant's requests the one with the lowest goes first; 0 unless given.",
+        description="The request of your tenant with the lowest value runs first. Default: 0.",
     )
     timeout: float | None = Field(
         default=None,
         gt=0,
-        description="Seconds after which the request ends, complete or not. The server may have a "
-        "lower limit of its own.",
+        description="Seconds after which the request ends, complete or not. The server's own limit "
+        "applies where it is lower.",
     )
     kv_reuse: bool | None = Field(
         default=None,
         description="Whether KV of equal prompt beginnings may be shared with your tenant's other "
-        "requests; true unless given, and where your tenant allows it.",
+        "requests. Default: true, if your tenant allows it.",
     )
 
     user: str | None = Field(
@@ -132,7 +132,7 @@ class GenerationFields(StrictModel):
     def __get_pydantic_json_schema__(
         cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """The schema, with the neutral values that are let through."""
+        """The schema, with the unsupported fields and their neutral values."""
         schema = handler(core_schema)
         properties = handler.resolve_ref_schema(schema)["properties"]
         for name, neutral in cls.NEUTRAL.items():
@@ -141,11 +141,11 @@ class GenerationFields(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_what_is_not_offered(cls, data: Any) -> Any:
+    def _refuse_unsupported(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         for name, neutral in cls.NEUTRAL.items():
-            if name in data and not _is_one_of(data[name], neutral):
+            if name in data and not _is_neutral(data[name], neutral):
                 offered = " or ".join(_shown(value) for value in neutral)
                 raise PydanticCustomError(
                     "unsupported",
@@ -165,17 +165,6 @@ class GenerationFields(StrictModel):
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """``stop`` as a tuple."""
-        match self.stop:
-            case None:
-                return ()
-            case str() as one:
-                return (one,)
-            case several:
-                return tuple(several)
-
 
 class CompletionRequest(GenerationFields):
     """Body of POST /v1/completions."""
@@ -193,6 +182,16 @@ class CompletionRequest(GenerationFields):
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Log-probabilities of the N likeliest tokens."
     )
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """``prompt`` as a list of texts or of lists of token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        token_ids = [part for part in self.prompt if isinstance(part, int)]
+        if token_ids or not self.prompt:
+            return [token_ids]
+        return [part for part in self.prompt if not isinstance(part, int)]
 
 
 class TextPart(StrictModel):
@@ -217,7 +216,7 @@ class ChatMessage(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_empty_extras(cls, data: Any) -> Any:
-        """An assistant turn as a client got it from OpenAI carries fields that hold nothing."""
+        """Assistant turns received from OpenAI have fields that are empty."""
         if not isinstance(data, dict):
             return data
         empty = ("refusal", "audio", "function_call", "tool_calls", "annotations", "prefix")
@@ -263,6 +262,11 @@ class ChatRequest(GenerationFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """``top_logprobs`` where log-probabilities are wanted, otherwise None."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
     @model_validator(mode="after")
     def _check_logprobs(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
@@ -270,7 +274,7 @@ class ChatRequest(GenerationFields):
         return self
 
 
-def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
+def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     # 1 == True and 0 == False in Python, but not in JSON.
     return any(type(value) is type(one) and value == one for one in neutral)
 

@@ -1,8 +1,4 @@
-"""Which prefix a request runs under, and why: named by its model, bound to its user, by default.
-
-A reference becomes a digest here, once. Nothing below admission knows names, so an alias or a
-binding that moves later changes nothing about a request that was admitted.
-"""
+"""Which prefix a request runs under: named by its model, bound to its user, or the default."""
 
 from dataclasses import dataclass
 
@@ -15,57 +11,56 @@ from prefixd.store.store import Manifest, PrefixStore
 
 @dataclass(frozen=True, slots=True)
 class ResolvedPrefix:
-    """A version and why it was chosen; both None for the bare base."""
+    """A version of a prefix and why it was chosen."""
 
-    manifest: Manifest | None = None
-    chosen_by: ChosenBy | None = None
+    manifest: Manifest
+    chosen_by: ChosenBy
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixResolver:
-    """Resolves names against the store and users against the bindings. Blocking."""
+    """Resolves references in the store and users in the bindings. Blocking."""
 
     served: ServedModel
     store: PrefixStore
     bindings: Bindings
 
-    def choose(self, tenant: str, model: str, user: str | None) -> ResolvedPrefix:
-        """Raises NotFound for what does not exist, never falling back to the base; Conflict for
-        a prefix of another base; EngineFailure for one that is known to be damaged."""
+    def resolve(self, tenant: str, model: str, user: str | None) -> ResolvedPrefix | None:
+        """The prefix of a request; None for the bare base.
+
+        Raises NotFound for a prefix that does not exist, which is never answered by the base;
+        Conflict for a prefix of another base; EngineFailure for one that is known to be damaged.
+        """
         base = self.served.name
         if model != base:
-            found = self._find(tenant, model.removeprefix(f"{base}:"))
-            if found is None:
-                raise NotFound(
-                    f"the model {model[:300]!a} does not exist: expected {base!a}, a prefix "
-                    f"reference (name, name@3, name@alias) or {base!a}:reference",
-                    code="model_not_found",
-                    param="model",
-                )
-            return self._checked(found, ChosenBy.MODEL)
-        chosen = None if user is None else self.bindings.chosen(tenant, user)
-        if chosen is None:
-            return ResolvedPrefix()
-        reference, why = chosen
-        found = self._find(tenant, reference)
-        if found is None:
-            whose = "this user's" if why is ChosenBy.USER else "the tenant's default"
-            raise NotFound(
-                f"{whose} prefix {reference!a} does not exist any more: bind another one",
-                code="bound_prefix_not_found",
-                param="user",
-            )
-        return self._checked(found, why)
-
-    def _find(self, tenant: str, reference: str) -> Manifest | None:
-        try:
-            return self.store.resolve(tenant=tenant, reference=reference)
-        except (UnknownPrefix, InvalidReference):
+            reference, chosen_by = model.removeprefix(f"{base}:"), ChosenBy.MODEL
+        elif user is not None and (bound := self.bindings.chosen(tenant, user)) is not None:
+            reference, chosen_by = bound
+        else:
             return None
+        try:
+            manifest = self.store.resolve(tenant=tenant, reference=reference)
+        except (UnknownPrefix, InvalidReference):
+            raise self._not_found(model, reference, chosen_by) from None
+        param = "model" if chosen_by is ChosenBy.MODEL else "user"
+        check_served(manifest, self.served, param=param)
+        return ResolvedPrefix(manifest, chosen_by)
 
-    def _checked(self, manifest: Manifest, why: ChosenBy) -> ResolvedPrefix:
-        check_served(manifest, self.served, param="model" if why is ChosenBy.MODEL else "user")
-        return ResolvedPrefix(manifest, why)
+    def _not_found(self, model: str, reference: str, chosen_by: ChosenBy) -> NotFound:
+        if chosen_by is ChosenBy.MODEL:
+            base = self.served.name
+            return NotFound(
+                f"the model {model[:300]!a} does not exist: expected {base!a}, a prefix "
+                f"reference (name, name@3, name@alias) or {base!a}:reference",
+                code="model_not_found",
+                param="model",
+            )
+        owner = "this user's" if chosen_by is ChosenBy.USER else "the tenant's default"
+        return NotFound(
+            f"{owner} prefix {reference!a} does not exist any more: bind another one",
+            code="bound_prefix_not_found",
+            param="user",
+        )
 
 
 def check_served(manifest: Manifest, served: ServedModel, *, param: str | None = None) -> None:

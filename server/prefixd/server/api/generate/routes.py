@@ -1,24 +1,216 @@
-"""POST /v1/completions and POST /v1/chat/completions."""
+"""POST /v1/completions and POST /v1/chat/completions: admit, run, respond at once or stream."""
 
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from prefixd.server.api.auth import Generator
 from prefixd.server.api.body import json_body, json_request
+from prefixd.server.api.drain_state import DrainState
+from prefixd.server.api.error_responses import from_queue_full
+from prefixd.server.api.generate.admission import Admission, Admitted
+from prefixd.server.api.generate.event_stream import EventStream, Generation, while_connected
 from prefixd.server.api.generate.formatter import (
     ChatAnswer,
     ChatFormatter,
     CompletionAnswer,
     CompletionFormatter,
+    ResponseFormatter,
 )
-from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
-from prefixd.server.api.generate.respond import GenerationService
+from prefixd.server.api.generate.recorder import RequestRecorder
+from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest, GenerationFields
+from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.parts import part
+from prefixd.server.api.request_record import ClientGone, RequestRecord, TenantClass, Tracer
+from prefixd.server.api.served import ServedModel
+from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.request import Event, FinishEvent, FinishReason, QueueFull, TokenEvent
+from prefixd.server.errors import Unavailable
+from prefixd.server.tenants.limiter import Limiter
+from prefixd.server.tenants.principal import Principal
 
 router = APIRouter(prefix="/v1", tags=["generation"])
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that disconnected first; nobody receives it."""
+
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""W3C trace context."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationService:
+    """Admits requests and runs them on the engine. One for each application."""
+
+    admission: Admission
+    engine: Engine
+    limiter: Limiter
+    drain_state: DrainState
+    served: ServedModel
+    metrics: Metrics
+    trace: Tracer | None = None
+
+    async def respond(
+        self,
+        request: Request,
+        principal: Principal,
+        body: GenerationFields,
+        admit: Callable[[], Admitted],
+        formatter: ResponseFormatter,
+    ) -> Response:
+        """Admit with ``admit``, run on the engine, and format the result."""
+        recorder = self._recorder(request, principal, formatter, stream=bool(body.stream))
+        try:
+            # Whatever is entered here is left before the response ends, the recorder last.
+            async with AsyncExitStack() as running:
+                await running.enter_async_context(recorder)
+                self._check_ready(principal)
+                admitted = await run_in_threadpool(self._admit, recorder, principal, admit)
+                generation = Generation(self.engine, admitted, self.drain_state, recorder)
+                await running.enter_async_context(generation)
+                events = await running.enter_async_context(aclosing(generation.events()))
+                headers = _headers(admitted, recorder)
+                if not body.stream:
+                    work = _whole(events, recorder.record, formatter)
+                    return JSONResponse(await while_connected(request.receive, work), 200, headers)
+                chunks = _chunks(events, recorder.record, formatter, wants_usage=body.wants_usage)
+                await running.enter_async_context(aclosing(chunks))
+                # The first chunk decides the status: a request that fails before it is answered
+                # with an error and not with a stream.
+                first = await while_connected(request.receive, anext(chunks))
+                return EventStream(
+                    first,
+                    chunks,
+                    running=running.pop_all(),
+                    headers=headers,
+                    request_id=recorder.record.request_id,
+                )
+        except ClientGone:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    def _recorder(
+        self, request: Request, principal: Principal, formatter: ResponseFormatter, *, stream: bool
+    ) -> RequestRecorder:
+        headers = request.headers
+        record = RequestRecord(
+            endpoint=formatter.endpoint,
+            tenant=principal.tenant,
+            tenant_class=TenantClass.of(principal.weight),
+            served_model=self.served.name,
+            request_id=request.state.request_id,
+            stream=stream,
+            trace_context={name: headers[name] for name in TRACE_HEADERS if name in headers},
+        )
+        return RequestRecorder(
+            record=record, metrics=self.metrics, limiter=self.limiter, trace=self.trace
+        )
+
+    def _check_ready(self, principal: Principal) -> None:
+        """Raise Unavailable, before any work, for a request that the engine would not take."""
+        if self.drain_state.closed:
+            raise self.drain_state.refusal()
+        trouble = self.engine.trouble
+        if trouble is not None:
+            raise Unavailable(trouble, retry_after=1)
+        try:
+            self.engine.check_room(principal.tenant, weight=principal.weight)
+        except QueueFull as full:
+            raise from_queue_full(full, self.drain_state) from full
+
+    def _admit(
+        self, recorder: RequestRecorder, principal: Principal, admit: Callable[[], Admitted]
+    ) -> Admitted:
+        """Admit a request and charge its prompt. Blocking."""
+        admitted = admit()
+        recorder.grant = self.limiter.admit(
+            principal.tenant, principal.quota, tokens=admitted.prompt_tokens
+        )
+        recorder.record.admitted = admitted
+        return admitted
+
+
+def _headers(admitted: Admitted, recorder: RequestRecorder) -> dict[str, str]:
+    """The remaining rate limits and the prefix that is used, for clients that read no bodies."""
+    headers = dict(recorder.grant.headers) if recorder.grant else {}
+    if admitted.prefix is not None:
+        manifest = admitted.prefix.manifest
+        headers["x-prefixd-prefix"] = f"{manifest.name}@{manifest.version}"
+        headers["x-prefixd-prefix-digest"] = manifest.digest
+        headers["x-prefixd-prefix-chosen-by"] = admitted.prefix.chosen_by
+    return headers
+
+
+async def _whole(
+    events: AsyncGenerator[tuple[int, Event]], record: RequestRecord, formatter: ResponseFormatter
+) -> dict[str, Any]:
+    """The body of a response that is not streamed."""
+    tokens: defaultdict[int, list[TokenEvent]] = defaultdict(list)
+    reasons: dict[int, FinishReason] = {}
+    async for choice, event in events:
+        if isinstance(event, FinishEvent):
+            reasons[choice] = event.reason
+        else:
+            tokens[choice].append(event)
+    choices = [
+        formatter.whole(choice, tokens[choice], reason)
+        for choice, reason in sorted(reasons.items())
+    ]
+    return {**_envelope(record, formatter.object), "choices": choices, "usage": record.usage()}
+
+
+async def _chunks(
+    events: AsyncGenerator[tuple[int, Event]],
+    record: RequestRecord,
+    formatter: ResponseFormatter,
+    *,
+    wants_usage: bool,
+) -> AsyncGenerator[dict[str, Any]]:
+    """The chunks of a stream. An error before the first of them is raised."""
+    envelope = _envelope(record, formatter.chunk_object)
+    usage: dict[str, Any] = {"usage": None} if wants_usage else {}
+    opened = False
+    async for choice, event in events:
+        if not opened:
+            opened = True
+            for opening in formatter.openings(record.num_choices):
+                yield {**envelope, "choices": [opening], **usage}
+        if isinstance(event, FinishEvent):
+            yield {**envelope, "choices": [formatter.closing(choice, event.reason)], **usage}
+        elif event.text or event.logprobs:
+            yield {**envelope, "choices": [formatter.delta(choice, event)], **usage}
+    if wants_usage:
+        yield {**envelope, "choices": [], "usage": record.usage()}
+
+
+def _envelope(record: RequestRecord, kind: str) -> dict[str, Any]:
+    """The fields of a response beside its choices."""
+    assert record.admitted is not None
+    prefix, used = record.admitted.prefix, None
+    if prefix is not None:
+        manifest = prefix.manifest
+        used = {
+            "name": manifest.name,
+            "version": manifest.version,
+            "digest": manifest.digest,
+            "chosen_by": prefix.chosen_by,
+        }
+    return {
+        "id": record.admitted.id,
+        "object": kind,
+        "created": int(time.time()),
+        "model": record.admitted.model,
+        "prefix": used,
+    }
+
 
 GenerationDep = Annotated[GenerationService, part("generation")]
 
@@ -35,13 +227,9 @@ async def create_completion(
     body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))],
 ) -> Response:
     """Continue one or more prompts with the base model or a prefix; `stream` for events."""
-    return await generation.respond(
-        request,
-        principal,
-        body,
-        admit=partial(generation.admission.completion, principal, body),
-        formatter=CompletionFormatter(generation.served.tokenizer, body.logprobs),
-    )
+    admit = partial(generation.admission.completion, principal, body)
+    formatter = CompletionFormatter(generation.served.tokenizer, body.logprobs)
+    return await generation.respond(request, principal, body, admit, formatter)
 
 
 @router.post(
@@ -56,11 +244,6 @@ async def create_chat_completion(
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
 ) -> Response:
     """Answer a conversation with the base model or a prefix; `stream` for events."""
-    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return await generation.respond(
-        request,
-        principal,
-        body,
-        admit=partial(generation.admission.chat, principal, body),
-        formatter=ChatFormatter(generation.served.tokenizer, top_logprobs),
-    )
+    admit = partial(generation.admission.chat, principal, body)
+    formatter = ChatFormatter(generation.served.tokenizer, body.num_top_logprobs)
+    return await generation.respond(request, principal, body, admit, formatter)

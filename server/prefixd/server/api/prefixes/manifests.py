@@ -6,18 +6,13 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel
 
 from prefixd.server.engine.engine import Engine
-from prefixd.server.engine.request import PrefixHandle, PrefixKey
+from prefixd.server.engine.request import PrefixKey
 from prefixd.store.store import Manifest
 
 
 def key_of(manifest: Manifest) -> PrefixKey:
     """What the engine knows a version by."""
     return PrefixKey(tenant=manifest.tenant, digest=manifest.digest)
-
-
-def handle_of(manifest: Manifest) -> PrefixHandle:
-    """A version as the engine takes it."""
-    return PrefixHandle(key=key_of(manifest), num_tokens=manifest.num_virtual_tokens)
 
 
 class PrefixManifest(BaseModel):

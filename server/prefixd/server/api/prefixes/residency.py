@@ -7,10 +7,10 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.api.drain_state import DrainState
-from prefixd.server.api.generate.admission import check_resident
-from prefixd.server.api.generate.error_responses import refusal_of
+from prefixd.server.api.error_responses import from_queue_full
+from prefixd.server.api.generate.admission import check_resident, handle_of
 from prefixd.server.api.generate.resolver import check_served
-from prefixd.server.api.prefixes.manifests import handle_of, key_of
+from prefixd.server.api.prefixes.manifests import key_of
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
@@ -54,7 +54,8 @@ def warm(
     """Have a version made resident, and say where it is. Raises as ``check_fits``, and Unavailable
     where the engine takes no more."""
     check_fits(manifest, principal, engine=engine, served=served)
-    drain_state.check()
+    if drain_state.closed:
+        raise drain_state.refusal()
     if not engine.ready:
         raise Unavailable("the engine is not running", retry_after=1)
     state = engine.tier(key_of(manifest))
@@ -66,7 +67,7 @@ def warm(
             max_resident_tokens=principal.quota.max_resident_tokens,
         )
     except QueueFull as full:
-        raise refusal_of(full, drain_state) from None
+        raise from_queue_full(full, drain_state) from None
     return state or QUEUED
 
 
