@@ -37,7 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from types import CodeType, FrameType
@@ -115,7 +115,8 @@ class Recorder:
 
     def measure(self, send: Callable[[], None]) -> Window:
         """What ``send`` calls, on any thread, until all is quiet."""
-        self._events = events = []
+        events: list[tuple[CodeType, type | None]] = []
+        self._events = events
         send()
         count = -1
         while count != len(events):
@@ -216,7 +217,7 @@ def measure(rounds: int) -> dict[str, Footprint]:
                 "long completion": lambda: complete(client, 1 + FURTHER, stream=False),
                 "streaming": lambda: complete(client, 1, stream=True),
                 "long streaming": lambda: complete(client, 1 + FURTHER, stream=True),
-                "upload": lambda n=number: upload(client, f"new-{n}", fill=n / 1024, width=width),
+                "upload": partial(upload, client, f"new-{number}", fill=number / 1024, width=width),
             }
             for name, send in paths.items():
                 window = recorder.measure(send)

@@ -172,7 +172,7 @@ def listens(process: "subprocess.Popen[bytes]", port: int) -> bool:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
         except OSError:
-            assert time.monotonic() < deadline, f"{process.args} does not listen"
+            assert time.monotonic() < deadline, f"{process.args!r} does not listen"
             time.sleep(0.05)
         else:
             return process.poll() is None

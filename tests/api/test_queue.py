@@ -286,10 +286,12 @@ def test_the_time_in_the_queue_is_that_of_the_first_to_run(
     client: TestClient, world: World, script: Script
 ) -> None:
     waits = iter((0.75, 0.5, None))
-    script.act = lambda request, on_event: [
-        on_event(FinishEvent(index, FinishReason.STOP, 1, queue_s=next(waits)))
-        for index in range(request.n)
-    ]
+
+    def finish_all(request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
+        for index in range(request.n):
+            on_event(FinishEvent(index, FinishReason.STOP, 1, queue_s=next(waits)))
+
+    script.act = finish_all
     world.tenants.set_settings("acme", {"weight": 2})
     complete(client, n=3)
     name, labels = "prefixd_request_queue_time_seconds", {"tenant_class": "high"}

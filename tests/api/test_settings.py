@@ -55,14 +55,14 @@ def test_the_environment_and_what_wins_over_it(monkeypatch: pytest.MonkeyPatch) 
 def test_settings_are_frozen_and_judged() -> None:
     settings = Settings()
     with pytest.raises(ValidationError):
-        settings.port = 1
+        settings.port = 1  # type: ignore[misc]
     with pytest.raises(ValidationError):
-        Settings(dtype="int8")  # type: ignore[arg-type]
+        Settings(dtype="int8")
 
 
 def test_the_catalog_is_in_the_data_folder_unless_told(tmp_path: Path) -> None:
     assert Settings().catalog_url == f"sqlite:///{tmp_path}/data/catalog.sqlite3"
-    secret = Settings(database_url="postgresql://u:pass@h/d")  # type: ignore[arg-type]
+    secret = Settings(database_url="postgresql://u:pass@h/d")
     assert secret.catalog_url.endswith("u:pass@h/d")
     assert "pass" not in repr(secret)
 
@@ -226,9 +226,10 @@ def test_a_catalog_that_cannot_be_opened_is_a_sentence(
     result = run_failing_doctor(*place)
     assert reason.removeprefix("the database cannot be used: ") in result["detail"]
     assert len(result["detail"]) > len("1")
-    field, value = place[0].removeprefix("--").replace("-", "_"), place[1]
+    field = place[0].removeprefix("--").replace("-", "_")
+    fields: dict[str, Any] = {field: place[1]}
     with pytest.raises(typer.Exit):
-        _load(Settings(**{field: value}))
+        _load(Settings(**fields))
     assert reason in capsys.readouterr().err
 
 

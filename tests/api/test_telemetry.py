@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -57,7 +58,7 @@ def test_a_generation_is_a_span(
     assert span.status.status_code is StatusCode.UNSET
     assert span.resource.attributes["service.name"] == "prefixd"
     assert span.parent is None
-    found = dict(span.attributes or {})
+    found: dict[str, Any] = dict(span.attributes or {})
     assert 0 < found.pop("gen_ai.server.time_to_first_token") < 10
     assert str(found.pop("gen_ai.response.id")).startswith("cmpl-")
     found.pop("prefixd.queue_time", None)

@@ -3,9 +3,10 @@
 import json
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import anyio
 import uvicorn
@@ -13,7 +14,6 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from uvicorn._types import ASGIApplication
 
 
 @dataclass
@@ -118,7 +118,7 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def serving(app: ASGIApplication) -> Iterator[str]:
+def serving(app: Callable[..., Any]) -> Iterator[str]:
     """Serve an application on a free port of 127.0.0.1, in a thread; yields its URL."""
     config = uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none")
     server = _Server(config)

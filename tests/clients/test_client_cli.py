@@ -3,6 +3,7 @@
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -244,7 +245,7 @@ VERBS = [["chat"], ["demo"], *(["prefix", verb.name] for verb in prefix_app.regi
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_every_flag_has_a_variable(verb: list[str]):
-    command = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
     for name in verb:
         command = command.commands[name]
     flags = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]

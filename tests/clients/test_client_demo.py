@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -153,7 +154,7 @@ def test_another_servers_settings_stay_out_of_the_demo():
 
 
 def test_all_are_asked_at_once_and_answers_keep_their_order(server: Loopback):
-    headers = {"x_prefixd_prefix": "bob@2", "x_prefixd_prefix_digest": "ff"}
+    headers: dict[str, Any] = {"x_prefixd_prefix": "bob@2", "x_prefixd_prefix_digest": "ff"}
     for _ in range(3):
         server.stream(DELTA, **headers)
     message = {"role": "user", "content": "Hi"}

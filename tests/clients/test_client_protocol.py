@@ -188,7 +188,7 @@ def test_null_means_the_default_of_a_field():
 def test_models_are_immutable():
     prefix = protocol.show_prefix("triage").parse(_response(MANIFEST))
     with pytest.raises(ValidationError, match="frozen"):
-        prefix.version = 4
+        prefix.version = 4  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

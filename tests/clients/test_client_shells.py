@@ -226,7 +226,11 @@ def test_unsupported_url_raises_protocol_error(run: Run):
 
 
 def test_stream_has_chunks_prefix_and_request_id(run: Run, server: Loopback):
-    used = {"x_prefixd_prefix": "triage@3", "x_prefixd_prefix_digest": "ff", "x_request_id": "r1"}
+    used: dict[str, Any] = {
+        "x_prefixd_prefix": "triage@3",
+        "x_prefixd_prefix_digest": "ff",
+        "x_request_id": "r1",
+    }
     server.stream(TEXT_EVENTS[:20], TEXT_EVENTS[20:], **used)
 
     async def body(client: Any) -> None:

@@ -32,7 +32,8 @@ def _instructions() -> list[tuple[str, str]]:
     text = (ROOT / "Dockerfile").read_text("utf-8")
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
-    return [tuple(line.split(None, 1)) for line in joined.splitlines() if line.strip()]
+    split = (line.split(None, 1) for line in joined.splitlines() if line.strip())
+    return [(word, rest) for word, rest in split]
 
 
 def _stages() -> dict[str, tuple[str, list[tuple[str, str]]]]:
@@ -91,7 +92,9 @@ def test_a_target_runs_the_server_as_nobody_special(target: str):
 def test_a_target_agrees_with_the_settings(target: str):
     environment = _environment(target)
     given = {name.removeprefix(ENV_PREFIX).lower(): value for name, value in environment.items()}
-    fields = {name: given[name] for name in given if ENV_PREFIX + name.upper() in environment}
+    fields: dict[str, Any] = {
+        name: given[name] for name in given if ENV_PREFIX + name.upper() in environment
+    }
     assert set(fields) <= set(Settings.model_fields)
     settings = Settings(**fields)
     assert settings.host == "0.0.0.0"

@@ -68,7 +68,7 @@ def test_make_targets_exist(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_verbs_exist(page: Path):
-    verbs = set(get_command(prefix_app).commands)
+    verbs = set(get_command(prefix_app).commands)  # type: ignore[attr-defined]  # a group
     assert set(PREFIX_VERB.findall(page.read_text("utf-8"))) <= verbs
 
 

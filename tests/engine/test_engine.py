@@ -120,7 +120,8 @@ def test_a_request_gets_its_own_prefix_and_ends_at_its_length(bench: Bench) -> N
 
 def test_n_sequences_of_one_request(bench: Bench) -> None:
     _, events = bench.submit(n=3)
-    texts, ends = ["", "", ""], set()
+    texts = ["", "", ""]
+    ends: set[int] = set()
     while len(ends) < 3:
         event = events.get(timeout=20)
         if isinstance(event, TokenEvent):

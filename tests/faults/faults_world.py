@@ -16,7 +16,6 @@ import structlog
 import uvicorn
 
 from prefixd.server.engine.engine import Engine
-from prefixd.server.engine.step import ModelRunner
 from prefixd.server.serve.build import Server, build_server
 from prefixd.server.serve.settings import Settings
 
@@ -96,7 +95,7 @@ def running(
     data: Path,
     *,
     tenants: tuple[str, ...] = ("acme", "beta", "crow"),
-    wrap: Callable[[ModelRunner], Any] = lambda runner: runner,
+    wrap: Callable[[Any], Any] = lambda runner: runner,
     **settings: Any,
 ) -> Iterator[World]:
     """Serve ``model`` from the data folder ``data`` while the block lasts.

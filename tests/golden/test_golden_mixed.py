@@ -62,7 +62,7 @@ def preempt_often(served: Served) -> None:
     scheduler = served.engine.loop.scheduler
     schedule, calls = scheduler.schedule, itertools.count(1)
 
-    def schedule_after_preempting(*, now: float) -> Step:
+    def schedule_after_preempting(*, now: float = 0.0) -> Step:
         if next(calls) % 9 == 0 and len(scheduler.running) > 1:
             scheduler.preempt(scheduler.running[-1])
         return schedule(now=now)

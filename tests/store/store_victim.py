@@ -27,12 +27,22 @@ _ANY_TRACER = (0x59616D61, ctypes.c_ulong(-1))  # PR_SET_PTRACER, where only par
 
 def no_file_fsync() -> None:
     fsync = os.fsync
-    os.fsync = lambda fd: fsync(fd) if stat.S_ISDIR(os.fstat(fd).st_mode) else None
+
+    def of_directories(fd: Any) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            fsync(fd)
+
+    os.fsync = of_directories
 
 
 def no_directory_fsync() -> None:
     fsync = os.fsync
-    os.fsync = lambda fd: None if stat.S_ISDIR(os.fstat(fd).st_mode) else fsync(fd)
+
+    def of_files(fd: Any) -> None:
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            fsync(fd)
+
+    os.fsync = of_files
 
 
 def row_before_blob() -> None:
@@ -53,8 +63,8 @@ def row_before_blob() -> None:
             put(blobs, kept, **key)
         return published
 
-    LocalBlobs.put = put_later  # type: ignore[method-assign]
-    Catalog.publish = publish_first  # type: ignore[method-assign]
+    LocalBlobs.put = put_later  # type: ignore[method-assign,assignment]
+    Catalog.publish = publish_first  # type: ignore[method-assign,assignment]
 
 
 WAYS = {

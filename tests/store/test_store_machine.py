@@ -78,6 +78,7 @@ class Name:
 
 class StoreMachine(RuleBasedStateMachine):
     stack: Stack
+    engine: Engine | None = None
 
     @initialize()
     def start(self) -> None:
@@ -90,7 +91,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.digests: dict[str, str] = {}
         self.told: list[Change] = []
         self.meant: set[BlobKey] = set()
-        self.engine: Engine | None = None
         self.urls = self.stack()
         self.restart()
         assert self.engine is not None
@@ -294,7 +294,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert referenced <= held <= referenced | set(self.idle)
 
     def teardown(self) -> None:
-        if getattr(self, "engine", None) is not None:
+        if self.engine is not None:
             self.engine.dispose()
             self.directory.cleanup()
 
@@ -359,7 +359,7 @@ def run_machine(stack: Stack, *, examples: int) -> None:
     class Machine(StoreMachine):
         pass
 
-    Machine.stack = staticmethod(stack)  # type: ignore[method-assign]
+    Machine.stack = staticmethod(stack)
     run_state_machine_as_test(
         Machine,
         settings=settings(

@@ -1,9 +1,11 @@
 """Migrations: one step after another makes the tables, from every version there was."""
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic import command
@@ -26,7 +28,7 @@ assert tables.tenants.metadata is metadata
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def database(request: pytest.FixtureRequest, tmp_path: Path):  # type: ignore[no-untyped-def]
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
     """An empty database."""
     url = f"sqlite:///{tmp_path}/empty.sqlite"
     if request.param == "postgres":
@@ -58,7 +60,8 @@ def test_names_are_listed_in_the_order_of_bytes_on_postgres(postgres_url: str) -
     with engine.connect() as connection:
         found = inspect(connection).get_columns("prefixes")
     engine.dispose()
-    assert [column["type"].collation for column in found if column["name"] == "name"] == ["C"]
+    types: list[Any] = [column["type"] for column in found if column["name"] == "name"]
+    assert [kind.collation for kind in types] == ["C"]
 
 
 def test_a_catalog_of_the_first_release_is_taken_over(database: Engine, tmp_path: Path) -> None:

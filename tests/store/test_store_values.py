@@ -36,6 +36,7 @@ def test_pieces_of_a_fold(
     monkeypatch.setattr(values, "CHUNK_ELEMENTS", chunk)
     found = read(tmp_path, config_bytes("MULTITASK_PROMPT_TUNING"), multitask(), task)
     product = ramp(3, P, 2)[task] @ ramp(3, 2, HIDDEN)[task]
+    assert found is not None
     np.testing.assert_allclose(found, ramp(P, HIDDEN) * product, rtol=1e-6)
 
 
