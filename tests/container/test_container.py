@@ -1,4 +1,4 @@
-"""The container's files, checked as far as that goes without an engine."""
+"""The container's files, checked without a container engine."""
 
 import http.server
 import json
@@ -24,7 +24,7 @@ from prefixd.server.serve.shutdown import LONGEST_CLOSING_S
 
 ROOT = Path(__file__).parents[2]
 VARIABLE = re.compile(rf"\b{ENV_PREFIX}([A-Z_]+)\b")
-# Read by docker-compose.yml itself and handed to no server.
+# Read by docker-compose.yml itself, not by the server.
 OF_COMPOSE = {"TARGET", "PUBLISHED_PORT", "MEMORY", "SHUTDOWN_TIMEOUT"}
 
 
@@ -48,13 +48,13 @@ def _stages() -> dict[str, tuple[str, list[tuple[str, str]]]]:
 
 
 def _chain(target: str) -> list[tuple[str, str]]:
-    """Every instruction that shapes ``target``, its parent stages' first."""
+    """All instructions of ``target`` and its parent stages, in order."""
     source, own = _stages()[target]
     return [*(_chain(source) if source in _stages() else []), *own]
 
 
 def _all(target: str, word: str) -> list[str]:
-    return [rest for found, rest in _chain(target) if found == word]
+    return [rest for instruction, rest in _chain(target) if instruction == word]
 
 
 def _environment(target: str) -> dict[str, str]:
@@ -67,20 +67,20 @@ def _compose() -> dict[str, Any]:
 
 
 def _default(text: str) -> str:
-    """``${NAME:-value}`` as compose reads it with an empty environment."""
+    """Replace ``${NAME:-value}`` by its default value."""
     return re.sub(r"\$\{[A-Z_]+:-([^}]*)\}", r"\1", text)
 
 
 # ── Dockerfile ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_both_targets_exist_and_cpu_is_the_default():
+def test_the_image_has_the_targets_cpu_and_cuda_and_defaults_to_cpu():
     assert {"cpu", "cuda"} <= set(_stages())
     assert list(_stages())[-1] == "cpu"
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_a_target_runs_the_server_as_nobody_special(target: str):
+def test_each_target_runs_the_entrypoint_as_an_unprivileged_user(target: str):
     assert json.loads(_all(target, "ENTRYPOINT")[-1]) == ["/usr/local/bin/prefixd-entrypoint"]
     assert _all(target, "CMD") == []
     user, _, group = _all(target, "USER")[-1].partition(":")
@@ -89,11 +89,11 @@ def test_a_target_runs_the_server_as_nobody_special(target: str):
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_a_target_agrees_with_the_settings(target: str):
+def test_the_environment_of_each_target_matches_the_settings(target: str):
     environment = _environment(target)
-    given = {name.removeprefix(ENV_PREFIX).lower(): value for name, value in environment.items()}
+    values = {name.removeprefix(ENV_PREFIX).lower(): value for name, value in environment.items()}
     fields: dict[str, Any] = {
-        name: given[name] for name in given if ENV_PREFIX + name.upper() in environment
+        name: values[name] for name in values if ENV_PREFIX + name.upper() in environment
     }
     assert set(fields) <= set(Settings.model_fields)
     settings = Settings(**fields)
@@ -104,20 +104,20 @@ def test_a_target_agrees_with_the_settings(target: str):
     assert _all(target, "VOLUME") == [str(settings.data_dir)] == [environment["HOME"]]
 
 
-def test_everything_copied_is_there_and_not_ignored():
+def test_copied_files_exist_and_are_not_ignored():
     ignored = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
     kept = {line[1:] for line in ignored if line.startswith("!")}
     assert "*" in ignored
     copied = set()
     for word, rest in _instructions():
-        words = [one for one in rest.split() if not one.startswith("--chmod")]
-        if word == "COPY" and not words[0].startswith("--from"):
-            copied.update(words[:-1])
+        arguments = [one for one in rest.split() if not one.startswith("--chmod")]
+        if word == "COPY" and not arguments[0].startswith("--from"):
+            copied.update(arguments[:-1])
     assert all((ROOT / source).exists() for source in copied), copied
     assert {source.split("/")[0] for source in copied} == kept
 
 
-def test_the_image_holds_every_package_the_wheel_lists():
+def test_the_image_copies_every_source_folder_of_the_wheel():
     copied = {rest.split()[0] for word, rest in _instructions() if word == "COPY"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     sources = project["tool"]["hatch"]["build"]["targets"]["wheel"]["sources"]
@@ -134,7 +134,7 @@ def test_image_holds_every_extra_but_the_tools():
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "docker-compose.yml", "docker/entrypoint.sh"])
-def test_nothing_names_a_host_or_a_floating_tag(name: str):
+def test_container_files_name_no_host_and_no_floating_tag(name: str):
     text = (ROOT / name).read_text("utf-8")
     assert "://" not in text
     assert ":latest" not in text
@@ -142,7 +142,7 @@ def test_nothing_names_a_host_or_a_floating_tag(name: str):
     assert not re.search(r"curl|wget|sudo", text)
 
 
-def test_images_are_named_with_a_version():
+def test_base_images_have_a_version():
     sources = [source for source, _ in _stages().values() if source not in _stages()]
     assert sources
     assert all(re.fullmatch(r"[\w/.-]+:\d[\w.-]+", source) for source in sources), sources
@@ -151,13 +151,13 @@ def test_images_are_named_with_a_version():
 # ── Compose ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_compose_builds_a_stage_that_exists():
+def test_compose_builds_an_existing_stage():
     assert _default(_compose()["build"]["target"]) in _stages()
     arguments = {rest.split("=")[0] for word, rest in _instructions() if word == "ARG"}
     assert set(_compose()["build"]["args"]) <= arguments
 
 
-def test_compose_passes_settings_that_exist_with_their_defaults():
+def test_compose_passes_existing_settings_with_their_defaults():
     text = (ROOT / "docker-compose.yml").read_text("utf-8")
     named = {name for name in VARIABLE.findall(text) if name not in OF_COMPOSE}
     assert {name.lower() for name in named} <= set(Settings.model_fields)
@@ -171,7 +171,7 @@ def test_compose_publishes_the_port_on_loopback_only():
     assert _default(port) == f"127.0.0.1:8000:{_environment('cpu')['PREFIXD_PORT']}"
 
 
-def test_compose_keeps_data_and_locks_the_rest():
+def test_compose_mounts_a_data_volume_and_a_read_only_root():
     service = _compose()
     assert service["volumes"] == [f"data:{_environment('cpu')['PREFIXD_DATA_DIR']}"]
     assert service["read_only"] is True
@@ -180,14 +180,14 @@ def test_compose_keeps_data_and_locks_the_rest():
     assert grace > Settings.model_fields["shutdown_timeout"].default + LONGEST_CLOSING_S
 
 
-def test_compose_checks_health_as_the_image_does():
+def test_compose_and_image_have_the_same_health_check():
     (line,) = _all("cpu", "HEALTHCHECK")
     flags, _, command = line.partition(" CMD ")
     check = _compose()["healthcheck"]
     assert check["test"] == ["CMD", *json.loads(command)]
     names = ("interval", "timeout", "start_period", "retries")
-    said = " ".join(f"--{name.replace('_', '-')}={check[name]}" for name in names)
-    assert said == flags.strip()
+    expected = " ".join(f"--{name.replace('_', '-')}={check[name]}" for name in names)
+    assert expected == flags.strip()
 
 
 # ── Entry point ──────────────────────────────────────────────────────────────────────────────
@@ -197,8 +197,8 @@ ENTRYPOINT = ROOT / "docker" / "entrypoint.sh"
 
 @pytest.fixture
 def fake_path(tmp_path: Path) -> dict[str, str]:
-    """An environment whose ``prefixd`` prints its pid and arguments, then waits for a signal, also
-    for one that is there already."""
+    """An environment whose ``prefixd`` prints its pid and arguments, then waits for a signal, which
+    may already be pending."""
     fake = tmp_path / "prefixd"
     fake.write_text(
         f"#!{sys.executable}\n"
@@ -211,13 +211,13 @@ def fake_path(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
-def test_the_entrypoint_is_a_shell_script_that_may_run():
+def test_the_entrypoint_is_a_valid_executable_shell_script():
     assert subprocess.run(["sh", "-n", ENTRYPOINT], check=False).returncode == 0
     assert ENTRYPOINT.stat().st_mode & stat.S_IXUSR
 
 
 @pytest.mark.parametrize(
-    ("given", "run"),
+    ("arguments", "expected"),
     [
         ([], ["serve"]),
         (["--dtype", "bfloat16"], ["serve", "--dtype", "bfloat16"]),
@@ -225,14 +225,16 @@ def test_the_entrypoint_is_a_shell_script_that_may_run():
         (["prefixd", "tenant", "ls"], ["tenant", "ls"]),
     ],
 )
-def test_the_entrypoint_serves(given: list[str], run: list[str], fake_path: dict[str, str]):
-    done = subprocess.run(
-        [ENTRYPOINT, *given], env=fake_path, capture_output=True, text=True, check=True
+def test_the_entrypoint_runs_serve_unless_another_command_is_given(
+    arguments: list[str], expected: list[str], fake_path: dict[str, str]
+):
+    completed = subprocess.run(
+        [ENTRYPOINT, *arguments], env=fake_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip().split("|")[1:] == run
+    assert completed.stdout.strip().split("|")[1:] == expected
 
 
-def test_signals_reach_the_server(fake_path: dict[str, str]):
+def test_the_entrypoint_passes_signals_to_the_server(fake_path: dict[str, str]):
     with subprocess.Popen(
         [ENTRYPOINT, "wait"], env=fake_path, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -254,7 +256,7 @@ def _answering(status: int) -> Iterator[int]:
             self.end_headers()
 
         def log_message(self, *_args: object) -> None:
-            """Keep quiet."""
+            """Write no log."""
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -275,12 +277,12 @@ def _check(port: int) -> int:
 
 
 @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
-def test_the_health_check_asks_for_readiness(status: int, code: int):
+def test_the_health_check_reads_readiness(status: int, code: int):
     with _answering(status) as port:
         assert _check(port) == code
 
 
-def test_the_health_check_fails_where_nobody_listens():
+def test_the_health_check_fails_on_a_closed_port():
     with _answering(200) as port:
         pass
     assert _check(port) == 1

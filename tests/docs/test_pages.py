@@ -1,4 +1,4 @@
-"""What the pages say can be done: links resolve, targets exist, shell and Python parse."""
+"""Links in the pages resolve, make targets and commands exist, shell and Python code parse."""
 
 import ast
 import re
@@ -38,14 +38,14 @@ def _blocks(*languages: str) -> list[tuple[str, str]]:
 
 
 def _anchors(page: Path) -> set[str]:
-    """Heading anchors as the usual renderers make them."""
+    """Heading anchors as common renderers generate them."""
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_links_resolve(page: Path):
+def test_links_in_pages_resolve(page: Path):
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     broken = []
     for link in LINK.findall(text):
@@ -59,7 +59,7 @@ def test_links_resolve(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_make_targets_exist(page: Path):
+def test_make_targets_in_pages_exist(page: Path):
     makefile = (ROOT / "Makefile").read_text("utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", page.read_text("utf-8"), re.DOTALL))
@@ -67,23 +67,25 @@ def test_make_targets_exist(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
-def test_verbs_exist(page: Path):
+def test_prefix_commands_in_pages_exist(page: Path):
     verbs = set(get_command(prefix_app).commands)  # type: ignore[attr-defined]  # a group
     assert set(PREFIX_VERB.findall(page.read_text("utf-8"))) <= verbs
 
 
 @pytest.mark.parametrize(("page", "code"), _blocks("sh", "bash", "shell"))
-def test_shell_parses(page: str, code: str):
-    done = subprocess.run(["bash", "-n"], input=code, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{page}: {done.stderr}"
+def test_shell_blocks_in_pages_parse(page: str, code: str):
+    completed = subprocess.run(
+        ["bash", "-n"], input=code, capture_output=True, text=True, check=False
+    )
+    assert completed.returncode == 0, f"{page}: {completed.stderr}"
 
 
 @pytest.mark.parametrize(("page", "code"), _blocks("python"))
-def test_python_parses(page: str, code: str):
+def test_python_blocks_in_pages_parse(page: str, code: str):
     ast.parse(code, filename=page)
 
 
-def test_the_readme_has_the_two_commands_and_ci_runs_the_second():
+def test_the_readme_has_make_demo_and_make_test_and_ci_runs_make_test():
     readme = (ROOT / "README.md").read_text("utf-8")
     assert re.search(r"^make demo\b", readme, re.MULTILINE)
     assert re.search(r"^make test\b", readme, re.MULTILINE)
@@ -92,14 +94,14 @@ def test_the_readme_has_the_two_commands_and_ci_runs_the_second():
 
 
 @pytest.mark.parametrize("target", ["test", "check", "demo", "serve", "clean", "help"])
-def test_make_can_plan_every_target(target: str):
-    done = subprocess.run(
+def test_make_dry_run_succeeds_for_every_target(target: str):
+    completed = subprocess.run(
         ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
 
 
-def test_hooks_need_no_network_and_run_what_exists():
+def test_commit_hooks_are_local_and_run_existing_targets():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))
     makefile = (ROOT / "Makefile").read_text("utf-8")
     assert [repository["repo"] for repository in hooks["repos"]] == ["local"]
@@ -109,13 +111,16 @@ def test_hooks_need_no_network_and_run_what_exists():
             assert re.search(rf"^{hook['entry'].split()[-1]}:", makefile, re.MULTILINE)
 
 
-def test_every_dependency_is_pinned_once():
+def test_every_dependency_is_pinned_exactly_once():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
+    requirements = [
+        *project["dependencies"],
+        *(line for extra in extras.values() for line in extra),
+    ]
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pinned = [line.split("==")[0] for line in lines if line and not line.startswith("#")]
-    names = {re.split(r"[<>=\[ ;]", line)[0].lower().replace("_", "-") for line in wanted}
+    names = {re.split(r"[<>=\[ ;]", line)[0].lower().replace("_", "-") for line in requirements}
     assert len(pinned) == len(set(pinned))
     assert names - {project["name"]} <= set(pinned)
     assert not [line for line in lines if "+" in line and not line.startswith("#")]

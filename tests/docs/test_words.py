@@ -1,4 +1,4 @@
-"""The lint of words: it finds every listed phrase, and names the file, the line and the wording."""
+"""The lint of words reports every listed phrase with file, line and replacement."""
 
 import importlib.util
 import shutil
@@ -27,7 +27,7 @@ def run_lint(folder: Path, *paths: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository that holds the lint and its list, and nothing else."""
+    """A repository that holds only the lint and its list."""
     for name in (".ci/words.py", words.LIST):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)

@@ -1,4 +1,4 @@
-"""The README's numbers are the committed results, and the results can be had again."""
+"""The README's numbers are the committed results, and an evaluation reproduces them."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def held_out(task):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def test_every_task_is_listed_for_the_demo():
+def test_every_task_is_listed_in_prefixes_json():
     listed = json.loads((EXAMPLES / "prefixes.json").read_text("utf-8"))["prefixes"]
     assert {entry["name"] for entry in listed} == {task.name for task in ALL}
     kinds = {entry["name"]: entry["peft_type"] for entry in listed}
@@ -33,7 +33,7 @@ def test_every_task_is_listed_for_the_demo():
 
 
 @pytest.mark.parametrize("task", ALL, ids=[task.name for task in ALL])
-def test_the_results_score_every_held_out_row(task):
+def test_the_committed_results_score_every_held_out_row(task):
     report, rows = results(task.name), held_out(task)
     assert [row["prompt"] for row in report["rows"]] == [row["prompt"] for row in rows]
     for way, totals in report["totals"].items():
@@ -44,7 +44,7 @@ def test_the_results_score_every_held_out_row(task):
 
 
 @pytest.mark.parametrize("task", ALL, ids=[task.name for task in ALL])
-def test_the_readme_states_the_results(task):
+def test_the_readme_table_has_the_committed_results(task):
     report = results(task.name)
     table = (EXAMPLES / "README.md").read_text("utf-8")
     for metric in report["totals"]["prefix"]:
@@ -56,7 +56,7 @@ def test_the_readme_states_the_results(task):
         assert line in table.splitlines()
 
 
-def test_the_metrics_can_tell_a_prefix_from_the_base():
+def test_every_example_prefix_scores_higher_than_the_base():
     for task in ALL:
         totals = results(task.name)["totals"]
         assert sum(totals["prefix"].values()) > 1.5 * sum(totals["base"].values()), task.name
@@ -65,13 +65,13 @@ def test_the_metrics_can_tell_a_prefix_from_the_base():
 
 @pytest.mark.slow
 @pytest.mark.demo_model
-def test_evaluating_again_gives_the_stated_number(tmp_path):
+def test_evaluating_again_reproduces_the_committed_result(tmp_path):
     command = ["-m", "examples.evaluate", RERUN, "--ways", "prefix", "--out", str(tmp_path)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, timeout=560)
     again = json.loads((tmp_path / f"{RERUN}.json").read_text("utf-8"))
     stated = results(RERUN)
-    # Another CPU's rounding may tip one near tie.
+    # Rounding on another CPU may change one nearly tied token.
     assert abs(again["totals"]["prefix"]["right"] - stated["totals"]["prefix"]["right"]) <= 1
     same = [a["prefix"] == b["prefix"] for a, b in zip(again["rows"], stated["rows"], strict=True)]
     assert sum(same) >= len(same) - 1

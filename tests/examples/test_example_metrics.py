@@ -1,4 +1,4 @@
-"""The metrics behind the README's numbers refuse near misses."""
+"""The metrics behind the README's numbers reject outputs that are nearly correct."""
 
 import pytest
 
@@ -17,7 +17,7 @@ TICKET = {"answer": '{"category": "billing", "priority": "low"}'}
         ("positive, negative", False),
     ],
 )
-def test_exact_takes_the_answer_and_no_other_word(output, right):
+def test_the_exact_metric_accepts_only_the_answer(output, right):
     assert metrics.exact({"answer": "positive"}, output) == {"right": right}
 
 
@@ -35,7 +35,7 @@ def test_exact_takes_the_answer_and_no_other_word(output, right):
         ("", False, False, False),
     ],
 )
-def test_triage_counts_only_strict_json(output, valid, category, priority):
+def test_the_triage_metric_accepts_only_strict_json(output, valid, category, priority):
     expected = {"valid": valid, "category": category, "priority": priority}
     assert metrics.triage(TICKET, output) == expected
 
@@ -51,7 +51,7 @@ def test_triage_counts_only_strict_json(output, valid, category, priority):
         ("- a\n- b\n- one two three four five six seven eight nine", False),
     ],
 )
-def test_bullets_are_three_short_dashes(output, in_style):
+def test_the_bullets_metric_requires_three_short_lines_with_dashes(output, in_style):
     assert metrics.bullets({}, output) == {"in style": in_style}
 
 
@@ -63,7 +63,7 @@ def test_bullets_are_three_short_dashes(output, in_style):
         ("Aye, matey! Raise yer sail on the sea!", False, False),
     ],
 )
-def test_a_pirate_says_ahoy_and_three_words_of_the_sea(output, greets, in_style):
+def test_the_pirate_metric_requires_ahoy_and_three_pirate_words(output, greets, in_style):
     assert metrics.pirate({}, output) == {"greets": greets, "in style": in_style}
 
 
@@ -75,11 +75,11 @@ def test_a_pirate_says_ahoy_and_three_words_of_the_sea(output, greets, in_style)
         ("Knead it well.\nYours, Carol", False, False),
     ],
 )
-def test_a_letter_has_its_opening_and_its_signature(output, greets, in_style):
+def test_the_letter_metric_requires_greeting_and_signature(output, greets, in_style):
     assert metrics.letter({}, output) == {"greets": greets, "in style": in_style}
 
 
-def test_contains_ignores_case():
+def test_the_contains_metric_ignores_case():
     row = {"accept": ["third floor", "3rd floor"]}
     assert metrics.contains(row, "On the Third Floor.") == {"right": True}
     assert metrics.contains(row, "On the floor.") == {"right": False}
@@ -96,5 +96,5 @@ def test_contains_ignores_case():
         ("Rome", False, False),
     ],
 )
-def test_json_answers_hold_one_string(output, valid, right):
+def test_the_json_metric_requires_one_string_answer(output, valid, right):
     assert metrics.json_answer({"accept": ["rome"]}, output) == {"valid": valid, "right": right}

@@ -1,4 +1,4 @@
-"""The committed example prefixes: well-formed, small, and as good as their README claims."""
+"""The committed example prefixes are well-formed and small."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ DEMO = BaseSpec(
     hidden_size=576,
     max_virtual_tokens=64,
     dtype="float32",
-    max_abs_embedding=64.0,  # the server's own bounds are looser: see server/model/selfcheck.py
+    max_abs_embedding=64.0,  # the bounds of the server are larger: see model/selfcheck.py
     max_abs_kv=200.0,
 )
 
@@ -35,7 +35,7 @@ def by_name(entries):
     return pytest.mark.parametrize("entry", entries, ids=[entry["name"] for entry in entries])
 
 
-def test_every_kind_and_dtype_is_shown():
+def test_the_examples_have_every_prefix_kind():
     assert {entry["peft_type"] for entry in LISTED} == {
         *SOFT, "PREFIX_TUNING", "CARTRIDGE", None,
     }  # fmt: skip
@@ -44,7 +44,7 @@ def test_every_kind_and_dtype_is_shown():
 
 
 @by_name(LISTED)
-def test_a_listed_prefix_can_be_demonstrated(entry):
+def test_every_listed_prefix_has_sample_prompts(entry):
     assert set(entry) == {
         "name", "kind", "peft_type", "path", "summary", "max_tokens", "prompts",
     }  # fmt: skip
@@ -56,7 +56,7 @@ def test_a_listed_prefix_can_be_demonstrated(entry):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @by_name(TRAINED)
-def test_a_trained_prefix_fits_the_demo_model(entry, dtype):
+def test_every_trained_prefix_is_valid_for_the_demo_model(entry, dtype):
     folder = EXAMPLES / entry["path"]
     raw_config = (folder / "adapter_config.json").read_bytes()
     config = json.loads(raw_config)
@@ -67,7 +67,7 @@ def test_a_trained_prefix_fits_the_demo_model(entry, dtype):
 
     kind = entry["kind"]
     assert kind == ("soft_prompt" if entry["peft_type"] in SOFT else "kv_prefix")
-    # The server's own strict parser judges header, names, shape and every value after the cast.
+    # The store's strict parser validates header, names, shape and all values after the cast.
     weights = folder / "adapter_model.safetensors"
     summary = inspect_peft(raw_config, weights, base=replace(DEMO, dtype=dtype))
     assert (summary.kind, summary.peft_type) == (kind, entry["peft_type"])
@@ -75,20 +75,20 @@ def test_a_trained_prefix_fits_the_demo_model(entry, dtype):
 
 
 @by_name(TEXTS)
-def test_a_text_prefix_is_there_and_names_no_peft_type(entry):
+def test_every_text_prefix_exists_and_has_no_peft_type(entry):
     assert entry["kind"] == "hard_prompt"
     text = (EXAMPLES / entry["path"] / "prefix.txt").read_text("utf-8")
-    assert text.endswith("<|im_end|>\n")  # so that the templated chat begins on a new line
+    assert text.endswith("<|im_end|>\n")  # so that the templated chat starts on a new line
 
 
-def test_the_examples_stay_small():
+def test_the_example_files_are_small():
     weights = [path.stat().st_size for path in EXAMPLES.rglob("*.safetensors")]
     assert sum(weights) < 2_000_000
     everything = [path.stat().st_size for path in EXAMPLES.rglob("*") if path.is_file()]
     assert sum(everything) - sum(weights) < 500_000
 
 
-def test_nothing_names_a_machine():
+def test_example_files_contain_no_machine_paths():
     for path in EXAMPLES.rglob("*.json*"):
         text = path.read_text("utf-8")
         for folder in ("/home/", "/root/", "/work/", "/tmp/", "/Users/"):
@@ -101,7 +101,7 @@ def prompts(file_name):
 
 
 @by_name(LISTED)
-def test_held_out_rows_were_never_shown(entry):
+def test_held_out_rows_are_not_in_the_training_data(entry):
     name = entry["name"]
     held_out = prompts(
         "questions.test.jsonl" if name in {"alice", "bob", "carol"} else f"{name}.test.jsonl"

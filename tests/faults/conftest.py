@@ -1,4 +1,4 @@
-"""The tiny model as a folder, and its oracle: made once in a run."""
+"""The folder of the tiny model, created once in a run."""
 
 from pathlib import Path
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def resident_kib() -> int:
-    """KiB in use after everything that can be given back was."""
+    """Resident KiB after garbage collection and ``malloc_trim``."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -1,4 +1,4 @@
-"""A server process that is ended in the middle of things, by its process id."""
+"""A server process that a test stops or kills."""
 
 import os
 import subprocess
@@ -8,23 +8,23 @@ from pathlib import Path
 from prefixd.server.cli.demo.child import ServerProcess
 
 
-class Victim(ServerProcess):
-    """A ``prefixd serve`` with more flags, to be sent signals."""
+class KillableServer(ServerProcess):
+    """A ``prefixd serve`` with additional flags, to which tests send signals."""
 
     def __init__(self, *, data_dir: Path, model: Path, flags: Sequence[str] = ()) -> None:
         super().__init__(data_dir=data_dir, port=0, model=str(model))
         self._command += flags
 
     def ready(self) -> str:
-        """Its URL, once it takes requests."""
+        """Wait until the server is ready and return its URL."""
         return self.wait_until_ready(timeout=120, say=lambda _: None)
 
     def send(self, number: int) -> None:
-        """A signal to the process, if it still runs."""
+        """Send a signal to the process, if it still runs."""
         self._process.send_signal(number)
 
     def ended(self, *, limit: float) -> int | None:
-        """Its exit status; None when it is still there after ``limit`` seconds."""
+        """Its exit status; None when it still runs after ``limit`` seconds."""
         try:
             return self._process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -32,8 +32,8 @@ class Victim(ServerProcess):
 
     @property
     def family(self) -> list[int]:
-        """Process ids of its session that are still there: it was started in one of its own."""
-        found = []
+        """Process ids of its session that still exist; it was started in a session of its own."""
+        pids = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
@@ -42,5 +42,5 @@ class Victim(ServerProcess):
                 except OSError:
                     continue
                 if fields[0] != "Z" and int(fields[3]) == self._process.pid:
-                    found.append(int(entry.name))
-        return [pid for pid in found if pid != os.getpid()]
+                    pids.append(int(entry.name))
+        return [pid for pid in pids if pid != os.getpid()]

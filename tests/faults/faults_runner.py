@@ -1,7 +1,7 @@
-"""A runner that fails on purpose, around the real one.
+"""A runner that injects faults around the real one.
 
-A request is marked by its sampling seed, which greedy decoding never looks at: the prompt and the
-right answer stay those of an honest request.
+A request is marked by its sampling seed, which greedy decoding ignores: its prompt and expected
+output are those of a request without a fault.
 """
 
 from collections import Counter
@@ -16,14 +16,14 @@ from prefixd.server.model.runner import TorchRunner
 
 
 class Fault(IntEnum):
-    """What is wrong with a marked request. The first three are NaNs, the others exceptions."""
+    """The fault of a marked request. The first three are NaNs, the others exceptions."""
 
     NAN_PREFILL = 1  # the last chunk of the prompt: its KV and its logits
     NAN_LOGITS = 2  # one row of logits while decoding
-    NAN_KV = 3  # KV of one decoded token; the model itself makes NaN logits of it, a step later
+    NAN_KV = 3  # KV of one decoded token; it causes NaN logits one step later
     RAISE = 4  # every step that carries the request
-    RAISE_ONCE = 5  # the first one, after the pass was run
-    MEMORY = 6  # the first one: out of memory
+    RAISE_ONCE = 5  # the first step that carries it, after the pass
+    MEMORY = 6  # the first step that carries it: out of memory
 
 
 NANS = frozenset({Fault.NAN_PREFILL, Fault.NAN_LOGITS, Fault.NAN_KV})
@@ -42,16 +42,16 @@ def _fault_of(seed: int | None) -> Fault | None:
 
 
 class FaultyRunner:
-    """Runs steps through ``inner``; what else the engine asks of a runner goes there too.
+    """Runs steps through ``inner``, and forwards all other attributes to it.
 
     ``fired`` counts faults by kind.
     """
 
     def __init__(self, inner: TorchRunner) -> None:
         self.inner = inner
-        self.engine: Engine | None = None  # set once there is one
+        self.engine: Engine | None = None  # set after the engine is created
         self.fired: Counter[Fault] = Counter()
-        self._done: set[int] = set()
+        self._fired_seeds: set[int] = set()
 
     @property
     def _scheduler(self) -> Scheduler:
@@ -62,7 +62,7 @@ class FaultyRunner:
         return getattr(self.inner, name)
 
     def run(self, step: Step) -> StepOutput:
-        """One step, with whatever the marks in it ask for."""
+        """Run one step, with the faults of its marked requests."""
         seeds = {s.seq_id: s.request.sampling.seed or 0 for s in self._scheduler.running}
         faults = {
             chunk.seq_id: (chunk, fault)
@@ -98,22 +98,22 @@ class FaultyRunner:
         decodes = chunk.start + len(chunk.tokens) > self._prompt_end(chunk)
         if fault is Fault.NAN_PREFILL:
             if not decodes and self._first(seed):
-                self._spoil(chunk, len(chunk.tokens))
-                self._no_number(chunk, output)
+                self._write_nan(chunk, len(chunk.tokens))
+                self._mark_not_finite(chunk, output)
                 self.fired[fault] += 1
         elif decodes and self._first(seed):
             if fault is Fault.NAN_LOGITS:
-                self._no_number(chunk, output)
+                self._mark_not_finite(chunk, output)
             else:
-                self._spoil(chunk, 1)
+                self._write_nan(chunk, 1)
             self.fired[fault] += 1
 
     def _prompt_end(self, chunk: Chunk) -> int:
         sequence = next(s for s in self._scheduler.running if s.seq_id == chunk.seq_id)
         return sequence.num_prefix_tokens + sequence.num_prompt
 
-    def _spoil(self, chunk: Chunk, count: int) -> None:
-        """NaN into the KV of the last ``count`` positions of a chunk: what it wrote itself."""
+    def _write_nan(self, chunk: Chunk, count: int) -> None:
+        """Write NaN into the KV of the last ``count`` positions that a chunk wrote."""
         cache = self.inner.cache
         end = chunk.start + len(chunk.tokens)
         for position in range(end - count, end):
@@ -123,11 +123,11 @@ class FaultyRunner:
                 pool[slot] = float("nan")
 
     @staticmethod
-    def _no_number(chunk: Chunk, output: StepOutput) -> None:
+    def _mark_not_finite(chunk: Chunk, output: StepOutput) -> None:
         output.sampled[chunk.seq_id] = replace(output.sampled[chunk.seq_id], finite=False)
 
     def _first(self, seed: int) -> bool:
-        if seed in self._done:
+        if seed in self._fired_seeds:
             return False
-        self._done.add(seed)
+        self._fired_seeds.add(seed)
         return True

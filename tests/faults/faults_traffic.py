@@ -1,4 +1,4 @@
-"""Requests as clients send them, and what came back as plain data."""
+"""Requests as clients send them, and their responses as plain data."""
 
 import asyncio
 import json
@@ -12,13 +12,13 @@ import httpx2
 from tests.faults.faults_model import ids_of
 
 HANG_S = 90.0
-"""A request with no answer after this long is stuck: all loads here are answered in seconds."""
+"""A request without a response after this time hangs: all loads here finish in seconds."""
 
 
 @dataclass
 class Answer:
-    """How a request for generation ended: a text for each choice. ``error`` is the error object,
-    from the body or from a terminal event of the stream; ``complete`` says that the stream had its
+    """The outcome of a generation request, with a text for each choice. ``error`` is the error
+    object, from the body or from the last event of the stream; ``complete``: the stream had its
     last line."""
 
     status: int
@@ -36,7 +36,7 @@ class Answer:
 
     @property
     def tokens(self) -> list[list[int]]:
-        """What the tiny model said, as token ids."""
+        """The generated text as token ids."""
         return [ids_of(text) for text in self.texts]
 
     @property
@@ -70,7 +70,7 @@ async def caller(
 def greedy(
     model: str, prompt: Sequence[int] | Sequence[Sequence[int]], count: int, **more: Any
 ) -> dict[str, Any]:
-    """The body of a completion that always has ``count`` tokens."""
+    """The body of a completion that generates exactly ``count`` tokens."""
     return {
         "model": model,
         "prompt": list(prompt),
@@ -82,11 +82,11 @@ def greedy(
 
 
 async def complete(client: httpx2.AsyncClient, body: dict[str, Any]) -> Answer:
-    """Ask for everything at once."""
+    """Send a request without streaming."""
     response = await client.post("/v1/completions", json=body)
     parsed = response.json()
     if response.status_code != 200:
-        return _refused(response, parsed)
+        return _error(response, parsed)
     choices = sorted(parsed["choices"], key=lambda choice: choice["index"])
     return Answer(
         200,
@@ -104,15 +104,15 @@ async def stream(
     leave_after: int | None = None,
     begun: asyncio.Event | None = None,
 ) -> Answer:
-    """Ask for a stream; hang up after ``leave_after`` events (0: before the first). ``begun`` is
-    set at the first event."""
+    """Send a streaming request; disconnect after ``leave_after`` events (0: before the first).
+    ``begun`` is set at the first event."""
     several = isinstance(body["prompt"][0], list)
     choices = body.get("n", 1) * (len(body["prompt"]) if several else 1)
-    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    streaming_body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     answer = Answer(200, texts=[""] * choices, complete=False, reasons=[None] * choices)
-    async with client.stream("POST", "/v1/completions", json=asked) as response:
+    async with client.stream("POST", "/v1/completions", json=streaming_body) as response:
         if response.status_code != 200:
-            return _refused(response, json.loads(await response.aread()))
+            return _error(response, json.loads(await response.aread()))
         seen = 0
         async for line in response.aiter_lines():
             if leave_after is not None and seen >= leave_after:
@@ -138,7 +138,7 @@ async def stream(
     return answer
 
 
-def _refused(response: httpx2.Response, parsed: Any) -> Answer:
+def _error(response: httpx2.Response, parsed: Any) -> Answer:
     return Answer(
         response.status_code,
         error=parsed["error"],

@@ -1,4 +1,4 @@
-"""Must be true 8: a server ended at any moment comes back with all that it acknowledged."""
+"""A server killed at any moment restarts with every change that it acknowledged."""
 
 import asyncio
 import os
@@ -13,10 +13,10 @@ import httpx2
 import pytest
 
 from prefixd.server.cli.demo.child import admin
-from tests.faults.faults_model import TINY, Oracle, make_prompts
-from tests.faults.faults_process import Victim
+from tests.faults.faults_model import TINY, Reference, make_prompts
+from tests.faults.faults_process import KillableServer
 from tests.faults.faults_traffic import Answer, caller, greedy, stream
-from tests.faults.faults_writers import Book, Writer, check
+from tests.faults.faults_writers import AcknowledgedState, Writer, check
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -24,14 +24,14 @@ SEED = os.environ.get("PREFIXD_KILL_SEED") or secrets.token_hex(4)
 KILLS = int(os.environ.get("PREFIXD_KILLS", "3"))
 WRITERS, READERS = 3, 3
 LONG, FINITE = 1900, 800
-"""Tokens of an answer that outlasts a drain of 0.3 seconds, and of one that is waited for."""
+"""Output tokens that take longer than a drain of 0.3 seconds, and that finish in a drain."""
 CLOSING_S = 60.0
-"""Generous: how long after its limit a drained process may take to be gone."""
+"""Seconds that a process may take to exit after its drain limit (generous)."""
 
 
 @pytest.fixture(scope="module")
-def oracle() -> Oracle:
-    return Oracle(make_prompts(6, lengths=(1, 16, 33)))
+def reference() -> Reference:
+    return Reference(make_prompts(6, lengths=(1, 16, 33)))
 
 
 @pytest.fixture
@@ -48,85 +48,94 @@ def make_key(data: Path) -> str:
     return str(issued["key"])
 
 
-def test_what_was_acknowledged_survives_kill_9(
-    tiny_folder: Path, data: Path, oracle: Oracle
+def test_acknowledged_changes_survive_sigkill(
+    tiny_folder: Path, data: Path, reference: Reference
 ) -> None:
-    """Uploads, aliases, bindings and streams under way at the moment of death, several times."""
-    key, book, rng = make_key(data), Book(), random.Random(SEED)
+    """The server is killed during uploads, aliases, bindings and streams, several times."""
+    key, acknowledged, rng = make_key(data), AcknowledgedState(), random.Random(SEED)
     for number in range(KILLS + 1):
-        with Victim(data_dir=data, model=tiny_folder) as victim:
-            url = victim.ready()
+        with KillableServer(data_dir=data, model=tiny_folder) as server:
+            url = server.ready()
 
-            async def one_life(
-                url: str = url, number: int = number, victim: Victim = victim
+            async def run_until_killed(
+                url: str = url, number: int = number, server: KillableServer = server
             ) -> None:
                 async with caller(url, key) as http:
-                    await check(http, book, oracle, rng)
+                    await check(http, acknowledged, reference, rng)
                     if number == KILLS:
                         return
-                    async with writing(http, book, number):
-                        await enough(http, book, book.acknowledged + rng.randint(1, 60))
-                        await asyncio.sleep(rng.random() * 0.05)  # any moment, not only at a yes
-                        victim.send(signal.SIGKILL)
+                    async with writing(http, acknowledged, number):
+                        await until_acknowledged(
+                            http, acknowledged, acknowledged.count + rng.randint(1, 60)
+                        )
+                        # Kill at any time, not only after a response.
+                        await asyncio.sleep(rng.random() * 0.05)
+                        server.send(signal.SIGKILL)
 
             try:
-                asyncio.run(one_life())
+                asyncio.run(run_until_killed())
             except BaseException as error:
-                error.add_note(f"PREFIXD_KILL_SEED={SEED}, life {number}")
+                error.add_note(f"PREFIXD_KILL_SEED={SEED}, run {number}")
                 raise
-    assert book.acknowledged >= KILLS
+    assert acknowledged.count >= KILLS
 
 
-def test_a_server_asked_to_stop_finishes_what_runs(
-    tiny_folder: Path, data: Path, oracle: Oracle
+def test_sigterm_lets_running_streams_finish(
+    tiny_folder: Path, data: Path, reference: Reference
 ) -> None:
-    """Every stream under way when SIGTERM comes is whole, what is acknowledged stays, and who comes
-    then is turned away."""
-    key, book = make_key(data), Book()
-    with Victim(data_dir=data, model=tiny_folder, flags=["--shutdown-timeout", "120"]) as victim:
-        url = victim.ready()
+    """On SIGTERM every running stream completes, acknowledged changes are kept, and new requests
+    are rejected."""
+    key, acknowledged = make_key(data), AcknowledgedState()
+    with KillableServer(
+        data_dir=data, model=tiny_folder, flags=["--shutdown-timeout", "120"]
+    ) as server:
+        url = server.ready()
 
         async def scenario() -> tuple[list[Answer], Answer]:
-            async with caller(url, key) as http, writing(http, book, 0):
-                await enough(http, book, 10)
-                streams = await all_begun(http, oracle.prompts[:4], FINITE)
-                victim.send(signal.SIGTERM)
-                late = await not_ready(http)
-                return await asyncio.gather(*streams), late
+            async with caller(url, key) as http, writing(http, acknowledged, 0):
+                await until_acknowledged(http, acknowledged, 10)
+                streams = await all_begun(http, reference.prompts[:4], FINITE)
+                server.send(signal.SIGTERM)
+                rejected = await rejected_request(http)
+                return await asyncio.gather(*streams), rejected
 
-        answers, late = asyncio.run(scenario())
-        assert victim.ended(limit=120 + CLOSING_S) == 0
-        assert victim.family == []
+        answers, rejected = asyncio.run(scenario())
+        assert server.ended(limit=120 + CLOSING_S) == 0
+        assert server.family == []
     for prompt, answer in enumerate(answers):
         assert answer.ok, answer
-        assert oracle.agrees(None, prompt, answer.tokens, count=FINITE)
-    assert late.status == 503
-    assert late.retry_after is not None
-    with Victim(data_dir=data, model=tiny_folder) as again:
+        assert reference.agrees(None, prompt, answer.tokens, count=FINITE)
+    assert rejected.status == 503
+    assert rejected.retry_after is not None
+    with KillableServer(data_dir=data, model=tiny_folder) as again:
         url = again.ready()
 
-        async def look() -> None:
+        async def check_state() -> None:
             async with caller(url, key) as http:
-                await check(http, book, oracle, random.Random(SEED))
+                await check(http, acknowledged, reference, random.Random(SEED))
 
-        asyncio.run(look())
+        asyncio.run(check_state())
 
 
-def test_a_drain_that_takes_too_long_tells_the_streams(tiny_folder: Path, data: Path) -> None:
-    """Streams that the limit cuts get an error event and their last line; the status is 0."""
+def test_streams_that_exceed_the_drain_limit_end_with_an_error_event(
+    tiny_folder: Path, data: Path
+) -> None:
+    """Unfinished streams get an error event and their last line; the exit status is 0."""
     key = make_key(data)
-    with Victim(data_dir=data, model=tiny_folder, flags=["--shutdown-timeout", "0.3"]) as victim:
-        url = victim.ready()
+    with KillableServer(
+        data_dir=data, model=tiny_folder, flags=["--shutdown-timeout", "0.3"]
+    ) as server:
+        url = server.ready()
 
         async def scenario() -> list[Answer]:
             async with caller(url, key) as http:
                 streams = await all_begun(http, [(5, 6, 7 + i) for i in range(12)], LONG)
-                victim.send(signal.SIGTERM)
+                server.send(signal.SIGTERM)
                 return await asyncio.gather(*streams)
 
         answers = asyncio.run(scenario())
-        assert victim.ended(limit=CLOSING_S) == 0
-        assert victim.family == []
+        assert server.ended(limit=CLOSING_S) == 0
+        assert server.family == []
     for answer in answers:
         assert answer.complete, "a stream was cut without its last line"
         assert answer.error is not None
@@ -134,18 +143,20 @@ def test_a_drain_that_takes_too_long_tells_the_streams(tiny_folder: Path, data: 
         assert 0 < len(answer.tokens[0]) < LONG
 
 
-async def not_ready(http: httpx2.AsyncClient) -> Answer:
-    """The refusal of a request that comes while the server drains."""
+async def rejected_request(http: httpx2.AsyncClient) -> Answer:
+    """The response to a request that is sent while the server drains."""
     while (await http.get("/health/ready")).status_code == 200:
         pass
     return await stream(http, greedy(TINY, [5], 4))
 
 
 @asynccontextmanager
-async def writing(http: httpx2.AsyncClient, book: Book, number: int) -> AsyncIterator[None]:
-    """Writers, and readers of streams, for as long as the server lets them."""
+async def writing(
+    http: httpx2.AsyncClient, acknowledged: AcknowledgedState, number: int
+) -> AsyncIterator[None]:
+    """Run writers, and readers of streams, until the server stops."""
     writers = [
-        asyncio.create_task(Writer(index, book, SEED, number).write(http))
+        asyncio.create_task(Writer(index, acknowledged, SEED, number).write(http))
         for index in range(WRITERS)
     ]
     readers = [asyncio.create_task(read(http)) for _ in range(READERS)]
@@ -154,7 +165,7 @@ async def writing(http: httpx2.AsyncClient, book: Book, number: int) -> AsyncIte
 
 
 async def read(http: httpx2.AsyncClient) -> None:
-    """Streams one after another, until the server is gone."""
+    """Read one stream after another, until the server stops."""
     try:
         while (await stream(http, greedy(TINY, [7, 8, 9], 50))).ok:
             pass
@@ -162,16 +173,18 @@ async def read(http: httpx2.AsyncClient) -> None:
         return
 
 
-async def enough(http: httpx2.AsyncClient, book: Book, acknowledged: int) -> None:
-    """Wait until so many changes were acknowledged."""
-    while book.acknowledged < acknowledged:
+async def until_acknowledged(
+    http: httpx2.AsyncClient, acknowledged: AcknowledgedState, count: int
+) -> None:
+    """Wait until ``count`` changes were acknowledged."""
+    while acknowledged.count < count:
         await http.get("/health/live")
 
 
 async def all_begun(
     http: httpx2.AsyncClient, prompts: Sequence[Sequence[int]], count: int
 ) -> list[asyncio.Task[Answer]]:
-    """Streams of ``count`` tokens, each of which has said something."""
+    """Start streams of ``count`` tokens and wait for the first event of each."""
     streams = []
     for prompt in prompts:
         begun = asyncio.Event()

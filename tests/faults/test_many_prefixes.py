@@ -1,6 +1,6 @@
-"""Must be true 3, the counts: 500 prefixes through a pool that holds 20, every answer right.
+"""500 prefixes in a pool that holds 20: every output is correct, and prefixes do not thrash.
 
-The throughput of the same on the demo model is measured by ``benchmarks/many_prefixes.py``.
+``benchmarks/many_prefixes.py`` measures the throughput of the same load on the demo model.
 """
 
 import asyncio
@@ -13,22 +13,22 @@ from typing import Any
 import pytest
 
 from prefixd.server.testing import FakeRunner, fake_generate
-from tests.faults.faults_model import KINDS, Content, Oracle, make_prompts
+from tests.faults.faults_model import KINDS, Content, Reference, make_prompts
+from tests.faults.faults_server import RunningServer, running
 from tests.faults.faults_traffic import Answer, caller, greedy, stream
-from tests.faults.faults_world import World, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-PREFIXES, HELD, LENGTH, COUNT, CLIENTS = 500, 20, 16, 8, 24
+PREFIXES, RESIDENT, LENGTH, COUNT, CLIENTS = 500, 20, 16, 8, 24
 CONTENTS = [Content(KINDS[i % 3], LENGTH, i) for i in range(PREFIXES)]
 PROMPTS = make_prompts(1, lengths=(9,))
-BUDGET = HELD * LENGTH
-"""Positions that prefixes may hold in the pool."""
+BUDGET = RESIDENT * LENGTH
+"""Positions that prefixes may occupy in the pool."""
 
 
 @dataclass
-class Shop:
-    """A data folder with all the prefixes in it. Prefix ``i`` is ``p<i>``."""
+class StoredPrefixes:
+    """A data folder that holds all prefixes. Prefix ``i`` has the name ``p<i>``."""
 
     model: Path
     data: Path
@@ -37,11 +37,11 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    data = tmp_path_factory.mktemp("shop") / "data"
+def stored(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> StoredPrefixes:
+    data = tmp_path_factory.mktemp("stored") / "data"
 
-    async def fill(world: World) -> list[str]:
-        async with caller(world.url, world.keys["acme"]) as http:
+    async def fill(server: RunningServer) -> list[str]:
+        async with caller(server.url, server.keys["acme"]) as http:
             digests = []
             for number, content in enumerate(CONTENTS):
                 response = await http.put(f"/v1/prefixes/p{number}", **content.body())
@@ -49,19 +49,19 @@ def shop(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
                 digests.append(response.json()["digest"])
             return digests
 
-    with running(tiny_folder, data) as world:
-        digests = asyncio.run(fill(world))
+    with running(tiny_folder, data) as server:
+        digests = asyncio.run(fill(server))
     assert len(set(digests)) == PREFIXES
-    return Shop(tiny_folder, data, digests, Oracle(PROMPTS).each(CONTENTS, COUNT))
+    return StoredPrefixes(tiny_folder, data, digests, Reference(PROMPTS).each(CONTENTS, COUNT))
 
 
 def uniform() -> list[int]:
-    """Every prefix once."""
+    """Each prefix once, in random order."""
     return random.Random(1).sample(range(PREFIXES), PREFIXES)
 
 
 def zipf() -> list[int]:
-    """As many requests, the r-th most popular prefix 1 / r as often as the first."""
+    """PREFIXES requests; the r-th most popular prefix occurs 1 / r as often as the first."""
     weights = [1 / rank for rank in range(1, PREFIXES + 1)]
     return random.Random(2).choices(range(PREFIXES), weights, k=PREFIXES)
 
@@ -76,53 +76,55 @@ def zipf() -> list[int]:
         ("fake", zipf, 4 * BUDGET),
     ],
 )
-def test_many_prefixes_in_a_small_pool(
-    shop: Shop, runner: str, traffic: Any, host_tokens: int
+def test_many_prefixes_in_a_small_pool_give_correct_output_without_thrashing(
+    stored: StoredPrefixes, runner: str, traffic: Any, host_tokens: int
 ) -> None:
     order = traffic()
     with running(
-        shop.model,
-        shop.data,
+        stored.model,
+        stored.data,
         wrap=(lambda _: FakeRunner()) if runner == "fake" else (lambda real: real),
         max_resident_tokens=BUDGET,
         host_kv_tokens=host_tokens,
         kv_tokens=BUDGET + CLIENTS * 32,
-    ) as world:
-        most = asyncio.run(ask_all(world, shop, order, fake=runner == "fake"))
-        stats = world.engine.stats()
+    ) as server:
+        most = asyncio.run(send_all(server, stored, order, fake=runner == "fake"))
+        stats = server.engine.stats()
     assert most <= BUDGET
     loads = stats.prefix_loads
     assert loads["store"] >= len(set(order))
-    # No thrashing: what comes in is used before it leaves, as if requests came one at a time.
-    assert sum(loads.values()) <= 1.2 * cold(order)
+    # No thrashing: prefixes are used before they are evicted, about as with one request at a time.
+    assert sum(loads.values()) <= 1.2 * lru_misses(order)
     assert (loads["host"] > 0) == (host_tokens > 0)
 
 
-def cold(order: list[int]) -> int:
-    """Requests of ``order`` whose prefix is not among the HELD used last."""
+def lru_misses(order: list[int]) -> int:
+    """Requests of ``order`` whose prefix is not among the RESIDENT most recently used."""
     held: OrderedDict[int, None] = OrderedDict()
     misses = 0
     for number in order:
         misses += number not in held
         held[number] = None
         held.move_to_end(number)
-        if len(held) > HELD:
+        if len(held) > RESIDENT:
             held.popitem(last=False)
     return misses
 
 
-async def ask_all(world: World, shop: Shop, order: list[int], *, fake: bool) -> int:
-    """Ask for the prefixes in ``order``, many at a time, and check each answer. Returns the most
-    prefix positions that were seen in the pool."""
-    left, most = iter(order), 0
+async def send_all(
+    server: RunningServer, stored: StoredPrefixes, order: list[int], *, fake: bool
+) -> int:
+    """Send a request under each prefix of ``order``, with concurrent clients, and check each
+    output. Returns the largest number of prefix positions seen in the pool."""
+    remaining, most = iter(order), 0
 
     async def client() -> None:
         nonlocal most
-        async with caller(world.url, world.keys["acme"]) as http:
-            for number in left:
+        async with caller(server.url, server.keys["acme"]) as http:
+            for number in remaining:
                 answer = await stream(http, greedy(f"p{number}", PROMPTS[0], COUNT))
-                check(answer, shop, number, fake=fake)
-                most = max(most, world.engine.stats().resident_tokens)
+                check(answer, stored, number, fake=fake)
+                most = max(most, server.engine.stats().resident_tokens)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(CLIENTS):
@@ -130,13 +132,13 @@ async def ask_all(world: World, shop: Shop, order: list[int], *, fake: bool) -> 
     return most
 
 
-def check(answer: Answer, shop: Shop, number: int, *, fake: bool) -> None:
-    """The right prefix answered, and rightly."""
+def check(answer: Answer, stored: StoredPrefixes, number: int, *, fake: bool) -> None:
+    """Check the digest of the prefix and the output."""
     assert answer.ok, answer
-    assert answer.digest == shop.digests[number]
+    assert answer.digest == stored.digests[number]
     if fake:
-        want = fake_generate(shop.digests[number], PROMPTS[0], COUNT)
+        expected = fake_generate(stored.digests[number], PROMPTS[0], COUNT)
     else:
-        want = shop.answers[CONTENTS[number]]
-    assert answer.tokens[0][: len(want)] == want, number
+        expected = stored.answers[CONTENTS[number]]
+    assert answer.tokens[0][: len(expected)] == expected, number
     assert len(answer.tokens[0]) == COUNT

@@ -1,7 +1,7 @@
-"""Must be true 6: mixed traffic with faults, and nothing leaks, sticks or answers wrongly.
+"""Mixed traffic with injected faults: no leaks, no hangs, no wrong output.
 
-``PREFIXD_SOAK_SECONDS`` bounds it (90 by default, ``make soak`` takes 20 minutes) and
-``PREFIXD_SOAK_SEED`` repeats one.
+``PREFIXD_SOAK_SECONDS`` sets the duration (default 90; ``make soak`` takes 20 minutes),
+``PREFIXD_SOAK_SEED`` repeats a run.
 """
 
 import asyncio
@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from tests.faults.faults_memory import resident_kib
-from tests.faults.faults_model import MOST_TOKENS, Oracle, library, make_prompts
+from tests.faults.faults_model import MAX_TOKENS, Reference, library, make_prompts
 from tests.faults.faults_runner import Fault, FaultyRunner
-from tests.faults.faults_soak import Book, Soak, digest_of
-from tests.faults.faults_world import World, running
+from tests.faults.faults_server import RunningServer, running
+from tests.faults.faults_soak import KnownState, Soak, digest_of
 
 SECONDS = float(os.environ.get("PREFIXD_SOAK_SECONDS", "90"))
 SEED = os.environ.get("PREFIXD_SOAK_SEED") or secrets.token_hex(4)
@@ -30,22 +30,22 @@ TENANTS = ("acme", "beta", "crow")
 BLOCK = 8
 CONTENTS = library(14, lengths=(5, 16, 20, 37))
 PROMPTS = make_prompts(14, lengths=(1, 7, 16, 24, 40))
-LEAST = sum(-(-tokens // BLOCK) for tokens in (37, 40 + MOST_TOKENS + 37 % BLOCK)) * BLOCK
-"""Positions that just admit one sequence of the longest prompt under the longest prefix."""
+SMALLEST = sum(-(-tokens // BLOCK) for tokens in (37, 40 + MAX_TOKENS + 37 % BLOCK)) * BLOCK
+"""Positions that one sequence of the longest prompt under the longest prefix needs."""
 
 SIZES: dict[str, dict[str, Any]] = {
-    "roomy": {"kv_tokens": 2048, "host_kv_tokens": 256},
-    "tight": {"kv_tokens": 3 * LEAST, "max_resident_tokens": 80},
-    "least": {"kv_tokens": LEAST, "host_kv_tokens": 64},
+    "large": {"kv_tokens": 2048, "host_kv_tokens": 256},
+    "small": {"kv_tokens": 3 * SMALLEST, "max_resident_tokens": 80},
+    "smallest": {"kv_tokens": SMALLEST, "host_kv_tokens": 64},
 }
 CLIENTS, ACTIONS = 18, 12
-MOST_PHASES = 12
+MAX_PHASES = 12
 
 _SLOPE = 0.35
-"""Most KiB of resident memory that a request may leave behind. A leaked answer or sequence is
-several KiB; what stays for good reasons (rows in SQLite's cache, label sets) is bounded."""
+"""Maximum growth of resident memory for each request, in KiB. A leaked response or sequence is
+several KiB; SQLite's cache and label sets are bounded."""
 _NOISE = 8 * 1024
-"""KiB by which the allocator may end above where it began, however long the run."""
+"""Growth in KiB that the allocator may show in a run of any length."""
 
 
 def open_files() -> int:
@@ -54,8 +54,10 @@ def open_files() -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS * 3 + 600)
-def test_soak(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    logging.disable(logging.CRITICAL)  # pytest would keep every injected failure's record
+def test_mixed_traffic_with_faults_leaks_nothing_and_gives_correct_output(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logging.disable(logging.CRITICAL)  # pytest would store the log records of all injected failures
     try:
         report = _soak(tiny_folder, tmp_path)
     finally:
@@ -65,21 +67,21 @@ def test_soak(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def _soak(model: Path, scratch: Path) -> str:
-    oracle = Oracle(PROMPTS)
-    book = Book(CONTENTS, {digest_of(content, scratch): content for content in CONTENTS})
+    reference = Reference(PROMPTS)
+    known = KnownState(CONTENTS, {digest_of(content, scratch): content for content in CONTENTS})
     for content in (None, *CONTENTS):
-        oracle.answer(content, 0)
+        reference.answer(content, 0)
     started = time.monotonic()
     threads = set(threading.enumerate())
     files: list[int] = []
-    happened, numbers = Counter[str](), itertools.count(1)
+    outcomes, numbers = Counter[str](), itertools.count(1)
     fired: Counter[Fault] = Counter()
     memory: list[tuple[int, int]] = []  # requests so far, KiB
     phase_s = max(10.0, min(60.0, SECONDS / (2 * len(SIZES))))
     for phase, size in zip(itertools.count(), itertools.cycle(SIZES)):
         over = time.monotonic() - started > SECONDS - phase_s / 2 and phase >= len(SIZES)
-        # On a slow machine a rare fault may not have had its turn yet.
-        if over and (set(fired) == set(Fault) or phase >= MOST_PHASES):
+        # On a slow machine a rare fault may not have occurred yet.
+        if over and (set(fired) == set(Fault) or phase >= MAX_PHASES):
             break
         seed = f"{SEED}/{phase}-{size}"
         with running(
@@ -92,43 +94,45 @@ def _soak(model: Path, scratch: Path) -> str:
             max_tokens_per_step=64,
             max_prefill_chunk=16,
             max_running=16,
-        ) as world:
-            world.runner.engine = world.engine
-            tasks = len(world.tasks())
+        ) as server:
+            server.runner.engine = server.engine
+            tasks = len(server.tasks())
             ends = time.monotonic() + phase_s
             for round_ in itertools.count():
-                soak = Soak(world, oracle, book, TENANTS, f"{seed}/{round_}", numbers, happened)
+                soak = Soak(
+                    server, reference, known, TENANTS, f"{seed}/{round_}", numbers, outcomes
+                )
                 asyncio.run(soak.run(clients=CLIENTS, actions=ACTIONS))
-                world.settle(tasks=tasks)
-                _check_idle(world, seed)
-                memory.append((sum(happened.values()), resident_kib()))
+                server.settle(tasks=tasks)
+                _check_idle(server, seed)
+                memory.append((sum(outcomes.values()), resident_kib()))
                 if time.monotonic() > ends:
                     break
-            fired += world.runner.fired
-        left = set(threading.enumerate()) - threads
-        for thread in left:
-            thread.join(30)  # a loop that has ended tells its worker threads to end, in a moment
-        left = {thread for thread in left if thread.is_alive()}
-        assert not left, f"{seed}: threads are left: {left}"
+            fired += server.runner.fired
+        remaining = set(threading.enumerate()) - threads
+        for thread in remaining:
+            thread.join(30)  # worker threads of a stopped event loop end shortly after it
+        remaining = {thread for thread in remaining if thread.is_alive()}
+        assert not remaining, f"{seed}: threads still run: {remaining}"
         files.append(open_files())
-        assert files[-1] <= files[0], f"{seed}: files are left open: {files}"
-    assert set(fired) == set(Fault), f"{SEED}: not every fault was tried: {fired}"
-    return f"{dict(happened)}; faults {dict(fired)}; {_check_memory(memory)}"
+        assert files[-1] <= files[0], f"{seed}: files are still open: {files}"
+    assert set(fired) == set(Fault), f"{SEED}: not every fault occurred: {fired}"
+    return f"{dict(outcomes)}; faults {dict(fired)}; {_check_memory(memory)}"
 
 
-def _check_idle(world: World, seed: str) -> None:
-    stats = world.engine.stats()
+def _check_idle(server: RunningServer, seed: str) -> None:
+    stats = server.engine.stats()
     held = stats.blocks_free + stats.blocks_prefix
-    assert held == stats.blocks_total, f"{seed}: blocks leaked: {world.engine.loop.scheduler!r}"
+    assert held == stats.blocks_total, f"{seed}: blocks leaked: {server.engine.loop.scheduler!r}"
 
 
 def _check_memory(memory: list[tuple[int, int]]) -> str:
     later = memory[len(memory) // 3 :]
     fit = linear_regression(*zip(*later, strict=True))
     grown = later[-1][1] - later[0][1]
-    told = (
+    summary = (
         f"memory {later[0][1] / 1024:.0f} to {later[-1][1] / 1024:.0f} MiB over "
         f"{later[-1][0] - later[0][0]} requests, {fit.slope:.3f} KiB a request"
     )
-    assert fit.slope < _SLOPE or grown < _NOISE, f"{SEED}: {told}; {memory}"
-    return told
+    assert fit.slope < _SLOPE or grown < _NOISE, f"{SEED}: {summary}; {memory}"
+    return summary

@@ -1,8 +1,8 @@
-"""The GPU's turn: golden tests on CUDA, then a smoke throughput. Fits ten minutes.
+"""Golden tests on CUDA, then a short throughput measurement. Takes less than ten minutes.
 
 ``python3 tests/gpu/check.py [--out FILE.json]``. Needs torch, transformers, peft, pytest and
-hypothesis; no FastAPI, pydantic or SQLAlchemy, and nothing installed of this project. Without a
-CUDA device it says so and exits 0.
+hypothesis; no FastAPI, pydantic or SQLAlchemy, and this project need not be installed. Without
+a CUDA device it prints a message and exits with 0.
 """
 
 import argparse
@@ -16,22 +16,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = tuple(ROOT / folder for folder in ("server", "prefix_store", "clients"))
 TESTS = ("tests/golden", "tests/engine", "tests/machines", "tests/model")
-NOT_THERE = ("tests/golden/test_golden_server.py", "tests/model/test_demo.py")
-"""They need the HTTP server and the demo model."""
+EXCLUDED = ("tests/golden/test_golden_server.py", "tests/model/test_demo.py")
+"""These need the HTTP server and the demo model."""
 
 REQUESTS, PROMPT, OUTPUT, VIRTUAL = 32, 64, 64, 20
 BLOCKS = 1024
 
 
 def main() -> int:
-    """Run the checks; exit status 0 when all passed or there is no GPU."""
+    """Run the checks; the exit status is 0 when all pass or there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="write device, versions and figures here as JSON")
     options = parser.parse_args()
     import torch
 
     if not torch.cuda.is_available():
-        print("gpu-check: skipped, torch sees no CUDA device here")
+        print("gpu-check: skipped, torch finds no CUDA device")
         return 0
     device = torch.cuda.get_device_name()
     print(f"gpu-check: {device}, torch {torch.__version__}")
@@ -50,24 +50,24 @@ def main() -> int:
 
 
 def run_tests() -> int:
-    """The tests that need no server, the golden ones with both sides on the GPU."""
+    """Run the tests that need no server; golden tests run reference and engine on the GPU."""
     command, environment = pytest_call("cuda")
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 def pytest_call(device: str) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment."""
+    """The command line and environment of pytest."""
     environment = os.environ | {
         "PREFIXD_TEST_DEVICE": device,
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": os.pathsep.join(str(folder) for folder in (ROOT, *SOURCES)),
     }
-    without = [f"--ignore={path}" for path in NOT_THERE]
-    return [sys.executable, "-m", "pytest", "-W", "default", "-x", *TESTS, *without], environment
+    ignored = [f"--ignore={path}" for path in EXCLUDED]
+    return [sys.executable, "-m", "pytest", "-W", "default", "-x", *TESTS, *ignored], environment
 
 
 def throughput(model: object, *, device: str) -> dict[str, float]:
-    """Output tokens per second, bare and mixed."""
+    """Output tokens per second, for the base and with mixed prefixes."""
     import torch
 
     figures = {}
@@ -80,7 +80,7 @@ def throughput(model: object, *, device: str) -> dict[str, float]:
 
 
 def billion_weights() -> object:
-    """A random Llama of the size of a 1B model, on the GPU."""
+    """A random Llama with the size of a 1B model, on the GPU."""
     import torch
     import transformers
 
@@ -98,7 +98,7 @@ def billion_weights() -> object:
 
 
 def measure(model: object, dtype: str, device: str) -> tuple[float, float]:
-    """Medians of three runs, base and mixed in turn."""
+    """Medians of three runs; base and mixed runs alternate."""
     sys.path[:0] = [str(folder) for folder in (ROOT, *SOURCES)]
     import torch
 

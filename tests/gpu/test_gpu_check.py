@@ -1,4 +1,4 @@
-"""`make gpu-check` itself, as far as a machine without a GPU can tell."""
+"""The parts of `make gpu-check` that can be tested without a GPU."""
 
 import subprocess
 from pathlib import Path
@@ -14,14 +14,14 @@ ABSENT = (
     *("openai", "opentelemetry", "psycopg", "pydantic", "pydantic_settings", "sqlalchemy"),
     *("starlette", "structlog", "uvicorn"),
 )
-"""What a machine with torch, transformers, peft and pytest has not."""
+"""Packages that a machine with only torch, transformers, peft and pytest lacks."""
 
-FORGET = f"import sys\n\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n"
+HIDE_ABSENT = f"import sys\n\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n"
 
 
 def bare_machine(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """Run check's pytest where the absent cannot be imported."""
-    (folder / "bare_machine.py").write_text(FORGET)
+    """Run the pytest command of ``check`` where the ABSENT packages cannot be imported."""
+    (folder / "bare_machine.py").write_text(HIDE_ABSENT)
     command, environment = check.pytest_call("cpu")
     environment["PYTHONPATH"] += f":{folder}"
     return subprocess.run(
@@ -34,16 +34,20 @@ def bare_machine(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_what_it_runs_needs_no_server_and_no_database(tmp_path: Path) -> None:
-    found = bare_machine(tmp_path, "--collect-only", "-qq")
-    assert found.returncode == 0, found.stdout
-    rooms = {line.split("/")[1] for line in found.stdout.splitlines() if line.startswith("tests/")}
+def test_gpu_check_runs_without_server_and_database_packages(tmp_path: Path) -> None:
+    collected = bare_machine(tmp_path, "--collect-only", "-qq")
+    assert collected.returncode == 0, collected.stdout
+    rooms = {
+        line.split("/")[1] for line in collected.stdout.splitlines() if line.startswith("tests/")
+    }
     assert rooms == {"golden", "engine", "machines", "model"}
-    ran = bare_machine(tmp_path, "-k", "test_a_nan_prefix or test_engine")
-    assert ran.returncode == 0, ran.stdout
+    run = bare_machine(tmp_path, "-k", "test_a_prefix_with_nan or test_engine")
+    assert run.returncode == 0, run.stdout
 
 
-def test_the_throughput_it_would_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_check_measures_throughput_of_base_and_mixed_prefixes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(check, "OUTPUT", 4)
     config = LlamaConfig(
         vocab_size=64,
@@ -62,9 +66,9 @@ def test_the_throughput_it_would_measure(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(
+def test_gpu_check_without_a_gpu_prints_a_message_and_exits_with_0(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["check.py"])
     assert check.main() == 0
-    assert "skipped, torch sees no CUDA device here" in capsys.readouterr().out
+    assert "skipped, torch finds no CUDA device" in capsys.readouterr().out

@@ -1,6 +1,6 @@
-"""A whole server in this process, on 127.0.0.1: the real thing from settings to the model's runner.
+"""A complete server in this process, on 127.0.0.1, from settings to the model's runner.
 
-Only the runner may be wrapped, to make it fail on purpose.
+Only the runner may be wrapped, to inject faults.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ structlog.configure(
 )
 
 
-class _Announcing(uvicorn.Server):
-    """A server that says when it listens, and on which loop it runs."""
+class _ListeningServer(uvicorn.Server):
+    """A uvicorn server that reports when it listens, and on which event loop it runs."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -40,14 +40,14 @@ class _Announcing(uvicorn.Server):
 
 
 @dataclass
-class World:
+class RunningServer:
     """A running server. ``keys`` are by tenant."""
 
     url: str
     loaded: Server
     runner: Any
     keys: dict[str, str]
-    _server: _Announcing = field(repr=False)
+    _server: _ListeningServer = field(repr=False)
 
     @property
     def engine(self) -> Engine:
@@ -55,38 +55,35 @@ class World:
 
     @property
     def base(self) -> str:
-        """What the ``model`` field calls the bare base."""
+        """The name of the bare base in the ``model`` field."""
         return self.loaded.served.name
 
     def headers(self, tenant: str) -> dict[str, str]:
         return {"authorization": f"Bearer {self.keys[tenant]}"}
 
     def tasks(self) -> list[str]:
-        """Tasks on the server's loop, this question's not among them."""
+        """Tasks on the server's event loop, except the one of this call."""
 
         async def names() -> list[str]:
-            mine = asyncio.current_task()
-            return [str(task.get_coro()) for task in asyncio.all_tasks() if task is not mine]
+            this_task = asyncio.current_task()
+            return [str(task.get_coro()) for task in asyncio.all_tasks() if task is not this_task]
 
         assert self._server.loop is not None
         return asyncio.run_coroutine_threadsafe(names(), self._server.loop).result(30)
 
-    def settle(self, *, tasks: int, patience: float = 60.0) -> None:
-        """Wait until the engine has nothing left to do and the server no more than ``tasks`` tasks
-        of its own; fail when it never comes to that."""
-        turn, deadline = threading.Event(), time.monotonic() + patience
+    def settle(self, *, tasks: int, timeout_s: float = 60.0) -> None:
+        """Wait until the engine is idle and the server has at most ``tasks`` tasks; fail after
+        ``timeout_s`` seconds."""
+        pause, deadline = threading.Event(), time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             stats = self.engine.stats()
-            idle = not stats.running and not stats.waiting and self._empty_handed()
+            idle = not stats.running and not stats.waiting and self.engine.idle
             if idle and len(self.tasks()) <= tasks:
                 return
-            turn.wait(0.02)
+            pause.wait(0.02)
         raise AssertionError(
-            f"the server never became idle: {self.engine.loop.scheduler!r}, tasks {self.tasks()}"
+            f"the server did not become idle: {self.engine.loop.scheduler!r}, tasks {self.tasks()}"
         )
-
-    def _empty_handed(self) -> bool:
-        return self.engine.idle
 
 
 @contextmanager
@@ -97,10 +94,10 @@ def running(
     tenants: tuple[str, ...] = ("acme", "beta", "crow"),
     wrap: Callable[[Any], Any] = lambda runner: runner,
     **settings: Any,
-) -> Iterator[World]:
-    """Serve ``model`` from the data folder ``data`` while the block lasts.
+) -> Iterator[RunningServer]:
+    """Serve ``model`` with the data folder ``data`` for the duration of the block.
 
-    At the end the engine's books must balance.
+    At the end the scheduler's integrity is checked.
     """
     data.mkdir(exist_ok=True)
     loaded = build_server(
@@ -115,15 +112,15 @@ def running(
     config = uvicorn.Config(
         loaded.app, port=0, log_config=None, access_log=False, ws="none", lifespan="on"
     )
-    server = _Announcing(config)
-    thread = threading.Thread(target=server.run, name="uvicorn")
+    uvicorn_server = _ListeningServer(config)
+    thread = threading.Thread(target=uvicorn_server.run, name="uvicorn")
     thread.start()
     try:
-        assert server.listening.wait(60), "the server never listened"
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield World(f"http://127.0.0.1:{port}", loaded, runner, keys, server)
+        assert uvicorn_server.listening.wait(60), "the server does not listen"
+        port = uvicorn_server.servers[0].sockets[0].getsockname()[1]
+        yield RunningServer(f"http://127.0.0.1:{port}", loaded, runner, keys, uvicorn_server)
     finally:
-        server.should_exit = True
+        uvicorn_server.should_exit = True
         thread.join(60)
         assert not thread.is_alive(), "the server did not stop"
         loaded.tenants._engine.dispose()

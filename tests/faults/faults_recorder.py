@@ -1,7 +1,7 @@
-"""Who was served what in each step, and who waited: fairness in counts, not in seconds.
+"""Records the tokens served to each tenant in each step, to test fairness by counts.
 
 Service is what the Virtual Token Counter charges ("Fairness in Serving Large Language Models",
-Sheng et al., 2024), with both prices 1: the prefix's positions and the prompt when a sequence
+Sheng et al., 2024), with both weights 1: the prefix's positions and the prompt when a sequence
 starts, and every output token.
 """
 
@@ -16,9 +16,9 @@ from prefixd.server.engine.step import Step, StepOutput
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One step: tokens served by tenant, tenants that still waited, rows by tenant, and the
-    positions that all running sequences had in the pool."""
+class StepRecord:
+    """One step: tokens served by tenant, tenants with waiting sequences, rows by tenant, and the
+    positions of all running sequences in the pool."""
 
     served: Counter[str]
     waiting: frozenset[str]
@@ -26,21 +26,21 @@ class Entry:
     held: int
 
 
-class Ledger:
-    """A runner that writes down what the steps it runs are good for.
+class StepRecorder:
+    """A runner that records the service of each step.
 
-    A step waits until ``backlog`` sequences do: a crowd of clients is none while a tiny model is
-    quicker than HTTP.
+    A step starts only when ``backlog`` sequences wait: otherwise a tiny model is faster than HTTP
+    and the queue stays empty.
     """
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
-        self.engine: Engine | None = None  # set once there is one
+        self.engine: Engine | None = None  # set after the engine is created
         self.backlog = 0
-        self.entries: list[Entry] = []
+        self.entries: list[StepRecord] = []
         self.longest_input = 0
         self.passed: dict[int, int] = {}
-        """By sequence that had to wait: tokens other tenants were served before it started."""
+        """By waiting sequence: tokens served to other tenants before it started."""
         self.by_tenant: defaultdict[str, set[int]] = defaultdict(set)
         self._started: set[int] = set()
 
@@ -48,7 +48,7 @@ class Ledger:
         return getattr(self.inner, name)
 
     def run(self, step: Step) -> StepOutput:
-        """Run a step and enter it."""
+        """Record a step and run it."""
         assert self.engine is not None
         scheduler, pause = self.engine.loop.scheduler, threading.Event()
         while len(scheduler.waiting) + len(self.engine.loop._inbox) < self.backlog:
@@ -67,22 +67,22 @@ class Ledger:
             served[sequence.tenant] += chunk.sampling is not None
         for sequence in scheduler.waiting:
             self.by_tenant[sequence.tenant].add(sequence.seq_id)
-            others = sum(served.values()) - served[sequence.tenant]
-            self.passed[sequence.seq_id] = self.passed.get(sequence.seq_id, 0) + others
+            other_tokens = sum(served.values()) - served[sequence.tenant]
+            self.passed[sequence.seq_id] = self.passed.get(sequence.seq_id, 0) + other_tokens
         waiting = frozenset(sequence.tenant for sequence in scheduler.waiting)
         held = sum(s.num_prefix_tokens + len(s.tokens) for s in running.values())
-        self.entries.append(Entry(served, waiting, rows, held))
+        self.entries.append(StepRecord(served, waiting, rows, held))
         return self.inner.run(step)
 
     @property
     def bound(self) -> int:
-        """The paper's bound on how far two backlogged tenants' service can differ: twice the
-        larger of the longest input and what the running sequences hold."""
+        """The paper's bound on the difference in service of two backlogged tenants: twice the
+        larger of the longest input and the positions of the running sequences."""
         return 2 * max(self.longest_input, *(entry.held for entry in self.entries))
 
-    def backlogged(self, *tenants: str) -> Iterator[list[Entry]]:
-        """Longest runs of steps in which all of ``tenants`` waited."""
-        run: list[Entry] = []
+    def backlogged(self, *tenants: str) -> Iterator[list[StepRecord]]:
+        """Maximal runs of successive steps in which all of ``tenants`` waited."""
+        run: list[StepRecord] = []
         for entry in self.entries:
             if set(tenants) <= entry.waiting:
                 run.append(entry)
@@ -93,10 +93,10 @@ class Ledger:
             yield run
 
 
-def drift(run: list[Entry], first: str, second: str, *, weights: tuple[float, float]) -> float:
-    """The largest difference of weighted service that any stretch of ``run`` shows."""
-    apart = lowest = highest = 0.0
+def drift(run: list[StepRecord], first: str, second: str, *, weights: tuple[float, float]) -> float:
+    """The largest difference of weighted service over any part of ``run``."""
+    difference = lowest = highest = 0.0
     for entry in run:
-        apart += entry.served[first] / weights[0] - entry.served[second] / weights[1]
-        lowest, highest = min(lowest, apart), max(highest, apart)
+        difference += entry.served[first] / weights[0] - entry.served[second] / weights[1]
+        lowest, highest = min(lowest, difference), max(highest, difference)
     return highest - lowest
