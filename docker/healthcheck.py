@@ -7,9 +7,9 @@ import urllib.request
 
 
 def main() -> int:
-    """Ask /health/ready on the port that PREFIXD_PORT names."""
+    """Read /health/ready on the port that PREFIXD_PORT names."""
     url = f"http://127.0.0.1:{os.environ.get('PREFIXD_PORT', '8000')}/health/ready"
-    # No proxy between a container and itself, whatever the environment says.
+    # No proxy inside the container, regardless of the environment.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=4):
