@@ -39,9 +39,10 @@ from prefixd.server.testing import (
     fake_generate,
 )
 from prefixd.store.artifact.artifact import read_artifact
-from prefixd.store.artifact.base import BaseSpec
+from prefixd.store.artifact.config import BaseSpec
 from prefixd.store.blobs.blobs import LocalBlobs
-from prefixd.store.db.database import create_tables, open_database
+from prefixd.store.db.database import open_database
+from prefixd.store.db.migrate import upgrade
 from prefixd.store.store import PrefixStore
 
 # Through the standard library, whose level hides the access log from the tests' output; plainly,
@@ -204,7 +205,7 @@ class World:
 def make_world(tmp_path: Path, *, database_url: str | None = None) -> Iterator[World]:
     url = database_url or f"sqlite:///{tmp_path / 'catalog.sqlite3'}"
     database: Database = open_database(url)
-    create_tables(database)
+    upgrade(database)
     store = PrefixStore(database, LocalBlobs(tmp_path / "blobs"))
     tenants = Tenants(database)
     clock = Clock()

@@ -8,6 +8,7 @@ import pytest
 import uvicorn
 
 from tests.api.api_world import World, said
+from tests.store import store_changes as changes
 
 
 @pytest.fixture
@@ -34,7 +35,8 @@ def api(world: World, url: str) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def digest(world: World) -> str:
-    published = world.store.publish_text(
+    published = changes.publish_text(
+        world.store,
         tenant="acme",
         name="voice",
         text="Be kind.",

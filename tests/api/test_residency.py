@@ -11,7 +11,7 @@ from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixHandle, PrefixKey, QueueFull
 from prefixd.server.tenants.registry import Scope
 from prefixd.server.testing import ByteDetokenizer
-from prefixd.store.digest import BlobKey
+from prefixd.store.names import BlobKey
 from tests.api.api_world import (
     BASE,
     POOL_BLOCKS,

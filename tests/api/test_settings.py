@@ -19,7 +19,8 @@ from prefixd.server.serve.listening import address, bind
 from prefixd.server.serve.settings import ENV_PREFIX, Settings
 from prefixd.server.tenants import keys
 from prefixd.server.tenants.registry import Tenants
-from prefixd.store.db.database import create_tables, open_database
+from prefixd.store.db.database import open_database
+from prefixd.store.db.migrate import upgrade
 
 
 @pytest.fixture(autouse=True)
@@ -291,7 +292,7 @@ def test_the_first_key_goes_to_the_terminal_and_not_to_the_log(
     from prefixd.server.cli.main import _show_first_key
 
     database = open_database(Settings().catalog_url)
-    create_tables(database)
+    upgrade(database)
     tenants = Tenants(database)
     with structlog.testing.capture_logs() as lines:
         _show_first_key(tenants)

@@ -16,7 +16,7 @@ from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.step import STORAGE_UNAVAILABLE, PrefixUnavailable
 from prefixd.server.tenants.registry import Tenants
-from prefixd.store.errors import BLOBS_AWAY, BlobsUnavailable
+from prefixd.store.errors import BLOBS_UNAVAILABLE, BlobsUnavailable
 from tests.api.api_world import StoreBackedSource, World, error_of, put_text
 
 SECRET = "db.internal:5432"
@@ -70,7 +70,7 @@ def test_no_catalog(client: TestClient, monkeypatch: pytest.MonkeyPatch, error: 
     "error",
     [
         OperationalError("SELECT", {}, Exception(SECRET)),
-        BlobsUnavailable(BLOBS_AWAY),
+        BlobsUnavailable(BLOBS_UNAVAILABLE),
     ],
 )
 def test_an_upload_that_is_durable_is_told_so_though_it_cannot_be_warmed(
@@ -82,7 +82,7 @@ def test_an_upload_that_is_durable_is_told_so_though_it_cannot_be_warmed(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("message", [BLOBS_AWAY, CATALOG_UNAVAILABLE])
+@pytest.mark.parametrize("message", [BLOBS_UNAVAILABLE, CATALOG_UNAVAILABLE])
 def test_a_prefix_that_cannot_be_loaded_now(
     client: TestClient,
     world: World,
@@ -118,7 +118,7 @@ def test_what_the_engine_is_told_of_storage_that_is_away(
     opened = _Artifacts(store, world.served)
     assert opened(key).text == "hello"
     for error, message in (
-        (BlobsUnavailable(BLOBS_AWAY), BLOBS_AWAY),
+        (BlobsUnavailable(BLOBS_UNAVAILABLE), BLOBS_UNAVAILABLE),
         (OperationalError("SELECT", {}, Exception(SECRET)), CATALOG_UNAVAILABLE),
     ):
         monkeypatch.setattr(store, "fetch", failing(error))

@@ -41,7 +41,7 @@ from prefixd.server.model.runner import TorchRunner
 from prefixd.server.model.selfcheck import self_check
 from prefixd.server.testing import ByteDetokenizer
 from prefixd.store.artifact.artifact import Artifact, pack_peft, read_artifact
-from prefixd.store.artifact.base import BaseSpec
+from prefixd.store.artifact.config import BaseSpec
 
 DEVICE = os.environ.get("PREFIXD_TEST_DEVICE", "cpu")
 """The device of the reference and the engine; ``make gpu-check`` sets it to cuda."""

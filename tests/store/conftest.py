@@ -11,7 +11,8 @@ from obstore.store import S3Store
 from sqlalchemy import Engine
 
 from prefixd.store.blobs.blobs import open_blobs
-from prefixd.store.db.database import create_tables, open_database
+from prefixd.store.db.database import open_database
+from prefixd.store.db.migrate import upgrade
 from prefixd.store.store import PrefixStore
 from tests.real_services import S3_ENVIRONMENT
 from tests.store.store_home import Clock, Home
@@ -43,7 +44,7 @@ def open_home(stack: tuple[str, str | None], tmp_path: Path) -> Iterator[Callabl
     def open_it() -> Home:
         engine = open_database(database_url)
         engines.append(engine)
-        create_tables(engine)
+        upgrade(engine)
         blobs = open_blobs(blobs_url, tmp_path / "data")
         store = PrefixStore(engine, blobs, clock=clock)
         return Home(tmp_path, store, blobs, engine, clock, damage)

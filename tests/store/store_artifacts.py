@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prefixd.store.artifact.base import BaseSpec
+from prefixd.store.artifact.config import BaseSpec
 
 P = 4
 HIDDEN = 16

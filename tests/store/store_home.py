@@ -9,8 +9,9 @@ from typing import Any
 from sqlalchemy import Engine
 
 from prefixd.store.blobs.blobs import Blobs
-from prefixd.store.digest import BlobKey
+from prefixd.store.names import BlobKey
 from prefixd.store.store import PrefixStore, Published
+from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE, config_bytes, ramp, soft, spool
 
 
@@ -41,7 +42,8 @@ class Home:
     ) -> Published:
         """Publish a prompt-tuning adapter whose bytes depend on ``seed``."""
         weights = spool(self.path, soft(ramp(4, 16) + seed))
-        return self.store.publish_peft(
+        return changes.publish_peft(
+            self.store,
             tenant=tenant,
             name=name,
             config=config_bytes(),
@@ -52,8 +54,14 @@ class Home:
 
     def put_text(self, text: str, name: str = "style", *, tenant: str = "acme") -> Published:
         """Publish a hard prompt."""
-        return self.store.publish_text(
-            tenant=tenant, name=name, text=text, metadata=None, base=BASE, count_tokens=len
+        return changes.publish_text(
+            self.store,
+            tenant=tenant,
+            name=name,
+            text=text,
+            metadata=None,
+            base=BASE,
+            count_tokens=len,
         )
 
     def held(self) -> set[BlobKey]:

@@ -11,13 +11,16 @@ import shutil
 import stat
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefixd.store.blobs.blobs import LocalBlobs, open_blobs
-from prefixd.store.catalog.catalog import Catalog
+from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.db.database import open_database
 from prefixd.store.store import PrefixStore
+from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE
 
 MARKER = "the row of the version"
@@ -46,7 +49,7 @@ def no_directory_fsync() -> None:
 
 
 def row_before_blob() -> None:
-    put, publish = LocalBlobs.put, Catalog.publish
+    put, change = LocalBlobs.put, PrefixStore.change
     late: list[Any] = []
 
     def put_later(blobs: LocalBlobs, source: Path, **key: str) -> None:
@@ -57,14 +60,15 @@ def row_before_blob() -> None:
         os.close(descriptor)
         late.append((blobs, kept, key))
 
-    def publish_first(catalog: Catalog, *args: Any, **options: Any) -> Any:
-        published = publish(catalog, *args, **options)
+    @contextmanager
+    def change_first(store: PrefixStore, tenant: str) -> Iterator[CatalogTransaction]:
+        with change(store, tenant) as tx:
+            yield tx
         for blobs, kept, key in late:
             put(blobs, kept, **key)
-        return published
 
     LocalBlobs.put = put_later  # type: ignore[method-assign,assignment]
-    Catalog.publish = publish_first  # type: ignore[method-assign,assignment]
+    PrefixStore.change = change_first  # type: ignore[method-assign]
 
 
 WAYS = {
@@ -80,7 +84,8 @@ def publish(way: str, folder: Path) -> None:
     store = PrefixStore(
         open_database(f"sqlite:///{folder}/catalog.sqlite"), open_blobs(None, folder)
     )
-    store.publish_text(
+    changes.publish_text(
+        store,
         tenant="acme",
         name="style",
         text=TEXT,

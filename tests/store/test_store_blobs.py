@@ -12,7 +12,6 @@ from obstore.store import S3Store
 
 from prefixd.store.blobs import s3 as s3_blobs
 from prefixd.store.blobs.blobs import Blobs, LocalBlobs, open_blobs
-from prefixd.store.digest import BlobKey
 from prefixd.store.errors import (
     BlobStoreRefused,
     BlobsUnavailable,
@@ -20,6 +19,7 @@ from prefixd.store.errors import (
     InvalidReference,
     UnknownPrefix,
 )
+from prefixd.store.names import BlobKey
 from tests.real_services import S3_ENVIRONMENT, make_bucket, running_s3
 
 CONTENT = b"a prefix"

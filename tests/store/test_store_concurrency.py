@@ -14,10 +14,12 @@ import pytest
 from sqlalchemy import text
 
 from prefixd.store.blobs.blobs import LocalBlobs
-from prefixd.store.catalog import queries as rows
-from prefixd.store.db.database import create_tables, open_database, reading, writing
+from prefixd.store.catalog import manifests
+from prefixd.store.db.database import open_database, reading, writing
+from prefixd.store.db.migrate import upgrade
 from prefixd.store.errors import UnknownPrefix
 from prefixd.store.store import PrefixStore
+from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE, config_bytes, soft, spool
 from tests.store.store_home import Home
 
@@ -37,7 +39,8 @@ def race(work: Callable[[int], Any]) -> list[Any]:
 
 
 def publish(home: Home, number: int) -> Any:
-    return home.store.publish_text(
+    return changes.publish_text(
+        home.store,
         tenant="acme",
         name="style",
         text="x" * (number + 1),
@@ -50,7 +53,8 @@ def publish(home: Home, number: int) -> Any:
 def test_racing_uploads_of_the_same_bytes_make_one_version(home: Home) -> None:
     weights = spool(home.path, soft())
     published = race(
-        lambda _: home.store.publish_peft(
+        lambda _: changes.publish_peft(
+            home.store,
             tenant="acme",
             name="style",
             config=config_bytes(),
@@ -77,8 +81,8 @@ def test_racing_alias_moves_end_in_one_of_them(home: Home) -> None:
     for number in range(4):
         publish(home, number)
     race(
-        lambda number: home.store.set_alias(
-            tenant="acme", name="style", alias="prod", version=number % 4 + 1
+        lambda number: changes.set_alias(
+            home.store, tenant="acme", name="style", alias="prod", version=number % 4 + 1
         )
     )
     marked = [m for m in home.store.versions(tenant="acme", name="style") if "prod" in m.aliases]
@@ -88,7 +92,11 @@ def test_racing_alias_moves_end_in_one_of_them(home: Home) -> None:
 def test_of_racing_pins_one_stays(home: Home) -> None:
     for number in range(4):
         publish(home, number)
-    race(lambda number: home.store.set_pin(tenant="acme", reference=f"style@{number % 4 + 1}"))
+    race(
+        lambda number: changes.set_pin(
+            home.store, tenant="acme", reference=f"style@{number % 4 + 1}"
+        )
+    )
     pinned = [m for m in home.store.versions(tenant="acme", name="style") if m.pinned]
     assert [m.digest for m in pinned] == [
         one.key.digest for one in home.store.pinned(fingerprint=BASE.fingerprint)
@@ -105,13 +113,13 @@ def test_changes_of_every_kind_at_once_wait_for_each_other_and_end(home: Home) -
                 case 0:
                     home.put_text(f"text {number % 3}", name)
                 case 1:
-                    home.store.set_alias(tenant="acme", name=name, alias="prod", version=1)
+                    changes.set_alias(home.store, tenant="acme", name=name, alias="prod", version=1)
                 case 2:
-                    home.store.set_pin(tenant="acme", reference=name)
+                    changes.set_pin(home.store, tenant="acme", reference=name)
                 case 3:
-                    home.store.remove_pin(tenant="acme", name=name)
+                    changes.remove_pin(home.store, tenant="acme", name=name)
                 case 4:
-                    home.store.delete(tenant="acme", name=name)
+                    changes.delete(home.store, tenant="acme", name=name)
 
     for _ in range(3):
         for name in ("style", "tone"):
@@ -139,15 +147,15 @@ def test_an_answer_is_of_one_moment(home: Home, monkeypatch: pytest.MonkeyPatch)
     """An alias that moves between the two queries of a look-up is where the first one saw it."""
     publish(home, 0)
     publish(home, 1)
-    home.store.set_alias(tenant="acme", name="style", alias="prod", version=1)
-    alias_names = rows._alias_names
+    changes.set_alias(home.store, tenant="acme", name="style", alias="prod", version=1)
+    alias_names = manifests._alias_names
 
     def late(*arguments: Any) -> Any:
-        monkeypatch.setattr(rows, "_alias_names", alias_names)
-        home.store.set_alias(tenant="acme", name="style", alias="prod", version=2)
+        monkeypatch.setattr(manifests, "_alias_names", alias_names)
+        changes.set_alias(home.store, tenant="acme", name="style", alias="prod", version=2)
         return alias_names(*arguments)
 
-    monkeypatch.setattr(rows, "_alias_names", late)
+    monkeypatch.setattr(manifests, "_alias_names", late)
     found = home.store.resolve(tenant="acme", reference="style@prod")
     assert (found.version, found.aliases) == (1, ("prod",))
     assert home.store.resolve(tenant="acme", reference="style@prod").version == 2
@@ -168,7 +176,7 @@ def test_a_failed_write_leaves_nothing(home: Home) -> None:
 
 def test_sqlite_is_opened_durably(tmp_path: Path) -> None:
     engine = open_database(f"sqlite:///{tmp_path}/new/catalog.sqlite")
-    create_tables(engine)
+    upgrade(engine)
     with reading(engine) as connection:
         pragmas = {
             name: connection.execute(text(f"PRAGMA {name}")).scalar()
@@ -194,7 +202,7 @@ def test_a_new_file_that_another_process_is_writing_is_waited_for(
     other.execute("INSERT INTO t VALUES (1)")
     monkeypatch.setattr("prefixd.store.db.database.time.sleep", lambda _: other.execute("COMMIT"))
     engine = open_database(f"sqlite:///{tmp_path}/catalog.sqlite")
-    create_tables(engine)
+    upgrade(engine)
     with reading(engine) as connection:
         assert connection.execute(text("PRAGMA journal_mode")).scalar() == "wal"
     engine.dispose()
@@ -211,19 +219,27 @@ PROCESS = """
 import sys
 from pathlib import Path
 from tests.store.store_artifacts import BASE
+from tests.store.store_changes import publish_text
 from prefixd.store.blobs.blobs import LocalBlobs
-from prefixd.store.db.database import create_tables, open_database
+from prefixd.store.db.database import open_database
+from prefixd.store.db.migrate import upgrade
 from prefixd.store.store import PrefixStore
 
 home, own = Path(sys.argv[1]), sys.argv[2]
 sys.stdin.readline()
 engine = open_database(f"sqlite:///{home}/catalog.sqlite")
-create_tables(engine)
+upgrade(engine)
 store = PrefixStore(engine, LocalBlobs(home / "blobs"))
 for number in range(8):
     for text in (f"shared {number}", f"own {own} {number}"):
-        store.publish_text(
-            tenant="acme", name="style", text=text, metadata=None, base=BASE, count_tokens=len
+        publish_text(
+            store,
+            tenant="acme",
+            name="style",
+            text=text,
+            metadata=None,
+            base=BASE,
+            count_tokens=len,
         )
 print("done")
 """

@@ -19,11 +19,13 @@ from prefixd.server.tenants.bindings import Bindings
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.artifact.artifact import read_artifact
 from prefixd.store.blobs.blobs import open_blobs
-from prefixd.store.db.database import create_tables, metadata, open_database, reading, writing
-from prefixd.store.digest import BlobKey
+from prefixd.store.db.database import metadata, open_database, reading, writing
+from prefixd.store.db.migrate import upgrade
 from prefixd.store.errors import CorruptArtifact
+from prefixd.store.names import BlobKey
 from prefixd.store.store import PrefixStore
 from tests.real_services import Postgres
+from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE
 
 
@@ -32,14 +34,20 @@ class Opened:
 
     def __init__(self, database_url: str, blobs_url: str | None, root: Path) -> None:
         self.engine = open_database(database_url)
-        create_tables(self.engine)
+        upgrade(self.engine)
         self.blobs = open_blobs(blobs_url, root)
         self.store = PrefixStore(self.engine, self.blobs)
         self.tenants = Tenants(self.engine)
 
     def publish(self, name: str, text: str) -> BlobKey:
-        published = self.store.publish_text(
-            tenant="acme", name=name, text=text, metadata=None, base=BASE, count_tokens=len
+        published = changes.publish_text(
+            self.store,
+            tenant="acme",
+            name=name,
+            text=text,
+            metadata=None,
+            base=BASE,
+            count_tokens=len,
         )
         return BlobKey("acme", published.manifest.digest)
 
@@ -83,10 +91,10 @@ def full(tmp_path: Path) -> Iterator[Opened]:
         source.publish("style", "two")
         source.publish("other", "three")
         source.publish("gone", "four")
-        source.store.set_alias(tenant="acme", name="style", alias="prod", version=1)
-        source.store.set_pin(tenant="acme", reference="style@prod", creator="k1")
+        changes.set_alias(source.store, tenant="acme", name="style", alias="prod", version=1)
+        changes.set_pin(source.store, tenant="acme", reference="style@prod", creator="k1")
         source.tenants.set_settings("acme", {"weight": 2.5, "kv_reuse": False})
-        source.store.delete(tenant="acme", name="gone")
+        changes.delete(source.store, tenant="acme", name="gone")
         with writing(source.engine) as connection:
             connection.execute(
                 insert(tables.rate_limits).values(tenant="acme", requests=1.5, tokens=-2.5, at=0.1)

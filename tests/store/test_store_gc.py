@@ -2,19 +2,20 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any
 
 import pytest
 from sqlalchemy import select
 
-from prefixd.store.catalog.drafts import Draft
 from prefixd.store.catalog.tables import blobs
+from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.db.database import reading
-from prefixd.store.digest import BlobKey
 from prefixd.store.gc import GcResult, Sweeper
-from prefixd.store.manifest import Published
+from prefixd.store.names import BlobKey
+from prefixd.store.store import Published
+from tests.store import store_changes as changes
 from tests.store.store_home import Home
 
 DAY = timedelta(days=1)
@@ -24,7 +25,7 @@ NOW = timedelta(seconds=-60)
 
 def test_a_deleted_prefix_is_kept_for_the_grace_and_then_removed(home: Home) -> None:
     manifest = home.put().manifest
-    home.store.delete(tenant="acme", name="style")
+    changes.delete(home.store, tenant="acme", name="style")
     assert home.store.collect(grace=DAY) == GcResult()
     assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
     home.clock.ahead = 2 * DAY
@@ -39,7 +40,7 @@ def test_collecting_goes_on_from_page_to_page(home: Home, monkeypatch: pytest.Mo
     monkeypatch.setattr("prefixd.store.catalog.blob_rows._PAGE", 2)
     for number in range(5):
         home.put_text(f"text {number}", f"name-{number}")
-        home.store.delete(tenant="acme", name=f"name-{number}")
+        changes.delete(home.store, tenant="acme", name=f"name-{number}")
     assert home.store.collect(grace=NOW, dry_run=True).blobs == 5
     assert home.store.collect(grace=NOW).blobs == 5
     assert home.held() == set()
@@ -49,19 +50,19 @@ def test_what_is_referenced_elsewhere_or_again_is_kept(home: Home) -> None:
     home.put("a")
     home.put("b")
     home.put("a", tenant="umbrella")
-    home.store.delete(tenant="acme", name="a")
+    changes.delete(home.store, tenant="acme", name="a")
     assert home.store.collect(grace=NOW).blobs == 0
-    home.store.delete(tenant="acme", name="b")
+    changes.delete(home.store, tenant="acme", name="b")
     home.put("c")
     assert home.store.collect(grace=NOW).blobs == 0
-    home.store.delete(tenant="acme", name="c")
+    changes.delete(home.store, tenant="acme", name="c")
     assert home.store.collect(grace=NOW).blobs == 1
     assert {key.tenant for key in home.held()} == {"umbrella"}
 
 
 def test_what_is_resident_is_kept_by_this_process_and_by_others(home: Home) -> None:
     key = BlobKey("acme", home.put().manifest.digest)
-    home.store.delete(tenant="acme", name="style")
+    changes.delete(home.store, tenant="acme", name="style")
     home.clock.ahead = 2 * DAY
     assert home.store.collect(grace=DAY, resident=[key]).blobs == 0
     assert home.store.collect(grace=NOW, resident=[key]) == GcResult(resident=1)
@@ -73,7 +74,7 @@ def test_what_is_resident_is_kept_by_this_process_and_by_others(home: Home) -> N
 
 def test_what_came_into_use_since_it_was_looked_up_is_kept(home: Home) -> None:
     key = BlobKey("acme", home.put().manifest.digest)
-    home.store.delete(tenant="acme", name="style")
+    changes.delete(home.store, tenant="acme", name="style")
     rows, now = home.store._rows, home.clock()
     assert [found for found, _ in rows.unreferenced(before=now)] == [key]
     later = now + DAY
@@ -91,9 +92,9 @@ def test_a_row_says_whether_its_blob_is_referenced(home: Home) -> None:
 
     home.put("a")
     home.put("b")
-    home.store.delete(tenant="acme", name="a")
+    changes.delete(home.store, tenant="acme", name="a")
     assert since() == [True]
-    home.store.delete(tenant="acme", name="b")
+    changes.delete(home.store, tenant="acme", name="b")
     assert since() == [False]
     home.put("a")
     assert since() == [True]
@@ -109,9 +110,9 @@ def test_which_blobs_no_version_has_any_more(home: Home, monkeypatch: pytest.Mon
     unknown = BlobKey("acme", "0" * 64)
     assert len(keys) == 4
     assert home.store.deleted([*keys, unknown]) == (unknown,)
-    home.store.delete(tenant="acme", name="first")
+    changes.delete(home.store, tenant="acme", name="first")
     assert home.store.deleted(list(keys)) == ()
-    home.store.delete(tenant="acme", name="third")
+    changes.delete(home.store, tenant="acme", name="third")
     (gone,) = home.store.deleted(list(keys))
     assert keys[gone] == ("acme", "third")
     home.put_text("one", "again", tenant="acme")
@@ -123,17 +124,19 @@ def overtaken(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Publ
     """Publishes, and twice lets something happen between its blob and its row."""
 
     def publish(happens: Callable[[BlobKey], None]) -> Published:
-        late, left = home.store._catalog.publish, [happens] * 2
+        change, remaining = home.store.change, [happens] * 2
 
-        def publish_late(draft: Draft, **options: Any) -> Published:
-            if left:
-                left.pop()(BlobKey("acme", draft.digest))
+        def change_late(tenant: str) -> AbstractContextManager[CatalogTransaction]:
+            if remaining:
+                (key,) = home.held()
+                remaining.pop()(key)
                 assert home.held() == set()
-            return late(draft, **options)
+            return change(tenant)
 
-        monkeypatch.setattr(home.store._catalog, "publish", publish_late)
+        monkeypatch.setattr(home.store, "change", change_late)
         published = home.put()
-        assert left == []
+        assert remaining == []
+        monkeypatch.undo()
         return published
 
     return publish
@@ -174,7 +177,7 @@ def test_a_row_that_a_killed_collection_left_does_not_vouch_for_a_blob(
 
     manifest = overtaken(half_collected).manifest
     assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
-    home.store.delete(tenant="acme", name="style")
+    changes.delete(home.store, tenant="acme", name="style")
     assert home.store.collect(grace=NOW).blobs == 1
     assert home.held() == set()
 
@@ -184,19 +187,18 @@ def test_of_two_deletes_at_once_one_finds_that_it_was_the_last(home: Home) -> No
     home.put("b")
     overtaken = threading.Event()
 
-    def delete(name: str, within: Callable[[Any, None], None]) -> None:
-        home.store.delete(tenant="acme", name=name, within=within)
+    def delete_other() -> None:
+        with home.store.change("acme") as tx:
+            tx.delete("b")
+            overtaken.set()
 
     with ThreadPoolExecutor(1) as pool:
-        others: list[Future[None]] = []
-
-        def begin_another(_connection: Any, _none: None) -> None:
-            others.append(pool.submit(delete, "b", lambda _c, _n: overtaken.set()))
-            # It has to wait for this transaction; where it does not, it comes here at once.
+        with home.store.change("acme") as tx:
+            tx.delete("a")
+            other = pool.submit(delete_other)
+            # The other one must wait for this transaction; a failure sets the event at once.
             overtaken.wait(timeout=0.5)
-
-        delete("a", begin_another)
-        others[0].result()
+        other.result()
     assert home.store.collect(grace=NOW).blobs == 1
     assert home.held() == set()
 
@@ -221,7 +223,7 @@ def test_racing_publishes_deletes_and_collections_never_lose_a_blob(
             home.put_text(f"text {number % 2}", name)
             manifest = home.store.resolve(tenant="acme", reference=name)
             assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
-            home.store.delete(tenant="acme", name=name)
+            changes.delete(home.store, tenant="acme", name=name)
             deleted.release()
 
     with ThreadPoolExecutor(4) as pool:

@@ -17,11 +17,13 @@ import pytest
 
 from prefixd.store.artifact.artifact import read_artifact
 from prefixd.store.blobs.blobs import Blobs, open_blobs
-from prefixd.store.db.database import create_tables, open_database
-from prefixd.store.digest import BlobKey
+from prefixd.store.db.database import open_database
+from prefixd.store.db.migrate import upgrade
 from prefixd.store.errors import UnknownPrefix
+from prefixd.store.names import BlobKey
 from prefixd.store.store import Manifest, PrefixStore
 from tests.real_services import install
+from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE
 from tests.store.store_victim import MARKER, TEXT
 
@@ -157,15 +159,21 @@ class Opened:
 def open_store(folder: Path) -> Iterator[Opened]:
     """The store on a folder, closed at the end of the block."""
     engine = open_database(f"sqlite:///{folder}/catalog.sqlite")
-    create_tables(engine)
+    upgrade(engine)
     blobs = open_blobs(None, folder)
     yield Opened(PrefixStore(engine, blobs), blobs)
     engine.dispose()
 
 
 def publish(opened: Opened, *, name: str = "style", text: str = TEXT) -> Manifest:
-    published = opened.store.publish_text(
-        tenant="acme", name=name, text=text, metadata=None, base=BASE, count_tokens=len
+    published = changes.publish_text(
+        opened.store,
+        tenant="acme",
+        name=name,
+        text=text,
+        metadata=None,
+        base=BASE,
+        count_tokens=len,
     )
     return published.manifest
 

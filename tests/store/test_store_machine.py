@@ -26,11 +26,13 @@ from prefixd.server.tenants.bindings import Bindings, ChosenBy
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.artifact.artifact import pack_text, read_artifact
 from prefixd.store.blobs.blobs import open_blobs
-from prefixd.store.catalog.pins import Change
-from prefixd.store.db.database import create_tables, metadata, open_database, writing
-from prefixd.store.digest import BlobKey
+from prefixd.store.catalog.transaction import CatalogTransaction
+from prefixd.store.db.database import metadata, open_database, writing
+from prefixd.store.db.migrate import upgrade
 from prefixd.store.errors import UnknownPrefix
-from prefixd.store.store import PrefixStore
+from prefixd.store.names import BlobKey
+from prefixd.store.store import Change, PrefixStore
+from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE
 
 TENANTS = ("acme", "umbrella")
@@ -106,7 +108,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.engine.dispose()
         database_url, blobs_url = self.urls
         self.engine = open_database(database_url.replace("HOME", str(self.home)))
-        create_tables(self.engine)
+        upgrade(self.engine)
         self.blobs = open_blobs(blobs_url, self.home)
         self.store = PrefixStore(self.engine, self.blobs, clock=lambda: self.now)
         self.store.watch(self.told.append)
@@ -125,9 +127,9 @@ class StoreMachine(RuleBasedStateMachine):
         bytes, killed before it wrote them, come between its blob and its row."""
         key = self.key(tenant, text)
         known = key in self.referenced()
-        publish = self.store._catalog.publish
+        change = self.store.change
 
-        def late(*arguments: Any, **options: Any) -> Any:
+        def late(tenant: str) -> Any:
             patch.undo()
             if not known:
                 self.idle[key] = self.now
@@ -135,10 +137,10 @@ class StoreMachine(RuleBasedStateMachine):
             self.collect(tenant, [], adopt=False)
             if again:
                 self.store._rows.want(key, size_bytes=1, now=self.now)
-            return publish(*arguments, **options)
+            return change(tenant)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(self.store._catalog, "publish", late)
+            patch.setattr(self.store, "change", late)
             self.publish(tenant, name, text)
 
     @rule(
@@ -166,7 +168,7 @@ class StoreMachine(RuleBasedStateMachine):
     def set_alias(self, tenant: str, name: str, alias: str, version: int) -> None:
         model = self.name(tenant, name)
         try:
-            self.store.set_alias(tenant=tenant, name=name, alias=alias, version=version)
+            changes.set_alias(self.store, tenant=tenant, name=name, alias=alias, version=version)
         except UnknownPrefix:
             assert version not in model.texts
         else:
@@ -177,7 +179,7 @@ class StoreMachine(RuleBasedStateMachine):
     def remove_alias(self, tenant: str, name: str, alias: str) -> None:
         model = self.name(tenant, name)
         try:
-            self.store.remove_alias(tenant=tenant, name=name, alias=alias)
+            changes.remove_alias(self.store, tenant=tenant, name=name, alias=alias)
         except UnknownPrefix:
             assert alias not in model.aliases
         else:
@@ -189,7 +191,7 @@ class StoreMachine(RuleBasedStateMachine):
         model = self.name(tenant, name)
         meant = int(selector) if selector.isdigit() else model.aliases.get(selector or "latest")
         try:
-            pinned = self.store.set_pin(tenant=tenant, reference=reference)
+            pinned = changes.set_pin(self.store, tenant=tenant, reference=reference)
         except UnknownPrefix:
             assert meant not in model.texts
         else:
@@ -200,7 +202,7 @@ class StoreMachine(RuleBasedStateMachine):
     def unpin(self, tenant: str, name: str) -> None:
         model = self.name(tenant, name)
         try:
-            self.store.remove_pin(tenant=tenant, name=name)
+            changes.remove_pin(self.store, tenant=tenant, name=name)
         except UnknownPrefix:
             assert model.pin is None
         model.pin = None
@@ -215,7 +217,7 @@ class StoreMachine(RuleBasedStateMachine):
         model = self.name(tenant, name)
         before = self.referenced()
         try:
-            removed = self.store.delete(tenant=tenant, name=name)
+            removed = changes.delete(self.store, tenant=tenant, name=name)
         except UnknownPrefix:
             removed = 0
         assert removed == len(model.texts)
@@ -314,7 +316,8 @@ class StoreMachine(RuleBasedStateMachine):
         return BlobKey(tenant, self.digests[text])
 
     def put(self, tenant: str, name: str, text: str, **options: Any) -> Any:
-        return self.store.publish_text(
+        return changes.publish_text(
+            self.store,
             tenant=tenant,
             name=name,
             text=text,
@@ -338,6 +341,14 @@ class StoreMachine(RuleBasedStateMachine):
 
             return run
 
+        change = self.store.change
+
+        @contextmanager
+        def changed(tenant: str) -> Iterator[CatalogTransaction]:
+            with change(tenant) as tx:
+                yield tx
+            raise Crash
+
         with pytest.MonkeyPatch.context() as patch:
             if stage == "staged":
                 patch.setattr(self.store._rows, "want", crash)
@@ -346,9 +357,8 @@ class StoreMachine(RuleBasedStateMachine):
             elif stage == "written":
                 patch.setattr(self.blobs, "put", after(self.blobs.put))
             elif stage == "committed":
-                catalog = self.store._catalog
-                patch.setattr(catalog, "publish", after(catalog.publish))
-            yield {"within": crash} if stage == "uncommitted" else {}
+                patch.setattr(self.store, "change", changed)
+            yield {"then": crash} if stage == "uncommitted" else {}
 
     def text_of(self, tenant: str, digest: str) -> str | None:
         path = self.store.fetch(tenant=tenant, digest=digest)

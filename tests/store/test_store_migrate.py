@@ -16,11 +16,12 @@ from sqlalchemy import Engine, inspect, select, text
 
 from prefixd.server.tenants import tables
 from prefixd.store.catalog.blob_rows import BlobRows, claim
-from prefixd.store.db.database import create_tables, metadata, open_database, writing
+from prefixd.store.db.database import metadata, open_database, writing
 from prefixd.store.db.migrate import FIRST, HEAD, configured, revision, upgrade
-from prefixd.store.digest import BlobKey
 from prefixd.store.errors import SchemaRefused
+from prefixd.store.names import BlobKey
 from prefixd.store.store import PrefixStore
+from tests.store import store_changes as changes
 from tests.store.store_home import Home
 
 # Every module that adds tables must be imported for the comparison.
@@ -82,7 +83,7 @@ def test_a_catalog_of_the_first_release_is_taken_over(database: Engine, tmp_path
             "INSERT INTO aliases VALUES (1, 'prod', 1)",
         ):
             connection.exec_driver_sql(statement)
-    create_tables(database)
+    upgrade(database)
     store = PrefixStore(database, None)  # type: ignore[arg-type]  # no blob is touched
     found = store.resolve(tenant="acme", reference="style@prod")
     assert (found.version, found.metadata, found.labels) == (1, {"labels": []}, {})
@@ -146,7 +147,7 @@ def test_processes_that_start_together_make_the_tables_once(database: Engine) ->
 
 def test_blobs_of_the_first_release_that_no_name_has_are_adopted(home: Home) -> None:
     home.put()
-    home.store.delete(tenant="acme", name="style")
+    changes.delete(home.store, tenant="acme", name="style")
     with writing(home.database) as connection:
         connection.execute(text("DELETE FROM blobs"))
     assert home.store.collect(adopt=True).adopted == 1

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import Connection
 
-from prefixd.store.catalog.pins import Change, Pinned
-from prefixd.store.digest import BlobKey
+from prefixd.store.catalog.pins import Pinned
+from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.errors import InvalidReference, UnknownPrefix
+from prefixd.store.names import BlobKey
+from prefixd.store.store import Change
+from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE
 from tests.store.store_home import Home
 
@@ -33,34 +35,34 @@ def test_a_pin_names_one_version_and_outlives_the_process(
     first = home.put_text("one").manifest
     second = home.put_text("second").manifest
     assert not first.pinned
-    made = home.store.set_pin(tenant="acme", reference="style")
+    made = changes.set_pin(home.store, tenant="acme", reference="style")
     assert (made.version, made.pinned) == (2, True)
     home.put_text("third")
     again = open_home()
     assert pins(again) == [("acme", second.digest, 6)]
     shown = {one.version: one.pinned for one in again.store.versions(tenant="acme", name="style")}
     assert shown == {1: False, 2: True, 3: False}
-    again.store.set_pin(tenant="acme", reference="style@1")
+    changes.set_pin(again.store, tenant="acme", reference="style@1")
     assert pins(again) == [("acme", first.digest, 3)]
-    again.store.remove_pin(tenant="acme", name="style")
+    changes.remove_pin(again.store, tenant="acme", name="style")
     assert pins(again) == []
     with pytest.raises(UnknownPrefix):
-        again.store.remove_pin(tenant="acme", name="style")
+        changes.remove_pin(again.store, tenant="acme", name="style")
 
 
 def test_what_cannot_be_pinned(home: Home) -> None:
     home.put_text("one")
     for reference in ("other", "style@2", "style@prod", "style@99999999999"):
         with pytest.raises(UnknownPrefix):
-            home.store.set_pin(tenant="acme", reference=reference)
+            changes.set_pin(home.store, tenant="acme", reference=reference)
         with pytest.raises(UnknownPrefix):
-            home.store.set_pin(tenant="umbrella", reference=reference)
+            changes.set_pin(home.store, tenant="umbrella", reference=reference)
     with pytest.raises(InvalidReference):
-        home.store.set_pin(tenant="acme", reference="a b")
+        changes.set_pin(home.store, tenant="acme", reference="a b")
     with pytest.raises(UnknownPrefix) as foreign:
-        home.store.remove_pin(tenant="umbrella", name="style")
+        changes.remove_pin(home.store, tenant="umbrella", name="style")
     with pytest.raises(UnknownPrefix) as unpinned:
-        home.store.remove_pin(tenant="acme", name="style")
+        changes.remove_pin(home.store, tenant="acme", name="style")
     assert str(foreign.value) == str(unpinned.value)
     assert pins(home) == []
 
@@ -70,9 +72,9 @@ def test_equal_bytes_are_pinned_once_for_each_tenant(home: Home) -> None:
     home.put_text("one", "b")
     home.put_text("one", "a", tenant="umbrella")
     for tenant, name in (("acme", "a"), ("acme", "b"), ("umbrella", "a")):
-        home.store.set_pin(tenant=tenant, reference=name)
+        changes.set_pin(home.store, tenant=tenant, reference=name)
     assert pins(home) == [("acme", digest, 3), ("umbrella", digest, 3)]
-    home.store.remove_pin(tenant="acme", name="a")
+    changes.remove_pin(home.store, tenant="acme", name="a")
     assert pins(home) == [("acme", digest, 3), ("umbrella", digest, 3)]
     assert home.store.pinned(fingerprint="another base") == ()
 
@@ -81,16 +83,16 @@ def test_the_oldest_pin_comes_first(home: Home) -> None:
     for name in ("b", "a", "c"):
         home.put_text(f"text {name}", name)
         home.clock.ahead += timedelta(seconds=1)
-        home.store.set_pin(tenant="acme", reference=name)
+        changes.set_pin(home.store, tenant="acme", reference=name)
     home.clock.ahead += timedelta(seconds=1)
-    home.store.set_pin(tenant="acme", reference="b")
+    changes.set_pin(home.store, tenant="acme", reference="b")
     digests = [home.store.resolve(tenant="acme", reference=name).digest for name in "acb"]
     assert [digest for _, digest, _ in pins(home)] == digests
 
 
 def test_a_corrupt_blob_is_not_loaded_and_its_pin_waits(home: Home) -> None:
     manifest = home.put_text("one").manifest
-    home.store.set_pin(tenant="acme", reference="style")
+    changes.set_pin(home.store, tenant="acme", reference="style")
     home.store._report_corrupt(BlobKey("acme", manifest.digest), "damaged")
     assert pins(home) == []
     assert home.put_text("one").manifest.pinned
@@ -100,16 +102,18 @@ def test_a_corrupt_blob_is_not_loaded_and_its_pin_waits(home: Home) -> None:
 def test_a_refused_pin_changes_nothing(home: Home, told: list[Change]) -> None:
     home.put_text("one")
 
-    def refuse(connection: Connection, manifest: object) -> None:
-        raise PermissionError
+    def refused(change: Callable[[CatalogTransaction], object]) -> None:
+        with home.store.change("acme") as tx:
+            change(tx)
+            raise PermissionError
 
     with pytest.raises(PermissionError):
-        home.store.set_pin(tenant="acme", reference="style", within=refuse)
+        refused(lambda tx: tx.set_pin("style"))
     assert pins(home) == []
-    home.store.set_pin(tenant="acme", reference="style")
+    changes.set_pin(home.store, tenant="acme", reference="style")
     told.clear()
     with pytest.raises(PermissionError):
-        home.store.remove_pin(tenant="acme", name="style", within=refuse)
+        refused(lambda tx: tx.remove_pin("style"))
     assert len(pins(home)) == 1
     assert told == []
 
@@ -119,24 +123,24 @@ def test_the_watcher_hears_what_nothing_means_any_more(home: Home, told: list[Ch
     assert told == [Change((keys["one"],))]
     told.clear()
     store = home.store
-    store.set_alias(tenant="acme", name="style", alias="prod", version=1)
-    store.set_pin(tenant="acme", reference="style@1")
-    store.remove_alias(tenant="acme", name="style", alias="prod")
+    changes.set_alias(store, tenant="acme", name="style", alias="prod", version=1)
+    changes.set_pin(store, tenant="acme", reference="style@1")
+    changes.remove_alias(store, tenant="acme", name="style", alias="prod")
     home.put_text("two")
     assert told == [Change(pins=True)]
     told.clear()
-    store.remove_pin(tenant="acme", name="style")
+    changes.remove_pin(store, tenant="acme", name="style")
     assert told == [Change((keys["one"],), pins=True)]
     told.clear()
-    store.set_alias(tenant="acme", name="style", alias="prod", version=1)
-    store.set_alias(tenant="acme", name="style", alias="prod", version=2)
+    changes.set_alias(store, tenant="acme", name="style", alias="prod", version=1)
+    changes.set_alias(store, tenant="acme", name="style", alias="prod", version=2)
     assert told == [Change((keys["one"],))]
     told.clear()
     home.put_text("one", "other")
-    store.set_pin(tenant="acme", reference="style@2")
+    changes.set_pin(store, tenant="acme", reference="style@2")
     assert told == [Change(pins=True)]
     told.clear()
-    store.delete(tenant="acme", name="style")
+    changes.delete(store, tenant="acme", name="style")
     assert told == [Change((keys["two"],), pins=True)]
     assert pins(home) == []
 
@@ -144,14 +148,14 @@ def test_the_watcher_hears_what_nothing_means_any_more(home: Home, told: list[Ch
 def test_another_tenants_names_mean_nothing_here(home: Home, told: list[Change]) -> None:
     digest = home.put_text("one").manifest.digest
     home.put_text("one", tenant="umbrella")
-    home.store.delete(tenant="acme", name="style")
+    changes.delete(home.store, tenant="acme", name="style")
     assert told == [Change((BlobKey("acme", digest),))]
 
 
 def test_pins_of_a_deleted_name_do_not_come_back(home: Home) -> None:
     home.put_text("one")
-    home.store.set_pin(tenant="acme", reference="style")
-    home.store.delete(tenant="acme", name="style")
+    changes.set_pin(home.store, tenant="acme", reference="style")
+    changes.delete(home.store, tenant="acme", name="style")
     assert not home.put_text("one").manifest.pinned
     assert pins(home) == []
 
@@ -174,7 +178,7 @@ def test_versions_are_had_in_parts(home: Home) -> None:
 
 def test_pins_are_listed_as_values(home: Home) -> None:
     manifest = home.put_text("one").manifest
-    home.store.set_pin(tenant="acme", reference="style", creator="k1")
+    changes.set_pin(home.store, tenant="acme", reference="style", creator="k1")
     assert home.store.pinned(fingerprint=BASE.fingerprint) == (
         Pinned(BlobKey("acme", manifest.digest), 3),
     )

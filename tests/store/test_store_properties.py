@@ -11,7 +11,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from prefixd.store.artifact.artifact import inspect_peft, pack_peft, read_artifact, read_envelope
-from prefixd.store.artifact.values import cast
+from prefixd.store.artifact.weights import cast
 from prefixd.store.errors import ArtifactRefused
 from tests.store.store_artifacts import (
     BASE,

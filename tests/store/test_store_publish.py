@@ -6,10 +6,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection
 
 from prefixd.store.artifact.artifact import read_artifact
-from prefixd.store.digest import BlobKey
+from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.errors import (
     ArtifactRefused,
     CorruptArtifact,
@@ -17,13 +16,17 @@ from prefixd.store.errors import (
     StoreError,
     UnknownPrefix,
 )
+from prefixd.store.names import BlobKey
+from prefixd.store.store import Change
+from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE, config_bytes, multitask, soft, spool
 from tests.store.store_home import Home
 
 
 def test_a_manifest_tells_what_is_known(home: Home) -> None:
     config = config_bytes("P_TUNING", base_model_name_or_path="org/tiny")
-    published = home.store.publish_peft(
+    published = changes.publish_peft(
+        home.store,
         tenant="acme",
         name="style",
         config=config,
@@ -57,7 +60,8 @@ def test_the_same_content_is_the_same_version_and_latest_points_at_it_again(home
 def test_the_same_content_for_another_base_is_another_version(home: Home) -> None:
     first = home.put().manifest
     other = replace(BASE, fingerprint="0" * 64)
-    second = home.store.publish_peft(
+    second = changes.publish_peft(
+        home.store,
         tenant="acme",
         name="style",
         config=config_bytes(),
@@ -71,7 +75,8 @@ def test_the_same_content_for_another_base_is_another_version(home: Home) -> Non
 
 def test_task_ids_make_different_versions(home: Home) -> None:
     def put(task_id: int) -> int:
-        published = home.store.publish_peft(
+        published = changes.publish_peft(
+            home.store,
             tenant="acme",
             name="tasks",
             config=config_bytes("MULTITASK_PROMPT_TUNING"),
@@ -87,8 +92,14 @@ def test_task_ids_make_different_versions(home: Home) -> None:
 
 def test_text(home: Home) -> None:
     def put(text: str) -> Any:
-        return home.store.publish_text(
-            tenant="acme", name="text", text=text, metadata=None, base=BASE, count_tokens=len
+        return changes.publish_text(
+            home.store,
+            tenant="acme",
+            name="text",
+            text=text,
+            metadata=None,
+            base=BASE,
+            count_tokens=len,
         )
 
     manifest = put("Be brief.").manifest
@@ -101,9 +112,9 @@ def test_text(home: Home) -> None:
 def test_references_and_aliases(home: Home) -> None:
     for seed in range(3):
         home.put(seed=seed)
-    home.store.set_alias(tenant="acme", name="style", alias="prod", version=1)
-    moved = home.store.set_alias(tenant="acme", name="style", alias="prod", version=2)
-    home.store.set_alias(tenant="acme", name="style", alias="a", version=3)
+    changes.set_alias(home.store, tenant="acme", name="style", alias="prod", version=1)
+    moved = changes.set_alias(home.store, tenant="acme", name="style", alias="prod", version=2)
+    changes.set_alias(home.store, tenant="acme", name="style", alias="a", version=3)
     assert (moved.version, moved.aliases) == (2, ("prod",))
     found = {
         reference: home.store.resolve(tenant="acme", reference=reference).version
@@ -122,23 +133,23 @@ def test_references_and_aliases(home: Home) -> None:
         (2, ("prod",)),
         (1, ()),
     ]
-    home.store.remove_alias(tenant="acme", name="style", alias="prod")
+    changes.remove_alias(home.store, tenant="acme", name="style", alias="prod")
     assert home.store.manifest(tenant="acme", name="style", version=2).aliases == ()
     with pytest.raises(UnknownPrefix, match="style@prod"):
-        home.store.remove_alias(tenant="acme", name="style", alias="prod")
+        changes.remove_alias(home.store, tenant="acme", name="style", alias="prod")
 
 
 def test_versions_are_never_used_again(home: Home) -> None:
     home.put(seed=1)
     home.put(seed=2)
-    home.store.set_alias(tenant="acme", name="style", alias="prod", version=1)
-    assert home.store.delete(tenant="acme", name="style") == 2
+    changes.set_alias(home.store, tenant="acme", name="style", alias="prod", version=1)
+    assert changes.delete(home.store, tenant="acme", name="style") == 2
     for reference in ("style", "style@1", "style@prod"):
         with pytest.raises(UnknownPrefix):
             home.store.resolve(tenant="acme", reference=reference)
     assert home.store.list(tenant="acme").manifests == ()
     with pytest.raises(UnknownPrefix):
-        home.store.delete(tenant="acme", name="style")
+        changes.delete(home.store, tenant="acme", name="style")
     again = home.put(seed=1)
     assert (again.created, again.manifest.version, again.manifest.aliases) == (True, 3, ("latest",))
 
@@ -150,20 +161,20 @@ ASKED: dict[str, Ask] = {
     "resolve alias": lambda home, name: home.store.resolve(tenant="acme", reference=name + "@prod"),
     "manifest": lambda home, name: home.store.manifest(tenant="acme", name=name, version=1),
     "versions": lambda home, name: home.store.versions(tenant="acme", name=name),
-    "set alias": lambda home, name: home.store.set_alias(
-        tenant="acme", name=name, alias="prod", version=1
+    "set alias": lambda home, name: changes.set_alias(
+        home.store, tenant="acme", name=name, alias="prod", version=1
     ),
-    "remove alias": lambda home, name: home.store.remove_alias(
-        tenant="acme", name=name, alias="prod"
+    "remove alias": lambda home, name: changes.remove_alias(
+        home.store, tenant="acme", name=name, alias="prod"
     ),
-    "delete": lambda home, name: home.store.delete(tenant="acme", name=name),
+    "delete": lambda home, name: changes.delete(home.store, tenant="acme", name=name),
 }
 
 
 @pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
 def test_a_foreign_prefix_is_an_unknown_one(home: Home, ask: Ask) -> None:
     home.put("theirs", tenant="umbrella")
-    home.store.set_alias(tenant="umbrella", name="theirs", alias="prod", version=1)
+    changes.set_alias(home.store, tenant="umbrella", name="theirs", alias="prod", version=1)
     messages = []
     for name in ("theirs", "absent"):
         with pytest.raises(UnknownPrefix) as unknown:
@@ -178,7 +189,7 @@ def test_two_tenants_may_use_one_name(home: Home) -> None:
     ours = home.put(seed=1).manifest
     theirs = home.put(seed=1, tenant="umbrella").manifest
     assert ours.digest == theirs.digest
-    home.store.delete(tenant="umbrella", name="style")
+    changes.delete(home.store, tenant="umbrella", name="style")
     assert home.store.resolve(tenant="acme", reference="style") == ours
 
 
@@ -188,7 +199,7 @@ def test_versions_that_cannot_exist(home: Home, version: int) -> None:
     with pytest.raises(UnknownPrefix):
         home.store.manifest(tenant="acme", name="style", version=version)
     with pytest.raises(UnknownPrefix):
-        home.store.set_alias(tenant="acme", name="style", alias="prod", version=version)
+        changes.set_alias(home.store, tenant="acme", name="style", alias="prod", version=version)
 
 
 def test_listing_is_paged_in_the_order_of_names(home: Home) -> None:
@@ -212,7 +223,7 @@ def test_everything_is_there_after_a_restart(open_home: Callable[[], Home]) -> N
     first = open_home()
     before = first.put(seed=1).manifest
     first.put(seed=2)
-    first.store.set_alias(tenant="acme", name="style", alias="prod", version=1)
+    changes.set_alias(first.store, tenant="acme", name="style", alias="prod", version=1)
     second = open_home()
     found = second.store.resolve(tenant="acme", reference="style@prod")
     assert found == replace(before, aliases=("prod",))
@@ -289,32 +300,52 @@ def test_a_prefix_for_another_base_is_refused_and_both_are_named(home: Home) -> 
     assert home.held() == set()
 
 
-def test_what_is_written_within_holds_with_the_change_or_not_at_all(home: Home) -> None:
+def test_a_failed_transaction_changes_nothing(home: Home) -> None:
     seen: list[Any] = []
 
-    def refuse(connection: Connection, result: Any) -> None:
-        assert connection.in_transaction()
+    def refuse(tx: CatalogTransaction, result: Any) -> None:
+        assert tx.connection.in_transaction()
         seen.append(result)
         raise RuntimeError("over the quota")
 
     store = home.store
-    first = home.put(seed=1, within=lambda _, published: seen.append(published))
-    assert seen == [first]
-    changes: list[Callable[[], object]] = [
-        lambda: home.put(seed=2, within=refuse),
-        lambda: store.set_alias(
-            tenant="acme", name="style", alias="next", version=1, within=refuse
-        ),
-        lambda: store.remove_alias(tenant="acme", name="style", alias="prod", within=refuse),
-        lambda: store.delete(tenant="acme", name="style", within=refuse),
+    first = home.put(seed=1)
+    assert store.resolve(tenant="acme", reference="style") == first.manifest
+    before = changes.set_alias(store, tenant="acme", name="style", alias="prod", version=1)
+    refused: list[Callable[[CatalogTransaction], object]] = [
+        lambda tx: tx.set_alias("style", "next", version=1),
+        lambda tx: tx.remove_alias("style", "prod"),
+        lambda tx: tx.delete("style"),
     ]
-    before = store.set_alias(tenant="acme", name="style", alias="prod", version=1)
-    for change in changes:
-        with pytest.raises(RuntimeError, match="quota"):
-            change()
+    with pytest.raises(RuntimeError, match="quota"):
+        home.put(seed=2, then=lambda tx: refuse(tx, tx.set_alias("style", "next", version=2)))
+    assert store.versions(tenant="acme", name="style") == (before,)
+    for change in refused:
+        with pytest.raises(RuntimeError, match="quota"), store.change("acme") as tx:
+            refuse(tx, change(tx))
         assert store.versions(tenant="acme", name="style") == (before,)
-    assert seen[1].manifest.version == 2
-    assert seen[2:] == [replace(before, aliases=("latest", "next", "prod")), None, None]
+    assert (seen[0].version, seen[0].aliases) == (2, ("latest", "next"))
+    assert seen[1:] == [replace(before, aliases=("latest", "next", "prod")), None, 1]
+
+
+def test_a_block_of_changes_is_one_transaction(home: Home) -> None:
+    told: list[Change] = []
+    first = home.put(seed=1).manifest
+    home.store.watch(told.append)
+
+    def move_prod(tx: CatalogTransaction) -> None:
+        tx.set_alias("style", "prod", version=1)
+        tx.set_pin("style@prod")
+        assert told == []
+
+    home.put(seed=2, then=move_prod)
+    assert told == [Change(pins=True)]  # version 1 lost ``latest`` and got an alias and a pin
+    with home.store.change("acme") as tx:
+        tx.remove_pin("style")
+        tx.set_alias("style", "prod", version=2)
+        tx.set_alias("style", "old", version=1)
+        tx.remove_alias("style", "old")
+    assert told[1:] == [Change((BlobKey("acme", first.digest),), pins=True)]
 
 
 @pytest.mark.parametrize(
@@ -336,8 +367,14 @@ def test_what_is_written_within_holds_with_the_change_or_not_at_all(home: Home) 
 )
 def test_refuses_metadata_that_is_not_small_json(home: Home, metadata: Any) -> None:
     with pytest.raises(ArtifactRefused) as refusal:
-        home.store.publish_text(
-            tenant="acme", name="a", text="x", metadata=metadata, base=BASE, count_tokens=len
+        changes.publish_text(
+            home.store,
+            tenant="acme",
+            name="a",
+            text="x",
+            metadata=metadata,
+            base=BASE,
+            count_tokens=len,
         )
     assert refusal.value.code == "malformed_metadata"
     assert str(refusal.value.param).startswith("metadata")

@@ -11,7 +11,8 @@ from sqlalchemy import Engine, text
 
 from prefixd.server.tenants.bindings import Bindings, ChosenBy
 from prefixd.store.blobs.blobs import open_blobs
-from prefixd.store.db.database import create_tables, open_database, writing
+from prefixd.store.db.database import open_database, writing
+from prefixd.store.db.migrate import upgrade
 from prefixd.store.store import PrefixStore
 from tests.real_services import Postgres
 from tests.store.store_home import Home
@@ -47,7 +48,7 @@ _ROWS = {
 
 def fill(engine: Engine, count: int) -> None:
     """``count`` prefixes, with an alias each, and as many bindings, by plain SQL."""
-    create_tables(engine)
+    upgrade(engine)
     dialect = engine.dialect.name
     short, long = _PADDED[dialect]
     cast = "::timestamp" if dialect == "postgresql" else ""
@@ -100,7 +101,7 @@ class Catalog:
 
     def a_start(self) -> None:
         engine = open_database(self.url)
-        create_tables(engine)
+        upgrade(engine)
         PrefixStore(engine, open_blobs(None, Path(self.store._blobs._root).parent))  # type: ignore[attr-defined]
         engine.dispose()
 

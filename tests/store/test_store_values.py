@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefixd.store.artifact import values
+from prefixd.store.artifact import weights as weight_pieces
 from prefixd.store.artifact.artifact import pack_peft, read_artifact
-from prefixd.store.artifact.values import ValueRule, check_range
+from prefixd.store.artifact.weights import ValueRule, check_range
 from prefixd.store.errors import ArtifactRefused
 from tests.store.store_artifacts import BASE, HIDDEN, P, config_bytes, multitask, ramp, soft, spool
 
@@ -23,7 +23,7 @@ def read(tmp_path: Path, config: bytes, weights: bytes, task_id: int | None) -> 
 def test_pieces_of_a_soft_prompt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: str
 ) -> None:
-    monkeypatch.setattr(values, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(weight_pieces, "CHUNK_ELEMENTS", chunk)
     found = read(tmp_path, config_bytes(), soft(dtype=dtype), None)
     np.testing.assert_array_equal(found, ramp(P, HIDDEN))  # exact in all three
 
@@ -33,7 +33,7 @@ def test_pieces_of_a_soft_prompt(
 def test_pieces_of_a_fold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, task: int
 ) -> None:
-    monkeypatch.setattr(values, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(weight_pieces, "CHUNK_ELEMENTS", chunk)
     found = read(tmp_path, config_bytes("MULTITASK_PROMPT_TUNING"), multitask(), task)
     product = ramp(3, P, 2)[task] @ ramp(3, 2, HIDDEN)[task]
     assert found is not None

@@ -7,7 +7,8 @@ import pytest
 from sqlalchemy import Engine
 
 from prefixd.server.tenants.registry import Tenants
-from prefixd.store.db.database import create_tables, open_database
+from prefixd.store.db.database import open_database
+from prefixd.store.db.migrate import upgrade
 from tests.tenants.tenants_clock import Clock
 
 
@@ -24,7 +25,7 @@ def open_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Call
         opened.append(open_database(url))
         return opened[-1]
 
-    create_tables(make())
+    upgrade(make())
     yield make
     for engine in opened:
         engine.dispose()

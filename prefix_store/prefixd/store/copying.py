@@ -1,7 +1,7 @@
-"""Copying a whole store, tables and blobs, to another place: a back-up, or a move.
+"""Copying a whole store, tables and blobs, to another place: a backup, or a move.
 
-From any driver to any other. The rows are those of one moment, read while others go on writing; the
-blobs are copied first, so that the copy never has a version without its blob.
+From any driver to any other. The rows are one snapshot, read while other processes write; the blobs
+are copied first, so that the copy never has a version without its blob.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from sqlalchemy import Column, Connection, Engine, Integer, Table, func, insert, select, text
 
 from prefixd.store.blobs.blobs import Blobs
-from prefixd.store.blobs.durable import copy_durably
 from prefixd.store.catalog.tables import blobs as blob_table
 from prefixd.store.catalog.tables import versions
 from prefixd.store.db.database import metadata, reading, writing
 from prefixd.store.db.migrate import upgrade
-from prefixd.store.digest import BlobKey
 from prefixd.store.errors import CopyRefused, CorruptArtifact, UnknownPrefix
+from prefixd.store.files import copy_durably
+from prefixd.store.names import BlobKey
 
 _ROWS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A database and the blobs its catalog speaks of."""
+    """A database and the blobs its catalog refers to."""
 
     database: Engine
     blobs: Blobs
@@ -31,7 +31,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """What a copy holds, and which blobs it lacks because the source's were corrupt or gone."""
+    """Rows by table, blobs and bytes of a copy, and the blobs that were corrupt at the source."""
 
     rows: dict[str, int]
     blobs: int
@@ -44,10 +44,10 @@ def copy_store(
 ) -> Copied:
     """Copy every table of ``metadata`` and every referenced blob to an empty target.
 
-    The digest of each blob is verified on the way. One that is corrupt is left out and reported;
-    its versions come over, marked as corrupt, as they were. Blobs of deleted prefixes stay behind.
+    The digest of each blob is verified. A corrupt one is left out and reported; its versions are
+    copied, marked as corrupt. Blobs of deleted prefixes are not copied.
 
-    Import every module that adds tables first. Raises CopyRefused when the target holds something.
+    Import every module that defines tables first. Raises CopyRefused when the target is not empty.
     """
     upgrade(source.database)
     upgrade(target.database)
@@ -60,14 +60,14 @@ def copy_store(
                 count, size = count + 1, size + size_bytes
             else:
                 lost.append(key)
-        # One transaction: a copy that breaks off leaves an empty catalog, and can be begun again.
+        # One transaction: an interrupted copy leaves an empty catalog, and can be started again.
         with writing(target.database) as connection:
             _check_empty_on(connection)
             rows = {
                 table.name: _copy_rows(moment, connection, table)
                 for table in metadata.sorted_tables
             }
-            # What stays behind is nothing to collect at the target, and what is lost is corrupt.
+            # Blobs that were not copied are not collected at the target; missing ones are corrupt.
             _settle_blobs(connection, lost)
     return Copied(rows=rows, blobs=count, bytes=size, corrupt=tuple(lost))
 
@@ -86,12 +86,12 @@ def _check_empty_on(connection: Connection) -> None:
 
 
 def _referenced(connection: Connection) -> Iterator[tuple[BlobKey, int]]:
-    found = (
+    statement = (
         select(versions.c.tenant, versions.c.digest, func.max(versions.c.size_bytes))
         .group_by(versions.c.tenant, versions.c.digest)
         .order_by(versions.c.tenant, versions.c.digest)
     )
-    for tenant, digest, size_bytes in connection.execute(found):
+    for tenant, digest, size_bytes in connection.execute(statement):
         yield BlobKey(tenant, digest), size_bytes
 
 
@@ -108,13 +108,13 @@ def _copy_blob(source: Blobs, target: Blobs, key: BlobKey) -> bool:
 
 def _copy_rows(source: Connection, target: Connection, table: Table) -> int:
     count = 0
-    found = source.execution_options(yield_per=_ROWS).execute(select(table)).mappings()
-    for batch in found.partitions(_ROWS):
+    rows = source.execution_options(yield_per=_ROWS).execute(select(table)).mappings()
+    for batch in rows.partitions(_ROWS):
         target.execute(insert(table), [dict(row) for row in batch])
         count += len(batch)
     counter = _counter(table)
     if count and counter is not None and target.dialect.name == "postgresql":
-        # The rows brought their numbers along: the next ones go on from there.
+        # The rows kept their numbers: continue counting after the largest.
         target.execute(
             text("SELECT setval(pg_get_serial_sequence(:table, :column), :last)"),
             {
@@ -127,7 +127,7 @@ def _copy_rows(source: Connection, target: Connection, table: Table) -> int:
 
 
 def _counter(table: Table) -> "Column[int] | None":
-    """The column that the database counts up, where a table has one."""
+    """The column that the database counts up, if the table has one."""
     column = table.autoincrement_column
     return column if column is not None and isinstance(column.type, Integer) else None
 

@@ -1,4 +1,4 @@
-"""What the store can refuse.
+"""Errors of the store.
 
 ::
 
@@ -8,21 +8,21 @@
     ├── UnknownPrefix        no such name, version or alias for this tenant
     ├── CorruptArtifact      stored bytes no longer have the digest they were stored under
     ├── BlobsUnavailable     the place for blobs cannot be reached now
-    ├── BlobStoreRefused     the configured place for blobs cannot be trusted with them
+    ├── BlobStoreRefused     the configured place for blobs cannot be used safely
     ├── SchemaRefused        the database was changed by a later version of prefixd
-    └── CopyRefused          the place to copy to holds something already
+    └── CopyRefused          the place to copy to is not empty
 
-``str(error)`` is a sentence for the caller. It never depends on another tenant's things.
+``str(error)`` is a message for the caller. It never depends on another tenant's data.
 """
 
-BLOBS_AWAY = "the store of prefixes cannot be reached; try again in a while"
-"""What BlobsUnavailable says."""
+BLOBS_UNAVAILABLE = "the store of prefixes cannot be reached; try again later"
+"""The message of BlobsUnavailable."""
 
 _SHOWN_CHARACTERS = 80
 
 
 class StoreError(Exception):
-    """Base of everything the store refuses."""
+    """Base of all errors of the store."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -32,8 +32,8 @@ class StoreError(Exception):
 class ArtifactRefused(StoreError):
     """The uploaded bytes are not a prefix for this base.
 
-    ``code`` is a word for machines (docs/formats.md lists them), ``param`` names the part of the
-    upload or the field of it that is at fault, ``message`` says what was expected and what came.
+    ``code`` is for programs (docs/formats.md lists all codes), ``param`` names the part or field of
+    the upload that was refused, ``message`` says what was expected and what was received.
     """
 
     def __init__(self, code: str, message: str, *, param: str | None = None) -> None:
@@ -47,7 +47,7 @@ class InvalidReference(StoreError):
 
 
 class UnknownPrefix(StoreError):
-    """No such name, version or alias for this tenant; another tenant's reads exactly the same."""
+    """No such name, version or alias for this tenant; another tenant's gives the same message."""
 
 
 class CorruptArtifact(StoreError):
@@ -59,7 +59,7 @@ class BlobsUnavailable(StoreError):
 
 
 class BlobStoreRefused(StoreError):
-    """The configured place for blobs cannot be trusted with them. For the operator, at start."""
+    """The configured place for blobs cannot be used safely. For the operator, at start."""
 
 
 class SchemaRefused(StoreError):
@@ -67,11 +67,11 @@ class SchemaRefused(StoreError):
 
 
 class CopyRefused(StoreError):
-    """The place to copy to holds something already. For the operator."""
+    """The place to copy to is not empty. For the operator."""
 
 
 def quoted(text: str) -> str:
-    """Somebody else's string, safe in a message: ASCII only, escaped, and cut to 80 characters."""
+    """Uploaded text, safe in a message: ASCII only, escaped, and cut to 80 characters."""
     if len(text) <= _SHOWN_CHARACTERS:
         return ascii(text)
     return f"{text[:_SHOWN_CHARACTERS]!a}… ({len(text)} characters)"

@@ -1,4 +1,4 @@
-"""Collecting: the second phase of delete, which removes blobs that no version has any more."""
+"""Garbage collection: the second phase of a delete removes the blobs that no version has."""
 
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -9,14 +9,14 @@ from logging import getLogger
 
 from prefixd.store.blobs.blobs import Blobs
 from prefixd.store.catalog.blob_rows import BlobRows
-from prefixd.store.digest import BlobKey
+from prefixd.store.names import BlobKey
 
 DEFAULT_GRACE = timedelta(days=1)
-"""How long a blob stays after the last thing that had or wanted it. It outlasts a request that
-was admitted just before a delete, and the clocks of replicas that disagree."""
+"""How long a blob stays after it was last referenced or wanted: longer than a request that was
+admitted just before a delete, and than the difference between the clocks of replicas."""
 
 _IN_FLIGHT = timedelta(days=1)
-"""No upload takes as long, whatever the grace: an older file was left by a killed one."""
+"""No upload takes as long, regardless of the grace: an older file is an interrupted upload."""
 
 _BATCH = 500
 _log = getLogger("prefixd.store")
@@ -24,7 +24,8 @@ _log = getLogger("prefixd.store")
 
 @dataclass(frozen=True, slots=True)
 class GcResult:
-    """What one collection did, or with ``dry_run`` would have done."""
+    """Blobs and bytes that one collection removed, or with ``dry_run`` would have; blobs it spared
+    as resident, and those it adopted."""
 
     blobs: int = 0
     bytes: int = 0
@@ -42,10 +43,11 @@ def collect(
     adopt: bool = False,
     dry_run: bool = False,
 ) -> GcResult:
-    """Remove the blobs that nothing has had or wanted for ``grace`` and that are not ``resident``.
+    """Remove the blobs that were neither referenced nor wanted for ``grace`` and are not
+    ``resident``.
 
-    ``adopt`` lists all blobs first and takes in those the catalog does not know, as a restored
-    back-up leaves them; they begin their grace.
+    ``adopt`` first lists all blobs and adds rows for those without one, as after restoring a
+    backup; their grace begins now.
     """
     before = now - grace
     in_use = frozenset(resident)
@@ -75,16 +77,16 @@ def _remove(rows: BlobRows, blobs: Blobs, key: BlobKey, *, before: datetime) -> 
 
 
 def _batches(
-    found: Iterator[tuple[BlobKey, int]],
+    listing: Iterator[tuple[BlobKey, int]],
 ) -> Iterator[list[tuple[BlobKey, int]]]:
-    while batch := list(islice(found, _BATCH)):
+    while batch := list(islice(listing, _BATCH)):
         yield batch
 
 
 class Sweeper:
-    """Runs ``sweep`` now and then in a thread of its own, until it is stopped.
+    """Runs ``sweep`` every ``interval_s`` seconds in its own thread, until it is stopped.
 
-    A sweep that fails is logged and tried again the next time.
+    A sweep that fails is logged; the next one runs as usual.
     """
 
     def __init__(self, sweep: Callable[[], GcResult], *, interval_s: float) -> None:
@@ -94,20 +96,20 @@ class Sweeper:
         self._thread = threading.Thread(target=self._run, name="prefixd-sweep", daemon=True)
 
     def start(self) -> None:
-        """Begin; the first sweep comes after one interval."""
+        """Start the thread; the first sweep runs after one interval."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End, after the sweep that runs now."""
+        """Stop the thread, after a sweep in progress."""
         self._stop.set()
         self._thread.join()
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
             try:
-                done = self._sweep()
-            except Exception:  # noqa: BLE001 - a database that is away for a while ends no sweeper
+                result = self._sweep()
+            except Exception:  # noqa: BLE001 - the sweeper survives an unavailable database
                 _log.exception("collecting blobs failed")
             else:
-                if done.blobs:
-                    _log.info("collected %d blobs of %d bytes", done.blobs, done.bytes)
+                if result.blobs:
+                    _log.info("collected %d blobs of %d bytes", result.blobs, result.bytes)

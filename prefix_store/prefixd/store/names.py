@@ -1,27 +1,65 @@
-"""Names, aliases and references: checked once, into a stronger type."""
+"""Names, aliases, references and keys of blobs: checked once, into a stronger type."""
 
 import re
 from dataclasses import dataclass
 
-from prefixd.store.errors import InvalidReference, quoted
+from prefixd.store.errors import CorruptArtifact, InvalidReference, UnknownPrefix, quoted
 
 LATEST = "latest"
-"""The alias that moves by itself: what was put last under a name."""
+"""The alias that moves by itself: the version last uploaded under a name."""
 
 MAX_VERSION = 2**31 - 1
 """Largest version number a catalog column holds."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RULE = "1 to 128 of A-Z a-z 0-9 . _ - and begin with a letter or digit"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """``name``, ``name@3`` or ``name@alias``, taken apart; a bare name means ``latest``."""
+    """A parsed ``name``, ``name@3`` or ``name@alias``; a bare name means ``latest``."""
 
     name: str
     alias: str | None = LATEST
     version: int | None = None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BlobKey:
+    """The tenant and the digest of a blob: equal bytes of two tenants are two blobs. The digest is
+    the sha256 of the artifact file, in hexadecimal."""
+
+    tenant: str
+    digest: str
+
+    @property
+    def place(self) -> str:
+        """Relative path or key of the blob; raise InvalidReference, UnknownPrefix."""
+        check_tenant(self.tenant)
+        if _DIGEST.fullmatch(self.digest) is None:
+            raise UnknownPrefix(f"a digest is 64 hexadecimal characters; got {quoted(self.digest)}")
+        return f"{self.tenant}/{self.digest[:2]}/{self.digest}"
+
+    @classmethod
+    def at(cls, place: str) -> "BlobKey | None":
+        """The key whose ``place`` this is; None for any other file."""
+        match place.split("/"):
+            case [tenant, start, digest] if _DIGEST.fullmatch(digest) and digest.startswith(start):
+                return cls(tenant, digest)
+        return None
+
+
+def corrupt(digest: str, actual: str) -> CorruptArtifact:
+    """The error for bytes stored as ``digest`` whose digest is now ``actual``."""
+    return CorruptArtifact(
+        f"the artifact stored as {digest} now has the digest {actual}; upload it again"
+    )
+
+
+def missing(digest: str) -> UnknownPrefix:
+    """The error for a digest without bytes."""
+    return UnknownPrefix(f"no artifact has the digest {digest}")
 
 
 def check_name(name: str) -> str:
@@ -52,7 +90,7 @@ def check_tenant(tenant: str) -> str:
 
 
 def parse_reference(reference: str) -> Reference:
-    """Take ``name``, ``name@3`` or ``name@alias`` apart; raise InvalidReference when malformed."""
+    """Parse ``name``, ``name@3`` or ``name@alias``; raise InvalidReference when malformed."""
     name, at, selector = reference.partition("@")
     check_name(name)
     if not at:

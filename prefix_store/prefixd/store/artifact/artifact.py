@@ -1,43 +1,52 @@
-"""Artifacts: a prefix's bytes, parsed and judged against a base. No torch, no SQL."""
+"""Artifacts: a prefix's bytes, parsed and checked against a base. No torch, no SQL.
 
+An artifact file is one self-contained byte string, whose sha256 is the prefix's digest::
+
+    {"config":{...},"format":1,"kind":"soft_prompt",...,"payload_bytes":N}\\n      canonical JSON
+    N bytes: adapter_model.safetensors as uploaded, or the UTF-8 text              verbatim
+
+So ``sha256sum`` on a blob checks it. The digest covers the config and the task id too: the same
+tensor under another type is another prefix.
+"""
+
+import hashlib
+import io
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from prefixd.store.artifact.base import BaseSpec
-from prefixd.store.artifact.envelope import (
-    MAX_TEXT_BYTES,
-    Envelope,
-    Packed,
-    decode_text,
-    encode_text,
-    pack_peft,
-    pack_text,
-    read_envelope,
+from prefixd.store.artifact.config import (
+    KINDS,
+    BaseSpec,
+    Kind,
+    PeftConfig,
+    from_fields,
+    parse_config,
 )
-from prefixd.store.artifact.peft_config import Kind, PeftConfig, from_fields, parse_config
-from prefixd.store.artifact.values import Floats
-from prefixd.store.artifact.weights import PeftWeights, open_weights
+from prefixd.store.artifact.strict import (
+    MAX_DEPTH,
+    StrictJsonError,
+    canonical,
+    parse_object,
+    shown,
+)
+from prefixd.store.artifact.weights import Floats, PeftWeights, open_weights
 from prefixd.store.errors import ArtifactRefused
 
-__all__ = [
-    "Artifact",
-    "Envelope",
-    "Kind",
-    "Packed",
-    "Summary",
-    "inspect_peft",
-    "inspect_text",
-    "pack_peft",
-    "pack_text",
-    "read_artifact",
-    "read_envelope",
-]
+FORMAT = 1
+MAX_TEXT_BYTES = 1024 * 1024
+"""Checked before tokens are counted: no tokenizer runs over an unlimited text."""
+
+_MAX_LINE_BYTES = 2 * 1024 * 1024  # a config of 256 KiB, spelt canonically: 1e15 grows most
+_COPY_BYTES = 1024 * 1024
+_FIELDS = {"config", "format", "kind", "payload_bytes", "peft_type", "task_id"}
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What is known of an artifact judged against a base, without its values."""
+    """An artifact that was checked against a base, without its values. ``dtype`` is the file's."""
 
     kind: Kind
     peft_type: str | None
@@ -48,28 +57,42 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class Artifact:
-    """An artifact judged against a base, ready to compile.
+class Artifact(Summary):
+    """An artifact that was checked against a base, ready to compile.
 
     ``values`` is float32 as in the file (not yet rounded to the serving dtype): [P, hidden] for a
     soft prompt, MULTITASK folded for its task, or [P, layers * 2 * kv_heads * head_dim] for a KV
-    prefix; None for text. ``dtype`` is the file's.
+    prefix; None for text.
     """
+
+    values: Floats | None
+    text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A written artifact file: its sha256 in hexadecimal, and its size in bytes."""
+
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """The first line of an artifact file, and where its payload begins."""
 
     kind: Kind
     peft_type: str | None
-    num_virtual_tokens: int
-    dtype: str | None
-    values: Floats | None
-    text: str | None
     task_id: int | None
-    base_model_name_or_path: str | None
+    config: dict[str, Any] | None
+    payload_offset: int
+    payload_bytes: int
 
 
 def inspect_peft(
     config: bytes, weights: Path, *, base: BaseSpec, task_id: int | None = None
 ) -> Summary:
-    """Judge an upload completely, values too, in bounded memory; raise ArtifactRefused."""
+    """Check a whole upload, values too, in bounded memory; raise ArtifactRefused."""
     parsed = parse_config(config)
     with weights.open("rb") as file:
         size = weights.stat().st_size
@@ -80,7 +103,7 @@ def inspect_peft(
 
 
 def inspect_text(text: str, *, base: BaseSpec, count_tokens: Callable[[str], int]) -> Summary:
-    """Judge a hard prompt; raise ArtifactRefused. ``count_tokens`` is the base's tokenizer."""
+    """Check a hard prompt; raise ArtifactRefused. ``count_tokens`` is the base's tokenizer."""
     encode_text(text)
     count = count_tokens(text)
     if count < 1:
@@ -95,10 +118,9 @@ def inspect_text(text: str, *, base: BaseSpec, count_tokens: Callable[[str], int
 
 
 def read_artifact(path: Path, *, base: BaseSpec, count_tokens: Callable[[str], int]) -> Artifact:
-    """Read an artifact file and judge it against ``base`` as strictly as an upload.
+    """Read an artifact file and check it against ``base`` as strictly as an upload.
 
-    Judged again, and not only at upload: the base, its dtype or its bounds may have changed since.
-    Raises ArtifactRefused.
+    The base, its dtype or its bounds may have changed since the upload. Raises ArtifactRefused.
     """
     envelope = read_envelope(path)
     if envelope.config is None:
@@ -106,7 +128,7 @@ def read_artifact(path: Path, *, base: BaseSpec, count_tokens: Callable[[str], i
             file.seek(envelope.payload_offset)
             text = decode_text(file.read(MAX_TEXT_BYTES + 1))
         summary = inspect_text(text, base=base, count_tokens=count_tokens)
-        return _artifact(summary, values=None, text=text)
+        return Artifact(**asdict(summary), values=None, text=text)
     config = from_fields(envelope.config)
     with path.open("rb") as file:
         opened = open_weights(
@@ -117,7 +139,51 @@ def read_artifact(path: Path, *, base: BaseSpec, count_tokens: Callable[[str], i
             base=base,
             task_id=envelope.task_id,
         )
-        return _artifact(_summary(config, opened), values=opened.load(), text=None)
+        return Artifact(**asdict(_summary(config, opened)), values=opened.load(), text=None)
+
+
+def pack_peft(config: bytes, weights: Path, target: Path, *, task_id: int | None = None) -> Packed:
+    """Write an artifact file from a config and a spooled weights file, streaming, and fsync it.
+
+    Checks the config only: call ``inspect_peft`` first. The config is stored canonically, so that
+    whitespace in it makes no new version.
+    """
+    parsed = parse_config(config)
+    size = weights.stat().st_size
+    head = _head(parsed.kind, parsed.peft_type, task_id, parsed.fields, size)
+    with weights.open("rb") as source:
+        return _write(head, source, size, target)
+
+
+def pack_text(text: str, target: Path) -> Packed:
+    """Write the artifact file of a hard prompt, and fsync it; raise ArtifactRefused."""
+    payload = encode_text(text)
+    head = _head(Kind.HARD_PROMPT, None, None, None, len(payload))
+    return _write(head, io.BytesIO(payload), len(payload), target)
+
+
+def read_envelope(path: Path) -> Envelope:
+    """Read and check the first line of an artifact file; raise ArtifactRefused."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        line = file.readline(_MAX_LINE_BYTES + 1)
+    if not line.endswith(b"\n"):
+        raise _malformed("its first line does not end")
+    try:
+        fields = parse_object(line[:-1], max_depth=MAX_DEPTH + 1)
+    except StrictJsonError as error:
+        raise _malformed(str(error)) from None
+    if set(fields) != _FIELDS or canonical(fields) != line[:-1]:
+        raise _malformed("its first line is not the canonical one")
+    _check_envelope(fields, payload_bytes=size - len(line))
+    return Envelope(
+        kind=Kind(fields["kind"]),
+        peft_type=fields["peft_type"],
+        task_id=fields["task_id"],
+        config=fields["config"],
+        payload_offset=len(line),
+        payload_bytes=size - len(line),
+    )
 
 
 def _summary(config: PeftConfig, weights: PeftWeights) -> Summary:
@@ -131,14 +197,93 @@ def _summary(config: PeftConfig, weights: PeftWeights) -> Summary:
     )
 
 
-def _artifact(summary: Summary, *, values: Floats | None, text: str | None) -> Artifact:
-    return Artifact(
-        kind=summary.kind,
-        peft_type=summary.peft_type,
-        num_virtual_tokens=summary.num_virtual_tokens,
-        dtype=summary.dtype,
-        values=values,
-        text=text,
-        task_id=summary.task_id,
-        base_model_name_or_path=summary.base_model_name_or_path,
-    )
+def _head(
+    kind: Kind,
+    peft_type: str | None,
+    task_id: int | None,
+    config: dict[str, Any] | None,
+    payload_bytes: int,
+) -> bytes:
+    fields = {
+        "config": config,
+        "format": FORMAT,
+        "kind": str(kind),
+        "payload_bytes": payload_bytes,
+        "peft_type": peft_type,
+        "task_id": task_id,
+    }
+    return canonical(fields) + b"\n"
+
+
+def _write(head: bytes, source: BinaryIO, size: int, target: Path) -> Packed:
+    digest = hashlib.sha256(head)
+    written = 0
+    with target.open("wb") as file:
+        file.write(head)
+        while piece := source.read(_COPY_BYTES):
+            digest.update(piece)
+            file.write(piece)
+            written += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    if written != size:
+        raise ArtifactRefused(
+            "truncated", f"expected {size} bytes of weights, got {written}", param="weights"
+        )
+    return Packed(digest.hexdigest(), len(head) + written)
+
+
+def _check_envelope(fields: dict[str, Any], *, payload_bytes: int) -> None:
+    if type(fields["format"]) is not int or fields["format"] != FORMAT:
+        raise _malformed(f"expected format {FORMAT}, got {shown(fields['format'])}")
+    if fields["payload_bytes"] != payload_bytes or type(fields["payload_bytes"]) is not int:
+        raise _malformed(
+            f"expected {shown(fields['payload_bytes'])} bytes of payload, got {payload_bytes}"
+        )
+    task_id, config = fields["task_id"], fields["config"]
+    if task_id is not None and type(task_id) is not int:
+        raise _malformed(f"expected a whole number or null as task id, got {shown(task_id)}")
+    kind, peft_type = str(Kind.HARD_PROMPT), None
+    if config is not None:
+        peft_type = config.get("peft_type") if isinstance(config, dict) else None
+        if not isinstance(peft_type, str) or peft_type not in KINDS:
+            raise _malformed("its config is not a prefix's")
+        kind = str(KINDS[peft_type])
+    if (fields["kind"], fields["peft_type"]) != (kind, peft_type):
+        raise _malformed("its kind and PEFT type do not match its config")
+
+
+def encode_text(text: str) -> bytes:
+    """A hard prompt as UTF-8; raise ArtifactRefused when it is too large or cannot be."""
+    try:
+        payload = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ArtifactRefused(
+            "malformed_text",
+            f"expected text that UTF-8 can hold, got an unpaired surrogate at {error.start}",
+            param="text",
+        ) from None
+    _check_text_size(len(payload))
+    return payload
+
+
+def decode_text(payload: bytes) -> str:
+    """UTF-8 as a hard prompt; raise ArtifactRefused."""
+    _check_text_size(len(payload))
+    try:
+        return payload.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactRefused(
+            "malformed_text", f"the text is not UTF-8 at byte {error.start}", param="text"
+        ) from None
+
+
+def _check_text_size(size: int) -> None:
+    if size > MAX_TEXT_BYTES:
+        raise ArtifactRefused(
+            "text_too_large", f"expected at most {MAX_TEXT_BYTES} bytes, got {size}", param="text"
+        )
+
+
+def _malformed(message: str) -> ArtifactRefused:
+    return ArtifactRefused("malformed_artifact", f"not an artifact file: {message}")

@@ -7,80 +7,131 @@
     MULTITASK_PROMPT_TUNING        prompt_embeddings  [P, hidden]
                                    prefix_task_cols   [tasks, P, rank]
                                    prefix_task_rows   [tasks, rank, hidden]
+
+Values are read in bounded pieces and checked after the cast to the serving dtype: 7e4 is infinite
+in float16, 3.4e38 in bfloat16. Finite is not enough: 3e38 in a key poisons attention through a
+masked slot.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
-from prefixd.store.artifact.base import BaseSpec
-from prefixd.store.artifact.peft_config import MULTITASK, Kind, PeftConfig, check_against_base
-from prefixd.store.artifact.safetensors_strict import TensorEntry, read_header
-from prefixd.store.artifact.strict_json import shown
-from prefixd.store.artifact.values import Floats, TensorReader, ValueRule, check_range
+from prefixd.store.artifact.config import MULTITASK, BaseSpec, Kind, PeftConfig, check_against_base
+from prefixd.store.artifact.strict import TensorEntry, read_header, shown
 from prefixd.store.errors import ArtifactRefused
+
+Floats = npt.NDArray[np.float32]
 
 EMBEDDINGS = "prompt_embeddings"
 TASK_COLS = "prefix_task_cols"
 TASK_ROWS = "prefix_task_rows"
 
+CHUNK_ELEMENTS = 256 * 1024
+"""Elements read at once: a megabyte of float32, for a file of any size."""
+
 
 @dataclass(frozen=True, slots=True)
+class ValueRule:
+    """What values must satisfy: finite and |x| <= ``max_abs`` after the cast to ``dtype``."""
+
+    dtype: str
+    max_abs: float
+
+
 class PeftWeights:
-    """Weights whose names, dtypes and shapes are right; ``rows`` judges the values."""
+    """Weights whose names, dtypes and shapes are valid; ``rows`` validates the values.
 
-    reader: TensorReader
-    entries: dict[str, TensorEntry]
-    rule: ValueRule
-    task_id: int | None
+    The safetensors bytes begin at byte ``start`` of ``file``. ``dtype`` is the file's, ``shape``
+    the prefix's: [virtual tokens, width]. ``task_id`` is None except for MULTITASK.
+    """
 
-    @property
-    def dtype(self) -> str:
-        """dtype of the file."""
-        return self.entries[EMBEDDINGS].dtype
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[virtual tokens, width] of the prefix."""
-        height, width = self.entries[EMBEDDINGS].shape
-        return height, width
+    def __init__(
+        self,
+        file: BinaryIO,
+        *,
+        start: int,
+        entries: dict[str, TensorEntry],
+        rule: ValueRule,
+        task_id: int | None,
+    ) -> None:
+        self._file = file
+        self._start = start
+        self._entries = entries
+        self._rule = rule
+        self.task_id = task_id
+        embeddings = entries[EMBEDDINGS]
+        self.dtype = embeddings.dtype
+        self.shape = (embeddings.shape[0], embeddings.shape[1])
 
     def rows(self) -> Iterator[tuple[int, Floats]]:
         """The prefix as (first row, [some rows, width]) float32 pieces of bounded size, MULTITASK
-        folded for its task, every value judged. Raises ArtifactRefused at the first bad one."""
-        pieces = self.reader.rows(self.entries[EMBEDDINGS])
-        if self.task_id is not None:
-            pieces = self._fold(pieces, self.task_id)
-        for first_row, values in pieces:
-            check_range(values, self.rule, first_row=first_row, name=EMBEDDINGS)
-            yield first_row, values
+        folded for its task, every value validated. Raises ArtifactRefused at the first bad one."""
+        task_factor = None if self.task_id is None else self._task_factor(self.task_id)
+        height, width = self.shape
+        step = max(1, CHUNK_ELEMENTS // width)
+        for row in range(0, height, step):
+            count = min(step, height - row)
+            values = self._read(self._entries[EMBEDDINGS], first=row * width, count=count * width)
+            values = values.reshape(count, width)
+            if task_factor is not None and self.task_id is not None:
+                values = self._fold(values, task_factor, task=self.task_id, first_row=row)
+            check_range(values, self._rule, first_row=row, name=EMBEDDINGS)
+            yield row, values
 
     def load(self) -> Floats:
-        """The whole judged prefix, [virtual tokens, width] float32."""
+        """The whole validated prefix, [virtual tokens, width] float32."""
         result = np.empty(self.shape, dtype=np.float32)
         for first_row, values in self.rows():
             result[first_row : first_row + len(values)] = values
         return result
 
-    def _fold(
-        self, pieces: Iterator[tuple[int, Floats]], task: int
-    ) -> Iterator[tuple[int, Floats]]:
+    def _task_factor(self, task: int) -> Floats:
+        """``rows[task]``, [rank, width], once both task tensors are known to be finite.
+
+        The other tasks are never used, but an artifact with NaN in them is refused all the same.
+        """
+        cols, rows = self._entries[TASK_COLS], self._entries[TASK_ROWS]
+        for entry in (cols, rows):
+            for first in range(0, entry.size, CHUNK_ELEMENTS):
+                self._read(entry, first=first, count=min(CHUNK_ELEMENTS, entry.size - first))
+        _, rank, width = rows.shape
+        values = self._read(rows, first=task * rank * width, count=rank * width)
+        return values.reshape(rank, width)
+
+    def _fold(self, values: Floats, factor: Floats, *, task: int, first_row: int) -> Floats:
         """``prompt_embeddings * (cols[task] @ rows[task])``: PEFT's MultitaskPromptEmbedding."""
-        cols, rows = self.entries[TASK_COLS], self.entries[TASK_ROWS]
+        cols = self._entries[TASK_COLS]
         _, height, rank = cols.shape
-        _, _, width = rows.shape
-        # The other tasks are never used; what is stored is sound all the same.
-        self.reader.scan(cols)
-        self.reader.scan(rows)
-        right = self.reader.read(rows, first=task * rank * width, count=rank * width)
-        right = right.reshape(rank, width)
-        for first_row, values in pieces:
-            first = (task * height + first_row) * rank
-            left = self.reader.read(cols, first=first, count=len(values) * rank)
-            with np.errstate(over="ignore", invalid="ignore"):  # judged by the caller
-                yield first_row, values * (left.reshape(len(values), rank) @ right)
+        first = (task * height + first_row) * rank
+        left = self._read(cols, first=first, count=len(values) * rank)
+        with np.errstate(over="ignore", invalid="ignore"):  # checked by the caller
+            return values * (left.reshape(len(values), rank) @ factor)
+
+    def _read(self, entry: TensorEntry, *, first: int, count: int) -> Floats:
+        """Elements ``first .. first + count`` of the flat tensor, as float32 and as stored.
+
+        Raises ArtifactRefused ``non_finite`` when one is NaN or infinite.
+        """
+        self._file.seek(self._start + entry.offset + first * entry.itemsize)
+        raw = self._file.read(count * entry.itemsize)
+        if len(raw) != count * entry.itemsize:
+            raise ArtifactRefused("truncated", f"tensor {entry.name} ends early", param=entry.name)
+        values = _decode(raw, entry.dtype)
+        finite = np.isfinite(values)
+        if not finite.all():
+            index = np.unravel_index(first + int(np.argmin(finite)), entry.shape)
+            place = "[" + ", ".join(str(int(i)) for i in index) + "]"
+            raise ArtifactRefused(
+                "non_finite",
+                f"tensor {entry.name}: expected finite values, got NaN or infinity at {place}",
+                param=entry.name,
+            )
+        return values
 
 
 def open_weights(
@@ -92,9 +143,9 @@ def open_weights(
     base: BaseSpec,
     task_id: int | None,
 ) -> PeftWeights:
-    """Judge the header of the ``size`` safetensors bytes at ``start`` against config and base.
+    """Check the header of the ``size`` safetensors bytes at ``start`` against config and base.
 
-    Nothing is allocated by what the config or the header say before both are within bounds.
+    No size that the config or the header states is allocated before both are within bounds.
     Raises ArtifactRefused.
     """
     multitask = config.peft_type == MULTITASK
@@ -113,8 +164,8 @@ def open_weights(
     if multitask:
         task_id = _check_tasks(entries, config, base, task_id)
     limit = base.max_abs_kv if config.kind is Kind.KV_PREFIX else base.max_abs_embedding
-    reader = TensorReader(file, start=start)
-    return PeftWeights(reader, entries, ValueRule(base.dtype, limit), task_id)
+    rule = ValueRule(base.dtype, limit)
+    return PeftWeights(file, start=start, entries=entries, rule=rule, task_id=task_id)
 
 
 def _check_one_dtype(entries: dict[str, TensorEntry]) -> None:
@@ -187,3 +238,58 @@ def _check_shape(entry: TensorEntry, expected: tuple[int, ...], meaning: str) ->
 
 def _written(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(shown(extent) for extent in shape) + "]"
+
+
+def check_range(values: Floats, rule: ValueRule, *, first_row: int, name: str) -> None:
+    """Check [rows, width] values after the cast to ``rule.dtype``; raise ArtifactRefused."""
+    served = np.abs(cast(values, rule.dtype))
+    # A folded product may overflow, and infinity times zero is NaN, which the cast may hide.
+    valid = np.isfinite(values) & (served <= rule.max_abs)
+    if valid.all():
+        return
+    row, column = np.unravel_index(int(np.argmin(valid)), valid.shape)
+    place = f"row {first_row + int(row)}, column {int(column)}"
+    if not math.isfinite(float(served[row, column])):
+        raise ArtifactRefused(
+            "out_of_range",
+            f"tensor {name}: expected values that stay finite in {rule.dtype}, the serving dtype; "
+            f"the one at {place}{_magnitude(float(values[row, column]))} does not",
+            param=name,
+        )
+    raise ArtifactRefused(
+        "out_of_range",
+        f"tensor {name}: expected |x| <= {rule.max_abs:g} for this base, got about "
+        f"{float(served[row, column]):.0e} at {place}",
+        param=name,
+    )
+
+
+def cast(values: Floats, dtype: str) -> Floats:
+    """``values`` rounded to ``dtype``, to nearest even, and widened to float32 again."""
+    if dtype == "float32":
+        return values
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float32)
+    if dtype == "bfloat16":
+        # The upper half of a float32. Adding just under half a unit of the discarded bits, and one
+        # more when the last kept bit is odd, rounds to nearest even. NaN would not survive, but
+        # ``check_range`` tests the uncast values too, and infinity has no bits to carry.
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) & np.uint32(0xFFFF0000)
+        return rounded.view(np.float32)
+    raise ValueError(f"unknown serving dtype {dtype!r}")
+
+
+def _decode(raw: bytes, dtype: str) -> Floats:
+    if dtype == "float32":
+        return np.frombuffer(raw, dtype="<f4").astype(np.float32, copy=False)
+    if dtype == "float16":
+        return np.frombuffer(raw, dtype="<f2").astype(np.float32)
+    upper = np.frombuffer(raw, dtype="<u2").astype(np.uint32)
+    return (upper << 16).view(np.float32)
+
+
+def _magnitude(value: float) -> str:
+    """The size of a refused value, to one digit: no exact tensor value reaches a log."""
+    return f", about {abs(value):.0e}," if math.isfinite(value) else ""

@@ -1,37 +1,43 @@
 """Blobs: the bytes of artifacts, keyed by tenant and digest. One contract, two drivers.
 
-Tenants are kept apart even for equal bytes: one blob shared by two would tell each, by the time an
-upload takes, what the other has.
+Equal bytes of two tenants are two blobs: with a shared one, the duration of an upload would tell
+each tenant what the other has.
+
+``LocalBlobs`` lays them out as::
+
+    root/.tmp/4f1c…               being written; after a crash it is an upload never acknowledged
+    root/acme/3a/3a7bd3e2…        a blob of tenant acme: link of a temporary file, never overwritten
+    root/.quarantine/acme/3a/3a…  the bytes of a blob that no longer had its digest
 """
 
+import os
+import secrets
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from prefixd.store.blobs.local import LocalBlobs
-from prefixd.store.digest import BlobKey
 from prefixd.store.errors import BlobStoreRefused
-
-__all__ = ["Blobs", "LocalBlobs", "open_blobs"]
+from prefixd.store.files import fsync_directory, make_directories, sha256_of
+from prefixd.store.names import BlobKey, corrupt, missing
 
 
 class Blobs(Protocol):
     """Immutable bytes, shared by any number of threads and processes.
 
-    A tenant id or digest that could lead elsewhere raises InvalidReference or UnknownPrefix; every
-    method raises BlobsUnavailable where the place cannot be reached.
+    A tenant id or digest that is not safe as a path raises InvalidReference or UnknownPrefix; every
+    method raises BlobsUnavailable when the place cannot be reached.
     """
 
     def staging(self) -> AbstractContextManager[Path]:
-        """A fresh local path to write a blob to before ``put``; gone at the end of the block."""
+        """A fresh local path to write a blob to before ``put``; removed at the end of the block."""
 
     def put(self, source: Path, *, tenant: str, digest: str) -> None:
         """Make the staged and fsynced file ``source`` the blob of ``digest``; durable on return.
 
-        When the blob is there already it stays, unless it is corrupt: then the good bytes at hand
-        take its place. ``source`` may be gone afterwards.
+        An existing blob is kept, unless it is corrupt: then ``source`` replaces it. ``source`` may
+        be gone afterwards.
         """
 
     def fetch(self, *, tenant: str, digest: str) -> Path:
@@ -41,35 +47,117 @@ class Blobs(Protocol):
         """
 
     def quarantine(self, *, tenant: str, digest: str) -> None:
-        """Keep a corrupt blob's bytes aside for a look, before a ``put`` heals it.
+        """Keep a copy of a corrupt blob's bytes for inspection, before a ``put`` repairs it.
 
-        The blob itself stays: moving it could take away what another process just healed.
+        The blob itself stays: moving it could remove one that another process just repaired.
         """
 
     def delete(self, *, tenant: str, digest: str) -> None:
-        """Remove a blob; durable on return. One that is not there is fine."""
+        """Remove a blob; durable on return. A missing one is ignored."""
 
     def walk(self) -> Iterator[tuple[BlobKey, int]]:
         """Every blob and its size in bytes, in no order."""
 
     def tidy(self, *, before: datetime) -> None:
-        """Remove what no upload or load has used since ``before``: leavings of killed processes,
-        local copies of remote blobs."""
+        """Remove what no upload or load has used since ``before``: interrupted uploads, local
+        copies of remote blobs."""
 
 
 def open_blobs(url: str | None, root: Path) -> Blobs:
     """The blobs at ``url``: None for files under ``root``, or ``s3://bucket/prefix``.
 
     S3 takes endpoint, region and credentials from the usual ``AWS_*`` variables, and keeps its
-    local copies under ``root``. Raises BlobStoreRefused for what cannot be trusted with blobs.
+    local copies under ``root``. Raises BlobStoreRefused for a place that cannot be used.
     """
     if url is None:
         return LocalBlobs(root / "blobs")
     if not url.startswith("s3://"):
         raise BlobStoreRefused("expected a blobs URL of the form s3://bucket/prefix")
     try:
-        # An extra of its own: who stays on files needs no S3 client.
+        # An optional extra: local files need no S3 client.
         from prefixd.store.blobs.s3 import S3Blobs  # noqa: PLC0415
     except ImportError as error:
         raise BlobStoreRefused("S3 needs the package obstore: pip install 'prefixd[s3]'") from error
     return S3Blobs(url, local=root / "blob-copies")
+
+
+class LocalBlobs:
+    """Blobs under one directory; see ``Blobs``."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._staging = root / ".tmp"
+        make_directories(self._staging)
+
+    def __repr__(self) -> str:
+        return f"LocalBlobs({str(self._root)!r})"
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        path = self._staging / secrets.token_hex(16)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def put(self, source: Path, *, tenant: str, digest: str) -> None:
+        target = self._root / BlobKey(tenant, digest).place
+        make_directories(target.parent)
+        while not _linked(source, target):
+            # A blob that is deleted while it is read counts as absent: link again.
+            with suppress(FileNotFoundError):
+                if sha256_of(target) != digest:
+                    source.replace(target)
+                break
+        # Also when another publisher linked it: that one may not have called fsync yet.
+        fsync_directory(target.parent)
+
+    def fetch(self, *, tenant: str, digest: str) -> Path:
+        path = self._root / BlobKey(tenant, digest).place
+        try:
+            actual = sha256_of(path)
+        except FileNotFoundError:
+            raise missing(digest) from None
+        if actual != digest:
+            raise corrupt(digest, actual)
+        return path
+
+    def quarantine(self, *, tenant: str, digest: str) -> None:
+        place = BlobKey(tenant, digest).place
+        copy = self._root / ".quarantine" / place
+        make_directories(copy.parent)
+        with suppress(FileNotFoundError):
+            _linked(self._root / place, copy)
+
+    def delete(self, *, tenant: str, digest: str) -> None:
+        path = self._root / BlobKey(tenant, digest).place
+        with suppress(FileNotFoundError):
+            path.unlink()
+            fsync_directory(path.parent)
+
+    def walk(self) -> Iterator[tuple[BlobKey, int]]:
+        for path in self._root.glob("*/*/*"):
+            key = BlobKey.at(path.relative_to(self._root).as_posix())
+            with suppress(FileNotFoundError):
+                if key is not None:
+                    yield key, path.stat().st_size
+
+    def tidy(self, *, before: datetime) -> None:
+        remove_older(self._staging, before=before)
+
+
+def remove_older(directory: Path, *, before: datetime) -> None:
+    """Remove the files under ``directory`` that were last written or touched before ``before``."""
+    for path in directory.rglob("*"):
+        with suppress(FileNotFoundError):
+            if path.is_file() and path.stat().st_mtime < before.timestamp():
+                path.unlink()
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Link ``target`` to ``source``; False when ``target`` exists already."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    return True

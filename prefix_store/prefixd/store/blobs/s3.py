@@ -4,7 +4,7 @@
 
     s3://bucket/prefix/acme/3a/3a7bd3e2…              a blob of tenant acme, created, never replaced
     s3://bucket/prefix/.staging/4f1c…                 a large upload before it has its name
-    s3://bucket/prefix/.quarantine/acme/3a/3a7bd3e2…  what a blob was when its digest was wrong
+    s3://bucket/prefix/.quarantine/acme/3a/3a7bd3e2…  the bytes of a blob with another digest
     local/.tmp/4f1c…                                  being written or downloaded
     local/acme/3a/3a7bd3e2…                           a copy of a blob, verified at every use
 """
@@ -22,34 +22,38 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
-from prefixd.store.blobs.durable import make_directories
-from prefixd.store.blobs.local import remove_older
-from prefixd.store.digest import BlobKey, corrupt, missing, sha256_of
-from prefixd.store.errors import BLOBS_AWAY, BlobStoreRefused, BlobsUnavailable, CorruptArtifact
+from prefixd.store.blobs.blobs import remove_older
+from prefixd.store.errors import (
+    BLOBS_UNAVAILABLE,
+    BlobStoreRefused,
+    BlobsUnavailable,
+    CorruptArtifact,
+)
+from prefixd.store.files import make_directories, sha256_of
+from prefixd.store.names import BlobKey, corrupt, missing
 
 SINGLE_PUT_BYTES = 8 * 1024 * 1024
-"""Larger blobs go up in parts, so that none is ever in memory as a whole."""
+"""Larger blobs are uploaded in parts, so that none is in memory as a whole."""
 
 _READ_BYTES = 1024 * 1024
 _PARTS = 2  # in memory at once, of 5 MiB each
 _STAGING = ".staging"
 _QUARANTINE = ".quarantine"
 
-
 _log = getLogger("prefixd.store")
 
 
 @contextmanager
 def _reached() -> Iterator[None]:
-    """Raise BlobsUnavailable for what the bucket fails at. The reason, which names the endpoint, is
-    for the log."""
+    """Raise BlobsUnavailable when the bucket fails. The reason, which names the endpoint, is logged
+    only."""
     try:
         yield
     except AlreadyExistsError:
         raise
     except BaseError as error:
         _log.error("the bucket failed: %s", _first_line(error))
-        raise BlobsUnavailable(BLOBS_AWAY) from error
+        raise BlobsUnavailable(BLOBS_UNAVAILABLE) from error
 
 
 class S3Blobs:
@@ -57,7 +61,7 @@ class S3Blobs:
 
     ``url`` is ``s3://bucket/prefix``; endpoint, region and credentials come from the usual
     ``AWS_*`` variables. Raises BlobStoreRefused when the bucket cannot be used or does not keep
-    the condition of a conditional create: on such a one, racing writers replace each other's blobs.
+    the condition of a conditional create: there, concurrent writers replace each other's blobs.
     """
 
     def __init__(self, url: str, *, local: Path) -> None:
@@ -83,8 +87,8 @@ class S3Blobs:
     def put(self, source: Path, *, tenant: str, digest: str) -> None:
         place = BlobKey(tenant, digest).place
         self._create(source, place)
-        # The bytes are read back: not every bucket holds an upload to its checksum. And a blob
-        # that was there already may have gone bad since.
+        # The bytes are read back: not every bucket verifies the checksum of an upload, and a blob
+        # that existed already may be corrupt.
         try:
             self._download(place, digest)
         except CorruptArtifact:
@@ -116,8 +120,8 @@ class S3Blobs:
 
     def walk(self) -> Iterator[tuple[BlobKey, int]]:
         with _reached():
-            for found in obstore.list(self._store):
-                for entry in found:
+            for page in obstore.list(self._store):
+                for entry in page:
                     key = BlobKey.at(entry["path"])
                     if key is not None:
                         yield key, entry["size"]
@@ -125,8 +129,8 @@ class S3Blobs:
     @_reached()
     def tidy(self, *, before: datetime) -> None:
         remove_older(self._local, before=before)
-        for found in obstore.list(self._store, prefix=_STAGING):
-            for entry in found:
+        for page in obstore.list(self._store, prefix=_STAGING):
+            for entry in page:
                 if entry["last_modified"] < before.astimezone(UTC):
                     with suppress(FileNotFoundError):
                         obstore.delete(self._store, entry["path"])
@@ -146,7 +150,7 @@ class S3Blobs:
                 obstore.delete(self._store, staged)
 
     def _download(self, place: str, digest: str) -> Path:
-        """Bring a blob here and verify it on the way; raise UnknownPrefix, CorruptArtifact."""
+        """Download a blob and verify it; raise UnknownPrefix, CorruptArtifact."""
         hashed = hashlib.sha256()
         with self.staging() as staged:
             try:
@@ -165,7 +169,7 @@ class S3Blobs:
         return copy
 
     def _check_conditions(self) -> None:
-        """Create the same object twice; the second time has to fail."""
+        """Create the same object twice; the second time must fail."""
         probe = f"{_STAGING}/probe-{secrets.token_hex(16)}"
         try:
             obstore.put(self._store, probe, b"prefixd", mode="create")
@@ -177,7 +181,7 @@ class S3Blobs:
                 f"the bucket {self._url} cannot be used: {_first_line(error)}"
             ) from error
         finally:
-            with suppress(BaseError, OSError):  # ``tidy`` takes what stays
+            with suppress(BaseError, OSError):  # ``tidy`` removes what remains
                 obstore.delete(self._store, probe)
         raise BlobStoreRefused(
             f"the bucket {self._url} ignores If-None-Match: it let an object that exists be "
@@ -195,7 +199,7 @@ def _open(url: str) -> S3Store:
         return S3Store.from_url(
             url,
             config={"copy_if_not_exists": "multipart"},
-            # Plain HTTP only where the operator wrote it.
+            # Plain HTTP only where the operator configured it.
             client_options={
                 "allow_http": endpoint.startswith("http://"),
                 "connect_timeout": timedelta(seconds=5),

@@ -7,12 +7,12 @@
         ├──< aliases┤   │      movable names for a version
         └─── pins ──┘   │      the one version of a prefix that stays resident
                         │
-               blobs ──<┘      one row for every blob that is, or may be, in the store of blobs
+               blobs ──<┘      one row for every blob that exists, or may exist
 
-A deleted prefix keeps its row, with ``latest_version`` null: the next version number lives there,
-and a number once given out never means other bytes. A blob's row is made before the blob and goes
+A deleted prefix keeps its row, with ``latest_version`` null: the row holds the next version number,
+and a used number never refers to other bytes. A blob's row is created before the blob and removed
 after it, so collecting needs no listing of the blobs; ``unreferenced_at`` is null while a version
-has it, and otherwise when something last wanted it.
+has it, and otherwise the time it was last wanted.
 """
 
 from sqlalchemy import (
@@ -32,7 +32,7 @@ from prefixd.store.db.database import UtcDateTime, metadata
 
 _Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up INTEGER keys only
 
-# Listed in the order of bytes, whatever the language of the database, as everywhere else.
+# Sorted by bytes, regardless of the language of the database, as in all other places.
 _Name = String(128).with_variant(String(128, collation="C"), "postgresql")
 
 prefixes = Table(
@@ -61,7 +61,7 @@ versions = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("base_model_name_or_path", Text),
     Column("metadata_json", Text, nullable=False),
-    # The key that published it; null for what was published before keys were noted.
+    # The key that published it; null for versions from before keys were recorded.
     Column("creator", String(64)),
     Column("created_at", UtcDateTime, nullable=False),
     # The same bytes for another base are another version: its manifest names another fingerprint.
@@ -97,8 +97,8 @@ blobs = Table(
     Column("digest", String(64), primary_key=True),
     Column("size_bytes", BigInteger, nullable=False),
     Column("unreferenced_at", UtcDateTime, index=True),
-    # When its bytes were found changed or gone; not read again until they are uploaded again.
+    # When its bytes were found changed or missing; not read again until they are uploaded again.
     Column("corrupt_at", UtcDateTime),
-    # What a publish that wants the blob must still find when it has written it; null: start over.
+    # A publish must find the same ticket after writing the blob as before it; null: start over.
     Column("ticket", String(32)),
 )

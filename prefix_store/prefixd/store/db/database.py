@@ -1,31 +1,41 @@
-"""The one database: how it is opened, how reads and writes begin, and its shared MetaData.
+"""The one database: opening it, read and write transactions, and the shared MetaData.
 
-The catalog keeps its tables here, and so does whoever else needs the same durability (tenants and
-their API keys): they add theirs to ``metadata``, with a step in ``migrations``, and use
-``reading`` and ``writing``.
+The catalog and the tenants define their tables on ``metadata``; ``migrations`` creates and changes
+the tables of both. This package imports neither.
 """
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
 
-from sqlalchemy import Connection, DateTime, Dialect, Engine, MetaData, Table, create_engine, event
+from sqlalchemy import (
+    Connection,
+    DateTime,
+    Dialect,
+    Engine,
+    Insert,
+    MetaData,
+    Table,
+    create_engine,
+    event,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
 
-from prefixd.store.blobs.durable import make_directories
+from prefixd.store.files import make_directories
 
 BUSY_TIMEOUT_S = 30.0
-"""How long a writer waits for another one, in this process or the next, before it fails."""
+"""How long a writer waits for another one, in any process, before it fails."""
 
 metadata = MetaData(
-    # Fixed names, so that a migration can address a constraint it has to change.
+    # Fixed names, so that a migration can name the constraint it changes.
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
         "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -37,7 +47,7 @@ metadata = MetaData(
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """An aware datetime, kept in UTC: SQLite would forget the zone."""
+    """An aware datetime, stored in UTC: SQLite does not store the zone."""
 
     impl = DateTime
     cache_ok = True
@@ -63,36 +73,27 @@ def open_database(url: str) -> Engine:
 
     SQLite runs in WAL mode with ``synchronous=FULL`` (NORMAL may lose acknowledged commits when
     the power fails), foreign keys on, and a busy timeout, so that a server and a command line may
-    use one file at once. Makes the directory of the file, but no tables: see ``create_tables``.
+    use one file at once. Makes the directory of the file, but no tables: see ``migrate.upgrade``.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
-        # Whatever driver SQLAlchemy prefers: this is the one that is tested.
-        tested = parsed.set(drivername="postgresql+psycopg")
-        return create_engine(tested, pool_pre_ping=True, hide_parameters=True)
+        # Not SQLAlchemy's default driver, but the one that is tested.
+        parsed = parsed.set(drivername="postgresql+psycopg")
+        return create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
     if parsed.get_backend_name() != "sqlite":
         raise ValueError(f"expected a database of sqlite or postgresql, got {parsed.drivername}")
     make_directories(_sqlite_file(parsed).parent)
-    # Parameters hold users' names and templates: no error message, and so no log, shows them.
+    # Parameters hold users' names and templates, which must not reach an error message or a log.
     engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
-def create_tables(engine: Engine) -> None:
-    """Make the tables, or bring those of an earlier version up to date; see
-    ``prefixd.store.db.migrate.upgrade``."""
-    # The steps need what is in this file.
-    from prefixd.store.db.migrate import upgrade  # noqa: PLC0415
-
-    upgrade(engine)
-
-
 def reading(engine: Engine) -> AbstractContextManager[Connection]:
-    """A transaction that only reads: one consistent snapshot, never waiting for a writer."""
+    """A read-only transaction: one consistent snapshot, which never waits for a writer."""
     if engine.dialect.name == "postgresql":
-        # Its default gives every statement a snapshot of its own.
+        # PostgreSQL's default takes a new snapshot for every statement.
         return engine.execution_options(isolation_level="REPEATABLE READ").begin()
     return engine.begin()
 
@@ -101,18 +102,29 @@ def reading(engine: Engine) -> AbstractContextManager[Connection]:
 def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that writes, committed at the end of the block, rolled back by an exception.
 
-    On SQLite it takes the write lock at once (BEGIN IMMEDIATE): a reader that turns writer half
-    way fails at once when another wrote meanwhile, however long the busy timeout.
+    On SQLite it takes the write lock first (BEGIN IMMEDIATE): a transaction that reads and then
+    writes fails, without the busy timeout, when another one wrote in between.
     """
     with engine.execution_options(prefixd_write=True).begin() as connection:
         yield connection
 
 
 def insert_into(connection: Connection, table: Table) -> "sqlite.Insert | postgresql.Insert":
-    """An INSERT that can say ON CONFLICT: how writers that race for one key stay free of errors."""
+    """An INSERT with ON CONFLICT, so that concurrent writers of one key do not fail."""
     if connection.dialect.name == "postgresql":
         return postgresql.insert(table)
     return sqlite.insert(table)
+
+
+def upsert(connection: Connection, table: Table, *, update: Iterable[str]) -> Insert:
+    """An INSERT that sets the columns ``update`` of an existing row with the same primary key; with
+    no columns the existing row is kept as it is."""
+    statement: Any = insert_into(connection, table)
+    changed = {name: statement.excluded[name] for name in update}
+    if not changed:
+        return cast("Insert", statement.on_conflict_do_nothing())
+    key = list(table.primary_key)
+    return cast("Insert", statement.on_conflict_do_update(index_elements=key, set_=changed))
 
 
 def _sqlite_file(url: URL) -> Path:
@@ -123,7 +135,7 @@ def _sqlite_file(url: URL) -> Path:
 
 def _prepare_sqlite(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
     del record
-    # The driver must not begin transactions by itself: ``_begin_sqlite`` does.
+    # ``_begin_sqlite`` begins the transactions, not the driver.
     dbapi_connection.isolation_level = None
     cursor = dbapi_connection.cursor()
     try:
@@ -135,8 +147,8 @@ def _prepare_sqlite(dbapi_connection: DBAPIConnection, record: ConnectionPoolEnt
 
 
 def _switch_to_wal(cursor: DBAPICursor) -> None:
-    """Switching a new file to WAL ignores the busy timeout, so processes that start together
-    would fail each other: wait here."""
+    """Switch to WAL, and retry until BUSY_TIMEOUT_S: switching a new file ignores the busy timeout,
+    so processes that start together would fail."""
     deadline = time.monotonic() + BUSY_TIMEOUT_S
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Bringing a database to the tables of this version, from whichever earlier one made it."""
+"""Migrations: create the tables of this version, or change those of any earlier version."""
 
 from alembic import command
 from alembic.config import Config
@@ -9,36 +9,36 @@ from prefixd.store.db.database import metadata, writing
 from prefixd.store.errors import SchemaRefused
 
 FIRST = "0001"
-"""The tables of the first release, which made them without noting a revision."""
+"""The tables of the first release, which created them without recording a revision."""
 
 HEAD = "0004"
 """The tables of this version."""
 
-_LOCK = 0x70726566697864  # any number, but the same for all: "prefixd"
+_LOCK = 0x70726566697864  # an arbitrary number, the same in all processes: "prefixd"
 
 
 def upgrade(engine: Engine) -> None:
-    """Make or change the tables to be those of this version, in one transaction.
+    """Create the tables of this version or migrate to them, in one transaction.
 
-    Safe when several processes start at once. Raises SchemaRefused when a later version of
-    prefixd has been here: this one must not write what that one may read otherwise.
+    Safe when several processes start at once. Raises SchemaRefused when a later version of prefixd
+    changed the database: that version may read differently what this one writes.
     """
     with writing(engine) as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
-        found = _revision(connection)
-        if found == HEAD:
+        current = _revision(connection)
+        if current == HEAD:
             return
         config = configured(connection)
-        if found is None and inspect(connection).has_table("prefixes"):
+        if current is None and inspect(connection).has_table("prefixes"):
             command.stamp(config, FIRST)
-        elif found is not None:
-            _check_known(config, found)
+        elif current is not None:
+            _check_known(config, current)
         command.upgrade(config, "head")
 
 
 def revision(engine: Engine) -> str | None:
-    """Which revision a database is at; None where none is noted."""
+    """The revision recorded in a database; None when there is none."""
     with engine.connect() as connection:
         return _revision(connection)
 
@@ -55,14 +55,14 @@ def configured(connection: Connection) -> Config:
 def _revision(connection: Connection) -> str | None:
     if not inspect(connection).has_table("alembic_version"):
         return None
-    found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-    return None if found is None else str(found)
+    recorded = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    return None if recorded is None else str(recorded)
 
 
-def _check_known(config: Config, found: str) -> None:
+def _check_known(config: Config, current: str) -> None:
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    if found not in known:
+    if current not in known:
         raise SchemaRefused(
-            f"the database is at revision {found}, and this version of prefixd knows those up to "
+            f"the database is at revision {current}, and this version of prefixd knows those up to "
             f"{HEAD}: run the version that changed it, or a later one"
         )

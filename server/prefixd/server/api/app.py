@@ -8,7 +8,6 @@ from fastapi import Depends, FastAPI
 
 from prefixd.server.api import error_responses, health, openapi
 from prefixd.server.api.admin import routes as admin_routes
-from prefixd.server.api.admin import state as state_routes
 from prefixd.server.api.auth import authenticated
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.generate import routes as generate_routes
@@ -18,7 +17,7 @@ from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.middleware import RequestLayer
 from prefixd.server.api.parts import BodyLimits
 from prefixd.server.api.prefixes import models as model_routes
-from prefixd.server.api.prefixes import residency_routes
+from prefixd.server.api.prefixes import residency as residency_routes
 from prefixd.server.api.prefixes import routes as prefix_routes
 from prefixd.server.api.prefixes import uploads as upload_routes
 from prefixd.server.api.request_record import Tracer
@@ -42,7 +41,6 @@ KEYED = (
     residency_routes.router,
     user_routes.router,
     admin_routes.router,
-    state_routes.router,
 )
 
 

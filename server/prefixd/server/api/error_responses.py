@@ -45,7 +45,7 @@ from prefixd.store.errors import (
 
 log = structlog.get_logger("prefixd")
 
-CATALOG_UNAVAILABLE = "the catalog cannot be reached; try again in a while"
+CATALOG_UNAVAILABLE = "the catalog cannot be reached; try again later"
 _OVERLOADED = "overloaded"
 _STORAGE_RETRY_S = 5.0
 _SHED_RETRY_S = 1.0

@@ -15,7 +15,7 @@ from prefixd.server.api.admin.schemas import (
 from prefixd.server.api.body import StrictModel
 from prefixd.server.api.error_responses import ErrorBody
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
-from prefixd.server.api.prefixes.residency_routes import ChosenVersion
+from prefixd.server.api.prefixes.residency import ChosenVersion
 from prefixd.server.api.prefixes.routes import AliasTarget
 from prefixd.server.api.prefixes.uploads import TextPrefix
 from prefixd.server.api.users.routes import BindingTarget

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from prefixd.store.artifact.base import BaseSpec
+from prefixd.store.artifact.config import BaseSpec
 
 
 class Tokenizer(Protocol):

@@ -8,7 +8,8 @@ import torch
 
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.model.load import LoadedBase
-from prefixd.store.artifact.artifact import Artifact, Kind
+from prefixd.store.artifact.artifact import Artifact
+from prefixd.store.artifact.config import Kind
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,10 @@ from prefixd.server.serve.settings import Settings
 from prefixd.server.serve.telemetry import open_tracer
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.artifact.artifact import Artifact, read_artifact
-from prefixd.store.artifact.base import BaseSpec
-from prefixd.store.digest import BlobKey
+from prefixd.store.artifact.config import BaseSpec
 from prefixd.store.errors import BlobsUnavailable, StoreError
 from prefixd.store.gc import GcResult, Sweeper
+from prefixd.store.names import BlobKey
 from prefixd.store.store import PrefixStore
 
 log = structlog.get_logger("prefixd")

@@ -14,7 +14,8 @@ from prefixd.server.tenants.idempotency import Idempotency
 from prefixd.server.tenants.limiter import Limiter
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.blobs.blobs import open_blobs
-from prefixd.store.db.database import create_tables, open_database
+from prefixd.store.db.database import open_database
+from prefixd.store.db.migrate import upgrade
 from prefixd.store.store import PrefixStore
 
 
@@ -34,7 +35,7 @@ class CatalogParts:
 def open_catalog(settings: Settings) -> CatalogParts:
     """Open the catalog and the blobs; create the tables and folders that are missing."""
     database = open_database(settings.catalog_url)
-    create_tables(database)
+    upgrade(database)
     return CatalogParts(
         database=database,
         store=PrefixStore(database, open_blobs(settings.blobs_url, settings.root)),

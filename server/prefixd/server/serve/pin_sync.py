@@ -14,9 +14,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
 from prefixd.server.tenants.quotas import PinRoom, pins_that_fit
-from prefixd.store.catalog.pins import Change
-from prefixd.store.digest import BlobKey
-from prefixd.store.store import PrefixStore
+from prefixd.store.names import BlobKey
+from prefixd.store.store import Change, PrefixStore
 
 EVERY_S = 10.0
 """How long another server's pin or delete takes at most to be known here."""

@@ -1,4 +1,4 @@
-"""Which prefix a tenant's end user gets: bindings, and the tenant's default."""
+"""Prefixes of a tenant's end users: bindings, and the tenant's default."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ _USER = re.compile(rf"[^\x00-\x1f\x7f\ud800-\udfff]{{1,{USER_CHARACTERS}}}")
 
 
 class ChosenBy(StrEnum):
-    """Why a prefix answers: the `model` named it, the user is bound to it, or by default."""
+    """How a request's prefix was chosen: by its `model`, by its user's binding, or by default."""
 
     MODEL = "model"
     USER = "user"
@@ -28,10 +28,10 @@ class ChosenBy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """An end user and the reference that is resolved at each of the user's requests."""
+    """An end user and the prefix reference that is resolved at each of the user's requests."""
 
     user: str
-    reference: str
+    prefix: str
     updated_at: datetime
 
 
@@ -47,10 +47,10 @@ def check_user(user: str) -> str:
 
 
 class Bindings:
-    """Blocking calls on the catalog; safe to share between threads. Looking a user up is one
-    look-up of the primary key, however many users there are.
+    """Blocking calls on the catalog; safe to share between threads. Finding a user's binding is one
+    look-up of the primary key, for any number of users.
 
-    References are kept as given, to be resolved at each request: whoever binds checks them first.
+    References are stored as text, to be resolved at each request: the caller checks them first.
     """
 
     def __init__(self, engine: Engine, *, now: Callable[[], datetime] = utc_now) -> None:
@@ -87,37 +87,37 @@ class Bindings:
     def page(
         self, tenant: str, *, limit: int, after: str | None = None
     ) -> tuple[list[Binding], str | None]:
-        """Bindings by user, and what ``after`` takes for more."""
+        """Bindings by user, and the value of ``after`` for more."""
         query = select(bindings).where(bindings.c.tenant == tenant)
         if after is not None:
             query = query.where(bindings.c.user_id > after)
         query = query.order_by(bindings.c.user_id).limit(limit + 1)
         with reading(self._engine) as connection:
             rows = connection.execute(query).all()
-        found = [Binding(row.user_id, row.reference, row.updated_at) for row in rows[:limit]]
-        return found, found[-1].user if len(rows) > limit else None
+        page = [Binding(row.user_id, row.reference, row.updated_at) for row in rows[:limit]]
+        return page, page[-1].user if len(rows) > limit else None
 
     def bind(self, tenant: str, user: str, reference: str, *, actor: Actor) -> Binding:
-        """Let ``user`` have ``reference`` from the next request on. Raises BadRequest."""
-        made = Binding(check_user(user), reference, self._now())
+        """Bind ``user`` to ``reference`` from the next request on. Raises BadRequest."""
+        binding = Binding(check_user(user), reference, self._now())
         with writing(self._engine) as connection:
             connection.execute(
                 upsert(connection, bindings, update=("reference", "updated_at")),
-                _row(tenant, user, reference, made.updated_at),
+                _row(tenant, user, reference, binding.updated_at),
             )
             record(
                 connection,
                 Action.BINDING_SET,
-                at=made.updated_at,
+                at=binding.updated_at,
                 actor=actor,
                 tenant=tenant,
                 subject=user,
                 detail={"prefix": reference},
             )
-        return made
+        return binding
 
     def bind_many(self, tenant: str, pairs: Sequence[tuple[str, str]]) -> None:
-        """Bind users to references, in one transaction; of one user twice, the last counts.
+        """Bind users to references, in one transaction; the last binding of a user counts.
         Raises BadRequest. The caller writes the audit entry of the whole import."""
         now = self._now()
         rows = [_row(tenant, check_user(user), ref, now) for user, ref in dict(pairs).items()]
@@ -141,14 +141,14 @@ class Bindings:
             )
 
     def unbind(self, tenant: str, user: str, *, actor: Actor) -> None:
-        """Forget a binding. Raises BadRequest, NotFound."""
+        """Delete a binding. Raises BadRequest, NotFound."""
         with writing(self._engine) as connection:
-            done = connection.execute(
+            result = connection.execute(
                 delete(bindings).where(
                     bindings.c.tenant == tenant, bindings.c.user_id == check_user(user)
                 )
             )
-            if done.rowcount == 0:
+            if result.rowcount == 0:
                 raise _unbound()
             record(
                 connection,
@@ -163,19 +163,19 @@ class Bindings:
         """The reference of users without a binding. Raises NotFound."""
         query = select(tenants.c.default_prefix).where(tenants.c.name == tenant)
         with reading(self._engine) as connection:
-            found = connection.execute(query).scalar()
-        if found is None:
+            reference = connection.execute(query).scalar()
+        if reference is None:
             raise _no_default()
-        return str(found)
+        return str(reference)
 
     def set_default(self, tenant: str, reference: str | None, *, actor: Actor) -> None:
-        """Set the default, or with None remove it. Raises NotFound for none to remove."""
+        """Set the default, or with None remove it. Raises NotFound when there is none to remove."""
         with writing(self._engine) as connection:
             statement = update(tenants).where(tenants.c.name == tenant)
             if reference is None:
                 statement = statement.where(tenants.c.default_prefix.is_not(None))
-            done = connection.execute(statement.values(default_prefix=reference))
-            if done.rowcount == 0:
+            result = connection.execute(statement.values(default_prefix=reference))
+            if result.rowcount == 0:
                 raise _no_default()
             record(
                 connection,

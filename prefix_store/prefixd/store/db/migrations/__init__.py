@@ -1,6 +1,5 @@
-"""The steps that bring a database to the tables of this version, for alembic.
+"""alembic's steps that create and change every table of ``database.metadata``, tenants' too.
 
-They cover every table of ``database.metadata``, those of tenants too. A test compares the steps
-with the tables and prints what a new step has to do. There is no way down: an older version is
-run on a back-up.
+A test compares the steps with the tables and prints what a new step has to do. There are no
+downgrades: to go back to an older version, restore a backup made with it.
 """

@@ -1,18 +1,19 @@
-"""/v1/admin: tenants and their quotas, keys, and the audit log.
+"""/v1/admin: tenants and their quotas, keys, the audit log, and the engine's state.
 
-An admin key administers its own tenant; one of the operator's tenant administers them all. What is
-another tenant's is as unknown to the former as what does not exist.
+An admin key administers its own tenant; one of the operator's tenant administers all tenants. To
+the former, another tenant's resource gives the same error as one that does not exist.
 """
 
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query
-from fastapi.concurrency import run_in_threadpool
 
 from prefixd.server.api.admin.schemas import (
     AuditEntryShown,
     AuditList,
+    EngineState,
     KeyIssued,
     KeyList,
     KeyShown,
@@ -26,10 +27,10 @@ from prefixd.server.api.admin.schemas import (
 )
 from prefixd.server.api.auth import Acting, Admin, Operator
 from prefixd.server.api.body import json_body, json_request
-from prefixd.server.api.parts import AuditDep, TenantsDep
-from prefixd.server.errors import BadRequest, NotFound
+from prefixd.server.api.parts import AuditDep, EngineDep, TenantsDep
+from prefixd.server.errors import BadRequest, NotFound, Unavailable
 from prefixd.server.tenants.principal import DEFAULT_SCOPES, Principal
-from prefixd.server.tenants.registry import KeyRecord
+from prefixd.server.tenants.registry import IssuedKey, KeyRecord
 from prefixd.server.tenants.tenant_settings import SETTINGS
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
@@ -39,16 +40,25 @@ After = Annotated[str | None, Query(max_length=128)]
 
 
 def _owner(principal: Principal) -> str | None:
-    """Whose things a call is confined to; None for the operator's, which is not confined."""
+    """The only tenant a key may administer; None for the operator's, which may administer all."""
     return None if principal.is_operator else principal.tenant
 
 
-def _tenant_for(principal: Principal, asked: str | None) -> str | None:
-    """The tenant a call is about: the one asked for, where that is allowed. Raises NotFound."""
+def _tenant_for(principal: Principal, requested: str | None) -> str | None:
+    """The tenant a call is about: the requested one, if the key may administer it; None is all.
+    Raises NotFound."""
     owner = _owner(principal)
-    if owner is None or asked in {None, owner}:
-        return asked if owner is None else owner
-    raise NotFound(f"there is no tenant {(asked or '')[:80]!a}", param="tenant")
+    if owner is None or requested in {None, owner}:
+        return requested if owner is None else owner
+    raise NotFound(f"there is no tenant {(requested or '')[:80]!a}", param="tenant")
+
+
+def _with_state(key: KeyRecord) -> dict[str, Any]:
+    return {**asdict(key), "state": key.state(datetime.now(UTC))}
+
+
+def _with_secret(issued: IssuedKey) -> KeyIssued:
+    return KeyIssued(key=issued.text, **_with_state(issued.record))
 
 
 @router.get("/tenants", response_model=TenantList)
@@ -58,10 +68,11 @@ def list_tenants(
     """The tenants this key administers, by name."""
     owner = _owner(principal)
     if owner is not None:
-        return TenantList(data=[TenantShown.of(tenants.tenant(owner))])
-    found = tenants.list_tenants(limit=limit + 1, after=after)
-    more = found[limit - 1].name if len(found) > limit else None
-    return TenantList(data=[TenantShown.of(one) for one in found[:limit]], next_after=more)
+        return TenantList(data=[TenantShown.model_validate(tenants.tenant(owner))])
+    page = tenants.list_tenants(limit=limit + 1, after=after)
+    more = page[limit - 1].name if len(page) > limit else None
+    data = [TenantShown.model_validate(tenant) for tenant in page[:limit]]
+    return TenantList(data=data, next_after=more)
 
 
 @router.post(
@@ -70,7 +81,7 @@ def list_tenants(
     status_code=201,
     openapi_extra=json_request(NewTenantRequest),
 )
-async def create_tenant(
+def create_tenant(
     tenants: TenantsDep,
     _principal: Operator,
     actor: Acting,
@@ -79,39 +90,36 @@ async def create_tenant(
     """Add a tenant. Operator only."""
     quota = {} if body.quota is None else body.quota.model_dump(exclude_unset=True)
     settings = body.model_dump(exclude_unset=True, include=set(SETTINGS))
-    made = await run_in_threadpool(
-        tenants.create_tenant, body.name, quota=quota, settings=settings, actor=actor
-    )
-    return TenantShown.of(made)
+    tenant = tenants.create_tenant(body.name, quota=quota, settings=settings, actor=actor)
+    return TenantShown.model_validate(tenant)
 
 
 @router.get("/tenants/{tenant}", response_model=TenantShown)
 def get_tenant(tenant: str, tenants: TenantsDep, principal: Admin) -> TenantShown:
     """One tenant and its quotas."""
-    return TenantShown.of(tenants.tenant(_tenant_for(principal, tenant) or tenant))
+    name = _tenant_for(principal, tenant) or tenant
+    return TenantShown.model_validate(tenants.tenant(name))
 
 
 @router.patch(
     "/tenants/{tenant}", response_model=TenantShown, openapi_extra=json_request(TenantChange)
 )
-async def change_tenant(
+def change_tenant(
     tenant: str,
     tenants: TenantsDep,
     _principal: Operator,
     actor: Acting,
     body: Annotated[TenantChange, Depends(json_body(TenantChange))],
 ) -> TenantShown:
-    """Change how a tenant is treated beside others, from its next request on. Operator only."""
+    """Change a tenant's weight and KV reuse, from its next request on. Operator only."""
     changes = body.model_dump(exclude_unset=True)
-    return TenantShown.of(
-        await run_in_threadpool(tenants.set_settings, tenant, changes, actor=actor)
-    )
+    return TenantShown.model_validate(tenants.set_settings(tenant, changes, actor=actor))
 
 
 @router.patch(
     "/tenants/{tenant}/quota", response_model=TenantShown, openapi_extra=json_request(QuotaChange)
 )
-async def change_quota(
+def change_quota(
     tenant: str,
     tenants: TenantsDep,
     _principal: Operator,
@@ -120,7 +128,7 @@ async def change_quota(
 ) -> TenantShown:
     """Change the limits that are named; null lifts one. Operator only."""
     changes = body.model_dump(exclude_unset=True)
-    return TenantShown.of(await run_in_threadpool(tenants.set_quota, tenant, changes, actor=actor))
+    return TenantShown.model_validate(tenants.set_quota(tenant, changes, actor=actor))
 
 
 @router.get("/keys", response_model=KeyList)
@@ -133,15 +141,15 @@ def list_keys(
 ) -> KeyList:
     """Keys without their secrets, oldest first."""
     owner = _tenant_for(principal, tenant)
-    found = tenants.list_keys(owner, limit=limit + 1, after=after)
-    more = found[limit - 1].key_id if len(found) > limit else None
-    return KeyList(data=[_shown(one) for one in found[:limit]], next_after=more)
+    page = tenants.list_keys(owner, limit=limit + 1, after=after)
+    more = page[limit - 1].key_id if len(page) > limit else None
+    return KeyList(data=[KeyShown(**_with_state(key)) for key in page[:limit]], next_after=more)
 
 
 @router.post(
     "/keys", response_model=KeyIssued, status_code=201, openapi_extra=json_request(NewKeyRequest)
 )
-async def create_key(
+def create_key(
     tenants: TenantsDep,
     principal: Admin,
     actor: Acting,
@@ -150,15 +158,14 @@ async def create_key(
     """Issue a key and show its secret, this once."""
     tenant = _tenant_for(principal, body.tenant) or principal.tenant
     lifetime = body.expires_in_seconds
-    issued = await run_in_threadpool(
-        tenants.create_key,
+    issued = tenants.create_key(
         tenant=tenant,
         scopes=DEFAULT_SCOPES if body.scopes is None else body.scopes,
         label=body.label,
         expires_at=None if lifetime is None else datetime.now(UTC) + timedelta(seconds=lifetime),
         actor=actor,
     )
-    return KeyIssued(key=issued.text, **_shown(issued.record).model_dump())
+    return _with_secret(issued)
 
 
 @router.post(
@@ -167,32 +174,32 @@ async def create_key(
     status_code=201,
     openapi_extra=json_request(Rotation),
 )
-async def rotate_key(
+def rotate_key(
     key_id: str,
     tenants: TenantsDep,
     principal: Admin,
     actor: Acting,
     body: Annotated[Rotation, Depends(json_body(Rotation))],
 ) -> KeyIssued:
-    """Issue a successor; the old key stays good for the overlap."""
-    issued = await run_in_threadpool(
-        tenants.rotate_key,
+    """Issue a successor; the old key stays valid for the overlap."""
+    issued = tenants.rotate_key(
         key_id,
         overlap=timedelta(seconds=body.overlap_seconds),
         owner=_owner(principal),
         actor=actor,
     )
-    return KeyIssued(key=issued.text, **_shown(issued.record).model_dump())
+    return _with_secret(issued)
 
 
 @router.delete("/keys/{key_id}", response_model=KeyShown)
 def revoke_key(key_id: str, tenants: TenantsDep, principal: Admin, actor: Acting) -> KeyShown:
-    """Stop a key at its next request, for good."""
+    """Revoke a key permanently, from its next request on."""
     if key_id == principal.key_id:
         raise BadRequest(
             "a key cannot revoke itself: use another one, or rotate it", param="key_id"
         )
-    return _shown(tenants.revoke_key(key_id, owner=_owner(principal), actor=actor))
+    key = tenants.revoke_key(key_id, owner=_owner(principal), actor=actor)
+    return KeyShown(**_with_state(key))
 
 
 @router.get("/audit", response_model=AuditList)
@@ -203,11 +210,20 @@ def read_audit(
     limit: Limit = 100,
     before: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
 ) -> AuditList:
-    """What was done, newest first; `next_before` is what `before` takes for more."""
+    """Audited actions, newest first; `next_before` is what `before` takes for more."""
     owner = _tenant_for(principal, tenant)
-    found, more = audit.page(tenant=owner, limit=limit, before=before)
-    return AuditList(data=[AuditEntryShown.of(one) for one in found], next_before=more)
+    page, more = audit.page(tenant=owner, limit=limit, before=before)
+    data = [AuditEntryShown.model_validate(entry) for entry in page]
+    return AuditList(data=data, next_before=more)
 
 
-def _shown(key: KeyRecord) -> KeyShown:
-    return KeyShown.of(key, now=datetime.now(UTC))
+@router.get("/state", response_model=EngineState)
+def engine_state(engine: EngineDep, _principal: Operator) -> dict[str, Any]:
+    """Running and waiting requests, resident and pinned prefixes, as of now. Operator only."""
+    try:
+        debug_state = engine.state()
+    except TimeoutError:
+        reason = engine.trouble or "the engine is in the middle of a long step"
+        raise Unavailable(reason, retry_after=1) from None
+    trouble = engine.trouble
+    return {"ready": trouble is None, "trouble": trouble, **debug_state}

@@ -1,15 +1,13 @@
-"""Bodies of /v1/admin, in and out."""
+"""Request and response bodies of /v1/admin."""
 
 from dataclasses import asdict
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from prefixd.server.api.body import StrictModel
-from prefixd.server.tenants.audit import AuditEntry
 from prefixd.server.tenants.principal import Scope
-from prefixd.server.tenants.registry import KeyRecord, TenantRecord
 from prefixd.server.tenants.tenant_settings import LEAST_WEIGHT, MOST_WEIGHT
 
 _DAY = 24 * 3600
@@ -32,7 +30,7 @@ class QuotaChange(StrictModel):
 
 
 class TenantChange(StrictModel):
-    """How a tenant is treated beside others. What is not named stays as it is."""
+    """Weight and KV reuse of a tenant. What is not named stays as it is."""
 
     weight: float = Field(
         default=1.0,
@@ -46,14 +44,14 @@ class TenantChange(StrictModel):
 
 
 class NewTenantRequest(TenantChange):
-    """A tenant to be."""
+    """A tenant to create."""
 
     name: str
     quota: QuotaChange | None = None
 
 
 class NewKeyRequest(StrictModel):
-    """A key to be. Only the operator may name another tenant."""
+    """A key to create. Only the operator may name another tenant."""
 
     tenant: str | None = None
     scopes: list[Scope] | None = Field(default=None, description="Default: all but admin.")
@@ -64,33 +62,23 @@ class NewKeyRequest(StrictModel):
 
 
 class Rotation(StrictModel):
-    """How long the old key stays good beside the new one."""
+    """How long the old key stays valid after the new one was issued."""
 
     overlap_seconds: float = Field(default=_DAY, ge=0, le=_CENTURY)
 
 
 class TenantShown(BaseModel):
-    """A tenant; a limit that is null is none."""
+    """A tenant; a null in ``quota`` means no limit."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     object: Literal["tenant"] = "tenant"
     name: str
     created_at: datetime
     default_prefix: str | None
-    quota: dict[str, int | None]
+    quota: Annotated[dict[str, int | None], BeforeValidator(asdict)]
     weight: float
     kv_reuse: bool
-
-    @classmethod
-    def of(cls, tenant: TenantRecord) -> Self:
-        """``tenant`` as it is shown."""
-        return cls(
-            name=tenant.name,
-            created_at=tenant.created_at,
-            default_prefix=tenant.default_prefix,
-            quota=asdict(tenant.quota),
-            weight=tenant.weight,
-            kv_reuse=tenant.kv_reuse,
-        )
 
 
 class TenantList(BaseModel):
@@ -115,14 +103,9 @@ class KeyShown(BaseModel):
     revoked_at: datetime | None
     replaced_by: str | None
 
-    @classmethod
-    def of(cls, key: KeyRecord, *, now: datetime) -> Self:
-        """``key`` as it is shown."""
-        return cls(**{**asdict(key), "scopes": list(key.scopes)}, state=key.state(now))
-
 
 class KeyIssued(KeyShown):
-    """A key just made, with its secret, which cannot be had again."""
+    """A new key with its secret, which is shown only once."""
 
     key: str
 
@@ -136,7 +119,9 @@ class KeyList(BaseModel):
 
 
 class AuditEntryShown(BaseModel):
-    """One thing done; no actor means the command line on the catalog."""
+    """An audited action; no actor means the command line on the catalog."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     object: Literal["audit_entry"] = "audit_entry"
     id: int
@@ -149,11 +134,6 @@ class AuditEntryShown(BaseModel):
     request_id: str | None
     detail: dict[str, Any]
 
-    @classmethod
-    def of(cls, entry: AuditEntry) -> Self:
-        """``entry`` as it is shown."""
-        return cls(**{**asdict(entry), "detail": dict(entry.detail)})
-
 
 class AuditList(BaseModel):
     """Some entries, newest first."""
@@ -161,3 +141,13 @@ class AuditList(BaseModel):
     object: Literal["list"] = "list"
     data: list[AuditEntryShown]
     next_before: int | None = None
+
+
+class EngineState(BaseModel):
+    """Ids, counts and names of tenants; docs/api.md describes the other fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    object: Literal["engine_state"] = "engine_state"
+    ready: bool
+    trouble: str | None

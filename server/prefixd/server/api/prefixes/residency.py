@@ -1,21 +1,34 @@
-"""What brings a prefix into the pool before a request does: warming, and the room for pins."""
+"""/v1/prefixes/{reference}/warm and /pin: loading a prefix into the KV pool before a request."""
 
-from collections.abc import Callable
+from typing import Annotated, Literal
 
 import structlog
-from sqlalchemy import Connection
+from fastapi import APIRouter, Depends, Response
+from pydantic import BaseModel, Field
 from sqlalchemy.exc import SQLAlchemyError
 
+from prefixd.server.api.auth import Acting, Generator, Writer
+from prefixd.server.api.body import StrictModel, json_body, json_request
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import check_resident, handle_of
 from prefixd.server.api.generate.resolver import check_served
-from prefixd.server.api.prefixes.manifests import key_of
+from prefixd.server.api.parts import (
+    AuditDep,
+    DrainStateDep,
+    EngineDep,
+    LimiterDep,
+    PinRoomDep,
+    ServedDep,
+    StoreDep,
+)
+from prefixd.server.api.prefixes.schemas import PrefixManifest, key_of
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import QueueFull
-from prefixd.server.errors import DoesNotFit, PrefixdError, Unavailable
+from prefixd.server.errors import BadRequest, DoesNotFit, PrefixdError, Unavailable
+from prefixd.server.tenants.audit import Action
 from prefixd.server.tenants.principal import Principal
 from prefixd.server.tenants.quotas import PinRoom, check_pinned
 from prefixd.store.catalog.pins import pinned
@@ -24,16 +37,132 @@ from prefixd.store.store import Manifest, PrefixStore
 
 log = structlog.get_logger("prefixd")
 
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
+
 RESIDENT = "resident"
 QUEUED = "queued"
-"""Asked for, and the engine has not begun."""
+"""Requested, and the engine has not started to load it."""
+
+
+class ChosenVersion(StrictModel):
+    """Which version is meant; none: what the reference in the path means now."""
+
+    version: int | None = Field(default=None, ge=1, le=2**31 - 1)
+
+
+class ResidencyResponse(BaseModel):
+    """A version that is being loaded. ``state`` is ``queued`` or a ``tier``: see PrefixShown."""
+
+    object: Literal["prefix.residency"] = "prefix.residency"
+    name: str
+    version: int
+    digest: str
+    state: str
+
+
+Chosen = Annotated[ChosenVersion, Depends(json_body(ChosenVersion, optional=True))]
+_BODY = json_request(ChosenVersion, required=False)
+
+
+@router.post(
+    "/{reference}/warm",
+    response_model=ResidencyResponse,
+    status_code=202,
+    responses={
+        200: {"description": "It is resident already.", "model": ResidencyResponse},
+        202: {"description": "It will be, as soon as there is room."},
+    },
+    openapi_extra=_BODY,
+)
+def warm_prefix(
+    *,
+    reference: str,
+    response: Response,
+    store: StoreDep,
+    engine: EngineDep,
+    served: ServedDep,
+    limiter: LimiterDep,
+    drain_state: DrainStateDep,
+    principal: Generator,
+    chosen: Chosen,
+) -> ResidencyResponse:
+    """Load a version into this server's KV pool before a request needs it; returns at once."""
+    response.headers.update(limiter.count(principal.tenant, principal.quota))
+    manifest = store.resolve(
+        tenant=principal.tenant, reference=_with_version(reference, chosen.version)
+    )
+    state = warm(manifest, principal, engine=engine, served=served, drain_state=drain_state)
+    if state == RESIDENT:
+        response.status_code = 200
+    return ResidencyResponse(
+        name=manifest.name, version=manifest.version, digest=manifest.digest, state=state
+    )
+
+
+@router.put("/{reference}/pin", response_model=PrefixManifest, openapi_extra=_BODY)
+def pin_prefix(
+    *,
+    reference: str,
+    store: StoreDep,
+    engine: EngineDep,
+    served: ServedDep,
+    audit: AuditDep,
+    room: PinRoomDep,
+    principal: Writer,
+    actor: Acting,
+    chosen: Chosen,
+) -> PrefixManifest:
+    """Have every server keep a version resident, in place of any other pinned version of it."""
+    tenant = principal.tenant
+    with store.change(tenant) as tx:
+        manifest = tx.set_pin(_with_version(reference, chosen.version), creator=principal.key_id)
+        check_fits(manifest, principal, engine=engine, served=served)
+        pins = pinned(tx.connection, fingerprint=served.base.fingerprint)
+        check_pinned(pins, tenant, principal.quota, room=room)
+        audit.add(
+            tx.connection,
+            Action.PIN_SET,
+            actor=actor,
+            tenant=tenant,
+            subject=manifest.name,
+            version=manifest.version,
+        )
+    return PrefixManifest.model_validate(manifest)
+
+
+@router.delete("/{reference}/pin", status_code=204)
+def unpin_prefix(
+    reference: str, store: StoreDep, audit: AuditDep, principal: Writer, actor: Acting
+) -> None:
+    """Unpin a prefix, by its name: it may be evicted as others are."""
+    with store.change(principal.tenant) as tx:
+        tx.remove_pin(reference)
+        audit.add(
+            tx.connection,
+            Action.PIN_REMOVE,
+            actor=actor,
+            tenant=principal.tenant,
+            subject=reference,
+        )
+
+
+def _with_version(reference: str, version: int | None) -> str:
+    """The reference in the path with the version in the body. Raises BadRequest when both have
+    one."""
+    if version is None:
+        return reference
+    if "@" in reference:
+        raise BadRequest(
+            "expected the version either in the path or in the body; received both", param="version"
+        )
+    return f"{reference}@{version}"
 
 
 def check_fits(
     manifest: Manifest, principal: Principal, *, engine: Engine, served: ServedModel
 ) -> None:
     """Raise Conflict, EngineFailure, QuotaExceeded or DoesNotFit for a version that no request of
-    its tenant could ever run under here."""
+    its tenant can run under on this server."""
     check_served(manifest, served)
     check_resident(manifest, principal.quota.max_resident_tokens)
     if engine.config.max_tokens_for(manifest.num_virtual_tokens) < 1:
@@ -51,8 +180,8 @@ def warm(
     served: ServedModel,
     drain_state: DrainState,
 ) -> str:
-    """Have a version made resident, and say where it is. Raises as ``check_fits``, and Unavailable
-    where the engine takes no more."""
+    """Start loading a version, and return where it is now. Raises as ``check_fits``, and
+    Unavailable when the engine accepts no more requests."""
     check_fits(manifest, principal, engine=engine, served=served)
     if drain_state.closed:
         raise drain_state.refusal()
@@ -62,10 +191,7 @@ def warm(
     if state == RESIDENT:
         return state
     try:
-        engine.preload(
-            handle_of(manifest),
-            max_resident_tokens=principal.quota.max_resident_tokens,
-        )
+        engine.preload(handle_of(manifest), max_resident_tokens=principal.quota.max_resident_tokens)
     except QueueFull as full:
         raise from_queue_full(full, drain_state) from None
     return state or QUEUED
@@ -80,7 +206,7 @@ def try_warm(
     served: ServedModel,
     drain_state: DrainState,
 ) -> None:
-    """``warm`` where that is possible; what stands against it is for the log. Blocking."""
+    """``warm``, where a failure is only logged. Blocking."""
     try:
         manifest = store.resolve(tenant=principal.tenant, reference=reference)
         warm(manifest, principal, engine=engine, served=served, drain_state=drain_state)
@@ -96,27 +222,3 @@ def pin_room(config: SchedulerConfig, max_pinned_tokens: int | None) -> PinRoom:
         pool = config.num_usable_blocks * config.block_size
         tokens = min(pool, config.max_resident_tokens or pool) // 4
     return PinRoom(tokens, config.block_size)
-
-
-def room_for_pin(
-    principal: Principal,
-    then: Callable[[Connection, Manifest], None],
-    *,
-    engine: Engine,
-    served: ServedModel,
-    room: PinRoom,
-) -> Callable[[Connection, Manifest], None]:
-    """What the store is to call in the transaction of a pin: refuses it where there is no room, as
-    ``check_fits`` and ``check_pinned`` do, and goes on to ``then``."""
-
-    def check(connection: Connection, manifest: Manifest) -> None:
-        check_fits(manifest, principal, engine=engine, served=served)
-        check_pinned(
-            pinned(connection, fingerprint=served.base.fingerprint),
-            principal.tenant,
-            principal.quota,
-            room=room,
-        )
-        then(connection, manifest)
-
-    return check

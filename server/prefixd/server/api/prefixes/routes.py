@@ -1,23 +1,24 @@
-"""/v1/prefixes: look, name and delete. ``routes_uploads`` has the upload, ``routes_residency`` what
-keeps a prefix in the pool."""
+"""/v1/prefixes: listing, versions, stored artifacts, aliases and delete."""
 
+from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query
-from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse
 from pydantic import Field
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
 
 from prefixd.server.api.auth import Acting, Reader, Writer
 from prefixd.server.api.body import StrictModel, json_body, json_request
 from prefixd.server.api.parts import AuditDep, EngineDep, StoreDep
-from prefixd.server.api.prefixes.audit_hook import AuditHook
-from prefixd.server.api.prefixes.manifests import (
+from prefixd.server.api.prefixes.schemas import (
     PrefixList,
     PrefixManifest,
     PrefixShown,
     VersionList,
 )
-from prefixd.server.api.prefixes.stored_file import StoredFile
+from prefixd.server.errors import BadRequest, RangeNotSatisfiable
 from prefixd.server.tenants.audit import Action
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
@@ -26,9 +27,32 @@ Version = Annotated[int, Path(ge=1, le=2**31 - 1)]
 
 
 class AliasTarget(StrictModel):
-    """Which version an alias shall mean."""
+    """The version an alias will mean."""
 
     version: int = Field(ge=1, le=2**31 - 1)
+
+
+class StoredFile(FileResponse):
+    """Starlette's, but an invalid Range is refused with our error body, not in plain text."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the file. Raises BadRequest and RangeNotSatisfiable before anything is sent."""
+
+        async def refuse_or_send(message: Message) -> None:
+            match message.get("status"):
+                case HTTPStatus.BAD_REQUEST:
+                    raise BadRequest(
+                        "expected a Range like bytes=0-99; received another", code="invalid_range"
+                    )
+                case HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    size = Headers(raw=message["headers"])["content-range"]
+                    raise RangeNotSatisfiable(
+                        f"the file has {size.rpartition('/')[2]} bytes, the range begins beyond",
+                        headers={"Content-Range": size},
+                    )
+            await send(message)
+
+        await super().__call__(scope, receive, refuse_or_send)
 
 
 @router.get("", response_model=PrefixList)
@@ -42,7 +66,7 @@ def list_prefixes(
     """The caller's prefixes by name, each at its latest version."""
     page = store.list(tenant=principal.tenant, limit=limit, after=after)
     return PrefixList(
-        data=[PrefixShown.now(one, engine) for one in page.manifests],
+        data=[PrefixShown.now(manifest, engine) for manifest in page.manifests],
         next_after=page.next_after,
     )
 
@@ -52,17 +76,19 @@ def get_prefix(
     reference: str, store: StoreDep, engine: EngineDep, principal: Reader
 ) -> PrefixShown:
     """The version that `name`, `name@3` or `name@alias` means now."""
-    found = store.resolve(tenant=principal.tenant, reference=reference)
-    return PrefixShown.now(found, engine)
+    manifest = store.resolve(tenant=principal.tenant, reference=reference)
+    return PrefixShown.now(manifest, engine)
 
 
 @router.delete("/{name}", status_code=204)
 def delete_prefix(
     name: str, store: StoreDep, audit: AuditDep, principal: Writer, actor: Acting
 ) -> None:
-    """Forget a prefix with all its versions and aliases. Requests that run keep what they have."""
-    noted = AuditHook(audit, actor, Action.PREFIX_DELETE, principal.tenant, name, {})
-    store.delete(tenant=principal.tenant, name=name, within=noted)
+    """Delete a prefix with all its versions and aliases. Running requests keep their version."""
+    tenant = principal.tenant
+    with store.change(tenant) as tx:
+        tx.delete(name)
+        audit.add(tx.connection, Action.PREFIX_DELETE, actor=actor, tenant=tenant, subject=name)
 
 
 @router.get("/{name}/versions", response_model=VersionList)
@@ -76,10 +102,10 @@ def list_versions(
     before: Annotated[int | None, Query(ge=1, le=2**31 - 1)] = None,
 ) -> VersionList:
     """Versions, newest first; `next_before` is what `before` takes for older ones."""
-    found = store.versions(tenant=principal.tenant, name=name, limit=limit + 1, before=before)
-    more = found[limit - 1].version if len(found) > limit else None
+    page = store.versions(tenant=principal.tenant, name=name, limit=limit + 1, before=before)
+    more = page[limit - 1].version if len(page) > limit else None
     return VersionList(
-        data=[PrefixShown.now(one, engine) for one in found[:limit]], next_before=more
+        data=[PrefixShown.now(manifest, engine) for manifest in page[:limit]], next_before=more
     )
 
 
@@ -105,7 +131,7 @@ def get_content(name: str, version: Version, store: StoreDep, principal: Reader)
     response_model=PrefixManifest,
     openapi_extra=json_request(AliasTarget),
 )
-async def put_alias(
+def put_alias(
     *,
     name: str,
     alias: str,
@@ -116,23 +142,34 @@ async def put_alias(
     body: Annotated[AliasTarget, Depends(json_body(AliasTarget))],
 ) -> PrefixManifest:
     """Let `name@alias` mean a version from the next request on."""
-    detail = {"alias": alias, "version": body.version}
-    manifest = await run_in_threadpool(
-        store.set_alias,
-        tenant=principal.tenant,
-        name=name,
-        alias=alias,
-        version=body.version,
-        within=AuditHook(audit, actor, Action.ALIAS_SET, principal.tenant, name, detail),
-    )
-    return PrefixManifest.of(manifest)
+    tenant, version = principal.tenant, body.version
+    with store.change(tenant) as tx:
+        manifest = tx.set_alias(name, alias, version=version)
+        audit.add(
+            tx.connection,
+            Action.ALIAS_SET,
+            actor=actor,
+            tenant=tenant,
+            subject=name,
+            alias=alias,
+            version=version,
+        )
+    return PrefixManifest.model_validate(manifest)
 
 
 @router.delete("/{name}/aliases/{alias}", status_code=204)
 def delete_alias(
     *, name: str, alias: str, store: StoreDep, audit: AuditDep, principal: Writer, actor: Acting
 ) -> None:
-    """Forget an alias; the version stays."""
-    detail = {"alias": alias}
-    noted = AuditHook(audit, actor, Action.ALIAS_REMOVE, principal.tenant, name, detail)
-    store.remove_alias(tenant=principal.tenant, name=name, alias=alias, within=noted)
+    """Delete an alias; the version stays."""
+    tenant = principal.tenant
+    with store.change(tenant) as tx:
+        tx.remove_alias(name, alias)
+        audit.add(
+            tx.connection,
+            Action.ALIAS_REMOVE,
+            actor=actor,
+            tenant=tenant,
+            subject=name,
+            alias=alias,
+        )

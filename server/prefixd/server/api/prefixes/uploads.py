@@ -1,17 +1,27 @@
-"""PUT /v1/prefixes/{name}: a new version, from PEFT's files or a text."""
+"""PUT /v1/prefixes/{name}: a new version, from PEFT's files or a text.
 
-from contextlib import AbstractAsyncContextManager
+The tenant's quotas, the audit entry and the response stored under an idempotency key belong to the
+transaction of the version: all of them are written, or none.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
+from sqlalchemy.exc import IntegrityError
 
 from prefixd.server.api.auth import Acting, Writer
 from prefixd.server.api.body import StrictModel, json_request, media_type, parse_json, read_capped
 from prefixd.server.api.parts import (
     AuditDep,
-    BodyLimits,
     BodyLimitsDep,
     DrainStateDep,
     EngineDep,
@@ -20,11 +30,19 @@ from prefixd.server.api.parts import (
     ServedDep,
     StoreDep,
 )
-from prefixd.server.api.prefixes.manifests import PrefixManifest
-from prefixd.server.api.prefixes.multipart import Upload, received
-from prefixd.server.api.prefixes.publishing import Publishing, parse_metadata, task_id_of
+from prefixd.server.api.prefixes.multipart import received
 from prefixd.server.api.prefixes.residency import try_warm
-from prefixd.server.errors import BadRequest
+from prefixd.server.api.prefixes.schemas import PrefixManifest
+from prefixd.server.api.served import ServedModel
+from prefixd.server.errors import BadRequest, Unprocessable
+from prefixd.server.tenants.audit import Action, AuditLog
+from prefixd.server.tenants.idempotency import Idempotency, Replay, check_key
+from prefixd.server.tenants.principal import Actor, Principal
+from prefixd.server.tenants.quotas import check_stored
+from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.catalog.transaction import CatalogTransaction
+from prefixd.store.files import sha256_of
+from prefixd.store.store import Published
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 
@@ -72,11 +90,14 @@ _UPLOAD = {
 
 Warm = Annotated[
     bool,
-    Query(description="Bring it into this server's KV pool at once; the upload never fails by it."),
+    Query(description="Load it into this server's KV pool at once; the upload never fails by it."),
 ]
+Content = tuple[str | bytes | Path | Mapping[str, Any] | None, ...]
+"""The kind of an upload, and all that distinguishes one of the same kind and name from another."""
+
 IdempotencyKey = Annotated[
     str | None,
-    Header(description="The same key with the same upload gets the same answer, for a day."),
+    Header(description="The same key with the same upload gets the same response, for a day."),
 ]
 
 
@@ -108,52 +129,73 @@ async def put_prefix(
     idempotency_key: IdempotencyKey = None,
 ) -> PrefixManifest:
     """Upload a prefix: PEFT's two files as multipart, or a text as JSON. Durable on return."""
-    left = await run_in_threadpool(limiter.count, principal.tenant, principal.quota)
-    response.headers.update(left)
-    publishing = Publishing(
-        store=store,
+    headers = await run_in_threadpool(limiter.count, principal.tenant, principal.quota)
+    response.headers.update(headers)
+    publish = partial(
+        _publish_once,
+        name,
         audit=audit,
         idempotency=idempotency,
-        served=served,
         principal=principal,
         actor=actor,
-        name=name,
         key=idempotency_key,
     )
+    options: dict[str, Any] = {
+        "tenant": principal.tenant,
+        "name": name,
+        "base": _base_for(principal, served),
+        "creator": principal.key_id,
+    }
     kind = media_type(request)
     if kind == "multipart/form-data":
-        async with _peft(request, limits) as upload:
+        async with received(
+            request,
+            small=("config", "metadata"),
+            file="weights",
+            folder=limits.upload_dir,
+            limit=limits.max_prefix_bytes,
+        ) as upload:
             for part in ("config", "weights"):
                 if part not in upload.names:
                     raise BadRequest(
                         f"the part '{part}' is missing", code="missing_part", param=part
                     )
-            metadata = parse_metadata(upload.parts.get("metadata"))
-            done = await run_in_threadpool(
-                publishing.peft,
-                upload.parts["config"],
-                upload.file,
+            config, metadata = upload.parts["config"], _parse_metadata(upload.parts.get("metadata"))
+            begin = partial(
+                store.publish_peft,
+                config=config,
+                weights=upload.file,
                 metadata=metadata,
-                task_id=task_id_of(metadata),
+                task_id=_task_id(metadata),
+                **options,
             )
+            content: Content = ("peft", config, upload.file, metadata)
+            replay, replayed = await run_in_threadpool(publish, begin, content)
     elif kind == "application/json":
         body = parse_json(TextPrefix, await read_capped(request, limits.max_body_bytes))
-        done = await run_in_threadpool(publishing.text, body.text, metadata=body.metadata)
+        begin = partial(
+            store.publish_text,
+            text=body.text,
+            metadata=body.metadata,
+            count_tokens=served.count_prefix_tokens,
+            **options,
+        )
+        content = ("text", body.text.encode(), body.metadata)
+        replay, replayed = await run_in_threadpool(publish, begin, content)
     else:
         raise BadRequest(
             "expected the content type multipart/form-data (parts config, weights and optionally "
             f"metadata) or application/json (a text); received {kind[:80]!a}",
             code="unsupported_media_type",
         )
-    response.status_code = done.status
-    if done.replayed:
+    response.status_code = replay.status
+    if replayed:
         response.headers["idempotency-replayed"] = "true"
-    manifest = PrefixManifest.model_validate(done.body)
+    manifest = PrefixManifest.model_validate(replay.body)
     if warm:
-        reference = f"{manifest.name}@{manifest.version}"
         await run_in_threadpool(
             try_warm,
-            reference,
+            f"{manifest.name}@{manifest.version}",
             principal,
             store=store,
             engine=engine,
@@ -163,11 +205,106 @@ async def put_prefix(
     return manifest
 
 
-def _peft(request: Request, limits: BodyLimits) -> AbstractAsyncContextManager[Upload]:
-    return received(
-        request,
-        small=("config", "metadata"),
-        file="weights",
-        folder=limits.upload_dir,
-        limit=limits.max_prefix_bytes,
-    )
+def _publish_once(
+    name: str,
+    begin: Callable[[], AbstractContextManager[tuple[CatalogTransaction, Published]]],
+    content: Content,
+    *,
+    audit: AuditLog,
+    idempotency: Idempotency,
+    principal: Principal,
+    actor: Actor,
+    key: str | None,
+) -> tuple[Replay, bool]:
+    """The response to an upload, and whether it is that of an earlier request under the same
+    Idempotency-Key. Blocking. Raises as the store does, QuotaExceeded, Conflict."""
+    tenant, digest = principal.tenant, ""
+    if key is not None:
+        check_key(key)
+        kind, *parts = content
+        digest = _request_digest(kind, name, *parts)
+        earlier = idempotency.find(tenant, key, request_digest=digest)
+        if earlier is not None:
+            return earlier, True
+    try:
+        with begin() as (tx, published):
+            manifest, created = published.manifest, published.created
+            if created:
+                check_stored(tx.connection, tenant, principal.quota)
+            audit.add(
+                tx.connection,
+                Action.PREFIX_PUBLISH,
+                actor=actor,
+                tenant=tenant,
+                subject=name,
+                version=manifest.version,
+                digest=manifest.digest,
+                created=created,
+            )
+            body = PrefixManifest.model_validate(manifest).model_dump(mode="json")
+            replay = Replay(201 if created else 200, body)
+            if key is not None:
+                idempotency.keep(tx.connection, tenant, key, request_digest=digest, replay=replay)
+    except IntegrityError:
+        # A concurrent request under the same key was faster: return its response.
+        if key is None:
+            raise
+        earlier = idempotency.find(tenant, key, request_digest=digest)
+        if earlier is None:
+            raise
+        return earlier, True
+    return replay, False
+
+
+def _base_for(principal: Principal, served: ServedModel) -> BaseSpec:
+    """The served base, with the tenant's own limit of virtual tokens where that is lower."""
+    limit = principal.quota.max_virtual_tokens
+    if limit is None or limit >= served.base.max_virtual_tokens:
+        return served.base
+    return replace(served.base, max_virtual_tokens=limit)
+
+
+def _request_digest(*parts: str | bytes | Path | Mapping[str, Any] | None) -> str:
+    """SHA-256 of the name and the content of an upload; each part is preceded by its length."""
+    total = hashlib.sha256()
+    for part in parts:
+        match part:
+            case bytes():
+                raw = part
+            case str():
+                raw = part.encode()
+            case Path():
+                raw = sha256_of(part).encode()
+            case _:
+                raw = json.dumps(part, sort_keys=True).encode()
+        total.update(len(raw).to_bytes(8, "big") + raw)
+    return total.hexdigest()
+
+
+def _parse_metadata(raw: bytes | None) -> dict[str, Any] | None:
+    """The part ``metadata`` as an object. Raises Unprocessable."""
+    if raw is None:
+        return None
+    try:
+        metadata = json.loads(raw)
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise Unprocessable(
+            "expected the part 'metadata' to be a JSON object",
+            code="malformed_metadata",
+            param="metadata",
+        )
+    return metadata
+
+
+def _task_id(metadata: Mapping[str, Any] | None) -> int | None:
+    """``metadata.task_id``. Raises Unprocessable."""
+    task_id = (metadata or {}).get("task_id")
+    if task_id is not None and (type(task_id) is not int or task_id < 0):
+        raise Unprocessable(
+            "expected metadata.task_id to be a whole number from 0",
+            code="malformed_metadata",
+            param="metadata.task_id",
+        )
+    return task_id

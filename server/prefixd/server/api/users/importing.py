@@ -27,7 +27,7 @@ class ImportLine(StrictModel):
 
 
 class BindingImport:
-    """One import by one tenant. Memory holds one batch, however long the body is."""
+    """One import by one tenant. Memory holds one batch, for a body of any length."""
 
     def __init__(
         self, *, store: PrefixStore, bindings: Bindings, max_bytes: int, tenant: str, actor: Actor
@@ -42,7 +42,7 @@ class BindingImport:
         self._written = 0
 
     async def run(self, request: Request) -> int:
-        """Import the body; how many bindings it held. Raises BadRequest naming the bad line."""
+        """Import the body; the number of its bindings. Raises BadRequest naming the bad line."""
         batch: list[bytes] = []
         try:
             async for line in _lines(capped(request, self._max_bytes)):
@@ -72,20 +72,20 @@ class BindingImport:
 
     def _parsed(self, line: bytes) -> tuple[str, str]:
         try:
-            found = parse_json(ImportLine, line)
-            check_user(found.user)
-            if found.prefix not in self._known:
-                self._store.resolve(tenant=self._tenant, reference=found.prefix)
+            binding = parse_json(ImportLine, line)
+            check_user(binding.user)
+            if binding.prefix not in self._known:
+                self._store.resolve(tenant=self._tenant, reference=binding.prefix)
                 if len(self._known) >= _MOST_KNOWN:
                     self._known.clear()
-                self._known.add(found.prefix)
+                self._known.add(binding.prefix)
         except (BadRequest, InvalidReference, UnknownPrefix) as error:
             raise BadRequest(
                 f"line {self._read}: {error.message} ({self._written} bindings before it were "
                 "imported)",
                 code="invalid_line",
             ) from None
-        return found.user, found.prefix
+        return binding.user, binding.prefix
 
 
 async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -1,24 +1,22 @@
-"""/v1/users and /v1/default: which prefix a tenant's end users get."""
+"""/v1/users and /v1/default: the prefixes of a tenant's end users."""
 
 from datetime import datetime
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
-from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from prefixd.server.api.auth import Acting, Reader, Writer
 from prefixd.server.api.body import StrictModel, json_body, json_request, media_type
 from prefixd.server.api.parts import BindingsDep, BodyLimitsDep, StoreDep
 from prefixd.server.api.users.importing import BindingImport
 from prefixd.server.errors import BadRequest
-from prefixd.server.tenants.bindings import Binding
 
 router = APIRouter(prefix="/v1", tags=["users"])
 
 
 class BindingTarget(StrictModel):
-    """Which prefix a user shall have."""
+    """The prefix to give a user."""
 
     prefix: str = Field(
         min_length=1,
@@ -28,17 +26,14 @@ class BindingTarget(StrictModel):
 
 
 class BindingShown(BaseModel):
-    """A user and the reference the user is bound to."""
+    """A user and the prefix reference the user is bound to."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     object: Literal["binding"] = "binding"
     user: str
     prefix: str
     updated_at: datetime
-
-    @classmethod
-    def of(cls, binding: Binding) -> Self:
-        """``binding`` as it is shown."""
-        return cls(user=binding.user, prefix=binding.reference, updated_at=binding.updated_at)
 
 
 class BindingList(BaseModel):
@@ -56,8 +51,8 @@ class DefaultShown(BaseModel):
     prefix: str
 
 
-class Imported(BaseModel):
-    """How many lines of an import were bindings."""
+class ImportResponse(BaseModel):
+    """The number of bindings in an import."""
 
     object: Literal["import"] = "import"
     imported: int
@@ -71,13 +66,14 @@ def list_bindings(
     after: Annotated[str | None, Query(max_length=256)] = None,
 ) -> BindingList:
     """The users that are bound, in order."""
-    found, more = bindings.page(principal.tenant, limit=limit, after=after)
-    return BindingList(data=[BindingShown.of(one) for one in found], next_after=more)
+    page, more = bindings.page(principal.tenant, limit=limit, after=after)
+    data = [BindingShown.model_validate(binding) for binding in page]
+    return BindingList(data=data, next_after=more)
 
 
 @router.post(
     "/users/bindings:import",
-    response_model=Imported,
+    response_model=ImportResponse,
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -100,8 +96,8 @@ async def import_bindings(
     limits: BodyLimitsDep,
     principal: Writer,
     actor: Acting,
-) -> Imported:
-    """Bind many users: one JSON object a line, written in batches as they come.
+) -> ImportResponse:
+    """Bind many users: one JSON object a line, written in batches while the body is received.
 
     A bad line ends the import with its number; the batches before it stay. Sending the whole file
     again is safe.
@@ -119,13 +115,13 @@ async def import_bindings(
         tenant=principal.tenant,
         actor=actor,
     )
-    return Imported(imported=await importing.run(request))
+    return ImportResponse(imported=await importing.run(request))
 
 
 @router.get("/users/{user:path}/prefix", response_model=BindingShown)
 def get_binding(user: str, bindings: BindingsDep, principal: Reader) -> BindingShown:
     """The prefix a user is bound to."""
-    return BindingShown.of(bindings.get(principal.tenant, user))
+    return BindingShown.model_validate(bindings.get(principal.tenant, user))
 
 
 @router.put(
@@ -133,7 +129,7 @@ def get_binding(user: str, bindings: BindingsDep, principal: Reader) -> BindingS
     response_model=BindingShown,
     openapi_extra=json_request(BindingTarget),
 )
-async def put_binding(
+def put_binding(
     *,
     user: str,
     store: StoreDep,
@@ -142,18 +138,15 @@ async def put_binding(
     actor: Acting,
     body: Annotated[BindingTarget, Depends(json_body(BindingTarget))],
 ) -> BindingShown:
-    """Let a user have a prefix, from the next request on."""
-
-    def bind() -> Binding:
-        store.resolve(tenant=principal.tenant, reference=body.prefix)  # raises for an unknown one
-        return bindings.bind(principal.tenant, user, body.prefix, actor=actor)
-
-    return BindingShown.of(await run_in_threadpool(bind))
+    """Bind a user to a prefix, from the next request on."""
+    store.resolve(tenant=principal.tenant, reference=body.prefix)  # raises for an unknown one
+    binding = bindings.bind(principal.tenant, user, body.prefix, actor=actor)
+    return BindingShown.model_validate(binding)
 
 
 @router.delete("/users/{user:path}/prefix", status_code=204)
 def delete_binding(user: str, bindings: BindingsDep, principal: Writer, actor: Acting) -> None:
-    """Forget a user's binding: the default answers then."""
+    """Delete a user's binding: the tenant's default applies then."""
     bindings.unbind(principal.tenant, user, actor=actor)
 
 
@@ -166,24 +159,20 @@ def get_default(bindings: BindingsDep, principal: Reader) -> DefaultShown:
 @router.put(
     "/default/prefix", response_model=DefaultShown, openapi_extra=json_request(BindingTarget)
 )
-async def put_default(
+def put_default(
     store: StoreDep,
     bindings: BindingsDep,
     principal: Writer,
     actor: Acting,
     body: Annotated[BindingTarget, Depends(json_body(BindingTarget))],
 ) -> DefaultShown:
-    """Let users without a binding have a prefix, from the next request on."""
-
-    def set_it() -> None:
-        store.resolve(tenant=principal.tenant, reference=body.prefix)  # raises for an unknown one
-        bindings.set_default(principal.tenant, body.prefix, actor=actor)
-
-    await run_in_threadpool(set_it)
+    """Set the prefix of users without a binding, from the next request on."""
+    store.resolve(tenant=principal.tenant, reference=body.prefix)  # raises for an unknown one
+    bindings.set_default(principal.tenant, body.prefix, actor=actor)
     return DefaultShown(prefix=body.prefix)
 
 
 @router.delete("/default/prefix", status_code=204)
 def delete_default(bindings: BindingsDep, principal: Writer, actor: Acting) -> None:
-    """No default any more: users without a binding get the base."""
+    """Delete the default: users without a binding get the base."""
     bindings.set_default(principal.tenant, None, actor=actor)

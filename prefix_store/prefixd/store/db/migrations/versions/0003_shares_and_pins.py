@@ -1,4 +1,4 @@
-"""What a tenant weighs in the queue, whether its KV is reused, and pins."""
+"""Weight and KV reuse of tenants, and pins."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ _ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 
 
 def upgrade() -> None:
-    """Add a table and columns; every tenant there is weighs the same and reuses KV."""
+    """Add a table and columns; existing tenants get equal weights and reuse KV."""
     op.add_column(
         "tenants", sa.Column("weight", sa.Double(), nullable=False, server_default=sa.text("1"))
     )

@@ -1,9 +1,9 @@
-"""A version of a prefix as it is shown."""
+"""Versions of prefixes: as the API shows them, and as the engine takes them."""
 
 from datetime import datetime
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixKey
@@ -11,7 +11,7 @@ from prefixd.store.store import Manifest
 
 
 def key_of(manifest: Manifest) -> PrefixKey:
-    """What the engine knows a version by."""
+    """The key of a version in the engine."""
     return PrefixKey(tenant=manifest.tenant, digest=manifest.digest)
 
 
@@ -21,6 +21,8 @@ class PrefixManifest(BaseModel):
     ``pinned``: every server keeps it resident. ``creator`` is the id of the key that uploaded it.
     ``corrupt``: its bytes were found damaged, and are not served; upload them again.
     """
+
+    model_config = ConfigDict(from_attributes=True)
 
     object: Literal["prefix"] = "prefix"
     name: str
@@ -43,45 +45,21 @@ class PrefixManifest(BaseModel):
     pinned: bool
     corrupt: bool
 
-    @classmethod
-    def of(cls, manifest: Manifest) -> Self:
-        """``manifest`` as it is shown."""
-        return cls(
-            name=manifest.name,
-            version=manifest.version,
-            digest=manifest.digest,
-            kind=manifest.kind.value,
-            peft_type=manifest.peft_type,
-            num_virtual_tokens=manifest.num_virtual_tokens,
-            dtype=manifest.dtype,
-            size_bytes=manifest.size_bytes,
-            fingerprint=manifest.fingerprint,
-            created_at=manifest.created_at,
-            base_model_name_or_path=manifest.base_model_name_or_path,
-            creator=manifest.creator,
-            labels=dict(manifest.labels),
-            description=manifest.description,
-            prompt_template=manifest.prompt_template,
-            metadata=dict(manifest.metadata),
-            aliases=list(manifest.aliases),
-            pinned=manifest.pinned,
-            corrupt=manifest.corrupt,
-        )
-
 
 class PrefixShown(PrefixManifest):
-    """A version, and where the server that answers has it now.
+    """A version, and where this server has it now.
 
     ``tier`` is ``resident`` (in the KV pool), ``host`` (compiled, in host memory), or on its way
-    there: ``fetching``, ``staged``, ``compiling``. Null: nowhere, the first request brings it.
+    there: ``fetching``, ``staged``, ``compiling``. Null: nowhere; the first request loads it.
     """
 
     tier: str | None = None
 
     @classmethod
     def now(cls, manifest: Manifest, engine: Engine) -> Self:
-        """``manifest`` as it is shown at this moment."""
-        return cls.of(manifest).model_copy(update={"tier": engine.tier(key_of(manifest))})
+        """``manifest`` with its present tier."""
+        tier = engine.tier(key_of(manifest))
+        return cls.model_validate(manifest).model_copy(update={"tier": tier})
 
 
 class PrefixList(BaseModel):

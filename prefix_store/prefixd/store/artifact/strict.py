@@ -1,23 +1,122 @@
-"""A strict reader of safetensors headers, in front of the tensor bytes.
+"""Strict readers of uploaded JSON and of safetensors headers: one meaning per document, or none.
 
-The safetensors library takes a lot that no writer makes (FACTS: duplicate names where the last
-wins, a leading space, names like ``../../etc/x``, rank 100,000) and spends 11 seconds on a header
-of a million empty tensors. Here is one meaning per file, decided within a header cap::
+The standard JSON parser lets a later duplicate key win, accepts NaN and Infinity, and keeps
+unpaired surrogates that no later encoder can write: two readers may see two different documents.
+
+The safetensors library accepts duplicate names (the last wins), a leading space, names such as
+``../../etc/x`` and rank 100,000, and spends 11 seconds on a header of a million empty tensors. Here
+everything is decided within a header cap, and only float32, float16 and bfloat16 are known::
 
     | length n: 8 bytes, little endian | JSON header: n bytes | tensors, in offset order, no gaps |
-
-Only float32, float16 and bfloat16 are known, since nothing else is a prefix.
 """
 
+import json
+import math
 import struct
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from prefixd.store.artifact.strict_json import StrictJsonError, kind_of, parse_object, shown
 from prefixd.store.errors import ArtifactRefused, quoted
 
+MAX_DEPTH = 16
+"""Deepest nesting accepted: PEFT configs nest three deep."""
+
+
+class StrictJsonError(ValueError):
+    """The bytes are not strict JSON; the message says why."""
+
+
+def parse_object(raw: bytes, *, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
+    """Parse a JSON object (UTF-8) strictly; raise StrictJsonError.
+
+    The caller caps the size. Refused are: a byte order mark, duplicate keys, NaN and Infinity
+    (also by overflow, as 1e999), unpaired surrogates, and nesting deeper than ``max_depth``.
+    """
+    try:
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_constant,
+            parse_float=_float,
+        )
+    except UnicodeDecodeError as error:
+        raise StrictJsonError(f"not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise StrictJsonError("nested too deep") from None
+    except json.JSONDecodeError as error:
+        raise StrictJsonError(f"{error.msg} at character {error.pos}") from None
+    except StrictJsonError:
+        raise
+    except ValueError:  # an integer of thousands of digits: the interpreter's own limit
+        raise StrictJsonError("a number has too many digits") from None
+    if not isinstance(value, dict):
+        raise StrictJsonError(f"expected an object, got {kind_of(value)}")
+    _check(value, levels=max_depth)
+    return value
+
+
+def canonical(value: dict[str, Any]) -> bytes:
+    """The canonical encoding of a parsed object: sorted keys, no spaces, ASCII."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode("ascii")
+
+
+def kind_of(value: object) -> str:
+    """What JSON calls this value, for messages."""
+    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean"}
+    return "null" if value is None else kinds.get(type(value), "a number")
+
+
+def shown(value: object) -> str:
+    """An uploaded JSON value, for messages: scalars shortened, arrays and objects by kind."""
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    # Not str() of any integer: past 4300 digits that raises.
+    if isinstance(value, int) and abs(value) < 2**64:
+        return str(value)
+    return kind_of(value)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise StrictJsonError(f"duplicate key {quoted(key)}")
+        result[key] = value
+    return result
+
+
+def _constant(name: str) -> float:
+    raise StrictJsonError(f"{name} is not JSON")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise StrictJsonError("a number is too large for a float")
+    return value
+
+
+def _check(value: object, *, levels: int) -> None:
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise StrictJsonError(f"an unpaired surrogate in {quoted(value)}") from None
+    elif isinstance(value, dict | list):
+        if levels == 0:
+            raise StrictJsonError("nested too deep")
+        for item in value:
+            _check(item, levels=levels - 1)
+        for item in value.values() if isinstance(value, dict) else ():
+            _check(item, levels=levels - 1)
+
+
 MAX_HEADER_BYTES = 64 * 1024
-"""Honest headers of the formats known here have a few hundred bytes."""
+"""Headers of real prefixes have a few hundred bytes."""
 
 DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
 """safetensors' names: our name, bytes per element."""
@@ -41,28 +140,22 @@ _MAGICS = (
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file: ``offset`` counts from the beginning of the safetensors bytes."""
+    """One tensor of a file. ``size`` counts elements; ``offset`` is in bytes, from the beginning of
+    the safetensors bytes."""
 
     name: str
     dtype: str
     itemsize: int
     shape: tuple[int, ...]
+    size: int
     offset: int
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
 
 
 def read_header(file: BinaryIO, *, size: int, allowed: frozenset[str]) -> dict[str, TensorEntry]:
-    """Read and judge the header of the ``size`` bytes of safetensors that begin at the file's
-    position; exactly the ``allowed`` tensors must be there. Raises ArtifactRefused.
+    """Read and check the header of the ``size`` bytes of safetensors that begin at the file's
+    position; it must name exactly the ``allowed`` tensors. Raises ArtifactRefused.
 
-    Costs at most ``MAX_HEADER_BYTES`` of reading, whatever the file holds.
+    Reads at most ``MAX_HEADER_BYTES``, for any file.
     """
     head = file.read(min(size, _LENGTH_BYTES + MAX_HEADER_BYTES))
     length = _header_length(head, size)
@@ -81,7 +174,7 @@ def _header_length(head: bytes, size: int) -> int:
             f"expected safetensors: 8 bytes of header length and a JSON header; got {size} bytes"
         )
     (length,) = struct.unpack_from("<Q", head)
-    # Not before the length is read: an honest header of 640 bytes begins 80 02, as a pickle does.
+    # Only after the length is read: a valid header of 640 bytes begins 80 02, as a pickle does.
     if length > MAX_HEADER_BYTES or length > size - _LENGTH_BYTES or head[8:9] != b"{":
         _refuse_foreign_formats(head)
     if length > MAX_HEADER_BYTES:
@@ -93,7 +186,7 @@ def _header_length(head: bytes, size: int) -> int:
     if length > size - _LENGTH_BYTES:
         raise ArtifactRefused(
             "truncated",
-            f"the header is said to have {length} bytes, but only {size - _LENGTH_BYTES} follow",
+            f"the header states {length} bytes, but only {size - _LENGTH_BYTES} follow",
             param="weights",
         )
     if length < 2 or head[_LENGTH_BYTES : _LENGTH_BYTES + 1] != b"{":
@@ -174,8 +267,9 @@ def _entry(name: str, value: object, data_start: int) -> TensorEntry:
         )
     if not _are_counts(offsets) or len(offsets) != 2:
         raise _malformed(f"tensor {name}: data_offsets must be two whole numbers from 0")
-    ours, itemsize = DTYPES[dtype]
-    return TensorEntry(name, ours, itemsize, tuple(shape), data_start + offsets[0])
+    our_dtype, itemsize = DTYPES[dtype]
+    size, offset = math.prod(shape), data_start + offsets[0]
+    return TensorEntry(name, our_dtype, itemsize, tuple(shape), size, offset)
 
 
 def _check_layout(

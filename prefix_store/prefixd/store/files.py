@@ -1,5 +1,6 @@
-"""Files that survive a power failure: what must be fsynced beside the data itself."""
+"""Files that survive a power failure: what must be fsynced in addition to the data itself."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -17,17 +18,23 @@ def fsync_directory(path: Path) -> None:
 
 
 def make_directories(path: Path) -> None:
-    """Make ``path`` and its parents (mode 0700), each made durable in the directory above it."""
+    """Make ``path`` and its parents (mode 0700), each made durable in its parent directory."""
     missing = [directory for directory in (path, *path.parents) if not directory.is_dir()]
     for directory in reversed(missing):
         directory.mkdir(mode=0o700, exist_ok=True)
-        # Also when another process was quicker: it may not have come to its fsync yet.
+        # Also when another process created it: that process may not have called fsync yet.
         fsync_directory(directory.parent)
 
 
 def copy_durably(source: Path, target: Path) -> None:
-    """Copy a file's bytes and fsync them; the new name is the caller's to make durable."""
+    """Copy a file's bytes and fsync them; the caller makes the new name durable."""
     with source.open("rb") as read, target.open("wb") as written:
         shutil.copyfileobj(read, written, _COPY_BYTES)
         written.flush()
         os.fsync(written.fileno())
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

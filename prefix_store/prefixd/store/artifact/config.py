@@ -1,0 +1,253 @@
+"""What an upload says of itself: PEFT's ``adapter_config.json`` and metadata; and the base model
+it is checked against.
+
+Shapes come from the base; where the config states them it must agree with the base. Paths in the
+config (PEFT opens ``prompt_tuning_init_state_dict_path``) are data here, and are never opened.
+
+Metadata is free, with a few known fields::
+
+    {"labels": {"team": "search"}, "description": "…", "prompt_template": "Q: {prompt}\\nA:",
+     "base_fingerprint": "…", "task_id": 1, "anything": ["else"]}
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from prefixd.store.artifact.strict import StrictJsonError, canonical, parse_object, shown
+from prefixd.store.errors import ArtifactRefused, quoted
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSpec:
+    """The served base: shapes an artifact must match and bounds its values must satisfy.
+
+    ``dtype`` is the serving dtype (``float32``, ``float16`` or ``bfloat16``): values are checked
+    after the cast to it. ``max_abs_embedding`` and ``max_abs_kv`` bound |x| of a soft prompt and
+    of a KV prefix; the server derives them from the values the base itself produces.
+    """
+
+    name: str
+    fingerprint: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    max_virtual_tokens: int
+    dtype: str
+    max_abs_embedding: float
+    max_abs_kv: float
+
+    @property
+    def kv_width(self) -> int:
+        """Columns of a KV prefix: layers × (K and V) × KV heads × head_dim."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim
+
+
+MAX_CONFIG_BYTES = 256 * 1024
+"""CPT repeats its token ids three times; all other types stay under 2 KiB."""
+
+MAX_BASE_NAME_CHARACTERS = 512
+
+MAX_METADATA_BYTES = 16 * 1024
+MAX_LABELS = 32
+MAX_LABEL_CHARACTERS = 128
+
+METADATA_TEXTS = ("description", "prompt_template", "base_fingerprint")
+"""Known fields of the metadata that hold a string."""
+
+
+class Kind(StrEnum):
+    """What a prefix is made of; all compile to KV."""
+
+    SOFT_PROMPT = "soft_prompt"
+    KV_PREFIX = "kv_prefix"
+    HARD_PROMPT = "hard_prompt"
+
+
+KINDS = {
+    "PROMPT_TUNING": Kind.SOFT_PROMPT,
+    "P_TUNING": Kind.SOFT_PROMPT,
+    "CPT": Kind.SOFT_PROMPT,
+    "MULTITASK_PROMPT_TUNING": Kind.SOFT_PROMPT,
+    "PREFIX_TUNING": Kind.KV_PREFIX,
+    "CARTRIDGE": Kind.KV_PREFIX,
+}
+"""The PEFT types served. The type alone decides the kind: where hidden size and KV width are equal,
+the tensor's shape cannot."""
+
+MULTITASK = "MULTITASK_PROMPT_TUNING"
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """The fields used of an ``adapter_config.json``; ``fields`` is all of it, as parsed."""
+
+    kind: Kind
+    peft_type: str
+    num_virtual_tokens: int
+    base_model_name_or_path: str | None
+    fields: dict[str, Any]
+
+
+def parse_config(raw: bytes) -> PeftConfig:
+    """Parse the bytes of an ``adapter_config.json``; raise ArtifactRefused."""
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise _malformed_config(f"expected at most {MAX_CONFIG_BYTES} bytes, got {len(raw)}")
+    try:
+        fields = parse_object(raw)
+    except StrictJsonError as error:
+        raise _malformed_config(str(error)) from None
+    return from_fields(fields)
+
+
+def from_fields(fields: dict[str, Any]) -> PeftConfig:
+    """Check a parsed config by itself, without a base; raise ArtifactRefused."""
+    peft_type = fields.get("peft_type")
+    if not isinstance(peft_type, str) or peft_type not in KINDS:
+        raise ArtifactRefused(
+            "unsupported_peft_type",
+            f"expected peft_type to be one of {', '.join(KINDS)}; got {shown(peft_type)}",
+            param="peft_type",
+        )
+    _check_task_type(fields)
+    count = fields.get("num_virtual_tokens")
+    if type(count) is not int or count < 1:
+        raise ArtifactRefused(
+            "malformed_config",
+            f"expected num_virtual_tokens to be a whole number from 1; got {shown(count)}",
+            param="num_virtual_tokens",
+        )
+    return PeftConfig(KINDS[peft_type], peft_type, count, _base_name(fields), fields)
+
+
+def check_against_base(config: PeftConfig, base: BaseSpec) -> None:
+    """Refuse a config that states other shapes than the base's; raise ArtifactRefused.
+
+    A KV prefix needs this: 10 layers of 9 heads are exactly as wide as 30 layers of 3, so the
+    tensor's shape alone would pass.
+    """
+    if config.num_virtual_tokens > base.max_virtual_tokens:
+        raise ArtifactRefused(
+            "too_many_virtual_tokens",
+            f"expected at most {base.max_virtual_tokens} virtual tokens, "
+            f"got {shown(config.num_virtual_tokens)}",
+            param="num_virtual_tokens",
+        )
+    expected = {"num_layers": base.num_layers, "token_dim": base.hidden_size}
+    if config.kind is Kind.KV_PREFIX:
+        # PEFT saves the KV heads and the KV width here, also under grouped-query attention.
+        expected["token_dim"] = base.num_kv_heads * base.head_dim
+        expected["num_attention_heads"] = base.num_kv_heads
+    for field, want in expected.items():
+        got = config.fields.get(field)
+        if got is not None and (type(got) is not int or got != want):
+            raise ArtifactRefused(
+                "base_mismatch",
+                f"the config says {field} {shown(got)}, but {config.peft_type} for the base "
+                f"{base.name} needs {want}: this prefix was trained on another model",
+                param=field,
+            )
+    submodules = config.fields.get("num_transformer_submodules")
+    if submodules is not None and (type(submodules) is not int or submodules != 1):
+        raise ArtifactRefused(
+            "encoder_decoder",
+            "expected num_transformer_submodules 1, for a decoder-only base, which stores "
+            f"{config.num_virtual_tokens} rows; got {shown(submodules)}"
+            + _rows_stored(submodules, config.num_virtual_tokens),
+            param="num_transformer_submodules",
+        )
+
+
+def _rows_stored(submodules: object, count: int) -> str:
+    if type(submodules) is not int or not 1 < submodules < 2**16:
+        return ""
+    return f", which stores {submodules * count}"
+
+
+def _check_task_type(fields: dict[str, Any]) -> None:
+    # PEFT silently skips the prefix when task_type is null; the trained tensor is the same.
+    task_type = fields.get("task_type")
+    if task_type is not None and task_type != "CAUSAL_LM":
+        raise ArtifactRefused(
+            "unsupported_task_type",
+            f"expected task_type CAUSAL_LM or null, got {shown(task_type)}: this server runs "
+            "causal language models only",
+            param="task_type",
+        )
+
+
+def _base_name(fields: dict[str, Any]) -> str | None:
+    name = fields.get("base_model_name_or_path")
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise _malformed_config(
+            f"expected a string or null, got {shown(name)}", param="base_model_name_or_path"
+        )
+    if len(name) > MAX_BASE_NAME_CHARACTERS or not name.isprintable():
+        raise _malformed_config(
+            f"expected at most {MAX_BASE_NAME_CHARACTERS} printable characters, got {shown(name)}",
+            param="base_model_name_or_path",
+        )
+    return name
+
+
+def encode_metadata(metadata: Mapping[str, Any] | None, *, base: BaseSpec) -> str:
+    """Metadata for ``base`` as one line of JSON.
+
+    Raises ArtifactRefused ``malformed_metadata``, or ``wrong_base`` when it names another base.
+    """
+    try:
+        fields = dict(metadata or {})
+        raw = canonical(fields)
+        if len(raw) > MAX_METADATA_BYTES:
+            raise _malformed_metadata(
+                f"expected metadata of at most {MAX_METADATA_BYTES} bytes as JSON, got {len(raw)}"
+            )
+        parse_object(raw)
+    except (StrictJsonError, TypeError, ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, StrictJsonError) else "it is not JSON"
+        raise _malformed_metadata(f"expected metadata to be a JSON object: {reason}") from None
+    _check_labels(fields.get("labels"))
+    for name in METADATA_TEXTS:
+        if not isinstance(fields.get(name), str | None):
+            raise _malformed_metadata(f"expected {name} to be a string", param=f"metadata.{name}")
+    _check_base(fields.get("base_fingerprint"), base)
+    return raw.decode("ascii")
+
+
+def _check_labels(labels: object) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, dict) or len(labels) > MAX_LABELS:
+        raise _malformed_metadata(
+            f"expected labels to be an object of at most {MAX_LABELS} strings",
+            param="metadata.labels",
+        )
+    for label, value in labels.items():
+        if not isinstance(value, str) or max(len(label), len(value)) > MAX_LABEL_CHARACTERS:
+            raise _malformed_metadata(
+                f"expected the label {quoted(label)} to be a string of at most "
+                f"{MAX_LABEL_CHARACTERS} characters",
+                param="metadata.labels",
+            )
+
+
+def _check_base(declared: str | None, base: BaseSpec) -> None:
+    if declared is not None and declared != base.fingerprint:
+        raise ArtifactRefused(
+            "wrong_base",
+            f"expected a prefix for the base {base.name} with the fingerprint {base.fingerprint}, "
+            f"and this one says it was made for {quoted(declared)}",
+            param="metadata.base_fingerprint",
+        )
+
+
+def _malformed_config(message: str, *, param: str = "config") -> ArtifactRefused:
+    return ArtifactRefused("malformed_config", f"adapter_config.json: {message}", param=param)
+
+
+def _malformed_metadata(message: str, *, param: str = "metadata") -> ArtifactRefused:
+    return ArtifactRefused("malformed_metadata", message, param=param)
