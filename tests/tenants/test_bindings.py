@@ -34,7 +34,7 @@ def test_a_user_has_a_prefix_else_the_default_else_nothing(bindings: Bindings) -
     assert bindings.chosen("acme", "bob") == ("house", ChosenBy.DEFAULT)
     assert bindings.chosen("beta", "ann") is None
     bindings.bind("acme", "ann", "other", actor=ANN)
-    assert bindings.get("acme", "ann").reference == "other"
+    assert bindings.get("acme", "ann").prefix == "other"
     bindings.unbind("acme", "ann", actor=ANN)
     bindings.set_default("acme", None, actor=ANN)
     assert bindings.chosen("acme", "ann") is None
@@ -72,7 +72,7 @@ def test_pages_and_many(bindings: Bindings) -> None:
         if after is None:
             break
     assert [one.user for one in found] == [*users, "é/?"]
-    assert bindings.get("acme", "user-007").reference == "newest"
+    assert bindings.get("acme", "user-007").prefix == "newest"
 
 
 def test_a_look_up_is_one_of_the_primary_key(bindings: Bindings, engine: Engine) -> None:
