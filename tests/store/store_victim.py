@@ -68,7 +68,7 @@ def row_before_blob() -> None:
             put(blobs, kept, **key)
 
     LocalBlobs.put = put_later  # type: ignore[method-assign,assignment]
-    PrefixStore.change = change_first  # type: ignore[method-assign]
+    PrefixStore.change = change_first  # type: ignore[method-assign,assignment]
 
 
 WAYS = {
