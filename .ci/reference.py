@@ -48,41 +48,41 @@ def rooms_table() -> str:
     arrows: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     modules = defaultdict(set)
     for module in sorted(graph.modules):
-        room = _room(module)
-        modules[room].add(_within(module, room))
+        room = room_of(module)
+        modules[room].add(within(module, room))
         for imported in graph.find_modules_directly_imported_by(module):
-            target = _room(imported)
+            target = room_of(imported)
             if target != room:
-                arrows[room][target].add(_within(imported, target))
+                arrows[room][target].add(within(imported, target))
     rows = ["| Room | Holds | Modules | Imports |", "|---|---|---|---|"]
     for room, holds in ROOMS.items():
         names = ", ".join(sorted(modules[room] - {""}))
         imports = ", ".join(
             _target(target, parts) for target, parts in sorted(arrows[room].items())
         )
-        rows.append(f"| `{_short(room)}` | {holds} | {names} | {imports or 'nothing of ours'} |")
+        rows.append(f"| `{short(room)}` | {holds} | {names} | {imports or 'nothing of ours'} |")
     return "\n".join(rows)
 
 
-def _room(module: str) -> str:
+def room_of(module: str) -> str:
     """The room a module is in; the packages' own modules count to the command line."""
     inside = [room for room in ROOMS if module == room or module.startswith(f"{room}.")]
     return max(inside, key=len, default="prefixd.server.cli")
 
 
-def _within(module: str, room: str) -> str:
+def within(module: str, room: str) -> str:
     """The name of a module or subfolder directly inside a room; empty for the room itself."""
     return module.removeprefix(room).lstrip(".").partition(".")[0] if module != room else ""
 
 
-def _short(room: str) -> str:
+def short(room: str) -> str:
     return room.removeprefix("prefixd.").removeprefix("server.")
 
 
 def _target(room: str, parts: set[str]) -> str:
     """A room that is imported, with the parts of it where they are few."""
     few = len(parts) <= 3 and "" not in parts
-    return f"{_short(room)} ({', '.join(sorted(parts))})" if few else _short(room)
+    return f"{short(room)} ({', '.join(sorted(parts))})" if few else short(room)
 
 
 # -- settings -------------------------------------------------------------------------------------
