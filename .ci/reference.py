@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Write the pages that are made from the code: settings, command line, rooms.
 
-.ci/reference.py             write docs/settings.md, docs/cli.md and the table of rooms
+.ci/reference.py             write docs/settings.md, docs/cli.md, .env.example, the table of rooms
 .ci/reference.py --check     exit 1 and name the pages that differ from the code
 """
 
 import inspect
+import shlex
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import grimp
 from typer.main import get_command
 
 from prefixd.server.cli.main import app
+from prefixd.server.serve.settings import SETTING_GROUPS
 
 ROOT = Path(__file__).resolve().parents[1]
 MADE_BY = "<!-- Made from the code by `make docs`. Do not edit. -->"
@@ -112,13 +115,42 @@ def settings_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def env_example() -> str:
+    """Every variable that sets a connection, the output or a server, with its default."""
+    lines = [
+        "# Variables of prefixd and their defaults; made from the code by `make docs`.",
+        "# Copy this file to .env and uncomment what you change. Docker Compose reads .env itself;",
+        "# for a server without a container: set -a; . ./.env; set +a; prefixd serve",
+    ]
+    groups: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for _, command in _verbs("prefixd", get_command(app)):
+        for option in _options(command):
+            if option.envvar:
+                group = getattr(option, "rich_help_panel", None) or "Output"
+                groups[group].setdefault(option.envvar, option)
+    for group in ("Connection", "Output", *SETTING_GROUPS):
+        lines += ["", f"# -- {group} {'-' * (94 - len(group))}"]
+        for variable, option in sorted(groups.pop(group).items()):
+            shown = option.show_default
+            words = f" Default: {shown}." if isinstance(shown, str) else ""
+            lines += ["", *textwrap.wrap(f"# {_help(option)}{words}", 98, subsequent_indent="# ")]
+            plain = option.default in {None, False} or isinstance(shown, str)
+            lines.append(f"# {variable}={'' if plain else shlex.quote(str(option.default))}")
+    assert not groups, f"options in groups of no settings: {', '.join(groups)}"
+    return "\n".join(lines) + "\n"
+
+
+def _help(option: Any) -> str:
+    return " ".join((option.help or "").split())
+
+
 # -- command line ---------------------------------------------------------------------------------
 
 
 def cli_page() -> str:
     """Every verb with its arguments and options."""
     lines = ["# Command line", "", MADE_BY, ""]
-    lines += ["Options can be set by the variable named beside them.", ""]
+    lines += ["The column Variable names the environment variable of an option that has one.", ""]
     lines += ["`prefixd VERB --help` prints the same on the terminal."]
     for path, command in _verbs("prefixd", get_command(app)):
         lines += ["", f"## {path}", "", inspect.cleandoc(command.help or "")]
@@ -174,7 +206,7 @@ def _option_row(parameter: Any) -> str:
 
 def _default(parameter: Any) -> str:
     if isinstance(shown := getattr(parameter, "show_default", None), str):
-        return f"`{shown}`"
+        return shown  # what a setting without a fixed default does, in words
     if parameter.required:
         return "required"
     if parameter.default in {None, False} or getattr(parameter, "is_flag", False):
@@ -199,6 +231,7 @@ def pages() -> dict[str, str]:
     return {
         "docs/settings.md": settings_page(),
         "docs/cli.md": cli_page(),
+        ".env.example": env_example(),
         ARCHITECTURE: f"{before}{begin}\n{rooms_table()}\n{end}{after}",
     }
 

@@ -54,7 +54,7 @@ def serving(
         assert isinstance(issued, dict)
         keys[name] = str(issued["key"])
     with BenchServer(data, flags) as server:
-        server.wait_until_ready(timeout=600, say=lambda _: None)
+        server.wait_until_ready(timeout=600, on_event=lambda _: None)
         yield server, keys
 
 

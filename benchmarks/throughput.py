@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, list[Run]]:
     key = str(issued["key"])
     runs: dict[str, list[Run]] = {"base": [], "mixed": [], "peft": []}
     with ServerProcess(data_dir=data, port=0) as server:
-        url = server.wait_until_ready(timeout=600, say=print)
+        url = server.wait_until_ready(timeout=600, on_event=print)
         with Client(url, api_key=key) as client:
             for adapter in work.adapters:
                 client.upload_folder(adapter.name, adapter)

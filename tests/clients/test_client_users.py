@@ -5,16 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
 from prefixd.client import Client, errors
-from prefixd.server.cli.users import user_app
+from prefixd.server.cli.main import app
 from tests.api.api_world import World, make_world
 from tests.clients.loopback import serving
-
-app = typer.Typer()
-app.add_typer(user_app, name="user")
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +81,8 @@ def test_user_verbs_bind_import_list_and_unbind(
     file.write_text('{"user": "bob", "prefix": "voice@1"}\n')
     assert run("import", str(file)).stdout == "1 users bound\n"
     assert [line.split()[0] for line in run("ls").stdout.splitlines()] == ["USER", "ann", "bob"]
-    assert run("default", "voice").stdout == run("default").stdout == "voice\n"
-    assert run("default", "--remove").stdout == "no default prefix\n"
+    assert run("default", "set", "voice").stdout == run("default", "show").stdout == "voice\n"
+    assert run("default", "rm").stdout == "no default prefix\n"
     assert run("unbind", "ann").stdout == "ann unbound\n"
     assert json.loads(run("ls", "--json").stdout)[0]["user"] == "bob"
     refused = CliRunner().invoke(app, ["user", "unbind", "ann"], env=environment)

@@ -17,7 +17,7 @@ class KillableServer(ServerProcess):
 
     def ready(self) -> str:
         """Wait until the server is ready and return its URL."""
-        return self.wait_until_ready(timeout=120, say=lambda _: None)
+        return self.wait_until_ready(timeout=120, on_event=lambda _: None)
 
     def send(self, number: int) -> None:
         """Send a signal to the process, if it still runs."""

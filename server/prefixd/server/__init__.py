@@ -1,3 +1,12 @@
 """prefixd: the multi-tenant inference server with swappable prefixes."""
 
-__version__ = "0.1.0"
+from importlib import metadata
+
+
+def version() -> str:
+    """The version of the installed package, as pyproject.toml names it; "0" for a checkout that is
+    not installed."""
+    try:
+        return metadata.version("prefixd")
+    except metadata.PackageNotFoundError:
+        return "0"

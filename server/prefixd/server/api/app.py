@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import Depends, FastAPI
 
+from prefixd.server import version
 from prefixd.server.api import error_responses, health, openapi
 from prefixd.server.api.admin import routes as admin_routes
 from prefixd.server.api.auth import authenticated
@@ -70,7 +70,7 @@ def create_app(
     seconds, ``min_body_rate`` in bytes per second."""
     app = FastAPI(
         title="prefixd",
-        version=_version(),
+        version=version(),
         description="One frozen base model, many swappable prefixes. OpenAI-compatible.",
         lifespan=lifespan,
         redoc_url=None,
@@ -122,10 +122,3 @@ def create_app(
         min_body_rate=min_body_rate,
     )
     return app
-
-
-def _version() -> str:
-    try:
-        return version("prefixd")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "0"

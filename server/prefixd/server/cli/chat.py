@@ -3,15 +3,63 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
 from prefixd.client.errors import ApiError
 from prefixd.client.protocol import Sampling
 from prefixd.client.sync import Client, Stream
-from prefixd.server.cli.output import printable
+from prefixd.server.cli.options import connected
+from prefixd.server.cli.output import console, printable
 
-HELP = "/model REF changes the prefix, /new forgets the conversation, Ctrl-D ends."
+HELP = "/model REF changes the prefix, /new clears the conversation, Ctrl-D ends."
+
+
+@connected
+def chat(
+    client: Client,
+    *,
+    message: Annotated[
+        str | None,
+        typer.Argument(help="Answer this and end. Default: standard input, or a conversation."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A prefix (NAME, NAME@3, NAME@alias) or the base. Default: the base.",
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Most tokens of one answer.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 is greedy.")
+    ] = 0.0,
+) -> None:
+    """Chat with the base or under a prefix, streaming."""
+    conversation = Conversation(
+        client=client,
+        model=model or _base(client),
+        sampling=Sampling(max_tokens=max_tokens, temperature=temperature),
+        system=system,
+    )
+    if message is None and sys.stdin.isatty():
+        interact(conversation, console())
+        return
+    text = sys.stdin.read().strip() if message is None else message
+    if not text:
+        raise typer.BadParameter("no message on standard input")
+    conversation.send(text, write)
+    write("\n")
+
+
+def _base(client: Client) -> str:
+    return next(model.id for model in client.list_models() if model.parent is None)
 
 
 @dataclass
@@ -25,17 +73,17 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Start over, with the system message alone."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-    def answer(self, message: str, write: Callable[[str], None]) -> Stream:
-        """Send ``message`` and hand each piece of the answer to ``write``.
+    def send(self, message: str, write: Callable[[str], None]) -> Stream:
+        """Send ``message`` and pass each piece of the answer to ``write``.
 
-        A refusal takes the message back, so that the conversation can go on. So does Ctrl-C,
-        but with what came until then kept as the answer.
+        After an API error the message is removed, so that the conversation can continue. After
+        Ctrl-C what was received until then is kept as the answer.
         """
         self.messages.append({"role": "user", "content": message})
         pieces: list[str] = []
@@ -54,46 +102,46 @@ class Conversation:
         return stream
 
 
-def say(text: str) -> None:
-    """Write to standard output at once: tokens appear as they come."""
+def write(text: str) -> None:
+    """Write to standard output unbuffered: tokens appear as they arrive."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def interact(conversation: Conversation, console: Console) -> None:
-    """Read messages until the end of input. Refusals are shown and the conversation goes on."""
-    console.print(f"[bold]{conversation.model}[/bold] [dim]{HELP}[/dim]")
+def interact(conversation: Conversation, terminal: Console) -> None:
+    """Read messages until the end of input. An API error is shown and the conversation goes on."""
+    terminal.print(f"[bold]{conversation.model}[/bold] [dim]{HELP}[/dim]")
     while True:
         try:
-            line = console.input("[bold cyan]you[/bold cyan] ").strip()
+            line = terminal.input("[bold cyan]you[/bold cyan] ").strip()
         except (EOFError, KeyboardInterrupt):
-            console.print()
+            terminal.print()
             return
         if line.startswith("/"):
-            _command(conversation, console, line)
+            _command(conversation, terminal, line)
         elif line:
-            _turn(conversation, console, line)
+            _turn(conversation, terminal, line)
 
 
-def _turn(conversation: Conversation, console: Console, line: str) -> None:
+def _turn(conversation: Conversation, terminal: Console, line: str) -> None:
     try:
-        stream = conversation.answer(line, say)
+        stream = conversation.send(line, write)
     except ApiError as error:
-        console.print(f"[red]{error.status}[/red] ", end="")
-        console.print(printable(str(error)), markup=False)
+        terminal.print(f"[red]{error.status}[/red] ", end="")
+        terminal.print(printable(str(error)), markup=False)
         return
-    used = stream.prefix.reference if stream.prefix else "bare base"
-    console.print()
-    console.print(f"[dim]{used}[/dim]", highlight=False)
+    reference = stream.prefix.reference if stream.prefix else "bare base"
+    terminal.print()
+    terminal.print(f"[dim]{reference}[/dim]", highlight=False)
 
 
-def _command(conversation: Conversation, console: Console, line: str) -> None:
-    word, _, rest = line.partition(" ")
-    if word == "/model" and rest.strip():
-        conversation.model = rest.strip()
-    elif word == "/new":
-        conversation.forget()
+def _command(conversation: Conversation, terminal: Console, line: str) -> None:
+    name, _, argument = line.partition(" ")
+    if name == "/model" and argument.strip():
+        conversation.model = argument.strip()
+    elif name == "/new":
+        conversation.clear()
     else:
-        console.print(f"[dim]{HELP}[/dim]")
+        terminal.print(f"[dim]{HELP}[/dim]")
         return
-    console.print(f"[dim]{conversation.model}, {len(conversation.messages)} messages[/dim]")
+    terminal.print(f"[dim]{conversation.model}, {len(conversation.messages)} messages[/dim]")

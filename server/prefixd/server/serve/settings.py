@@ -4,8 +4,9 @@ Every field is a flag of ``prefixd serve`` and an environment variable ``PREFIXD
 wins over the environment. A room receives its own few values, never this object.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self, get_args, get_origin
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -16,6 +17,52 @@ MIB = 1024 * 1024
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
+
+
+SETTING_GROUPS = {
+    "Model": ("device", "dtype", "model", "served_model_name", "threads"),
+    "Storage": ("blobs_url", "data_dir", "database_url", "gc_grace", "gc_interval"),
+    "KV memory": (
+        "block_size",
+        "host_kv_tokens",
+        "kv_reuse",
+        "kv_tokens",
+        "max_pinned_tokens",
+        "max_prefix_wait",
+        "max_resident_tokens",
+    ),
+    "Queue and batch": (
+        "max_prefill_chunk",
+        "max_queue_wait",
+        "max_running",
+        "max_tokens_per_step",
+        "max_waiting_tokens",
+        "watchdog",
+    ),
+    "HTTP": ("body_timeout", "host", "min_body_rate", "port", "shutdown_timeout"),
+    "Limits": (
+        "max_body_bytes",
+        "max_choices",
+        "max_import_bytes",
+        "max_prefix_bytes",
+        "max_request_seconds",
+        "max_virtual_tokens",
+    ),
+    "Logging": ("log_format", "log_level"),
+}
+"""The settings by theme, as help and reference list them; sorted within a theme."""
+
+COMPUTED_DEFAULTS = {
+    "blobs_url": "files in data_dir",
+    "database_url": "an SQLite file in data_dir",
+    "max_pinned_tokens": "a quarter of the pool",
+    "max_request_seconds": "no limit",
+    "max_resident_tokens": "as many as fit",
+    "max_waiting_tokens": "eight times kv_tokens",
+    "served_model_name": "taken from the model",
+    "threads": "torch's choice",
+}
+"""What a setting without a fixed default does, in words."""
 
 
 class Settings(BaseSettings):
@@ -40,7 +87,7 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(
         default=None,
         min_length=1,
-        description="Name clients use for the base model. Default: taken from the model.",
+        description="Name clients use for the base model.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Number format of weights and KV."
@@ -48,17 +95,15 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where the model runs; `auto` takes a GPU if there is one."
     )
-    threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of the model. Default: torch's choice."
-    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of the model.")
     database_url: SecretStr | None = Field(
         default=None,
-        description="SQLAlchemy URL of the catalog. Default: an SQLite file in the data folder.",
+        description="URL of the catalog's database: postgresql://user@host/name.",
     )
     blobs_url: str | None = Field(
         default=None,
         description="Where uploaded prefixes are kept: s3://bucket/prefix, with the usual AWS_* "
-        "variables for endpoint and credentials. Default: files in the data folder.",
+        "variables for endpoint and credentials.",
     )
     gc_grace: float = Field(
         default=86400.0,
@@ -86,13 +131,13 @@ class Settings(BaseSettings):
         default=64, ge=1, description="Most sequences that run at the same time."
     )
     max_choices: int = Field(
-        default=128, ge=1, description="Most sequences one request may ask for (prompts times n)."
+        default=128, ge=1, description="Most sequences of one request (prompts times n)."
     )
     max_waiting_tokens: int | None = Field(
         default=None,
         ge=1,
         description="Most tokens, prompt and output, that may wait to run; then requests get 503. "
-        "A chat that names no max_tokens counts 512 of output. Default: eight times kv_tokens.",
+        "A chat that names no max_tokens counts 512 of output.",
     )
     max_queue_wait: float = Field(
         default=60.0,
@@ -102,26 +147,25 @@ class Settings(BaseSettings):
     max_resident_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most virtual tokens that all prefixes together may have in the KV pool. "
-        "Default: as many as fit.",
+        description="Most virtual tokens that all prefixes together may have in the KV pool.",
     )
     host_kv_tokens: int = Field(
         default=0,
         ge=0,
-        description="Virtual tokens of compiled prefixes kept in host memory, for a quick return "
-        "to the pool; 0 keeps none.",
+        description="Virtual tokens of evicted prefixes kept in host memory, to be copied back to "
+        "the pool; 0 keeps none.",
     )
     max_prefix_wait: float = Field(
         default=0.5,
         ge=0,
-        description="Seconds after which a request that waits for its prefix forces another one "
-        "out of the pool.",
+        description="Seconds after which a request that waits for its prefix evicts another one "
+        "from the pool.",
     )
     max_pinned_tokens: int | None = Field(
         default=None,
         ge=0,
         description="Most positions of the KV pool that the pinned prefixes of all tenants may "
-        "take. Default: a quarter of the pool.",
+        "take.",
     )
     kv_reuse: bool = Field(
         default=True,
@@ -137,7 +181,7 @@ class Settings(BaseSettings):
         default=None,
         gt=0,
         description="Longest a request for generation may take, in seconds, waiting included; a "
-        "lower `timeout` of the request counts. Default: no limit.",
+        "lower `timeout` of the request counts.",
     )
     max_virtual_tokens: int = Field(
         default=2048, ge=1, description="Most virtual tokens a prefix may have."
@@ -179,3 +223,47 @@ class Settings(BaseSettings):
         if self.database_url is not None:
             return self.database_url.get_secret_value()
         return f"sqlite:///{self.root / 'catalog.sqlite3'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of the settings, as help and reference show it."""
+
+    name: str
+    description: str
+    default: str
+    is_computed: bool
+    metavar: str | None
+
+    @property
+    def flag(self) -> str:
+        """The flag of ``prefixd serve``."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return f"{ENV_PREFIX}{self.name.upper()}"
+
+    @classmethod
+    def of(cls, name: str) -> Self:
+        """The setting ``name``."""
+        field = Settings.model_fields[name]
+        is_computed = field.default is None
+        default = COMPUTED_DEFAULTS[name] if is_computed else str(field.default)
+        if isinstance(field.default, bool):
+            default = default.lower()
+        return cls(name, field.description or "", default, is_computed, _metavar(field.annotation))
+
+
+def settings_by_group() -> dict[str, list[Setting]]:
+    """Every setting by theme, in the order of SETTING_GROUPS."""
+    return {group: [Setting.of(name) for name in names] for group, names in SETTING_GROUPS.items()}
+
+
+def _metavar(annotation: Any) -> str | None:
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    kinds = {bool: "true|false", int: "<int>", float: "<float>"}
+    types = (annotation, *get_args(annotation))
+    return next((metavar for kind, metavar in kinds.items() if kind in types), None)

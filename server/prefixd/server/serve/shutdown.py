@@ -1,11 +1,11 @@
-"""The end of a server: a signal closes the intake, what runs gets its time, the rest is told.
+"""The shutdown of a server: a signal starts a drain, which ends with the process.
 
 ::
 
-    signal ──> no new answers, not ready ──> every request ended, or its time is up, or a
-               (the socket listens on)       second signal
-                                               │
-           exit 0 <── uvicorn closes <── engine stops <── unfinished answers get their last event
+    signal ──> no new generations, not ready ──> all requests ended, or the drain timeout,
+               (the socket stays open)           or a second signal
+                                                   │
+           exit 0 <── uvicorn closes <── engine stops <── unfinished streams get their last event
                       (CLOSING_S)        (CLOSING_S)
 """
 
@@ -30,18 +30,18 @@ from prefixd.server.engine.engine import Engine
 log = structlog.get_logger("prefixd")
 
 CLOSING_S = 5
-"""How long the engine gets to stop, and after it the connections to close."""
+"""Timeout for the engine to stop, and then again for the connections to close, in seconds."""
 
 LONGEST_CLOSING_S = 2 * CLOSING_S
-"""What a server can take to end beyond its patience, in the worst case."""
+"""How long a shutdown can take after the drain timeout, in seconds."""
 
 _POLL_S = 0.05
 _REFRESH_S = 1.0
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server with a drain before its own shutdown. For the main thread of a process
-    that ends with it."""
+    """uvicorn's server with a drain before its own shutdown. Runs in the main thread of a process
+    that exits afterwards."""
 
     def __init__(
         self,
@@ -49,58 +49,58 @@ class DrainingServer(uvicorn.Server):
         *,
         drain_state: DrainState,
         engine: Engine,
-        patience: float,
-        closing: int = CLOSING_S,
+        drain_timeout_s: float,
+        closing_s: int = CLOSING_S,
     ) -> None:
-        """``patience`` is how long running requests may go on, in seconds; then the engine and
-        the connections have ``closing`` each."""
-        config.timeout_graceful_shutdown = closing
+        """Running requests get ``drain_timeout_s`` to finish; then the engine and the connections
+        get ``closing_s`` each."""
+        config.timeout_graceful_shutdown = closing_s
         super().__init__(config)
-        self._intake = drain_state
+        self._drain_state = drain_state
         self._engine = engine
-        self._patience = patience
-        self._closing = closing
-        self._hurried = False
+        self._drain_timeout_s = drain_timeout_s
+        self._closing_s = closing_s
+        self._second_signal = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal closes the intake, the next ends the waiting.
+        """Start to drain at the first signal, end the drain at the next.
 
-        uvicorn would note the signal and raise it again at the end: a server that was asked to
-        end and did has not failed, so its status is 0.
+        uvicorn would raise the signal again at the end; a shutdown on request is not a failure, so
+        the exit status here is 0.
         """
         del sig, frame
-        self._hurried = self.should_exit
-        self._intake.close()
+        self._second_signal = self.should_exit
+        self._drain_state.close()
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then let uvicorn close everything."""
-        self._intake.close()
-        await self._let_finish(set(self.server_state.tasks))
-        _insist(2 * self._closing)
-        self._intake.end_running()
+        self._drain_state.close()
+        await self._drain(set(self.server_state.tasks))
+        _exit_within(2 * self._closing_s)
+        self._drain_state.end_running()
         await self._stop_engine()
         await super().shutdown(sockets)
         log.info("stopped")
 
-    async def _let_finish(self, requests: set[asyncio.Task[None]]) -> None:
-        """Wait for the requests that were running when the signal came. Those that come after it
-        are answered too, but not waited for: a crowd that tries again must not keep us here."""
+    async def _drain(self, requests: set[asyncio.Task[None]]) -> None:
+        """Wait for the requests that were running at the signal. Later ones get a response too, but
+        do not extend the drain: clients that retry could do so without limit."""
         self._engine.drain()
-        log.info("draining", requests=len(requests), timeout=self._patience)
-        deadline = time.monotonic() + self._patience
+        log.info("draining", requests=len(requests), timeout=self._drain_timeout_s)
+        deadline = time.monotonic() + self._drain_timeout_s
         refresh = 0.0
-        while requests and not self._hurried and time.monotonic() < deadline:
+        while requests and not self._second_signal and time.monotonic() < deadline:
             if time.monotonic() > refresh:
                 refresh = time.monotonic() + _REFRESH_S
                 await self.on_tick(0)  # keeps the Date header right, as uvicorn's own loop does
             _, requests = await asyncio.wait(requests, timeout=_POLL_S)
         if requests:
-            why = "a second signal" if self._hurried else "the timeout"
-            log.warning("ending what still runs", requests=len(requests), because=why)
+            cause = "a second signal" if self._second_signal else "the timeout"
+            log.warning("ending what still runs", requests=len(requests), because=cause)
 
     async def _stop_engine(self) -> None:
-        """Stop the engine, off the loop: it joins threads, and one may hang in the device."""
+        """Stop the engine in a thread: it joins its own, and one may hang in the device."""
         loop, stopped = asyncio.get_running_loop(), asyncio.Event()
 
         def stop() -> None:
@@ -110,42 +110,40 @@ class DrainingServer(uvicorn.Server):
 
         threading.Thread(target=stop, name="stop-engine", daemon=True).start()
         with suppress(TimeoutError):
-            await asyncio.wait_for(stopped.wait(), self._closing)
+            await asyncio.wait_for(stopped.wait(), self._closing_s)
 
 
-def end_process() -> NoReturn:
-    """End this process with status 0, after a shutdown in good order, without taking the
-    interpreter apart: with torch in it that takes seconds, and nothing is left to be done."""
+def exit_process() -> NoReturn:
+    """Exit with status 0 after a complete shutdown, without finalizing the interpreter: with torch
+    loaded that takes seconds."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def leave_at_signal() -> None:
-    """End this process with status 0 at SIGTERM: before there is a server, nothing has to drain."""
+def exit_on_sigterm() -> None:
+    """Exit with status 0 at SIGTERM, until a server replaces the handler: while the model loads
+    there is nothing to drain."""
 
-    def leave(sig: int, frame: FrameType | None) -> None:
+    def exit_now(sig: int, frame: FrameType | None) -> None:
         del sig, frame
         sys.exit(0)
 
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, exit_now)
 
 
-def _insist(limit: float) -> None:
-    """End this process in ``limit`` seconds, whatever hangs by then: a step on the device, a
-    request to the bucket. Does nothing if the process ends by itself before."""
+def _exit_within(timeout_s: float) -> None:
+    """Exit with status 1 after ``timeout_s``, unless the process ends before: a step on the device
+    or a request to the bucket may hang."""
 
-    def end() -> None:
-        log.error("something hangs and does not end", threads=[t.name for t in _others()])
+    def exit_now() -> None:
+        own = {threading.current_thread(), threading.main_thread()}
+        threads = [thread.name for thread in threading.enumerate() if thread not in own]
+        log.error("something hangs and does not end", threads=threads)
         sys.stderr.flush()
         os._exit(1)
 
-    timer = threading.Timer(limit, end)
+    timer = threading.Timer(timeout_s, exit_now)
     timer.name, timer.daemon = "last-resort", True
     timer.start()
-
-
-def _others() -> list[threading.Thread]:
-    mine = {threading.current_thread(), threading.main_thread()}
-    return [thread for thread in threading.enumerate() if thread not in mine]

@@ -1,4 +1,4 @@
-"""The demo's server: a child process, its log, and its end."""
+"""The demo's server: a child process and its log."""
 
 import json
 import os
@@ -16,48 +16,48 @@ from typing import Self
 from prefixd.client.errors import ClientError
 from prefixd.client.sync import Client
 
-# What an operator set for a server of theirs must not steer the demo's; these only choose speed.
-_KEPT = frozenset({"PREFIXD_DEVICE", "PREFIXD_DTYPE", "PREFIXD_THREADS"})
+# Settings of an operator's own server must not apply to the demo's; these affect speed only.
+_INHERITED = frozenset({"PREFIXD_DEVICE", "PREFIXD_DTYPE", "PREFIXD_THREADS"})
 _STOP_S = 15.0
 PROGRAM = (sys.executable, "-P", "-m", "prefixd.server")
 _SHOWN_LINES = 15
 
 
 class DemoFailed(ClientError):
-    """The demo could not show what it promises; the message says why."""
+    """The demo failed; the message names the reason."""
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` without settings of another server, and with model hubs out of reach."""
-    kept = {
+    """``environment`` without settings of another server, and with downloads of models off."""
+    inherited = {
         name: value
         for name, value in environment.items()
-        if not name.startswith("PREFIXD_") or name in _KEPT
+        if not name.startswith("PREFIXD_") or name in _INHERITED
     }
-    return {**kept, "HF_HUB_OFFLINE": "1"}
+    return {**inherited, "HF_HUB_OFFLINE": "1"}
 
 
 def admin(data_dir: Path, *arguments: str) -> object:
-    """Run one of the server's own verbs on the demo's catalog; return the JSON it prints."""
+    """Run a verb on the demo's catalog; return the JSON it prints."""
     command = [*PROGRAM, *arguments, "--data-dir", str(data_dir), "--json"]
-    done = subprocess.run(  # noqa: S603 - our own interpreter and our own arguments
+    process = subprocess.run(  # noqa: S603 - our own interpreter and our own arguments
         command, capture_output=True, text=True, check=False, env=child_environment(os.environ)
     )
-    if done.returncode != 0:
-        raise DemoFailed(f"`prefixd {' '.join(arguments)}` failed:\n{done.stderr.strip()}")
-    answer: object = json.loads(done.stdout)
-    return answer
+    if process.returncode != 0:
+        raise DemoFailed(f"`prefixd {' '.join(arguments)}` failed:\n{process.stderr.strip()}")
+    value: object = json.loads(process.stdout)
+    return value
 
 
 class ServerProcess:
-    """A ``prefixd serve`` of our own. Leaving the ``with`` ends it, whatever happened inside."""
+    """A ``prefixd serve`` as a child process, which ends with the ``with`` block."""
 
     def __init__(
         self, *, data_dir: Path, port: int, model: str = "demo", program: Sequence[str] = PROGRAM
     ) -> None:
         self.log = data_dir / "server.log"
         self.url = ""
-        self._last = deque[str](maxlen=_SHOWN_LINES)
+        self._tail = deque[str](maxlen=_SHOWN_LINES)
         self._events = queue.SimpleQueue[Mapping[str, object]]()
         # fmt: off
         self._command = [
@@ -68,7 +68,7 @@ class ServerProcess:
         # fmt: on
 
     def __enter__(self) -> Self:
-        # A session of its own: Ctrl-C reaches us alone, and we end the server in order.
+        # A session of its own: Ctrl-C reaches only this process, which then ends the server.
         self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and our own arguments
             self._command,
             stdin=subprocess.DEVNULL,
@@ -90,13 +90,14 @@ class ServerProcess:
             for line in lines:
                 log.write(line)
                 log.flush()
-                self._last.append(line.rstrip())
+                self._tail.append(line.rstrip())
                 self._events.put(_event(line))
 
-    def wait_until_ready(self, *, timeout: float, say: Callable[[str], None]) -> str:
-        """The URL, once the server takes requests; ``DemoFailed`` when it ends or is late.
+    def wait_until_ready(self, *, timeout: float, on_event: Callable[[str], None]) -> str:
+        """Wait until the server accepts requests; its URL. ``timeout`` is in seconds.
 
-        ``say`` gets what the server logs on the way.
+        ``on_event`` receives the event of each log line until then. Raises ``DemoFailed`` when the
+        server ends or the timeout passes.
         """
         deadline = time.monotonic() + timeout
         while not self.url:
@@ -105,7 +106,7 @@ class ServerProcess:
             except queue.Empty:
                 self._check(deadline)
                 continue
-            say(str(event.get("event", "")))
+            on_event(str(event.get("event", "")))
             if event.get("event") == "serving":
                 self.url = str(event["url"])
         with Client(self.url, timeout=5.0) as client:
@@ -117,7 +118,9 @@ class ServerProcess:
     def _check(self, deadline: float) -> None:
         if self._process.poll() is not None:
             self._reader.join()
-            raise DemoFailed("the server ended early. Its last words:\n" + "\n".join(self._last))
+            raise DemoFailed(
+                "the server ended early. The end of its log:\n" + "\n".join(self._tail)
+            )
         if time.monotonic() > deadline:
             raise DemoFailed(f"the server was not ready in time; its log is {self.log}")
 
@@ -141,7 +144,7 @@ class ServerProcess:
 
 
 def _event(line: str) -> Mapping[str, object]:
-    """A line of the server's JSON log; empty for a library's own words on standard error."""
+    """A line of the server's JSON log; empty for other output on standard error."""
     try:
         event = json.loads(line)
     except ValueError:

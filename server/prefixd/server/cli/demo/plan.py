@@ -1,4 +1,4 @@
-"""What the demo sends: which tenant gets which example prefix, and who is asked what. Pure."""
+"""What the demo sends: the tenant of each example prefix, and the requests. Pure."""
 
 import json
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from pydantic import BaseModel, ValidationError
 from prefixd.client.errors import ClientError
 from prefixd.client.protocol import Message
 
-# Two tenants with different sets, so that what one may not see is visible.
+# Two tenants with different prefixes, to show that neither sees the other's.
 SUPPORT, FRIENDS = "acme-support", "penpals"
-_OF_SUPPORT = frozenset({"triage", "handbook", "sentiment", "json-answers"})
+_SUPPORT_PREFIXES = frozenset({"triage", "handbook", "sentiment", "json-answers"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +27,19 @@ class Example:
 
     @property
     def tenant(self) -> str:
-        """Whose prefix it is in the demo."""
-        return SUPPORT if self.name in _OF_SUPPORT else FRIENDS
+        """The tenant that owns the prefix in the demo."""
+        return SUPPORT if self.name in _SUPPORT_PREFIXES else FRIENDS
 
     @property
-    def text(self) -> Path | None:
+    def text_file(self) -> Path | None:
         """The file of a hard prompt; None for a trained prefix."""
         path = self.folder / "prefix.txt"
         return path if path.is_file() else None
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One request: ``prefix`` None asks the bare base."""
+class DemoRequest:
+    """One request: ``prefix`` None is the bare base."""
 
     tenant: str
     prefix: str | None
@@ -48,7 +48,7 @@ class Ask:
 
     @property
     def question(self) -> str:
-        """The last message: what the answers are compared by."""
+        """The last message."""
         return self.messages[-1]["content"]
 
 
@@ -65,7 +65,8 @@ class _Listing(BaseModel):
 
 
 def read_examples(folder: Path) -> list[Example]:
-    """The examples that ``prefixes.json`` in ``folder`` lists; ``ClientError`` for others."""
+    """The examples that ``prefixes.json`` in ``folder`` lists. Raises ``ClientError`` for a
+    malformed list."""
     path = folder / "prefixes.json"
     try:
         listing = _Listing.model_validate_json(path.read_bytes())
@@ -83,30 +84,30 @@ def read_examples(folder: Path) -> list[Example]:
     ]
 
 
-def asks(examples: Sequence[Example]) -> list[Ask]:
+def plan_requests(examples: Sequence[Example]) -> list[DemoRequest]:
     """Every prompt under its prefix, and each example's first one under the bare base as well.
 
-    Prefixes are dealt in turn, so requests that arrive together carry different ones.
+    Prefixes alternate, so that requests that arrive together carry different ones.
     """
     longest = max((len(example.prompts) for example in examples), default=0)
     under_prefix = [
-        Ask(example.tenant, example.name, example.prompts[turn], example.max_tokens)
+        DemoRequest(example.tenant, example.name, example.prompts[turn], example.max_tokens)
         for turn in range(longest)
         for example in examples
         if turn < len(example.prompts)
     ]
-    bare: dict[str, Ask] = {}
+    bare: dict[str, DemoRequest] = {}
     for example in examples:
-        ask = Ask(example.tenant, None, example.prompts[0], example.max_tokens)
-        bare.setdefault(json.dumps(ask.messages), ask)
+        request = DemoRequest(example.tenant, None, example.prompts[0], example.max_tokens)
+        bare.setdefault(json.dumps(request.messages), request)
     return [*under_prefix, *bare.values()]
 
 
-def by_question(requests: Sequence[Ask]) -> list[list[int]]:
+def by_question(requests: Sequence[DemoRequest]) -> list[list[int]]:
     """Indices of ``requests`` grouped by conversation, the bare base first in each group."""
     groups: dict[str, list[int]] = {}
-    for index, ask in enumerate(requests):
-        groups.setdefault(json.dumps(ask.messages), []).append(index)
+    for index, request in enumerate(requests):
+        groups.setdefault(json.dumps(request.messages), []).append(index)
     return [
         sorted(group, key=lambda index: requests[index].prefix is not None)
         for group in groups.values()

@@ -1,4 +1,4 @@
-"""What the demo prints: answers side by side, the proof, and how to go on."""
+"""What the demo prints: answers in a table, the proof, and commands to continue with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from prefixd.client.types import Prefix
-from prefixd.server.cli.demo.plan import Ask, Example, by_question
+from prefixd.server.cli.demo.plan import DemoRequest, Example, by_question
 from prefixd.server.cli.demo.traffic import Answer
 from prefixd.server.cli.output import printable
 
@@ -18,7 +18,7 @@ _SHOWN_LINES = 5
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What /metrics says of the demo's requests."""
+    """What /metrics reports about the demo's requests."""
 
     requests: int
     passes: int
@@ -27,7 +27,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether one forward pass was seen to mix prefixes."""
+        """Whether at least one forward pass mixed prefixes."""
         return self.distinct_prefixes >= 2 and self.passes > 0
 
 
@@ -44,7 +44,7 @@ def print_uploaded(
     )
 
 
-def answers_table(requests: Sequence[Ask], answers: Sequence[Answer]) -> Table:
+def answers_table(requests: Sequence[DemoRequest], answers: Sequence[Answer]) -> Table:
     """All answers, grouped by question, the bare base first."""
     table = Table(expand=True, pad_edge=False, header_style="bold")
     table.add_column("tenant", no_wrap=True)
@@ -66,10 +66,10 @@ def answers_table(requests: Sequence[Ask], answers: Sequence[Answer]) -> Table:
 
 
 def _excerpt(text: str) -> str:
-    """``text`` on a few lines: enough to compare, whole where it is short."""
+    """The first lines of ``text``: enough to compare."""
     lines = [line for line in printable(text).splitlines() if line.strip()]
-    kept = "\n".join(lines[:_SHOWN_LINES])
-    return kept if len(lines) <= _SHOWN_LINES else f"{kept} …"
+    excerpt = "\n".join(lines[:_SHOWN_LINES])
+    return excerpt if len(lines) <= _SHOWN_LINES else f"{excerpt} …"
 
 
 def print_proof(console: Console, proof: Proof) -> None:
@@ -82,11 +82,12 @@ def print_proof(console: Console, proof: Proof) -> None:
     )
 
 
-def print_how_to_go_on(
-    console: Console, *, url: str, key: str, example: Example, other: Example
+def print_next_steps(
+    console: Console, *, url: str, key: str, model: Example, upload: Example
 ) -> None:
-    """The URL, a key and lines to paste; unwrapped, so that they stay whole."""
-    question = example.prompts[0][-1]["content"].replace("'", "")
+    """The URL, a key and commands to paste; not wrapped, so that they stay on one line each."""
+    question = model.prompts[0][-1]["content"].replace("'", "")
+    program = ".venv/bin/prefixd" if Path(".venv/bin/prefixd").exists() else "prefixd"
     lines = [
         f"export PREFIXD_URL={url}",
         f"export PREFIXD_API_KEY={key}",
@@ -94,15 +95,15 @@ def print_how_to_go_on(
         "# generate under a prefix: its name is the model",
         'curl -s $PREFIXD_URL/v1/chat/completions -H "Authorization: Bearer $PREFIXD_API_KEY" \\',
         "  -H 'content-type: application/json' -d '{",
-        f'    "model": "{example.name}", "max_tokens": {example.max_tokens}, "temperature": 0,',
+        f'    "model": "{model.name}", "max_tokens": {model.max_tokens}, "temperature": 0,',
         f'    "messages": [{{"role": "user", "content": "{question}"}}]}}\'',
         "",
         "# upload a prefix: what PEFT saved, as it is",
-        *_upload_lines(other),
+        *_upload_lines(upload),
         "",
         "# or from the command line",
-        ".venv/bin/prefixd prefix ls",
-        f".venv/bin/prefixd chat --model {example.name}",
+        f"{program} prefix ls",
+        f"{program} chat --model {model.name}",
     ]
     console.print()
     for line in lines:
@@ -111,11 +112,11 @@ def print_how_to_go_on(
 
 
 def _upload_lines(example: Example) -> list[str]:
-    where = _relative(example.folder)
+    folder = _relative(example.folder)
     return [
         f"curl -s -X PUT $PREFIXD_URL/v1/prefixes/my-{example.name} \\",
         '  -H "Authorization: Bearer $PREFIXD_API_KEY" \\',
-        f"  -F config=@{where}/adapter_config.json -F weights=@{where}/adapter_model.safetensors",
+        f"  -F config=@{folder}/adapter_config.json -F weights=@{folder}/adapter_model.safetensors",
     ]
 
 

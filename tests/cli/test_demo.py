@@ -18,11 +18,11 @@ from prefixd.server.cli.demo.child import DemoFailed, ServerProcess, child_envir
 from prefixd.server.cli.demo.plan import (
     FRIENDS,
     SUPPORT,
-    Ask,
+    DemoRequest,
     Example,
-    asks,
     by_question,
     metric,
+    plan_requests,
     read_examples,
 )
 from tests.clients.loopback import Loopback
@@ -73,7 +73,7 @@ EXAMPLES = [
 
 
 def test_every_prompt_is_asked_and_each_question_once_under_the_bare_base():
-    planned = [(ask.prefix, ask.question) for ask in asks(EXAMPLES)]
+    planned = [(ask.prefix, ask.question) for ask in plan_requests(EXAMPLES)]
     assert planned == [
         ("triage", "lost?"),
         ("bob", "bread?"),
@@ -85,12 +85,12 @@ def test_every_prompt_is_asked_and_each_question_once_under_the_bare_base():
 
 
 def test_answers_to_one_question_stand_together_with_the_base_first():
-    assert by_question(asks(EXAMPLES)) == [[4, 0], [5, 1, 2], [3]]
+    assert by_question(plan_requests(EXAMPLES)) == [[4, 0], [5, 1, 2], [3]]
 
 
 def test_the_committed_examples_make_a_demo():
     found = read_examples(ROOT / "examples")
-    planned = asks(found)
+    planned = plan_requests(found)
     assert len(planned) >= 16
     assert len({ask.prefix for ask in planned} - {None}) >= 4
     assert {ask.tenant for ask in planned} == {SUPPORT, FRIENDS}
@@ -110,7 +110,7 @@ def test_a_metric_is_found_by_its_whole_name():
 def test_the_child_is_awaited_logged_and_ended(tmp_path: Path):
     said: list[str] = []
     with ServerProcess(data_dir=tmp_path, port=0, program=_program(tmp_path)) as server:
-        url = server.wait_until_ready(timeout=30, say=said.append)
+        url = server.wait_until_ready(timeout=30, on_event=said.append)
         assert url.startswith("http://127.0.0.1:")
         process = server._process
         assert process.poll() is None
@@ -128,7 +128,7 @@ def test_a_child_that_ends_early_has_the_last_word(tmp_path: Path):
         ServerProcess(data_dir=tmp_path, port=0, program=program) as server,
         pytest.raises(DemoFailed, match="no such model"),
     ):
-        server.wait_until_ready(timeout=30, say=lambda _: None)
+        server.wait_until_ready(timeout=30, on_event=lambda _: None)
 
 
 def test_a_child_that_is_late_is_given_up(tmp_path: Path):
@@ -137,7 +137,7 @@ def test_a_child_that_is_late_is_given_up(tmp_path: Path):
         ServerProcess(data_dir=tmp_path, port=0, program=silent) as server,
         pytest.raises(DemoFailed, match="in time"),
     ):
-        server.wait_until_ready(timeout=0, say=lambda _: None)
+        server.wait_until_ready(timeout=0, on_event=lambda _: None)
     assert server._process.returncode is not None
 
 
@@ -158,14 +158,14 @@ def test_all_are_asked_at_once_and_answers_keep_their_order(server: Loopback):
     for _ in range(3):
         server.stream(DELTA, **headers)
     message = {"role": "user", "content": "Hi"}
-    requests = [Ask(FRIENDS, name, (message,), 8) for name in ("bob", None, "alice")]
+    requests = [DemoRequest(FRIENDS, name, (message,), 8) for name in ("bob", None, "alice")]
     done: list[int] = []
-    answers = traffic.ask_all(
+    answers = traffic.send_all(
         server.url,
         requests,
         keys={FRIENDS: "pfx_a"},
         base="smol",
-        on_done=lambda: done.append(1),
+        on_answer=lambda: done.append(1),
     )
     assert [answer.text for answer in answers] == ["Ahoy"] * 3
     assert answers[0].prefix == PrefixUsed(name="bob", version=2, digest="ff")
@@ -177,9 +177,9 @@ def test_all_are_asked_at_once_and_answers_keep_their_order(server: Loopback):
 
 def test_a_failed_request_fails_the_demo(server: Loopback):
     server.reply({"error": {"message": "no such prefix"}}, status=404)
-    ask = Ask(FRIENDS, "bob", ({"role": "user", "content": "Hi"},), 8)
+    ask = DemoRequest(FRIENDS, "bob", ({"role": "user", "content": "Hi"},), 8)
     with pytest.raises(NotFoundError):
-        traffic.ask_all(server.url, [ask], keys={FRIENDS: "k"}, base="b", on_done=lambda: None)
+        traffic.send_all(server.url, [ask], keys={FRIENDS: "k"}, base="b", on_answer=lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_the_proof_needs_two_prefixes_in_one_pass(passes: int, distinct: int, ho
 
 
 def test_the_table_names_versions_and_first_tokens():
-    requests = asks(EXAMPLES[1:])
+    requests = plan_requests(EXAMPLES[1:])
     used = PrefixUsed(name="bob", version=3, digest="ff")
     answers = [
         traffic.Answer("Ahoy [matey]!\n\n\x1b[2J", used, 0.25, 1.0),

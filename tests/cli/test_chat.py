@@ -82,6 +82,6 @@ def test_an_interrupted_answer_keeps_what_came(
         if text == "Ahoy":
             raise KeyboardInterrupt
 
-    talk.answer("Hi", interrupted)
+    talk.send("Hi", interrupted)
     assert talk.messages[-1] == {"role": "assistant", "content": "Ahoy"}
     assert server.hung_up.wait(30)

@@ -1,23 +1,16 @@
-"""The verbs on a real socket: what they print, what they send, how they fail."""
+"""The verbs that talk to a server, on a real socket: output, requests, errors."""
 
 import json
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
+from prefixd.server.cli.main import app
 from prefixd.server.cli.output import printable
-from prefixd.server.cli.prefixes import chat, demo, prefix_app
 from tests.clients.loopback import Loopback
 from tests.clients.samples import MANIFEST
-
-app = typer.Typer()
-app.add_typer(prefix_app, name="prefix")
-app.command("chat")(chat)
-app.command("demo")(demo)
 
 CHAT_EVENTS = (
     'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
@@ -74,7 +67,7 @@ def test_push_of_what_is_no_text_says_what_is_pushed(way: str, shell: Shell, tmp
     result = shell("prefix", "push", "voice", source, stdin=file.read_bytes())
     assert result.exit_code == 2
     said = " ".join(result.stderr.replace("│", " ").split())
-    assert "is no text in UTF-8; of a prefix that PEFT wrote, push its folder" in said
+    assert "is not text in UTF-8; to upload a prefix that PEFT wrote, push its folder" in said
 
 
 @pytest.mark.parametrize(
@@ -238,19 +231,6 @@ def test_the_demo_without_examples_says_so(shell: Shell, tmp_path: Path):
     result = shell("demo", "--examples", str(tmp_path), "--data-dir", str(tmp_path / "data"))
     assert result.exit_code == 1
     assert "prefixes.json" in result.stderr
-
-
-VERBS = [["chat"], ["demo"], *(["prefix", verb.name] for verb in prefix_app.registered_commands)]
-
-
-@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_every_flag_has_a_variable(verb: list[str]):
-    command: Any = typer.main.get_command(app)
-    for name in verb:
-        command = command.commands[name]
-    flags = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
-    assert flags
-    assert {p.name: p.envvar for p in flags if not p.envvar} == {}
 
 
 def test_answers_cannot_steer_the_terminal():

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import uvicorn
 
-from prefixd.server.serve.header_timeout import MAX_HEAD_BYTES, impatient
+from prefixd.server.serve.http import MAX_HEADER_BYTES, bind, uvicorn_config
 from tests.api.api_world import World
 
 HEAD = b"GET /health/live HTTP/1.1\r\nhost: x\r\n"
@@ -13,16 +13,10 @@ HEAD = b"GET /health/live HTTP/1.1\r\nhost: x\r\n"
 
 def serve(world: World, seconds: float, scenario: Callable[[int], Awaitable[None]]) -> None:
     async def main() -> None:
-        config = uvicorn.Config(
-            world.app,
-            http=impatient(seconds),
-            port=0,
-            log_config=None,
-            lifespan="off",
-            access_log=False,
-        )
+        config = uvicorn_config(world.app, header_timeout_s=seconds)
+        config.lifespan = "off"
         server = uvicorn.Server(config)
-        running = asyncio.create_task(server.serve(sockets=[config.bind_socket()]))
+        running = asyncio.create_task(server.serve(sockets=[bind("127.0.0.1", 0)]))
         while not server.started:  # noqa: ASYNC110 - uvicorn tells nobody
             await asyncio.sleep(0.001)
         try:
@@ -74,13 +68,13 @@ def test_a_head_without_an_end_is_cut_off_by_its_size(world: World) -> None:
         sent = 0
         writer.write(HEAD)
         try:
-            while sent < 100 * MAX_HEAD_BYTES:
+            while sent < 100 * MAX_HEADER_BYTES:
                 writer.write(b"x: " + b"y" * 8192 + b"\r\n")
                 await writer.drain()
                 sent += 8192
         except ConnectionError:
             pass
-        assert sent < 100 * MAX_HEAD_BYTES
+        assert sent < 100 * MAX_HEADER_BYTES
         del reader
         writer.close()
 

@@ -1,0 +1,92 @@
+"""``prefixd serve``: one base model and the prefixes of all tenants over HTTP."""
+
+import socket
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import typer
+
+from prefixd.server.cli.options import demo_model_packages, fail, reported_errors, with_settings
+from prefixd.server.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from prefixd.server.serve.build import Server
+    from prefixd.server.tenants.registry import Tenants
+
+
+@with_settings()
+def serve(settings: Settings) -> None:
+    """Serve one base model and the prefixes of all tenants over HTTP."""
+    import structlog
+
+    from prefixd.server.serve import logging
+    from prefixd.server.serve.http import bind
+    from prefixd.server.serve.shutdown import exit_on_sigterm, exit_process
+
+    logging.configure(settings.log_level, settings.log_format)
+    exit_on_sigterm()
+    with reported_errors():
+        listener = bind(settings.host, settings.port)
+    with listener:
+        structlog.get_logger("prefixd").info(
+            "loading", model=settings.model, dtype=settings.dtype, data_dir=str(settings.root)
+        )
+        server = load_server(settings)
+        show_first_key(server.tenants)
+        _run(server, settings, listener)
+    exit_process()
+
+
+def _run(server: "Server", settings: Settings, listener: socket.socket) -> None:
+    """Serve on a bound socket until a signal ends the server."""
+    import structlog
+
+    from prefixd.server.serve.http import address, uvicorn_config
+    from prefixd.server.serve.shutdown import DrainingServer
+
+    host, port = listener.getsockname()[:2]
+    structlog.get_logger("prefixd").info(
+        "serving",
+        url=f"http://{address(host, port)}",
+        model=server.served.name,
+        dtype=settings.dtype,
+        device=server.device,
+        kv_tokens=settings.kv_tokens,
+        max_positions=server.served.max_positions,
+    )
+    DrainingServer(
+        uvicorn_config(server.app, header_timeout_s=settings.body_timeout),
+        drain_state=server.drain_state,
+        engine=server.engine,
+        drain_timeout_s=settings.shutdown_timeout,
+    ).run(sockets=[listener])
+
+
+def show_first_key(tenants: "Tenants") -> None:
+    """On a catalog without any key, issue the operator's and print it: to the terminal and never
+    to the log, which is kept and shipped elsewhere."""
+    issued = tenants.bootstrap()
+    if issued is not None:
+        typer.echo(
+            f"prefixd: the catalog has no API key yet. The operator's key, shown once:\n\n"
+            f"    {issued.text}\n\nKeep it: it is not stored and cannot be shown again.",
+            err=True,
+        )
+
+
+def load_server(settings: Settings) -> "Server":
+    """A server over the real model; a model that cannot be served ends the verb with the reason."""
+    from prefixd.server.model.architecture import UnsupportedModel
+    from prefixd.server.model.demo import DemoModelMissing
+    from prefixd.server.serve.build import build_server
+
+    with reported_errors():
+        try:
+            return build_server(settings)
+        except (UnsupportedModel, DemoModelMissing) as error:
+            fail(str(error))
+        except ImportError:
+            # transformers raises this when it converts the demo model without gguf.
+            if settings.model == "demo" and find_spec("gguf") is None:
+                demo_model_packages()
+            raise

@@ -1,0 +1,132 @@
+"""``prefixd serve`` and ``prefixd doctor``: flags, help, and errors before the model is loaded."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from prefixd.server.cli.serve import load_server, show_first_key
+from prefixd.server.serve.settings import SETTING_GROUPS, Settings, settings_by_group
+from prefixd.server.tenants.registry import Tenants
+from prefixd.store.db.database import open_database
+from prefixd.store.db.migrate import upgrade
+from tests.cli.cli_runner import run, run_json
+
+PANEL = re.compile(r"^╭─ (.+?) ─+╮$(.*?)^╰", re.MULTILINE | re.DOTALL)
+
+
+def test_serve_help_is_grouped_by_theme_and_sorted() -> None:
+    panels = dict(PANEL.findall(run("serve", "--help").stdout))
+    assert list(panels) == ["Options", *SETTING_GROUPS]
+    for group, settings in settings_by_group().items():
+        flags = re.findall(r"^│ +(--[a-z-]+)", panels[group], re.MULTILINE)
+        assert flags == [setting.flag for setting in settings]
+
+
+def test_serve_help_shows_the_default_of_each_setting() -> None:
+    text = re.sub(r"[│\s]+", " ", run("serve", "--help").stdout)
+    for settings in settings_by_group().values():
+        for setting in settings:
+            start = text.index(f" {setting.flag} ")
+            entry = text[start : text.index("]", text.index("[default: ", start))]
+            default = f"({setting.default})" if setting.is_computed else setting.default
+            assert entry.endswith(f"[default: {default}"), setting.flag
+
+
+def test_serve_help_lists_each_flag_with_its_variable() -> None:
+    text = " ".join(run("serve", "--help").stdout.split())
+    for name in Settings.model_fields:
+        assert f"--{name.replace('_', '-')}" in text
+        assert f"PREFIXD_{name.upper()}" in text
+
+
+def test_an_invalid_value_names_the_flag_and_the_variable() -> None:
+    result = run("serve", "--port", "x", code=1)
+    assert "--port (PREFIXD_PORT)" in result.stderr
+    assert "integer" in result.stderr
+
+
+def test_a_boolean_setting_takes_true_or_false() -> None:
+    text = " ".join(run("serve", "--help").stdout.split())
+    assert "--kv-reuse true|false" in text
+    assert "--kv-reuse (PREFIXD_KV_REUSE)" in run("serve", "--kv-reuse", "maybe", code=1).stderr
+
+
+def test_openmp_threads_wait_passively() -> None:
+    code = "import os, prefixd.server.cli.main; print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {"PATH": "/usr/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        timeout=60,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.stdout.strip() == "passive"
+
+
+def test_doctor_reports_each_check(tmp_path: Path) -> None:
+    found = run_json("doctor", "--model", str(tmp_path), "--device", "cpu")
+    assert set(found) == {"data", "catalog", "torch", "device", "model"}
+    assert all(result["ok"] for result in found.values())
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    result = run("doctor", "--data-dir", str(blocked / "x"), "--device", "cpu", code=1)
+    assert "FAIL data" in result.stdout
+
+
+@pytest.mark.parametrize("model", ["/nowhere/model", "./nowhere", "../nowhere/model", "a/b/c"])
+def test_a_missing_model_folder_is_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+
+    sentence = f"the model folder {model} does not exist"
+    found = json.loads(run("doctor", "--model", model, "--device", "cpu", "--json", code=1).stdout)
+    assert found["model"] == {"ok": False, "detail": sentence}
+    with pytest.raises(typer.Exit):
+        load_server(Settings(model=model, device="cpu"))
+    assert capsys.readouterr().err == f"prefixd: {sentence}\n"
+
+
+def test_a_name_that_is_not_a_folder_is_looked_up_on_hugging_face() -> None:
+    found = run_json("doctor", "--model", "org/model", "--device", "cpu")
+    assert found["model"]["detail"] == "org/model would be looked up on Hugging Face"
+
+
+def test_an_address_in_use_is_reported_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        words = ["serve", "--port", port, "--model", "/nowhere", "--data-dir", str(tmp_path)]
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "prefixd.server", *words],
+            check=False,
+            timeout=60,
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr == f"prefixd: cannot listen on 127.0.0.1:{port}: address already in use\n"
+
+
+def test_the_first_key_is_printed_and_not_logged(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    import structlog
+
+    database = open_database(Settings().catalog_url)
+    upgrade(database)
+    tenants = Tenants(database)
+    with structlog.testing.capture_logs() as lines:
+        show_first_key(tenants)
+        printed = capfd.readouterr()
+        show_first_key(tenants)
+    (text,) = re.findall(r"pfx_\w+", printed.err)
+    assert tenants.authenticate(text).is_operator
+    assert printed.out == ""
+    assert capfd.readouterr().err == ""
+    assert lines == []
+    database.dispose()

@@ -1,0 +1,59 @@
+"""Run by ``test_draining``: the fake world under the server that drains, in its own process.
+
+``python draining_child.py FOLDER DRAIN_TIMEOUT STEP_SECONDS``. Prints a JSON line with the port and
+a key when it listens, and one with the remaining threads when it has ended.
+"""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import structlog
+
+from prefixd.server.engine.step import Step, StepOutput
+from prefixd.server.serve.http import bind, uvicorn_config
+from prefixd.server.serve.logging import configure
+from prefixd.server.serve.shutdown import DrainingServer
+from tests.api.api_world import make_world
+
+log = structlog.get_logger("draining_child")
+
+
+def main() -> None:
+    folder, drain_timeout_s, seconds = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+    configure("info", "json")
+    with make_world(folder) as world:
+        run = world.runner.run
+
+        def run_slowly(step: Step) -> StepOutput:
+            log.info("a step begins")
+            time.sleep(seconds)
+            return run(step)
+
+        world.runner.run = run_slowly  # type: ignore[method-assign]
+        listener = bind("127.0.0.1", 0)
+        ready = {"port": listener.getsockname()[1], "key": world.keys["acme"]}
+        print(json.dumps(ready), flush=True)
+        DrainingServer(
+            uvicorn_config(world.app, header_timeout_s=30),
+            drain_state=world.drain_state,
+            engine=world.engine,
+            drain_timeout_s=drain_timeout_s,
+            closing_s=1,
+        ).run(sockets=[listener])
+        world.engine.loop.scheduler.check_integrity()
+        threads = [
+            thread for thread in threading.enumerate() if thread is not threading.main_thread()
+        ]
+        for thread in threads:
+            thread.join(None if not thread.daemon else 0)
+        names = [thread.name for thread in threads if thread.is_alive()]
+        print(
+            json.dumps({"threads": [name for name in names if name != "last-resort"]}), flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
