@@ -97,7 +97,7 @@ def test_leaving_before_the_first_token_aborts(world: World, *, stream: bool) ->
     run_with_engine(world, scenario)
     assert outcome(world, "aborted") == 1
     assert len(world.runner.steps) <= 3
-    world.engine.loop.scheduler.check_integrity()
+    world.engine.core.scheduler.check_integrity()
 
 
 def test_leaving_in_mid_stream_aborts(world: World) -> None:

@@ -274,7 +274,7 @@ def test_prefixes_of_a_tenant_at_its_cap_take_turns_in_the_pool(
     run = world.runner.run
 
     def watch(step: Step) -> StepOutput:
-        held.append(world.engine.loop.scheduler.memory.residency.tokens_of("acme"))
+        held.append(world.engine.core.scheduler.memory.residency.tokens_of("acme"))
         return run(step)
 
     world.runner.run = watch  # type: ignore[method-assign]

@@ -18,6 +18,7 @@ from prefixd.server.engine.request import (
     SamplingParams,
     StopParams,
     TokenEvent,
+    cost_of,
 )
 from tests.api.api_world import MAX_POSITIONS, World, error_of
 from tests.api.test_completions import complete, events
@@ -85,7 +86,7 @@ def test_a_chat_that_names_no_limit_is_not_reckoned_to_fill_the_context(
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], **fields}
     assert client.post("/v1/chat/completions", json=body).status_code == 200
     (request,) = script.submitted
-    assert request.cost - len(request.prompt) == counted
+    assert cost_of(request) - len(request.prompt) == counted
     assert request.stop.max_tokens == (counted if fields else MAX_POSITIONS - len(request.prompt))
 
 

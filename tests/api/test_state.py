@@ -40,7 +40,7 @@ def test_who_runs_and_what_is_resident(world: World) -> None:
         request = asyncio.create_task(caller.run())
         assert await asyncio.to_thread(world.runner.held.wait, 20)
         debug_state = asyncio.create_task(asyncio.to_thread(world.engine.state))
-        while not world.engine.loop._inbox:  # noqa: ASYNC110 - asking tells nobody
+        while not world.engine._inbox:  # noqa: ASYNC110 - asking tells nobody
             await asyncio.sleep(0.001)
         world.runner.gate.set()
         found = await debug_state
@@ -87,7 +87,7 @@ def test_an_engine_that_does_not_answer(
 def test_a_step_that_hangs_turns_readiness_off(world: World) -> None:
     """And what comes then is refused at once; when the step ends all is well again."""
     engine = world.engine
-    engine._watchdog.timeout_s = 0.05
+    engine._watchdog_s = 0.05
 
     async def scenario() -> None:
         world.runner.gate.clear()

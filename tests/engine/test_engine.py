@@ -88,8 +88,8 @@ def bench() -> Iterator[Bench]:
     bench.engine.start()
     yield bench
     bench.engine.stop()
-    bench.engine.loop.scheduler.check_integrity()
-    assert bench.engine.loop.scheduler.idle
+    bench.engine.core.scheduler.check_integrity()
+    assert bench.engine.core.scheduler.idle
 
 
 def answer(events: "queue.Queue[Event]") -> tuple[str, FinishEvent]:
@@ -391,7 +391,7 @@ def test_a_picture_that_fails_harms_nobody(bench: Bench, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> dict[str, object]:
         raise LookupError("a bug in the picture")
 
-    monkeypatch.setattr("prefixd.server.engine.loop.debug_state", broken)
+    monkeypatch.setattr("prefixd.server.engine.engine.debug_state", broken)
     _, events = bench.submit()
     with pytest.raises(LookupError):
         bench.engine.state()
@@ -409,7 +409,7 @@ def test_a_loop_that_fails_tells_everybody_and_starts_over(
     def broken(**_: object) -> Step:
         raise AssertionError("a bug in the scheduler")
 
-    monkeypatch.setattr(bench.engine.loop.scheduler, "schedule", broken)
+    monkeypatch.setattr(bench.engine.core.scheduler, "schedule", broken)
     bench.engine.start()
     end = answer(events)[1]
     assert end.error == "the engine had to start over; please try again"

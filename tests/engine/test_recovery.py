@@ -30,7 +30,7 @@ def fail_the_loop(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**_: object) -> Step:
         raise AssertionError("a bug in the scheduler")
 
-    monkeypatch.setattr(bench.engine.loop.scheduler, "schedule", broken)
+    monkeypatch.setattr(bench.engine.core.scheduler, "schedule", broken)
 
 
 @pytest.mark.parametrize("late", [None, FakeStaged(5), FakeStaged(6)])
@@ -65,7 +65,7 @@ def test_a_fetch_from_before_the_loop_started_over_is_nobodys(
     _, after = bench.submit(prefix=PREFIX)
     assert entered.wait(20)
     leave.set()
-    bench.engine.loop._fetch_pool.shutdown()  # the late fetch has been posted
+    bench.engine.core._fetch_pool.shutdown()  # the late fetch has been posted
     proceed.set()
     assert answer(after)[0] == expected(12, "digest")
     assert answer(bench.submit(prefix=PREFIX)[1])[0] == expected(12, "digest")
@@ -110,7 +110,7 @@ def test_text_that_cannot_be_made_ends_that_one_answer(moment: str) -> None:
     bench.engine.stop()
     assert bench.engine.stats().restarts == 0
     assert bench.engine.stats().finished["error"] == 1
-    bench.engine.loop.scheduler.check_integrity()
+    bench.engine.core.scheduler.check_integrity()
 
 
 def test_a_handler_that_fails_ends_that_one_answer(caplog: pytest.LogCaptureFixture) -> None:
@@ -174,7 +174,7 @@ def test_an_engine_that_cannot_start_over_leaves_nobody_waiting(
     def broken() -> None:
         raise ValueError("no scheduler either")
 
-    monkeypatch.setattr(bench.engine.loop, "_new_scheduler", broken)
+    monkeypatch.setattr(bench.engine.core, "_new_scheduler", broken)
     bench.engine.start()
     assert answer(events)[1].reason is FinishReason.ERROR
     bench.engine.stop()

@@ -50,8 +50,8 @@ class StepRecorder:
     def run(self, step: Step) -> StepOutput:
         """Record a step and run it."""
         assert self.engine is not None
-        scheduler, pause = self.engine.loop.scheduler, threading.Event()
-        while len(scheduler.waiting) + len(self.engine.loop._inbox) < self.backlog:
+        scheduler, pause = self.engine.core.scheduler, threading.Event()
+        while len(scheduler.waiting) + len(self.engine._inbox) < self.backlog:
             pause.wait(0.001)
         running = {sequence.seq_id: sequence for sequence in scheduler.running}
         served: Counter[str] = Counter()

@@ -56,7 +56,7 @@ class FaultyRunner:
     @property
     def _scheduler(self) -> Scheduler:
         assert self.engine is not None
-        return self.engine.loop.scheduler
+        return self.engine.core.scheduler
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

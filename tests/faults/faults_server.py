@@ -82,7 +82,7 @@ class RunningServer:
                 return
             pause.wait(0.02)
         raise AssertionError(
-            f"the server did not become idle: {self.engine.loop.scheduler!r}, tasks {self.tasks()}"
+            f"the server did not become idle: {self.engine.core.scheduler!r}, tasks {self.tasks()}"
         )
 
 
@@ -103,7 +103,7 @@ def running(
     loaded = build_server(
         Settings(model=str(model), data_dir=data, threads=1, host="127.0.0.1", **settings)
     )
-    runner = loaded.engine.loop._runner = wrap(loaded.engine.loop._runner)
+    runner = loaded.engine.core._runner = wrap(loaded.engine.core._runner)
     known = {tenant.name for tenant in loaded.tenants.list_tenants()}
     for name in tenants:
         if name not in known:
@@ -124,4 +124,4 @@ def running(
         thread.join(60)
         assert not thread.is_alive(), "the server did not stop"
         loaded.tenants._engine.dispose()
-    loaded.engine.loop.scheduler.check_integrity()
+    loaded.engine.core.scheduler.check_integrity()

@@ -54,11 +54,9 @@ class QueueRecorder:
 
     def run(self, step: Step) -> StepOutput:
         assert self.engine is not None
-        waiting = list(self.engine.loop.scheduler.waiting)
+        waiting = list(self.engine.core.scheduler.waiting)
         pause, latest = threading.Event(), time.monotonic() + STEP_DELAY_S * self.overloaded
-        while (
-            len(waiting) + len(self.engine.loop._inbox) < QUEUE_SIZE and time.monotonic() < latest
-        ):
+        while len(waiting) + len(self.engine._inbox) < QUEUE_SIZE and time.monotonic() < latest:
             pause.wait(0.001)
         self.most_waiting = max(self.most_waiting, len(waiting))
         self.waited.update(sequence.seq_id for sequence in waiting)

@@ -123,7 +123,7 @@ def _soak(model: Path, scratch: Path) -> str:
 def _check_idle(server: RunningServer, seed: str) -> None:
     stats = server.engine.stats()
     held = stats.blocks_free + stats.blocks_prefix
-    assert held == stats.blocks_total, f"{seed}: blocks leaked: {server.engine.loop.scheduler!r}"
+    assert held == stats.blocks_total, f"{seed}: blocks leaked: {server.engine.core.scheduler!r}"
 
 
 def _check_memory(memory: list[tuple[int, int]]) -> str:

@@ -20,4 +20,4 @@ def serving() -> Iterator[Callable[..., Served]]:
     yield start
     for served in started:
         served.engine.stop()
-        served.engine.loop.scheduler.check_integrity()
+        served.engine.core.scheduler.check_integrity()

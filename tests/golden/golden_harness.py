@@ -269,7 +269,7 @@ class Served:
             if self.engine.idle:
                 return self.engine.stats()
             threading.Event().wait(0.01)
-        raise AssertionError(f"the engine did not become idle: {self.engine.loop.scheduler!r}")
+        raise AssertionError(f"the engine did not become idle: {self.engine.core.scheduler!r}")
 
 
 class RequestFailed(Exception):

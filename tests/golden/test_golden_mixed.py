@@ -59,7 +59,7 @@ def together(
 
 def preempt_often(served: Served) -> None:
     """Preempt the youngest running sequence before every ninth step."""
-    scheduler = served.engine.loop.scheduler
+    scheduler = served.engine.core.scheduler
     schedule, calls = scheduler.schedule, itertools.count(1)
 
     def schedule_after_preempting(*, now: float = 0.0) -> Step:
@@ -117,7 +117,7 @@ def test_concurrent_requests_share_one_compiled_prefix(
     run = served.runner.run
 
     def watch(step: object) -> object:
-        scheduler = served.engine.loop.scheduler
+        scheduler = served.engine.core.scheduler
         pool = scheduler.memory.pool
         held.append((pool.num_usable - pool.num_free, len(scheduler.running)))
         return run(step)  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ def evict_everything(served: Served) -> None:
     """Fill the pool once, so that idle prefixes are evicted and their blocks are reused."""
     size = served.engine.config.max_tokens_for(0) - 1
     served.generate([3] * size, count=1)
-    entries = served.engine.loop.scheduler.memory.residency
+    entries = served.engine.core.scheduler.memory.residency
     assert not [entry for entry in entries if entry.is_compiled]
 
 

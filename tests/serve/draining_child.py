@@ -43,7 +43,7 @@ def main() -> None:
             drain_timeout_s=drain_timeout_s,
             closing_s=1,
         ).run(sockets=[listener])
-        world.engine.loop.scheduler.check_integrity()
+        world.engine.core.scheduler.check_integrity()
         threads = [
             thread for thread in threading.enumerate() if thread is not threading.main_thread()
         ]

@@ -1,16 +1,22 @@
-"""The engine as other threads see it: requests go in, events come out."""
+"""The engine: a thread that runs the core, and the methods that other threads call.
 
+Other threads reach the core in two ways. They post functions, which the engine's thread calls
+between two turns; and they read what the core has published. Everything that needs a lock is here.
+"""
+
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from prefixd.server.engine.config import SchedulerConfig
-from prefixd.server.engine.loop import StepLoop
+from prefixd.server.engine.core import EngineCore
 from prefixd.server.engine.output_processor import OutputProcessor
 from prefixd.server.engine.prefix_loader import preloads_full
 from prefixd.server.engine.queue_limiter import QueueLimiter
-from prefixd.server.engine.recovery import Watchdog
 from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
@@ -20,13 +26,19 @@ from prefixd.server.engine.request import (
     PrefixKey,
     QueueFull,
 )
-from prefixd.server.engine.stats import EngineStats
+from prefixd.server.engine.stats import EngineStats, debug_state
 from prefixd.server.engine.step import Detokenizer, ModelRunner, PrefixSource
+
+_STATS_TIMEOUT_S = 0.5
+_MAX_FAILURES = 8
+_FAILURES_FORGOTTEN_S = 30.0
 
 
 class Engine:
-    """Runs requests. Every method may be called from any thread: it posts to the loop, or reads
-    what the loop has published."""
+    """Runs requests. Every public method may be called from any thread.
+
+    The core is public for functions that are posted, and for tests once the engine has stopped.
+    """
 
     def __init__(
         self,
@@ -43,17 +55,25 @@ class Engine:
         besides tokens: fingerprint and dtype. A step that takes longer than ``watchdog_s`` seconds
         makes the engine not ready."""
         self.config = config
+        self._watchdog_s = watchdog_s
         self._queue_limiter = QueueLimiter(config)
-        self._watchdog = Watchdog(timeout_s=watchdog_s)
-        self.loop = StepLoop(
+        self._wake = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._stats_requests: deque[Future[EngineStats]] = deque()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._closed = False
+        self._busy = False
+        self._final_state: Future[dict[str, Any]] = Future()
+        self.core = EngineCore(
             config=config,
             runner=runner,
             source=source,
             outputs=OutputProcessor(detokenizer),
             queue_limiter=self._queue_limiter,
-            watchdog=self._watchdog,
             namespace=namespace,
             fetch_threads=fetch_threads,
+            post=self._post,
         )
 
     # -- requests ----
@@ -65,7 +85,7 @@ class Engine:
         thread.
         """
         self._queue_limiter.enter(request)
-        if not self.loop.post(lambda: self.loop.add(request, on_event)):
+        if not self._post(lambda: self.core.add(request, on_event)):
             for index in range(request.n):
                 on_event(FinishEvent(index, FinishReason.ABORT, completion_tokens=0))
 
@@ -76,16 +96,16 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request's sequences now and free everything they hold; unknown ids are ignored."""
-        self.loop.post(lambda: self.loop.abort(request_id))
+        self._post(lambda: self.core.abort(request_id))
 
     # -- prefixes ----
 
     def preload(self, handle: PrefixHandle, *, max_resident_tokens: int | None = None) -> None:
         """Load a prefix as soon as there is room for it, under its tenant's cap. Raises QueueFull
         when there are too many preloads and no other tenant has more of them."""
-        if preloads_full(self.loop.preloads, handle.key.tenant):
+        if preloads_full(self.core.preloads, handle.key.tenant):
             raise QueueFull("too many prefixes are being warmed", retry_after=1.0)
-        self.loop.post(lambda: self.loop.preload(handle, max_resident_tokens))
+        self._post(lambda: self.core.preload(handle, max_resident_tokens))
 
     def set_pins(
         self, handles: Iterable[PrefixHandle], *, caps: Mapping[str, int] | None = None
@@ -93,29 +113,39 @@ class Engine:
         """Load these prefixes and keep them, and no others: they leave only where a request could
         never run otherwise. ``caps``: virtual tokens that tenants may have in the pool."""
         pins = tuple(handles)
-        self.loop.post(lambda: self.loop.set_pins(pins, caps))
+        self._post(lambda: self.core.set_pins(pins, caps))
 
     def retire(self, keys: Iterable[PrefixKey]) -> None:
         """Let versions that were deleted or replaced leave when their last sequence ends."""
         retired = tuple(keys)
-        self.loop.post(lambda: self.loop.scheduler.prefix_loader.retire(retired))
+        self._post(lambda: self.core.scheduler.prefix_loader.retire(retired))
 
     def tier(self, key: PrefixKey) -> str | None:
         """How far a prefix is: fetching, staged, compiling, resident, or in host memory."""
-        return self.loop.tiers.get(key)
+        return self.core.tiers.get(key)
 
     # -- inspection ----
 
     def stats(self) -> EngineStats:
-        """The figures between two steps."""
-        return self.loop.stats()
+        """The figures between two steps. If no step ends in time, those of at most a second before
+        it began: the caller gets an answer even while a step hangs."""
+        request: Future[EngineStats] = Future()
+        with self._wake:
+            if self._stopping or self._thread is None:
+                return self.core.stats
+            self._stats_requests.append(request)
+            self._wake.notify()
+        try:
+            return request.result(_STATS_TIMEOUT_S)
+        except TimeoutError:
+            return replace(self.core.stats, tiers=self.core.tiers)
 
     def state(self, *, timeout_s: float = 5.0) -> dict[str, Any]:
-        """What runs, waits and is resident between two steps (``debug_state``); after the loop has
-        ended, what it left. Raises TimeoutError when no step ends in time."""
+        """What runs, waits and is resident between two steps (``debug_state``); after the engine
+        has stopped, what it left. Raises TimeoutError when no step ends in time."""
         answer: Future[dict[str, Any]] = Future()
-        if not self.loop.post(lambda: self.loop.answer_state(answer)):
-            answer = self.loop.final_state
+        if not self._post(lambda: self._answer_state(answer)):
+            answer = self._final_state
         return answer.result(timeout_s)
 
     @property
@@ -125,28 +155,120 @@ class Engine:
 
     @property
     def trouble(self) -> str | None:
-        """Why the engine is not ready, in a sentence."""
+        """Why the engine is not ready, for the caller; None when it is.
+
+        Failed steps are forgotten later: an engine that is not ready gets no requests, so no step
+        could succeed.
+        """
         if self._queue_limiter.closed is not None:
             return self._queue_limiter.closed
-        if not self.loop.running:
+        if self._thread is None or not self._thread.is_alive() or self._stopping:
             return "the engine is not running"
-        return self._watchdog.trouble(now=time.monotonic())
+        now, core = time.monotonic(), self.core
+        began = core.turn_began
+        if began is not None and now - began > self._watchdog_s:
+            return f"no step has ended for {now - began:.0f} s"
+        if core.num_failures >= _MAX_FAILURES and now - core.last_failure < _FAILURES_FORGOTTEN_S:
+            return f"the last {core.num_failures} steps failed"
+        return None
 
     @property
     def idle(self) -> bool:
         """Whether no request is alive."""
-        return self.loop.idle
+        with self._wake:
+            return not self._inbox and not self._busy
 
-    # -- its life ----
+    # -- start and stop ----
 
     def start(self) -> None:
-        """Start the step loop."""
-        self.loop.start()
+        """Start the engine's thread."""
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
 
     def drain(self) -> None:
         """Admit no new request from now on; those that are alive run on."""
         self._queue_limiter.closed = "the server is shutting down"
 
     def stop(self) -> None:
-        """End the loop after the step in flight; sequences still alive are aborted."""
-        self.loop.stop()
+        """End the thread after the step in flight; sequences still alive are aborted."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+        self.core.stop_fetches()
+
+    def _post(self, function: Callable[[], None]) -> bool:
+        """Have ``function`` called on the engine's thread; False when the engine has stopped."""
+        with self._wake:
+            if self._closed:
+                return False
+            self._inbox.append(function)
+            self._wake.notify()
+            return True
+
+    # -- the engine's thread ----
+
+    def _loop(self) -> None:
+        try:
+            while True:
+                try:
+                    self._take_turns()
+                    break
+                except Exception as error:  # noqa: BLE001 - logged there
+                    if not self.core.start_over(error):
+                        break
+                    self._end_turn()
+        finally:
+            with self._wake:
+                self._stopping = self._closed = True
+            self._take_inbox(timeout=0.0)  # requests posted last are aborted; no more can come
+            self.core.shut_down()
+            self.core.build_stats()
+            self._end_turn()
+            self._answer_state(self._final_state)
+
+    def _take_turns(self) -> None:
+        """Until it is time to stop: call what was posted, then run a step."""
+        timeout: float | None = None
+        while self._take_inbox(timeout=timeout):
+            timeout = 0.0 if self.core.turn() else self.core.idle_timeout()
+            self._end_turn()
+
+    def _take_inbox(self, *, timeout: float | None) -> bool:
+        """Call what was posted, after waiting up to ``timeout`` seconds for it (None: without
+        limit). False: time to stop."""
+        with self._wake:
+            if timeout != 0.0:
+                self._wake.wait_for(self._has_reason_to_wake, timeout)
+            posted, stopping = self._inbox, self._stopping
+            self._inbox = deque()
+            self._busy = True  # until the turn has ended
+        try:
+            while posted:
+                posted.popleft()()
+        finally:
+            # The rest stays posted when one of them raises.
+            with self._wake:
+                self._inbox.extendleft(reversed(posted))
+        return not stopping
+
+    def _has_reason_to_wake(self) -> bool:
+        return bool(self._inbox or self._stats_requests or self._stopping)
+
+    def _end_turn(self) -> None:
+        """Answer requests for the figures, and note whether anything is alive."""
+        if self._stats_requests:
+            stats = self.core.build_stats()
+            while self._stats_requests:
+                self._stats_requests.popleft().set_result(stats)
+        scheduler = self.core.scheduler
+        with self._wake:
+            self._busy = bool(scheduler.running or scheduler.waiting.num_sequences)
+
+    def _answer_state(self, answer: Future[dict[str, Any]]) -> None:
+        """Set ``debug_state`` as the result. An exception in it does not end the thread."""
+        try:
+            answer.set_result(debug_state(self.core.scheduler, now=time.monotonic()))
+        except Exception as error:  # noqa: BLE001 - raised where the result is read
+            answer.set_exception(error)

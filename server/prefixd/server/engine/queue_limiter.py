@@ -5,7 +5,7 @@ from collections import Counter
 
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.fair_queue import FairQueue
-from prefixd.server.engine.request import AdmittedRequest, QueueFull
+from prefixd.server.engine.request import AdmittedRequest, QueueFull, cost_of
 
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
 
@@ -49,7 +49,7 @@ class QueueLimiter:
 
     def enter(self, request: AdmittedRequest) -> None:
         """Admit a request, or raise QueueFull."""
-        cost = request.cost * request.n
+        cost = cost_of(request) * request.n
         with self._lock:
             self.check(request.tenant, weight=request.weight, cost=cost)
             self._entering[request.tenant] += cost
@@ -57,7 +57,7 @@ class QueueLimiter:
     def entered(self, request: AdmittedRequest) -> None:
         """The request is queued; ``publish`` counts it from here on."""
         with self._lock:
-            self._entering[request.tenant] -= request.cost * request.n
+            self._entering[request.tenant] -= cost_of(request) * request.n
             if not self._entering[request.tenant]:
                 del self._entering[request.tenant]
 

@@ -1,4 +1,4 @@
-"""After failures: smaller steps, suspects that run alone, and when the engine is not ready.
+"""After a failed step: smaller steps, and suspects that run alone.
 
 ::
 
@@ -14,8 +14,6 @@
 So only the request that breaks a step ends, and all others get the same answer as without it.
 """
 
-from collections import deque
-
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.residency import Entry, Residency
 from prefixd.server.engine.sequence import Sequence
@@ -23,10 +21,6 @@ from prefixd.server.engine.step import Step
 
 _GROW_EVERY = 32
 """Steps that have to succeed before the limits double again."""
-
-_MAX_FAILURES = 8
-_FAILURES_FORGOTTEN_S = 30.0
-_MAX_RESTARTS, _RESTARTS_WITHIN_S = 5, 60.0
 
 
 class OomBackoff:
@@ -109,45 +103,3 @@ class Recovery:
         if isinstance(suspect, Sequence):
             return not suspect.finished
         return self._residency.get(suspect.key) is suspect and not suspect.is_compiled
-
-
-class Watchdog:
-    """Whether steps succeed in time, and how often the loop may start over. Times are in seconds
-    on one clock.
-
-    The engine's thread writes ``turn_began`` (None between two turns), and ``num_failures``, the
-    failed steps since the last that succeeded; any thread may ask for ``trouble``.
-    """
-
-    def __init__(self, *, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
-        self.turn_began: float | None = None
-        self.num_failures = 0
-        self._last_failure = 0.0
-        self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
-
-    def step_failed(self, *, now: float) -> None:
-        """Count a failed step."""
-        self.num_failures += 1
-        self._last_failure = now
-
-    def may_restart(self, *, now: float) -> bool:
-        """Whether the loop starts over after an exception of its own: not when it keeps failing."""
-        self.turn_began = None
-        recent = [moment for moment in self._restarts if now - moment < _RESTARTS_WITHIN_S]
-        self._restarts.append(now)
-        return len(recent) < _MAX_RESTARTS
-
-    def trouble(self, *, now: float) -> str | None:
-        """What is wrong, in a sentence; None when nothing is.
-
-        Failed steps are forgotten after a while: an engine that is not ready gets no requests, so
-        no step could succeed.
-        """
-        began = self.turn_began
-        if began is not None and now - began > self.timeout_s:
-            return f"no step has ended for {now - began:.0f} s"
-        recent = now - self._last_failure < _FAILURES_FORGOTTEN_S
-        if self.num_failures >= _MAX_FAILURES and recent:
-            return f"the last {self.num_failures} steps failed"
-        return None

@@ -47,14 +47,14 @@ class SamplingParams:
     seed: int | None = None
     top_logprobs: int | None = None
 
-    @property
-    def needs_history(self) -> bool:
-        """Whether the sampler must see the tokens so far."""
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-        )
+
+def needs_history(params: SamplingParams) -> bool:
+    """Whether the sampler must see the tokens so far: a penalty is set."""
+    return (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +97,11 @@ class AdmittedRequest:
     timeout_s: float | None = None
     kv_reuse: bool = True
 
-    @property
-    def cost(self) -> int:
-        """Tokens that each of its sequences adds to the queue: prompt and output."""
-        expected = self.expected_tokens
-        return len(self.prompt) + (self.stop.max_tokens if expected is None else expected)
+
+def cost_of(request: AdmittedRequest) -> int:
+    """Tokens that each sequence of ``request`` adds to the queue: prompt and output."""
+    expected = request.expected_tokens
+    return len(request.prompt) + (request.stop.max_tokens if expected is None else expected)
 
 
 class FinishReason(StrEnum):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from math import inf
 
-from prefixd.server.engine.request import AdmittedRequest, FinishReason, PrefixHandle
+from prefixd.server.engine.request import AdmittedRequest, FinishReason, PrefixHandle, cost_of
 
 
 class State(Enum):
@@ -79,7 +79,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         request = self.request
-        self.tenant, self.prefix, self.cost = request.tenant, request.prefix, request.cost
+        self.tenant, self.prefix, self.cost = request.tenant, request.prefix, cost_of(request)
         self.num_prefix_tokens = 0 if request.prefix is None else request.prefix.num_tokens
         self.num_prompt = len(request.prompt)
 

@@ -7,6 +7,7 @@ from prefixd.server.engine.fair_queue import LOOKAHEAD, FairQueue
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.prefix_loader import PrefixLoader
 from prefixd.server.engine.recovery import Recovery
+from prefixd.server.engine.request import needs_history
 from prefixd.server.engine.residency import Entry, Stage
 from prefixd.server.engine.sequence import Sequence, State
 from prefixd.server.engine.step import Chunk, Step
@@ -176,7 +177,7 @@ class StepBuilder:
                 prefix=sequence.prefix.key if sequence.prefix else None,
                 sampling=sampling if is_last else None,
                 uniform=self._uniform(sequence.seed, num_output) if is_last else 0.0,
-                history=tuple(sequence.tokens) if is_last and sampling.needs_history else (),
+                history=tuple(sequence.tokens) if is_last and needs_history(sampling) else (),
                 num_prompt_tokens=sequence.num_prompt,
                 banned=tuple(stop.token_ids) if num_output < stop.min_tokens else (),
             )

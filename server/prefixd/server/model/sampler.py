@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from prefixd.server.engine.request import SamplingParams, TokenLogprob
+from prefixd.server.engine.request import SamplingParams, TokenLogprob, needs_history
 from prefixd.server.engine.step import Chunk, Sampled
 
 _NEVER = float("-inf")
@@ -53,11 +53,11 @@ def _adjust(
     """Apply penalties, biases and bans; returns the same tensor when no row has any."""
     adjusted = logits
     for row, (chunk, setting) in enumerate(zip(chunks, params, strict=True)):
-        if not (setting.needs_history or setting.logit_bias or chunk.banned):
+        if not (needs_history(setting) or setting.logit_bias or chunk.banned):
             continue
         if adjusted is logits:
             adjusted = logits.clone()
-        if setting.needs_history:
+        if needs_history(setting):
             _penalise(adjusted[row], chunk, setting)
         if setting.logit_bias:
             ids = torch.tensor(list(setting.logit_bias), device=logits.device)

@@ -1,0 +1,293 @@
+"""What runs on the engine's thread: one turn schedules a step, runs it and reports its output.
+
+::
+
+    expire ──> schedule ──> fetch ──> run ──> push text ──> update ──> close ──> publish
+                          (threads)  (device)
+
+The scheduler and the runner are touched by this thread alone, so neither needs a lock. What other
+threads may read is published: replaced as a whole, and never changed afterwards.
+"""
+
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from math import inf
+
+from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.output_processor import OutputProcessor
+from prefixd.server.engine.queue_limiter import QueueLimiter
+from prefixd.server.engine.request import (
+    AdmittedRequest,
+    Event,
+    FinishReason,
+    PrefixHandle,
+    PrefixKey,
+)
+from prefixd.server.engine.scheduler import Scheduler
+from prefixd.server.engine.sequence import End, Sequence, seeded_uniform, sequences_of
+from prefixd.server.engine.stats import EngineStats, StatsKeeper, tiers_of
+from prefixd.server.engine.step import (
+    ModelRunner,
+    OutOfMemory,
+    PrefixSource,
+    PrefixUnavailable,
+    StagedPrefix,
+    Step,
+)
+
+log = logging.getLogger(__name__)
+
+_IDLE_POLL_S = 0.05
+"""How often to try again when sequences wait and no step can be run."""
+
+_MAX_STATS_AGE_S = 1.0
+_MAX_RESTARTS, _RESTARTS_WITHIN_S = 5, 60.0
+
+
+class EngineCore:
+    """Owns the scheduler. Called by the engine's thread, except where a comment says otherwise.
+
+    Any thread may read the published fields: ``tiers`` says how far prefixes are, ``preloads`` how
+    many each tenant has, ``stats`` are the figures when they were last built. ``turn_began`` is
+    None between two turns, ``num_failures`` counts the failed steps since one succeeded, and
+    ``last_failure`` is when the last one failed; times are in seconds of ``time.monotonic``.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: SchedulerConfig,
+        runner: ModelRunner,
+        source: PrefixSource,
+        outputs: OutputProcessor,
+        queue_limiter: QueueLimiter,
+        namespace: str,
+        fetch_threads: int,
+        post: Callable[[Callable[[], None]], bool],
+    ) -> None:
+        """``post`` has a function called on the engine's thread."""
+        self._config = config
+        self._runner = runner
+        self._source = source
+        self._outputs = outputs
+        self._queue_limiter = queue_limiter
+        self._namespace = namespace
+        self._post = post
+        self._fetch_pool = ThreadPoolExecutor(fetch_threads, thread_name_prefix="prefix-fetch")
+        self._next_id = 0
+        self._pins: tuple[tuple[PrefixHandle, ...], Mapping[str, int] | None] = (), None
+        self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
+        self._keeper = StatsKeeper()
+        self._stats_built = -inf
+        self._published: tuple[Scheduler, int, int, int] | None = None
+        self._queue_published = False
+        self.scheduler = self._new_scheduler()
+        self.turn_began: float | None = None
+        self.num_failures = 0
+        self.last_failure = 0.0
+        self.tiers: Mapping[PrefixKey, str] = {}
+        self.preloads: Mapping[str, int] = {}
+        self.stats = self.build_stats()
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(
+            self._config,
+            uniform=seeded_uniform,
+            flush=self._outputs.flush,
+            namespace=self._namespace,
+        )
+
+    # -- turns ----
+
+    def turn(self) -> bool:
+        """Run one step. False: there was none to run."""
+        now = self.turn_began = time.monotonic()
+        if self.scheduler.deadlines.next_at <= now:
+            self._close(self.scheduler.expire(now=now))
+        step = self.scheduler.schedule(now=now)
+        for key in step.fetches:
+            self._fetch_pool.submit(self._fetch, self.scheduler, key)
+        has_work = step.has_work
+        if has_work:
+            self._run(step, now)
+        self._publish()
+        self.turn_began = None
+        return has_work
+
+    def idle_timeout(self) -> float | None:
+        """Seconds until the next turn when there was no step to run; None: nothing waits."""
+        if self.scheduler.idle and not self.scheduler.prefix_loader.preloads.pending:
+            return None
+        until_expiry = max(0.0, self.scheduler.deadlines.next_at - time.monotonic())
+        return min(_IDLE_POLL_S, until_expiry)
+
+    def _run(self, step: Step, now: float) -> None:
+        if now - self._stats_built > _MAX_STATS_AGE_S:
+            self.build_stats()  # to have recent figures if this step does not end
+        started = time.perf_counter()
+        try:
+            output = self._runner.run(step)
+        except Exception as error:  # noqa: BLE001 - logged there; a failed step ends no loop
+            self._step_failed(step, error)
+            return
+        self.num_failures = 0
+        ends = self._outputs.push(output.sampled)
+        ended = self.scheduler.update(step, output, ends)
+        self._keeper.step(step, time.perf_counter() - started, output)
+        if ended:
+            self._close(ended)
+
+    def _step_failed(self, step: Step, error: Exception) -> None:
+        """Log it, and let the scheduler go on with the parts that may succeed."""
+        now = time.monotonic()
+        out_of_memory = isinstance(error, OutOfMemory)
+        in_step = {chunk.seq_id for chunk in step.chunks}
+        requests = [s.request.request_id for s in self.scheduler.running if s.seq_id in in_step]
+        log.error(
+            "a step of %d tokens failed (%s); %d sequences start over: %s",
+            step.num_tokens,
+            type(error).__name__,
+            len(requests),
+            ", ".join(requests[:8]),
+            exc_info=None if out_of_memory else error,
+        )
+        if out_of_memory:
+            self._keeper.out_of_memory += 1
+            message = "the device has not enough memory for this request"
+        else:
+            self._keeper.step_failures += 1
+            self.num_failures += 1
+            self.last_failure = now
+            message = "the engine failed on this request"
+        self._close(self.scheduler.step_failed(step, message, now=now, out_of_memory=out_of_memory))
+
+    def start_over(self, error: Exception) -> bool:
+        """After an exception in a turn: end what is alive and begin with an empty scheduler. False:
+        that has happened too often."""
+        alive, now = self._outputs.all(), time.monotonic()
+        log.error("the step loop failed; %d sequences end", len(alive), exc_info=error)
+        recent = [moment for moment in self._restarts if now - moment < _RESTARTS_WITHIN_S]
+        self._restarts.append(now)
+        self._keeper.restarts += 1
+        self.turn_began = None
+        restarts = len(recent) < _MAX_RESTARTS
+        message = "had to start over; please try again" if restarts else "stopped unexpectedly"
+        end = End(FinishReason.ERROR, error=f"the engine {message}")
+        for sequence in alive:
+            if not sequence.finished:
+                sequence.finish(self._outputs.flush(sequence, end))
+            self._close([sequence])
+        self.scheduler = self._new_scheduler()
+        pins, caps = self._pins
+        self.scheduler.prefix_loader.set_pins(pins, caps=caps)
+        self._publish()
+        return restarts
+
+    def shut_down(self) -> None:
+        """Abort what is alive."""
+        self._end(self._outputs.all(), FinishReason.ABORT)
+        self._publish()
+
+    def stop_fetches(self) -> None:
+        """End the fetch threads, after the fetches in progress. On the thread that stops the
+        engine."""
+        self._fetch_pool.shutdown(wait=True, cancel_futures=True)
+
+    # -- publishing ----
+
+    def _publish(self) -> None:
+        """Publish what has changed since the last time."""
+        scheduler, preloads = self.scheduler, self.scheduler.prefix_loader.preloads
+        residency, host = scheduler.memory.residency, scheduler.memory.host
+        version = scheduler, residency.num_changes, host.num_changes, preloads.num_changes
+        if version != self._published:
+            self._published = version
+            self.tiers, self.preloads = tiers_of(scheduler), preloads.by_tenant()
+        self._queue_limiter.rate = self._keeper.rate
+        is_queued = scheduler.waiting.num_sequences > 0
+        if is_queued or self._queue_published:
+            self._queue_limiter.publish(scheduler.waiting)
+            self._queue_published = is_queued
+
+    def build_stats(self) -> EngineStats:
+        """Build and publish the figures of this moment."""
+        self._stats_built = time.monotonic()
+        self.stats = self._keeper.snapshot(self.scheduler, self.tiers)
+        return self.stats
+
+    # -- requests of other threads, called between two turns ----
+
+    def add(self, request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
+        """Queue the sequences of a request."""
+        now = time.monotonic()
+        seed = request.sampling.seed
+        base_seed = secrets.randbits(63) if seed is None else seed
+        self._keeper.prompt_tokens += len(request.prompt) * request.n
+        sequences = sequences_of(request, first_id=self._next_id, seed=base_seed)
+        self._next_id += request.n
+        self._outputs.open(sequences, on_event)
+        self._queue_limiter.entered(request)
+        for sequence in sequences:
+            self._close(self.scheduler.add(sequence, now=now))
+
+    def abort(self, request_id: str) -> None:
+        """End the sequences of a request."""
+        self._end(self._outputs.of(request_id), FinishReason.ABORT)
+
+    def preload(self, handle: PrefixHandle, cap: int | None) -> None:
+        """Add a preload, and publish how many there are."""
+        preloads = self.scheduler.prefix_loader.preloads
+        preloads.add(handle, cap=cap, now=time.monotonic())
+        self.preloads = preloads.by_tenant()
+
+    def set_pins(self, pins: tuple[PrefixHandle, ...], caps: Mapping[str, int] | None) -> None:
+        """Pin these prefixes and no others, also after the engine starts over."""
+        self._pins = pins, caps
+        self.scheduler.prefix_loader.set_pins(pins, caps=caps)
+
+    # -- ends ----
+
+    def _end(self, sequences: Iterable[Sequence], reason: FinishReason) -> None:
+        for sequence in sequences:
+            if not sequence.finished:
+                self.scheduler.end(sequence, End(reason))
+            self._close([sequence])
+
+    def _close(self, ended: Iterable[Sequence]) -> None:
+        """Send the last event of finished sequences, and count them."""
+        for sequence in ended:
+            assert sequence.end is not None
+            reason = sequence.end.reason
+            is_shed = reason is FinishReason.SHED
+            retry_after = self._queue_limiter.retry_after if is_shed else None
+            self._outputs.close(sequence, retry_after=retry_after)
+            self._keeper.finished[reason.value] += 1
+
+    # -- fetches ----
+
+    def _fetch(self, scheduler: Scheduler, key: PrefixKey) -> None:
+        """On a fetch thread: load a prefix from the store, and post the result."""
+        result: StagedPrefix | PrefixUnavailable
+        try:
+            result = self._source.fetch(key)
+        except PrefixUnavailable as error:
+            result = error
+        except Exception:
+            log.exception("prefix %s failed to load", key.digest)
+            result = PrefixUnavailable("the prefix failed to load")
+        self._post(lambda: self._fetched(scheduler, key, result))
+
+    def _fetched(
+        self, scheduler: Scheduler, key: PrefixKey, result: StagedPrefix | PrefixUnavailable
+    ) -> None:
+        if scheduler is not self.scheduler:
+            return  # the engine has started over since, and may have fetched the prefix again
+        now = time.monotonic()
+        if isinstance(result, PrefixUnavailable):
+            self._close(scheduler.prefix_failed(key, str(result), code=result.code, now=now))
+        else:
+            self._close(scheduler.prefix_staged(key, result, now=now))
