@@ -1,4 +1,4 @@
-"""Real services for whoever asks: started once in a run, empty for each test.
+"""Real services for the tests that need them: started once in a run, empty for each test.
 
 They are imported where they are started: `make gpu-check` runs some of the tests on machines that
 have torch and no database driver.
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from tests.real_services import Postgres
 
-# A shared machine may stop for a while at any example, or be slow at all of them.
+# A busy machine may pause during any example, or be slow in all of them.
 settings.register_profile("prefixd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("prefixd")
 

@@ -1,7 +1,7 @@
 """The real PostgreSQL and moto's S3, started for a test run and ended by their process ids.
 
-PostgreSQL is Debian's package ``postgresql``: installed when it is missing and we may, and left out
-only when ``PREFIXD_TEST_POSTGRES=skip`` says so.
+PostgreSQL is Debian's package ``postgresql``: installed when it is missing and the run is root,
+and skipped only with ``PREFIXD_TEST_POSTGRES=skip``.
 """
 
 import http.client

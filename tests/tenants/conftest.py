@@ -14,7 +14,7 @@ from tests.tenants.tenants_clock import Clock
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def open_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], Engine]]:
-    """Opens the one catalog again and again, as several replicas do."""
+    """Opens one catalog several times, as replicas do."""
     opened: list[Engine] = []
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path / 'catalog.sqlite3'}"

@@ -25,7 +25,7 @@ def bindings(engine: Engine, clock: Clock, tenants: Tenants) -> Bindings:
     return Bindings(engine, now=clock)
 
 
-def test_a_user_has_a_prefix_else_the_default_else_nothing(bindings: Bindings) -> None:
+def test_a_user_gets_the_bound_prefix_or_the_default_or_none(bindings: Bindings) -> None:
     assert bindings.chosen("acme", "ann") is None
     bindings.set_default("acme", "house", actor=ANN)
     assert bindings.chosen("acme", "ann") == ("house", ChosenBy.DEFAULT)
@@ -40,7 +40,7 @@ def test_a_user_has_a_prefix_else_the_default_else_nothing(bindings: Bindings) -
     assert bindings.chosen("acme", "ann") is None
 
 
-def test_what_is_not_there(bindings: Bindings) -> None:
+def test_a_missing_binding_or_default_is_not_found(bindings: Bindings) -> None:
     for act in (
         lambda: bindings.get("acme", "ann"),
         lambda: bindings.unbind("acme", "ann", actor=ANN),
@@ -52,7 +52,7 @@ def test_what_is_not_there(bindings: Bindings) -> None:
 
 
 @pytest.mark.parametrize("user", ["", "a" * 257, "a\x00", "a\nb", "\ud800"])
-def test_malformed_users(bindings: Bindings, user: str) -> None:
+def test_malformed_users_are_rejected(bindings: Bindings, user: str) -> None:
     with pytest.raises(BadRequest):
         bindings.bind("acme", user, "voice", actor=ANN)
     with pytest.raises(BadRequest):
@@ -60,23 +60,23 @@ def test_malformed_users(bindings: Bindings, user: str) -> None:
     assert bindings.chosen("acme", user) is None
 
 
-def test_pages_and_many(bindings: Bindings) -> None:
+def test_bindings_are_imported_and_listed_in_pages(bindings: Bindings) -> None:
     users = [f"user-{number:03}" for number in range(25)]
     bindings.bind_many("acme", [(user, "old") for user in users])
     bindings.bind_many("acme", [("user-007", "new"), ("user-007", "newest"), ("é/?", "x")])
     bindings.bind_many("beta", [("theirs", "x")])
-    found, after = [], None
+    listed, after = [], None
     while True:
         page, after = bindings.page("acme", limit=10, after=after)
-        found += page
+        listed += page
         if after is None:
             break
-    assert [one.user for one in found] == [*users, "é/?"]
+    assert [one.user for one in listed] == [*users, "é/?"]
     assert bindings.get("acme", "user-007").prefix == "newest"
 
 
-def test_a_look_up_is_one_of_the_primary_key(bindings: Bindings, engine: Engine) -> None:
-    """The plan, on both databases: however many users there are, it reads one row."""
+def test_a_binding_is_looked_up_by_primary_key(bindings: Bindings, engine: Engine) -> None:
+    """The query plan of both databases reads one row for any number of users."""
     bindings.bind_many("acme", [(f"user-{number}", "x") for number in range(5000)])
     query = "SELECT reference FROM bindings WHERE tenant = 'acme' AND user_id = 'user-7'"
     postgres = engine.dialect.name == "postgresql"
@@ -94,7 +94,7 @@ def test_a_look_up_is_one_of_the_primary_key(bindings: Bindings, engine: Engine)
         )
 
 
-def test_everything_done_is_in_the_log(
+def test_every_change_is_in_the_audit_log(
     bindings: Bindings, tenants: Tenants, engine: Engine, clock: Clock
 ) -> None:
     bindings.bind("acme", "ann", "voice", actor=ANN)
@@ -129,7 +129,7 @@ def test_everything_done_is_in_the_log(
         assert secret.split("_")[2][:16] not in repr(entries)
 
 
-def test_pages_of_the_log(engine: Engine, bindings: Bindings) -> None:
+def test_the_audit_log_has_pages(engine: Engine, bindings: Bindings) -> None:
     log = AuditLog(engine)
     for number in range(5):
         bindings.note_import("acme", number, actor=ANN)
@@ -140,7 +140,7 @@ def test_pages_of_the_log(engine: Engine, bindings: Bindings) -> None:
     assert {one.tenant for one in log.page(tenant=None, limit=10)[0]} == {"acme", "beta"}
 
 
-def test_an_entry_and_what_it_says_happen_together(engine: Engine, bindings: Bindings) -> None:
+def test_an_audit_entry_is_rolled_back_with_its_change(engine: Engine, bindings: Bindings) -> None:
     log = AuditLog(engine)
 
     def fail() -> None:
@@ -153,7 +153,9 @@ def test_an_entry_and_what_it_says_happen_together(engine: Engine, bindings: Bin
     assert [one.action for one in log.page(tenant="acme", limit=9)[0]] == ["tenant.create"]
 
 
-def test_idempotency_keys(engine: Engine, bindings: Bindings, clock: Clock) -> None:
+def test_an_idempotency_key_replays_a_response_for_one_tenant_and_request(
+    engine: Engine, bindings: Bindings, clock: Clock
+) -> None:
     kept = Idempotency(engine, now=clock)
     replay = Replay(201, {"name": "voice"})
 

@@ -14,7 +14,7 @@ from tests.tenants.tenants_clock import Clock
 HOUR = timedelta(hours=1)
 
 
-def test_the_old_key_lives_on_for_the_overlap(tenants: Tenants, clock: Clock) -> None:
+def test_a_rotated_key_stays_valid_for_the_overlap(tenants: Tenants, clock: Clock) -> None:
     tenants.create_tenant("acme")
     old = tenants.create_key(tenant="acme", scopes=[Scope.READ, Scope.WRITE], label="ci")
     clock.now += HOUR
@@ -31,7 +31,7 @@ def test_the_old_key_lives_on_for_the_overlap(tenants: Tenants, clock: Clock) ->
     assert tenants.authenticate(new.text)
 
 
-def test_a_rotation_never_lengthens_the_old_key_and_renews_its_lifetime(
+def test_a_rotation_does_not_extend_the_old_key_and_gives_the_new_one_its_full_lifetime(
     tenants: Tenants, clock: Clock
 ) -> None:
     tenants.create_tenant("acme")
@@ -42,7 +42,9 @@ def test_a_rotation_never_lengthens_the_old_key_and_renews_its_lifetime(
     assert new.record.expires_at == clock.now + 3 * HOUR
 
 
-def test_what_cannot_be_rotated(tenants: Tenants, clock: Clock) -> None:
+def test_replaced_revoked_expired_and_unknown_keys_cannot_be_rotated(
+    tenants: Tenants, clock: Clock
+) -> None:
     tenants.create_tenant("acme")
     rotated, revoked, expired = (
         tenants.create_key(tenant="acme", expires_at=clock.now + HOUR).record.key_id
@@ -62,7 +64,7 @@ def test_what_cannot_be_rotated(tenants: Tenants, clock: Clock) -> None:
         tenants.rotate_key(expired, overlap=-HOUR)
 
 
-def test_anothers_key_is_as_unknown_as_none(tenants: Tenants) -> None:
+def test_a_key_of_another_tenant_gives_the_same_error_as_an_unknown_key(tenants: Tenants) -> None:
     for name in ("acme", "beta"):
         tenants.create_tenant(name)
     key_id = tenants.create_key(tenant="acme").record.key_id
@@ -80,18 +82,18 @@ def test_anothers_key_is_as_unknown_as_none(tenants: Tenants) -> None:
     assert tenants.list_keys("acme")[0].revoked_at is None
 
 
-def test_pages_of_keys(tenants: Tenants, clock: Clock) -> None:
+def test_keys_are_listed_in_pages(tenants: Tenants, clock: Clock) -> None:
     tenants.create_tenant("acme")
-    made = []
+    key_ids = []
     for _ in range(5):
-        made.append(tenants.create_key(tenant="acme").record.key_id)
+        key_ids.append(tenants.create_key(tenant="acme").record.key_id)
         clock.now += HOUR
     first = tenants.list_keys("acme", limit=2)
     rest = tenants.list_keys("acme", after=first[-1].key_id)
-    assert [key.key_id for key in (*first, *rest)] == made
+    assert [key.key_id for key in (*first, *rest)] == key_ids
 
 
-def test_the_first_key_is_the_operators_and_comes_once(tenants: Tenants) -> None:
+def test_bootstrap_issues_the_operators_key_once(tenants: Tenants) -> None:
     issued = tenants.bootstrap()
     assert issued is not None
     principal = tenants.authenticate(issued.text)
@@ -103,13 +105,13 @@ def test_the_first_key_is_the_operators_and_comes_once(tenants: Tenants) -> None
     assert tenants.bootstrap() is None
 
 
-def test_no_first_key_where_there_is_one_already(tenants: Tenants) -> None:
+def test_bootstrap_issues_no_key_when_one_exists(tenants: Tenants) -> None:
     tenants.create_tenant("acme")
     tenants.create_key(tenant="acme")
     assert tenants.bootstrap() is None
 
 
-def test_an_admin_of_another_tenant_is_no_operator(tenants: Tenants) -> None:
+def test_only_admin_keys_of_the_operator_tenant_are_operators(tenants: Tenants) -> None:
     tenants.create_tenant("acme")
     tenants.create_tenant(OPERATOR_TENANT)
     for tenant, scope in (("acme", Scope.ADMIN), (OPERATOR_TENANT, Scope.WRITE)):
@@ -117,11 +119,11 @@ def test_an_admin_of_another_tenant_is_no_operator(tenants: Tenants) -> None:
         assert not tenants.authenticate(issued.text).is_operator
 
 
-def test_of_replicas_that_start_at_once_one_gets_the_first_key(
+def test_of_concurrent_bootstraps_exactly_one_issues_a_key(
     open_engine: Callable[[], Engine],
 ) -> None:
     replicas = [Tenants(open_engine()) for _ in range(6)]
     with ThreadPoolExecutor(len(replicas)) as pool:
-        found = list(pool.map(lambda one: one.bootstrap(), replicas))
-    assert sum(issued is not None for issued in found) == 1
+        results = list(pool.map(lambda one: one.bootstrap(), replicas))
+    assert sum(issued is not None for issued in results) == 1
     assert len(replicas[0].list_keys()) == 1

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from prefixd.server.tenants import keys
 
 
-def test_a_fresh_key_parses_to_its_id_and_digest() -> None:
+def test_a_generated_key_parses_to_its_id_and_digest() -> None:
     new = keys.generate()
     assert keys.parse(new.text) == new.parsed
     assert new.text.startswith(f"pfx_{new.parsed.key_id}_")
     assert new.parsed.digest == hashlib.sha256(new.text.encode()).hexdigest()
 
 
-def test_keys_differ_and_their_repr_hides_them() -> None:
+def test_generated_keys_differ_and_their_repr_hides_the_secret() -> None:
     texts = {keys.generate().text for _ in range(50)}
     assert len(texts) == 50
     new = keys.generate()
@@ -24,7 +24,7 @@ def test_keys_differ_and_their_repr_hides_them() -> None:
 
 
 @given(position=st.integers(min_value=0, max_value=65), letter=st.sampled_from("09azAZ_é\x00"))
-def test_one_wrong_character_is_seen_without_a_database(position: int, letter: str) -> None:
+def test_one_wrong_character_fails_the_checksum(position: int, letter: str) -> None:
     text = keys.generate().text
     assert len(text) == 66
     changed = text[:position] + letter + text[position + 1 :]
@@ -34,6 +34,6 @@ def test_one_wrong_character_is_seen_without_a_database(position: int, letter: s
 
 
 @given(st.text())
-def test_any_text_is_refused_calmly(text: str) -> None:
+def test_any_other_text_parses_to_none(text: str) -> None:
     assert keys.parse(text) is None
     assert keys.parse(f"pfx_{text}") is None

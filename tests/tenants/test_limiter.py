@@ -1,4 +1,4 @@
-"""Rates and concurrency: counted once for all replicas, refilled by the clock, honest about it."""
+"""Rates and concurrency: counted across replicas, refilled by the clock, reported in headers."""
 
 import math
 import subprocess
@@ -32,7 +32,7 @@ def limiter(engine: Engine, clock: Clock, tenants: Tenants) -> Limiter:
 
 
 def admitted(limiter: Limiter, quota: Quota, *, tokens: int = 1, tries: int = 100) -> int:
-    """How many requests in a row get in."""
+    """How many successive requests are admitted."""
     for count in range(tries):
         try:
             limiter.admit("acme", quota, tokens=tokens)
@@ -41,7 +41,7 @@ def admitted(limiter: Limiter, quota: Quota, *, tokens: int = 1, tries: int = 10
     return tries
 
 
-def test_requests_run_out_and_come_back(limiter: Limiter, clock: Clock) -> None:
+def test_the_request_bucket_empties_and_refills(limiter: Limiter, clock: Clock) -> None:
     quota = Quota(requests_per_minute=6)
     assert admitted(limiter, quota) == 6
     with pytest.raises(RateLimited) as refused:
@@ -55,7 +55,7 @@ def test_requests_run_out_and_come_back(limiter: Limiter, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("per_minute", [1, 7, 60, 10_000])
-def test_who_waits_as_long_as_told_gets_in_and_not_before(
+def test_a_request_is_admitted_after_retry_after_and_not_before(
     limiter: Limiter, clock: Clock, per_minute: int
 ) -> None:
     quota = Quota(tokens_per_minute=per_minute)
@@ -72,7 +72,7 @@ def test_who_waits_as_long_as_told_gets_in_and_not_before(
         limiter.admit("acme", quota, tokens=1)
 
 
-def test_a_refusal_takes_nothing(limiter: Limiter, clock: Clock) -> None:
+def test_a_rejected_request_takes_nothing_from_the_buckets(limiter: Limiter, clock: Clock) -> None:
     quota = Quota(requests_per_minute=10, tokens_per_minute=100)
     limiter.admit("acme", quota, tokens=90)
     for _ in range(20):
@@ -82,7 +82,9 @@ def test_a_refusal_takes_nothing(limiter: Limiter, clock: Clock) -> None:
     assert grant.headers["x-ratelimit-remaining-requests"] == "8"
 
 
-def test_output_is_charged_at_the_end_and_may_make_debt(limiter: Limiter, clock: Clock) -> None:
+def test_output_is_charged_at_the_end_and_may_exceed_the_limit(
+    limiter: Limiter, clock: Clock
+) -> None:
     quota = Quota(tokens_per_minute=60)
     grant = limiter.admit("acme", quota, tokens=10)
     limiter.settle(grant, output_tokens=80)  # 30 below zero
@@ -92,10 +94,12 @@ def test_output_is_charged_at_the_end_and_may_make_debt(limiter: Limiter, clock:
     assert refused.value.headers["x-ratelimit-remaining-tokens"] == "0"
 
 
-def test_a_long_request_does_not_get_its_output_for_nothing(limiter: Limiter, clock: Clock) -> None:
+def test_the_output_of_a_long_request_is_charged_to_a_full_bucket(
+    limiter: Limiter, clock: Clock
+) -> None:
     quota = Quota(tokens_per_minute=60)
     grant = limiter.admit("acme", quota, tokens=10)
-    clock.now += timedelta(minutes=10)  # the bucket is long full again, and no fuller
+    clock.now += timedelta(minutes=10)  # the bucket is full, and holds no more than its limit
     limiter.settle(grant, output_tokens=60)
     with pytest.raises(RateLimited):
         limiter.admit("acme", quota, tokens=1)
@@ -111,7 +115,7 @@ def test_a_prompt_larger_than_the_limit_waits_for_a_full_bucket(
     assert refused.value.retry_after == pytest.approx(600)
 
 
-def test_headers(limiter: Limiter) -> None:
+def test_admission_returns_the_rate_limit_headers(limiter: Limiter) -> None:
     quota = Quota(requests_per_minute=60, tokens_per_minute=600)
     assert limiter.admit("acme", quota, tokens=90).headers == {
         "x-ratelimit-limit-requests": "60",
@@ -124,7 +128,7 @@ def test_headers(limiter: Limiter) -> None:
     assert limiter.admit("beta", Quota(), tokens=90).headers == {}
 
 
-def test_only_so_many_at_once(limiter: Limiter, clock: Clock) -> None:
+def test_concurrent_requests_are_limited(limiter: Limiter, clock: Clock) -> None:
     quota = Quota(max_concurrent_requests=2)
     grants = [limiter.admit("acme", quota, tokens=1) for _ in range(2)]
     with pytest.raises(RateLimited) as refused:
@@ -136,12 +140,12 @@ def test_only_so_many_at_once(limiter: Limiter, clock: Clock) -> None:
     limiter.admit("acme", quota, tokens=1)
 
 
-def test_a_killed_replica_stops_counting_and_a_living_one_does_not(
+def test_leases_of_a_killed_replica_expire_and_those_of_a_running_one_do_not(
     open_engine: Callable[[], Engine], limiter: Limiter, clock: Clock
 ) -> None:
     quota = Quota(max_concurrent_requests=2)
     living = Limiter(open_engine(), now=clock.time)
-    limiter.admit("acme", quota, tokens=1)  # killed now: never settled, never renewed
+    limiter.admit("acme", quota, tokens=1)  # its replica is killed: never settled, never renewed
     living.admit("acme", quota, tokens=1)
     for _ in range(3):
         clock.now += timedelta(seconds=LEASE_S / 2)
@@ -151,19 +155,19 @@ def test_a_killed_replica_stops_counting_and_a_living_one_does_not(
         living.admit("acme", quota, tokens=1)
 
 
-def test_a_place_that_could_not_be_freed_is_free_again_when_its_lease_ends(
+def test_a_lease_that_could_not_be_freed_expires(
     limiter: Limiter, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The database was away when the request ended: its server must not go on renewing the lease
-    of a request that does not run any more."""
+    """If the database is unavailable when a request ends, its server must stop renewing the
+    lease."""
     quota = Quota(max_concurrent_requests=2)
     running, ended = (limiter.admit("acme", quota, tokens=1) for _ in range(2))
 
-    def away(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise OperationalError("DELETE", {}, Exception("gone"))
 
     with monkeypatch.context() as patch:
-        patch.setattr("prefixd.server.tenants.limiter._free", away)
+        patch.setattr("prefixd.server.tenants.limiter._free", fail)
         for end in (
             lambda: limiter.settle(ended, output_tokens=1),
             lambda: limiter.give_back(ended, tokens=1),
@@ -178,7 +182,7 @@ def test_a_place_that_could_not_be_freed_is_free_again_when_its_lease_ends(
     assert admitted(limiter, quota) == 1
 
 
-def test_a_limit_set_later_begins_full_and_a_tenant_without_costs_nothing(
+def test_a_new_limit_starts_full_and_no_limit_stores_no_row(
     limiter: Limiter, engine: Engine
 ) -> None:
     limiter.settle(limiter.admit("acme", Quota(), tokens=10**9), output_tokens=10**9)
@@ -188,10 +192,10 @@ def test_a_limit_set_later_begins_full_and_a_tenant_without_costs_nothing(
     assert admitted(limiter, Quota(tokens_per_minute=3), tokens=1) == 3
 
 
-def test_replicas_share_one_bucket(
+def test_replicas_share_one_bucket_and_one_concurrency_limit(
     open_engine: Callable[[], Engine], limiter: Limiter, clock: Clock
 ) -> None:
-    """Eight threads on four engines want 200 of 50: 50 get in, and never more than 7 at once."""
+    """Eight threads on four replicas send 200 requests: 50 are admitted, at most 7 at a time."""
     replicas = [Limiter(open_engine(), now=clock.time) for _ in range(4)]
     quota = Quota(requests_per_minute=50, max_concurrent_requests=7)
     outcomes: list[str] = []
@@ -233,7 +237,7 @@ print(ok)
 """
 
 
-def test_two_processes_share_one_bucket_and_one_set_of_places(
+def test_two_processes_share_one_bucket_and_one_set_of_leases(
     limiter: Limiter, engine: Engine
 ) -> None:
     url = engine.url.render_as_string(hide_password=False)
@@ -251,14 +255,14 @@ def test_two_processes_share_one_bucket_and_one_set_of_places(
         assert child.stdin is not None
         child.stdin.write("go\n")
         child.stdin.flush()
-    let_in = [int(child.communicate(timeout=60)[0]) for child in children]
-    assert sum(let_in) == 30
+    admitted_by_child = [int(child.communicate(timeout=60)[0]) for child in children]
+    assert sum(admitted_by_child) == 30
     with reading(engine) as connection:
         assert len(connection.execute(select(request_leases)).all()) == 30
 
 
 @given(seconds=st.floats(min_value=0, max_value=10**7))
-def test_durations_are_never_too_short(seconds: float) -> None:
+def test_reset_durations_are_rounded_up(seconds: float) -> None:
     total, number = 0.0, ""
     text = duration(seconds)
     if text.endswith("ms"):
@@ -273,6 +277,6 @@ def test_durations_are_never_too_short(seconds: float) -> None:
     assert seconds - 1e-9 * math.fabs(seconds) <= total <= seconds + 0.0011
 
 
-def test_durations_read_as_openais() -> None:
+def test_reset_durations_have_openais_format() -> None:
     shown = [duration(s) for s in (0, 0.12, 1, 7.66, 59.9995, 360, 3720, 86400)]
     assert shown == ["0ms", "120ms", "1s", "7.66s", "1m0s", "6m0s", "1h2m0s", "24h0m0s"]

@@ -13,7 +13,7 @@ from prefixd.store.db.database import reading
 from tests.tenants.tenants_clock import Clock
 
 
-def test_a_key_names_its_tenant_and_scopes(tenants: Tenants) -> None:
+def test_a_key_authenticates_as_its_tenant_and_scopes(tenants: Tenants) -> None:
     tenants.create_tenant("acme")
     issued = tenants.create_key(tenant="acme", scopes=[Scope.READ, Scope.ADMIN])
     assert tenants.authenticate(issued.text) == Principal(
@@ -21,13 +21,13 @@ def test_a_key_names_its_tenant_and_scopes(tenants: Tenants) -> None:
     )
 
 
-def test_the_default_scopes_are_everything_but_admin(tenants: Tenants) -> None:
+def test_the_default_scopes_are_all_except_admin(tenants: Tenants) -> None:
     tenants.create_tenant("acme")
     issued = tenants.create_key(tenant="acme")
     assert issued.record.scopes == (Scope.READ, Scope.GENERATE, Scope.WRITE)
 
 
-def test_refusals_do_not_say_why(tenants: Tenants, clock: Clock) -> None:
+def test_all_invalid_keys_get_the_same_message(tenants: Tenants, clock: Clock) -> None:
     tenants.create_tenant("acme")
     revoked = tenants.create_key(tenant="acme")
     tenants.revoke_key(revoked.record.key_id)
@@ -35,14 +35,14 @@ def test_refusals_do_not_say_why(tenants: Tenants, clock: Clock) -> None:
     clock.now += timedelta(hours=1)
     messages = set()
     for candidate in (revoked.text, expired.text, keys.generate().text, "nonsense", ""):
-        with pytest.raises(NotAuthenticated) as refused:
+        with pytest.raises(NotAuthenticated) as error_info:
             tenants.authenticate(candidate)
-        messages.add(str(refused.value))
-        assert not candidate or candidate not in str(refused.value)
+        messages.add(str(error_info.value))
+        assert not candidate or candidate not in str(error_info.value)
     assert len(messages) == 1
 
 
-def test_a_key_with_the_right_id_and_another_secret_is_refused(tenants: Tenants) -> None:
+def test_a_key_with_a_known_id_and_another_secret_is_rejected(tenants: Tenants) -> None:
     tenants.create_tenant("acme")
     issued = tenants.create_key(tenant="acme")
     body = f"pfx_{issued.record.key_id}_{'A' * 43}"
@@ -54,7 +54,7 @@ def test_a_key_with_the_right_id_and_another_secret_is_refused(tenants: Tenants)
         tenants.authenticate(forged)
 
 
-def test_expiry_is_a_moment(tenants: Tenants, clock: Clock) -> None:
+def test_a_key_expires_at_its_time(tenants: Tenants, clock: Clock) -> None:
     tenants.create_tenant("acme")
     issued = tenants.create_key(tenant="acme", expires_at=clock.now + timedelta(hours=1))
     clock.now += timedelta(minutes=59)
@@ -64,7 +64,7 @@ def test_expiry_is_a_moment(tenants: Tenants, clock: Clock) -> None:
         tenants.authenticate(issued.text)
 
 
-def test_revocation_by_another_process_holds_at_the_next_request(
+def test_a_key_revoked_by_another_process_is_rejected_at_the_next_request(
     tenants: Tenants, open_engine: Callable[[], Engine]
 ) -> None:
     tenants.create_tenant("acme")
@@ -79,7 +79,7 @@ def test_revocation_by_another_process_holds_at_the_next_request(
         tenants.authenticate(issued.text)
 
 
-def test_no_secret_is_stored(tenants: Tenants, engine: Engine) -> None:
+def test_the_catalog_stores_no_secret(tenants: Tenants, engine: Engine) -> None:
     tenants.create_tenant("acme")
     issued = tenants.create_key(tenant="acme", label="ci")
     with reading(engine) as connection:
@@ -89,7 +89,7 @@ def test_no_secret_is_stored(tenants: Tenants, engine: Engine) -> None:
     assert issued.text not in repr(issued)
 
 
-def test_listings(tenants: Tenants) -> None:
+def test_tenants_and_keys_are_listed(tenants: Tenants) -> None:
     for name in ("beta", "acme"):
         tenants.create_tenant(name)
     one = tenants.create_key(tenant="acme", label="one")
@@ -99,26 +99,26 @@ def test_listings(tenants: Tenants) -> None:
     assert {k.key_id for k in tenants.list_keys()} == {one.record.key_id, two.record.key_id}
 
 
-def test_caps_of_those_that_have_one(tenants: Tenants) -> None:
+def test_resident_caps_lists_tenants_with_a_limit(tenants: Tenants) -> None:
     for name, cap in (("acme", 9), ("beta", None), ("gamma", 0)):
         tenants.create_tenant(name, quota={"max_resident_tokens": cap})
-    assert tenants.resident_caps({"acme", "beta", "nobody"}) == {"acme": 9}
+    assert tenants.resident_caps({"acme", "beta", "missing"}) == {"acme": 9}
     assert tenants.resident_caps({"gamma"}) == {"gamma": 0}
     assert tenants.resident_caps(()) == {}
 
 
 @pytest.mark.parametrize("name", ["", "-a", "a b", "a/b", "..", "ä", "a" * 65, "a\n"])
-def test_malformed_tenant_names(tenants: Tenants, name: str) -> None:
+def test_malformed_tenant_names_are_rejected(tenants: Tenants, name: str) -> None:
     with pytest.raises(BadRequest):
         tenants.create_tenant(name)
 
 
-def test_what_is_missing_or_there_already(tenants: Tenants) -> None:
+def test_existing_tenants_conflict_and_missing_ones_are_not_found(tenants: Tenants) -> None:
     tenants.create_tenant("acme")
     with pytest.raises(Conflict):
         tenants.create_tenant("acme")
     with pytest.raises(NotFound):
-        tenants.create_key(tenant="nobody")
+        tenants.create_key(tenant="missing")
     with pytest.raises(NotFound):
         tenants.revoke_key("nothing")
     with pytest.raises(BadRequest):

@@ -12,10 +12,10 @@ from prefixd.server.tenants.principal import Actor
 from prefixd.server.tenants.registry import Tenants
 
 
-def test_a_tenant_weighs_one_and_reuses_unless_told(tenants: Tenants) -> None:
-    made = tenants.create_tenant("acme")
-    assert (made.weight, made.kv_reuse) == (1.0, True)
-    assert tenants.tenant("acme") == made
+def test_a_tenant_has_weight_one_and_kv_reuse_by_default(tenants: Tenants) -> None:
+    created = tenants.create_tenant("acme")
+    assert (created.weight, created.kv_reuse) == (1.0, True)
+    assert tenants.tenant("acme") == created
     principal = tenants.authenticate(tenants.create_key(tenant="acme").text)
     assert (principal.weight, principal.kv_reuse) == (1.0, True)
     operators = tenants.bootstrap()
@@ -23,13 +23,13 @@ def test_a_tenant_weighs_one_and_reuses_unless_told(tenants: Tenants) -> None:
     assert tenants.list_tenants()[-1].weight == 1.0
 
 
-def test_a_key_carries_what_its_tenant_is_set_to(
+def test_a_key_authenticates_with_the_settings_of_its_tenant(
     tenants: Tenants, open_engine: Callable[[], Engine]
 ) -> None:
     tenants.create_tenant("acme", settings={"weight": 4.5})
     key = tenants.create_key(tenant="acme").text
     assert tenants.authenticate(key).weight == 4.5
-    # Another process changes it: it holds from the next request on.
+    # A change by another process applies from the next request on.
     changed = Tenants(open_engine()).set_settings("acme", {"kv_reuse": False})
     assert (changed.weight, changed.kv_reuse) == (4.5, False)
     principal = tenants.authenticate(key)
@@ -52,7 +52,9 @@ def test_a_key_carries_what_its_tenant_is_set_to(
         {"priority": 1},
     ],
 )
-def test_settings_out_of_range(tenants: Tenants, changes: dict[str, float | bool]) -> None:
+def test_settings_out_of_range_are_rejected(
+    tenants: Tenants, changes: dict[str, float | bool]
+) -> None:
     tenants.create_tenant("acme")
     with pytest.raises(BadRequest):
         tenants.set_settings("acme", changes)
@@ -62,11 +64,11 @@ def test_settings_out_of_range(tenants: Tenants, changes: dict[str, float | bool
     assert [one.name for one in tenants.list_tenants()] == ["acme"]
 
 
-def test_settings_are_in_the_log(tenants: Tenants, engine: Engine) -> None:
+def test_changes_of_settings_are_in_the_audit_log(tenants: Tenants, engine: Engine) -> None:
     tenants.create_tenant("acme", quota={"max_bytes": 9}, settings={"weight": 2.0})
     tenants.set_settings("acme", {"kv_reuse": False}, actor=Actor("operator", "k1", "r1"))
     with pytest.raises(NotFound):
-        tenants.set_settings("nobody", {"weight": 2.0})
+        tenants.set_settings("missing", {"weight": 2.0})
     last, first = AuditLog(engine).page(tenant=None, limit=9)[0]
     assert (first.action, first.detail) == ("tenant.create", {"max_bytes": 9, "weight": 2.0})
     assert (last.action, last.subject) == ("tenant.settings", "acme")

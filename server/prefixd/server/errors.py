@@ -20,7 +20,7 @@
     ├── Unavailable               503 unavailable
     └── DeadlineExceeded          504 deadline_exceeded
 
-``str(error)`` is a sentence for the caller: what was expected and what came.
+``str(error)`` is the message for the caller, with the expected and the received value.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from typing import ClassVar
 
 
 class PrefixdError(Exception):
-    """Base of everything a caller can be told."""
+    """Base of all errors that are reported to a caller."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -82,7 +82,7 @@ class Forbidden(PrefixdError):
 
 
 class NotFound(PrefixdError):
-    """No such thing for this tenant; another tenant's thing reads exactly the same."""
+    """The resource does not exist for this tenant; one of another tenant gives the same error."""
 
     status = 404
     type = "invalid_request_error"
@@ -106,7 +106,7 @@ class SlowBody(PrefixdError):
 
 
 class Conflict(PrefixdError):
-    """The state of the thing does not allow this now."""
+    """The state of the resource does not allow this now."""
 
     status = 409
     type = "invalid_request_error"
@@ -122,7 +122,7 @@ class TooLarge(PrefixdError):
 
 
 class RangeNotSatisfiable(PrefixdError):
-    """A part of a file is asked for that the file does not have."""
+    """The requested range is not in the file."""
 
     status = 416
     type = "invalid_request_error"
@@ -130,7 +130,7 @@ class RangeNotSatisfiable(PrefixdError):
 
 
 class Unprocessable(PrefixdError):
-    """An uploaded prefix is refused."""
+    """An uploaded prefix is rejected."""
 
     status = 422
     type = "invalid_request_error"
@@ -146,7 +146,7 @@ class RateLimited(PrefixdError):
 
 
 class QuotaExceeded(RateLimited):
-    """The tenant has all it may have; waiting alone does not help."""
+    """The tenant has reached a quota; waiting does not help."""
 
     type = "insufficient_quota"
     default_code = "insufficient_quota"

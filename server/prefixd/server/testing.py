@@ -1,4 +1,4 @@
-"""Shipped fakes: an engine's world without torch, for tests here and in other people's projects.
+"""Shipped fakes of what the engine needs, without torch, for tests here and in other projects.
 
 ``FakeRunner``'s next token is a hash of (prefix digest, tokens so far), so a test of the API proves
 that the right prefix reached the right request.
@@ -23,7 +23,7 @@ VOCAB_SIZE = 257
 
 
 def fake_next_token(digest: str | None, tokens: Sequence[int]) -> int:
-    """The byte (a letter a to z) that FakeRunner says after ``tokens`` under a prefix."""
+    """The byte (a letter a to z) that FakeRunner samples after ``tokens`` under a prefix."""
     text = f"{digest}|{','.join(map(str, tokens))}"
     return ord("a") + hashlib.sha256(text.encode()).digest()[0] % 26
 
@@ -38,10 +38,10 @@ def fake_generate(digest: str | None, prompt: Sequence[int], count: int) -> list
 
 @dataclass
 class FakeRunner:
-    """A ModelRunner that remembers what it was fed, block by block, and believes nothing.
+    """A ModelRunner that records the tokens of every block and checks what it reads.
 
     The tokens so far are read back through the block table from a fake KV pool, so a wrong block
-    table gives a wrong answer. ``steps`` keeps every step it ran.
+    table gives a wrong output. ``steps`` keeps every step it ran.
     """
 
     block_size: int = 16
@@ -100,20 +100,20 @@ class FakeRunner:
 
 @dataclass(frozen=True)
 class FakeStaged:
-    """A staged prefix that is nothing but its length."""
+    """A staged prefix that has only a length."""
 
     num_tokens: int
 
 
 @dataclass
 class FakeSource:
-    """A PrefixSource over a table of lengths; a missing key cannot be had."""
+    """A PrefixSource over a table of lengths; a missing key raises PrefixUnavailable."""
 
     lengths: dict[PrefixKey, int] = field(default_factory=dict)
     fetched: list[PrefixKey] = field(default_factory=list)
 
     def fetch(self, key: PrefixKey) -> FakeStaged:
-        """Bring a prefix, or raise PrefixUnavailable."""
+        """Return a prefix, or raise PrefixUnavailable."""
         self.fetched.append(key)
         if key not in self.lengths:
             raise PrefixUnavailable("the prefix is gone from the store")
@@ -129,7 +129,7 @@ class ByteTokenizer:
         return list(text.encode())
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the bytes, end-of-sequence skipped."""
+        """Text of the bytes, without the end of sequence."""
         return bytes(t for t in token_ids if t < EOS).decode(errors="replace")
 
     def token_text(self, token_id: int) -> str:
@@ -145,13 +145,13 @@ class ByteTokenizer:
 
 
 class ByteDetokenizer:
-    """Bytes to text, a character only when it is whole."""
+    """Decodes bytes incrementally; returns a character only when it is complete."""
 
     def __init__(self) -> None:
         self._held = b""
 
     def push(self, token_id: int) -> str:
-        """Text that became whole with this byte."""
+        """Text that this byte completes."""
         if token_id >= EOS:
             return ""
         self._held += bytes([token_id])
@@ -163,6 +163,6 @@ class ByteDetokenizer:
         return text
 
     def flush(self) -> str:
-        """A broken last character, as a replacement character."""
+        """An incomplete last character as a replacement character."""
         text, self._held = self._held.decode(errors="replace"), b""
         return text
