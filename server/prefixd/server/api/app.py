@@ -1,4 +1,4 @@
-"""The HTTP application over parts that are ready: the composition root makes them, tests too."""
+"""The HTTP application, over parts made by the composition root or by tests."""
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -66,8 +66,8 @@ def create_app(
     trace: Tracer | None = None,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
-    """The application. ``lifespan`` starts and stops the engine and what runs beside it. Times in
-    seconds, ``min_body_rate`` in bytes per second."""
+    """The application. ``lifespan`` starts and stops the engine and the background services. Times
+    in seconds, ``min_body_rate`` in bytes per second."""
     app = FastAPI(
         title="prefixd",
         version=version(),

@@ -1,7 +1,7 @@
-"""Request bodies: read after the key is known, capped, and parsed once into a strict type.
+"""Request bodies: read after authentication, limited, and parsed once into a strict type.
 
 FastAPI would read the whole body before it runs the authentication dependency, and would coerce
-wrong types. Here the body is a dependency of its own, behind the principal.
+wrong types. Here the body is a dependency of its own, which depends on the principal.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -29,15 +29,15 @@ Model = TypeVar("Model", bound=StrictModel)
 
 
 async def capped(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """The body's bytes as they come. Raises TooLarge past ``limit`` bytes."""
+    """The body in chunks. Raises TooLarge past ``limit`` bytes."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
-        raise _too_large(limit, came=int(declared))
+        raise _too_large(limit, received=f"{declared} bytes")
     total = 0
     async for chunk in request.stream():
         total += len(chunk)
         if total > limit:
-            raise _too_large(limit, came=None)
+            raise _too_large(limit, received="more")
         yield chunk
 
 
@@ -58,8 +58,8 @@ def parse_json(model: type[Model], body: bytes) -> Model:
 
 
 def json_body(model: type[Model], *, optional: bool = False) -> Callable[..., Awaitable[Model]]:
-    """A dependency that yields the body as ``model``, for callers with a key only. ``optional``:
-    no body at all reads as an empty object."""
+    """A dependency on the body as ``model``, of authenticated callers only. ``optional``: an empty
+    body means an empty object."""
 
     async def read(
         request: Request,
@@ -69,10 +69,10 @@ def json_body(model: type[Model], *, optional: bool = False) -> Callable[..., Aw
         body = await read_capped(request, limits.max_body_bytes)
         if optional and not body:
             return model()
-        kind = media_type(request)
-        if kind != "application/json" and not kind.endswith("+json"):
+        received = media_type(request)
+        if received != "application/json" and not received.endswith("+json"):
             raise BadRequest(
-                f"expected the content type application/json; received {kind[:80]!a}",
+                f"expected the content type application/json; received {received[:80]!a}",
                 code="unsupported_media_type",
             )
         return parse_json(model, body)
@@ -86,9 +86,9 @@ def media_type(request: Request) -> str:
 
 
 def json_request(*models: type[StrictModel], required: bool = True) -> dict[str, Any]:
-    """What OpenAPI must be told of a body that FastAPI does not read itself.
+    """The OpenAPI entry of a body that FastAPI does not read itself.
 
-    ``prefixd.server.api.openapi`` puts the models' schemas where these references point.
+    ``prefixd.server.api.openapi`` adds the models' schemas that it refers to.
     """
     references = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in models]
     schema = references[0] if len(references) == 1 else {"anyOf": references}
@@ -96,6 +96,5 @@ def json_request(*models: type[StrictModel], required: bool = True) -> dict[str,
     return {"requestBody": {"required": required, "content": content}}
 
 
-def _too_large(limit: int, *, came: int | None) -> TooLarge:
-    received = "more" if came is None else f"{came} bytes"
+def _too_large(limit: int, *, received: str) -> TooLarge:
     return TooLarge(f"expected a body of at most {limit} bytes; received {received}")

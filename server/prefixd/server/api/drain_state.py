@@ -17,7 +17,7 @@ class Running(Protocol):
 
 
 class DrainState:
-    """Open until it is closed, for good. ``running`` is used on the event loop only."""
+    """Open until it is closed, once. ``running`` is used on the event loop only."""
 
     def __init__(self) -> None:
         self.closed = False

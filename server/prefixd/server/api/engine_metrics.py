@@ -1,4 +1,4 @@
-"""The engine's figures as metrics: tables of names, read from its snapshot at every scrape."""
+"""The engine's metrics: tables of names, read from its statistics at every scrape."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,22 +16,25 @@ from prefixd.server.engine.stats import STEP_TIME_EDGES, EngineStats
 _DISTINCT = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-# Name -> the field of EngineStats and what it means.
+# Name -> the field of EngineStats and the help text.
 _COUNTERS = {
     "steps": ("steps", "Forward passes run."),
     "step_failures": ("step_failures", "Forward passes that failed."),
     "out_of_memory": ("out_of_memory", "Forward passes for which the device had no memory."),
-    "engine_restarts": ("restarts", "Times the step loop had to start over."),
+    "engine_restarts": ("restarts", "Restarts of the step loop."),
     "prompt_tokens": ("prompt_tokens", "Prompt tokens of requests."),
     "generation_tokens": ("generated_tokens", "Tokens generated."),
-    "num_preemptions": ("preemptions", "Sequences preempted for want of blocks."),
+    "num_preemptions": ("preemptions", "Sequences preempted: no free KV blocks."),
     "prefix_compiles": ("prefix_compiles", "Prefixes compiled to KV."),
     "prefix_compile_seconds": (
         "compile_seconds",
         "Part of the forward passes' time that compiled prefixes.",
     ),
     "prefix_evictions": ("prefix_evictions", "Prefixes evicted from the pool."),
-    "prefix_swaps": ("prefix_swaps", "Prefixes that waited too long and forced others out."),
+    "prefix_swaps": (
+        "prefix_swaps",
+        "Prefixes that waited too long and were swapped in for others.",
+    ),
     "kv_reuse_queries": ("kv_queried_tokens", "Prompt tokens looked up for KV to share."),
     "kv_reuse_hits": ("kv_reused_tokens", "Prompt tokens whose KV was shared, not computed."),
 }
@@ -47,7 +50,7 @@ _GAUGES = {
 
 
 class EngineCollector(Collector):
-    """Gives what ``stats`` says at that moment."""
+    """Collects the metrics from ``stats`` at each scrape."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats
@@ -78,7 +81,7 @@ def _pool(stats: EngineStats) -> Iterable[Metric]:
     used = stats.blocks_total - stats.blocks_free
     yield GaugeMetricFamily(
         "prefixd_kv_cache_usage_perc",
-        "Part of the KV pool that is in use; 1 is all of it.",
+        "Used part of the KV pool, from 0 to 1.",
         value=used / stats.blocks_total,
     )
     holds = {
@@ -136,7 +139,7 @@ def _counter(name: str, text: str, label: str, values: Mapping[str, int]) -> Met
 def _histogram(
     name: str, text: str, counts: Mapping[Any, int], *, edges: Sequence[float], total: float
 ) -> Metric:
-    """From how often each value came; ``total`` is their sum."""
+    """A histogram of ``counts`` by value; ``total`` is the sum of all values."""
     buckets = [
         (str(float(edge)), float(sum(n for value, n in counts.items() if value <= edge)))
         for edge in edges

@@ -182,7 +182,7 @@ def from_finish(event: FinishEvent, drain_state: DrainState) -> PrefixdError:
         case FinishReason.ABORT:
             return drain_state.refusal("the server stopped before the answer was complete")
         case FinishReason.STOP | FinishReason.LENGTH:
-            raise AssertionError(f"a complete sequence is no error: {event}")
+            raise AssertionError(f"a complete sequence has no error: {event}")
 
 
 def from_queue_full(full: QueueFull, drain_state: DrainState) -> PrefixdError:

@@ -62,7 +62,7 @@ class RequestLayer:
                 error = self._drain_state.refusal("the server stopped before the request was done")
                 await error_response(error, exchange.request_id)(scope, receive, exchange.send)
         except ClientDisconnect:
-            pass  # in the middle of its body: not a failure, and nobody to respond to
+            pass  # in the middle of its body: not a failure, and no client to respond to
         except Exception:
             log.exception("request failed", request_id=exchange.request_id)
             if exchange.status is None:

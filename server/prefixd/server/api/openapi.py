@@ -1,4 +1,4 @@
-"""The OpenAPI document: FastAPI's, plus the bodies that our own dependency reads, plus errors."""
+"""The OpenAPI document: FastAPI's, plus the bodies that ``body.py`` reads, plus errors."""
 
 from typing import Any
 
@@ -41,9 +41,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (400, "The request is malformed or can never fit."),
         (401, "No valid API key."),
         (403, "The key's scopes do not cover this."),
-        (404, "No such thing for this tenant."),
+        (404, "Not found for this tenant."),
         (408, "The body stalled."),
-        (409, "The state of the thing does not allow this now."),
+        (409, "Not allowed in the present state."),
         (413, "The body is too large."),
         (416, "The file has no such part."),
         (422, "The uploaded prefix is refused."),
@@ -57,7 +57,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def install(app: FastAPI) -> None:
-    """Let ``app.openapi`` give the complete document."""
+    """Make ``app.openapi`` return the complete document."""
 
     def build() -> dict[str, Any]:
         if app.openapi_schema is None:

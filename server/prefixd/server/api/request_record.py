@@ -152,7 +152,7 @@ class RequestRecord:
         }
 
     def log_fields(self) -> dict[str, Any]:
-        """Fields of the log line, without those that are None and without names from tenants."""
+        """Fields of the log line that are known; no names that tenants chose."""
         fields: dict[str, Any] = {
             "request_id": self.request_id,
             "tenant": self.tenant,
@@ -184,7 +184,7 @@ class RequestRecord:
 
 
 class Tracer(Protocol):
-    """A further destination of records, beside metrics and log."""
+    """A further destination of records, in addition to metrics and log."""
 
     def __call__(self, record: RequestRecord) -> None:
         """Export a record. Must neither block nor raise."""

@@ -1,4 +1,4 @@
-"""The served model as the API room sees it: names, limits and a tokenizer."""
+"""The served base model for the API: names, limits and a tokenizer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ class Tokenizer(Protocol):
     """Text to token ids and back. Called from worker threads."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``, with the model's own opening tokens unless told otherwise."""
+        """Token ids of ``text``, by default with the model's opening tokens."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -19,16 +19,16 @@ class Tokenizer(Protocol):
         ...
 
     def token_text(self, token_id: int) -> str:
-        """What one token stands for, as shown beside its log-probability."""
+        """Text of one token, for log-probabilities."""
         ...
 
     def render_chat(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as the model's template writes it; its opening tokens included.
+        """The conversation in the model's chat template, with its opening tokens.
 
         Raises ValueError, with a message for the caller, when the model has no template or the
-        template refuses these messages.
+        template rejects these messages.
         """
         ...
 
@@ -47,5 +47,5 @@ class ServedModel:
     tokenizer: Tokenizer
 
     def count_prefix_tokens(self, text: str) -> int:
-        """Positions a text prefix occupies."""
+        """Positions that a text prefix occupies."""
         return len(self.tokenizer.encode(text))

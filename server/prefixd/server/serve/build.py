@@ -211,7 +211,7 @@ def _served_model(settings: Settings, base: LoadedBase, limits: Limits) -> Serve
 
 
 class _Artifacts:
-    """Opens a stored artifact and judges it again, against the base served now."""
+    """Opens a stored artifact and validates it again, against the base served now."""
 
     def __init__(self, store: PrefixStore, served: ServedModel) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""What runs beside the requests: started before the first one, stopped after the last."""
+"""Background services, started before the first request and stopped after the last."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

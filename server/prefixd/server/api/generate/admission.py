@@ -223,7 +223,7 @@ class Admission:
             output = min(default_max_tokens or 1, max(1, room - prompt_tokens))
         if prompt_tokens + output > room:
             limit = (
-                f"the KV pool has room for {max(0, pool)} tokens beside them"
+                f"the KV pool has room for {max(0, pool)} more tokens"
                 if pool < positions
                 else f"the model has {self.served.max_positions} positions"
             )

@@ -71,7 +71,7 @@ class Generation:
                 self.engine.abort(request.request_id)
 
     def end(self) -> None:
-        """Make the next event an abort, whatever the engine does."""
+        """Make the next event an abort, without waiting for the engine."""
         self._queue.put_nowait((0, FinishEvent(0, FinishReason.ABORT, completion_tokens=0)))
 
     async def events(self) -> AsyncGenerator[tuple[int, Event]]:

@@ -41,7 +41,7 @@ from prefixd.server.tenants.principal import Principal
 router = APIRouter(prefix="/v1", tags=["generation"])
 
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that disconnected first; nobody receives it."""
+"""nginx's status for a client that disconnected first. It is only logged."""
 
 TRACE_HEADERS = ("traceparent", "tracestate")
 """W3C trace context."""
@@ -70,7 +70,7 @@ class GenerationService:
         """Admit with ``admit``, run on the engine, and format the result."""
         recorder = self._recorder(request, principal, formatter, stream=bool(body.stream))
         try:
-            # Whatever is entered here is left before the response ends, the recorder last.
+            # All contexts entered here exit before the response ends, the recorder last.
             async with AsyncExitStack() as running:
                 await running.enter_async_context(recorder)
                 self._check_ready(principal)
@@ -192,7 +192,7 @@ async def _chunks(
 
 
 def _envelope(record: RequestRecord, kind: str) -> dict[str, Any]:
-    """The fields of a response beside its choices."""
+    """The fields of a response other than its choices."""
     assert record.admitted is not None
     prefix, used = record.admitted.prefix, None
     if prefix is not None:
