@@ -1,4 +1,4 @@
-"""A whole server for tests: real store, tenants, engine and HTTP; only the model is a fake."""
+"""A server for tests: real store, tenants, engine and HTTP; only the model is a fake."""
 
 import threading
 from collections.abc import Iterator
@@ -45,8 +45,8 @@ from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import upgrade
 from prefixd.store.store import PrefixStore
 
-# Through the standard library, whose level hides the access log from the tests' output; plainly,
-# for a traceback drawn with the locals of a whole server takes seconds.
+# Through the standard library, whose level hides the access log from the tests' output. Plain
+# tracebacks: formatting the local variables of a server takes seconds.
 structlog.configure(
     processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()],
     logger_factory=structlog.stdlib.LoggerFactory(),
@@ -90,17 +90,17 @@ class StoreBackedSource:
         try:
             path = self.store.fetch(tenant=key.tenant, digest=key.digest)
         except Exception as error:
-            raise PrefixUnavailable("the prefix is gone from the store") from error
+            raise PrefixUnavailable("the prefix is no longer in the store") from error
         artifact = read_artifact(path, base=BASE, count_tokens=lambda text: len(text.encode()))
         return FakeStaged(artifact.num_virtual_tokens)
 
 
 class GatedRunner(FakeRunner):
-    """A FakeRunner that can be held, or made to fail.
+    """A FakeRunner that can be paused, or made to fail.
 
-    ``hold_after`` closes the gate behind that many steps and sets ``held``: a test that acts in the
-    middle of an answer must not race with an engine that has no model to wait for. Whoever asks for
-    it waits for ``held`` before opening the gate: opened earlier it would close again.
+    ``hold_after`` closes the gate after that many steps and sets ``held``, so that a test can act
+    during a response. A test must wait for ``held`` before it opens the gate, which would close
+    again otherwise.
     """
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class Clock:
 
 @dataclass
 class World:
-    """Everything a test may reach for. ``app`` is over these parts and LIMITS."""
+    """The parts that a test may use. ``app`` is the application over them, with LIMITS."""
 
     store: PrefixStore
     tenants: Tenants
@@ -158,7 +158,7 @@ class World:
     def make_app(
         self, *, engine: Engine | None = None, trace: Tracer | None = None, **limits: Any
     ) -> FastAPI:
-        """An application over the parts of this world, but for those named."""
+        """An application over these parts, except those given here."""
         engine = engine or self.engine
         room = pin_room(engine.config, None)
         return create_app(
@@ -188,7 +188,7 @@ class World:
         )
 
     def add_tenant(self, name: str) -> None:
-        """Keys ``name`` (all scopes but admin), ``name:all``, and ``name:scope`` of each scope."""
+        """Keys ``name`` (all scopes except admin), ``name:all``, ``name:scope`` of each scope."""
         tenants = self.tenants
         if name not in {known.name for known in tenants.list_tenants()}:
             tenants.create_tenant(name)
@@ -262,8 +262,8 @@ def put_text(client: TestClient, name: str, text: str, headers: dict[str, str]) 
     return manifest
 
 
-def said(digest: str | None, prompt: str, count: int) -> str:
-    """What the fake model says after ``prompt`` under a prefix."""
+def fake_text(digest: str | None, prompt: str, count: int) -> str:
+    """What the fake model generates after ``prompt`` under a prefix."""
     return bytes(fake_generate(digest, list(prompt.encode()), count)).decode()
 
 

@@ -1,4 +1,4 @@
-"""Run by ``test_canary``: a server under its own logging, and every way a canary could get out.
+"""Run by ``test_canary``: a server with its logging, and every path that could leak a canary.
 
 Prints one JSON object: the error bodies and the metrics page. The log goes to standard error.
 """
@@ -42,7 +42,7 @@ def upload(client: TestClient, value: float) -> Any:
 
 
 def broken(client: TestClient, world: World) -> Any:
-    """A failure that nobody foresaw, with the prompt in the frames of its traceback."""
+    """An unexpected exception, with the prompt in the frames of its traceback."""
     tokenizer = world.served.tokenizer
 
     def encode(text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -104,7 +104,7 @@ def manage(client: TestClient, world: World) -> list[Any]:
 
 
 def main() -> None:
-    # Our own client would log its URLs: it is the sender, who may.
+    # The client logs its URLs, which is allowed: it is the sender.
     logging.getLogger("httpx2").disabled = True
     configure("debug", "json" if sys.argv[1] == "json" else "console")
     with tempfile.TemporaryDirectory() as folder, make_world(Path(folder)) as world:

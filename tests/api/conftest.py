@@ -17,7 +17,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def either_world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    """A world on each of the two databases, for what depends on how they lock."""
+    """A world on SQLite and one on PostgreSQL, for tests that depend on their locks."""
     url = None if request.param == "sqlite" else request.getfixturevalue("postgres_url")
     with make_world(tmp_path, database_url=url) as world:
         yield world

@@ -1,4 +1,4 @@
-"""Who may do what: generated from the application's own table of routes."""
+"""Authentication, scopes and isolation of tenants, for every route of the application."""
 
 import re
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ BODIES: dict[str, Any] = {
     "/v1/admin/keys/{key_id}/rotate": {"overlap_seconds": 60},
 }
 LINES = b'{"user": "ann", "prefix": "voice"}\n'
-# Listings that can be asked to be another tenant's.
+# Lists with a parameter for another tenant.
 QUERIES = {("GET", "/v1/admin/keys"), ("GET", "/v1/admin/audit")}
 PUBLIC_PATHS = {"/health/live", "/health/ready", "/metrics"}
 
@@ -64,7 +64,7 @@ def url(path: str) -> str:
     return path
 
 
-def test_the_table_is_the_whole_application(world: World) -> None:
+def test_scope_table_covers_every_route(world: World) -> None:
     documented = {
         (method.upper(), path)
         for path, operations in world.app.openapi()["paths"].items()
@@ -81,12 +81,12 @@ def test_the_table_is_the_whole_application(world: World) -> None:
     [None, "Bearer ", "Bearer nonsense", f"Bearer {keys.generate().text}", "Basic eDp5"],
     ids=["none", "empty", "malformed", "unknown key", "basic"],
 )
-def test_without_a_good_key_every_route_is_401(
+def test_every_keyed_route_without_a_valid_key_is_401(
     client: TestClient, method: str, path: str, authorization: str | None
 ) -> None:
     del client.headers["authorization"]
     headers = {"authorization": authorization} if authorization else {}
-    # A body that is malformed too: it must not be looked at before the key.
+    # The body is malformed too: the key must be checked first.
     answer = client.request(method, url(path), content=b"{", headers=headers)
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"] == "Bearer"
@@ -95,7 +95,7 @@ def test_without_a_good_key_every_route_is_401(
     assert "nonsense" not in answer.text
 
 
-def test_a_route_that_forgets_to_ask_is_still_closed(
+def test_route_without_a_scope_still_requires_a_key(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forgetful = APIRouter()
@@ -106,7 +106,7 @@ def test_a_route_that_forgets_to_ask_is_still_closed(
     assert client.get("/v1/forgotten", headers=world.headers()).status_code == 200
 
 
-def test_a_revoked_key_stops_at_once(client: TestClient, world: World) -> None:
+def test_revoked_key_is_rejected_at_once(client: TestClient, world: World) -> None:
     issued = world.tenants.create_key(tenant="acme")
     headers = {"authorization": f"Bearer {issued.text}"}
     assert client.get("/v1/models", headers=headers).status_code == 200
@@ -115,7 +115,7 @@ def test_a_revoked_key_stops_at_once(client: TestClient, world: World) -> None:
 
 
 def ask(client: TestClient, method: str, path: str, headers: dict[str, str]) -> httpx2.Response:
-    """A good request to a route, about the things of EXAMPLES."""
+    """A valid request to a route, for the resources of EXAMPLES."""
     where = url(path) + ("?tenant=gamma" if (method, path) in QUERIES else "")
     if path.endswith(":import"):
         headers = {**headers, "content-type": "application/x-ndjson"}
@@ -124,8 +124,8 @@ def ask(client: TestClient, method: str, path: str, headers: dict[str, str]) -> 
     return client.request(method, where, json=body, headers=headers)
 
 
-def give_things(client: TestClient, world: World, tenant: str) -> None:
-    """Everything EXAMPLES names, as ``tenant``'s own."""
+def create_examples(client: TestClient, world: World, tenant: str) -> None:
+    """Create the resources of EXAMPLES for ``tenant``."""
     headers = world.headers(tenant)
     put_text(client, "voice", f"{tenant}'s", headers)
     client.put("/v1/prefixes/voice/aliases/prod", json={"version": 1}, headers=headers)
@@ -139,12 +139,12 @@ def give_things(client: TestClient, world: World, tenant: str) -> None:
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_every_route_wants_one_scope(
+def test_each_route_requires_exactly_one_scope(
     client: TestClient, world: World, method: str, path: str
 ) -> None:
     world.add_tenant("gamma")
     world.add_tenant("operator")
-    give_things(client, world, "operator")
+    create_examples(client, world, "operator")
     generates = "completions" in path or path.endswith("/warm")
     wanted = Scope.GENERATE if generates else Scope.WRITE
     if method == "GET":
@@ -161,7 +161,7 @@ def test_every_route_wants_one_scope(
 
 
 def masked(answer: httpx2.Response, world: World) -> tuple[int, str, dict[str, str]]:
-    """All there is to see of an answer but what any two answers differ in: times, new keys."""
+    """A response without what differs between any two responses: times and new keys."""
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", answer.text)
     for name, key in world.keys.items():
         text = text.replace(key.split("_")[1], f"ID-{name}")
@@ -173,48 +173,49 @@ def masked(answer: httpx2.Response, world: World) -> tuple[int, str, dict[str, s
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_anothers_thing_and_no_thing_are_the_same(tmp_path: Path, method: str, path: str) -> None:
-    """What beta, who may do everything within its tenant, sees of a thing is the same bytes
-    whether gamma has it or nobody has."""
-    seen = []
+def test_resource_of_another_tenant_looks_like_a_missing_one(
+    tmp_path: Path, method: str, path: str
+) -> None:
+    """The tenant beta receives the same bytes whether gamma has the resource or no tenant has."""
+    responses = []
     for present in (False, True):
         with make_world(tmp_path / str(present)) as world, TestClient(world.app) as client:
             world.add_tenant("beta")
             if present:
                 world.add_tenant("gamma")
-                give_things(client, world, "gamma")
+                create_examples(client, world, "gamma")
             headers = {**world.headers("beta:all"), "x-request-id": "same"}
             answer = ask(client, method, path, headers)
             assert answer.status_code < 500
             assert "gamma's" not in answer.text
-            seen.append(masked(answer, world))
-    assert seen[0] == seen[1]
+            responses.append(masked(answer, world))
+    assert responses[0] == responses[1]
     named = "{" in path and path != "/v1/prefixes/{name}/aliases" and method == "GET"
-    assert seen[0][0] == 404 or not named
+    assert responses[0][0] == 404 or not named
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_anothers_things_stay_as_they_are(
+def test_requests_leave_resources_of_another_tenant_unchanged(
     client: TestClient, world: World, method: str, path: str
 ) -> None:
     world.add_tenant("beta")
     world.add_tenant("gamma")
-    give_things(client, world, "gamma")
+    create_examples(client, world, "gamma")
 
-    def things() -> list[Any]:
+    def resources() -> list[Any]:
         headers = world.headers("gamma")
-        asked = ("prefixes/voice@prod", "users/ann/prefix", "default/prefix", "models", "users")
-        found: list[Any] = [client.get(f"/v1/{one}", headers=headers).json() for one in asked]
-        found[0].pop("tier")  # which the engine changes as it gets on with gamma's own pin
+        paths = ("prefixes/voice@prod", "users/ann/prefix", "default/prefix", "models", "users")
+        bodies: list[Any] = [client.get(f"/v1/{path}", headers=headers).json() for path in paths]
+        bodies[0].pop("tier")  # changes while the engine loads gamma's pinned prefix
         tenants = world.tenants
-        return [*found, tenants.tenant("gamma"), tenants.list_keys("gamma")]
+        return [*bodies, tenants.tenant("gamma"), tenants.list_keys("gamma")]
 
-    before = things()
+    before = resources()
     ask(client, method, path, world.headers("beta:all"))
-    assert things() == before
+    assert resources() == before
 
 
-def test_listings_hold_only_ones_own(client: TestClient, world: World) -> None:
+def test_lists_contain_only_resources_of_the_caller(client: TestClient, world: World) -> None:
     put_text(client, "voice", "acme's", world.headers())
     put_text(client, "tone", "beta's", world.headers("beta"))
     for tenant, name in (("acme", "voice"), ("beta", "tone")):
@@ -226,7 +227,9 @@ def test_listings_hold_only_ones_own(client: TestClient, world: World) -> None:
 
 
 @pytest.mark.parametrize("model", ["tiny", "voice", "voice@1", "tiny:voice@1", "voice@latest"])
-def test_one_model(client: TestClient, world: World, model: str) -> None:
+def test_model_is_found_by_each_form_of_its_name(
+    client: TestClient, world: World, model: str
+) -> None:
     put_text(client, "voice", "acme's", world.headers())
     body = client.get(f"/v1/models/{model}").json()
     assert body["id"] == model
@@ -240,8 +243,10 @@ def test_public_routes_need_no_key(client: TestClient) -> None:
         assert client.get(path).status_code == 200, path
 
 
-def test_not_ready_without_an_engine(world: World) -> None:
-    client = TestClient(world.app, headers=world.headers())  # its lifespan never starts
+def test_server_without_a_running_engine_is_not_ready(world: World) -> None:
+    client = TestClient(
+        world.app, headers=world.headers()
+    )  # without its lifespan: the engine does not start
     assert client.get("/health/live").status_code == 200
     assert client.get("/health/ready").status_code == 503
     answer = client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
@@ -250,7 +255,7 @@ def test_not_ready_without_an_engine(world: World) -> None:
     error_of(answer)
 
 
-def test_unknown_routes_and_methods_have_the_error_shape(client: TestClient) -> None:
+def test_unknown_routes_and_methods_return_the_error_object(client: TestClient) -> None:
     for method, path, status in (
         ("GET", "/nowhere", 404),
         ("GET", "/v1/completions", 405),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.api.api_world import MAX_POSITIONS, World, error_of, put_text, said
+from tests.api.api_world import MAX_POSITIONS, World, error_of, fake_text, put_text
 
 USER = {"role": "user", "content": "hi"}
 RENDERED = "user: hi\nassistant: "
@@ -17,7 +17,7 @@ def chat(client: TestClient, **fields: Any) -> Any:
     return client.post("/v1/chat/completions", json=body)
 
 
-def test_an_answer(client: TestClient, world: World) -> None:
+def test_chat_response_has_openai_fields_and_the_prefix(client: TestClient, world: World) -> None:
     manifest = put_text(client, "voice", "Be kind.", world.headers())
     body = chat(client, model="voice").json()
     assert body["object"] == "chat.completion"
@@ -26,7 +26,7 @@ def test_an_answer(client: TestClient, world: World) -> None:
             "index": 0,
             "message": {
                 "role": "assistant",
-                "content": said(manifest["digest"], RENDERED, 6),
+                "content": fake_text(manifest["digest"], RENDERED, 6),
                 "refusal": None,
             },
             "logprobs": None,
@@ -37,7 +37,7 @@ def test_an_answer(client: TestClient, world: World) -> None:
     assert body["usage"]["prompt_tokens"] == len(RENDERED)
 
 
-def test_roles_and_parts(client: TestClient) -> None:
+def test_developer_role_and_text_parts_are_rendered(client: TestClient) -> None:
     messages = [
         {"role": "developer", "content": "be brief"},
         {"role": "assistant", "content": "ok", "refusal": None, "tool_calls": None, "audio": None},
@@ -45,19 +45,19 @@ def test_roles_and_parts(client: TestClient) -> None:
     ]
     text = "system: be brief\nassistant: ok\nuser: a\nb\nassistant: "
     body = chat(client, messages=messages).json()
-    assert body["choices"][0]["message"]["content"] == said(None, text, 6)
+    assert body["choices"][0]["message"]["content"] == fake_text(None, text, 6)
 
 
-def test_up_to_what_fits_unless_told_otherwise(client: TestClient) -> None:
+def test_chat_without_max_tokens_may_fill_the_context(client: TestClient) -> None:
     body = chat(client, max_tokens=None).json()
     assert body["usage"]["total_tokens"] == MAX_POSITIONS
     assert chat(client, max_completion_tokens=3).json()["usage"]["completion_tokens"] == 3
 
 
-def test_logprobs(client: TestClient) -> None:
+def test_chat_logprobs_list_each_token(client: TestClient) -> None:
     logprobs = chat(client, logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]
     assert logprobs["refusal"] is None
-    text = said(None, RENDERED, 6)
+    text = fake_text(None, RENDERED, 6)
     assert "".join(entry["token"] for entry in logprobs["content"]) == text
     first = logprobs["content"][0]
     assert first["bytes"] == list(text[0].encode())
@@ -67,7 +67,7 @@ def test_logprobs(client: TestClient) -> None:
     assert [entry["top_logprobs"] for entry in plain] == [[]] * 6
 
 
-def test_a_stream_opens_with_the_role(client: TestClient, world: World) -> None:
+def test_chat_stream_begins_with_the_role(client: TestClient, world: World) -> None:
     manifest = put_text(client, "voice", "Be kind.", world.headers())
     answer = chat(client, model="voice", n=2, stream=True, stream_options={"include_usage": True})
     frames = answer.text.strip().split("\n\n")
@@ -77,7 +77,7 @@ def test_a_stream_opens_with_the_role(client: TestClient, world: World) -> None:
     for index in range(2):
         mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
         assert mine[0]["delta"] == {"role": "assistant", "content": ""}
-        assert "".join(c["delta"].get("content", "") for c in mine) == said(
+        assert "".join(c["delta"].get("content", "") for c in mine) == fake_text(
             manifest["digest"], RENDERED, 6
         )
         assert mine[-1]["finish_reason"] == "length"
@@ -111,7 +111,7 @@ def test_a_stream_opens_with_the_role(client: TestClient, world: World) -> None:
         ),
     ],
 )
-def test_refusals_name_the_field(
+def test_invalid_chat_field_is_named_in_the_error(
     client: TestClient, fields: dict[str, Any], param: str | None, words: str
 ) -> None:
     answer = chat(client, **fields)
@@ -121,7 +121,7 @@ def test_refusals_name_the_field(
     assert words in error["message"]
 
 
-def test_neutral_values_of_unsupported_fields_pass(client: TestClient) -> None:
+def test_neutral_values_of_unsupported_chat_fields_are_accepted(client: TestClient) -> None:
     answer = chat(
         client,
         tools=[],
@@ -135,7 +135,7 @@ def test_neutral_values_of_unsupported_fields_pass(client: TestClient) -> None:
     assert answer.status_code == 200
 
 
-def test_a_template_that_refuses_is_the_callers_error(client: TestClient, world: World) -> None:
+def test_chat_template_error_is_a_bad_request(client: TestClient, world: World) -> None:
     def refuse(messages: object, *, add_generation_prompt: bool = True) -> str:
         raise ValueError("this model has no chat template")
 

@@ -7,7 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from prefixd.server.testing import ByteTokenizer
-from tests.api.api_world import MAX_POSITIONS, POOL_BLOCKS, World, error_of, put_text, said
+from tests.api.api_world import MAX_POSITIONS, POOL_BLOCKS, World, error_of, fake_text, put_text
 
 
 def complete(client: TestClient, **fields: Any) -> Any:
@@ -31,7 +31,7 @@ def events(text: str) -> list[Any]:
     return [json.loads(frame.removeprefix("data: ")) for frame in frames[:-1]]
 
 
-def test_the_base_answers(client: TestClient) -> None:
+def test_completion_of_the_base_model(client: TestClient) -> None:
     answer = complete(client)
     assert answer.status_code == 200
     body = answer.json()
@@ -39,14 +39,19 @@ def test_the_base_answers(client: TestClient) -> None:
     assert body["model"] == "tiny"
     assert body["prefix"] is None
     assert body["choices"] == [
-        {"index": 0, "text": said(None, "hello", 8), "logprobs": None, "finish_reason": "length"}
+        {
+            "index": 0,
+            "text": fake_text(None, "hello", 8),
+            "logprobs": None,
+            "finish_reason": "length",
+        }
     ]
     assert body["usage"] == usage(5, 8)
     assert "x-prefixd-prefix" not in answer.headers
 
 
 @pytest.mark.parametrize("model", ["support", "support@1", "tiny:support", "tiny:support@1"])
-def test_a_prefix_answers_and_is_named(client: TestClient, world: World, model: str) -> None:
+def test_completion_names_the_prefix_it_used(client: TestClient, world: World, model: str) -> None:
     manifest = put_text(client, "support", "You are terse.", world.headers())
     answer = complete(client, model=model)
     used = {
@@ -57,22 +62,22 @@ def test_a_prefix_answers_and_is_named(client: TestClient, world: World, model: 
     }
     assert answer.json()["prefix"] == used
     assert answer.json()["model"] == model
-    assert answer.json()["choices"][0]["text"] == said(manifest["digest"], "hello", 8)
+    assert answer.json()["choices"][0]["text"] == fake_text(manifest["digest"], "hello", 8)
     assert answer.headers["x-prefixd-prefix"] == "support@1"
     assert answer.headers["x-prefixd-prefix-digest"] == manifest["digest"]
 
 
-def test_each_version_says_its_own(client: TestClient, world: World) -> None:
+def test_each_version_of_a_prefix_generates_its_own_text(client: TestClient, world: World) -> None:
     first = put_text(client, "voice", "one", world.headers())
     second = put_text(client, "voice", "two", world.headers())
     client.put("/v1/prefixes/voice/aliases/prod", json={"version": 1})
     for model, manifest in (("voice", second), ("voice@1", first), ("voice@prod", first)):
-        assert complete(client, model=model).json()["choices"][0]["text"] == said(
+        assert complete(client, model=model).json()["choices"][0]["text"] == fake_text(
             manifest["digest"], "hello", 8
         )
 
 
-def test_a_tenant_cannot_name_what_another_has(client: TestClient, world: World) -> None:
+def test_prefix_of_another_tenant_is_not_found(client: TestClient, world: World) -> None:
     put_text(client, "secret", "acme only", world.headers())
     answers = []
     for name in ("secret", "absent"):
@@ -87,7 +92,7 @@ def test_a_tenant_cannot_name_what_another_has(client: TestClient, world: World)
     assert answers[0] == answers[1]
 
 
-def test_every_prompt_form_and_n(client: TestClient) -> None:
+def test_all_prompt_forms_and_n(client: TestClient) -> None:
     ids = list(b"hello")
     for prompt, texts in (
         ("hello", ["hello"]),
@@ -97,18 +102,18 @@ def test_every_prompt_form_and_n(client: TestClient) -> None:
     ):
         body = complete(client, prompt=prompt, n=2).json()
         assert [choice["index"] for choice in body["choices"]] == list(range(2 * len(texts)))
-        expected = [said(None, text, 8) for text in texts for _ in range(2)]
+        expected = [fake_text(None, text, 8) for text in texts for _ in range(2)]
         assert [choice["text"] for choice in body["choices"]] == expected
         assert body["usage"]["prompt_tokens"] == sum(len(text) for text in texts)
         assert body["usage"]["completion_tokens"] == 8 * 2 * len(texts)
 
 
-def test_sixteen_tokens_unless_told_otherwise(client: TestClient) -> None:
+def test_default_max_tokens_is_sixteen(client: TestClient) -> None:
     assert complete(client, max_tokens=None).json()["usage"]["completion_tokens"] == 16
 
 
-def test_stop_strings_end_and_stay_out(client: TestClient) -> None:
-    full = said(None, "hello", 8)
+def test_stop_string_ends_the_text_and_is_left_out(client: TestClient) -> None:
+    full = fake_text(None, "hello", 8)
     body = complete(client, stop=["never this", full[3:5]]).json()
     assert body["choices"][0]["text"] == full[: full.index(full[3:5])]
     assert body["choices"][0]["finish_reason"] == "stop"
@@ -116,15 +121,15 @@ def test_stop_strings_end_and_stay_out(client: TestClient) -> None:
     assert body["choices"][0]["text"].endswith(full[3:5])
 
 
-def test_stop_token_ids(client: TestClient) -> None:
-    full = said(None, "hello", 8)
+def test_stop_token_id_ends_the_text(client: TestClient) -> None:
+    full = fake_text(None, "hello", 8)
     body = complete(client, stop_token_ids=[ord(full[2])]).json()
     assert body["choices"][0]["finish_reason"] == "stop"
     assert body["usage"]["completion_tokens"] == full.index(full[2]) + 1
 
 
-def test_logprobs_are_parallel_lists(client: TestClient) -> None:
-    text = said(None, "hello", 4)
+def test_completion_logprobs_are_parallel_lists(client: TestClient) -> None:
+    text = fake_text(None, "hello", 4)
     logprobs = complete(client, max_tokens=4, logprobs=2).json()["choices"][0]["logprobs"]
     assert logprobs["tokens"] == list(text)
     assert logprobs["token_logprobs"] == [-0.5] * 4
@@ -136,7 +141,7 @@ def test_logprobs_are_parallel_lists(client: TestClient) -> None:
     assert len(none["token_logprobs"]) == 4
 
 
-def test_a_stream_adds_up_to_the_answer(client: TestClient, world: World) -> None:
+def test_stream_chunks_join_to_the_whole_text(client: TestClient, world: World) -> None:
     manifest = put_text(client, "support", "You are terse.", world.headers())
     answer = complete(
         client,
@@ -163,18 +168,20 @@ def test_a_stream_adds_up_to_the_answer(client: TestClient, world: World) -> Non
     assert all(chunk["usage"] is None for chunk in pieces)
     for index in range(2):
         mine = [c for chunk in pieces for c in chunk["choices"] if c["index"] == index]
-        assert "".join(c["text"] for c in mine) == said(manifest["digest"], "hello", 8)
+        assert "".join(c["text"] for c in mine) == fake_text(manifest["digest"], "hello", 8)
         assert [c["finish_reason"] for c in mine] == [None] * 8 + ["length"]
         offsets = [c["logprobs"]["text_offset"][0] for c in mine[:-1]]
         assert offsets == list(range(8))
 
 
-def test_without_stream_options_there_is_no_usage(client: TestClient) -> None:
+def test_stream_without_stream_options_has_no_usage(client: TestClient) -> None:
     chunks = events(complete(client, stream=True).text)
     assert all("usage" not in chunk for chunk in chunks)
 
 
-def test_what_can_never_fit_is_refused_with_the_numbers(client: TestClient, world: World) -> None:
+def test_request_beyond_max_positions_is_refused_with_token_counts(
+    client: TestClient, world: World
+) -> None:
     put_text(client, "long", "v" * 64, world.headers())
     answer = complete(client, model="long", prompt="p" * 300, max_tokens=100)
     assert answer.status_code == 400
@@ -190,7 +197,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers(client: TestClient, worl
     )
 
 
-def test_the_pool_bounds_too(client: TestClient, world: World) -> None:
+def test_request_beyond_the_kv_pool_is_refused(client: TestClient, world: World) -> None:
     served = world.served
     object.__setattr__(served, "max_positions", 10_000)
     room = POOL_BLOCKS * 16 + 1
@@ -235,7 +242,7 @@ def test_the_pool_bounds_too(client: TestClient, world: World) -> None:
         ({"model": ""}, "model", "at least 1"),
     ],
 )
-def test_refusals_name_the_field(
+def test_invalid_completion_field_is_named_in_the_error(
     client: TestClient, world: World, fields: dict[str, Any], param: str | None, words: str
 ) -> None:
     answer = complete(client, **fields)
@@ -249,7 +256,7 @@ def test_refusals_name_the_field(
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b'{"model": "tiny"}', b'{"prompt": NaN}', b"\xff"]
 )
-def test_malformed_bodies(client: TestClient, body: bytes) -> None:
+def test_malformed_json_body_is_a_bad_request(client: TestClient, body: bytes) -> None:
     answer = client.post(
         "/v1/completions", content=body, headers={"content-type": "application/json"}
     )
@@ -257,13 +264,13 @@ def test_malformed_bodies(client: TestClient, body: bytes) -> None:
     error_of(answer)
 
 
-def test_not_json_at_all(client: TestClient) -> None:
+def test_other_content_type_is_refused(client: TestClient) -> None:
     answer = client.post("/v1/completions", data={"model": "tiny"})
     assert answer.status_code == 400
     assert error_of(answer)["code"] == "unsupported_media_type"
 
 
-def test_harmless_fields_are_let_through(client: TestClient) -> None:
+def test_ignored_fields_and_neutral_values_are_accepted(client: TestClient) -> None:
     answer = complete(
         client,
         user="alice",
@@ -277,7 +284,7 @@ def test_harmless_fields_are_let_through(client: TestClient) -> None:
     assert answer.status_code == 200
 
 
-def test_an_engine_failure_is_an_error_and_tells_nothing(client: TestClient, world: World) -> None:
+def test_engine_failure_is_a_500_without_details(client: TestClient, world: World) -> None:
     world.runner.fail = True
     for stream in (False, True):
         answer = complete(client, stream=stream)
@@ -288,7 +295,7 @@ def test_an_engine_failure_is_an_error_and_tells_nothing(client: TestClient, wor
     assert complete(client).status_code == 200
 
 
-def test_a_prompt_is_never_repeated_in_an_error(client: TestClient) -> None:
+def test_errors_never_repeat_the_prompt(client: TestClient) -> None:
     for fields in (
         {"prompt": {"canary": "canary"}},
         {"temperature": "canary"},
@@ -299,10 +306,10 @@ def test_a_prompt_is_never_repeated_in_an_error(client: TestClient) -> None:
         assert "canary" not in answer.text
 
 
-def test_the_opening_token_stands_once_at_the_front(
+def test_opening_token_is_added_once_at_the_start(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under a text prefix the prompt goes on; under anything else it opens the sequence."""
+    """Below a text prefix the prompt continues the sequence; otherwise it begins it."""
     put_text(client, "support", "You are terse.", world.headers())
     plain = ByteTokenizer.encode
 

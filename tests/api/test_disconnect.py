@@ -1,4 +1,4 @@
-"""A client that leaves: the engine stops working for it, streaming or not."""
+"""Disconnects, stopping servers and slow bodies: nothing runs for a client that is gone."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ SEQUENCES = 3
 
 
 class Caller:
-    """One request straight into the ASGI application, so that a test decides when it leaves."""
+    """A request sent directly to the ASGI application: the test decides when it disconnects."""
 
     def __init__(
         self,
@@ -28,15 +28,15 @@ class Caller:
         self.world = world
         self.body = json.dumps({"model": "tiny", "prompt": "hello", **body}).encode()
         self.path = path
-        self.leaves = asyncio.Event()
+        self.disconnects = asyncio.Event()
         self.sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self._told = False
+        self._body_sent = False
 
     async def receive(self) -> dict[str, Any]:
-        if not self._told:
-            self._told = True
+        if not self._body_sent:
+            self._body_sent = True
             return {"type": "http.request", "body": self.body, "more_body": False}
-        await self.leaves.wait()
+        await self.disconnects.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: dict[str, Any]) -> None:
@@ -70,8 +70,8 @@ def run_with_engine(world: World, scenario: Callable[[], Awaitable[None]]) -> No
 
 
 async def aborted(world: World) -> int:
-    """Sequences the engine has aborted, once it has seen all that was posted so far: the figures
-    are those of the end of a step, and this takes two."""
+    """Sequences aborted by the engine. Two more steps run first: statistics are those of the last
+    step, and earlier aborts must have been processed."""
     await Caller(world, {"max_tokens": 2}).run()
     return world.engine.stats().finished.get("abort", 0)
 
@@ -83,13 +83,13 @@ def outcome(world: World, name: str) -> float:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_leaving_before_the_first_token_aborts(world: World, *, stream: bool) -> None:
+def test_disconnect_before_the_first_token_aborts(world: World, *, stream: bool) -> None:
     async def scenario() -> None:
         world.runner.gate.clear()
         caller = Caller(world, {"stream": stream, "max_tokens": 300, "n": SEQUENCES})
         request = asyncio.create_task(caller.run())
         assert await asyncio.to_thread(world.runner.entered.wait, 20)
-        caller.leaves.set()
+        caller.disconnects.set()
         await request
         world.runner.gate.set()
         assert await aborted(world) == SEQUENCES
@@ -100,7 +100,7 @@ def test_leaving_before_the_first_token_aborts(world: World, *, stream: bool) ->
     world.engine.core.scheduler.check_integrity()
 
 
-def test_leaving_in_mid_stream_aborts(world: World) -> None:
+def test_disconnect_during_a_stream_aborts(world: World) -> None:
     world.runner.hold_after = 3
 
     async def scenario() -> None:
@@ -111,7 +111,7 @@ def test_leaving_in_mid_stream_aborts(world: World) -> None:
         first = await caller.sent.get()
         assert first["body"].startswith(b"data: {")
         assert await asyncio.to_thread(world.runner.held.wait, 20)
-        caller.leaves.set()
+        caller.disconnects.set()
         await request
         world.runner.gate.set()
         assert await aborted(world) == SEQUENCES
@@ -121,7 +121,7 @@ def test_leaving_in_mid_stream_aborts(world: World) -> None:
     assert world.engine.stats().generated_tokens < 300 * SEQUENCES
 
 
-def test_an_engine_that_fails_in_mid_stream_says_so_in_the_stream(world: World) -> None:
+def test_engine_failure_during_a_stream_sends_an_error_event(world: World) -> None:
     world.runner.hold_after = 3
 
     async def scenario() -> None:
@@ -147,7 +147,7 @@ def test_an_engine_that_fails_in_mid_stream_says_so_in_the_stream(world: World) 
     assert outcome(world, "error") == 1
 
 
-def test_a_server_that_stops_ends_streams_politely(world: World) -> None:
+def test_stopping_server_ends_streams_with_an_error_event(world: World) -> None:
     world.runner.hold_after = 3
 
     async def scenario() -> None:
@@ -159,7 +159,7 @@ def test_a_server_that_stops_ends_streams_politely(world: World) -> None:
         engine = world.engine
         stopping = asyncio.create_task(asyncio.to_thread(engine.stop))
         while engine.ready:
-            await asyncio.to_thread(lambda: None)  # lets the other thread get on
+            await asyncio.to_thread(lambda: None)  # lets the other thread run
         world.runner.gate.set()
         await stopping
         await request
@@ -172,11 +172,11 @@ def test_a_server_that_stops_ends_streams_politely(world: World) -> None:
     run_with_engine(world, scenario)
 
 
-def test_a_body_that_stalls_is_cut_off(world: World) -> None:
+def test_stalled_body_is_408(world: World) -> None:
     class Stalling(Caller):
         async def receive(self) -> dict[str, Any]:
-            if not self._told:
-                self._told = True
+            if not self._body_sent:
+                self._body_sent = True
                 return {"type": "http.request", "body": b"{", "more_body": True}
             await asyncio.Event().wait()
             raise AssertionError
@@ -186,15 +186,15 @@ def test_a_body_that_stalls_is_cut_off(world: World) -> None:
         await caller.run()
         assert (await caller.sent.get())["status"] == 408
 
-    with_patience(world, body_timeout=0.05)
+    set_body_timeout(world, body_timeout=0.05)
     run_with_engine(world, scenario)
 
 
-def test_who_leaves_in_the_middle_of_a_body_is_no_failure(world: World) -> None:
+def test_disconnect_during_the_body_is_logged_as_499(world: World) -> None:
     class Leaving(Caller):
         async def receive(self) -> dict[str, Any]:
-            if not self._told:
-                self._told = True
+            if not self._body_sent:
+                self._body_sent = True
                 return {"type": "http.request", "body": b"{", "more_body": True}
             return {"type": "http.disconnect"}
 
@@ -208,35 +208,35 @@ def test_who_leaves_in_the_middle_of_a_body_is_no_failure(world: World) -> None:
     assert [(line["event"], line["status"]) for line in lines] == [("request", 499)]
 
 
-def test_a_body_that_dribbles_is_cut_off_however_often_it_moves(world: World) -> None:
+def test_body_below_the_minimum_rate_is_408(world: World) -> None:
     pieces = 0
 
-    class Dribbling(Caller):
+    class Slow(Caller):
         async def receive(self) -> dict[str, Any]:
             nonlocal pieces
             pieces += 1
-            await asyncio.sleep(0.02)  # always in time for the pause, and hardly any bytes
+            await asyncio.sleep(0.02)  # within the longest pause, but few bytes
             return {"type": "http.request", "body": b" ", "more_body": True}
 
     async def scenario() -> None:
-        caller = Dribbling(world, {})
+        caller = Slow(world, {})
         await caller.run()
         assert (await caller.sent.get())["status"] == 408
 
-    with_patience(world, body_timeout=0.1)
+    set_body_timeout(world, body_timeout=0.1)
     run_with_engine(world, scenario)
     assert pieces <= 6
 
 
-def test_a_slow_server_is_no_slow_sender() -> None:
-    """Only waiting counts: a body of any size at the lowest rate gets through."""
-    patience = ReceiveTimeout(pause=1.0, min_rate=100)
+def test_receive_timeout_counts_only_time_spent_waiting() -> None:
+    """A body of any size at the minimum rate is received completely."""
+    timeout = ReceiveTimeout(pause=1.0, min_rate=100)
     waited, received = 0.0, 0
     for _ in range(1000):
-        assert patience.remaining(waited=waited, received=received) >= 0.5
+        assert timeout.remaining(waited=waited, received=received) >= 0.5
         waited, received = waited + 0.5, received + 50
-    assert patience.remaining(waited=3.0, received=100) < 0
+    assert timeout.remaining(waited=3.0, received=100) < 0
 
 
-def with_patience(world: World, *, body_timeout: float) -> None:
+def set_body_timeout(world: World, *, body_timeout: float) -> None:
     world.app = world.make_app(body_timeout=body_timeout)

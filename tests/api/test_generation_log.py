@@ -1,4 +1,4 @@
-"""The line that the log has of each generation."""
+"""The log line of each generation."""
 
 from typing import Any
 
@@ -19,7 +19,9 @@ def lines_of(lines: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_an_answer(client: TestClient, world: World, *, stream: bool) -> None:
+def test_generation_is_logged_with_tokens_and_times(
+    client: TestClient, world: World, *, stream: bool
+) -> None:
     manifest = put_text(client, "voice", "acme's", world.headers())
     with structlog.testing.capture_logs() as lines:
         answer = complete(
@@ -48,11 +50,11 @@ def test_an_answer(client: TestClient, world: World, *, stream: bool) -> None:
     }
 
 
-def away(*_: object, **__: object) -> None:
+def database_unavailable(*_: object, **__: object) -> None:
     raise OperationalError("SELECT 1", {}, Exception("no connection"))
 
 
-def test_refusals_and_failures(
+def test_refused_and_failed_generations_are_logged_with_their_outcome(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with structlog.testing.capture_logs() as lines:
@@ -61,7 +63,7 @@ def test_refusals_and_failures(
         complete(client)
         monkeypatch.setattr(world.limiter, "admit", lambda *_, **__: 1 / 0)
         assert complete(client).status_code == 500
-        monkeypatch.setattr(world.limiter, "admit", away)
+        monkeypatch.setattr(world.limiter, "admit", database_unavailable)
         assert complete(client).status_code == 503
     refused, failed, broken, waiting = lines_of(lines)
     assert (broken["outcome"], waiting["outcome"]) == ("error", "unavailable")
@@ -72,14 +74,14 @@ def test_refusals_and_failures(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_fault_of_ours_in_mid_answer_is_told_and_counted_as_one(
+def test_internal_error_during_a_response_is_sent_and_logged(
     world: World, monkeypatch: pytest.MonkeyPatch, *, stream: bool
 ) -> None:
-    shown: list[int] = []
+    tokens: list[int] = []
 
     def show(_: ByteTokenizer, token_id: int) -> str:
-        shown.append(token_id)
-        return str(1 // (4 - len(shown)))
+        tokens.append(token_id)
+        return str(1 // (4 - len(tokens)))
 
     monkeypatch.setattr(ByteTokenizer, "token_text", show)
     caller = Caller(world, {"logprobs": 0, "max_tokens": 9, "stream": stream})
@@ -89,17 +91,17 @@ def test_a_fault_of_ours_in_mid_answer_is_told_and_counted_as_one(
     assert line["outcome"] == "error"
     sent = [caller.sent.get_nowait() for _ in range(caller.sent.qsize())]
     assert sent[0]["status"] == (200 if stream else 500)
-    *_, told, done = [message.get("body", b"") for message in sent]
-    assert b'"code":"internal_error"' in (told if stream else done)
-    assert b"division" not in told + done
-    assert not stream or done == DONE
+    *_, error_event, last = [message.get("body", b"") for message in sent]
+    assert b'"code":"internal_error"' in (error_event if stream else last)
+    assert b"division" not in error_event + last
+    assert not stream or last == DONE
 
 
-def test_who_leaves_before_the_first_token(world: World) -> None:
+def test_disconnect_before_the_first_token_is_logged_as_aborted(world: World) -> None:
     async def scenario() -> None:
         world.runner.gate.clear()
         caller = Caller(world, {"stream": True})
-        caller.leaves.set()
+        caller.disconnects.set()
         await caller.run()
         world.runner.gate.set()
 
@@ -109,8 +111,8 @@ def test_who_leaves_before_the_first_token(world: World) -> None:
     assert line["outcome"] == "aborted"
 
 
-def test_who_leaves_at_the_end_has_had_it_all(world: World) -> None:
-    """The client closes with the last frame in its hands: that is no abort."""
+def test_disconnect_at_the_last_event_is_logged_as_ok(world: World) -> None:
+    """The client closes when it receives the last event: the response was complete."""
 
     class Leaving(Caller):
         async def send(self, message: dict[str, Any]) -> None:

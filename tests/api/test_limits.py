@@ -1,4 +1,4 @@
-"""A tenant's limits over HTTP: 429 with honest headers, and nothing leaks a place."""
+"""A tenant's limits over HTTP: 429 with valid headers, and no lease is leaked."""
 
 import asyncio
 import threading
@@ -27,16 +27,16 @@ def complete(client: TestClient, **fields: Any) -> Any:
     return client.post("/v1/completions", json=body)
 
 
-def places(world: World) -> int:
+def num_leases(world: World) -> int:
     with reading(world.database) as connection:
         return len(connection.execute(select(request_leases)).all())
 
 
-def test_a_tenant_without_limits_sees_no_headers(client: TestClient) -> None:
+def test_tenant_without_limits_gets_no_rate_limit_headers(client: TestClient) -> None:
     assert not [name for name in complete(client).headers if name.startswith("x-ratelimit")]
 
 
-def test_requests_per_minute(client: TestClient, world: World) -> None:
+def test_requests_per_minute_limit_the_rate(client: TestClient, world: World) -> None:
     quota(world, requests_per_minute=2)
     answer = complete(client)
     assert answer.headers["x-ratelimit-limit-requests"] == "2"
@@ -74,16 +74,16 @@ def test_tokens_per_minute_count_prompt_and_output(
     assert "60 tokens per minute" in error_of(refused)["message"]
 
 
-def test_what_is_refused_at_the_door_costs_nothing(client: TestClient, world: World) -> None:
+def test_refused_request_is_not_charged(client: TestClient, world: World) -> None:
     quota(world, requests_per_minute=1)
     assert complete(client, model="else").status_code == 404
     assert complete(client, max_tokens=100_000).status_code == 400
     assert complete(client).status_code == 200
 
 
-def test_uploads_are_requests_too_but_cost_no_tokens(client: TestClient, world: World) -> None:
+def test_uploads_count_as_requests_without_tokens(client: TestClient, world: World) -> None:
     quota(world, requests_per_minute=3, tokens_per_minute=10)
-    assert complete(client, max_tokens=9).status_code == 200  # and the tokens are overdrawn
+    assert complete(client, max_tokens=9).status_code == 200  # the token bucket is now negative
     body = {"kind": "text", "text": "hello"}
     answer = client.put("/v1/prefixes/voice", json=body)
     assert answer.status_code == 201
@@ -101,14 +101,14 @@ def test_uploads_are_requests_too_but_cost_no_tokens(client: TestClient, world: 
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_concurrent_requests(world: World, *, stream: bool) -> None:
+def test_concurrent_requests_above_the_limit_are_refused(world: World, *, stream: bool) -> None:
     quota(world, max_concurrent_requests=2)
 
     async def scenario() -> None:
         world.runner.gate.clear()
         callers = [Caller(world, {"stream": stream, "max_tokens": 9}) for _ in range(2)]
         running = [asyncio.create_task(one.run()) for one in callers]
-        while places(world) < 2:  # noqa: ASYNC110 - the catalog tells nobody
+        while num_leases(world) < 2:  # noqa: ASYNC110 - the catalog has no events
             await asyncio.sleep(0.001)
         third = Caller(world, {})
         await third.run()
@@ -117,7 +117,7 @@ def test_concurrent_requests(world: World, *, stream: bool) -> None:
         assert dict(start["headers"])[b"retry-after"] == b"1"
         world.runner.gate.set()
         await asyncio.gather(*running)
-        assert places(world) == 0
+        assert num_leases(world) == 0
         after = Caller(world, {"max_tokens": 1})
         await after.run()
         assert (await after.sent.get())["status"] == 200
@@ -125,23 +125,21 @@ def test_concurrent_requests(world: World, *, stream: bool) -> None:
     run_with_engine(world, scenario)
 
 
-def test_who_has_read_the_end_of_a_stream_may_send_the_next(world: World) -> None:
+def test_lease_is_released_before_the_last_event_of_a_stream(world: World) -> None:
     quota(world, max_concurrent_requests=1)
-    taken_at_the_end = []
+    leases_at_the_end = []
 
     class Reading(Caller):
         async def send(self, message: dict[str, Any]) -> None:
             if b"[DONE]" in message.get("body", b""):
-                taken_at_the_end.append(places(world))
+                leases_at_the_end.append(num_leases(world))
 
     run_with_engine(world, Reading(world, {"stream": True, "max_tokens": 3}).run)
-    assert taken_at_the_end == [0]
+    assert leases_at_the_end == [0]
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_or_fails_frees_the_place_and_pays_for_what_came(
-    world: World, *, stream: bool
-) -> None:
+def test_disconnect_or_failure_releases_the_lease(world: World, *, stream: bool) -> None:
     quota(world, max_concurrent_requests=1, tokens_per_minute=1000)
 
     async def scenario() -> None:
@@ -149,44 +147,44 @@ def test_who_leaves_or_fails_frees_the_place_and_pays_for_what_came(
         caller = Caller(world, {"stream": stream, "max_tokens": 300})
         request = asyncio.create_task(caller.run())
         await asyncio.to_thread(world.runner.held.wait, 20)
-        caller.leaves.set()
+        caller.disconnects.set()
         await request
-        assert places(world) == 0
+        assert num_leases(world) == 0
         world.runner.hold_after = None
         world.runner.gate.set()
         world.runner.fail = True
         failing = Caller(world, {"stream": stream})
         await failing.run()
-        assert places(world) == 0
+        assert num_leases(world) == 0
 
     run_with_engine(world, scenario)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_an_answer_that_is_complete_is_given_though_its_limits_cannot_be_settled(
+def test_complete_response_is_sent_when_its_charge_cannot_be_settled(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch, *, stream: bool
 ) -> None:
     quota(world, max_concurrent_requests=1)
 
-    def away(*_: object, **__: object) -> None:
+    def database_unavailable(*_: object, **__: object) -> None:
         raise OperationalError("DELETE", {}, Exception("gone"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(world.limiter, "settle", away)
+        patch.setattr(world.limiter, "settle", database_unavailable)
         answer = complete(client, stream=stream)
     assert answer.status_code == 200
     assert not stream or answer.text.endswith("data: [DONE]\n\n")
     assert outcome(world, "ok") == 1
 
 
-def test_places_are_kept_while_the_server_runs_and_the_database_stumbles(
+def test_lease_renewal_continues_after_a_database_error(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stumbled, renewed = threading.Event(), threading.Event()
+    failed_once, renewed = threading.Event(), threading.Event()
 
     def renew() -> None:
-        if not stumbled.is_set():
-            stumbled.set()
+        if not failed_once.is_set():
+            failed_once.set()
             raise SQLAlchemyError
         renewed.set()
 
@@ -196,7 +194,7 @@ def test_places_are_kept_while_the_server_runs_and_the_database_stumbles(
         assert renewed.wait(20)
 
 
-def test_stored_prefixes_and_bytes(client: TestClient, world: World) -> None:
+def test_limits_on_stored_prefixes_and_bytes(client: TestClient, world: World) -> None:
     quota(world, max_prefixes=2)
     for name in "ab":
         put_text(client, name, f"prefix {name}", world.headers())
@@ -214,10 +212,10 @@ def test_stored_prefixes_and_bytes(client: TestClient, world: World) -> None:
     refused = client.put("/v1/prefixes/c", json={"kind": "text", "text": "x" * 60})
     assert error_of(refused)["param"] == "max_bytes"
     assert len(client.get("/v1/prefixes/c/versions").json()["data"]) == 1
-    put_text(client, "c", "in place of b", world.headers())  # nothing new: nothing to refuse
+    put_text(client, "c", "in place of b", world.headers())  # the same bytes: no new version
 
 
-def test_virtual_tokens_of_one_prefix(client: TestClient, world: World) -> None:
+def test_limit_on_virtual_tokens_of_one_prefix(client: TestClient, world: World) -> None:
     quota(world, max_virtual_tokens=8)
     put_text(client, "short", "x" * 8, world.headers())
     refused = client.put("/v1/prefixes/long", json={"kind": "text", "text": "x" * 9})
@@ -225,7 +223,7 @@ def test_virtual_tokens_of_one_prefix(client: TestClient, world: World) -> None:
     assert "8" in error_of(refused)["message"]
 
 
-def test_resident_tokens_reach_the_engine_unless_one_prefix_is_longer(
+def test_resident_token_cap_is_passed_to_the_engine_or_refuses_a_longer_prefix(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_text(client, "voice", "x" * 20, world.headers())
@@ -248,7 +246,7 @@ def test_resident_tokens_reach_the_engine_unless_one_prefix_is_longer(
     assert [request.max_resident_tokens for request in submitted] == [20, None]
 
 
-def test_of_racing_uploads_as_many_get_in_as_may(
+def test_concurrent_uploads_do_not_exceed_the_prefix_limit(
     either_client: TestClient, either_world: World
 ) -> None:
     client, world = either_client, either_world
@@ -263,18 +261,18 @@ def test_of_racing_uploads_as_many_get_in_as_may(
     assert statuses == [201] * 3 + [429] * 9
 
 
-def test_prefixes_of_a_tenant_at_its_cap_take_turns_in_the_pool(
+def test_prefixes_of_a_tenant_at_its_resident_cap_are_swapped(
     client: TestClient, world: World
 ) -> None:
-    """Everybody is answered, and the pool never holds more of the tenant's than the cap."""
+    """All requests complete, and the tenant's prefixes in the pool never exceed the cap."""
     quota(world, max_resident_tokens=30)
     for name in ("first", "second", "third"):
         put_text(client, name, f"A text of {name:>6}.", world.headers())  # 17 virtual tokens each
-    held: list[int] = []
+    resident: list[int] = []
     run = world.runner.run
 
     def watch(step: Step) -> StepOutput:
-        held.append(world.engine.core.scheduler.memory.residency.tokens_of("acme"))
+        resident.append(world.engine.core.scheduler.memory.residency.tokens_of("acme"))
         return run(step)
 
     world.runner.run = watch  # type: ignore[method-assign]
@@ -282,5 +280,27 @@ def test_prefixes_of_a_tenant_at_its_cap_take_turns_in_the_pool(
     with ThreadPoolExecutor(len(names)) as pool:
         answers = list(pool.map(lambda name: complete(client, model=name), names))
     assert [answer.status_code for answer in answers] == [200] * len(names)
-    assert max(held) == 17
+    assert max(resident) == 17
     assert world.engine.stats().prefix_evictions >= 2
+
+
+def test_cancelled_request_is_recorded_as_aborted_and_settled(world: World) -> None:
+    """At shutdown the task of a request is cancelled, and may be cancelled again meanwhile."""
+    quota(world, max_concurrent_requests=1)
+
+    async def scenario() -> None:
+        world.runner.gate.clear()
+        caller = Caller(world, {"max_tokens": 300})
+        request = asyncio.create_task(caller.run())
+        assert await asyncio.to_thread(world.runner.entered.wait, 20)
+        assert num_leases(world) == 1
+        request.cancel()
+        await asyncio.sleep(0)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        while num_leases(world):  # noqa: ASYNC110 - the catalog has no events
+            await asyncio.sleep(0.001)
+        world.runner.gate.set()
+
+    run_with_engine(world, scenario)
+    assert outcome(world, "aborted") == 1

@@ -12,7 +12,7 @@ from tests.api.test_completions import complete
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
 ROW = re.compile(r"^\| `(prefixd_\w+)` \| (\w+) \|(.*?) \| (.+?) \|$", re.MULTILINE)
 BOUNDED = 8
-"""Most values a label may take, but for routes and statuses, which the program text bounds."""
+"""Largest number of values of a label, except routes and statuses, which the code limits."""
 
 
 def listed() -> dict[str, tuple[str, frozenset[str]]]:
@@ -23,22 +23,24 @@ def listed() -> dict[str, tuple[str, frozenset[str]]]:
     }
 
 
-def test_the_page_lists_what_is_exported(client: TestClient, world: World) -> None:
+def test_operations_page_lists_all_exported_metrics(client: TestClient, world: World) -> None:
     for name in ("a", "b"):
         put_text(client, name, f"prefix {name}", world.headers())
         complete(client, model=name)
     complete(client, model="absent")
-    found = {}
+    exported = {}
     for family in text_string_to_metric_families(client.get("/metrics").text):
         suffix = "_total" if family.type == "counter" else ""
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
         assert family.samples, family.name
         assert family.documentation.endswith("."), family.name
-        found[f"{family.name}{suffix}"] = (family.type, frozenset(labels))
-    assert found == listed()
+        exported[f"{family.name}{suffix}"] = (family.type, frozenset(labels))
+    assert exported == listed()
 
 
-def test_labels_do_not_grow_with_tenants_and_prefixes(client: TestClient, world: World) -> None:
+def test_number_of_series_does_not_grow_with_tenants_and_prefixes(
+    client: TestClient, world: World
+) -> None:
     for number in range(12):
         world.add_tenant(f"t{number}")
         world.tenants.set_settings(f"t{number}", {"weight": 0.5 + number / 10})

@@ -7,7 +7,7 @@ import openai
 import pytest
 import uvicorn
 
-from tests.api.api_world import World, said
+from tests.api.api_world import World, fake_text
 from tests.store import store_changes as changes
 
 
@@ -47,15 +47,15 @@ def digest(world: World) -> str:
     return published.manifest.digest
 
 
-def test_models(api: openai.OpenAI, digest: str) -> None:
+def test_openai_client_lists_models(api: openai.OpenAI, digest: str) -> None:
     assert digest
     assert [model.id for model in api.models.list()] == ["tiny", "voice"]
     assert api.models.retrieve("tiny:voice@1").id == "tiny:voice@1"
 
 
-def test_complete(api: openai.OpenAI, digest: str) -> None:
+def test_openai_client_completes(api: openai.OpenAI, digest: str) -> None:
     answer = api.completions.create(model="voice", prompt="hello", max_tokens=8, temperature=0)
-    assert answer.choices[0].text == said(digest, "hello", 8)
+    assert answer.choices[0].text == fake_text(digest, "hello", 8)
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None
     assert answer.usage.total_tokens == 13
@@ -63,7 +63,7 @@ def test_complete(api: openai.OpenAI, digest: str) -> None:
     assert answer.model_extra["prefix"]["digest"] == digest
 
 
-def test_chat(api: openai.OpenAI, digest: str) -> None:
+def test_openai_client_chats(api: openai.OpenAI, digest: str) -> None:
     answer = api.chat.completions.create(
         model="voice@1",
         messages=[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
@@ -72,14 +72,14 @@ def test_chat(api: openai.OpenAI, digest: str) -> None:
         top_logprobs=1,
     )
     rendered = "system: s\nuser: u\nassistant: "
-    assert answer.choices[0].message.content == said(digest, rendered, 5)
+    assert answer.choices[0].message.content == fake_text(digest, rendered, 5)
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.content is not None
     assert len(logprobs.content) == 5
 
 
-def test_an_answer_can_be_sent_back(api: openai.OpenAI) -> None:
+def test_openai_client_may_send_a_response_message_back(api: openai.OpenAI) -> None:
     first = api.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "u"}], max_tokens=2
     )
@@ -94,10 +94,10 @@ def test_an_answer_can_be_sent_back(api: openai.OpenAI) -> None:
         max_tokens=2,
     )
     rendered = f"user: u\nassistant: {turn.content}\nuser: v\nassistant: "
-    assert second.choices[0].message.content == said(None, rendered, 2)
+    assert second.choices[0].message.content == fake_text(None, rendered, 2)
 
 
-def test_stream(api: openai.OpenAI, digest: str) -> None:
+def test_openai_client_streams(api: openai.OpenAI, digest: str) -> None:
     stream = api.chat.completions.create(
         model="voice",
         messages=[{"role": "user", "content": "u"}],
@@ -108,12 +108,14 @@ def test_stream(api: openai.OpenAI, digest: str) -> None:
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    assert text == said(digest, "user: u\nassistant: ", 7)
+    assert text == fake_text(digest, "user: u\nassistant: ", 7)
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 7
 
 
-def test_leaving_a_stream_frees_the_engine(api: openai.OpenAI, world: World) -> None:
+def test_closing_a_stream_in_the_openai_client_aborts_the_request(
+    api: openai.OpenAI, world: World
+) -> None:
     world.runner.hold_after = len(world.runner.steps) + 3
     stream = api.completions.create(model="tiny", prompt="x", max_tokens=300, stream=True, n=2)
     next(iter(stream))
@@ -127,13 +129,13 @@ def test_leaving_a_stream_frees_the_engine(api: openai.OpenAI, world: World) -> 
         api.models.list()
     world.runner.gate.set()
     api.completions.create(model="tiny", prompt="y", max_tokens=2)
-    world.engine.state()  # answered after the turn in which the last answer went out
+    world.engine.state()  # answered after the step that sent the last token
     finished = world.engine.stats().finished
     assert finished["abort"] == 2
     assert finished.get("length", 0) <= 1
 
 
-def test_errors_are_the_packages_own(api: openai.OpenAI, url: str) -> None:
+def test_openai_client_raises_its_own_error_classes(api: openai.OpenAI, url: str) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         api.completions.create(model="absent", prompt="x")
     assert missing.value.code == "model_not_found"
@@ -148,7 +150,7 @@ def test_errors_are_the_packages_own(api: openai.OpenAI, url: str) -> None:
         stranger.models.list()
 
 
-def test_a_failure_in_a_stream_is_raised(api: openai.OpenAI, world: World) -> None:
+def test_openai_client_raises_an_error_event_of_a_stream(api: openai.OpenAI, world: World) -> None:
     world.runner.hold_after = len(world.runner.steps) + 3
     stream = api.completions.create(model="tiny", prompt="x", max_tokens=300, stream=True)
     chunks = iter(stream)

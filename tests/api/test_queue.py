@@ -1,4 +1,4 @@
-"""What a request may ask of the queue, and how it reads when the engine does not answer it."""
+"""Priority, timeout and weight of a request, and requests that the engine does not complete."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from tests.api.test_completions import complete, events
 
 @dataclass
 class Script:
-    """Stands in for the engine's submit and abort: notes what came, does what the test says."""
+    """Replaces the engine's submit and abort: records requests and runs the test's ``act``."""
 
     act: Callable[[AdmittedRequest, Callable[[Event], None]], None]
     submitted: list[AdmittedRequest] = field(default_factory=list)
@@ -61,12 +61,12 @@ def outcome(world: World, name: str) -> float:
     return registry.get_sample_value("prefixd_generation_requests_total", labels) or 0.0
 
 
-def test_the_engine_is_told_what_was_asked(client: TestClient, script: Script) -> None:
+def test_priority_timeout_and_kv_reuse_reach_the_engine(client: TestClient, script: Script) -> None:
     complete(client)
     complete(client, priority=-3, timeout=2.5, kv_reuse=False)
     complete(client, priority=None, timeout=None, kv_reuse=None)
-    told = [(one.priority, one.timeout_s, one.kv_reuse, one.weight) for one in script.submitted]
-    assert told == [(0, None, True, 1.0), (-3, 2.5, False, 1.0), (0, None, True, 1.0)]
+    params = [(one.priority, one.timeout_s, one.kv_reuse, one.weight) for one in script.submitted]
+    assert params == [(0, None, True, 1.0), (-3, 2.5, False, 1.0), (0, None, True, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,14 @@ def test_the_engine_is_told_what_was_asked(client: TestClient, script: Script) -
     [({}, 64), ({"max_tokens": 300}, 300), ({"max_completion_tokens": 7}, 7)],
     ids=["open-ended", "limited", "limited by its new name"],
 )
-def test_a_chat_that_names_no_limit_is_not_reckoned_to_fill_the_context(
+def test_queue_assumes_512_output_tokens_for_a_chat_without_limit(
     client: TestClient,
     script: Script,
     monkeypatch: pytest.MonkeyPatch,
     fields: dict[str, int],
     counted: int,
 ) -> None:
-    """Sixteen such chats filled the queue of an idle server."""
+    """Counted in full, sixteen such chats filled the queue of an idle server."""
     monkeypatch.setattr("prefixd.server.api.generate.admission._EXPECTED_CHAT_TOKENS", 64)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], **fields}
     assert client.post("/v1/chat/completions", json=body).status_code == 200
@@ -90,7 +90,7 @@ def test_a_chat_that_names_no_limit_is_not_reckoned_to_fill_the_context(
     assert request.stop.max_tokens == (counted if fields else MAX_POSITIONS - len(request.prompt))
 
 
-def test_the_tenants_weight_and_switch_go_along(
+def test_weight_and_kv_reuse_of_the_tenant_reach_the_engine(
     client: TestClient, world: World, script: Script
 ) -> None:
     world.tenants.set_settings("acme", {"weight": 2.5, "kv_reuse": False})
@@ -98,11 +98,11 @@ def test_the_tenants_weight_and_switch_go_along(
     assert [(one.weight, one.kv_reuse) for one in script.submitted] == [(2.5, False)]
 
 
-def test_the_servers_own_limit_counts_where_it_is_lower(world: World, script: Script) -> None:
+def test_lower_of_request_timeout_and_server_limit_applies(world: World, script: Script) -> None:
     app = world.make_app(max_request_seconds=10.0)
     with TestClient(app, headers=world.headers()) as client:
-        for asked in (None, 5, 60):
-            complete(client, timeout=asked)
+        for timeout in (None, 5, 60):
+            complete(client, timeout=timeout)
     assert [one.timeout_s for one in script.submitted] == [10.0, 5.0, 10.0]
 
 
@@ -118,14 +118,16 @@ def test_the_servers_own_limit_counts_where_it_is_lower(world: World, script: Sc
         ("kv_reuse", 1),
     ],
 )
-def test_refusals_name_the_field(client: TestClient, name: str, value: Any) -> None:
+def test_invalid_queue_field_is_named_in_the_error(
+    client: TestClient, name: str, value: Any
+) -> None:
     answer = complete(client, **{name: value})
     assert answer.status_code == 400
     assert error_of(answer)["param"] == name
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_full_queue_is_a_503_before_anything_is_said(
+def test_full_queue_is_503_with_retry_after(
     client: TestClient, world: World, script: Script, *, stream: bool
 ) -> None:
     def full(request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
@@ -141,7 +143,7 @@ def test_a_full_queue_is_a_503_before_anything_is_said(
     assert outcome(world, "unavailable") == 1
 
 
-def test_a_full_server_refuses_before_it_does_any_work(
+def test_full_queue_is_refused_before_tokenizing(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(tenant: str, *, weight: float) -> None:
@@ -160,7 +162,7 @@ def test_a_full_server_refuses_before_it_does_any_work(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_of_several_prompts_all_get_in_or_none(
+def test_either_all_prompts_of_a_request_are_queued_or_none(
     client: TestClient, script: Script, *, stream: bool
 ) -> None:
     def full_at_the_third(request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
@@ -174,7 +176,7 @@ def test_of_several_prompts_all_get_in_or_none(
     assert {first, second} <= set(script.aborted)
 
 
-def test_a_tenants_place_is_free_after_a_full_queue(
+def test_lease_is_released_when_the_queue_is_full(
     client: TestClient, world: World, script: Script
 ) -> None:
     runs = script.act
@@ -189,7 +191,7 @@ def test_a_tenants_place_is_free_after_a_full_queue(
     assert complete(client).status_code == 200
 
 
-def test_what_a_full_server_does_not_serve_costs_nothing(
+def test_tokens_are_returned_when_the_server_is_full(
     client: TestClient, world: World, script: Script
 ) -> None:
     runs = script.act
@@ -198,15 +200,15 @@ def test_what_a_full_server_does_not_serve_costs_nothing(
     for stream in (True, False, False):
         assert complete(client, stream=stream).status_code == 503
     script.act = runs
-    left = complete(client).headers
-    assert left["x-ratelimit-remaining-requests"] == "1"
-    assert left["x-ratelimit-remaining-tokens"] == "45"
+    headers = complete(client).headers
+    assert headers["x-ratelimit-remaining-requests"] == "1"
+    assert headers["x-ratelimit-remaining-tokens"] == "45"
     script.act = answering(
         TokenEvent(0, "a", (97,)), FinishEvent(0, FinishReason.SHED, 1, error="busy")
     )
     complete(client, stream=True)
     script.act = runs
-    assert complete(client).status_code == 429  # what was served in part is paid for
+    assert complete(client).status_code == 429  # a partly served request is charged
 
 
 ENDS = [
@@ -217,7 +219,7 @@ ENDS = [
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("end", ENDS)
-def test_ends_that_are_no_answer(
+def test_incomplete_finish_reasons_become_errors(
     client: TestClient, world: World, script: Script, *, end: tuple[Any, ...], stream: bool
 ) -> None:
     reason, status, kind, code, counted = end
@@ -232,7 +234,7 @@ def test_ends_that_are_no_answer(
     assert outcome(world, counted) == 1
 
 
-def test_a_deadline_in_mid_stream_is_the_last_event(client: TestClient, script: Script) -> None:
+def test_timeout_during_a_stream_is_the_last_event(client: TestClient, script: Script) -> None:
     script.act = answering(
         TokenEvent(0, "he", (104, 101)),
         FinishEvent(0, FinishReason.TIMEOUT, completion_tokens=2, error="too late"),
@@ -245,7 +247,7 @@ def test_a_deadline_in_mid_stream_is_the_last_event(client: TestClient, script: 
 
 
 def test_cached_tokens_are_counted_once_for_each_prompt(client: TestClient, script: Script) -> None:
-    """Of the siblings of one prompt the one with the fewest counts: somebody computed the rest."""
+    """Of the sequences of a prompt the one with the fewest counts: another computed the rest."""
     cached = iter((0, 16, 48, 32))
 
     def act(request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
@@ -283,7 +285,7 @@ def test_usage_before_any_sequence_ends_has_no_cached_tokens() -> None:
     assert record.usage()["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
-def test_the_time_in_the_queue_is_that_of_the_first_to_run(
+def test_queue_time_is_that_of_the_first_sequence_to_run(
     client: TestClient, world: World, script: Script
 ) -> None:
     waits = iter((0.75, 0.5, None))

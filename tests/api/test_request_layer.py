@@ -1,4 +1,4 @@
-"""What every request gets: an id, a log line, figures; and what no log line ever holds."""
+"""Every request gets an id, a log line without secrets, and is counted in the metrics."""
 
 import re
 from typing import Any
@@ -13,9 +13,9 @@ CANARY = "canary-4711"
 BLOCKS = ("nothing", "prefixes", "sequences")
 
 
-def test_ids_are_made_or_taken_over(client: TestClient) -> None:
-    made = client.get("/health/live").headers["x-request-id"]
-    assert re.fullmatch(r"req-[0-9a-f]{32}", made)
+def test_request_id_is_generated_or_taken_from_the_header(client: TestClient) -> None:
+    generated = client.get("/health/live").headers["x-request-id"]
+    assert re.fullmatch(r"req-[0-9a-f]{32}", generated)
     taken = client.get("/health/live", headers={"x-request-id": "mine-1.2_3"})
     assert taken.headers["x-request-id"] == "mine-1.2_3"
     for bad in ("a b", "a" * 65, "<script>", ""):
@@ -23,7 +23,7 @@ def test_ids_are_made_or_taken_over(client: TestClient) -> None:
         assert answer.headers["x-request-id"].startswith("req-")
 
 
-def test_one_line_a_request_without_secrets(client: TestClient, world: World) -> None:
+def test_one_log_line_for_each_request_without_secrets(client: TestClient, world: World) -> None:
     with structlog.testing.capture_logs() as lines:
         client.put(f"/v1/prefixes/{CANARY}", json={"kind": "text", "text": CANARY})
         client.post(
@@ -47,7 +47,7 @@ def test_one_line_a_request_without_secrets(client: TestClient, world: World) ->
     assert CANARY not in client.get("/metrics").text
 
 
-def test_what_nobody_caught_is_a_500_that_tells_nothing(client: TestClient, world: World) -> None:
+def test_uncaught_exception_is_a_500_without_details(client: TestClient, world: World) -> None:
     def broken(**_: Any) -> None:
         raise RuntimeError(CANARY)
 
@@ -58,7 +58,7 @@ def test_what_nobody_caught_is_a_500_that_tells_nothing(client: TestClient, worl
     assert CANARY not in answer.text
 
 
-def test_metrics_of_requests_and_engine(client: TestClient, world: World) -> None:
+def test_metrics_count_requests_and_engine_work(client: TestClient, world: World) -> None:
     for name in ("a", "b"):
         put_text(client, name, f"prefix {name}", world.headers())
     for model in ("a", "b", "tiny", "absent"):
@@ -89,7 +89,7 @@ def test_metrics_of_requests_and_engine(client: TestClient, world: World) -> Non
     assert "acme" not in page
 
 
-def test_two_applications_keep_their_own_figures(client: TestClient, world: World) -> None:
+def test_applications_do_not_share_metrics(client: TestClient, world: World) -> None:
     from prefixd.server.api.metrics import Metrics
 
     other = Metrics(world.engine.stats)
@@ -97,7 +97,7 @@ def test_two_applications_keep_their_own_figures(client: TestClient, world: Worl
     assert b"prefixd_http_requests_total{" not in other.render()
 
 
-def test_the_document_declares_bodies_and_errors(client: TestClient) -> None:
+def test_openapi_document_declares_bodies_and_errors(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     references = set(re.findall(r"#/components/schemas/(\w+)", repr(document)))
@@ -120,7 +120,9 @@ def test_the_document_declares_bodies_and_errors(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/prefixes/x"])
-def test_a_declared_length_over_the_cap_is_refused_unread(client: TestClient, path: str) -> None:
+def test_declared_length_above_the_limit_is_refused_before_reading(
+    client: TestClient, path: str
+) -> None:
     answer = client.request(
         "PUT" if "prefixes" in path else "POST",
         path,

@@ -18,8 +18,8 @@ from tests.api.api_world import (
     StoreBackedSource,
     World,
     error_of,
+    fake_text,
     put_text,
-    said,
 )
 
 BLOCK = 16
@@ -435,7 +435,7 @@ def test_a_warmed_prefix_is_there_when_the_first_request_comes(
     again = client.post("/v1/prefixes/voice/warm")
     assert (again.status_code, again.json()["state"]) == (200, "resident")
     assert loads(world) == 1
-    assert complete(client, "voice").json()["choices"][0]["text"] == said(digest, "x", 6)
+    assert complete(client, "voice").json()["choices"][0]["text"] == fake_text(digest, "x", 6)
     assert loads(world) == 1
     client.put("/v1/prefixes/tone?warm=true", json={"kind": "text", "text": "be kind"})
     wait_for_tier(client, "tone", "resident")
@@ -449,7 +449,7 @@ def test_a_pin_stays_while_others_come_and_go(client: TestClient, world: World) 
         put_text(client, f"p{position}", f"{position:060}", world.headers())
         assert complete(client, f"p{position}").status_code == 200
         assert client.get("/v1/prefixes/kept").json()["tier"] == "resident"
-    assert complete(client, "kept").json()["choices"][0]["text"] == said(digest, "x", 6)
+    assert complete(client, "kept").json()["choices"][0]["text"] == fake_text(digest, "x", 6)
     before = loads(world)
     client.delete("/v1/prefixes/kept/pin")
     for position in range(2 * POOL_BLOCKS // 4):
@@ -492,7 +492,7 @@ def test_a_deleted_prefix_leaves_when_its_last_stream_has_ended(world: World) ->
         world.runner.hold_after = None
         world.runner.gate.set()
         running.join(30)
-        assert answers[0].json()["choices"][0]["text"] == said(digest, "x", 40)
+        assert answers[0].json()["choices"][0]["text"] == fake_text(digest, "x", 40)
         put_text(client, "voice", "hello", world.headers())
         wait_for_tier(client, "voice", None)
 
@@ -505,4 +505,4 @@ def test_a_replaced_version_leaves_and_comes_again_for_who_names_it(
     wait_for_tier(client, "voice@1", "resident")
     put_text(client, "voice", "two", world.headers())
     wait_for_tier(client, "voice@1", None)
-    assert complete(client, "voice@1").json()["choices"][0]["text"] == said(first, "x", 6)
+    assert complete(client, "voice@1").json()["choices"][0]["text"] == fake_text(first, "x", 6)

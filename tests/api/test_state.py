@@ -1,4 +1,4 @@
-"""What an operator sees of a running server: the scheduler's picture, readiness, figures."""
+"""What an operator sees of a running server: the scheduler's state, readiness, metrics."""
 
 import asyncio
 import json
@@ -21,17 +21,17 @@ def state(client: TestClient, world: World) -> Any:
     return answer.json()
 
 
-def test_an_idle_server(client: TestClient, world: World) -> None:
+def test_state_of_an_idle_server(client: TestClient, world: World) -> None:
     world.add_tenant("operator")
-    found = state(client, world)
-    assert found["object"] == "engine_state"
-    assert (found["ready"], found["trouble"]) == (True, None)
-    assert found["running"] == {"count": 0, "sequences": []}
-    assert found["waiting"]["count"] == 0
-    assert found["pool"]["free"] == found["pool"]["blocks"]
+    report = state(client, world)
+    assert report["object"] == "engine_state"
+    assert (report["ready"], report["trouble"]) == (True, None)
+    assert report["running"] == {"count": 0, "sequences": []}
+    assert report["waiting"]["count"] == 0
+    assert report["pool"]["free"] == report["pool"]["blocks"]
 
 
-def test_who_runs_and_what_is_resident(world: World) -> None:
+def test_state_lists_running_sequences_and_resident_prefixes(world: World) -> None:
     world.add_tenant("operator")
     world.runner.hold_after = 4
 
@@ -40,23 +40,25 @@ def test_who_runs_and_what_is_resident(world: World) -> None:
         request = asyncio.create_task(caller.run())
         assert await asyncio.to_thread(world.runner.held.wait, 20)
         debug_state = asyncio.create_task(asyncio.to_thread(world.engine.state))
-        while not world.engine._inbox:  # noqa: ASYNC110 - asking tells nobody
+        while not world.engine._inbox:  # noqa: ASYNC110 - the inbox has no events
             await asyncio.sleep(0.001)
         world.runner.gate.set()
-        found = await debug_state
-        caller.leaves.set()
+        report = await debug_state
+        caller.disconnects.set()
         await request
-        (sequence,) = found["running"]["sequences"]
+        (sequence,) = report["running"]["sequences"]
         assert sequence["tenant"] == "acme"
         assert sequence["prompt_tokens"] == len(CANARY)
         assert sequence["output_tokens"] >= 1
-        assert CANARY not in json.dumps(found)
+        assert CANARY not in json.dumps(report)
 
     run_with_engine(world, scenario)
 
 
 @pytest.mark.parametrize("key", ["acme", "acme:all", "operator:read"])
-def test_only_the_operators_admin_keys_see_it(client: TestClient, world: World, key: str) -> None:
+def test_state_requires_an_admin_key_of_the_operator(
+    client: TestClient, world: World, key: str
+) -> None:
     world.add_tenant("acme")
     world.add_tenant("operator")
     put_text(client, "voice", "acme's", world.headers())
@@ -64,12 +66,12 @@ def test_only_the_operators_admin_keys_see_it(client: TestClient, world: World, 
     answer = client.get("/v1/admin/state", headers=world.headers(key))
     assert answer.status_code == 403
     assert "tenants" not in answer.text
-    found = state(client, world)
-    assert [entry["tenant"] for entry in found["prefixes"]["entries"]] == ["acme"]
-    assert "voice" not in json.dumps(found)
+    report = state(client, world)
+    assert [entry["tenant"] for entry in report["prefixes"]["entries"]] == ["acme"]
+    assert "voice" not in json.dumps(report)
 
 
-def test_an_engine_that_does_not_answer(
+def test_state_of_an_unresponsive_engine_is_503(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.add_tenant("operator")
@@ -84,8 +86,8 @@ def test_an_engine_that_does_not_answer(
     assert "long step" in error_of(answer)["message"]
 
 
-def test_a_step_that_hangs_turns_readiness_off(world: World) -> None:
-    """And what comes then is refused at once; when the step ends all is well again."""
+def test_hanging_step_makes_the_server_not_ready(world: World) -> None:
+    """New requests are refused at once; when the step ends the server is ready again."""
     engine = world.engine
     engine._watchdog_s = 0.05
 
@@ -94,7 +96,7 @@ def test_a_step_that_hangs_turns_readiness_off(world: World) -> None:
         caller = Caller(world, {"max_tokens": 3})
         request = asyncio.create_task(caller.run())
         assert await asyncio.to_thread(world.runner.entered.wait, 20)
-        while engine.ready:  # noqa: ASYNC110 - the watchdog tells nobody
+        while engine.ready:  # noqa: ASYNC110 - the watchdog has no events
             await asyncio.sleep(0.01)
         second = Caller(world, {})
         await second.run()
@@ -107,13 +109,13 @@ def test_a_step_that_hangs_turns_readiness_off(world: World) -> None:
         world.runner.gate.set()
         await request
         assert (await caller.sent.get())["status"] == 200
-        await asyncio.to_thread(engine.state)  # answered after the turn of the last token
+        await asyncio.to_thread(engine.state)  # answered after the step of the last token
         assert engine.ready
 
     run_with_engine(world, scenario)
 
 
-def test_a_deadline_holds_even_where_the_engine_hangs(
+def test_request_timeout_applies_while_the_engine_hangs(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prefixd.server.api.generate.event_stream._TIMEOUT_SLACK_S", 0.05)
@@ -129,15 +131,15 @@ def test_a_deadline_holds_even_where_the_engine_hangs(
 
 
 def samples(client: TestClient) -> dict[str, float]:
-    found = {}
+    values = {}
     for family in text_string_to_metric_families(client.get("/metrics").text):
         for sample in family.samples:
             labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
-            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
-    return found
+            values[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return values
 
 
-def test_shared_kv_shows_in_the_answer_and_in_the_figures(client: TestClient) -> None:
+def test_kv_reuse_is_reported_in_usage_and_metrics(client: TestClient) -> None:
     prompt = "a prompt of more than two whole blocks, said twice"
     assert len(prompt) > 3 * 16
     first, second, off = (
@@ -148,16 +150,16 @@ def test_shared_kv_shows_in_the_answer_and_in_the_figures(client: TestClient) ->
     ]
     assert cached == [0, 48, 0]
     assert first["choices"] == second["choices"] == off["choices"]
-    found = samples(client)
-    assert found["prefixd_kv_reuse_hits_total"] == 48
-    assert found["prefixd_kv_reuse_queries_total"] >= 2 * 48
-    assert found["prefixd_kv_blocks{holds=reusable}"] >= 3
-    assert found["prefixd_request_queue_time_seconds_count{tenant_class=standard}"] == 3
-    assert found["prefixd_step_duration_seconds_count"] == found["prefixd_steps_total"]
-    assert found["prefixd_iteration_tokens_total_count"] == found["prefixd_steps_total"]
+    metrics = samples(client)
+    assert metrics["prefixd_kv_reuse_hits_total"] == 48
+    assert metrics["prefixd_kv_reuse_queries_total"] >= 2 * 48
+    assert metrics["prefixd_kv_blocks{holds=reusable}"] >= 3
+    assert metrics["prefixd_request_queue_time_seconds_count{tenant_class=standard}"] == 3
+    assert metrics["prefixd_step_duration_seconds_count"] == metrics["prefixd_steps_total"]
+    assert metrics["prefixd_iteration_tokens_total_count"] == metrics["prefixd_steps_total"]
 
 
-def test_the_servers_switch_turns_reuse_off(world: World) -> None:
+def test_server_setting_disables_kv_reuse(world: World) -> None:
     app = world.make_app(kv_reuse=False)
     with TestClient(app, headers=world.headers()) as client:
         for _ in range(2):

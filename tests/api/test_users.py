@@ -8,7 +8,7 @@ from urllib.parse import quote
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.api.api_world import World, error_of, put_text, said
+from tests.api.api_world import World, error_of, fake_text, put_text
 
 NDJSON = {"content-type": "application/x-ndjson"}
 
@@ -32,7 +32,7 @@ def test_whose_prefix_answers_and_why(client: TestClient, world: World) -> None:
     def check(fields: dict[str, Any], name: str | None, why: str | None) -> None:
         answer = complete(client, **fields)
         body, digest = answer.json(), digests.get(name or "")
-        assert body["choices"][0]["text"] == said(digest, "hi", 4)
+        assert body["choices"][0]["text"] == fake_text(digest, "hi", 4)
         assert body["model"] == fields.get("model", "tiny")
         headers = answer.headers
         if name is None:
@@ -199,9 +199,9 @@ def test_an_alias_moved_in_mid_stream(client: TestClient, world: World) -> None:
     answer = found["answer"]
     chunks = [json.loads(line[6:]) for line in answer.text.split("\n\n") if line[6:7] == "{"]
     text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
-    assert text == said(digests[0], "hi", 12)
+    assert text == fake_text(digests[0], "hi", 12)
     assert {chunk["prefix"]["digest"] for chunk in chunks} == {digests[0]}
     assert answer.headers["x-prefixd-prefix-digest"] == digests[0]
     after = complete(client, user="ann").json()
     assert after["prefix"]["digest"] == digests[1]
-    assert after["choices"][0]["text"] == said(digests[1], "hi", 4)
+    assert after["choices"][0]["text"] == fake_text(digests[1], "hi", 4)
