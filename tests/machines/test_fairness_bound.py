@@ -1,4 +1,4 @@
-"""Backlogged tenants are served alike: the bound of Sheng et al. (OSDI 2024), theorem 4.4."""
+"""Backlogged tenants get equal service: the bound of Sheng et al. (OSDI 2024), theorem 4.4."""
 
 import itertools
 import random
@@ -23,20 +23,20 @@ BLOCK, BLOCKS, STEPS = 4, 24, 250
 LONGEST_PREFIX, LONGEST_PROMPT = 16, 24
 LARGEST_INPUT = LONGEST_PREFIX + LONGEST_PROMPT
 
-habits = st.fixed_dictionaries(
+traffics = st.fixed_dictionaries(
     {
         "weight": st.sampled_from([0.5, 1.0, 2.0]),
         "clients": st.integers(1, 12),
         "prompt": st.integers(1, LONGEST_PROMPT),
         "output": st.integers(1, 12),
         "prefixes": st.integers(0, 3),
-        "comes_at": st.integers(0, 120),
+        "starts_at": st.integers(0, 120),
     }
 )
 
 
-class World:
-    """Tenants that keep some requests in the queue from some step on, and what each is served."""
+class Simulation:
+    """Tenants that keep requests queued from a given step on, and the service of each."""
 
     def __init__(self, tenants: dict[str, dict], seed: int) -> None:
         self.scheduler = Scheduler(
@@ -58,21 +58,21 @@ class World:
         self.scheduler.waiting.charge = charge_and_count  # type: ignore[method-assign]
 
     def ask(self, tenant: str) -> None:
-        habit, number = self.tenants[tenant], next(self.ids)
+        traffic, number = self.tenants[tenant], next(self.ids)
         handle = None
-        if habit["prefixes"]:
+        if traffic["prefixes"]:
             length = 4 * self.chance.randint(1, LONGEST_PREFIX // 4)
-            which = self.chance.randrange(habit["prefixes"])
+            which = self.chance.randrange(traffic["prefixes"])
             handle = PrefixHandle(PrefixKey(tenant, f"{which}-{length}"), length)
-        prompt = tuple(self.chance.choices(range(256), k=self.chance.randint(1, habit["prompt"])))
+        prompt = tuple(self.chance.choices(range(256), k=self.chance.randint(1, traffic["prompt"])))
         request = AdmittedRequest(
             request_id=str(number),
             tenant=tenant,
             prompt=prompt,
             prefix=handle,
             sampling=SamplingParams(temperature=0),
-            stop=StopParams(max_tokens=self.chance.randint(1, habit["output"])),
-            weight=habit["weight"],
+            stop=StopParams(max_tokens=self.chance.randint(1, traffic["output"])),
+            weight=traffic["weight"],
         )
         self.scheduler.add(Sequence(number, request, 0, 0, list(prompt)))
 
@@ -81,9 +81,9 @@ class World:
         return {s.tenant for s in self.scheduler.waiting if memory.is_ready(s)}
 
     def step(self, moment: int) -> None:
-        for tenant, habit in self.tenants.items():
-            if moment >= habit["comes_at"]:
-                for _ in range(habit["clients"] - len(self.scheduler.waiting.of(tenant))):
+        for tenant, traffic in self.tenants.items():
+            if moment >= traffic["starts_at"]:
+                for _ in range(traffic["clients"] - len(self.scheduler.waiting.of(tenant))):
                     self.ask(tenant)
         step = self.scheduler.schedule(now=moment / 10)
         self.scheduler.update(step, self.runner.run(step))
@@ -92,38 +92,47 @@ class World:
 
 
 @settings(max_examples=60, deadline=None)
-@given(tenants=st.fixed_dictionaries({"a": habits, "b": habits, "c": habits}), seed=st.integers())
-def test_while_two_tenants_are_backlogged_neither_falls_behind(
+@given(
+    tenants=st.fixed_dictionaries({"a": traffics, "b": traffics, "c": traffics}), seed=st.integers()
+)
+def test_two_backlogged_tenants_differ_in_service_by_at_most_the_bound(
     tenants: dict[str, dict], seed: int
 ) -> None:
-    world = World(tenants, seed)
+    simulation = Simulation(tenants, seed)
     since: dict[tuple[str, str], float] = {}
-    for moment in range(STEPS):
-        before = world.ready()
-        world.step(moment)
-        backlogged = before & world.ready()
+    for step in range(STEPS):
+        before = simulation.ready()
+        simulation.step(step)
+        backlogged = before & simulation.ready()
         for one, other in itertools.combinations(sorted(tenants), 2):
             if not {one, other} <= backlogged:
                 since.pop((one, other), None)
                 continue
-            ahead = world.service[one] - world.service[other]
+            ahead = simulation.service[one] - simulation.service[other]
             began = since.setdefault((one, other), ahead)
             least = min(tenants[one]["weight"], tenants[other]["weight"])
             bound = 2 * max(LARGEST_INPUT, BLOCKS * BLOCK) / least
             assert abs(ahead - began) <= bound
 
 
-def test_what_was_compiled_while_nobody_waited_is_not_held_against_a_tenant() -> None:
-    habit = {"weight": 1.0, "clients": 6, "prompt": 4, "output": 4, "prefixes": 0, "comes_at": 100}
-    world = World({"a": habit, "b": {**habit, "comes_at": 98}}, seed=0)
+def test_preloads_compiled_while_idle_do_not_reduce_later_service() -> None:
+    traffic = {
+        "weight": 1.0,
+        "clients": 6,
+        "prompt": 4,
+        "output": 4,
+        "prefixes": 0,
+        "starts_at": 100,
+    }
+    simulation = Simulation({"a": traffic, "b": {**traffic, "starts_at": 98}}, seed=0)
     for number in range(40):
         handle = PrefixHandle(PrefixKey("a", f"{number}-16"), 16)
-        world.scheduler.prefix_loader.preloads.add(handle, cap=None, now=0.0)
-    for moment in range(100):
-        world.step(moment)
-    assert world.service["a"] == 40 * 16
-    for moment in range(100, 200):
-        world.step(moment)
-        ahead = world.service["b"] - (world.service["a"] - 40 * 16)
+        simulation.scheduler.prefix_loader.preloads.add(handle, cap=None, now=0.0)
+    for step in range(100):
+        simulation.step(step)
+    assert simulation.service["a"] == 40 * 16
+    for step in range(100, 200):
+        simulation.step(step)
+        ahead = simulation.service["b"] - (simulation.service["a"] - 40 * 16)
         assert abs(ahead) <= 2 * BLOCKS * BLOCK
-    assert world.service["b"] > 2 * BLOCKS * BLOCK
+    assert simulation.service["b"] > 2 * BLOCKS * BLOCK

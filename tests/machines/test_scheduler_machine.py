@@ -1,4 +1,4 @@
-"""The pure scheduler as a state machine: invariants hold after every rule, whatever happens."""
+"""The pure scheduler as a state machine: invariants hold after every rule."""
 
 import itertools
 from collections import defaultdict
@@ -40,7 +40,7 @@ PREFIXES = [
     for tenant, length in itertools.product(TENANTS, LENGTHS)
 ]
 PROMPTS = [[1] * 14, [1] * 6 + [2] * 8]
-"""Whose beginnings are what is asked, so that there is something to share."""
+"""Prompts are beginnings of these, so that requests share blocks."""
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -114,7 +114,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix=st.none() | st.integers(0, 4),
         prompt=st.builds(lambda text, n: text[:n], st.sampled_from(PROMPTS), st.integers(1, 14)),
         max_tokens=st.integers(1, 16),
-        to_the_brim=st.booleans(),
+        up_to_the_limit=st.booleans(),
         priority=st.integers(-1, 1),
         timeout=st.sampled_from([None, None, 3.0]),
         kv_reuse=st.booleans(),
@@ -126,17 +126,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix: int | None,
         prompt: list[int],
         max_tokens: int,
-        to_the_brim: bool,
+        up_to_the_limit: bool,
         priority: int,
         timeout: float | None,
         kv_reuse: bool,
     ) -> object:
         handle = None if prefix is None else PREFIXES[TENANTS.index(tenant) * 5 + prefix]
         fits = self.config.max_tokens_for(handle.num_tokens if handle else 0)
-        if to_the_brim and len(prompt) < fits:
+        if up_to_the_limit and len(prompt) < fits:
             max_tokens = fits - len(prompt)
         if len(prompt) + max_tokens > fits:
-            return multiple()  # admission refuses it
+            return multiple()  # admission would reject it
         seq_id = next(self.ids)
         request = AdmittedRequest(
             request_id=str(seq_id),
@@ -207,7 +207,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         decodes = {i for i, remaining in before.items() if remaining == 1}
         missed = decodes - {c.seq_id for c in step.chunks}
         if proving and self.scheduler.recovery.proving:
-            assert step.num_parts <= 1, "a suspect has to prove itself alone"
+            assert step.num_parts <= 1, "a sequence of a failed step must run alone"
         elif not proving:
             assert len(missed) <= self.scheduler.num_preemptions - preemptions, "a decode stalled"
         self.fetching += step.fetches
@@ -220,9 +220,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(step.chunks) <= self.config.max_running
         compiled = sum(part.stop - part.start for part in step.compiles)
         assert compiled <= self.config.max_prefill_chunk, "a row waits for more than one chunk"
-        assert len(set(step.fresh)) == len(step.fresh), "a block given out twice in one step"
+        assert len(set(step.fresh)) == len(step.fresh), "a block allocated twice in one step"
         assert len(set(step.fetches)) == len(step.fetches)
-        assert not set(step.fetches) & set(self.fetching), "fetched twice at once"
+        assert not set(step.fetches) & set(self.fetching), "fetched twice concurrently"
         for copy in step.copies:
             self.writers.pop(copy.target, None)
         for block in step.fresh:
@@ -230,17 +230,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         writers: dict[int, object] = {}
         for chunk in step.chunks:
             owner = self.alive[chunk.seq_id]
-            whose = owner.tenant, owner.prefix.key.digest if owner.prefix else None
+            owner_key = owner.tenant, owner.prefix.key.digest if owner.prefix else None
             first = chunk.start // BLOCK
             last = (chunk.start + len(chunk.tokens) - 1) // BLOCK
             for block in chunk.block_table[owner.num_prefix_tokens // BLOCK : first]:
-                assert self.writers[block] == whose, "KV of another tenant or prefix is reused"
+                assert self.writers[block] == owner_key, "KV of another tenant or prefix is reused"
             for block in chunk.block_table[first : last + 1]:
                 assert writers.setdefault(block, chunk.seq_id) == chunk.seq_id, "two writers"
                 assert self.scheduler.memory.pool.references(block) == 1, (
                     "a shared block is written"
                 )
-                self.writers[block] = whose
+                self.writers[block] = owner_key
 
     def check_budgets(self) -> None:
         residency = self.scheduler.memory.residency
@@ -252,15 +252,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(coming) <= self.config.max_staged
 
     def ready_tenants(self) -> set[str]:
-        """Tenants with something waiting that could run now but for the room."""
+        """Tenants with a waiting sequence that could run now if there were room."""
         if self.scheduler.recovery.proving or self.scheduler.prefix_loader.forcing is not None:
             return set()
         waiting = self.scheduler.waiting
         return {s.tenant for s in waiting if self.scheduler.memory.is_ready(s)}
 
     def check_fairness(self, backlogged: set[str]) -> None:
-        """While two tenants are backlogged, what they are served (by weight) stays within the bound
-        of Sheng et al., theorem 4.4: twice the larger of the largest input and the pool."""
+        """While two tenants are backlogged, the difference of their weighted service is at most the
+        bound of Sheng et al., theorem 4.4: twice the larger of the largest input and the pool."""
         bound = 2 * max(13 + 14, self.config.num_usable_blocks * BLOCK)
         for pair in itertools.combinations(TENANTS, 2):
             if not set(pair) <= backlogged:
@@ -268,7 +268,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 continue
             difference = self.service[pair[0]] - self.service[pair[1]]
             since = self.backlogged.setdefault(pair, difference)
-            assert abs(difference - since) <= bound, "a backlogged tenant is served less than due"
+            assert abs(difference - since) <= bound, "a backlogged tenant gets less than its share"
 
     def check_ended(self, sequence: Sequence) -> None:
         del self.alive[sequence.seq_id]
@@ -276,14 +276,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         digest = sequence.prefix.key.digest if sequence.prefix else None
         expected = fake_generate(digest, sequence.request.prompt, sequence.num_output)
         assert sequence.tokens[sequence.num_prompt :] == expected
-        assert sequence.request.kv_reuse or sequence.num_cached == 0, "reuse was switched off"
+        assert sequence.request.kv_reuse or sequence.num_cached == 0, "KV reuse was off"
         assert sequence.num_cached < sequence.num_prompt
 
     # -- failures ----
 
     @rule(which=st.integers(0, 5), out_of_memory=st.booleans())
     def a_step_fails(self, which: int, out_of_memory: bool) -> None:
-        """One part breaks every step it is in, or memory was short once: nobody else ends."""
+        """One part fails every step it is in, or one step is out of memory: no other part ends."""
         step = self.scheduler.schedule(now=self.now)
         self.check_step(step)
         self.fetching += step.fetches
@@ -292,23 +292,23 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.update(step, self.runner.run(step))
             return
         parts = [*(c.seq_id for c in step.chunks), *(c.key for c in step.compiles)]
-        culprit = parts[which % len(parts)]
-        if isinstance(culprit, PrefixKey):
-            self.failed_at[culprit] = self.now
+        failing_part = parts[which % len(parts)]
+        if isinstance(failing_part, PrefixKey):
+            self.failed_at[failing_part] = self.now
         ended = self.scheduler.step_failed(step, "boom", now=self.now, out_of_memory=out_of_memory)
         self.scheduler.check_integrity()
         if out_of_memory:
             self.mourn(ended)
             return
         while True:
-            self.mourn(ended, only=culprit)
+            self.mourn(ended, only=failing_part)
             if ended or not self.scheduler.recovery.proving:
                 break
             step = self.scheduler.schedule(now=self.now)
             self.check_step(step)
             self.fetching += step.fetches
             parts = [*(c.seq_id for c in step.chunks), *(c.key for c in step.compiles)]
-            if culprit in parts:
+            if failing_part in parts:
                 ended = self.scheduler.step_failed(step, "boom", now=self.now)
             else:
                 for sequence in self.scheduler.update(step, self.runner.run(step)):
@@ -380,11 +380,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def retire(self, which: int) -> None:
         self.scheduler.prefix_loader.retire([PREFIXES[which].key])
 
-    # -- the end ----
+    # -- termination ----
 
     @rule()
-    def everybody_gets_served(self) -> None:
-        """With every fetch answered, every living sequence ends: no deadlock, no livelock."""
+    def every_sequence_finishes(self) -> None:
+        """When every fetch ends, every sequence finishes: no deadlock, no livelock."""
         for _ in range(3000):
             if self.scheduler.idle:
                 break
@@ -405,7 +405,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "scheduler"):
-            self.everybody_gets_served()
+            self.every_sequence_finishes()
             self.patch.undo()
             self.time_passes(40.0)
             self.scheduler.prefix_loader.retire(prefix.key for prefix in PREFIXES)
@@ -415,7 +415,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self.fetch_ends_well(0)
             pool, residency = self.scheduler.memory.pool, self.scheduler.memory.residency
             pins = set(residency.pins)
-            assert {entry.key for entry in residency} <= pins, "idle, and more than pins is held"
+            assert {entry.key for entry in residency} <= pins, (
+                "unpinned prefixes are held while idle"
+            )
             assert all(e.stage is not Stage.COMPILING for e in residency)
             assert set(self.scheduler.memory.host.keys()) <= pins
             assert pool.num_free + residency.num_blocks == pool.num_usable, "blocks are missing"

@@ -1,4 +1,4 @@
-"""Crowds on pools that hold next to nothing: everybody is served in the end."""
+"""Many requests on very small pools: every request finishes."""
 
 import itertools
 import random
@@ -22,16 +22,16 @@ from prefixd.server.testing import FakeRunner, FakeStaged, fake_generate
 BLOCK, ARRIVALS, MOST_STEPS = 4, 20, 1500
 
 
-def some_request(chance: random.Random, config: SchedulerConfig, number: int) -> Sequence | None:
-    """One that fits, up to one that takes the whole pool; None: admission refuses it."""
-    tenant = chance.choice("abcd")
+def random_request(rng: random.Random, config: SchedulerConfig, number: int) -> Sequence | None:
+    """A request that fits, up to the size of the pool; None when admission would reject it."""
+    tenant = rng.choice("abcd")
     handle = None
-    if chance.random() < 0.7:
-        length = chance.choice([1, 4, 8, 13])
-        handle = PrefixHandle(PrefixKey(tenant, f"{chance.choice('xy')}-{length}"), length)
+    if rng.random() < 0.7:
+        length = rng.choice([1, 4, 8, 13])
+        handle = PrefixHandle(PrefixKey(tenant, f"{rng.choice('xy')}-{length}"), length)
     fits = config.max_tokens_for(handle.num_tokens if handle else 0)
-    prompt = tuple(chance.choices(range(256), k=chance.randint(1, 10)))
-    output = chance.choice([2, 6, fits - len(prompt)])
+    prompt = tuple(rng.choices(range(256), k=rng.randint(1, 10)))
+    output = rng.choice([2, 6, fits - len(prompt)])
     if output < 1 or len(prompt) + output > fits:
         return None
     stop, sampling = StopParams(max_tokens=output), SamplingParams(temperature=0)
@@ -48,7 +48,7 @@ def some_request(chance: random.Random, config: SchedulerConfig, number: int) ->
     wait=st.sampled_from([0.0, 0.2]),
     seed=st.integers(0, 10**9),
 )
-def test_a_crowd_that_fits_one_by_one_is_served(
+def test_requests_that_each_fit_the_pool_all_finish(
     *, blocks: int, running: int, chunk: int, staged: int, wait: float, seed: int
 ) -> None:
     config = SchedulerConfig(
@@ -61,12 +61,12 @@ def test_a_crowd_that_fits_one_by_one_is_served(
         max_prefix_wait_s=wait,
     )
     scheduler, runner = Scheduler(config), FakeRunner(block_size=BLOCK)
-    chance, asked = random.Random(seed), []
+    rng, sequences = random.Random(seed), []
     for number in itertools.count():
         if number < ARRIVALS:
-            sequence = some_request(chance, config, number)
+            sequence = random_request(rng, config, number)
             if sequence is not None:
-                asked.append(sequence)
+                sequences.append(sequence)
                 scheduler.add(sequence, now=number / 10)
         elif scheduler.idle:
             break
@@ -76,7 +76,7 @@ def test_a_crowd_that_fits_one_by_one_is_served(
         for key in step.fetches:
             scheduler.prefix_staged(key, FakeStaged(int(key.digest.split("-")[1])))
     scheduler.check_integrity()
-    for sequence in asked:
+    for sequence in sequences:
         assert sequence.reason is FinishReason.LENGTH
         digest = sequence.prefix.key.digest if sequence.prefix else None
         expected = fake_generate(digest, sequence.request.prompt, sequence.num_output)

@@ -30,7 +30,7 @@ def core(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 @pytest.fixture(scope="session")
 def complete(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """The wheel beside the packages of the suite, in place of ``prefixd[serve,demo]``."""
+    """The wheel next to the packages of the suite, in place of ``prefixd[serve,demo]``."""
     environment = make_environment(tmp_path_factory.mktemp("complete"))
     install(environment, wheel, "--no-deps", "--no-index")
     add_packages_of_suite(environment)

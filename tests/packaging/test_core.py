@@ -34,7 +34,7 @@ def test_modules_come_from_the_wheel(core: Environment) -> None:
 
 
 @pytest.mark.parametrize("names", ["Client", "AsyncClient", "Client, AsyncClient"])
-def test_client_imports_beside_folders_of_the_same_names(core: Environment, names: str) -> None:
+def test_client_imports_next_to_folders_of_the_same_names(core: Environment, names: str) -> None:
     result = core.run("python", "-c", f"from prefixd.client import {names}")
     assert (result.returncode, result.stderr) == (0, "")
 

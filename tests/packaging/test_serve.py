@@ -1,4 +1,4 @@
-"""The wheel beside the packages of its extras: it serves, from any working folder."""
+"""The wheel with the packages of its extras serves from any working folder."""
 
 import ast
 import json
