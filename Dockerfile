@@ -22,6 +22,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY prefix_store prefix_store
 COPY clients clients
 COPY server server
+COPY examples examples
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt '.[serve,demo,postgres,s3,otel]' \
     && python -m compileall -q /opt/prefixd/lib

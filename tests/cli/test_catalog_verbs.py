@@ -18,9 +18,9 @@ NO_DATABASE = "postgresql://postgres@127.0.0.1:1/none"
 
 
 def run_failing_doctor(*arguments: str) -> Any:
-    found = json.loads(run("doctor", *arguments, "--device", "cpu", "--json", code=1).stdout)
-    assert not found["catalog"]["ok"]
-    return found["catalog"]
+    results = json.loads(run("doctor", *arguments, "--device", "cpu", "--json", code=1).stdout)
+    assert not results["catalog"]["ok"]
+    return results["catalog"]
 
 
 def test_tenants_and_keys_are_created_listed_and_revoked() -> None:
@@ -62,7 +62,7 @@ def test_labels_reach_the_terminal_without_control_characters() -> None:
 
 
 def test_key_verbs_report_unknown_tenants_scopes_and_keys() -> None:
-    assert "no tenant" in run("key", "create", "--tenant", "nobody", code=1).stderr
+    assert "no tenant" in run("key", "create", "--tenant", "unknown", code=1).stderr
     run("tenant", "create", "acme")
     result = run("key", "create", "--tenant", "acme", "--scope", "root", code=1)
     assert "read, generate, write, admin" in result.stderr
@@ -83,10 +83,10 @@ def test_a_catalog_that_cannot_be_opened_gives_a_one_line_message(
 ) -> None:
 
     for verb in (("tenant", "ls"), ("key", "ls"), ("audit",), ("gc",), ("migrate",)):
-        said = run(*verb, *place, code=1).stderr
-        assert said.startswith("prefixd: ")
-        assert reason in said
-        assert said.count("\n") == 1
+        message = run(*verb, *place, code=1).stderr
+        assert message.startswith("prefixd: ")
+        assert reason in message
+        assert message.count("\n") == 1
     result = run_failing_doctor(*place)
     assert reason.removeprefix("the database cannot be used: ") in result["detail"]
     assert len(result["detail"]) > len("1")
@@ -115,7 +115,7 @@ def test_quotas_key_rotation_and_audit_log() -> None:
     assert "tokens_per_minute=1000" in run("tenant", "ls").stdout
     for bad in ("max_prefixes=-1", "max_prefixes", "else=1", "requests_per_minute=0"):
         run("tenant", "quota", "acme", bad, code=1)
-    assert "no tenant" in run("tenant", "quota", "nobody", "max_bytes=1", code=1).stderr
+    assert "no tenant" in run("tenant", "quota", "unknown", "max_bytes=1", code=1).stderr
     old = run_json("key", "create", "--tenant", "acme")
     new = run_json("key", "rotate", old["key_id"], "--overlap-hours", "2")
     assert keys.parse(new["key"]) is not None
@@ -137,5 +137,5 @@ def test_weight_and_kv_reuse_of_a_tenant() -> None:
     assert run("tenant", "set", "acme", "--weight", "1").stdout.split()[1] == "1"
     assert "weight" not in run("tenant", "ls").stdout
     assert "from 0.01 to 100" in run("tenant", "set", "acme", "--weight", "0", code=1).stderr
-    assert "no tenant" in run("tenant", "set", "nobody", "--weight", "2", code=1).stderr
+    assert "no tenant" in run("tenant", "set", "unknown", "--weight", "2", code=1).stderr
     assert run_json("audit")[0]["detail"] == {"weight": 1.0}

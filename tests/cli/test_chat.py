@@ -1,4 +1,4 @@
-"""A conversation in the terminal keeps what was said, and survives a refusal."""
+"""A conversation in the terminal keeps its messages, and continues after an error."""
 
 import io
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def _answer(text: str) -> bytes:
 
 
 @pytest.fixture
-def talk(server: Loopback) -> Iterator[Conversation]:
+def conversation(server: Loopback) -> Iterator[Conversation]:
     with Client(server.url) as client:
         yield Conversation(
             client=client, model="bob", sampling={"max_tokens": 8}, system="Be kind."
@@ -25,10 +25,10 @@ def talk(server: Loopback) -> Iterator[Conversation]:
 
 
 def _type(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-    typed = iter(lines)
+    pending = iter(lines)
 
     def read(*_: object) -> str:
-        for line in typed:
+        for line in pending:
             return line
         raise EOFError
 
@@ -42,39 +42,39 @@ def _sent(server: Loopback) -> list[tuple[str, list[str]]]:
     ]
 
 
-def test_what_was_said_is_sent_again(
-    talk: Conversation, server: Loopback, monkeypatch: pytest.MonkeyPatch
+def test_earlier_messages_are_sent_again(
+    conversation: Conversation, server: Loopback, monkeypatch: pytest.MonkeyPatch
 ):
     server.stream(_answer("Ahoy"), x_prefixd_prefix="bob@2", x_prefixd_prefix_digest="ff")
     server.stream(_answer("Aye"))
     server.stream(_answer("Dear"))
     _type(monkeypatch, "Hi", "", "/model carol", "And you?", "/new", "/help", "Hello")
-    shown = Console(file=io.StringIO(), width=100)
-    interact(talk, shown)
+    terminal = Console(file=io.StringIO(), width=100)
+    interact(conversation, terminal)
     assert _sent(server) == [
         ("bob", ["Be kind.", "Hi"]),
         ("carol", ["Be kind.", "Hi", "Ahoy", "And you?"]),
         ("carol", ["Be kind.", "Hello"]),
     ]
-    assert isinstance(shown.file, io.StringIO)
-    assert "bob@2" in shown.file.getvalue()
+    assert isinstance(terminal.file, io.StringIO)
+    assert "bob@2" in terminal.file.getvalue()
 
 
-def test_a_refused_message_is_taken_back(
-    talk: Conversation, server: Loopback, monkeypatch: pytest.MonkeyPatch
+def test_a_rejected_message_is_removed(
+    conversation: Conversation, server: Loopback, monkeypatch: pytest.MonkeyPatch
 ):
     server.reply({"error": {"message": "no prefix [nope]"}}, status=404)
     server.stream(_answer("Ahoy"))
     _type(monkeypatch, "Hi", "Again")
-    shown = Console(file=io.StringIO(), width=100)
-    interact(talk, shown)
+    terminal = Console(file=io.StringIO(), width=100)
+    interact(conversation, terminal)
     assert _sent(server)[1] == ("bob", ["Be kind.", "Again"])
-    assert isinstance(shown.file, io.StringIO)
-    assert "404 no prefix [nope]" in shown.file.getvalue()
+    assert isinstance(terminal.file, io.StringIO)
+    assert "404 no prefix [nope]" in terminal.file.getvalue()
 
 
-def test_an_interrupted_answer_keeps_what_came(
-    talk: Conversation, server: Loopback, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_answer_keeps_the_received_text(
+    conversation: Conversation, server: Loopback, monkeypatch: pytest.MonkeyPatch
 ):
     server.stream(_answer("Ahoy").replace(b"data: [DONE]\n\n", b""), endless=True)
 
@@ -82,6 +82,6 @@ def test_an_interrupted_answer_keeps_what_came(
         if text == "Ahoy":
             raise KeyboardInterrupt
 
-    talk.send("Hi", interrupted)
-    assert talk.messages[-1] == {"role": "assistant", "content": "Ahoy"}
+    conversation.send("Hi", interrupted)
+    assert conversation.messages[-1] == {"role": "assistant", "content": "Ahoy"}
     assert server.hung_up.wait(30)

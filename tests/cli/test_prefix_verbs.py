@@ -47,37 +47,37 @@ def test_push_a_folder(shell: Shell, server: Loopback, tmp_path: Path):
     assert server.seen[0].headers["authorization"] == "Bearer pfx_secret"
 
 
-@pytest.mark.parametrize("way", ["option", "file", "stdin"])
-def test_push_a_text(way: str, shell: Shell, server: Loopback, tmp_path: Path):
+@pytest.mark.parametrize("source", ["option", "file", "stdin"])
+def test_push_a_text(source: str, shell: Shell, server: Loopback, tmp_path: Path):
     file = tmp_path / "voice.txt"
     file.write_text("Grüezi", "utf-8")
-    given = {"option": ["--text", "Grüezi"], "file": [str(file)], "stdin": ["-"]}[way]
+    arguments = {"option": ["--text", "Grüezi"], "file": [str(file)], "stdin": ["-"]}[source]
     server.reply(MANIFEST, status=200)
-    result = shell("prefix", "push", "voice", *given, stdin="Grüezi")
+    result = shell("prefix", "push", "voice", *arguments, stdin="Grüezi")
     assert result.exit_code == 0
     assert "already there" in result.stdout
     assert server.seen[0].json == {"kind": "text", "text": "Grüezi"}
 
 
-@pytest.mark.parametrize("way", ["file", "stdin"])
-def test_push_of_what_is_no_text_says_what_is_pushed(way: str, shell: Shell, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["file", "stdin"])
+def test_push_of_binary_data_suggests_the_folder(kind: str, shell: Shell, tmp_path: Path):
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(b"\x90\xf6\x00")
-    source = str(file) if way == "file" else "-"
+    source = str(file) if kind == "file" else "-"
     result = shell("prefix", "push", "voice", source, stdin=file.read_bytes())
     assert result.exit_code == 2
-    said = " ".join(result.stderr.replace("│", " ").split())
-    assert "is not text in UTF-8; to upload a prefix that PEFT wrote, push its folder" in said
+    message = " ".join(result.stderr.replace("│", " ").split())
+    assert "is not text in UTF-8; to upload a prefix that PEFT wrote, push its folder" in message
 
 
 @pytest.mark.parametrize(
     "arguments", [[], ["x.txt", "--text", "y"], ["--text", "y", "--metadata", "[1]"]]
 )
-def test_push_says_what_it_needs(arguments: list[str], shell: Shell):
+def test_push_requires_one_source_and_a_json_object_as_metadata(arguments: list[str], shell: Shell):
     assert shell("prefix", "push", "voice", *arguments).exit_code == 2
 
 
-def test_a_key_out_of_a_file_ends_in_a_newline(shell: Shell, server: Loopback):
+def test_a_newline_after_the_api_key_is_ignored(shell: Shell, server: Loopback):
     shell.environment["PREFIXD_API_KEY"] = "pfx_secret\r\n"
     server.reply({"data": [], "next_after": None})
     assert shell("prefix", "ls").exit_code == 0
@@ -85,7 +85,7 @@ def test_a_key_out_of_a_file_ends_in_a_newline(shell: Shell, server: Loopback):
 
 
 @pytest.mark.parametrize("key", ["pfx_secr…", "pfx_sec\nret"])
-def test_a_key_that_cannot_be_one_is_not_shown(shell: Shell, server: Loopback, key: str):
+def test_an_invalid_api_key_is_not_printed(shell: Shell, server: Loopback, key: str):
     shell.environment["PREFIXD_API_KEY"] = key
     result = shell("prefix", "ls")
     assert result.exit_code == 1
@@ -94,7 +94,7 @@ def test_a_key_that_cannot_be_one_is_not_shown(shell: Shell, server: Loopback, k
     assert server.seen == []
 
 
-def test_ls_reads_every_page(shell: Shell, server: Loopback):
+def test_ls_requests_every_page(shell: Shell, server: Loopback):
     server.reply({"data": [MANIFEST], "next_after": "triage"})
     server.reply({"data": [MANIFEST | {"name": "voice", "aliases": []}], "next_after": None})
     lines = shell("prefix", "ls").stdout.splitlines()
@@ -106,7 +106,7 @@ def test_ls_reads_every_page(shell: Shell, server: Loopback):
     assert server.seen[1].query == {"after": "triage"}
 
 
-def test_versions_reads_every_page(shell: Shell, server: Loopback):
+def test_versions_requests_every_page(shell: Shell, server: Loopback):
     server.reply({"data": [MANIFEST], "next_before": 3})
     server.reply({"data": [MANIFEST | {"version": 2}], "next_before": None})
     lines = shell("prefix", "versions", "triage").stdout.splitlines()
@@ -125,13 +125,13 @@ def test_versions_reads_every_page(shell: Shell, server: Loopback):
 def test_listings_take_json(arguments: list[str], reply: object, shell: Shell, server: Loopback):
     server.reply(reply)
     result = shell("prefix", *arguments, "--json")
-    found = json.loads(result.stdout)
-    one = found[0] if isinstance(found, list) else found
-    assert (one["digest"], one["aliases"]) == ("ab" * 32, ["latest", "prod"])
-    assert one["created_at"] == "2026-11-21T10:00:00+00:00"
+    output = json.loads(result.stdout)
+    prefix = output[0] if isinstance(output, list) else output
+    assert (prefix["digest"], prefix["aliases"]) == ("ab" * 32, ["latest", "prod"])
+    assert prefix["created_at"] == "2026-11-21T10:00:00+00:00"
 
 
-def test_show_for_people(shell: Shell, server: Loopback):
+def test_show_prints_one_field_on_a_line(shell: Shell, server: Loopback):
     server.reply(MANIFEST)
     assert "num_virtual_tokens       12\n" in shell("prefix", "show", "triage").stdout
 
@@ -169,13 +169,13 @@ def test_warm_pin_and_unpin(shell: Shell, server: Loopback):
     ]
 
 
-def test_push_may_warm(shell: Shell, server: Loopback):
+def test_push_with_warm_makes_the_prefix_resident(shell: Shell, server: Loopback):
     server.reply(MANIFEST, status=201)
     assert shell("prefix", "push", "voice", "--text", "x", "--warm").exit_code == 0
     assert server.seen[0].query == {"warm": "true"}
 
 
-def test_chat_answers_once(shell: Shell, server: Loopback):
+def test_chat_with_a_message_prints_one_answer(shell: Shell, server: Loopback):
     server.stream(CHAT_EVENTS[:70], CHAT_EVENTS[70:])
     result = shell("chat", "Hello", "--model", "bob@prod", "--system", "Be brief.")
     assert result.exit_code == 0
@@ -189,7 +189,7 @@ def test_chat_answers_once(shell: Shell, server: Loopback):
     ]
 
 
-def test_chat_reads_a_pipe_and_finds_the_base(shell: Shell, server: Loopback):
+def test_chat_reads_standard_input_and_defaults_to_the_base(shell: Shell, server: Loopback):
     server.reply({"data": [{"id": "bob", "parent": "smol"}, {"id": "smol", "parent": None}]})
     server.stream(CHAT_EVENTS)
     result = shell("chat", stdin="Hello\n")
@@ -199,19 +199,19 @@ def test_chat_reads_a_pipe_and_finds_the_base(shell: Shell, server: Loopback):
     assert (sent["model"], sent["messages"][0]["content"]) == ("smol", "Hello")
 
 
-def test_a_refusal_is_a_sentence(shell: Shell, server: Loopback):
+def test_an_api_error_is_one_line_on_standard_error(shell: Shell, server: Loopback):
     server.reply({"error": {"message": "no such prefix: 'x'"}}, status=404)
     result = shell("prefix", "show", "x")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "prefixd: no such prefix: 'x'\n"
 
 
-def test_a_missing_key_says_where_it_goes(shell: Shell, server: Loopback):
+def test_a_missing_api_key_names_the_variable(shell: Shell, server: Loopback):
     server.reply({"error": {"message": "no key"}}, status=401)
     assert "PREFIXD_API_KEY" in shell("prefix", "ls").stderr
 
 
-def test_no_server_says_what_to_do(shell: Shell, monkeypatch: pytest.MonkeyPatch):
+def test_an_unreachable_server_gives_advice(shell: Shell, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("prefixd.client.transport.RetryPolicy.wait", lambda *_, **__: None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -220,18 +220,18 @@ def test_no_server_says_what_to_do(shell: Shell, monkeypatch: pytest.MonkeyPatch
     assert "is the server running?" in result.stderr
 
 
-def test_a_missing_file_is_a_sentence(shell: Shell, tmp_path: Path):
+def test_a_missing_file_is_named_without_a_traceback(shell: Shell, tmp_path: Path):
     result = shell("prefix", "push", "triage", str(tmp_path))
     assert result.exit_code == 1
     assert "adapter_config.json" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_the_demo_without_examples_says_so(shell: Shell, tmp_path: Path):
+def test_the_demo_without_examples_names_the_missing_file(shell: Shell, tmp_path: Path):
     result = shell("demo", "--examples", str(tmp_path), "--data-dir", str(tmp_path / "data"))
     assert result.exit_code == 1
     assert "prefixes.json" in result.stderr
 
 
-def test_answers_cannot_steer_the_terminal():
+def test_control_characters_are_removed_from_output():
     assert printable("a\x1b[31mb\x07\x9bc\r\td\n") == "a[31mbc\td\n"

@@ -60,7 +60,7 @@ def test_a_boolean_setting_takes_true_or_false() -> None:
 def test_openmp_threads_wait_passively() -> None:
     code = "import os, prefixd.server.cli.main; print(os.environ['OMP_WAIT_POLICY'])"
     environment = {"PATH": "/usr/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         check=True,
         timeout=60,
@@ -68,13 +68,13 @@ def test_openmp_threads_wait_passively() -> None:
         text=True,
         env=environment,
     )
-    assert done.stdout.strip() == "passive"
+    assert process.stdout.strip() == "passive"
 
 
 def test_doctor_reports_each_check(tmp_path: Path) -> None:
-    found = run_json("doctor", "--model", str(tmp_path), "--device", "cpu")
-    assert set(found) == {"data", "catalog", "torch", "device", "model"}
-    assert all(result["ok"] for result in found.values())
+    results = run_json("doctor", "--model", str(tmp_path), "--device", "cpu")
+    assert set(results) == {"data", "catalog", "torch", "device", "model"}
+    assert all(result["ok"] for result in results.values())
     blocked = tmp_path / "file"
     blocked.write_text("")
     result = run("doctor", "--data-dir", str(blocked / "x"), "--device", "cpu", code=1)
@@ -85,31 +85,33 @@ def test_doctor_reports_each_check(tmp_path: Path) -> None:
 def test_a_missing_model_folder_is_named(model: str, capsys: pytest.CaptureFixture[str]) -> None:
 
     sentence = f"the model folder {model} does not exist"
-    found = json.loads(run("doctor", "--model", model, "--device", "cpu", "--json", code=1).stdout)
-    assert found["model"] == {"ok": False, "detail": sentence}
+    results = json.loads(
+        run("doctor", "--model", model, "--device", "cpu", "--json", code=1).stdout
+    )
+    assert results["model"] == {"ok": False, "detail": sentence}
     with pytest.raises(typer.Exit):
         load_server(Settings(model=model, device="cpu"))
     assert capsys.readouterr().err == f"prefixd: {sentence}\n"
 
 
 def test_a_name_that_is_not_a_folder_is_looked_up_on_hugging_face() -> None:
-    found = run_json("doctor", "--model", "org/model", "--device", "cpu")
-    assert found["model"]["detail"] == "org/model would be looked up on Hugging Face"
+    results = run_json("doctor", "--model", "org/model", "--device", "cpu")
+    assert results["model"]["detail"] == "org/model would be looked up on Hugging Face"
 
 
 def test_an_address_in_use_is_reported_before_the_model_is_loaded(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         words = ["serve", "--port", port, "--model", "/nowhere", "--data-dir", str(tmp_path)]
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-P", "-m", "prefixd.server", *words],
             check=False,
             timeout=60,
             capture_output=True,
             text=True,
         )
-    assert done.returncode == 1
-    assert done.stderr == f"prefixd: cannot listen on 127.0.0.1:{port}: address already in use\n"
+    assert process.returncode == 1
+    assert process.stderr == f"prefixd: cannot listen on 127.0.0.1:{port}: address already in use\n"
 
 
 def test_the_first_key_is_printed_and_not_logged(
