@@ -1,4 +1,4 @@
-"""The loop: events, stop conditions, aborts and failures, with the shipped fakes."""
+"""The engine over the shipped fakes: events, stop conditions, aborts, failures, readiness."""
 
 import json
 import queue
@@ -30,7 +30,7 @@ PROMPT = tuple(b"hello")
 
 
 class Bench:
-    """An engine with its fakes and a way to wait for answers."""
+    """An engine over fakes, and a way to submit requests."""
 
     def __init__(
         self,
@@ -110,15 +110,15 @@ def expected(count: int, digest: str | None = None) -> str:
     return bytes(fake_generate(digest, PROMPT, count)).decode()
 
 
-def test_a_request_gets_its_own_prefix_and_ends_at_its_length(bench: Bench) -> None:
+def test_request_runs_under_its_prefix_and_ends_at_max_tokens(bench: Bench) -> None:
     _, base = bench.submit()
-    _, mine = bench.submit(prefix=PREFIX)
+    _, prefixed = bench.submit(prefix=PREFIX)
     assert ended(base) == (expected(12), FinishReason.LENGTH, 12)
-    assert ended(mine) == (expected(12, "digest"), FinishReason.LENGTH, 12)
+    assert ended(prefixed) == (expected(12, "digest"), FinishReason.LENGTH, 12)
     assert expected(12) != expected(12, "digest")
 
 
-def test_n_sequences_of_one_request(bench: Bench) -> None:
+def test_request_with_n_generates_n_sequences(bench: Bench) -> None:
     _, events = bench.submit(n=3)
     texts = ["", "", ""]
     ends: set[int] = set()
@@ -131,44 +131,44 @@ def test_n_sequences_of_one_request(bench: Bench) -> None:
     assert texts == [expected(12)] * 3
 
 
-def test_a_stop_token_ends_and_is_not_text(bench: Bench) -> None:
+def test_stop_token_ends_the_sequence_without_text(bench: Bench) -> None:
     text = expected(12)
     stop = text[6]
     _, events = bench.submit(token_ids=frozenset({ord(stop)}))
-    got, end = answer(events)
-    assert got == text[: text.index(stop)]
+    text_out, end = answer(events)
+    assert text_out == text[: text.index(stop)]
     assert (end.reason, end.stop) == (FinishReason.STOP, ord(stop))
     assert end.completion_tokens == text.index(stop) + 1
 
 
-def test_a_stop_string_is_cut_and_never_leaks(bench: Bench) -> None:
+def test_stop_string_is_removed_from_the_text(bench: Bench) -> None:
     text = expected(12)
     _, events = bench.submit(strings=(text[5:8], "never there"))
-    got, end = answer(events)
-    assert got == text[:5]
+    text_out, end = answer(events)
+    assert text_out == text[:5]
     assert (end.reason, end.stop, end.completion_tokens) == (FinishReason.STOP, text[5:8], 8)
 
 
-def test_a_stop_string_may_be_included(bench: Bench) -> None:
+def test_stop_string_is_included_on_request(bench: Bench) -> None:
     text = expected(12)
     _, events = bench.submit(strings=(text[5:8],), include_stop_string=True)
     assert answer(events)[0] == text[:8]
 
 
-def test_half_a_stop_string_at_the_end_goes_out(bench: Bench) -> None:
+def test_partial_stop_string_at_the_end_is_sent(bench: Bench) -> None:
     text = expected(12)
     _, events = bench.submit(strings=(text[10:] + "!",))
     assert ended(events) == (text, FinishReason.LENGTH, 12)
 
 
-def test_min_tokens_holds_off_the_stop(bench: Bench) -> None:
+def test_stop_strings_are_ignored_before_min_tokens(bench: Bench) -> None:
     text = expected(12)
     _, events = bench.submit(strings=(text[2],), min_tokens=6)
-    got, _ = answer(events)
-    assert got.startswith(text[:6])
+    text_out, _ = answer(events)
+    assert text_out.startswith(text[:6])
 
 
-def test_an_abort_frees_everything_and_says_so(
+def test_abort_frees_everything_and_sends_a_finish_event(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     aborted = threading.Event()
@@ -188,21 +188,22 @@ def test_an_abort_frees_everything_and_says_so(
     bench.engine.abort("unknown ids are ignored")
     _, after = bench.submit()
     answer(after)
-    bench.engine.state()  # answered after the turn in which the last answer went out
+    bench.engine.state()  # answered after the turn that sent the last event
     stats = bench.engine.stats()
     assert stats.running == stats.waiting == 0
 
 
-def test_a_prefix_that_cannot_be_had_fails_its_requests_alone(bench: Bench) -> None:
+def test_prefix_that_fails_to_load_fails_only_its_requests(bench: Bench) -> None:
     gone = PrefixHandle(PrefixKey("t", "gone"), 3)
     _, failing = bench.submit(prefix=gone)
     _, fine = bench.submit(prefix=PREFIX)
     end = answer(failing)[1]
     assert (end.reason, end.error) == (FinishReason.ERROR, "the prefix is gone from the store")
+    assert end.error_code is None
     assert answer(fine)[0] == expected(12, "digest")
 
 
-def test_a_source_that_breaks_shows_no_internals(
+def test_error_of_the_prefix_source_hides_internals(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_: PrefixKey) -> object:
@@ -213,19 +214,19 @@ def test_a_source_that_breaks_shows_no_internals(
     assert answer(events)[1].error == "the prefix failed to load"
 
 
-def test_a_tenant_that_warms_more_than_there_are_places_for_is_told(bench: Bench) -> None:
+def test_preload_is_refused_when_the_tenant_has_used_all_places(bench: Bench) -> None:
     for number in range(256):
         bench.engine.preload(PrefixHandle(PrefixKey("t", f"too large {number}"), 10_000))
-    bench.engine.state()  # answered behind all that was posted before
+    bench.engine.state()  # answered after all functions posted before
     with pytest.raises(QueueFull, match="too many prefixes are being warmed"):
-        bench.engine.preload(PrefixHandle(PrefixKey("t", "one more"), 10_000))
+        bench.engine.preload(PrefixHandle(PrefixKey("t", "another"), 10_000))
     bench.engine.preload(PrefixHandle(PrefixKey("other", "digest"), 10_000))
 
 
 def fail_steps(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, when: Callable[[Step], Exception | None]
 ) -> None:
-    """Have the runner raise what ``when`` gives for a step."""
+    """Make the runner raise what ``when`` returns for a step."""
     run = bench.runner.run
 
     def run_or_fail(step: Step) -> StepOutput:
@@ -237,7 +238,7 @@ def fail_steps(
     monkeypatch.setattr(bench.runner, "run", run_or_fail)
 
 
-def test_of_a_step_that_fails_only_the_request_that_breaks_it_ends(
+def test_only_the_request_that_breaks_a_step_fails(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = (66, 65, 68)
@@ -259,7 +260,7 @@ def test_of_a_step_that_fails_only_the_request_that_breaks_it_ends(
     assert bench.engine.ready
 
 
-def test_when_memory_is_short_steps_become_smaller_and_nobody_ends(
+def test_out_of_memory_makes_steps_smaller_and_no_request_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def when(step: Step) -> Exception | None:
@@ -268,14 +269,14 @@ def test_when_memory_is_short_steps_become_smaller_and_nobody_ends(
     bench = Bench()
     fail_steps(bench, monkeypatch, when)
     answers = [bench.submit()[1] for _ in range(6)]
-    bench.engine.start()  # now, so that the first step has all six
+    bench.engine.start()  # after the requests, so that the first step has all six
     assert [answer(events)[0] for events in answers] == 6 * [expected(12)]
     bench.engine.stop()
     assert bench.engine.stats().out_of_memory > 0
     assert bench.engine.stats().step_failures == 0
 
 
-def test_a_device_that_fails_every_step_makes_the_engine_not_ready(
+def test_engine_is_not_ready_after_eight_failed_steps(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_steps(bench, monkeypatch, lambda _: RuntimeError("device lost"))
@@ -286,7 +287,7 @@ def test_a_device_that_fails_every_step_makes_the_engine_not_ready(
     assert not bench.engine.ready
 
 
-def test_a_step_that_never_ends_makes_the_engine_not_ready(
+def test_engine_is_not_ready_while_a_step_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bench = Bench(watchdog_s=0.0)
@@ -309,7 +310,7 @@ def test_a_step_that_never_ends_makes_the_engine_not_ready(
     bench.engine.stop()
 
 
-def test_a_request_ends_at_its_timeout_while_its_prefix_is_on_its_way(
+def test_request_times_out_while_its_prefix_is_loading(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave = threading.Event()
@@ -327,23 +328,23 @@ def test_a_request_ends_at_its_timeout_while_its_prefix_is_on_its_way(
     assert end.error == "the request's timeout of 0.01 s passed after 0 tokens of output"
 
 
-def test_a_full_queue_refuses_and_a_lone_tenant_still_gets_in() -> None:
+def test_full_queue_refuses_but_admits_a_tenant_below_its_share() -> None:
     bench = Bench(max_waiting_tokens=68)
-    crowd = [bench.submit()[1] for _ in range(4)]  # 17 tokens each, and no loop yet
+    backlog = [bench.submit()[1] for _ in range(4)]  # 17 tokens each; the engine has not started
     with pytest.raises(QueueFull, match="68 tokens wait, of at most 68") as refused:
         bench.submit()
     assert refused.value.retry_after >= 1
-    _, lone = bench.submit(tenant="lone")
+    _, second = bench.submit(tenant="second")
     bench.engine.start()
-    assert answer(lone)[0] == expected(12)
-    ends = [answer(events)[1] for events in crowd]
+    assert answer(second)[0] == expected(12)
+    ends = [answer(events)[1] for events in backlog]
     bench.engine.stop()
     assert [end.reason for end in ends] == 3 * [FinishReason.LENGTH] + [FinishReason.SHED]
     assert ends[-1].error == "the server is full: 85 tokens wait"
     assert ends[-1].retry_after is not None
 
 
-def test_a_draining_engine_takes_nothing_and_ends_what_it_has(bench: Bench) -> None:
+def test_draining_engine_refuses_new_requests_and_finishes_running_ones(bench: Bench) -> None:
     _, events = bench.submit()
     bench.engine.drain()
     with pytest.raises(QueueFull, match="shutting down"):
@@ -352,7 +353,7 @@ def test_a_draining_engine_takes_nothing_and_ends_what_it_has(bench: Bench) -> N
     assert bench.engine.trouble == "the server is shutting down"
 
 
-def test_the_picture_shows_who_waits_and_no_token(bench: Bench) -> None:
+def test_debug_state_is_json_without_tokens(bench: Bench) -> None:
     bench.engine.set_pins([PREFIX])
     _, events = bench.submit(prefix=PREFIX)
     answer(events)
@@ -363,7 +364,7 @@ def test_the_picture_shows_who_waits_and_no_token(bench: Bench) -> None:
     assert json.loads(json.dumps(state)) == state
 
 
-def test_a_caller_whose_handler_fails_harms_nobody(bench: Bench) -> None:
+def test_failing_event_handler_does_not_affect_other_requests(bench: Bench) -> None:
     def raises(_: Event) -> None:
         raise ValueError("a caller's bug")
 
@@ -375,7 +376,7 @@ def test_a_caller_whose_handler_fails_harms_nobody(bench: Bench) -> None:
     assert answer(events)[0] == expected(12)
 
 
-def test_stopping_ends_what_is_alive() -> None:
+def test_stop_aborts_running_requests() -> None:
     bench = Bench()
     _, events = bench.submit(max_tokens=150)
     bench.engine.start()
@@ -387,9 +388,11 @@ def test_stopping_ends_what_is_alive() -> None:
     assert answer(late) == ("", FinishEvent(0, FinishReason.ABORT, 0))
 
 
-def test_a_picture_that_fails_harms_nobody(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_debug_state_does_not_end_requests(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object, **__: object) -> dict[str, object]:
-        raise LookupError("a bug in the picture")
+        raise LookupError("a bug in debug_state")
 
     monkeypatch.setattr("prefixd.server.engine.engine.debug_state", broken)
     _, events = bench.submit()
@@ -399,7 +402,7 @@ def test_a_picture_that_fails_harms_nobody(bench: Bench, monkeypatch: pytest.Mon
     assert bench.engine.stats().restarts == 0
 
 
-def test_a_loop_that_fails_tells_everybody_and_starts_over(
+def test_failing_turn_ends_all_requests_and_the_engine_starts_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bench = Bench()
@@ -421,7 +424,7 @@ def test_a_loop_that_fails_tells_everybody_and_starts_over(
     bench.engine.stop()
 
 
-def test_a_loop_that_keeps_failing_gives_up_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_stops_after_repeated_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
 
     def broken(*_: object, **__: object) -> Step:
@@ -438,7 +441,7 @@ def test_a_loop_that_keeps_failing_gives_up_and_says_so(monkeypatch: pytest.Monk
     assert answer(late) == ("", FinishEvent(0, FinishReason.ABORT, 0))
 
 
-def test_draws_are_even_and_depend_on_seed_and_index() -> None:
+def test_draws_are_uniform_and_depend_on_seed_and_index() -> None:
     draws = [seeded_uniform(seed, index) for seed in range(40) for index in range(50)]
     assert all(0 <= draw < 1 for draw in draws)
     assert len(set(draws)) == len(draws)

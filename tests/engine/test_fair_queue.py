@@ -1,4 +1,4 @@
-"""The virtual token counter: shares, returns from idleness, and order within a tenant."""
+"""The virtual token counter: shares, return from idleness, and order within a tenant."""
 
 import itertools
 from collections import Counter
@@ -42,16 +42,16 @@ def sequence(
 def serve(queue: FairQueue, count: int, *, tokens: int = 10) -> list[str]:
     """Serve the next ``count`` sequences and charge each the same."""
     served = []
-    for found in queue.in_order(ready=(), depth=1000):
-        queue.remove(found)
-        queue.charge(found.tenant, tokens)
-        served.append(found.tenant)
+    for sequence in queue.in_order(ready=(), depth=1000):
+        queue.remove(sequence)
+        queue.charge(sequence.tenant, tokens)
+        served.append(sequence.tenant)
         if len(served) == count:
             break
     return served
 
 
-def test_backlogged_tenants_get_service_by_weight() -> None:
+def test_backlogged_tenants_are_served_by_weight() -> None:
     queue = FairQueue()
     for _ in range(300):
         queue.push(sequence("a"))
@@ -60,16 +60,16 @@ def test_backlogged_tenants_get_service_by_weight() -> None:
     assert Counter(serve(queue, 210)) == {"a": 60, "b": 120, "c": 30}
 
 
-def test_a_lone_client_goes_before_a_crowd_whatever_came_first() -> None:
+def test_new_tenant_is_served_before_a_backlogged_one() -> None:
     queue = FairQueue()
     for _ in range(50):
-        queue.push(sequence("crowd"))
+        queue.push(sequence("backlogged"))
     serve(queue, 20)
-    queue.push(sequence("lone"))
-    assert "lone" in serve(queue, 2)
+    queue.push(sequence("new"))
+    assert "new" in serve(queue, 2)
 
 
-def test_idleness_is_not_saved_up() -> None:
+def test_idle_tenant_earns_no_credit() -> None:
     queue = FairQueue()
     queue.push(sequence("a"))
     queue.push(sequence("b"))
@@ -82,8 +82,8 @@ def test_idleness_is_not_saved_up() -> None:
     assert Counter(serve(queue, 10)) == {"a": 5, "b": 5}
 
 
-def test_nor_when_the_queue_was_empty_in_between() -> None:
-    """All that b asked for runs and nothing waits: a is lifted to where b stands, who left last."""
+def test_idle_tenant_earns_no_credit_while_the_queue_is_empty() -> None:
+    """All requests of b run and none waits: a is lifted to the counter of b, the last to empty."""
     queue = FairQueue()
     for _ in range(100):
         queue.push(sequence("b"))
@@ -94,28 +94,28 @@ def test_nor_when_the_queue_was_empty_in_between() -> None:
     assert Counter(serve(queue, 10)) == {"a": 5, "b": 5}
 
 
-def test_within_a_tenant_priority_then_arrival() -> None:
+def test_order_within_a_tenant_is_priority_then_arrival() -> None:
     queue = FairQueue()
     late, first, second, urgent = (sequence("t", priority=p) for p in (1, 0, 0, -1))
-    for each in (late, second, first, urgent):
-        queue.push(each)
+    for pushed in (late, second, first, urgent):
+        queue.push(pushed)
     assert list(queue.in_order(ready=(), depth=10)) == [urgent, first, second, late]
     queue.remove(second)
     assert list(queue.in_order(ready=(), depth=10)) == [urgent, first, late]
     assert list(queue.in_order(ready=(), depth=1)) == [urgent]
 
 
-def test_tokens_that_wait_are_counted() -> None:
+def test_waiting_tokens_are_counted() -> None:
     queue = FairQueue()
-    one, other = sequence("a"), sequence("a")
-    queue.push(one)
-    queue.push(other)
+    first, second = sequence("a"), sequence("a")
+    queue.push(first)
+    queue.push(second)
     assert (queue.num_tokens, queue.tokens_of("a"), queue.tokens_of("b")) == (20, 20, 0)
-    queue.remove(one)
+    queue.remove(first)
     assert (queue.num_tokens, queue.tokens_of("a")) == (10, 10)
 
 
-def test_tenants_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counters_of_idle_tenants_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prefixd.server.engine.fair_queue._REMEMBERED_TENANTS", 10)
     queue = FairQueue()
     for number in range(500):
@@ -127,7 +127,7 @@ def test_tenants_of_long_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> N
     assert queue.counter("t3") == queue.counter("new")
 
 
-def test_a_walk_opens_no_more_lines_than_can_give_it_something(
+def test_walk_opens_only_tenant_queues_it_can_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     queue = FairQueue()

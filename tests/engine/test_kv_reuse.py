@@ -1,4 +1,4 @@
-"""KV reuse by the hash chain: what is shared, and what never is."""
+"""KV reuse by the hash chain: which blocks are shared, and which never are."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,17 +65,17 @@ identity = st.tuples(
 
 
 @given(
-    asked=st.lists(
+    requests=st.lists(
         st.tuples(identity, st.lists(st.integers(0, 1), min_size=1, max_size=20)),
         min_size=2,
         max_size=8,
     )
 )
-def test_exactly_the_whole_blocks_of_equal_runs_of_one_owner_are_shared(asked: list) -> None:
-    """Owner: tenant and prefix digest. Expected is worked out from the requests alone."""
+def test_full_blocks_of_equal_token_runs_are_shared_within_an_owner(requests: list) -> None:
+    """An owner is a tenant and a prefix digest. The expectation uses only the requests."""
     scheduler = scheduler_of()
     before: list = []
-    for number, ((tenant, prefix), tokens) in enumerate(asked):
+    for number, ((tenant, prefix), tokens) in enumerate(requests):
         sequence = run(scheduler, number, tokens, tenant=tenant, prefix=prefix)
         offset = (prefix[1] if prefix else 0) % 4
         best = 0
@@ -90,7 +90,7 @@ def test_exactly_the_whole_blocks_of_equal_runs_of_one_owner_are_shared(asked: l
         before.append(((tenant, prefix), tokens))
 
 
-def test_the_off_switch_neither_takes_nor_gives() -> None:
+def test_request_without_kv_reuse_neither_reuses_nor_registers_blocks() -> None:
     scheduler = scheduler_of()
     tokens = list(range(12))
     assert run(scheduler, 0, tokens, kv_reuse=False).num_cached == 0
@@ -101,7 +101,7 @@ def test_the_off_switch_neither_takes_nor_gives() -> None:
     assert (reuse.num_queried_tokens, reuse.num_reused_tokens) == (24, 8)
 
 
-def test_what_a_preempted_sequence_computes_again_is_known_again() -> None:
+def test_blocks_recomputed_after_preemption_are_registered_again() -> None:
     scheduler = scheduler_of()
     request = AdmittedRequest(
         "r", "a", tuple(range(12)), None, SamplingParams(temperature=0), StopParams(max_tokens=9)
@@ -112,14 +112,14 @@ def test_what_a_preempted_sequence_computes_again_is_known_again() -> None:
     step = scheduler.schedule()
     scheduler.update(step, runner.run(step))
     scheduler.preempt(sequence)
-    scheduler.memory.pool.forget(range(1, 200))  # as if others had used the blocks since
+    scheduler.memory.pool.forget(range(1, 200))  # as if other sequences had used the blocks since
     while not sequence.finished:
         step = scheduler.schedule()
         scheduler.update(step, runner.run(step))
     assert run(scheduler, 1, list(range(12))).num_cached == 8
 
 
-def test_another_model_has_other_names() -> None:
+def test_block_names_depend_on_the_namespace() -> None:
     names = []
     for namespace in ("float32", "bfloat16"):
         scheduler = scheduler_of(namespace)
@@ -129,20 +129,20 @@ def test_another_model_has_other_names() -> None:
     assert not set(names[0]) & set(names[1])
 
 
-def test_a_pool_full_of_remembered_blocks_is_a_free_pool() -> None:
+def test_remembered_blocks_count_as_free() -> None:
     scheduler = scheduler_of()
     for number in range(120):
         run(scheduler, number, [number] * 11)
     pool = scheduler.memory.pool
     assert pool.num_free == pool.num_usable
     assert pool.num_remembered > 150
-    # The oldest went first, and the newest are still known.
+    # The oldest were reused first, and the newest are still registered.
     assert run(scheduler, 200, [0] * 11).num_cached == 0
     assert run(scheduler, 201, [119] * 11).num_cached == 8
 
 
-def test_what_no_finite_logits_vouch_for_is_not_known() -> None:
-    """A prompt half run may hold NaN; its client left before a token could tell."""
+def test_blocks_without_finite_logits_are_not_reused() -> None:
+    """A half computed prompt may hold NaN: no token was sampled before the client disconnected."""
     scheduler = Scheduler(SchedulerConfig(num_blocks=200, block_size=4, max_prefill_chunk=8))
     scheduler.runner = FakeRunner(block_size=4)  # type: ignore[attr-defined]
     prompt = list(range(12))

@@ -1,4 +1,4 @@
-"""What may wait: the bound, each tenant's share of it, and an honest answer for the others."""
+"""The bound on queued tokens: each tenant's share of it, and the refusal."""
 
 import pytest
 
@@ -22,26 +22,26 @@ def request(tenant: str, *, tokens: int = 10, n: int = 1, weight: float = 1.0) -
     )
 
 
-def gate(bound: int | None) -> QueueLimiter:
+def limiter(bound: int | None) -> QueueLimiter:
     return QueueLimiter(SchedulerConfig(num_blocks=9, max_waiting_tokens=bound))
 
 
 def waiting(*tenants: str, weight: float = 1.0) -> FairQueue:
     queue = FairQueue()
     for number, tenant in enumerate(tenants):
-        asked = request(tenant, weight=weight)
-        queue.push(Sequence(number, asked, 0, 0, list(asked.prompt)))
+        new_request = request(tenant, weight=weight)
+        queue.push(Sequence(number, new_request, 0, 0, list(new_request.prompt)))
     return queue
 
 
-def test_without_a_bound_all_enter() -> None:
-    unbounded = gate(None)
+def test_unbounded_queue_admits_everything() -> None:
+    unbounded = limiter(None)
     for _ in range(100):
         unbounded.enter(request("a", n=50))
 
 
-def test_what_is_on_its_way_counts_as_what_waits_does() -> None:
-    bounded = gate(30)
+def test_requests_not_yet_queued_count_as_waiting() -> None:
+    bounded = limiter(30)
     first = request("a")
     bounded.enter(first)
     bounded.enter(request("a"))
@@ -54,44 +54,44 @@ def test_what_is_on_its_way_counts_as_what_waits_does() -> None:
     assert refused.value.retry_after == 6.0  # 30 tokens at 5 a second
 
 
-def test_a_tenant_below_its_share_enters_a_full_queue() -> None:
-    bounded = gate(40)
-    bounded.publish(waiting("crowd", "crowd", "crowd", "crowd"))
+def test_tenant_below_its_share_enters_a_full_queue() -> None:
+    bounded = limiter(40)
+    bounded.publish(waiting("backlogged", "backlogged", "backlogged", "backlogged"))
     bounded.rate = 1e9
     with pytest.raises(QueueFull) as refused:
-        bounded.enter(request("crowd"))
-    assert refused.value.retry_after == 1.0, "never less than a second"
-    bounded.enter(request("lone", n=2))
+        bounded.enter(request("backlogged"))
+    assert refused.value.retry_after == 1.0, "at least one second"
+    bounded.enter(request("second", n=2))
     with pytest.raises(QueueFull):
-        bounded.enter(request("lone"))
+        bounded.enter(request("second"))
 
 
-def test_the_share_is_by_weight() -> None:
-    bounded = gate(40)
-    bounded.publish(waiting("crowd", "crowd", "crowd", "crowd"))
+def test_share_of_the_queue_is_by_weight() -> None:
+    bounded = limiter(40)
+    bounded.publish(waiting("backlogged", "backlogged", "backlogged", "backlogged"))
     bounded.rate = 1.0
     with pytest.raises(QueueFull):
         bounded.enter(request("light", weight=0.25))
     bounded.enter(request("heavy", n=3, weight=3.0))
 
 
-def test_an_empty_queue_takes_even_one_that_is_larger_than_it() -> None:
-    gate(5).enter(request("a"))
+def test_empty_queue_admits_a_request_larger_than_its_bound() -> None:
+    limiter(5).enter(request("a"))
 
 
-def test_a_closed_gate_says_why() -> None:
-    closed = gate(None)
+def test_closed_queue_gives_its_reason() -> None:
+    closed = limiter(None)
     closed.closed = "the server is shutting down"
     with pytest.raises(QueueFull, match="shutting down"):
         closed.enter(request("a"))
 
 
-def test_who_would_be_refused_anyhow_is_told_without_a_request() -> None:
-    bounded = gate(40)
-    bounded.publish(waiting("crowd", "crowd", "crowd", "crowd"))
+def test_check_refuses_without_taking_room() -> None:
+    bounded = limiter(40)
+    bounded.publish(waiting("backlogged", "backlogged", "backlogged", "backlogged"))
     bounded.rate = 1.0
     with pytest.raises(QueueFull, match="40 tokens wait, of at most 40"):
-        bounded.check("crowd", weight=1.0)
+        bounded.check("backlogged", weight=1.0)
     for _ in range(5):
-        bounded.check("lone", weight=1.0)  # asking takes no room
-    bounded.enter(request("lone", n=2))
+        bounded.check("second", weight=1.0)  # a check takes no room
+    bounded.enter(request("second", n=2))

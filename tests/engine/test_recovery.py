@@ -1,181 +1,73 @@
-"""What fails around the steps: the loop itself, a fetch from before, the way back to a caller."""
-
-import logging
-import queue
-import threading
-from collections.abc import Callable
+"""How much smaller steps become after out-of-memory: by what the failed step contained."""
 
 import pytest
 
-from prefixd.server.engine.request import (
-    AdmittedRequest,
-    Event,
-    FinishEvent,
-    FinishReason,
-    PrefixKey,
-    SamplingParams,
-    StopParams,
-    TokenEvent,
+from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.recovery import OomBackoff
+from prefixd.server.engine.request import PrefixKey
+from prefixd.server.engine.step import Chunk, CompileChunk, Save, Step
+from prefixd.server.testing import FakeStaged
+
+KEY = PrefixKey("t", "digest")
+SAVES = [Save(KEY, 8, (1, 2))]
+CONFIG = SchedulerConfig(num_blocks=64, block_size=4, max_running=64, max_prefill_chunk=512)
+
+
+def chunks(*sizes: int) -> list[Chunk]:
+    return [Chunk(i, [0] * size, 0, []) for i, size in enumerate(sizes)]
+
+
+def compiles(*sizes: int) -> list[CompileChunk]:
+    return [CompileChunk(KEY, FakeStaged(size), 0, size, []) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("step", "limits", "retries"),
+    [
+        (Step(chunks=chunks(*[1] * 16)), (8, 512), True),  # decodes alone say nothing about chunks
+        (Step(chunks=chunks(100, *[1] * 15)), (8, 50), True),
+        (
+            Step(chunks=chunks(100)),
+            (64, 50),
+            True,
+        ),  # one row says nothing about their number
+        (Step(chunks=chunks(1)), (64, 512), False),
+        (Step(chunks=chunks(1), saves=SAVES), (64, 512), True),  # it may have been the save
+        (Step(saves=SAVES), (64, 512), True),
+        (Step(compiles=compiles(100)), (64, 50), True),
+        (Step(compiles=compiles(30, 30)), (64, 30), True),
+        (Step(compiles=compiles(1)), (64, 512), False),
+        (Step(chunks=chunks(1, 1, 1), compiles=compiles(60)), (1, 30), True),
+        (Step(chunks=chunks(1), compiles=compiles(1)), (64, 512), False),
+    ],
 )
-from prefixd.server.engine.step import PrefixUnavailable, Step
-from prefixd.server.testing import ByteDetokenizer, FakeStaged
-from tests.engine.test_engine import PREFIX, PROMPT, Bench, answer, expected, fail_steps
-
-UNDELIVERED = "the engine could not deliver this answer"
-
-
-def fail_the_loop(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the next turn of the loop fail; the scheduler that comes then is a sound one."""
-
-    def broken(**_: object) -> Step:
-        raise AssertionError("a bug in the scheduler")
-
-    monkeypatch.setattr(bench.engine.core.scheduler, "schedule", broken)
-
-
-@pytest.mark.parametrize("late", [None, FakeStaged(5), FakeStaged(6)])
-def test_a_fetch_from_before_the_loop_started_over_is_nobodys(
-    late: FakeStaged | None, monkeypatch: pytest.MonkeyPatch
+def test_out_of_memory_halves_what_the_step_had_several_of(
+    step: Step, limits: tuple[int, int], *, retries: bool
 ) -> None:
-    bench = Bench()
-    begun, leave, entered, proceed = (threading.Event() for _ in range(4))
-    fetch = bench.source.fetch
-
-    def slow_at_first(key: PrefixKey) -> object:
-        if begun.is_set():
-            return fetch(key)
-        begun.set()
-        leave.wait(20)
-        if late is None:
-            raise PrefixUnavailable("gone")
-        return late
-
-    def hold(step: Step) -> None:
-        if any(chunk.prefix == PREFIX.key for chunk in step.chunks) and not entered.is_set():
-            entered.set()
-            proceed.wait(20)
-
-    monkeypatch.setattr(bench.source, "fetch", slow_at_first)
-    fail_steps(bench, monkeypatch, hold)
-    bench.engine.start()
-    _, before = bench.submit(prefix=PREFIX)
-    assert begun.wait(20)
-    fail_the_loop(bench, monkeypatch)
-    assert answer(before)[1].reason is FinishReason.ERROR
-    _, after = bench.submit(prefix=PREFIX)
-    assert entered.wait(20)
-    leave.set()
-    bench.engine.core._fetch_pool.shutdown()  # the late fetch has been posted
-    proceed.set()
-    assert answer(after)[0] == expected(12, "digest")
-    assert answer(bench.submit(prefix=PREFIX)[1])[0] == expected(12, "digest")
-    bench.engine.stop()
-    assert bench.engine.stats().restarts == 1
+    backoff = OomBackoff(CONFIG)
+    assert backoff.shrink(step) == retries
+    assert (backoff.max_running, backoff.max_chunk) == limits
 
 
-def broken_at(moment: str) -> Callable[[], ByteDetokenizer]:
-    """Detokenizers of which the first to be asked fails at one of its calls; others are sound."""
-    spent = threading.Event()
-
-    class Broken(ByteDetokenizer):
-        def __init__(self) -> None:
-            self.fail("init")
-            super().__init__()
-
-        def push(self, token_id: int) -> str:
-            self.fail("push")
-            return super().push(token_id)
-
-        def flush(self) -> str:
-            self.fail("flush")
-            return super().flush()
-
-        def fail(self, now: str) -> None:
-            if now == moment and not spent.is_set():
-                spent.set()
-                raise ValueError("a bug in the tokenizer")
-
-    return Broken
+@pytest.mark.parametrize("compiled", [(200,), (1, 1)])
+def test_repeated_out_of_memory_reaches_the_smallest_step(compiled: tuple[int, ...]) -> None:
+    backoff, failures = OomBackoff(CONFIG), 1
+    step = Step(chunks=chunks(300, *[1] * 40), compiles=compiles(*compiled))
+    while backoff.shrink(step):
+        failures += 1
+        assert failures < 20
+        sizes = [min(300, backoff.max_chunk), *[1] * 40]
+        step = Step(
+            chunks=chunks(*sizes[: backoff.max_running]),
+            compiles=compiles(min(sum(compiled), backoff.max_chunk)),
+        )
 
 
-@pytest.mark.parametrize("moment", ["init", "push", "flush"])
-def test_text_that_cannot_be_made_ends_that_one_answer(moment: str) -> None:
-    bench = Bench(detokenizer=broken_at(moment))
-    _, broken = bench.submit()
-    others = [bench.submit()[1] for _ in range(3)]
-    bench.engine.start()
-    end = answer(broken)[1]
-    assert (end.reason, end.error) == (FinishReason.ERROR, UNDELIVERED)
-    assert [answer(events)[0] for events in others] == 3 * [expected(12)]
-    bench.engine.stop()
-    assert bench.engine.stats().restarts == 0
-    assert bench.engine.stats().finished["error"] == 1
-    bench.engine.core.scheduler.check_integrity()
-
-
-def test_a_handler_that_fails_ends_that_one_answer(caplog: pytest.LogCaptureFixture) -> None:
-    bench = Bench()
-    heard: queue.Queue[Event] = queue.Queue()
-
-    def raises(event: Event) -> None:
-        heard.put(event)
-        raise ValueError("a caller's bug")
-
-    request = AdmittedRequest(
-        "bad", "t", PROMPT, None, SamplingParams(temperature=0), StopParams(max_tokens=12)
-    )
-    bench.engine.submit(request, raises)
-    _, other = bench.submit()
-    with caplog.at_level(logging.ERROR):
-        bench.engine.start()
-        assert answer(other)[0] == expected(12)
-        bench.engine.stop()
-    first, last = heard.get_nowait(), heard.get_nowait()
-    assert isinstance(first, TokenEvent)
-    assert isinstance(last, FinishEvent)
-    assert (last.reason, last.error) == (FinishReason.ERROR, UNDELIVERED)
-    assert heard.empty()
-    assert "a caller's bug" in caplog.text
-    assert "bad" in caplog.text
-
-
-def test_text_that_cannot_be_made_while_the_loop_starts_over_harms_nobody(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    bench = Bench(detokenizer=broken_at("flush"))
-    going, go_on = threading.Event(), threading.Event()
-
-    def hold(step: Step) -> None:
-        if not going.is_set() and any(chunk.start > len(PROMPT) for chunk in step.chunks):
-            going.set()
-            go_on.wait(20)
-
-    fail_steps(bench, monkeypatch, hold)
-    both = [bench.submit(max_tokens=100)[1] for _ in range(2)]
-    bench.engine.start()
-    assert going.wait(20)
-    fail_the_loop(bench, monkeypatch)
-    go_on.set()
-    errors = [answer(events)[1].error for events in both]
-    assert errors == [UNDELIVERED, "the engine had to start over; please try again"]
-    assert answer(bench.submit()[1])[0] == expected(12)
-    bench.engine.stop()
-    assert bench.engine.stats().restarts == 1
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_cannot_start_over_leaves_nobody_waiting(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    bench = Bench()
-    _, events = bench.submit()
-    fail_the_loop(bench, monkeypatch)
-
-    def broken() -> None:
-        raise ValueError("no scheduler either")
-
-    monkeypatch.setattr(bench.engine.core, "_new_scheduler", broken)
-    bench.engine.start()
-    assert answer(events)[1].reason is FinishReason.ERROR
-    bench.engine.stop()
-    assert answer(bench.submit()[1]) == ("", FinishEvent(0, FinishReason.ABORT, 0))
+def test_limits_grow_back_after_32_good_steps() -> None:
+    backoff = OomBackoff(CONFIG)
+    backoff.shrink(Step(chunks=chunks(*[1] * 64)))
+    for _ in range(31):
+        backoff.step_succeeded()
+    assert backoff.max_running == 32
+    backoff.step_succeeded()
+    assert backoff.max_running == 64

@@ -51,7 +51,7 @@ def resident(scheduler: Scheduler) -> set[str]:
     return {entry.key.digest for entry in entries if entry.is_compiled}
 
 
-def test_a_tenant_at_its_cap_waits_for_its_own_prefix_to_become_idle() -> None:
+def test_tenant_at_its_cap_waits_until_its_own_prefix_is_idle() -> None:
     scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4))
     runner = FakeRunner(block_size=4)
     first, second = prefix("a", "first", 8), prefix("a", "second", 8)
@@ -71,7 +71,7 @@ def test_a_tenant_at_its_cap_waits_for_its_own_prefix_to_become_idle() -> None:
     assert scheduler.memory.residency.num_evictions == 1
 
 
-def test_without_a_cap_both_are_resident() -> None:
+def test_two_prefixes_are_resident_without_a_cap() -> None:
     scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4))
     runner = FakeRunner(block_size=4)
     for name in ("first", "second"):
@@ -81,7 +81,7 @@ def test_without_a_cap_both_are_resident() -> None:
     assert resident(scheduler) == {"first-8", "second-8"}
 
 
-def test_a_prefix_placed_by_a_step_that_failed_is_placed_anew() -> None:
+def test_prefix_placed_by_a_failed_step_is_placed_again() -> None:
     """Its blocks may not have been zeroed: they go back, and the next step zeroes them again."""
     scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4))
     scheduler.add(sequence(prefix("a", "first", 8)))
@@ -96,7 +96,7 @@ def test_a_prefix_placed_by_a_step_that_failed_is_placed_anew() -> None:
     scheduler.check_integrity()
 
 
-def test_what_ended_in_time_is_not_kept_until_its_deadline() -> None:
+def test_finished_sequences_are_not_kept_until_their_deadline() -> None:
     scheduler = Scheduler(SchedulerConfig(num_blocks=9, max_queue_wait_s=60.0))
     before = num_sequences()
     patient = Sequence(next(_ids), bare(timeout_s=1e9), 0, 0, [1])
@@ -110,7 +110,7 @@ def test_what_ended_in_time_is_not_kept_until_its_deadline() -> None:
     assert scheduler.expire(now=61.0) == [patient]
 
 
-def test_the_picture_tells_how_much_of_a_prefix_is_compiled() -> None:
+def test_debug_state_shows_how_much_of_a_prefix_is_compiled() -> None:
     scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4, max_prefill_chunk=6))
     scheduler.add(sequence(prefix("a", "first", 8)))
     seen = []

@@ -10,7 +10,7 @@ class SchedulerConfig:
     - ``max_staged``: prefixes that are loading (fetching, staged or compiling) at a time.
     - ``max_resident_tokens``: virtual tokens of all prefixes in the pool (None: the whole pool).
     - ``host_tokens``: virtual tokens of compiled prefixes kept in host memory for a quick return.
-    - ``max_prefix_wait_s``: a sequence whose turn came so long ago forces its prefix in.
+    - ``max_prefix_wait_s``: a sequence that waits longer for its prefix alone forces it in.
     - ``failed_prefix_memory_s``: how long a prefix that failed to load is not fetched again.
     - ``max_waiting_tokens``: prompt and output tokens that may wait (None: no bound).
     - ``max_queue_wait_s``: a sequence that has not started by then is shed (None: never).
@@ -53,7 +53,7 @@ class SchedulerConfig:
         """Most real tokens (prompt and output) that one sequence under a prefix of
         ``prefix_tokens`` can have in an otherwise empty pool; 0 or less: the prefix does not fit.
 
-        The KV of the last output token is never written, hence the added one.
+        The KV of the last output token is never written, so one more token fits.
         """
         if self.max_resident_tokens is not None and prefix_tokens > self.max_resident_tokens:
             return 0

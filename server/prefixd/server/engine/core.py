@@ -29,7 +29,7 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import End, Sequence, seeded_uniform, sequences_of
-from prefixd.server.engine.stats import EngineStats, StatsKeeper, tiers_of
+from prefixd.server.engine.stats import EngineStats, StatsCounters, tiers_of
 from prefixd.server.engine.step import (
     ModelRunner,
     OutOfMemory,
@@ -81,7 +81,7 @@ class EngineCore:
         self._next_id = 0
         self._pins: tuple[tuple[PrefixHandle, ...], Mapping[str, int] | None] = (), None
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
-        self._keeper = StatsKeeper()
+        self._counters = StatsCounters()
         self._stats_built = -inf
         self._published: tuple[Scheduler, int, int, int] | None = None
         self._queue_published = False
@@ -137,7 +137,7 @@ class EngineCore:
         self.num_failures = 0
         ends = self._outputs.push(output.sampled)
         ended = self.scheduler.update(step, output, ends)
-        self._keeper.step(step, time.perf_counter() - started, output)
+        self._counters.step(step, time.perf_counter() - started, output)
         if ended:
             self._close(ended)
 
@@ -156,10 +156,10 @@ class EngineCore:
             exc_info=None if out_of_memory else error,
         )
         if out_of_memory:
-            self._keeper.out_of_memory += 1
+            self._counters.out_of_memory += 1
             message = "the device has not enough memory for this request"
         else:
-            self._keeper.step_failures += 1
+            self._counters.step_failures += 1
             self.num_failures += 1
             self.last_failure = now
             message = "the engine failed on this request"
@@ -172,7 +172,7 @@ class EngineCore:
         log.error("the step loop failed; %d sequences end", len(alive), exc_info=error)
         recent = [moment for moment in self._restarts if now - moment < _RESTARTS_WITHIN_S]
         self._restarts.append(now)
-        self._keeper.restarts += 1
+        self._counters.restarts += 1
         self.turn_began = None
         restarts = len(recent) < _MAX_RESTARTS
         message = "had to start over; please try again" if restarts else "stopped unexpectedly"
@@ -207,7 +207,7 @@ class EngineCore:
         if version != self._published:
             self._published = version
             self.tiers, self.preloads = tiers_of(scheduler), preloads.by_tenant()
-        self._queue_limiter.rate = self._keeper.rate
+        self._queue_limiter.rate = self._counters.rate
         is_queued = scheduler.waiting.num_sequences > 0
         if is_queued or self._queue_published:
             self._queue_limiter.publish(scheduler.waiting)
@@ -216,7 +216,7 @@ class EngineCore:
     def build_stats(self) -> EngineStats:
         """Build and publish the figures of this moment."""
         self._stats_built = time.monotonic()
-        self.stats = self._keeper.snapshot(self.scheduler, self.tiers)
+        self.stats = self._counters.snapshot(self.scheduler, self.tiers)
         return self.stats
 
     # -- requests of other threads, called between two turns ----
@@ -226,7 +226,7 @@ class EngineCore:
         now = time.monotonic()
         seed = request.sampling.seed
         base_seed = secrets.randbits(63) if seed is None else seed
-        self._keeper.prompt_tokens += len(request.prompt) * request.n
+        self._counters.prompt_tokens += len(request.prompt) * request.n
         sequences = sequences_of(request, first_id=self._next_id, seed=base_seed)
         self._next_id += request.n
         self._outputs.open(sequences, on_event)
@@ -265,7 +265,7 @@ class EngineCore:
             is_shed = reason is FinishReason.SHED
             retry_after = self._queue_limiter.retry_after if is_shed else None
             self._outputs.close(sequence, retry_after=retry_after)
-            self._keeper.finished[reason.value] += 1
+            self._counters.finished[reason.value] += 1
 
     # -- fetches ----
 

@@ -1,4 +1,4 @@
-"""Who leaves the pool: every rule about it, and nothing else.
+"""Eviction: every rule about what leaves the pool, and nothing else.
 
 What needs room decides what may be taken for it. Blocks of KV that are only remembered for reuse
 are free and always go first. Then, in this order::
@@ -16,7 +16,7 @@ are free and always go first. Then, in this order::
     a prefix, not overdue    | idle prefixes without waiters           | kept prefixes
     an overdue prefix, which | 1. prefixes without waiters, idle first | unused prefixes with
     forces its way in        | 2. prefixes with waiters, idle first    | waiters; pins, unless it
-                             | 3. pins                                 | cannot fit beside them
+                             | 3. pins                                 | cannot fit next to them
                              | Those still in use are LEAVING: no      |
                              | sequence starts under them meanwhile    |
     a tenant's cap           | the tenant's own prefixes, by the rules | other tenants' prefixes
@@ -203,7 +203,7 @@ class EvictionPolicy:
         )
 
     def _spared_pins(self, entry: Entry, cap: int | None) -> set[PrefixKey]:
-        """Pins that stay even for an overdue prefix: all, unless it can never fit beside them."""
+        """Pins that stay even for an overdue prefix: all, unless it can never fit next to them."""
         budget, tenant = self._config.max_resident_tokens, entry.key.tenant
         pins = [pin for pin in self._residency.pins.values() if pin.key != entry.key]
         sizes = [entry.num_tokens, *(pin.num_tokens for pin in pins)]

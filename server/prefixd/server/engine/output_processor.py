@@ -101,7 +101,7 @@ class OutputProcessor:
             if not token.finite:
                 continue
             end = stream.sequence.end_after(token.token_id)
-            if end is None or end.reason is not FinishReason.STOP:  # a stop token is no text
+            if end is None or end.reason is not FinishReason.STOP:  # no text for a stop token
                 try:
                     stop = self._send(stream, token)
                 except Exception as error:  # noqa: BLE001 - logged there

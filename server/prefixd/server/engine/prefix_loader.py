@@ -6,7 +6,7 @@ keep running; but a sequence whose turn came more than ``max_prefix_wait_s`` ago
 in, one prefix at a time: enough others become LEAVING, so that no sequence starts under them, and
 are evicted when those that run have ended. A prefix that has come in is used at least once before
 it can be forced out again. So two prefixes that do not fit together alternate, instead of evicting
-each other unused. ``eviction`` has the rules of who leaves.
+each other unused. ``eviction`` has the rules of what leaves.
 """
 
 from collections import Counter, OrderedDict
@@ -205,9 +205,9 @@ class PrefixLoader:
         self._advance(step, sequence.prefix, cap=cap, overdue=overdue)
 
     def load_others(self, step: Step, *, now: float, has_room: bool) -> None:
-        """Load pins and preloads, and continue with whatever is under way: the sequences that wait
-        for it may be further back in the queue than a step looks. Unless the pool ``has_room`` for
-        the next sequence that could run, only the forced prefix is placed."""
+        """Load pins and preloads, and continue with all prefixes that are loading: the sequences
+        that wait for them may be further back in the queue than the lookahead. Unless the pool
+        ``has_room`` for the next sequence that could run, only the forced prefix is placed."""
         residency = self._residency
         if has_room and residency.pins:
             for handle in residency.pins.values():
@@ -289,7 +289,7 @@ class PrefixLoader:
         self._tried.add((entry.key, overdue))
         forces = overdue and self.forcing in {None, entry.key}
         if self.forcing == entry.key:
-            self._stop_forcing()  # chosen anew, as things are now
+            self._stop_forcing()  # chosen again, from the present state
         forced = None if self.forcing is None else self._residency.get(self.forcing)
         plan = self._eviction.plan_for(entry, cap=entry.cap, forces=forces, promised=forced)
         if plan.is_enough and all(victim.idle for victim in plan.victims):

@@ -29,7 +29,7 @@ class QueueLimiter:
 
     def check(self, tenant: str, *, weight: float, cost: int = 1) -> None:
         """Raise QueueFull when a request of ``cost`` tokens is not admitted; by default the
-        smallest, so that a refusal in a crowd costs next to nothing."""
+        smallest, so that a refusal under heavy load costs very little."""
         if self.closed is not None:
             raise QueueFull(self.closed, retry_after=_MIN_RETRY_S)
         if self._max_tokens is None:

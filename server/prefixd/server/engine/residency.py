@@ -240,7 +240,7 @@ class Residency:
         return list(self._by_stage[Stage.STAGED].values())
 
     def compiling(self) -> list[Entry]:
-        """Entries whose compile is under way, oldest first."""
+        """Entries whose compile is in progress, oldest first."""
         return list(self._by_stage[Stage.COMPILING].values())
 
     def tokens_of(self, tenant: str) -> int:

@@ -72,8 +72,8 @@ class Scheduler:
     def add(self, sequence: Sequence, *, now: float = 0.0) -> list[Sequence]:
         """Queue a new sequence. Admission has checked that it can ever fit.
 
-        Returns the sequences that this ended: itself, if its prefix failed to load a moment ago, or
-        those that were shed from an overfull queue.
+        Returns the sequences that this ended: itself, if its prefix has recently failed to load,
+        or those that were shed from an overfull queue.
         """
         sequence.arrived = now
         if sequence.prefix is not None and self.prefix_loader.failures:
@@ -134,7 +134,7 @@ class Scheduler:
     def step_failed(
         self, step: Step, message: str, *, now: float = 0.0, out_of_memory: bool = False
     ) -> list[Sequence]:
-        """The runner raised: the parts of the step start over, or end if ``recovery`` says so.
+        """The runner raised: the parts of the step start over, or end if ``recovery`` requires it.
 
         Returns the sequences that ended.
         """

@@ -83,7 +83,7 @@ STEP_TIME_EDGES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 
 
 @dataclass(slots=True)
-class StatsKeeper:
+class StatsCounters:
     """Counts on the engine's thread; ``snapshot`` reads together with the scheduler."""
 
     steps: int = 0

@@ -1,0 +1,181 @@
+"""Failures around the steps: exceptions in a turn, late fetches, detokenizers and handlers."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from prefixd.server.engine.request import (
+    AdmittedRequest,
+    Event,
+    FinishEvent,
+    FinishReason,
+    PrefixKey,
+    SamplingParams,
+    StopParams,
+    TokenEvent,
+)
+from prefixd.server.engine.step import PrefixUnavailable, Step
+from prefixd.server.testing import ByteDetokenizer, FakeStaged
+from tests.engine.test_engine import PREFIX, PROMPT, Bench, answer, expected, fail_steps
+
+UNDELIVERED = "the engine could not deliver this answer"
+
+
+def fail_the_turn(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the next turn fail; the scheduler created after it works."""
+
+    def failing(**_: object) -> Step:
+        raise AssertionError("a bug in the scheduler")
+
+    monkeypatch.setattr(bench.engine.core.scheduler, "schedule", failing)
+
+
+@pytest.mark.parametrize("late_result", [None, FakeStaged(5), FakeStaged(6)])
+def test_fetch_from_before_a_restart_is_ignored(
+    late_result: FakeStaged | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench()
+    begun, leave, entered, proceed = (threading.Event() for _ in range(4))
+    fetch = bench.source.fetch
+
+    def slow_at_first(key: PrefixKey) -> object:
+        if begun.is_set():
+            return fetch(key)
+        begun.set()
+        leave.wait(20)
+        if late_result is None:
+            raise PrefixUnavailable("gone")
+        return late_result
+
+    def hold(step: Step) -> None:
+        if any(chunk.prefix == PREFIX.key for chunk in step.chunks) and not entered.is_set():
+            entered.set()
+            proceed.wait(20)
+
+    monkeypatch.setattr(bench.source, "fetch", slow_at_first)
+    fail_steps(bench, monkeypatch, hold)
+    bench.engine.start()
+    _, before = bench.submit(prefix=PREFIX)
+    assert begun.wait(20)
+    fail_the_turn(bench, monkeypatch)
+    assert answer(before)[1].reason is FinishReason.ERROR
+    _, after = bench.submit(prefix=PREFIX)
+    assert entered.wait(20)
+    leave.set()
+    bench.engine.core._fetch_pool.shutdown()  # the late fetch has been posted
+    proceed.set()
+    assert answer(after)[0] == expected(12, "digest")
+    assert answer(bench.submit(prefix=PREFIX)[1])[0] == expected(12, "digest")
+    bench.engine.stop()
+    assert bench.engine.stats().restarts == 1
+
+
+def broken_at(moment: str) -> Callable[[], ByteDetokenizer]:
+    """Detokenizers of which the first fails at one of its calls, and the others work."""
+    has_failed = threading.Event()
+
+    class Broken(ByteDetokenizer):
+        def __init__(self) -> None:
+            self.fail("init")
+            super().__init__()
+
+        def push(self, token_id: int) -> str:
+            self.fail("push")
+            return super().push(token_id)
+
+        def flush(self) -> str:
+            self.fail("flush")
+            return super().flush()
+
+        def fail(self, now: str) -> None:
+            if now == moment and not has_failed.is_set():
+                has_failed.set()
+                raise ValueError("a bug in the tokenizer")
+
+    return Broken
+
+
+@pytest.mark.parametrize("moment", ["init", "push", "flush"])
+def test_failing_detokenizer_ends_only_its_sequence(moment: str) -> None:
+    bench = Bench(detokenizer=broken_at(moment))
+    _, failing = bench.submit()
+    intact = [bench.submit()[1] for _ in range(3)]
+    bench.engine.start()
+    end = answer(failing)[1]
+    assert (end.reason, end.error) == (FinishReason.ERROR, UNDELIVERED)
+    assert [answer(events)[0] for events in intact] == 3 * [expected(12)]
+    bench.engine.stop()
+    assert bench.engine.stats().restarts == 0
+    assert bench.engine.stats().finished["error"] == 1
+    bench.engine.core.scheduler.check_integrity()
+
+
+def test_failing_event_handler_ends_only_its_sequence(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    events_sent: queue.Queue[Event] = queue.Queue()
+
+    def raises(event: Event) -> None:
+        events_sent.put(event)
+        raise ValueError("a caller's bug")
+
+    request = AdmittedRequest(
+        "bad", "t", PROMPT, None, SamplingParams(temperature=0), StopParams(max_tokens=12)
+    )
+    bench.engine.submit(request, raises)
+    _, other = bench.submit()
+    with caplog.at_level(logging.ERROR):
+        bench.engine.start()
+        assert answer(other)[0] == expected(12)
+        bench.engine.stop()
+    first, last = events_sent.get_nowait(), events_sent.get_nowait()
+    assert isinstance(first, TokenEvent)
+    assert isinstance(last, FinishEvent)
+    assert (last.reason, last.error) == (FinishReason.ERROR, UNDELIVERED)
+    assert events_sent.empty()
+    assert "a caller's bug" in caplog.text
+    assert "bad" in caplog.text
+
+
+def test_failing_detokenizer_during_a_restart_ends_only_its_sequence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(detokenizer=broken_at("flush"))
+    going, go_on = threading.Event(), threading.Event()
+
+    def hold(step: Step) -> None:
+        if not going.is_set() and any(chunk.start > len(PROMPT) for chunk in step.chunks):
+            going.set()
+            go_on.wait(20)
+
+    fail_steps(bench, monkeypatch, hold)
+    both = [bench.submit(max_tokens=100)[1] for _ in range(2)]
+    bench.engine.start()
+    assert going.wait(20)
+    fail_the_turn(bench, monkeypatch)
+    go_on.set()
+    errors = [answer(events)[1].error for events in both]
+    assert errors == [UNDELIVERED, "the engine had to start over; please try again"]
+    assert answer(bench.submit()[1])[0] == expected(12)
+    bench.engine.stop()
+    assert bench.engine.stats().restarts == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_engine_that_cannot_start_over_ends_all_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench()
+    _, events = bench.submit()
+    fail_the_turn(bench, monkeypatch)
+
+    def failing() -> None:
+        raise ValueError("no scheduler either")
+
+    monkeypatch.setattr(bench.engine.core, "_new_scheduler", failing)
+    bench.engine.start()
+    assert answer(events)[1].reason is FinishReason.ERROR
+    bench.engine.stop()
+    assert answer(bench.submit()[1]) == ("", FinishEvent(0, FinishReason.ABORT, 0))
