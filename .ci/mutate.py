@@ -22,7 +22,7 @@ TESTS = {"engine": ("tests/engine", "tests/machines"), "store": ("tests/store",)
 FOLDERS = {"engine": "src/prefixd/server/engine", "store": "src/prefixd/store"}
 # Left out: tests that need a service, another process or the whole repository, and the slowest of
 # the store, because a change that survives runs every test that reaches it.
-EXCLUDED = ("postgres", "s3", "kill", "page", "store_machine", "store_properties")
+EXCLUDED = ("postgres", "s3", "kill", "page", "processes", "store_machine", "store_properties")
 # What mutmut notes for a mutant: the exit status of its tests.
 KILLED, SURVIVED, UNTESTED = 1, 0, 33
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from prefixd.server.api.generate.admission import Admitted
-from prefixd.server.api.request_record import Endpoint, RequestRecord, TenantClass
+from prefixd.server.api.request_record import Admitted, Endpoint, RequestRecord, TenantClass
 from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import shutil
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 _COPY_BYTES = 1024 * 1024
@@ -38,3 +40,11 @@ def sha256_of(path: Path) -> str:
     """Digest of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_older(directory: Path, *, before: datetime) -> None:
+    """Remove the files under ``directory`` that were last written or touched before ``before``."""
+    for path in directory.rglob("*"):
+        with suppress(FileNotFoundError):
+            if path.is_file() and path.stat().st_mtime < before.timestamp():
+                path.unlink()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from prefixd.store.errors import BlobStoreRefused
-from prefixd.store.files import fsync_directory, make_directories, sha256_of
+from prefixd.store.files import fsync_directory, make_directories, remove_older, sha256_of
 from prefixd.store.names import BlobKey, corrupt, missing
 
 
@@ -144,14 +144,6 @@ class LocalBlobs:
 
     def tidy(self, *, before: datetime) -> None:
         remove_older(self._staging, before=before)
-
-
-def remove_older(directory: Path, *, before: datetime) -> None:
-    """Remove the files under ``directory`` that were last written or touched before ``before``."""
-    for path in directory.rglob("*"):
-        with suppress(FileNotFoundError):
-            if path.is_file() and path.stat().st_mtime < before.timestamp():
-                path.unlink()
 
 
 def _linked(source: Path, target: Path) -> bool:

@@ -22,14 +22,13 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
-from prefixd.store.blobs.blobs import remove_older
 from prefixd.store.errors import (
     BLOBS_UNAVAILABLE,
     BlobStoreRefused,
     BlobsUnavailable,
     CorruptArtifact,
 )
-from prefixd.store.files import make_directories, sha256_of
+from prefixd.store.files import make_directories, remove_older, sha256_of
 from prefixd.store.names import BlobKey, corrupt, missing
 
 SINGLE_PUT_BYTES = 8 * 1024 * 1024

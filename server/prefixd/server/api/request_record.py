@@ -1,4 +1,4 @@
-"""What metrics, log and trace report about one request for generation."""
+"""One request for generation: what was admitted, and what metrics, log and trace report of it."""
 
 import time
 from asyncio import CancelledError
@@ -10,12 +10,45 @@ from typing import Any, Protocol, Self
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from prefixd.server.api.generate.admission import Admitted
-from prefixd.server.engine.request import FinishEvent
+from prefixd.server.engine.request import AdmittedRequest, FinishEvent
 from prefixd.server.errors import DeadlineExceeded, PrefixdError, Unavailable
+from prefixd.server.tenants.bindings import ChosenBy
 from prefixd.store.errors import BlobsUnavailable, CorruptArtifact, StoreError
+from prefixd.store.store import Manifest
 
 _SHORT_DIGEST = 12
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedPrefix:
+    """A version of a prefix and why it was chosen."""
+
+    manifest: Manifest
+    chosen_by: ChosenBy
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A request that fits: one ``AdmittedRequest`` for each prompt, all under the same prefix.
+
+    ``model`` is the caller's name for it; ``prefix`` is None for the bare base. Choice
+    ``i * n + j`` of the response is sequence ``j`` of request ``i``.
+    """
+
+    id: str
+    model: str
+    prefix: ResolvedPrefix | None
+    requests: tuple[AdmittedRequest, ...]
+
+    @property
+    def num_choices(self) -> int:
+        """Number of sequences of all requests."""
+        return len(self.requests) * self.requests[0].n
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once, without virtual tokens."""
+        return sum(len(request.prompt) for request in self.requests)
 
 
 class ClientGone(Exception):

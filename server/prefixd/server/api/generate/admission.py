@@ -14,7 +14,8 @@ from prefixd.server.api.generate.requests import (
     CompletionRequest,
     GenerationFields,
 )
-from prefixd.server.api.generate.resolver import PrefixResolver, ResolvedPrefix
+from prefixd.server.api.generate.resolver import PrefixResolver
+from prefixd.server.api.request_record import Admitted, ResolvedPrefix
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.request import (
     AdmittedRequest,
@@ -44,30 +45,6 @@ _SAMPLING_FIELDS = {
     "frequency_penalty",
     "seed",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """A request that fits: one ``AdmittedRequest`` for each prompt, all under the same prefix.
-
-    ``model`` is the caller's name for it; ``prefix`` is None for the bare base. Choice
-    ``i * n + j`` of the response is sequence ``j`` of request ``i``.
-    """
-
-    id: str
-    model: str
-    prefix: ResolvedPrefix | None
-    requests: tuple[AdmittedRequest, ...]
-
-    @property
-    def num_choices(self) -> int:
-        """Number of sequences of all requests."""
-        return len(self.requests) * self.requests[0].n
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts, each counted once, without virtual tokens."""
-        return sum(len(request.prompt) for request in self.requests)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,8 @@ from prefixd.server.api.error_responses import (
     from_queue_full,
     internal_error,
 )
-from prefixd.server.api.generate.admission import Admitted
 from prefixd.server.api.generate.recorder import RequestRecorder
-from prefixd.server.api.request_record import ClientGone
+from prefixd.server.api.request_record import Admitted, ClientGone
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import (
     Event,

@@ -2,19 +2,12 @@
 
 from dataclasses import dataclass
 
+from prefixd.server.api.request_record import ResolvedPrefix
 from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import Conflict, EngineFailure, NotFound
 from prefixd.server.tenants.bindings import Bindings, ChosenBy
 from prefixd.store.errors import InvalidReference, UnknownPrefix
-from prefixd.store.store import Manifest, PrefixStore
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedPrefix:
-    """A version of a prefix and why it was chosen."""
-
-    manifest: Manifest
-    chosen_by: ChosenBy
+from prefixd.store.store import PrefixStore
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from prefixd.server.api.auth import Generator
 from prefixd.server.api.body import json_body, json_request
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_queue_full
-from prefixd.server.api.generate.admission import Admission, Admitted
+from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.event_stream import EventStream, Generation, while_connected
 from prefixd.server.api.generate.formatter import (
     ChatAnswer,
@@ -30,7 +30,13 @@ from prefixd.server.api.generate.recorder import RequestRecorder
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest, GenerationFields
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.parts import part
-from prefixd.server.api.request_record import ClientGone, RequestRecord, TenantClass, Tracer
+from prefixd.server.api.request_record import (
+    Admitted,
+    ClientGone,
+    RequestRecord,
+    TenantClass,
+    Tracer,
+)
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import Event, FinishEvent, FinishReason, QueueFull, TokenEvent
