@@ -45,17 +45,23 @@ PACKAGES = ("prefixd.server", "prefixd.store", "prefixd.client")
 # -- rooms ----------------------------------------------------------------------------------------
 
 
+def import_graph() -> grimp.ImportGraph:
+    """The imports of running code among our packages."""
+    return grimp.build_graph(*PACKAGES, exclude_type_checking_imports=True, cache_dir=None)
+
+
 def rooms_table() -> str:
     """A table of the rooms: their modules and which rooms they import."""
-    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    graph = import_graph()
     arrows: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     modules = defaultdict(set)
     for module in sorted(graph.modules):
-        room = room_of(module)
+        if not (room := room_of(module)):
+            continue
         modules[room].add(within(module, room))
         for imported in graph.find_modules_directly_imported_by(module):
             target = room_of(imported)
-            if target != room:
+            if target and target != room:
                 arrows[room][target].add(within(imported, target))
     rows = ["| Room | Holds | Modules | Imports |", "|---|---|---|---|"]
     for room, holds in ROOMS.items():
@@ -67,8 +73,10 @@ def rooms_table() -> str:
     return "\n".join(rows)
 
 
-def room_of(module: str) -> str:
-    """The room a module is in; the packages' own modules count to the command line."""
+def room_of(module: str) -> str | None:
+    """The room a module is in; None for the package ``prefixd.server`` itself: its version."""
+    if module == "prefixd.server":
+        return None
     inside = [room for room in ROOMS if module == room or module.startswith(f"{room}.")]
     return max(inside, key=len, default="prefixd.server.cli")
 

@@ -69,11 +69,9 @@ def _check_model(settings: Settings) -> str:
     if settings.model == "demo":
         demo_model_packages()
         return "the bundled demo model is installed"
-    from prefixd.server.model.load import is_folder
+    from prefixd.server.serve.build import model_origin
 
-    if is_folder(settings.model):
-        return f"local folder {settings.model}"
-    return f"{settings.model} would be looked up on Hugging Face"
+    return model_origin(settings.model)
 
 
 _CHECKS: dict[str, Callable[[Settings], str]] = {

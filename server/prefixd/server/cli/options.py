@@ -16,9 +16,7 @@ from prefixd.client.errors import ApiError, AuthenticationError, ClientError, Co
 from prefixd.client.sync import Client
 from prefixd.client.transport import DEFAULT_TIMEOUT, DEFAULT_URL
 from prefixd.server.cli.output import printable
-from prefixd.server.errors import PrefixdError
 from prefixd.server.serve.settings import Setting, Settings, settings_by_group
-from prefixd.store.errors import StoreError
 
 if TYPE_CHECKING:
     from prefixd.server.serve.catalog import CatalogParts
@@ -298,9 +296,11 @@ def reported_errors() -> Iterator[None]:
     """End the verb with the message of an error of the catalog, the store or a setting."""
     from sqlalchemy.exc import SQLAlchemyError
 
+    from prefixd.server.serve.catalog import REPORTED_ERRORS
+
     try:
         yield
-    except (PrefixdError, StoreError, OSError, ValueError) as error:
+    except REPORTED_ERRORS as error:
         fail(str(error))
     except SQLAlchemyError as error:
         fail(f"the database cannot be used: {str(error).partition(chr(10))[0]}")

@@ -76,14 +76,12 @@ def show_first_key(tenants: "Tenants") -> None:
 
 def load_server(settings: Settings) -> "Server":
     """A server over the real model; a model that cannot be served ends the verb with the reason."""
-    from prefixd.server.model.architecture import UnsupportedModel
-    from prefixd.server.model.demo import DemoModelMissing
-    from prefixd.server.serve.build import build_server
+    from prefixd.server.serve.build import MODEL_ERRORS, build_server
 
     with reported_errors():
         try:
             return build_server(settings)
-        except (UnsupportedModel, DemoModelMissing) as error:
+        except MODEL_ERRORS as error:
             fail(str(error))
         except ImportError:
             # transformers raises this when it converts the demo model without gguf.

@@ -1,11 +1,9 @@
 """Verbs on the configured store, with or without a running server: gc, migrate, copy."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from pydantic import SecretStr
@@ -20,9 +18,6 @@ from prefixd.server.cli.options import (
 )
 from prefixd.server.cli.output import print_json
 from prefixd.server.serve.settings import Settings
-
-if TYPE_CHECKING:
-    from prefixd.store.copying import Place
 
 
 @with_settings(*CATALOG_SETTINGS)
@@ -57,15 +52,10 @@ def gc(
 @with_settings(*CATALOG_SETTINGS)
 def migrate(settings: Settings, as_json: JsonFlag = False) -> None:
     """Upgrade the database to the tables of this version, as a server does when it starts."""
-    from prefixd.store.db.database import open_database
-    from prefixd.store.db.migrate import revision, upgrade
-
     with reported_errors():
-        database = open_database(settings.catalog_url)
-        before = revision(database)
-        upgrade(database)
-        after = revision(database)
-        database.dispose()
+        from prefixd.server.serve.catalog import migrate_database
+
+        before, after = migrate_database(settings)
     if as_json:
         print_json({"from": before, "to": after})
     else:
@@ -99,10 +89,10 @@ def copy(
             "blobs_url": to_blobs_url,
         }
     )
-    from prefixd.store.copying import copy_store
+    with reported_errors():
+        from prefixd.server.serve.catalog import copy_catalog
 
-    with reported_errors(), _place(settings) as source, _place(target) as destination:
-        result = copy_store(source, destination)
+        result = copy_catalog(settings, target)
     if as_json:
         print_json(result)
     else:
@@ -110,17 +100,3 @@ def copy(
         typer.echo(f"copied {rows} rows and {result.blobs} blobs of {result.bytes} bytes")
     for key in result.corrupt:
         typer.echo(f"prefixd: not copied, corrupt or missing: {key.tenant} {key.digest}", err=True)
-
-
-@contextmanager
-def _place(settings: Settings) -> Iterator["Place"]:
-    from prefixd.server.tenants import tables  # noqa: F401 - registers the tenants' tables
-    from prefixd.store.blobs.blobs import open_blobs
-    from prefixd.store.copying import Place
-    from prefixd.store.db.database import open_database
-
-    database = open_database(settings.catalog_url)
-    try:
-        yield Place(database, open_blobs(settings.blobs_url, settings.root))
-    finally:
-        database.dispose()

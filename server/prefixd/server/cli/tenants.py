@@ -168,12 +168,12 @@ def create_key(
     as_json: JsonFlag = False,
 ) -> None:
     """Issue an API key and print it. It cannot be shown again."""
-    from prefixd.server.tenants.registry import DEFAULT_SCOPES, Scope
+    from prefixd.server.serve.catalog import parse_scopes
 
     try:
-        scopes = [Scope(word) for word in scope] if scope else DEFAULT_SCOPES
+        scopes = parse_scopes(scope or ())
     except ValueError as error:
-        fail(f"--scope: {error}; expected one of {', '.join(Scope)}")
+        fail(f"--scope: {error}")
     expires_at = None
     if expires_in_days is not None:
         expires_at = datetime.now(UTC) + timedelta(days=expires_in_days)

@@ -25,7 +25,9 @@ from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.step import STORAGE_UNAVAILABLE, PrefixUnavailable
-from prefixd.server.model.load import LoadedBase, load_base, resolve_device
+from prefixd.server.model.architecture import UnsupportedModel
+from prefixd.server.model.demo import DemoModelMissing
+from prefixd.server.model.load import LoadedBase, is_folder, load_base, resolve_device
 from prefixd.server.model.prefix import StorePrefixSource
 from prefixd.server.model.runner import TorchRunner
 from prefixd.server.model.selfcheck import Limits, self_check
@@ -43,6 +45,9 @@ from prefixd.store.names import BlobKey
 from prefixd.store.store import PrefixStore
 
 log = structlog.get_logger("prefixd")
+
+MODEL_ERRORS = (UnsupportedModel, DemoModelMissing)
+"""Errors of a model that cannot be served; their message says why."""
 
 _QUEUED_POOLS = 8
 """How many times the pool's size may wait, unless the operator says otherwise."""
@@ -168,6 +173,13 @@ def device_of(settings: Settings) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")
     return str(device)
+
+
+def model_origin(model: str) -> str:
+    """Where ``model`` is loaded from. Raises FileNotFoundError for a folder that does not exist."""
+    if is_folder(model):
+        return f"local folder {model}"
+    return f"{model} would be looked up on Hugging Face"
 
 
 def scheduler_config(settings: Settings) -> SchedulerConfig:

@@ -3,20 +3,28 @@
 Imports neither torch nor FastAPI, so the command line opens it without a server.
 """
 
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sqlalchemy import Engine as Database
 
+from prefixd.server.errors import PrefixdError
 from prefixd.server.serve.settings import Settings
 from prefixd.server.tenants.audit import AuditLog
 from prefixd.server.tenants.bindings import Bindings
 from prefixd.server.tenants.idempotency import Idempotency
 from prefixd.server.tenants.limiter import Limiter
-from prefixd.server.tenants.registry import Tenants
+from prefixd.server.tenants.registry import DEFAULT_SCOPES, Scope, Tenants
 from prefixd.store.blobs.blobs import open_blobs
+from prefixd.store.copying import Copied, Place, copy_store
 from prefixd.store.db.database import open_database
-from prefixd.store.db.migrate import upgrade
+from prefixd.store.db.migrate import revision, upgrade
+from prefixd.store.errors import StoreError
 from prefixd.store.store import PrefixStore
+
+REPORTED_ERRORS = (PrefixdError, StoreError, OSError, ValueError)
+"""Errors whose message tells an operator what was wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +53,40 @@ def open_catalog(settings: Settings) -> CatalogParts:
         audit=AuditLog(database),
         idempotency=Idempotency(database),
     )
+
+
+def parse_scopes(words: Sequence[str]) -> Collection[Scope]:
+    """The scopes that ``words`` name; no word means those of an ordinary key.
+
+    Raises ValueError for any other word.
+    """
+    try:
+        return [Scope(word) for word in words] or DEFAULT_SCOPES
+    except ValueError as error:
+        raise ValueError(f"{error}; expected one of {', '.join(Scope)}") from None
+
+
+def migrate_database(settings: Settings) -> tuple[str | None, str | None]:
+    """Upgrade the database to the tables of this version; its revision before and after."""
+    database = open_database(settings.catalog_url)
+    try:
+        before = revision(database)
+        upgrade(database)
+        return before, revision(database)
+    finally:
+        database.dispose()
+
+
+def copy_catalog(source: Settings, target: Settings) -> Copied:
+    """Copy database and blobs of the configured catalog to an empty one."""
+    with _place(source) as full, _place(target) as empty:
+        return copy_store(full, empty)
+
+
+@contextmanager
+def _place(settings: Settings) -> Iterator[Place]:
+    database = open_database(settings.catalog_url)
+    try:
+        yield Place(database, open_blobs(settings.blobs_url, settings.root))
+    finally:
+        database.dispose()

@@ -7,7 +7,7 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import Conflict, EngineFailure, NotFound
 from prefixd.server.tenants.bindings import Bindings, ChosenBy
 from prefixd.store.errors import InvalidReference, UnknownPrefix
-from prefixd.store.store import PrefixStore
+from prefixd.store.store import Manifest, PrefixStore
 
 
 @dataclass(frozen=True, slots=True)
