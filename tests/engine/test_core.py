@@ -179,3 +179,32 @@ def test_engine_that_cannot_start_over_ends_all_requests(
     assert answer(events)[1].reason is FinishReason.ERROR
     bench.engine.stop()
     assert answer(bench.submit()[1]) == ("", FinishEvent(0, FinishReason.ABORT, 0))
+
+
+class LateDetokenizer(ByteDetokenizer):
+    """Holds the last character back until the next one, or ``flush``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = ""
+
+    def push(self, token_id: int) -> str:
+        text, self._last = self._last, super().push(token_id)
+        return text
+
+    def flush(self) -> str:
+        text, self._last = self._last, ""
+        return text
+
+
+def test_stop_string_completed_by_the_last_text_is_the_end() -> None:
+    bench = Bench(detokenizer=LateDetokenizer)
+    text = expected(12)
+    _, events = bench.submit(strings=(text[10:],))
+    bench.engine.start()
+    delivered, end = answer(events)
+    bench.engine.stop()
+    assert delivered == text[:10]
+    assert (end.reason, end.stop) == (FinishReason.STOP, text[10:])
+    assert bench.engine.stats().finished["stop"] == 1
+    assert bench.engine.stats().finished["length"] == 0

@@ -22,7 +22,14 @@ from prefixd.server.engine.request import (
     TokenEvent,
 )
 from prefixd.server.engine.sequence import seeded_uniform
-from prefixd.server.engine.step import Detokenizer, OutOfMemory, Step, StepOutput
+from prefixd.server.engine.step import (
+    STORAGE_UNAVAILABLE,
+    Detokenizer,
+    OutOfMemory,
+    PrefixUnavailable,
+    Step,
+    StepOutput,
+)
 from prefixd.server.testing import ByteDetokenizer, FakeRunner, FakeSource, fake_generate
 
 PREFIX = PrefixHandle(PrefixKey("t", "digest"), 5)
@@ -446,3 +453,59 @@ def test_draws_are_uniform_and_depend_on_seed_and_index() -> None:
     assert all(0 <= draw < 1 for draw in draws)
     assert len(set(draws)) == len(draws)
     assert sum(draws) / len(draws) == pytest.approx(0.5, abs=0.02)
+
+
+def test_stats_answer_while_a_step_hangs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def when(step: Step) -> Exception | None:
+        if (
+            step.chunks and len(step.chunks[0].tokens) == 1
+        ):  # the first decode, under the resident prefix
+            entered.set()
+            leave.wait(20)
+        return None
+
+    fail_steps(bench, monkeypatch, when)
+    _, events = bench.submit(prefix=PREFIX)
+    assert entered.wait(20)
+    with monkeypatch.context() as patch:
+        patch.setattr("prefixd.server.engine.engine._STATS_TIMEOUT_S", 0.01)
+        stats = bench.engine.stats()
+    leave.set()
+    assert stats.tiers == {PREFIX.key: "resident"}
+    assert stats.blocks_total == 63
+    assert answer(events)[0] == expected(12, "digest")
+    assert bench.engine.stats().generated_tokens == 12
+
+
+def test_stats_count_every_step_before_the_call(bench: Bench) -> None:
+    for count in (1, 2, 3):
+        _, events = bench.submit(max_tokens=4)
+        answer(events)
+        assert bench.engine.stats().generated_tokens == 4 * count
+        assert bench.engine.stats().finished["length"] == count
+
+
+def test_state_after_stop_shows_what_is_left() -> None:
+    bench = Bench()
+    bench.engine.start()
+    _, events = bench.submit(prefix=PREFIX)
+    answer(events)
+    bench.engine.stop()
+    state = bench.engine.state()
+    assert state["running"]["count"] == 0
+    assert [entry["digest"] for entry in state["prefixes"]["entries"]] == ["digest"]
+
+
+def test_error_code_of_the_prefix_source_reaches_the_finish_event(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unavailable(_: PrefixKey) -> object:
+        raise PrefixUnavailable("the store is unavailable", code=STORAGE_UNAVAILABLE)
+
+    monkeypatch.setattr(bench.source, "fetch", unavailable)
+    for _ in range(2):  # the second from the remembered failure
+        _, events = bench.submit(prefix=PREFIX)
+        end = answer(events)[1]
+        assert (end.error, end.error_code) == ("the store is unavailable", STORAGE_UNAVAILABLE)

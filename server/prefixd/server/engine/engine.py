@@ -29,7 +29,7 @@ from prefixd.server.engine.request import (
 from prefixd.server.engine.stats import EngineStats, debug_state
 from prefixd.server.engine.step import Detokenizer, ModelRunner, PrefixSource
 
-_STATS_TIMEOUT_S = 0.5
+_STATS_TIMEOUT_S = 2.0
 _MAX_FAILURES = 8
 _FAILURES_FORGOTTEN_S = 30.0
 

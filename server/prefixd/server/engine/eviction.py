@@ -126,8 +126,8 @@ class EvictionPolicy:
         )
 
     def _is_kept(self, entry: Entry) -> bool:
-        reserved = entry.forced and not entry.num_uses and entry.key in self._residency.waiters
-        return reserved or entry.stage is Stage.LEAVING or entry.key in self._residency.pins
+        residency, is_leaving = self._residency, entry.stage is Stage.LEAVING
+        return is_leaving or entry.key in residency.pins or residency.is_reserved(entry)
 
     def _evict_until(self, step: Step, idle: list[Entry], num_free: int) -> bool:
         """Evict from the front of ``idle`` until ``num_free`` blocks are free. Evicts none and

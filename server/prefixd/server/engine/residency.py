@@ -19,7 +19,7 @@ many sequences use it (single flight). Every change of an entry's stage is a met
 
 Two counts complete the stage. ``num_users`` sequences run under an entry now; it is idle without
 any. ``num_uses`` have started under it since it was compiled; one without any that was ``forced``
-in is reserved for the sequence that waits for it.
+in is reserved for the sequences that wait for it.
 
 A prefix is claimed by each sequence that waits for it (``waiters``), by a pin (``pins``) and by a
 preload (``preloads``). The blocks of an entry are referenced by the entry itself and by the block
@@ -142,6 +142,10 @@ class Residency:
     def is_claimed(self, key: PrefixKey) -> bool:
         """Whether a waiting sequence, a pin or a preload needs the prefix."""
         return key in self.waiters or key in self.pins or key in self.preloads
+
+    def is_reserved(self, entry: Entry) -> bool:
+        """Whether it was forced in for waiting sequences, and is not used yet."""
+        return entry.forced and not entry.num_uses and entry.key in self.waiters
 
     # -- transitions ----
 

@@ -114,7 +114,7 @@ class StepBuilder:
         room."""
         residency = self._memory.residency
         for entry in residency.resident():
-            if not entry.forced or entry.num_uses or entry.key not in residency.waiters:
+            if not residency.is_reserved(entry):
                 continue
             if not step.budget or len(self._running) >= self._recovery.backoff.max_running:
                 break
