@@ -1,4 +1,4 @@
-"""Stores on SQLite with files and on PostgreSQL with S3, opened as often as a test likes."""
+"""Stores on SQLite with files and on PostgreSQL with S3, which a test can open repeatedly."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ def home(open_home: Callable[[], Home]) -> Home:
 
 
 class _Careless(BaseHTTPRequestHandler):
-    """An S3 that takes everything, whatever the conditions."""
+    """An S3 that accepts every request and ignores conditions."""
 
     def do_PUT(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
@@ -83,7 +83,7 @@ class _Careless(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def careless_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """Leads to a bucket that ignores If-None-Match, and gives its URL."""
+    """The URL of a bucket that ignores If-None-Match."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Careless)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

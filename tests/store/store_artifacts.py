@@ -1,4 +1,4 @@
-"""Crafted adapters: safetensors bytes by hand, so that they may be as wrong as a test wants."""
+"""Crafted adapters: safetensors bytes built by hand, so that tests can make any mistake in them."""
 
 import json
 import struct
@@ -39,7 +39,7 @@ def config_bytes(peft_type: object = "PROMPT_TUNING", **changes: Any) -> bytes:
 
 
 def ramp(*shape: int) -> np.ndarray:
-    """Small values, each different: a transposed or shifted read shows."""
+    """Small values, each different: so that a transposed or shifted read is detected."""
     count = int(np.prod(shape))
     return (np.arange(count, dtype=np.float32) / 64 - 1).reshape(shape)
 
@@ -63,7 +63,7 @@ def bits(values: np.ndarray, dtype: str) -> bytes:
 
 
 def tensors(named: dict[str, np.ndarray], dtype: str = "F32") -> bytes:
-    """An honest safetensors file."""
+    """A valid safetensors file."""
     header: dict[str, Any] = {}
     data = b""
     for name, values in named.items():

@@ -1,4 +1,4 @@
-"""Blobs: one contract, held by both drivers. Whole or not at all, verified on every load."""
+"""Blobs: one contract, held by both drivers. Complete or absent, verified on every load."""
 
 import hashlib
 import os
@@ -28,7 +28,7 @@ KEY = BlobKey("acme", DIGEST)
 
 
 class Place:
-    """Where a driver keeps its blobs, seen from behind its back."""
+    """Where a driver keeps its blobs, accessed without the driver."""
 
     def __init__(self, root: Path, url: str | None) -> None:
         self.root = root
@@ -73,7 +73,7 @@ def put(blobs: Blobs, tenant: str = "acme", content: bytes = CONTENT) -> str:
     return digest
 
 
-def test_a_blob_lies_under_its_tenant_and_digest_and_nothing_else_is_left(
+def test_a_blob_is_stored_by_tenant_and_digest_without_other_files(
     place: Place, blobs: Blobs
 ) -> None:
     put(blobs)
@@ -84,13 +84,13 @@ def test_a_blob_lies_under_its_tenant_and_digest_and_nothing_else_is_left(
     assert sorted(blobs.walk()) == [(KEY, 8), (BlobKey("umbrella", DIGEST), 8)]
 
 
-def test_blobs_are_there_for_the_next_process(place: Place, tmp_path: Path) -> None:
+def test_blobs_survive_a_restart(place: Place, tmp_path: Path) -> None:
     put(place.open())
     other = place.open() if place.url is None else open_blobs(place.url, tmp_path / "replica")
     assert other.fetch(tenant="acme", digest=DIGEST).read_bytes() == CONTENT
 
 
-def test_an_interrupted_write_leaves_nothing_behind(place: Place, blobs: Blobs) -> None:
+def test_an_interrupted_write_leaves_no_files(place: Place, blobs: Blobs) -> None:
     def interrupted() -> Path:
         with blobs.staging() as staged:
             staged.write_bytes(b"half")
@@ -102,7 +102,7 @@ def test_an_interrupted_write_leaves_nothing_behind(place: Place, blobs: Blobs) 
     assert not [path for path in place.root.rglob("*") if path.is_file()]
 
 
-def test_there_is_no_blob_of_another_tenant(blobs: Blobs) -> None:
+def test_a_blob_of_another_tenant_is_not_found(blobs: Blobs) -> None:
     put(blobs)
     with pytest.raises(UnknownPrefix) as foreign:
         blobs.fetch(tenant="umbrella", digest=DIGEST)
@@ -113,7 +113,7 @@ def test_there_is_no_blob_of_another_tenant(blobs: Blobs) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"a prefiX", CONTENT + b"!"])
-def test_a_changed_blob_is_never_returned_and_healed_by_its_upload(
+def test_a_changed_blob_is_never_returned_and_a_new_upload_repairs_it(
     place: Place, blobs: Blobs, content: bytes
 ) -> None:
     put(blobs)
@@ -127,7 +127,7 @@ def test_a_changed_blob_is_never_returned_and_healed_by_its_upload(
     assert list(blobs.walk()) == [(KEY, 8)]
 
 
-def test_a_deleted_blob_is_gone_and_may_come_again(place: Place, blobs: Blobs) -> None:
+def test_a_deleted_blob_is_not_found_and_can_be_uploaded_again(place: Place, blobs: Blobs) -> None:
     put(blobs)
     for _ in range(2):
         blobs.delete(tenant="acme", digest=DIGEST)
@@ -139,7 +139,7 @@ def test_a_deleted_blob_is_gone_and_may_come_again(place: Place, blobs: Blobs) -
     assert blobs.fetch(tenant="acme", digest=DIGEST).read_bytes() == CONTENT
 
 
-def test_what_killed_uploads_left_is_tidied_up_and_blobs_are_not(
+def test_files_of_interrupted_uploads_are_removed_and_blobs_are_kept(
     place: Place, blobs: Blobs
 ) -> None:
     put(blobs)
@@ -157,7 +157,7 @@ def test_what_killed_uploads_left_is_tidied_up_and_blobs_are_not(
 
 
 @pytest.mark.parametrize("tenant", ["", ".", "..", ".tmp", "a/b", "../x", "a\0b", "a\n", "é"])
-def test_a_tenant_id_never_leads_elsewhere(place: Place, blobs: Blobs, tenant: str) -> None:
+def test_a_tenant_id_cannot_escape_the_blob_folder(place: Place, blobs: Blobs, tenant: str) -> None:
     with pytest.raises(InvalidReference):
         put(blobs, tenant=tenant)
     for act in (blobs.fetch, blobs.delete, blobs.quarantine):
@@ -167,13 +167,13 @@ def test_a_tenant_id_never_leads_elsewhere(place: Place, blobs: Blobs, tenant: s
 
 
 @pytest.mark.parametrize("digest", ["", "../../etc/passwd", DIGEST.upper(), DIGEST + "\n"])
-def test_a_digest_never_leads_elsewhere(blobs: Blobs, digest: str) -> None:
+def test_a_digest_cannot_escape_the_blob_folder(blobs: Blobs, digest: str) -> None:
     for act in (blobs.fetch, blobs.delete, blobs.quarantine):
         with pytest.raises(UnknownPrefix):
             act(tenant="acme", digest=digest)
 
 
-def test_a_sound_file_is_never_overwritten(tmp_path: Path) -> None:
+def test_a_valid_file_is_never_overwritten(tmp_path: Path) -> None:
     blobs = LocalBlobs(tmp_path)
     put(blobs)
     before = blobs.fetch(tenant="acme", digest=DIGEST).stat().st_ino
@@ -181,7 +181,7 @@ def test_a_sound_file_is_never_overwritten(tmp_path: Path) -> None:
     assert blobs.fetch(tenant="acme", digest=DIGEST).stat().st_ino == before
 
 
-def test_every_new_name_is_made_durable_after_it_is_made(
+def test_every_new_file_name_is_synced_after_it_is_created(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name is durable once its directory is synced after it appeared in it."""
@@ -211,7 +211,7 @@ def test_every_new_name_is_made_durable_after_it_is_made(
 
 
 @pytest.mark.parametrize("size", [s3_blobs.SINGLE_PUT_BYTES, s3_blobs.SINGLE_PUT_BYTES + 1])
-def test_a_large_blob_goes_up_in_parts_under_the_same_condition(
+def test_a_large_blob_is_uploaded_in_parts_with_the_same_condition(
     s3_url: str, tmp_path: Path, size: int
 ) -> None:
     place = Place(tmp_path, s3_url)
@@ -220,7 +220,7 @@ def test_a_large_blob_goes_up_in_parts_under_the_same_condition(
     digest = put(blobs, content=content)
     name = BlobKey("acme", digest).place
     assert place.names() == [name]
-    place.write(name, b"what somebody else was quicker to create")
+    place.write(name, b"what another client created first")
     with blobs.staging() as staged:
         staged.write_bytes(content)
         blobs._create(staged, name)  # type: ignore[attr-defined]
@@ -238,25 +238,25 @@ def test_a_changed_local_copy_is_fetched_again(s3_url: str, tmp_path: Path) -> N
     assert blobs.fetch(tenant="acme", digest=DIGEST).read_bytes() == CONTENT
 
 
-def test_a_bucket_that_ignores_the_condition_is_refused(
+def test_a_bucket_that_ignores_if_none_match_is_rejected(
     careless_s3: Callable[[], str], tmp_path: Path
 ) -> None:
     with pytest.raises(BlobStoreRefused, match="ignores If-None-Match"):
         open_blobs(careless_s3(), tmp_path)
 
 
-def test_a_bucket_that_is_not_there_is_refused(s3_url: str, tmp_path: Path) -> None:
+def test_a_missing_bucket_is_rejected(s3_url: str, tmp_path: Path) -> None:
     with pytest.raises(BlobStoreRefused, match=r"s3://absent/x cannot be used.*not found"):
         open_blobs("s3://absent/x", tmp_path)
 
 
 @pytest.mark.parametrize("url", ["file:///tmp/x", "gs://bucket", "bucket"])
-def test_blobs_elsewhere_are_refused(url: str, tmp_path: Path) -> None:
+def test_other_blob_urls_are_rejected(url: str, tmp_path: Path) -> None:
     with pytest.raises(BlobStoreRefused, match="s3://bucket/prefix"):
         open_blobs(url, tmp_path)
 
 
-def test_a_bucket_that_is_away_is_one_error(
+def test_an_unavailable_bucket_raises_one_error_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with running_s3() as endpoint:

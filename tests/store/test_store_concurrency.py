@@ -27,7 +27,7 @@ THREADS = 32
 
 
 def race(work: Callable[[int], Any]) -> list[Any]:
-    """Run ``work(0) .. work(31)`` in threads that set off together."""
+    """Run ``work(0) .. work(31)`` in threads that start together."""
     barrier = threading.Barrier(THREADS)
 
     def one(number: int) -> Any:
@@ -50,7 +50,7 @@ def publish(home: Home, number: int) -> Any:
     )
 
 
-def test_racing_uploads_of_the_same_bytes_make_one_version(home: Home) -> None:
+def test_concurrent_uploads_of_the_same_bytes_make_one_version(home: Home) -> None:
     weights = spool(home.path, soft())
     published = race(
         lambda _: changes.publish_peft(
@@ -69,7 +69,7 @@ def test_racing_uploads_of_the_same_bytes_make_one_version(home: Home) -> None:
     assert len(home.held()) == 1
 
 
-def test_racing_uploads_of_different_bytes_make_a_version_each(home: Home) -> None:
+def test_concurrent_uploads_of_different_bytes_make_one_version_each(home: Home) -> None:
     published = race(lambda number: publish(home, number))
     assert sorted(one.manifest.version for one in published) == list(range(1, THREADS + 1))
     by_version = {one.manifest.version: one.manifest.digest for one in published}
@@ -77,7 +77,7 @@ def test_racing_uploads_of_different_bytes_make_a_version_each(home: Home) -> No
     assert {manifest.version: manifest.digest for manifest in stored} == by_version
 
 
-def test_racing_alias_moves_end_in_one_of_them(home: Home) -> None:
+def test_concurrent_alias_moves_leave_one_of_the_versions(home: Home) -> None:
     for number in range(4):
         publish(home, number)
     race(
@@ -89,7 +89,7 @@ def test_racing_alias_moves_end_in_one_of_them(home: Home) -> None:
     assert len(marked) == 1
 
 
-def test_of_racing_pins_one_stays(home: Home) -> None:
+def test_concurrent_pins_of_a_prefix_leave_one_pin(home: Home) -> None:
     for number in range(4):
         publish(home, number)
     race(
@@ -103,8 +103,8 @@ def test_of_racing_pins_one_stays(home: Home) -> None:
     ]
 
 
-def test_changes_of_every_kind_at_once_wait_for_each_other_and_end(home: Home) -> None:
-    """Two names with the same bytes: whoever locks in another order than the rest deadlocks."""
+def test_concurrent_changes_of_every_kind_all_finish(home: Home) -> None:
+    """Two names with the same bytes: locking in different orders would deadlock."""
 
     def change(number: int) -> None:
         name = ("style", "tone")[number % 2]
@@ -143,8 +143,9 @@ def test_readers_never_wait_for_a_writer(home: Home, open_home: Callable[[], Hom
         assert other.store.resolve(tenant="acme", reference="style").version == 1
 
 
-def test_an_answer_is_of_one_moment(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An alias that moves between the two queries of a look-up is where the first one saw it."""
+def test_a_read_is_consistent_with_one_moment(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An alias that moves between the two queries of a lookup keeps the version of the first
+    one."""
     publish(home, 0)
     publish(home, 1)
     changes.set_alias(home.store, tenant="acme", name="style", alias="prod", version=1)
@@ -161,7 +162,7 @@ def test_an_answer_is_of_one_moment(home: Home, monkeypatch: pytest.MonkeyPatch)
     assert home.store.resolve(tenant="acme", reference="style@prod").version == 2
 
 
-def test_a_failed_write_leaves_nothing(home: Home) -> None:
+def test_a_failed_write_is_rolled_back(home: Home) -> None:
     publish(home, 0)
 
     def interrupted() -> None:
@@ -174,7 +175,7 @@ def test_a_failed_write_leaves_nothing(home: Home) -> None:
     assert home.store.resolve(tenant="acme", reference="style").version == 1
 
 
-def test_sqlite_is_opened_durably(tmp_path: Path) -> None:
+def test_sqlite_is_opened_with_wal_and_full_sync(tmp_path: Path) -> None:
     engine = open_database(f"sqlite:///{tmp_path}/new/catalog.sqlite")
     upgrade(engine)
     with reading(engine) as connection:
@@ -192,10 +193,10 @@ def test_sqlite_is_opened_durably(tmp_path: Path) -> None:
     }
 
 
-def test_a_new_file_that_another_process_is_writing_is_waited_for(
+def test_opening_a_locked_new_database_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SQLite refuses to switch such a file to WAL at once, whatever the busy timeout."""
+    """SQLite refuses to switch such a file to WAL while it is locked, ignoring the busy timeout."""
     other = sqlite3.connect(tmp_path / "catalog.sqlite", isolation_level=None)
     other.execute("CREATE TABLE t (a)")
     other.execute("BEGIN IMMEDIATE")
@@ -210,7 +211,7 @@ def test_a_new_file_that_another_process_is_writing_is_waited_for(
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
-def test_a_database_in_memory_is_refused(url: str) -> None:
+def test_a_database_in_memory_is_rejected(url: str) -> None:
     with pytest.raises(ValueError, match="needs a file"):
         open_database(url)
 
@@ -245,7 +246,7 @@ print("done")
 """
 
 
-def test_several_processes_start_and_publish_at_once(tmp_path: Path) -> None:
+def test_several_processes_start_and_publish_concurrently(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     children = [
         subprocess.Popen(

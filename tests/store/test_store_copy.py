@@ -1,4 +1,4 @@
-"""Back-up, restore and move, as docs/operations.md tells them."""
+"""Backup, restore and move, as docs/operations.md describes them."""
 
 import json
 import shutil
@@ -108,7 +108,7 @@ def run(*words: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_a_copy_moves_everything_from_sqlite_and_files_to_postgres_and_s3(
+def test_a_copy_from_sqlite_and_files_to_postgres_and_s3_is_complete(
     full: Opened, postgres_url: str, s3_url: str, tmp_path: Path
 ) -> None:
     done = run(
@@ -120,7 +120,9 @@ def test_a_copy_moves_everything_from_sqlite_and_files_to_postgres_and_s3(
         *("tenants", "api_keys", "bindings", "audit_log", "prefixes", "versions", "aliases"),
         *("blobs", "rate_limits", "pins"),
     }
-    before["blobs"] = [row for row in before["blobs"] if row[3] is None]  # nobody has the others
+    before["blobs"] = [
+        row for row in before["blobs"] if row[3] is None
+    ]  # no version has the others
     assert done["rows"] == {name: len(rows) for name, rows in before.items()} | {"blobs": 4}
     assert (done["blobs"], done["corrupt"]) == (3, [])
     with opened(postgres_url, s3_url, tmp_path / "replica") as moved:
@@ -128,14 +130,14 @@ def test_a_copy_moves_everything_from_sqlite_and_files_to_postgres_and_s3(
         assert moved.texts() == {"style": "two", "other": "three"} == full.texts()
         assert moved.store.resolve(tenant="acme", reference="style@prod").version == 1
         assert moved.store.resolve(tenant="acme", reference="style@prod").pinned
-        # What the database counts goes on from where it was; numbers are not given again.
+        # Counters of the database continue; numbers are not reused.
         moved.publish("new", "five")
         moved.publish("gone", "four")
         assert moved.store.resolve(tenant="acme", reference="gone").version == 2
         moved.tenants.create_key(tenant="acme")
 
 
-def test_a_copy_is_made_into_an_empty_place_only(full: Opened, tmp_path: Path) -> None:
+def test_a_copy_needs_an_empty_target(full: Opened, tmp_path: Path) -> None:
     words = ["copy", "--data-dir", f"{tmp_path}/home", "--to-data-dir", f"{tmp_path}/copy"]
     run(*words)
     again = CliRunner().invoke(app, words)
@@ -146,7 +148,7 @@ def test_a_copy_is_made_into_an_empty_place_only(full: Opened, tmp_path: Path) -
     assert "--to-data-dir" in nowhere.stderr
 
 
-def test_a_copy_says_which_blobs_are_corrupt_and_marks_them(full: Opened, tmp_path: Path) -> None:
+def test_a_copy_lists_and_marks_corrupt_blobs(full: Opened, tmp_path: Path) -> None:
     found = full.store.resolve(tenant="acme", reference="other")
     full.store.fetch(tenant="acme", digest=found.digest).write_bytes(b"changed")
     done = run("copy", "--data-dir", f"{tmp_path}/home", "--to-data-dir", f"{tmp_path}/copy")
@@ -159,8 +161,8 @@ def test_a_copy_says_which_blobs_are_corrupt_and_marks_them(full: Opened, tmp_pa
         assert copy.texts() == {"style": "two", "other": "three"}
 
 
-def test_a_back_up_taken_while_the_server_runs_is_whole(full: Opened, tmp_path: Path) -> None:
-    """Catalog first, blobs second: whatever the catalog of the back-up names was there before."""
+def test_a_backup_taken_while_the_server_runs_is_complete(full: Opened, tmp_path: Path) -> None:
+    """The catalog is copied first: all blobs it names existed before."""
     home, backup = tmp_path / "home", tmp_path / "backup"
     backup.mkdir()
     with closing(sqlite3.connect(home / "catalog.sqlite3")) as connection:
@@ -169,7 +171,7 @@ def test_a_back_up_taken_while_the_server_runs_is_whole(full: Opened, tmp_path: 
     shutil.copytree(home / "blobs", backup / "blobs")
     with opened(sqlite_url(backup), None, backup) as restored:
         assert restored.texts() == {"style": "two", "other": "three"}
-        # What came in between is in no catalog; collecting takes it in, and in time away.
+        # Blobs added in between are in no catalog; a collection adopts and later removes them.
         done = run("gc", "--data-dir", str(backup), "--grace", "0")
         assert done["adopted"] == 1
         run("gc", "--data-dir", str(backup), "--grace", "0")
@@ -177,7 +179,7 @@ def test_a_back_up_taken_while_the_server_runs_is_whole(full: Opened, tmp_path: 
         assert restored.texts() == {"style": "two", "other": "three"}
 
 
-def test_a_back_up_of_postgres_by_its_own_tools_is_whole(
+def test_a_backup_of_postgres_with_pg_dump_is_complete(
     full: Opened, postgres_server: Postgres, postgres_url: str, tmp_path: Path
 ) -> None:
     data = ["--data-dir", f"{tmp_path}/home"]
@@ -193,7 +195,7 @@ def test_a_back_up_of_postgres_by_its_own_tools_is_whole(
     postgres_server.execute("DROP DATABASE restored WITH (FORCE)")
 
 
-def test_migrate_says_where_it_came_from(tmp_path: Path) -> None:
+def test_migrate_prints_the_previous_revision(tmp_path: Path) -> None:
     first = run("migrate", "--data-dir", str(tmp_path))
     assert first["from"] is None
     assert run("migrate", "--data-dir", str(tmp_path)) == {"from": first["to"], "to": first["to"]}

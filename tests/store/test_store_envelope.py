@@ -23,7 +23,7 @@ from tests.store.store_artifacts import (
 )
 
 
-def test_round_trip_of_a_kv_prefix(tmp_path: Path) -> None:
+def test_a_kv_prefix_survives_a_round_trip(tmp_path: Path) -> None:
     target = tmp_path / "artifact"
     packed = pack_peft(config_bytes("CARTRIDGE"), spool(tmp_path, kv()), target)
     assert hashlib.sha256(target.read_bytes()).hexdigest() == packed.digest
@@ -33,7 +33,7 @@ def test_round_trip_of_a_kv_prefix(tmp_path: Path) -> None:
     np.testing.assert_array_equal(artifact.values, ramp(P, KV_WIDTH))
 
 
-def test_round_trip_of_a_text(tmp_path: Path) -> None:
+def test_a_text_survives_a_round_trip(tmp_path: Path) -> None:
     target = tmp_path / "artifact"
     packed = pack_text("Grüße\n{}", target)
     assert hashlib.sha256(target.read_bytes()).hexdigest() == packed.digest
@@ -42,7 +42,7 @@ def test_round_trip_of_a_text(tmp_path: Path) -> None:
     assert (artifact.num_virtual_tokens, artifact.dtype) == (8, None)
 
 
-def test_the_payload_is_the_upload_itself(tmp_path: Path) -> None:
+def test_the_payload_of_an_artifact_is_the_uploaded_file(tmp_path: Path) -> None:
     target = tmp_path / "artifact"
     pack_peft(config_bytes(), spool(tmp_path, soft()), target)
     envelope = read_envelope(target)
@@ -51,7 +51,7 @@ def test_the_payload_is_the_upload_itself(tmp_path: Path) -> None:
     assert envelope.config == config_fields()
 
 
-def test_white_space_in_the_config_makes_no_other_prefix_but_its_content_does(
+def test_whitespace_in_the_config_does_not_change_the_digest_but_content_does(
     tmp_path: Path,
 ) -> None:
     weights, target = spool(tmp_path, soft()), tmp_path / "artifact"
@@ -68,7 +68,7 @@ def test_white_space_in_the_config_makes_no_other_prefix_but_its_content_does(
     "filler",
     ['"é"', "1e15", '"\N{GRINNING FACE}"', "[[[[[[[[[[[[[[0]]]]]]]]]]]]]]", "-0.0", "9" * 4000],
 )
-def test_every_config_that_is_accepted_can_be_read_back(tmp_path: Path, filler: str) -> None:
+def test_every_accepted_config_can_be_read_back(tmp_path: Path, filler: str) -> None:
     config = config_bytes()[:-1] + b',"x":['
     room = MAX_CONFIG_BYTES - len(config) - 2
     count = room // (len(filler.encode()) + 1)
@@ -116,7 +116,7 @@ def line(**changes: object) -> bytes:
         line(more=1) + b"hi",
     ],
 )
-def test_refuses_a_malformed_envelope(tmp_path: Path, raw: bytes) -> None:
+def test_a_malformed_envelope_is_rejected(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "artifact"
     path.write_bytes(line() + b"hi")
     assert read_envelope(path).kind == "hard_prompt"
@@ -126,7 +126,7 @@ def test_refuses_a_malformed_envelope(tmp_path: Path, raw: bytes) -> None:
     assert refusal.value.code == "malformed_artifact"
 
 
-def test_a_stored_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+def test_a_stored_text_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "artifact"
     path.write_bytes(line() + b"\xff\xff")
     with pytest.raises(ArtifactRefused) as refusal:

@@ -23,7 +23,7 @@ NOW = timedelta(seconds=-60)
 """A grace that has always passed."""
 
 
-def test_a_deleted_prefix_is_kept_for_the_grace_and_then_removed(home: Home) -> None:
+def test_a_deleted_prefix_is_removed_after_the_grace_period(home: Home) -> None:
     manifest = home.put().manifest
     changes.delete(home.store, tenant="acme", name="style")
     assert home.store.collect(grace=DAY) == GcResult()
@@ -36,7 +36,7 @@ def test_a_deleted_prefix_is_kept_for_the_grace_and_then_removed(home: Home) -> 
     assert home.held() == set()
 
 
-def test_collecting_goes_on_from_page_to_page(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collection_covers_all_pages(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prefixd.store.catalog.blob_rows._PAGE", 2)
     for number in range(5):
         home.put_text(f"text {number}", f"name-{number}")
@@ -46,7 +46,7 @@ def test_collecting_goes_on_from_page_to_page(home: Home, monkeypatch: pytest.Mo
     assert home.held() == set()
 
 
-def test_what_is_referenced_elsewhere_or_again_is_kept(home: Home) -> None:
+def test_blobs_referenced_by_another_or_new_version_are_kept(home: Home) -> None:
     home.put("a")
     home.put("b")
     home.put("a", tenant="umbrella")
@@ -60,19 +60,19 @@ def test_what_is_referenced_elsewhere_or_again_is_kept(home: Home) -> None:
     assert {key.tenant for key in home.held()} == {"umbrella"}
 
 
-def test_what_is_resident_is_kept_by_this_process_and_by_others(home: Home) -> None:
+def test_blobs_of_resident_prefixes_are_kept(home: Home) -> None:
     key = BlobKey("acme", home.put().manifest.digest)
     changes.delete(home.store, tenant="acme", name="style")
     home.clock.ahead = 2 * DAY
     assert home.store.collect(grace=DAY, resident=[key]).blobs == 0
     assert home.store.collect(grace=NOW, resident=[key]) == GcResult(resident=1)
-    # The sweep of the process that has it began its grace again.
+    # The sweep of the process that holds it restarted its grace period.
     assert home.store.collect(grace=DAY).blobs == 0
     home.clock.ahead = 4 * DAY
     assert home.store.collect(grace=DAY).blobs == 1
 
 
-def test_what_came_into_use_since_it_was_looked_up_is_kept(home: Home) -> None:
+def test_a_blob_that_becomes_used_during_a_collection_is_kept(home: Home) -> None:
     key = BlobKey("acme", home.put().manifest.digest)
     changes.delete(home.store, tenant="acme", name="style")
     rows, now = home.store._rows, home.clock()
@@ -84,7 +84,7 @@ def test_what_came_into_use_since_it_was_looked_up_is_kept(home: Home) -> None:
     assert not rows.collect(key, before=later + DAY, remove=lambda: pytest.fail("removed"))
 
 
-def test_a_row_says_whether_its_blob_is_referenced(home: Home) -> None:
+def test_a_blob_row_shows_whether_the_blob_is_referenced(home: Home) -> None:
     def since() -> list[bool]:
         with reading(home.database) as connection:
             found = connection.execute(select(blobs.c.unreferenced_at)).scalars()
@@ -100,7 +100,9 @@ def test_a_row_says_whether_its_blob_is_referenced(home: Home) -> None:
     assert since() == [True]
 
 
-def test_which_blobs_no_version_has_any_more(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleted_lists_the_blobs_that_no_version_references(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("prefixd.store.catalog.blob_rows._PAGE", 2)
     keys = {
         BlobKey(tenant, home.put_text(text, name, tenant=tenant).manifest.digest): (tenant, name)
@@ -121,7 +123,7 @@ def test_which_blobs_no_version_has_any_more(home: Home, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def overtaken(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Published]:
-    """Publishes, and twice lets something happen between its blob and its row."""
+    """Publishes, and twice runs a callback between writing its blob and its row."""
 
     def publish(happens: Callable[[BlobKey], None]) -> Published:
         change, remaining = home.store.change, [happens] * 2
@@ -142,7 +144,7 @@ def overtaken(home: Home, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Publ
     return publish
 
 
-def test_a_publish_that_is_overtaken_by_a_collection_begins_again(
+def test_a_publish_overtaken_by_a_collection_starts_again(
     home: Home, overtaken: Callable[..., Published]
 ) -> None:
     def collected(_: BlobKey) -> None:
@@ -152,7 +154,7 @@ def test_a_publish_that_is_overtaken_by_a_collection_begins_again(
     assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
 
 
-def test_a_row_that_another_publish_made_anew_does_not_vouch_for_a_blob(
+def test_a_row_recreated_by_another_publish_does_not_prove_that_its_blob_exists(
     home: Home, overtaken: Callable[..., Published]
 ) -> None:
     def collected_and_wanted(key: BlobKey) -> None:
@@ -164,7 +166,7 @@ def test_a_row_that_another_publish_made_anew_does_not_vouch_for_a_blob(
     assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
 
 
-def test_a_row_that_a_killed_collection_left_does_not_vouch_for_a_blob(
+def test_a_row_remaining_after_a_killed_collection_does_not_prove_that_its_blob_exists(
     home: Home, overtaken: Callable[..., Published]
 ) -> None:
     def half_collected(key: BlobKey) -> None:
@@ -182,7 +184,7 @@ def test_a_row_that_a_killed_collection_left_does_not_vouch_for_a_blob(
     assert home.held() == set()
 
 
-def test_of_two_deletes_at_once_one_finds_that_it_was_the_last(home: Home) -> None:
+def test_of_two_concurrent_deletes_one_removes_the_last_reference(home: Home) -> None:
     home.put("a")
     home.put("b")
     overtaken = threading.Event()
@@ -203,7 +205,7 @@ def test_of_two_deletes_at_once_one_finds_that_it_was_the_last(home: Home) -> No
     assert home.held() == set()
 
 
-def test_racing_publishes_deletes_and_collections_never_lose_a_blob(
+def test_concurrent_publishes_deletes_and_collections_never_lose_a_blob(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each delete has a collection follow it, and a publish may begin again after every one."""
@@ -237,7 +239,7 @@ def test_racing_publishes_deletes_and_collections_never_lose_a_blob(
     assert home.held() == set()
 
 
-def test_an_upload_in_flight_is_no_leaving_of_a_killed_one(home: Home) -> None:
+def test_files_of_a_running_upload_are_not_removed(home: Home) -> None:
     with home.blobs.staging() as staged:
         staged.write_bytes(b"half")
         home.store.collect(grace=NOW)
@@ -247,14 +249,14 @@ def test_an_upload_in_flight_is_no_leaving_of_a_killed_one(home: Home) -> None:
         assert not staged.exists()
 
 
-def test_a_sweeper_sweeps_until_it_is_stopped_whatever_happens(
+def test_a_sweeper_continues_after_errors_until_it_is_stopped(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     swept = threading.Semaphore(0)
 
     def sweep() -> GcResult:
         swept.release()
-        raise ConnectionError("the database is away")
+        raise ConnectionError("the database is unavailable")
 
     sweeper = Sweeper(sweep, interval_s=0.001)
     sweeper.start()

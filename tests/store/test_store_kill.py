@@ -211,7 +211,7 @@ def test_a_publish_killed_at_any_system_call_leaves_its_version_absent_or_comple
 
 
 def check_after_kill(home: Path, *, acknowledged: bool) -> bool:
-    """Open what a killed publish left; whether its version is there."""
+    """Open the store after a killed publish; returns whether its version exists."""
     with open_store(home) as opened:
         assert text_of(opened, "before") == "was there before"
         found = text_of(opened, "style")
@@ -227,7 +227,7 @@ def check_after_kill(home: Path, *, acknowledged: bool) -> bool:
     return found is not None
 
 
-def test_a_publish_makes_its_bytes_its_name_and_its_row_durable_in_this_order(lab: Lab) -> None:
+def test_a_publish_syncs_bytes_then_name_then_row(lab: Lab) -> None:
     assert mistakes(lab.trace("sound")) == []
 
 
@@ -239,5 +239,5 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("way", MUTANTS)
-def test_the_order_checker_finds_every_mutant(lab: Lab, way: str) -> None:
+def test_the_order_checker_detects_every_seeded_mistake(lab: Lab, way: str) -> None:
     assert set(mistakes(lab.trace(way))) == MUTANTS[way]

@@ -47,16 +47,16 @@ users = st.sampled_from(["alice", "bob"])
 references = st.sampled_from(["a", "b", "a@prod", "b@1", "a@2"])
 
 Stack = Callable[[], tuple[str, str | None]]
-"""Gives database URL and blobs URL; None for blobs means files beside the database."""
+"""Gives database URL and blobs URL; None for blobs means files next to the database."""
 
 
 class Crash(Exception):
-    """The process dies here."""
+    """The process is killed here."""
 
 
 @dataclass
 class Name:
-    """What a name should hold."""
+    """The expected state of a name."""
 
     texts: dict[int, str] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Name:
     pin: int | None = None
 
     def meant(self) -> set[str]:
-        """Texts that an alias or the pin means."""
+        """Texts that an alias or the pin refers to."""
         numbers = {*self.aliases.values(), *(() if self.pin is None else (self.pin,))}
         return {self.texts[number] for number in numbers}
 
@@ -265,7 +265,7 @@ class StoreMachine(RuleBasedStateMachine):
                 assert one.pinned == (one.version == model.pin)
 
     @invariant()
-    def the_watcher_hears_of_each_blob_that_nothing_means_any_more(self) -> None:
+    def the_watcher_receives_each_blob_without_references(self) -> None:
         meant = {
             self.key(tenant, text)
             for (tenant, _), model in self.names.items()

@@ -39,7 +39,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]
     engine.dispose()
 
 
-def test_the_steps_make_the_tables_and_nothing_is_left_to_do(database: Engine) -> None:
+def test_the_migrations_create_exactly_the_declared_tables(database: Engine) -> None:
     upgrade(database)
     with database.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
@@ -48,14 +48,14 @@ def test_the_steps_make_the_tables_and_nothing_is_left_to_do(database: Engine) -
     upgrade(database)
 
 
-def test_there_is_one_line_of_steps(database: Engine) -> None:
+def test_the_migrations_are_linear(database: Engine) -> None:
     with database.connect() as connection:
         scripts = ScriptDirectory.from_config(configured(connection))
     assert scripts.get_heads() == [HEAD]
     assert scripts.get_bases() == [FIRST]
 
 
-def test_names_are_listed_in_the_order_of_bytes_on_postgres(postgres_url: str) -> None:
+def test_postgres_lists_names_in_byte_order(postgres_url: str) -> None:
     engine = open_database(postgres_url)
     upgrade(engine)
     with engine.connect() as connection:
@@ -65,7 +65,7 @@ def test_names_are_listed_in_the_order_of_bytes_on_postgres(postgres_url: str) -
     assert [kind.collation for kind in types] == ["C"]
 
 
-def test_a_catalog_of_the_first_release_is_taken_over(database: Engine, tmp_path: Path) -> None:
+def test_a_catalog_of_the_first_release_is_migrated(database: Engine, tmp_path: Path) -> None:
     with writing(database) as connection:
         command.upgrade(configured(connection), FIRST)
         connection.execute(text("DROP TABLE alembic_version"))  # which it did not have
@@ -95,7 +95,7 @@ def test_a_catalog_of_the_first_release_is_taken_over(database: Engine, tmp_path
         assert rows.all() == [("acme", 113, None)]
 
 
-def test_tenants_of_before_weigh_the_same_and_reuse(database: Engine) -> None:
+def test_existing_tenants_get_weight_one_and_kv_reuse(database: Engine) -> None:
     with writing(database) as connection:
         command.upgrade(configured(connection), "0002")
         connection.execute(
@@ -107,7 +107,7 @@ def test_tenants_of_before_weigh_the_same_and_reuse(database: Engine) -> None:
     assert (found.name, found.weight, found.kv_reuse) == ("acme", 1.0, True)
 
 
-def test_blobs_of_before_are_wanted_and_collected_like_others(database: Engine) -> None:
+def test_existing_blobs_are_referenced_and_collected_like_new_ones(database: Engine) -> None:
     wanted, idle = (BlobKey("acme", digit * 64) for digit in "ab")
     with writing(database) as connection:
         command.upgrade(configured(connection), "0003")
@@ -125,7 +125,7 @@ def test_blobs_of_before_are_wanted_and_collected_like_others(database: Engine) 
     assert rows.collect(idle, before=now, remove=lambda: None)
 
 
-def test_a_database_of_a_later_version_is_refused(database: Engine) -> None:
+def test_a_database_of_a_later_version_is_rejected(database: Engine) -> None:
     upgrade(database)
     with writing(database) as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
@@ -133,7 +133,7 @@ def test_a_database_of_a_later_version_is_refused(database: Engine) -> None:
         upgrade(database)
 
 
-def test_processes_that_start_together_make_the_tables_once(database: Engine) -> None:
+def test_processes_that_start_together_migrate_once(database: Engine) -> None:
     barrier = threading.Barrier(8)
 
     def start(_: int) -> None:
@@ -145,7 +145,7 @@ def test_processes_that_start_together_make_the_tables_once(database: Engine) ->
     assert revision(database) == HEAD
 
 
-def test_blobs_of_the_first_release_that_no_name_has_are_adopted(home: Home) -> None:
+def test_unreferenced_blobs_of_the_first_release_are_adopted(home: Home) -> None:
     home.put()
     changes.delete(home.store, tenant="acme", name="style")
     with writing(home.database) as connection:

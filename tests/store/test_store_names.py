@@ -9,13 +9,13 @@ BAD_NAMES = ["", "-a", ".a", "_a", "a b", "a/b", "a@b", "a:b", "a\n", "é", "٣"
 
 
 @pytest.mark.parametrize("name", ["a", "A9", "0", "support-bot_v2.1", "a" * 128])
-def test_good_names(name: str) -> None:
+def test_valid_names_are_accepted(name: str) -> None:
     assert check_name(name) == name
     assert parse_reference(name) == Reference(name, alias="latest", version=None)
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_bad_names(name: str) -> None:
+def test_invalid_names_are_rejected(name: str) -> None:
     for check in (check_name, check_alias, parse_reference):
         with pytest.raises(InvalidReference) as refusal:
             check(name if check is not parse_reference or "@" not in name else "@b")
@@ -23,12 +23,12 @@ def test_bad_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("alias", ["latest", "3", "007"])
-def test_aliases_that_cannot_be_set(alias: str) -> None:
+def test_reserved_and_invalid_aliases_are_rejected(alias: str) -> None:
     with pytest.raises(InvalidReference):
         check_alias(alias)
 
 
-def test_references() -> None:
+def test_references_are_parsed() -> None:
     assert parse_reference("a@3") == Reference("a", alias=None, version=3)
     assert parse_reference("a@prod") == Reference("a", alias="prod", version=None)
     assert parse_reference("a@latest") == Reference("a", alias="latest", version=None)
@@ -36,6 +36,6 @@ def test_references() -> None:
 
 
 @pytest.mark.parametrize("reference", ["@", "a@", "@3", "a@b@c", "a@-1", "a@+3", "a@3 ", "a@٣"])
-def test_bad_references(reference: str) -> None:
+def test_invalid_references_are_rejected(reference: str) -> None:
     with pytest.raises(InvalidReference):
         parse_reference(reference)

@@ -1,4 +1,4 @@
-"""The page for operators: every command, option and variable on it exists."""
+"""Every command, option and variable on the page for operators exists."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text("utf-8")
 COMMAND = re.compile(r"prefixd ((?:[a-z]+ ?)+)((?:[^\n`#]|\\\n)*)")
 
 
-def test_commands_and_their_options_exist() -> None:
+def test_commands_and_options_on_the_operations_page_exist() -> None:
     found = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) + re.findall(r"`(prefixd [^`]+)`", PAGE)
     seen = set()
     for words, rest in COMMAND.findall("\n".join(found).replace("\\\n", " ")):
@@ -32,6 +32,6 @@ def test_commands_and_their_options_exist() -> None:
     assert seen >= {"serve", "gc", "copy", "migrate", "key"}
 
 
-def test_variables_exist() -> None:
+def test_variables_on_the_operations_page_exist() -> None:
     known = {f"PREFIXD_{name.upper()}" for name in Settings.model_fields}
     assert set(re.findall(r"PREFIXD_[A-Z_]+", PAGE)) <= known

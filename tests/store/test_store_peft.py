@@ -120,7 +120,7 @@ def used_by_peft(model: Any, peft_type: str, directory: Path) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("peft_type", list(configs()))
 @pytest.mark.parametrize("name", list(MODELS))
-def test_values_are_those_that_peft_uses(
+def test_values_equal_those_that_peft_uses(
     tmp_path: Path, name: str, peft_type: str, dtype: str
 ) -> None:
     make, base = MODELS[name]
@@ -140,7 +140,7 @@ def test_values_are_those_that_peft_uses(
         np.testing.assert_allclose(artifact.values, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_each_task_is_another_prefix(tmp_path: Path) -> None:
+def test_each_task_makes_a_different_prefix(tmp_path: Path) -> None:
     model = peft.get_peft_model(llama(), configs()["MULTITASK_PROMPT_TUNING"])
     config, weights = save(model, tmp_path, "float32")
     first, second = (store_and_read(config, weights, LLAMA, task).values for task in (0, 1))
@@ -150,7 +150,7 @@ def test_each_task_is_another_prefix(tmp_path: Path) -> None:
 
 
 def test_a_null_task_type_is_served(tmp_path: Path) -> None:
-    """PEFT skips such a prefix in silence; the trained tensor is the same."""
+    """PEFT silently skips such a prefix; the trained tensor is the same."""
     model = peft.get_peft_model(llama(), configs()["PROMPT_TUNING"])
     config, weights = save(model, tmp_path, "float32")
     nulled = config.replace(b'"task_type": "CAUSAL_LM"', b'"task_type": null')
@@ -158,7 +158,7 @@ def test_a_null_task_type_is_served(tmp_path: Path) -> None:
     assert store_and_read(nulled, weights, LLAMA, None).num_virtual_tokens == P
 
 
-def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_rejected(tmp_path: Path) -> None:
     model = peft.get_peft_model(llama(), configs()["PREFIX_TUNING"])
     config, weights = save(model, tmp_path, "float32")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Pins, and what a change leaves behind that nothing means any more; on both stacks."""
+"""Pins, and versions that a change leaves without references, on both stacks."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,13 +22,13 @@ def pins(home: Home) -> list[tuple[str, str, int]]:
 
 @pytest.fixture
 def told(home: Home) -> list[Change]:
-    """What the watcher is told."""
+    """The calls of the watcher."""
     changes: list[Change] = []
     home.store.watch(changes.append)
     return changes
 
 
-def test_a_pin_names_one_version_and_outlives_the_process(
+def test_a_pin_refers_to_one_version_and_survives_a_restart(
     open_home: Callable[[], Home],
 ) -> None:
     home = open_home()
@@ -50,7 +50,7 @@ def test_a_pin_names_one_version_and_outlives_the_process(
         changes.remove_pin(again.store, tenant="acme", name="style")
 
 
-def test_what_cannot_be_pinned(home: Home) -> None:
+def test_missing_versions_and_invalid_references_cannot_be_pinned(home: Home) -> None:
     home.put_text("one")
     for reference in ("other", "style@2", "style@prod", "style@99999999999"):
         with pytest.raises(UnknownPrefix):
@@ -67,7 +67,7 @@ def test_what_cannot_be_pinned(home: Home) -> None:
     assert pins(home) == []
 
 
-def test_equal_bytes_are_pinned_once_for_each_tenant(home: Home) -> None:
+def test_equal_bytes_are_listed_once_for_each_tenant(home: Home) -> None:
     digest = home.put_text("one", "a").manifest.digest
     home.put_text("one", "b")
     home.put_text("one", "a", tenant="umbrella")
@@ -79,7 +79,7 @@ def test_equal_bytes_are_pinned_once_for_each_tenant(home: Home) -> None:
     assert home.store.pinned(fingerprint="another base") == ()
 
 
-def test_the_oldest_pin_comes_first(home: Home) -> None:
+def test_pins_are_listed_oldest_first(home: Home) -> None:
     for name in ("b", "a", "c"):
         home.put_text(f"text {name}", name)
         home.clock.ahead += timedelta(seconds=1)
@@ -90,7 +90,7 @@ def test_the_oldest_pin_comes_first(home: Home) -> None:
     assert [digest for _, digest, _ in pins(home)] == digests
 
 
-def test_a_corrupt_blob_is_not_loaded_and_its_pin_waits(home: Home) -> None:
+def test_a_pin_of_a_corrupt_blob_is_not_listed_until_it_is_repaired(home: Home) -> None:
     manifest = home.put_text("one").manifest
     changes.set_pin(home.store, tenant="acme", reference="style")
     home.store._report_corrupt(BlobKey("acme", manifest.digest), "damaged")
@@ -99,7 +99,7 @@ def test_a_corrupt_blob_is_not_loaded_and_its_pin_waits(home: Home) -> None:
     assert pins(home) == [("acme", manifest.digest, 3)]
 
 
-def test_a_refused_pin_changes_nothing(home: Home, told: list[Change]) -> None:
+def test_a_rejected_pin_changes_nothing(home: Home, told: list[Change]) -> None:
     home.put_text("one")
 
     def refused(change: Callable[[CatalogTransaction], object]) -> None:
@@ -118,7 +118,7 @@ def test_a_refused_pin_changes_nothing(home: Home, told: list[Change]) -> None:
     assert told == []
 
 
-def test_the_watcher_hears_what_nothing_means_any_more(home: Home, told: list[Change]) -> None:
+def test_the_watcher_receives_versions_without_references(home: Home, told: list[Change]) -> None:
     keys = {text: BlobKey("acme", home.put_text(text).manifest.digest) for text in ("one", "two")}
     assert told == [Change((keys["one"],))]
     told.clear()
@@ -145,14 +145,14 @@ def test_the_watcher_hears_what_nothing_means_any_more(home: Home, told: list[Ch
     assert pins(home) == []
 
 
-def test_another_tenants_names_mean_nothing_here(home: Home, told: list[Change]) -> None:
+def test_names_of_another_tenant_do_not_count_as_references(home: Home, told: list[Change]) -> None:
     digest = home.put_text("one").manifest.digest
     home.put_text("one", tenant="umbrella")
     changes.delete(home.store, tenant="acme", name="style")
     assert told == [Change((BlobKey("acme", digest),))]
 
 
-def test_pins_of_a_deleted_name_do_not_come_back(home: Home) -> None:
+def test_a_deleted_prefix_loses_its_pin_permanently(home: Home) -> None:
     home.put_text("one")
     changes.set_pin(home.store, tenant="acme", reference="style")
     changes.delete(home.store, tenant="acme", name="style")
@@ -160,7 +160,7 @@ def test_pins_of_a_deleted_name_do_not_come_back(home: Home) -> None:
     assert pins(home) == []
 
 
-def test_versions_are_had_in_parts(home: Home) -> None:
+def test_versions_are_listed_in_pages(home: Home) -> None:
     for text in ("one", "two", "three"):
         home.put_text(text)
 

@@ -1,4 +1,4 @@
-"""Whatever the bytes, the answer is a judgement or ArtifactRefused, and never another exception."""
+"""Any bytes are accepted or raise ArtifactRefused, never another exception."""
 
 import contextlib
 import json
@@ -51,14 +51,14 @@ entries = st.fixed_dictionaries(
         "more": values,
     },
 )
-honest = header_entry("F32", [P, HIDDEN], 0)
-nearly = entries.map(lambda entry: {k: v for k, v in (honest | entry).items() if k != "more"})
+valid = header_entry("F32", [P, HIDDEN], 0)
+nearly = entries.map(lambda entry: {k: v for k, v in (valid | entry).items() if k != "more"})
 headers = st.fixed_dictionaries(
-    {"prompt_embeddings": st.just(honest) | nearly}, optional={"__metadata__": values}
+    {"prompt_embeddings": st.just(valid) | nearly}, optional={"__metadata__": values}
 ) | st.dictionaries(
     st.sampled_from(["prompt_embeddings", "__metadata__", "prefix_task_cols", "prefix_task_rows"])
     | st.text(max_size=5),
-    st.just(honest) | entries | values,
+    st.just(valid) | entries | values,
     max_size=4,
 )
 fields = st.fixed_dictionaries(
@@ -84,8 +84,8 @@ def check_message(refusal: ArtifactRefused) -> None:
     assert len(refusal.message) < 1000
 
 
-def judge(config: bytes, weights: bytes, task_id: int | None = None) -> None:
-    """Judge, and hold what is accepted to what is then stored."""
+def validate(config: bytes, weights: bytes, task_id: int | None = None) -> None:
+    """Validate, and compare an accepted artifact with the stored one."""
     with tempfile.TemporaryDirectory() as directory:
         path, packed = Path(directory, "weights"), Path(directory, "packed")
         path.write_bytes(weights)
@@ -103,33 +103,39 @@ def judge(config: bytes, weights: bytes, task_id: int | None = None) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(header=headers, data=st.just(DATA) | st.binary(max_size=300), task_id=st.none() | st.just(0))
-def test_any_header(header: dict[str, Any], data: bytes, task_id: int | None) -> None:
-    judge(config_bytes(), with_header(header, data))
-    judge(config_bytes("MULTITASK_PROMPT_TUNING"), with_header(header, data), task_id)
+def test_any_header_is_accepted_or_rejected_with_artifact_refused(
+    header: dict[str, Any], data: bytes, task_id: int | None
+) -> None:
+    validate(config_bytes(), with_header(header, data))
+    validate(config_bytes("MULTITASK_PROMPT_TUNING"), with_header(header, data), task_id)
 
 
 @settings(max_examples=300, deadline=None)
 @given(start=st.integers(0, len(SOFT)), cut=st.integers(0, 12), put=st.binary(max_size=12))
-def test_any_damage_to_an_honest_file(start: int, cut: int, put: bytes) -> None:
-    judge(config_bytes(), SOFT[:start] + put + SOFT[start + cut :])
+def test_any_damage_to_a_valid_file_is_accepted_or_rejected(
+    start: int, cut: int, put: bytes
+) -> None:
+    validate(config_bytes(), SOFT[:start] + put + SOFT[start + cut :])
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=400))
-def test_any_bytes(raw: bytes) -> None:
-    judge(config_bytes(), raw)
-    judge(raw, SOFT)
+def test_any_bytes_are_accepted_or_rejected(raw: bytes) -> None:
+    validate(config_bytes(), raw)
+    validate(raw, SOFT)
 
 
 @settings(max_examples=300, deadline=None)
 @given(fields)
-def test_any_config(changes: dict[str, Any]) -> None:
-    judge(json.dumps(config_fields() | changes).encode(), SOFT)
+def test_any_config_is_accepted_or_rejected(changes: dict[str, Any]) -> None:
+    validate(json.dumps(config_fields() | changes).encode(), SOFT)
 
 
 @settings(max_examples=200, deadline=None)
 @given(start=st.integers(0, 400), cut=st.integers(0, 9), put=st.binary(max_size=9))
-def test_any_damage_to_an_artifact_file(start: int, cut: int, put: bytes) -> None:
+def test_any_damage_to_an_artifact_is_accepted_or_rejected(
+    start: int, cut: int, put: bytes
+) -> None:
     with tempfile.TemporaryDirectory() as directory:
         weights, packed = Path(directory, "weights"), Path(directory, "packed")
         weights.write_bytes(SOFT)
@@ -144,10 +150,10 @@ def test_any_damage_to_an_artifact_file(start: int, cut: int, put: bytes) -> Non
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1))
-def test_the_cast_is_torchs(numbers: list[float]) -> None:
+def test_the_cast_to_bfloat16_and_float16_equals_torch(numbers: list[float]) -> None:
     import torch
 
-    given_values = np.array(numbers, dtype=np.float32)
+    values = np.array(numbers, dtype=np.float32)
     for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
-        expected = torch.from_numpy(given_values).to(dtype).to(torch.float32).numpy()
-        np.testing.assert_array_equal(cast(given_values, name), expected)
+        expected = torch.from_numpy(values).to(dtype).to(torch.float32).numpy()
+        np.testing.assert_array_equal(cast(values, name), expected)

@@ -23,7 +23,7 @@ from tests.store.store_artifacts import BASE, config_bytes, multitask, soft, spo
 from tests.store.store_home import Home
 
 
-def test_a_manifest_tells_what_is_known(home: Home) -> None:
+def test_a_manifest_has_all_fields_of_its_version(home: Home) -> None:
     config = config_bytes("P_TUNING", base_model_name_or_path="org/tiny")
     published = changes.publish_peft(
         home.store,
@@ -47,7 +47,7 @@ def test_a_manifest_tells_what_is_known(home: Home) -> None:
     assert read_artifact(path, base=BASE, count_tokens=len).peft_type == "P_TUNING"
 
 
-def test_the_same_content_is_the_same_version_and_latest_points_at_it_again(home: Home) -> None:
+def test_the_same_content_gets_the_same_version_and_latest_moves_to_it(home: Home) -> None:
     first = home.put(seed=1)
     home.put(seed=2)
     assert home.store.resolve(tenant="acme", reference="style").version == 2
@@ -57,7 +57,7 @@ def test_the_same_content_is_the_same_version_and_latest_points_at_it_again(home
     assert home.put(seed=3).manifest.version == 3
 
 
-def test_the_same_content_for_another_base_is_another_version(home: Home) -> None:
+def test_the_same_content_for_another_base_gets_another_version(home: Home) -> None:
     first = home.put().manifest
     other = replace(BASE, fingerprint="0" * 64)
     second = changes.publish_peft(
@@ -73,7 +73,7 @@ def test_the_same_content_for_another_base_is_another_version(home: Home) -> Non
     assert second.digest == first.digest
 
 
-def test_task_ids_make_different_versions(home: Home) -> None:
+def test_different_task_ids_make_different_versions(home: Home) -> None:
     def put(task_id: int) -> int:
         published = changes.publish_peft(
             home.store,
@@ -90,7 +90,7 @@ def test_task_ids_make_different_versions(home: Home) -> None:
     assert [put(0), put(1), put(0)] == [1, 2, 1]
 
 
-def test_text(home: Home) -> None:
+def test_a_text_is_published_and_read_back(home: Home) -> None:
     def put(text: str) -> Any:
         return changes.publish_text(
             home.store,
@@ -109,7 +109,7 @@ def test_text(home: Home) -> None:
     assert read_artifact(path, base=BASE, count_tokens=len).text == "Be brief."
 
 
-def test_references_and_aliases(home: Home) -> None:
+def test_references_resolve_by_version_and_alias(home: Home) -> None:
     for seed in range(3):
         home.put(seed=seed)
     changes.set_alias(home.store, tenant="acme", name="style", alias="prod", version=1)
@@ -139,7 +139,7 @@ def test_references_and_aliases(home: Home) -> None:
         changes.remove_alias(home.store, tenant="acme", name="style", alias="prod")
 
 
-def test_versions_are_never_used_again(home: Home) -> None:
+def test_version_numbers_are_never_reused(home: Home) -> None:
     home.put(seed=1)
     home.put(seed=2)
     changes.set_alias(home.store, tenant="acme", name="style", alias="prod", version=1)
@@ -172,7 +172,7 @@ ASKED: dict[str, Ask] = {
 
 
 @pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
-def test_a_foreign_prefix_is_an_unknown_one(home: Home, ask: Ask) -> None:
+def test_a_prefix_of_another_tenant_is_unknown(home: Home, ask: Ask) -> None:
     home.put("theirs", tenant="umbrella")
     changes.set_alias(home.store, tenant="umbrella", name="theirs", alias="prod", version=1)
     messages = []
@@ -185,7 +185,7 @@ def test_a_foreign_prefix_is_an_unknown_one(home: Home, ask: Ask) -> None:
     assert home.store.list(tenant="acme").manifests == ()
 
 
-def test_two_tenants_may_use_one_name(home: Home) -> None:
+def test_two_tenants_may_use_the_same_name(home: Home) -> None:
     ours = home.put(seed=1).manifest
     theirs = home.put(seed=1, tenant="umbrella").manifest
     assert ours.digest == theirs.digest
@@ -194,7 +194,7 @@ def test_two_tenants_may_use_one_name(home: Home) -> None:
 
 
 @pytest.mark.parametrize("version", [-1, 0, 2, 2**31, 2**63, 10**40])
-def test_versions_that_cannot_exist(home: Home, version: int) -> None:
+def test_impossible_versions_are_not_found(home: Home, version: int) -> None:
     home.put()
     with pytest.raises(UnknownPrefix):
         home.store.manifest(tenant="acme", name="style", version=version)
@@ -202,7 +202,7 @@ def test_versions_that_cannot_exist(home: Home, version: int) -> None:
         changes.set_alias(home.store, tenant="acme", name="style", alias="prod", version=version)
 
 
-def test_listing_is_paged_in_the_order_of_names(home: Home) -> None:
+def test_prefixes_are_listed_by_name_in_pages(home: Home) -> None:
     names = ["b", "B", "a.1", "a", "c-2"]
     for name in names:
         home.put(name, seed=1)
@@ -219,7 +219,7 @@ def test_listing_is_paged_in_the_order_of_names(home: Home) -> None:
     assert (seen, pages) == (sorted(names), 3)
 
 
-def test_everything_is_there_after_a_restart(open_home: Callable[[], Home]) -> None:
+def test_all_state_survives_a_restart(open_home: Callable[[], Home]) -> None:
     first = open_home()
     before = first.put(seed=1).manifest
     first.put(seed=2)
@@ -231,7 +231,7 @@ def test_everything_is_there_after_a_restart(open_home: Callable[[], Home]) -> N
     assert not second.put(seed=2).created
 
 
-def test_nothing_is_kept_of_what_is_refused(home: Home) -> None:
+def test_a_rejected_upload_leaves_no_files(home: Home) -> None:
     with pytest.raises(ArtifactRefused):
         home.put(seed=float("nan"))
     with pytest.raises(UnknownPrefix):
@@ -243,7 +243,7 @@ CONTENTS = [b"", b"something else"]
 
 
 @pytest.mark.parametrize("content", CONTENTS)
-def test_a_corrupt_blob_is_quarantined_told_and_never_served_until_it_is_healed(
+def test_a_corrupt_blob_is_quarantined_and_not_served_until_it_is_repaired(
     home: Home, caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
     manifest = home.put().manifest
@@ -256,7 +256,7 @@ def test_a_corrupt_blob_is_quarantined_told_and_never_served_until_it_is_healed(
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert manifest.digest in caplog.text
     assert home.store.resolve(tenant="acme", reference="style") == replace(manifest, corrupt=True)
-    home.damage(key.place, sound)  # still not served: nobody has said that it is good
+    home.damage(key.place, sound)  # still not served: it has not been verified
     with pytest.raises(CorruptArtifact, match="quarantine"):
         home.store.fetch(tenant="acme", digest=manifest.digest)
     home.damage(key.place, content)
@@ -265,7 +265,7 @@ def test_a_corrupt_blob_is_quarantined_told_and_never_served_until_it_is_healed(
     assert path.read_bytes() == sound
 
 
-def test_a_blob_that_is_gone_is_told_as_one_that_is_corrupt(home: Home) -> None:
+def test_a_missing_blob_is_reported_like_a_corrupt_one(home: Home) -> None:
     manifest = home.put().manifest
     home.blobs.delete(tenant="acme", digest=manifest.digest)
     with pytest.raises(CorruptArtifact, match="gone"):
@@ -277,7 +277,7 @@ def test_a_blob_that_is_gone_is_told_as_one_that_is_corrupt(home: Home) -> None:
     assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
 
 
-def test_what_an_upload_says_of_itself(home: Home) -> None:
+def test_known_metadata_fields_appear_in_the_manifest(home: Home) -> None:
     said = {
         "labels": {"team": "search"},
         "description": "Answers in one line.",
@@ -292,7 +292,7 @@ def test_what_an_upload_says_of_itself(home: Home) -> None:
     assert not manifest.corrupt
 
 
-def test_a_prefix_for_another_base_is_refused_and_both_are_named(home: Home) -> None:
+def test_a_prefix_for_another_base_is_rejected_and_the_message_names_both(home: Home) -> None:
     with pytest.raises(ArtifactRefused) as refusal:
         home.put(metadata={"base_fingerprint": "another"})
     assert (refusal.value.code, refusal.value.param) == ("wrong_base", "metadata.base_fingerprint")
@@ -365,7 +365,7 @@ def test_a_block_of_changes_is_one_transaction(home: Home) -> None:
         {"base_fingerprint": {}},
     ],
 )
-def test_refuses_metadata_that_is_not_small_json(home: Home, metadata: Any) -> None:
+def test_metadata_other_than_a_small_json_object_is_rejected(home: Home, metadata: Any) -> None:
     with pytest.raises(ArtifactRefused) as refusal:
         changes.publish_text(
             home.store,
@@ -381,7 +381,9 @@ def test_refuses_metadata_that_is_not_small_json(home: Home, metadata: Any) -> N
 
 
 @pytest.mark.parametrize(("tenant", "name"), [("acme", "a b"), ("../acme", "a"), ("acme", "a@1")])
-def test_refuses_bad_names_before_anything_is_written(home: Home, tenant: str, name: str) -> None:
+def test_invalid_names_are_rejected_before_anything_is_written(
+    home: Home, tenant: str, name: str
+) -> None:
     with pytest.raises(InvalidReference):
         home.put(name, tenant=tenant)
     assert issubclass(InvalidReference, StoreError)

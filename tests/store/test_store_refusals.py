@@ -1,4 +1,5 @@
-"""Crafted artifacts, one per way to be wrong: refused, by code, with expected and received."""
+"""Crafted artifacts, one for each mistake: rejected by code, with the expected and the received
+value."""
 
 import gzip
 import io
@@ -226,7 +227,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
-def test_refuses_weights(tmp_path: Path, case: str) -> None:
+def test_malformed_weights_are_rejected(tmp_path: Path, case: str) -> None:
     weights, code, words = WEIGHTS[case]
     with pytest.raises(ArtifactRefused) as refusal:
         inspect_peft(config_bytes(), spool(tmp_path, weights), base=BASE)
@@ -299,7 +300,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_refuses_config(tmp_path: Path, case: str) -> None:
+def test_malformed_configs_are_rejected(tmp_path: Path, case: str) -> None:
     config, code, words = CONFIGS[case]
     with pytest.raises(ArtifactRefused) as refusal:
         inspect_peft(config, spool(tmp_path, soft()), base=BASE)
@@ -322,14 +323,14 @@ TASKS = {
 
 
 @pytest.mark.parametrize("case", TASKS)
-def test_refuses_task(tmp_path: Path, case: str) -> None:
+def test_invalid_tasks_are_rejected(tmp_path: Path, case: str) -> None:
     task_id, config, weights, code, words = TASKS[case]
     with pytest.raises(ArtifactRefused) as refusal:
         inspect_peft(config, spool(tmp_path, weights), base=BASE, task_id=task_id)
     assert (refusal.value.code, words in refusal.value.message) == (code, True), refusal.value
 
 
-def test_refuses_tasks_that_are_not_used_but_not_finite(tmp_path: Path) -> None:
+def test_unused_tasks_with_non_finite_values_are_rejected(tmp_path: Path) -> None:
     rows = ramp(3, 2, HIDDEN)
     rows[2, 0, 0] = np.nan
     weights = tensors(
@@ -344,7 +345,7 @@ def test_refuses_tasks_that_are_not_used_but_not_finite(tmp_path: Path) -> None:
     assert refusal.value.code == "non_finite"
 
 
-def test_refuses_a_fold_that_overflows(tmp_path: Path) -> None:
+def test_a_multitask_product_that_overflows_is_rejected(tmp_path: Path) -> None:
     big = np.full((1, P, 1), 1e30, dtype=np.float32)
     rows = np.full((1, 1, HIDDEN), 1e30, dtype=np.float32)
     weights = tensors(
@@ -362,7 +363,7 @@ def test_refuses_a_fold_that_overflows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("num_layers", 4), ("num_attention_heads", 4), ("token_dim", 16)]
 )
-def test_refuses_a_kv_prefix_of_the_right_width_but_another_layout(
+def test_a_kv_prefix_with_equal_width_but_another_layout_is_rejected(
     tmp_path: Path, field: str, value: int
 ) -> None:
     config = config_bytes("PREFIX_TUNING", **{field: value})
@@ -371,7 +372,7 @@ def test_refuses_a_kv_prefix_of_the_right_width_but_another_layout(
     assert (refusal.value.code, refusal.value.param) == ("base_mismatch", field)
 
 
-def test_the_type_alone_decides_where_both_widths_are_equal(tmp_path: Path) -> None:
+def test_the_peft_type_decides_the_kind_when_both_widths_are_equal(tmp_path: Path) -> None:
     base = replace(BASE, hidden_size=KV_WIDTH, max_abs_embedding=0.5)
     path = spool(tmp_path, kv())
     assert inspect_peft(config_bytes("PREFIX_TUNING"), path, base=base).kind == "kv_prefix"
@@ -389,7 +390,7 @@ def test_the_type_alone_decides_where_both_widths_are_equal(tmp_path: Path) -> N
         ("bfloat16", 3.4e38, True),
     ],
 )
-def test_values_are_judged_after_the_cast(
+def test_values_are_validated_after_the_cast(
     tmp_path: Path, dtype: str, value: float, refused: bool
 ) -> None:
     base = replace(BASE, dtype=dtype, max_abs_embedding=3.4e38)
@@ -408,7 +409,7 @@ def test_kv_values_have_their_own_bound(tmp_path: Path) -> None:
         inspect_peft(config_bytes("CARTRIDGE"), path, base=BASE)
 
 
-def test_a_refused_value_is_not_told_exactly(tmp_path: Path) -> None:
+def test_a_rejected_value_is_shown_with_one_digit(tmp_path: Path) -> None:
     path = spool(tmp_path, soft(poisoned(1234567.0)))
     with pytest.raises(ArtifactRefused) as refusal:
         inspect_peft(config_bytes(), path, base=BASE)
@@ -419,7 +420,7 @@ def test_a_refused_value_is_not_told_exactly(tmp_path: Path) -> None:
     ("text", "code"),
     [("", "empty_text"), ("x" * 65, "too_many_virtual_tokens"), ("\ud800", "malformed_text")],
 )
-def test_refuses_text(text: str, code: str) -> None:
+def test_malformed_texts_are_rejected(text: str, code: str) -> None:
     with pytest.raises(ArtifactRefused) as refusal:
         inspect_text(text, base=BASE, count_tokens=len)
     assert refusal.value.code == code
@@ -434,8 +435,8 @@ def test_a_large_text_never_reaches_the_tokenizer() -> None:
     assert refusal.value.code == "text_too_large"
 
 
-def test_a_header_bomb_costs_little(tmp_path: Path) -> None:
-    """FACTS: a million empty tensors cost the safetensors library 11 s and 854 MB."""
+def test_a_header_with_a_million_tensors_is_rejected_cheaply(tmp_path: Path) -> None:
+    """A million empty tensors cost the safetensors library 11 s and 854 MB."""
     empty = '"t%06d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     header = ("{" + ",".join(empty % i for i in range(200_000)) + "}").encode()
     path = spool(tmp_path, with_header(header, b""))
@@ -444,7 +445,7 @@ def test_a_header_bomb_costs_little(tmp_path: Path) -> None:
     second.write_bytes(with_header(capped, b""))
     for bomb, code in ((path, "header_too_large"), (second, "unknown_tensor")):
         tracemalloc.start()
-        began = time.thread_time()  # of this thread, whoever else wants the machine
+        began = time.thread_time()  # of this thread, independent of other load
         with pytest.raises(ArtifactRefused) as refusal:
             inspect_peft(config_bytes(), bomb, base=BASE)
         seconds = time.thread_time() - began
@@ -456,7 +457,7 @@ def test_a_header_bomb_costs_little(tmp_path: Path) -> None:
         assert seconds < 0.5
 
 
-def test_judging_takes_bounded_memory(tmp_path: Path) -> None:
+def test_validation_uses_bounded_memory(tmp_path: Path) -> None:
     base = replace(BASE, hidden_size=4096, max_virtual_tokens=4096)
     path = spool(tmp_path, soft(np.zeros((2048, 4096), dtype=np.float32)))  # 32 MB
     tracemalloc.start()

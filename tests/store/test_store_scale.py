@@ -143,7 +143,9 @@ def catalogs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[C
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_million_take_as_long_as_a_thousand(catalogs: tuple[Catalog, Catalog]) -> None:
+def test_queries_on_a_million_prefixes_take_as_long_as_on_a_thousand(
+    catalogs: tuple[Catalog, Catalog],
+) -> None:
     """What grows with the catalog is slower every time; what another program made slower is not."""
     ratios = {name: [ratio(*asked, catalogs)] for name, asked in ASKED.items()}
     for name, measured in ratios.items():
@@ -152,7 +154,7 @@ def test_a_million_take_as_long_as_a_thousand(catalogs: tuple[Catalog, Catalog])
     assert max(map(min, ratios.values())) < LIMIT, ratios
 
 
-def test_a_version_takes_time_for_each_of_its_aliases_once(home: Home) -> None:
+def test_reading_a_version_takes_time_linear_in_its_aliases(home: Home) -> None:
     def seconds(name: str, count: int) -> float:
         home.put_text("text", name)
         names = [{"alias": f"a{number}", "name": name} for number in range(count)]
@@ -180,7 +182,7 @@ def ratio(ask: Callable[[Catalog], None], times: int, catalogs: tuple[Catalog, C
     """How many times longer the large catalog takes than the small one."""
     taken: tuple[list[float], list[float]] = ([], [])
     for turn in range(times + 10):
-        # By turns, so that whatever else the machine does meets both.
+        # Alternating, so that other load affects both.
         for catalog, seconds in zip(catalogs, taken, strict=True):
             began = time.perf_counter()
             ask(catalog)

@@ -1,4 +1,4 @@
-"""Values read in pieces are those of the file, whatever the pieces."""
+"""Values read in pieces of any size equal those of the file."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def read(tmp_path: Path, config: bytes, weights: bytes, task_id: int | None) -> 
 
 @pytest.mark.parametrize("chunk", [1, HIDDEN, 3 * HIDDEN, 2**20])
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_pieces_of_a_soft_prompt(
+def test_a_soft_prompt_read_in_pieces_equals_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: str
 ) -> None:
     monkeypatch.setattr(weight_pieces, "CHUNK_ELEMENTS", chunk)
@@ -30,7 +30,7 @@ def test_pieces_of_a_soft_prompt(
 
 @pytest.mark.parametrize("chunk", [1, 3 * HIDDEN, 2**20])
 @pytest.mark.parametrize("task", [0, 1, 2])
-def test_pieces_of_a_fold(
+def test_a_multitask_product_read_in_pieces_equals_the_full_product(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, task: int
 ) -> None:
     monkeypatch.setattr(weight_pieces, "CHUNK_ELEMENTS", chunk)
@@ -42,8 +42,8 @@ def test_pieces_of_a_fold(
 
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_no_product_that_is_not_finite_hides_behind_the_cast(dtype: str, bits: int) -> None:
-    """0x7fffffff rounds up to -0 as bfloat16 when NaN is not thought of."""
+def test_a_non_finite_product_is_detected_before_the_cast(dtype: str, bits: int) -> None:
+    """0x7fffffff rounds up to -0 as bfloat16 when NaN is not handled."""
     product = np.array([[0, bits]], dtype=np.uint32).view(np.float32)
     with pytest.raises(ArtifactRefused, match="row 7, column 1"):
         check_range(product, ValueRule(dtype, 3e38), first_row=7, name="x")
