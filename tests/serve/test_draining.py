@@ -1,4 +1,4 @@
-"""SIGTERM on a real process: what runs finishes or is told, and the status is 0."""
+"""SIGTERM on a real process: requests finish or get an error, and the exit status is 0."""
 
 import json
 import re
@@ -19,11 +19,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("draining_child.py")
-ENDS = (signal.SIGTERM, signal.SIGINT)
-# A fake stream of 300 steps at this pace outlasts every test here.
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A fake stream of 300 steps at this rate takes longer than every test here.
 SLOW_STEP_S = 0.1
 SOON_S = 20
-"""Less than what is cut short would have taken: 30 seconds of patience, or of a stream."""
+"""Less than the drain timeout or the stream that a test cuts short, of 30 seconds each."""
 
 
 class Served:
@@ -33,10 +33,10 @@ class Served:
         assert process.stdout is not None
         self.process = process
         self.log = log
-        self._said = process.stdout
-        hello = json.loads(self._said.readline())
-        url = f"http://127.0.0.1:{hello['port']}"
-        headers = {"authorization": f"Bearer {hello['key']}"}
+        self._stdout = process.stdout
+        ready = json.loads(self._stdout.readline())
+        url = f"http://127.0.0.1:{ready['port']}"
+        headers = {"authorization": f"Bearer {ready['key']}"}
         self.client = httpx2.Client(base_url=url, headers=headers, timeout=20)
         while True:
             try:
@@ -49,24 +49,24 @@ class Served:
     def stream(self, max_tokens: int) -> Iterator[Iterator[str]]:
         """The lines of a stream that has begun."""
         body = {"model": "tiny", "prompt": "x", "max_tokens": max_tokens, "stream": True}
-        with self.client.stream("POST", "/v1/completions", json=body) as answer:
-            assert answer.status_code == 200
-            lines = (line for line in answer.iter_lines() if line)
+        with self.client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200
+            lines = (line for line in response.iter_lines() if line)
             next(lines)
             yield lines
 
     def ended(self) -> list[str]:
-        """Wait for the end, which must be a good one; the log's lines."""
+        """Wait for the end, with status 0 and no remaining thread; the log's lines."""
         assert self.process.wait(60) == 0, self.log.read_text()
-        last = json.loads(self._said.readline())
+        last = json.loads(self._stdout.readline())
         assert last["threads"] == []
         return self.log.read_text().splitlines()
 
 
 @contextmanager
-def served(folder: Path, *, patience: float, step_s: float = 0.0) -> Iterator[Served]:
+def served(folder: Path, *, drain_timeout: float, step_s: float = 0.0) -> Iterator[Served]:
     log = folder / "log"
-    command = [sys.executable, str(CHILD), str(folder), str(patience), str(step_s)]
+    command = [sys.executable, str(CHILD), str(folder), str(drain_timeout), str(step_s)]
     with (
         log.open("w") as errors,
         subprocess.Popen(
@@ -79,17 +79,17 @@ def served(folder: Path, *, patience: float, step_s: float = 0.0) -> Iterator[Se
         ) as process,
     ):
         try:
-            one = Served(process, log)
-            with closing(one.client):
-                yield one
+            server = Served(process, log)
+            with closing(server.client):
+                yield server
         finally:
             process.kill()
 
 
-class Asking(threading.Thread):
-    """A completion that is asked for now, and its answer when it is there."""
+class PendingRequest(threading.Thread):
+    """A completion that runs in a thread; ``response`` once it has ended."""
 
-    answer: httpx2.Response
+    response: httpx2.Response
 
     def __init__(self, client: httpx2.Client, body: dict[str, Any]) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Asking(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        self.answer = self._client.post("/v1/completions", json=self._body)
+        self.response = self._client.post("/v1/completions", json=self._body)
 
 
 def error_in(line: str) -> dict[str, Any]:
@@ -106,119 +106,123 @@ def error_in(line: str) -> dict[str, Any]:
     return error
 
 
-@pytest.mark.parametrize("sig", ENDS)
-def test_an_idle_server_ends_at_once(tmp_path: Path, sig: signal.Signals) -> None:
-    with served(tmp_path, patience=30) as server:
-        began = time.monotonic()
+@pytest.mark.parametrize("sig", SIGNALS)
+def test_an_idle_server_exits_immediately(tmp_path: Path, sig: signal.Signals) -> None:
+    with served(tmp_path, drain_timeout=30) as server:
+        started = time.monotonic()
         server.process.send_signal(sig)
         log = server.ended()
-    assert time.monotonic() - began < SOON_S
+    assert time.monotonic() - started < SOON_S
     assert any('"draining"' in line for line in log)
     assert any('"stopped"' in line for line in log)
 
 
-def test_a_stream_that_ends_in_time_is_whole(tmp_path: Path) -> None:
-    with served(tmp_path, patience=30, step_s=SLOW_STEP_S) as server:
+def test_a_stream_that_ends_within_the_drain_timeout_is_complete(tmp_path: Path) -> None:
+    with served(tmp_path, drain_timeout=30, step_s=SLOW_STEP_S) as server:
         with server.stream(12) as lines:
             server.process.send_signal(signal.SIGTERM)
-            refused = not_ready = None
-            while refused is None or refused.status_code == 200:
-                refused = server.client.post(
+            rejected = not_ready = None
+            while rejected is None or rejected.status_code == 200:
+                rejected = server.client.post(
                     "/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1}
                 )
-            # The socket listens on, for those whose load balancer has not noticed yet.
+            # The socket stays open until load balancers have noticed.
             not_ready = server.client.get("/health/ready")
             assert server.client.get("/health/live").status_code == 200
-            rest = list(lines)
+            remaining = list(lines)
         log = server.ended()
-    assert refused.status_code == 503
-    assert refused.json()["error"]["code"] == "shutting_down"
-    assert int(refused.headers["retry-after"]) >= 1
+    assert rejected.status_code == 503
+    assert rejected.json()["error"]["code"] == "shutting_down"
+    assert int(rejected.headers["retry-after"]) >= 1
     assert not_ready.status_code == 503
     assert not_ready.json()["reason"] == "the server is shutting down"
-    assert rest[-1] == "data: [DONE]"
-    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert remaining[-1] == "data: [DONE]"
+    assert (
+        json.loads(remaining[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    )
     assert not any("ending what still runs" in line for line in log)
 
 
-def test_a_stream_that_does_not_end_is_told(tmp_path: Path) -> None:
-    with served(tmp_path, patience=0.3, step_s=SLOW_STEP_S) as server:
+def test_a_stream_that_exceeds_the_drain_timeout_ends_with_an_error_event(tmp_path: Path) -> None:
+    with served(tmp_path, drain_timeout=0.3, step_s=SLOW_STEP_S) as server:
         with server.stream(300) as lines:
-            began = time.monotonic()
+            started = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             *_, last, done = lines
         log = server.ended()
-    assert 0.3 <= time.monotonic() - began < SOON_S
+    assert 0.3 <= time.monotonic() - started < SOON_S
     assert error_in(last)["code"] == "shutting_down"
     assert error_in(last)["type"] == "server_error"
     assert done == "data: [DONE]"
     assert any("ending what still runs" in line and "timeout" in line for line in log)
 
 
-def test_an_answer_that_is_not_whole_in_time_is_a_503(tmp_path: Path) -> None:
-    with served(tmp_path, patience=0.3, step_s=SLOW_STEP_S) as server:
+def test_a_response_that_exceeds_the_drain_timeout_is_a_503(tmp_path: Path) -> None:
+    with served(tmp_path, drain_timeout=0.3, step_s=SLOW_STEP_S) as server:
         body = {"model": "tiny", "prompt": "x", "max_tokens": 300}
-        asking = Asking(server.client, body)
+        pending = PendingRequest(server.client, body)
         while '"a step begins"' not in server.log.read_text():
             pass
         server.process.send_signal(signal.SIGTERM)
-        asking.join(20)
+        pending.join(20)
         server.ended()
-    assert asking.answer.status_code == 503
-    assert asking.answer.json()["error"]["code"] == "shutting_down"
-    assert int(asking.answer.headers["retry-after"]) >= 1
+    assert pending.response.status_code == 503
+    assert pending.response.json()["error"]["code"] == "shutting_down"
+    assert int(pending.response.headers["retry-after"]) >= 1
 
 
-def test_of_a_crowd_nobody_is_left_without_a_word(tmp_path: Path) -> None:
-    """Streams that run get their last event; those that still wait for their first token, and
-    whole answers, a status."""
-    with served(tmp_path, patience=0.5, step_s=SLOW_STEP_S) as server:
+def test_every_one_of_many_requests_gets_a_503_or_a_last_event(tmp_path: Path) -> None:
+    """Running streams get their last event; streams without a first token, and complete responses,
+    get a status."""
+    with served(tmp_path, drain_timeout=0.5, step_s=SLOW_STEP_S) as server:
         body = {"model": "tiny", "prompt": "x" * 20, "max_tokens": 200}
-        crowd = [Asking(server.client, {**body, "stream": bool(i % 2)}) for i in range(24)]
+        requests = [
+            PendingRequest(server.client, {**body, "stream": bool(i % 2)}) for i in range(24)
+        ]
         while True:
             page = server.client.get("/metrics").text
             (line,) = re.findall(r"num_requests_waiting{tenant_class=\"standard\"} (\S+)", page)
             if float(line) > 0 and server.log.read_text().count("a step begins") > 8:
                 break
         server.process.send_signal(signal.SIGTERM)
-        for one in crowd:
-            one.join(20)
+        for request in requests:
+            request.join(20)
         server.ended()
-    endings = Counter(ending_of(one.answer) for one in crowd)
-    assert endings.total() == len(crowd)
+    endings = Counter(ending_of(request.response) for request in requests)
+    assert endings.total() == len(requests)
     assert set(endings) == {"503", "last event"}
-    assert endings["503"] >= len(crowd) / 2
+    assert endings["503"] >= len(requests) / 2
 
 
-def ending_of(answer: httpx2.Response) -> str:
-    if answer.status_code == 503:
-        assert answer.json()["error"]["code"] == "shutting_down"
+def ending_of(response: httpx2.Response) -> str:
+    if response.status_code == 503:
+        assert response.json()["error"]["code"] == "shutting_down"
         return "503"
-    *_, last, done = (line for line in answer.text.splitlines() if line)
+    *_, last, done = (line for line in response.text.splitlines() if line)
     assert done == "data: [DONE]"
     assert error_in(last)["code"] == "shutting_down"
     return "last event"
 
 
-def test_a_second_signal_ends_the_waiting(tmp_path: Path) -> None:
-    with served(tmp_path, patience=60, step_s=SLOW_STEP_S) as server:
+def test_a_second_signal_ends_the_drain(tmp_path: Path) -> None:
+    with served(tmp_path, drain_timeout=60, step_s=SLOW_STEP_S) as server:
         with server.stream(300) as lines:
             server.process.send_signal(signal.SIGTERM)
             while server.client.get("/health/ready").status_code == 200:
                 pass
-            began = time.monotonic()
+            started = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             *_, last, done = lines
         log = server.ended()
-    assert time.monotonic() - began < SOON_S
+    assert time.monotonic() - started < SOON_S
     assert error_in(last)["code"] == "shutting_down"
     assert done == "data: [DONE]"
     assert any("a second signal" in line for line in log)
 
 
-def test_an_upload_that_stalls_is_told_too(tmp_path: Path) -> None:
-    """Its body is waited for longer than the server waits."""
-    with served(tmp_path, patience=0.1) as server:
+def test_a_stalled_upload_gets_a_503(tmp_path: Path) -> None:
+    """The timeout of its body is longer than that of the drain."""
+    with served(tmp_path, drain_timeout=0.1) as server:
         key = server.client.headers["authorization"]
         head = (
             "PUT /v1/prefixes/x HTTP/1.1", "host: x", f"authorization: {key}",
@@ -228,25 +232,25 @@ def test_an_upload_that_stalls_is_told_too(tmp_path: Path) -> None:
             sender.sendall("\r\n".join(head).encode())
             server.client.get("/health/live")  # the upload came first, so it runs
             server.process.send_signal(signal.SIGTERM)
-            answer = sender.makefile("rb").read()
+            response = sender.makefile("rb").read()
         log = server.ended()
-    assert answer.startswith(b"HTTP/1.1 503 ")
-    assert b'"code":"shutting_down"' in answer
-    (request,) = [one for line in log if (one := json.loads(line)).get("method") == "PUT"]
+    assert response.startswith(b"HTTP/1.1 503 ")
+    assert b'"code":"shutting_down"' in response
+    (request,) = [entry for line in log if (entry := json.loads(line)).get("method") == "PUT"]
     assert request["status"] == 503
     assert not any("Traceback" in line or "exception" in line for line in log)
 
 
-def test_a_device_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
-    """The streams are told all the same; the status then says that something was wrong."""
-    with served(tmp_path, patience=0.2, step_s=3600) as server:
+def test_a_hanging_device_does_not_prevent_the_exit(tmp_path: Path) -> None:
+    """Requests still get a response; the exit status is 1."""
+    with served(tmp_path, drain_timeout=0.2, step_s=3600) as server:
         body = {"model": "tiny", "prompt": "x", "max_tokens": 3}
-        asking = Asking(server.client, body)
+        pending = PendingRequest(server.client, body)
         while '"a step begins"' not in server.log.read_text():
             pass
         server.process.send_signal(signal.SIGTERM)
-        asking.join(20)
+        pending.join(20)
         assert server.process.wait(20) == 1
         log = server.log.read_text()
-    assert asking.answer.status_code == 503
+    assert pending.response.status_code == 503
     assert "something hangs" in log

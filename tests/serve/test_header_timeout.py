@@ -1,4 +1,4 @@
-"""Senders that never finish the head of a request, on real sockets."""
+"""Connections that never finish the head of a request, on real sockets."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -17,7 +17,7 @@ def serve(world: World, seconds: float, scenario: Callable[[int], Awaitable[None
         config.lifespan = "off"
         server = uvicorn.Server(config)
         running = asyncio.create_task(server.serve(sockets=[bind("127.0.0.1", 0)]))
-        while not server.started:  # noqa: ASYNC110 - uvicorn tells nobody
+        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.001)
         try:
             await scenario(server.servers[0].sockets[0].getsockname()[1])
@@ -28,27 +28,27 @@ def serve(world: World, seconds: float, scenario: Callable[[int], Awaitable[None
     asyncio.run(main())
 
 
-def test_a_head_that_stalls_or_dribbles_is_cut_off(world: World) -> None:
+def test_a_stalled_or_slow_head_closes_the_connection(world: World) -> None:
     async def stall(port: int, *pieces: bytes) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for piece in pieces:
             writer.write(piece)
             await asyncio.sleep(0.02)
-        answer = await asyncio.wait_for(reader.read(), 30)
+        response = await asyncio.wait_for(reader.read(), 30)
         writer.close()
-        return answer
+        return response
 
     async def scenario(port: int) -> None:
-        dribble = [b"x: 1\r\n"] * 20
-        cut = await asyncio.gather(
-            stall(port), stall(port, HEAD), stall(port, HEAD, *dribble), return_exceptions=True
+        slow = [b"x: 1\r\n"] * 20
+        responses = await asyncio.gather(
+            stall(port), stall(port, HEAD), stall(port, HEAD, *slow), return_exceptions=True
         )
-        assert all(not one or isinstance(one, ConnectionError) for one in cut)
+        assert all(not response or isinstance(response, ConnectionError) for response in responses)
 
     serve(world, 0.2, scenario)
 
 
-def test_good_heads_get_through_on_one_connection(world: World) -> None:
+def test_several_requests_on_one_connection_are_answered(world: World) -> None:
     async def scenario(port: int) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         for _ in range(3):
@@ -56,13 +56,15 @@ def test_good_heads_get_through_on_one_connection(world: World) -> None:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
             assert head.startswith(b"HTTP/1.1 200")
             await reader.readexactly(len(b'{"status":"ok"}'))
-            await asyncio.sleep(0.6)  # longer than a head may take: nobody waits for one now
+            await asyncio.sleep(
+                0.6
+            )  # longer than the timeout, which does not apply between requests
         writer.close()
 
     serve(world, 0.5, scenario)
 
 
-def test_a_head_without_an_end_is_cut_off_by_its_size(world: World) -> None:
+def test_a_head_that_is_too_long_closes_the_connection(world: World) -> None:
     async def scenario(port: int) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         sent = 0

@@ -1,4 +1,4 @@
-"""The keeper of pins alone: what it tells, when, and after which trouble."""
+"""Pin sync alone: what it applies to the pool, when, and after which errors."""
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -18,56 +18,56 @@ KEY = BlobKey("acme", "d" * 64)
 
 
 class FakeStore:
-    """Pins as a test sets them; ``broken`` is a database that is away."""
+    """Pins as a test sets them; ``broken`` is an unavailable database."""
 
     def __init__(self) -> None:
         self.pins: list[Pinned] = []
         self.broken = False
-        self.asked_for: set[str] = set()
-        self.gone: set[BlobKey] = set()
+        self.fingerprints: set[str] = set()
+        self.deleted_keys: set[BlobKey] = set()
         self.watcher: Callable[[Change], None] | None = None
 
     def watch(self, watcher: Callable[[Change], None]) -> None:
         self.watcher = watcher
 
     def pinned(self, *, fingerprint: str) -> list[Pinned]:
-        self.asked_for.add(fingerprint)
+        self.fingerprints.add(fingerprint)
         if self.broken:
-            raise OperationalError("SELECT", {}, Exception("away"))
+            raise OperationalError("SELECT", {}, Exception("unavailable"))
         return list(self.pins)
 
     def deleted(self, keys: Collection[BlobKey]) -> list[BlobKey]:
         if self.broken:
-            raise OperationalError("SELECT", {}, Exception("away"))
-        return [key for key in keys if key in self.gone]
+            raise OperationalError("SELECT", {}, Exception("unavailable"))
+        return [key for key in keys if key in self.deleted_keys]
 
 
 class FakePool:
-    """Notes what it is told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, list[object]]] = []
+        self.calls: list[tuple[str, list[object]]] = []
         self.caps: Mapping[str, int] | None = None
-        self.held: set[PrefixKey] = set()
-        self.news = threading.Condition()
+        self.resident: set[PrefixKey] = set()
+        self.changed = threading.Condition()
 
-    def note(self, word: str, what: Iterable[object]) -> None:
-        with self.news:
-            self.told.append((word, list(what)))
-            self.news.notify_all()
+    def record(self, method: str, arguments: Iterable[object]) -> None:
+        with self.changed:
+            self.calls.append((method, list(arguments)))
+            self.changed.notify_all()
 
     def set_pins(
         self, handles: Iterable[PrefixHandle], *, caps: Mapping[str, int] | None = None
     ) -> None:
         self.caps = caps
-        self.note("pins", handles)
+        self.record("pins", handles)
 
     def retire(self, keys: Iterable[PrefixKey]) -> None:
-        self.note("retire", keys)
+        self.record("retire", keys)
 
-    def wait_until(self, told: tuple[str, list[object]]) -> None:
-        with self.news:
-            assert self.news.wait_for(lambda: told in self.told, timeout=30)
+    def wait_until(self, call: tuple[str, list[object]]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: call in self.calls, timeout=30)
 
 
 @pytest.fixture
@@ -81,22 +81,22 @@ def pool() -> FakePool:
 
 
 @contextmanager
-def keeping(store: FakeStore, pool: FakePool, *, every_s: float) -> Iterator[PinSync]:
-    stand_in: PrefixStore = store  # type: ignore[assignment]  # the part of it that is used
-    keeper = PinSync(
-        stand_in,
+def running(store: FakeStore, pool: FakePool, *, interval_s: float) -> Iterator[PinSync]:
+    prefix_store: PrefixStore = store  # type: ignore[assignment]  # the part of it that is used
+    pin_sync = PinSync(
+        prefix_store,
         pool,
         fingerprint="base",
         room=PinRoom(48, block_size=16),
-        held=lambda: pool.held,
-        caps_of=lambda tenants: dict.fromkeys(tenants, 9),
-        every_s=every_s,
+        resident_keys=lambda: pool.resident,
+        resident_caps=lambda tenants: dict.fromkeys(tenants, 9),
+        interval_s=interval_s,
     )
-    keeper.start()
+    pin_sync.start()
     try:
-        yield keeper
+        yield pin_sync
     finally:
-        keeper.stop()
+        pin_sync.stop()
 
 
 PINNED: tuple[str, list[object]] = (
@@ -105,63 +105,67 @@ PINNED: tuple[str, list[object]] = (
 )
 
 
-def test_the_pins_there_are_are_told_at_the_start(store: FakeStore, pool: FakePool) -> None:
+def test_existing_pins_are_applied_at_start(store: FakeStore, pool: FakePool) -> None:
     store.pins = [Pinned(KEY, 7)]
-    with keeping(store, pool, every_s=3600):
+    with running(store, pool, interval_s=3600):
         pool.wait_until(PINNED)
-    assert pool.told == [PINNED]
+    assert pool.calls == [PINNED]
     assert pool.caps == {"acme": 9}
-    assert store.asked_for == {"base"}
+    assert store.fingerprints == {"base"}
 
 
-def test_another_servers_pins_come_with_time(store: FakeStore, pool: FakePool) -> None:
-    with keeping(store, pool, every_s=0.001):
+def test_pins_of_another_server_are_applied_at_an_interval(
+    store: FakeStore, pool: FakePool
+) -> None:
+    with running(store, pool, interval_s=0.001):
         pool.wait_until(("pins", []))
         store.pins = [Pinned(KEY, 7)]
         pool.wait_until(PINNED)
         store.pins.clear()
-        pool.told.clear()
+        pool.calls.clear()
         pool.wait_until(("pins", []))
 
 
-def test_what_another_server_deleted_leaves_with_time(store: FakeStore, pool: FakePool) -> None:
-    gone, kept = PrefixKey("acme", "e" * 64), PrefixKey("beta", "e" * 64)
-    pool.held = {gone, kept}
-    with keeping(store, pool, every_s=0.001):
-        pool.wait_until(("pins", []))
-        store.gone = {BlobKey("acme", "e" * 64), BlobKey("acme", "f" * 64)}
-        pool.wait_until(("retire", [gone]))
-    assert all(keys == [gone] for word, keys in pool.told if word == "retire")
-
-
-def test_an_own_change_is_told_at_once_and_pins_before_leavers(
+def test_prefixes_deleted_by_another_server_are_retired_at_an_interval(
     store: FakeStore, pool: FakePool
 ) -> None:
-    with keeping(store, pool, every_s=3600):
+    deleted, unchanged = PrefixKey("acme", "e" * 64), PrefixKey("beta", "e" * 64)
+    pool.resident = {deleted, unchanged}
+    with running(store, pool, interval_s=0.001):
+        pool.wait_until(("pins", []))
+        store.deleted_keys = {BlobKey("acme", "e" * 64), BlobKey("acme", "f" * 64)}
+        pool.wait_until(("retire", [deleted]))
+    assert all(keys == [deleted] for method, keys in pool.calls if method == "retire")
+
+
+def test_a_local_change_applies_pins_before_it_retires_orphans(
+    store: FakeStore, pool: FakePool
+) -> None:
+    with running(store, pool, interval_s=3600):
         pool.wait_until(("pins", []))
         store.pins = [Pinned(KEY, 7)]
         assert store.watcher is not None
-        gone = BlobKey("acme", "e" * 64)
-        store.watcher(Change((gone,), pins=True))
-        assert pool.told[1:] == [PINNED, ("retire", [PrefixKey("acme", "e" * 64)])]
+        orphan = BlobKey("acme", "e" * 64)
+        store.watcher(Change((orphan,), pins=True))
+        assert pool.calls[1:] == [PINNED, ("retire", [PrefixKey("acme", "e" * 64)])]
         store.watcher(Change(pins=True))
-        assert pool.told[3:] == [PINNED]
+        assert pool.calls[3:] == [PINNED]
 
 
-def test_a_catalog_that_is_away_unpins_nothing_and_ends_no_keeper(
+def test_an_unavailable_catalog_unpins_nothing_and_does_not_end_pin_sync(
     store: FakeStore, pool: FakePool, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.broken = True
-    with keeping(store, pool, every_s=0.001) as keeper:
-        keeper.changed(Change((KEY,)))
-        assert pool.told == [("retire", [PrefixKey("acme", "d" * 64)])]
+    with running(store, pool, interval_s=0.001) as pin_sync:
+        pin_sync.changed(Change((KEY,)))
+        assert pool.calls == [("retire", [PrefixKey("acme", "d" * 64)])]
         store.pins = [Pinned(KEY, 7)]
         store.broken = False
         pool.wait_until(PINNED)
     assert "could not be read" in caplog.text
 
 
-def test_what_cannot_come_in_is_not_asked_for(
+def test_pins_that_do_not_fit_are_omitted(
     store: FakeStore, pool: FakePool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nine tokens a tenant, three blocks in all; limits may have been higher once."""
@@ -175,10 +179,10 @@ def test_what_cannot_come_in_is_not_asked_for(
             ("gamma", "a", 1),
         )
     ]
-    with keeping(store, pool, every_s=0.001) as keeper:
-        keeper.refresh()
-        keeper.refresh()
-    assert pool.told[-1][1] == [
+    with running(store, pool, interval_s=0.001) as pin_sync:
+        pin_sync.refresh()
+        pin_sync.refresh()
+    assert pool.calls[-1][1] == [
         PrefixHandle(PrefixKey("acme", "a"), 5),
         PrefixHandle(PrefixKey("acme", "c"), 4),
         PrefixHandle(PrefixKey("beta", "a"), 9),

@@ -1,4 +1,4 @@
-"""Spans: their names and figures, the trace they belong to, and what is never in them."""
+"""Spans: names and attributes, their trace, and what they must not contain."""
 
 import subprocess
 import sys
@@ -58,11 +58,11 @@ def test_a_generation_is_a_span(
     assert span.status.status_code is StatusCode.UNSET
     assert span.resource.attributes["service.name"] == "prefixd"
     assert span.parent is None
-    found: dict[str, Any] = dict(span.attributes or {})
-    assert 0 < found.pop("gen_ai.server.time_to_first_token") < 10
-    assert str(found.pop("gen_ai.response.id")).startswith("cmpl-")
-    found.pop("prefixd.queue_time", None)
-    assert found == {
+    attributes: dict[str, Any] = dict(span.attributes or {})
+    assert 0 < attributes.pop("gen_ai.server.time_to_first_token") < 10
+    assert str(attributes.pop("gen_ai.response.id")).startswith("cmpl-")
+    attributes.pop("prefixd.queue_time", None)
+    assert attributes == {
         "gen_ai.operation.name": "text_completion",
         "gen_ai.provider.name": "prefixd",
         "gen_ai.request.stream": stream,
@@ -86,7 +86,9 @@ def test_a_generation_is_a_span(
     assert 0 < span.end_time - span.start_time < 10e9
 
 
-def test_it_belongs_to_the_callers_trace(traced: TestClient, spans: InMemorySpanExporter) -> None:
+def test_a_span_belongs_to_the_trace_of_its_request(
+    traced: TestClient, spans: InMemorySpanExporter
+) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
     traced.post("/v1/chat/completions", json=body, headers={"traceparent": TRACEPARENT})
     span = only(spans)
@@ -98,7 +100,7 @@ def test_it_belongs_to_the_callers_trace(traced: TestClient, spans: InMemorySpan
 
 
 @pytest.mark.parametrize("header", ["", "nonsense", "00-0-0-00", TRACEPARENT[:-3]])
-def test_a_malformed_trace_is_no_trace(
+def test_a_malformed_traceparent_is_ignored(
     traced: TestClient, spans: InMemorySpanExporter, header: str
 ) -> None:
     body = {"model": "tiny", "prompt": "x", "max_tokens": 1}
@@ -107,22 +109,24 @@ def test_a_malformed_trace_is_no_trace(
     assert only(spans).parent is None
 
 
-def test_refusals_and_failures(
+def test_rejected_and_failed_requests_have_an_error_type(
     traced: TestClient, world: World, spans: InMemorySpanExporter
 ) -> None:
     complete(traced, model="absent")
     world.runner.fail = True
     complete(traced)
-    refused, failed = spans.get_finished_spans()
-    assert refused.name == "text_completion"
-    assert refused.status.status_code is StatusCode.UNSET
-    assert (refused.attributes or {})["error.type"] == "model_not_found"
-    assert "absent" not in refused.to_json()
+    rejected, failed = spans.get_finished_spans()
+    assert rejected.name == "text_completion"
+    assert rejected.status.status_code is StatusCode.UNSET
+    assert (rejected.attributes or {})["error.type"] == "model_not_found"
+    assert "absent" not in rejected.to_json()
     assert failed.status.status_code is StatusCode.ERROR
     assert (failed.attributes or {})["error.type"] == "engine_error"
 
 
-def test_no_canary_in_a_span(traced: TestClient, world: World, spans: InMemorySpanExporter) -> None:
+def test_spans_contain_no_content_and_no_secret(
+    traced: TestClient, world: World, spans: InMemorySpanExporter
+) -> None:
     generate(traced, world)
     manage(traced, world)
     text = "\n".join(span.to_json() for span in spans.get_finished_spans())
@@ -142,27 +146,27 @@ def test_no_canary_in_a_span(traced: TestClient, world: World, spans: InMemorySp
         {"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://c"},
     ],
 )
-def test_off_unless_an_endpoint_is_named(environment: dict[str, str]) -> None:
+def test_tracing_is_off_without_an_endpoint(environment: dict[str, str]) -> None:
     assert open_tracer(environment) is None
 
 
-def test_what_is_off_imports_nothing() -> None:
+def test_disabled_tracing_imports_no_sdk() -> None:
     code = (
         "import sys; from prefixd.server.serve.telemetry import open_tracer; "
         "assert open_tracer({}) is None; "
-        "found = [m for m in sys.modules if m.startswith('opentelemetry.sdk') or '.otlp' in m]; "
-        "assert not found, found"
+        "loaded = [m for m in sys.modules if m.startswith('opentelemetry.sdk') or '.otlp' in m]; "
+        "assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
 
 
-def test_without_the_extra_a_line_says_so() -> None:
+def test_a_missing_otel_extra_is_logged() -> None:
     code = (
         "import sys; sys.modules['opentelemetry.sdk'] = None; "
         "from prefixd.server.serve.telemetry import open_tracer; "
         "assert open_tracer({'OTEL_EXPORTER_OTLP_ENDPOINT': 'http://c'}) is None"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         check=True,
         timeout=60,
@@ -170,46 +174,47 @@ def test_without_the_extra_a_line_says_so() -> None:
         capture_output=True,
         text=True,
     )
-    assert "without the extra 'otel'" in done.stdout + done.stderr
+    assert "without the extra 'otel'" in process.stdout + process.stderr
+    assert "pip install 'prefixd[otel]'" in process.stdout + process.stderr
 
 
 @contextmanager
 def collector() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
-    """An OTLP collector on 127.0.0.1, and what it was sent."""
-    came: list[ExportTraceServiceRequest] = []
+    """An OTLP collector on 127.0.0.1, and the requests it received."""
+    received: list[ExportTraceServiceRequest] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             assert self.path == "/v1/traces"
             body = self.rfile.read(int(self.headers["content-length"]))
-            came.append(ExportTraceServiceRequest.FromString(body))
+            received.append(ExportTraceServiceRequest.FromString(body))
             self.send_response(200)
             self.send_header("content-length", "0")
             self.end_headers()
 
         def log_message(self, *_args: object) -> None:
-            """Keep quiet."""
+            """Write no log."""
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}", came
+            yield f"http://127.0.0.1:{server.server_port}", received
         finally:
             server.shutdown()
             thread.join()
 
 
-def test_the_last_spans_are_sent_when_the_server_ends(
+def test_remaining_spans_are_sent_at_shutdown(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with collector() as (url, came):
+    with collector() as (url, received):
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
         monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
         app = world.make_app(trace=open_tracer())
         with TestClient(app, headers=world.headers()) as client:
             assert complete(client).status_code == 200
-    (resource,) = [spans for request in came for spans in request.resource_spans]
+    (resource,) = [spans for request in received for spans in request.resource_spans]
     names = {one.key: one.value.string_value for one in resource.resource.attributes}
     assert names["service.name"] == "mine"
     assert [one.name for scope in resource.scope_spans for one in scope.spans] == [
@@ -217,7 +222,7 @@ def test_the_last_spans_are_sent_when_the_server_ends(
     ]
 
 
-def test_a_collector_that_is_gone_does_not_keep_the_server(
+def test_an_unreachable_collector_does_not_delay_shutdown(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prefixd.server.serve.telemetry._LAST_EXPORT_S", 0.1)

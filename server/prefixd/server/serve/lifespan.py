@@ -45,8 +45,8 @@ def make_lifespan(
             engine,
             fingerprint=fingerprint,
             room=pin_room,
-            held=lambda: engine.stats().prefixes_held,
-            caps_of=tenants.resident_caps,
+            resident_keys=lambda: engine.stats().prefixes_held,
+            resident_caps=tenants.resident_caps,
         )
         pin_sync.start()
         renewing = asyncio.create_task(_renew_leases(limiter))

@@ -1,8 +1,7 @@
-"""What of the pool the catalog decides: pins are brought in and kept, what was deleted or replaced
-leaves.
+"""Applies the catalog to the pool: pinned prefixes stay resident, deleted and replaced ones leave.
 
-The catalog is the truth and several servers share it, so each reads it now and then, besides when
-it makes a change itself: all of them converge, and a restart forgets nothing.
+Several servers share one catalog. Each reads it at intervals and after its own changes, so that all
+of them converge and pins survive a restart.
 """
 
 import threading
@@ -17,31 +16,34 @@ from prefixd.server.tenants.quotas import PinRoom, pins_that_fit
 from prefixd.store.names import BlobKey
 from prefixd.store.store import Change, PrefixStore
 
-EVERY_S = 10.0
-"""How long another server's pin or delete takes at most to be known here."""
+INTERVAL_S = 10.0
+"""The longest time until another server's pin or deletion takes effect here, in seconds."""
 
 _STOP_S = 5.0
 _log = getLogger("prefixd.pins")
 
 
 class Pool(Protocol):
-    """The part of the engine that this is about; both may be called from any thread."""
+    """The part of the engine that pin sync calls, from any thread."""
 
     def set_pins(
         self, handles: Iterable[PrefixHandle], *, caps: Mapping[str, int] | None = None
     ) -> None:
-        """Keep these and no others. ``caps``: virtual tokens that tenants may have resident."""
+        """Pin these and no others. ``caps``: the most resident virtual tokens by tenant."""
         ...
 
     def retire(self, keys: Iterable[PrefixKey]) -> None:
-        """Let these go when their last sequence does."""
+        """Evict these after their last sequence."""
         ...
 
 
 class PinSync:
-    """Tells ``pool`` what the catalog says of the prefixes of one base, in a thread of its own and
-    after each change made through ``store``. ``held`` gives what the engine has or is fetching,
-    ``caps_of`` the caps of those tenants that have one."""
+    """Updates ``pool`` from the catalog, for the prefixes of one base: at intervals in a thread of
+    its own, and after each change made through ``store``.
+
+    ``resident_keys`` returns the prefixes that the engine holds or loads, ``resident_caps`` the
+    caps of those tenants that have one.
+    """
 
     def __init__(
         self,
@@ -50,62 +52,62 @@ class PinSync:
         *,
         fingerprint: str,
         room: PinRoom,
-        held: Callable[[], Collection[PrefixKey]],
-        caps_of: Callable[[Collection[str]], Mapping[str, int]],
-        every_s: float = EVERY_S,
+        resident_keys: Callable[[], Collection[PrefixKey]],
+        resident_caps: Callable[[Collection[str]], Mapping[str, int]],
+        interval_s: float = INTERVAL_S,
     ) -> None:
         self._store = store
         self._pool = pool
-        self._held = held
-        self._caps_of = caps_of
+        self._resident_keys = resident_keys
+        self._resident_caps = resident_caps
         self._room = room
-        self._left_out = 0
+        self._num_omitted = 0
         self._fingerprint = fingerprint
-        self._every_s = every_s
-        # One reads and tells after the other, or what was read first might be told last.
-        self._turn = threading.Lock()
+        self._interval_s = interval_s
+        # Held from reading the catalog to updating the pool, or an older reading could win.
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prefixd-pins", daemon=True)
 
     def start(self) -> None:
-        """Begin, with the pins there are."""
+        """Apply the current pins, then start the thread."""
         self._store.watch(self.changed)
         self._thread.start()
 
     def stop(self) -> None:
-        """End; pins stay as they are."""
+        """Stop the thread; pins do not change."""
         self._stop.set()
-        self._thread.join(_STOP_S)  # one that waits for a database that is away is left behind
+        self._thread.join(_STOP_S)  # it may still wait for an unavailable database
 
     def changed(self, change: Change) -> None:
-        """A change was committed, on the caller's thread; never raises."""
-        self.refresh()  # first, so that nothing is told to leave that is held as pinned
+        """Apply a committed change, on the caller's thread; never raises."""
+        self.refresh()  # first: the pool does not evict a pinned prefix
         if change.orphans:
             self._pool.retire([_prefix_key(key) for key in change.orphans])
 
     def refresh(self) -> None:
-        """Tell the pool what is pinned now. Where the catalog is away, the next time will do."""
-        with self._turn:
+        """Apply the current pins. While the database fails, the pool keeps those it has."""
+        with self._lock:
             try:
-                found = self._store.pinned(fingerprint=self._fingerprint)
-                caps = self._caps_of({one.key.tenant for one in found})
+                pins = self._store.pinned(fingerprint=self._fingerprint)
+                caps = self._resident_caps({pin.key.tenant for pin in pins})
             except SQLAlchemyError:
                 _log.exception("the pins could not be read; those known stay")
                 return
-            kept = pins_that_fit(found, caps, self._room)
+            fitting = pins_that_fit(pins, caps, self._room)
             self._pool.set_pins(
-                [PrefixHandle(_prefix_key(one.key), one.num_virtual_tokens) for one in kept],
+                [PrefixHandle(_prefix_key(pin.key), pin.num_virtual_tokens) for pin in fitting],
                 caps=caps,
             )
-            if len(found) - len(kept) != self._left_out:
-                self._left_out = len(found) - len(kept)
-                _log.warning("%d pins have no room here", self._left_out)
+            if len(pins) - len(fitting) != self._num_omitted:
+                self._num_omitted = len(pins) - len(fitting)
+                _log.warning("%d pins have no room here", self._num_omitted)
 
-    def tidy(self) -> None:
-        """Let go what other servers deleted. Where the catalog is away, the next time will do."""
-        held = [BlobKey(key.tenant, key.digest) for key in self._held()]
+    def retire_deleted(self) -> None:
+        """Evict what other servers deleted, at a later interval while the database fails."""
+        keys = [BlobKey(key.tenant, key.digest) for key in self._resident_keys()]
         try:
-            deleted = self._store.deleted(held)
+            deleted = self._store.deleted(keys)
         except SQLAlchemyError:
             _log.exception("what was deleted could not be read; it stays")
             return
@@ -115,8 +117,8 @@ class PinSync:
     def _run(self) -> None:
         while True:
             self.refresh()
-            self.tidy()
-            if self._stop.wait(self._every_s):
+            self.retire_deleted()
+            if self._stop.wait(self._interval_s):
                 return
 
 

@@ -1,7 +1,7 @@
-"""OpenTelemetry: one span for each generation, under the names of the GenAI conventions.
+"""OpenTelemetry: one span for each generation, with the attributes of the GenAI conventions.
 
-Needs the extra ``otel``, and is off, with nothing imported, unless the standard variables name an
-endpoint. A span holds figures and names, never a prompt, an answer or a key.
+Needs the extra ``otel``. Off, without an import, unless the standard variables name an endpoint. A
+span holds numbers and names, never a prompt, an answer or a key.
 """
 
 import os
@@ -27,9 +27,9 @@ Value = str | bool | int | float | tuple[str, ...]
 
 
 def open_tracer(environment: Mapping[str, str] = os.environ) -> Tracer | None:
-    """Sends spans where the standard OTEL_* variables say; None when they name no endpoint.
+    """A tracer for the endpoint in the standard OTEL_* variables; None when they name no endpoint.
 
-    Endpoint, headers, sampling and batching are read from them by OpenTelemetry's own SDK.
+    OpenTelemetry's SDK reads endpoint, headers, sampling and batching from them.
     """
     if not _is_configured(environment):
         return None
@@ -39,7 +39,10 @@ def open_tracer(environment: Mapping[str, str] = os.environ) -> Tracer | None:
         )
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415 - an extra
     except ImportError:
-        log.warning("no traces: OTEL_* is set, but prefixd was installed without the extra 'otel'")
+        log.warning(
+            "no traces: OTEL_* is set, but prefixd was installed without the extra 'otel'",
+            install="pip install 'prefixd[otel]'",
+        )
         return None
     return Spans(BatchSpanProcessor(OTLPSpanExporter()))
 
@@ -51,7 +54,7 @@ def _is_configured(environment: Mapping[str, str]) -> bool:
 
 
 class Spans:
-    """Turns records into spans and hands them to ``processor``."""
+    """Makes a span of each request record and passes it to ``processor``."""
 
     def __init__(self, processor: "SpanProcessor") -> None:
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource  # noqa: PLC0415 - an extra
@@ -63,21 +66,21 @@ class Spans:
         resource = Resource.create()
         if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
             resource = resource.merge(Resource({SERVICE_NAME: "prefixd"}))
-        # Of our own and not the process's: other libraries' spans are none of our business.
+        # Separate from the global provider, which may hold the spans of other libraries.
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("prefixd")
         self._context = TraceContextTextMapPropagator()
 
     def __call__(self, record: RequestRecord) -> None:
-        """Make the span of a generation that has ended, under the trace its request came with."""
+        """Make the span of a finished generation, in the trace of its request."""
         from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - an extra
 
         span = self._tracer.start_span(
             _name(record),
             context=self._context.extract(record.trace_context),
             kind=SpanKind.SERVER,
-            attributes=attributes_of(record),
+            attributes=span_attributes(record),
             start_time=record.at_ns,
         )
         if record.outcome in _FAILURES:
@@ -85,7 +88,7 @@ class Spans:
         span.end(record.at_ns + round(record.total * 1e9))
 
     def close(self) -> None:
-        """Send what is left, for a short while: a collector that is gone must not hold us up."""
+        """Send the remaining spans, with a timeout: the collector may be unreachable."""
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(_LAST_EXPORT_S)
@@ -96,7 +99,7 @@ def _name(record: RequestRecord) -> str:
     return operation if record.admitted is None else f"{operation} {record.served_model}"
 
 
-def attributes_of(record: RequestRecord) -> dict[str, Value]:
+def span_attributes(record: RequestRecord) -> dict[str, Value]:
     """The span's attributes, without those that are unknown."""
     attributes: dict[str, Value | None] = {
         "gen_ai.operation.name": _OPERATIONS[record.endpoint],
