@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from prefixd.server.api.request_record import Admitted, Endpoint, RequestRecord, TenantClass
+from prefixd.server.api.metrics import Endpoint, TenantClass
+from prefixd.server.api.request_record import Admitted, RequestRecord
 from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
@@ -279,7 +280,14 @@ def test_usage_before_any_sequence_ends_has_no_cached_tokens() -> None:
         tenant="acme",
         tenant_class=TenantClass.STANDARD,
         served_model="tiny",
-        admitted=Admitted(id="r", model="tiny", prefix=None, requests=(request,)),
+        admitted=Admitted(
+            id="r",
+            model="tiny",
+            prefix=None,
+            requests=(request,),
+            num_choices=2,
+            prompt_tokens=2,
+        ),
     )
     assert record.usage()["prompt_tokens_details"] == {"cached_tokens": 0}
 

@@ -8,6 +8,7 @@ vLLM has too have vLLM's names.
 import itertools
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from typing import Self
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,7 +19,6 @@ from prometheus_client import (
 )
 
 from prefixd.server.api.engine_metrics import EngineCollector
-from prefixd.server.api.request_record import Endpoint, Outcome, RequestRecord, TenantClass
 from prefixd.server.engine.stats import EngineStats
 
 # The creation time of each series: 50 % more lines, and unused.
@@ -26,6 +26,40 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # untyped
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+
+
+class Endpoint(StrEnum):
+    """The routes that generate."""
+
+    COMPLETIONS = "completions"
+    CHAT = "chat_completions"
+
+
+class Outcome(StrEnum):
+    """How a request for generation ended. REFUSED: an error of the caller. UNAVAILABLE: the server
+    is full, starting, stopping or without its storage. ABORTED: the client disconnected."""
+
+    OK = "ok"
+    REFUSED = "refused"
+    UNAVAILABLE = "unavailable"
+    TIMEOUT = "timeout"
+    ABORTED = "aborted"
+    ERROR = "error"
+
+
+class TenantClass(StrEnum):
+    """Tenants grouped by weight: a label with a fixed number of values."""
+
+    LOW = "low"
+    STANDARD = "standard"
+    HIGH = "high"
+
+    @classmethod
+    def of(cls, weight: float) -> Self:
+        """The class of a tenant of ``weight``: below, at or above 1."""
+        if weight == 1:
+            return cls.STANDARD
+        return cls.LOW if weight < 1 else cls.HIGH
 
 
 class Metrics:
@@ -86,14 +120,21 @@ class Metrics:
             histogram.labels(*values)
         return histogram
 
-    def ended(self, record: RequestRecord) -> None:
-        """Count a request that has ended."""
-        labels = (record.endpoint.value, record.outcome.value)
-        self._generations.labels(*labels).inc()
-        if record.outcome is not Outcome.REFUSED:
-            self._total.labels(*labels).observe(record.total)
-        if record.queue is not None:
-            self._queue.labels(record.tenant_class.value).observe(record.queue)
+    def ended(
+        self,
+        endpoint: Endpoint,
+        outcome: Outcome,
+        tenant_class: TenantClass,
+        *,
+        total: float,
+        queue: float | None,
+    ) -> None:
+        """Count a request that ended after ``total`` seconds, ``queue`` of them in the queue."""
+        self._generations.labels(endpoint, outcome).inc()
+        if outcome is not Outcome.REFUSED:
+            self._total.labels(endpoint, outcome).observe(total)
+        if queue is not None:
+            self._queue.labels(tenant_class).observe(queue)
 
     def render(self) -> bytes:
         """The page in Prometheus' text format."""

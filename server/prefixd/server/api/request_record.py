@@ -1,20 +1,27 @@
-"""One request for generation: what was admitted, and what metrics, log and trace report of it."""
+"""The accounting of one request for generation: metrics, log, trace, usage and charge."""
 
+import asyncio
 import time
-from asyncio import CancelledError
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from http import HTTPStatus
+from types import TracebackType
 from typing import Any, Protocol, Self
 
+import structlog
+from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import SQLAlchemyError
 
-from prefixd.server.engine.request import AdmittedRequest, FinishEvent
+from prefixd.server.api.metrics import Endpoint, Metrics, Outcome, TenantClass
+from prefixd.server.engine.request import AdmittedRequest, FinishEvent, TokenEvent
 from prefixd.server.errors import DeadlineExceeded, PrefixdError, Unavailable
 from prefixd.server.tenants.bindings import ChosenBy
+from prefixd.server.tenants.limiter import Grant, Limiter
 from prefixd.store.errors import BlobsUnavailable, CorruptArtifact, StoreError
 from prefixd.store.store import Manifest
+
+log = structlog.get_logger("prefixd")
+generation_log = structlog.get_logger("prefixd.generation")
 
 _SHORT_DIGEST = 12
 
@@ -32,78 +39,37 @@ class Admitted:
     """A request that fits: one ``AdmittedRequest`` for each prompt, all under the same prefix.
 
     ``model`` is the caller's name for it; ``prefix`` is None for the bare base. Choice
-    ``i * n + j`` of the response is sequence ``j`` of request ``i``.
+    ``i * n + j`` of the response is sequence ``j`` of request ``i``; ``num_choices`` counts all
+    sequences, ``prompt_tokens`` each prompt once and no virtual tokens.
     """
 
     id: str
     model: str
     prefix: ResolvedPrefix | None
     requests: tuple[AdmittedRequest, ...]
-
-    @property
-    def num_choices(self) -> int:
-        """Number of sequences of all requests."""
-        return len(self.requests) * self.requests[0].n
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts, each counted once, without virtual tokens."""
-        return sum(len(request.prompt) for request in self.requests)
+    num_choices: int
+    prompt_tokens: int
 
 
 class ClientGone(Exception):
     """The client closed the connection before its response was complete."""
 
 
-class Endpoint(StrEnum):
-    """The routes that generate."""
-
-    COMPLETIONS = "completions"
-    CHAT = "chat_completions"
-
-
-class Outcome(StrEnum):
-    """How a request for generation ended. REFUSED: an error of the caller. UNAVAILABLE: the server
-    is full, starting, stopping or without its storage. ABORTED: the client disconnected."""
-
-    OK = "ok"
-    REFUSED = "refused"
-    UNAVAILABLE = "unavailable"
-    TIMEOUT = "timeout"
-    ABORTED = "aborted"
-    ERROR = "error"
-
-    @classmethod
-    def of(cls, error: BaseException) -> Self:
-        """The outcome of a request that raised ``error``; its task may have been cancelled."""
-        match error:
-            case ClientGone() | CancelledError() | GeneratorExit():
-                return cls.ABORTED
-            case Unavailable() | BlobsUnavailable() | SQLAlchemyError():
-                return cls.UNAVAILABLE
-            case DeadlineExceeded():
-                return cls.TIMEOUT
-            case PrefixdError() if error.status < HTTPStatus.INTERNAL_SERVER_ERROR:
-                return cls.REFUSED
-            case StoreError() if not isinstance(error, CorruptArtifact):
-                return cls.REFUSED
-            case _:
-                return cls.ERROR
-
-
-class TenantClass(StrEnum):
-    """Tenants grouped by weight: a label with a fixed number of values."""
-
-    LOW = "low"
-    STANDARD = "standard"
-    HIGH = "high"
-
-    @classmethod
-    def of(cls, weight: float) -> Self:
-        """The class of a tenant of ``weight``: below, at or above 1."""
-        if weight == 1:
-            return cls.STANDARD
-        return cls.LOW if weight < 1 else cls.HIGH
+def outcome_of(error: BaseException) -> Outcome:
+    """The outcome of a request that raised ``error``; its task may have been cancelled."""
+    match error:
+        case ClientGone() | asyncio.CancelledError() | GeneratorExit():
+            return Outcome.ABORTED
+        case Unavailable() | BlobsUnavailable() | SQLAlchemyError():
+            return Outcome.UNAVAILABLE
+        case DeadlineExceeded():
+            return Outcome.TIMEOUT
+        case PrefixdError() if error.status < HTTPStatus.INTERNAL_SERVER_ERROR:
+            return Outcome.REFUSED
+        case StoreError() if not isinstance(error, CorruptArtifact):
+            return Outcome.REFUSED
+        case _:
+            return Outcome.ERROR
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,11 +104,6 @@ class RequestRecord:
         self.finished[choice] = event
         if event.queue_s is not None:
             self.queue = event.queue_s if self.queue is None else min(self.queue, event.queue_s)
-
-    @property
-    def num_choices(self) -> int:
-        """Sequences of the request; 0 when it was refused."""
-        return self.admitted.num_choices if self.admitted else 0
 
     @property
     def completion_tokens(self) -> int:
@@ -226,3 +187,79 @@ class Tracer(Protocol):
     def close(self) -> None:
         """Flush what was exported, and accept nothing more."""
         ...
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestRecorder:
+    """Entered when a request arrives. On exit the outcome is recorded and the tenant's charge is
+    settled, once, however the request ended.
+
+    ``grant`` is set when the limiter has admitted the request.
+    """
+
+    record: RequestRecord
+    metrics: Metrics
+    limiter: Limiter
+    trace: Tracer | None = None
+    grant: Grant | None = None
+    _arrived: float = field(default_factory=time.perf_counter)
+    _last_token: dict[int, float] = field(default_factory=dict)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        record = self.record
+        record.total = time.perf_counter() - self._arrived
+        if error is not None:
+            record.outcome = outcome_of(error)
+            record.error_code = error.code if isinstance(error, PrefixdError) else None
+        self.metrics.ended(
+            record.endpoint,
+            record.outcome,
+            record.tenant_class,
+            total=record.total,
+            queue=record.queue,
+        )
+        generation_log.info("generation", **record.log_fields())
+        if self.trace is not None:
+            self.trace(record)
+        if self.grant is not None and self.grant.quota.is_metered:
+            # Goes on when this task is cancelled: the lease would stay until it expires.
+            await asyncio.shield(run_in_threadpool(self._settle, self.grant))
+
+    def token(self, choice: int, event: TokenEvent) -> None:
+        """Count new tokens of one sequence."""
+        count = len(event.token_ids)
+        if not count:
+            return
+        now = time.perf_counter()
+        self.record.generated_tokens += count
+        if self.record.first_token is None:
+            self.record.first_token = now - self._arrived
+            self.metrics.first_token[self.record.endpoint].observe(self.record.first_token)
+        if choice in self._last_token:
+            gap = (now - self._last_token[choice]) / count
+            for _ in event.token_ids:
+                self.metrics.per_token[self.record.endpoint].observe(gap)
+        self._last_token[choice] = now
+
+    def _settle(self, grant: Grant) -> None:
+        """Charge the output, or return the tokens of a request that the server could not serve.
+
+        Without a database the lease expires by itself; the response is not lost.
+        """
+        record = self.record
+        try:
+            if record.outcome is Outcome.UNAVAILABLE and not record.generated_tokens:
+                prompt_tokens = record.admitted.prompt_tokens if record.admitted else 0
+                self.limiter.give_back(grant, tokens=prompt_tokens)
+            else:
+                self.limiter.settle(grant, output_tokens=record.generated_tokens)
+        except SQLAlchemyError:
+            log.exception("a request's limits were not settled", tenant=grant.tenant)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from prefixd.server.api.request_record import Endpoint, Outcome, RequestRecord, Tracer
+from prefixd.server.api.metrics import Endpoint, Outcome
+from prefixd.server.api.request_record import RequestRecord, Tracer
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor

@@ -134,7 +134,14 @@ class Admission:
             )
             for position, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         )
-        return Admitted(id=response_id, model=body.model, prefix=prefix, requests=requests)
+        return Admitted(
+            id=response_id,
+            model=body.model,
+            prefix=prefix,
+            requests=requests,
+            num_choices=len(prompts) * n,
+            prompt_tokens=sum(len(prompt) for prompt in prompts),
+        )
 
     def _check_choices(self, num_prompts: int, n: int) -> None:
         if num_prompts * n > self.max_choices:

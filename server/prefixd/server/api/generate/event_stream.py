@@ -17,8 +17,7 @@ from prefixd.server.api.error_responses import (
     from_queue_full,
     internal_error,
 )
-from prefixd.server.api.generate.recorder import RequestRecorder
-from prefixd.server.api.request_record import Admitted, ClientGone
+from prefixd.server.api.request_record import Admitted, ClientGone, RequestRecorder
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import (
     Event,

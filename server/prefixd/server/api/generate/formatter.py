@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
-from prefixd.server.api.request_record import Endpoint
+from prefixd.server.api.metrics import Endpoint
 from prefixd.server.api.served import Tokenizer
 from prefixd.server.engine.request import FinishReason, TokenEvent, TokenLogprob
 from prefixd.server.tenants.bindings import ChosenBy

@@ -26,15 +26,14 @@ from prefixd.server.api.generate.formatter import (
     CompletionFormatter,
     ResponseFormatter,
 )
-from prefixd.server.api.generate.recorder import RequestRecorder
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest, GenerationFields
-from prefixd.server.api.metrics import Metrics
+from prefixd.server.api.metrics import Metrics, TenantClass
 from prefixd.server.api.parts import part
 from prefixd.server.api.request_record import (
     Admitted,
     ClientGone,
     RequestRecord,
-    TenantClass,
+    RequestRecorder,
     Tracer,
 )
 from prefixd.server.api.served import ServedModel
@@ -85,10 +84,14 @@ class GenerationService:
                 await running.enter_async_context(generation)
                 events = await running.enter_async_context(aclosing(generation.events()))
                 headers = _headers(admitted, recorder)
+                kind = formatter.chunk_object if body.stream else formatter.object
+                common = (events, recorder.record, formatter, _envelope(admitted, kind))
                 if not body.stream:
-                    work = _whole(events, recorder.record, formatter)
-                    return JSONResponse(await while_connected(request.receive, work), 200, headers)
-                chunks = _chunks(events, recorder.record, formatter, wants_usage=body.wants_usage)
+                    response = await while_connected(request.receive, _whole(*common))
+                    return JSONResponse(response, 200, headers)
+                chunks = _chunks(
+                    *common, num_choices=admitted.num_choices, wants_usage=body.wants_usage
+                )
                 await running.enter_async_context(aclosing(chunks))
                 # The first chunk decides the status: a request that fails before it is answered
                 # with an error and not with a stream.
@@ -156,7 +159,10 @@ def _headers(admitted: Admitted, recorder: RequestRecorder) -> dict[str, str]:
 
 
 async def _whole(
-    events: AsyncGenerator[tuple[int, Event]], record: RequestRecord, formatter: ResponseFormatter
+    events: AsyncGenerator[tuple[int, Event]],
+    record: RequestRecord,
+    formatter: ResponseFormatter,
+    envelope: dict[str, Any],
 ) -> dict[str, Any]:
     """The body of a response that is not streamed."""
     tokens: defaultdict[int, list[TokenEvent]] = defaultdict(list)
@@ -170,24 +176,25 @@ async def _whole(
         formatter.whole(choice, tokens[choice], reason)
         for choice, reason in sorted(reasons.items())
     ]
-    return {**_envelope(record, formatter.object), "choices": choices, "usage": record.usage()}
+    return {**envelope, "choices": choices, "usage": record.usage()}
 
 
 async def _chunks(
     events: AsyncGenerator[tuple[int, Event]],
     record: RequestRecord,
     formatter: ResponseFormatter,
+    envelope: dict[str, Any],
     *,
+    num_choices: int,
     wants_usage: bool,
 ) -> AsyncGenerator[dict[str, Any]]:
     """The chunks of a stream. An error before the first of them is raised."""
-    envelope = _envelope(record, formatter.chunk_object)
     usage: dict[str, Any] = {"usage": None} if wants_usage else {}
     opened = False
     async for choice, event in events:
         if not opened:
             opened = True
-            for opening in formatter.openings(record.num_choices):
+            for opening in formatter.openings(num_choices):
                 yield {**envelope, "choices": [opening], **usage}
         if isinstance(event, FinishEvent):
             yield {**envelope, "choices": [formatter.closing(choice, event.reason)], **usage}
@@ -197,10 +204,9 @@ async def _chunks(
         yield {**envelope, "choices": [], "usage": record.usage()}
 
 
-def _envelope(record: RequestRecord, kind: str) -> dict[str, Any]:
+def _envelope(admitted: Admitted, kind: str) -> dict[str, Any]:
     """The fields of a response other than its choices."""
-    assert record.admitted is not None
-    prefix, used = record.admitted.prefix, None
+    prefix, used = admitted.prefix, None
     if prefix is not None:
         manifest = prefix.manifest
         used = {
@@ -210,10 +216,10 @@ def _envelope(record: RequestRecord, kind: str) -> dict[str, Any]:
             "chosen_by": prefix.chosen_by,
         }
     return {
-        "id": record.admitted.id,
+        "id": admitted.id,
         "object": kind,
         "created": int(time.time()),
-        "model": record.admitted.model,
+        "model": admitted.model,
         "prefix": used,
     }
 
