@@ -1,5 +1,6 @@
 """The wheel without extras: the client and the command line in an environment without torch."""
 
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from tests.api.api_world import World, make_world, put_text
 from tests.clients.loopback import serving
-from tests.packaging.wheel import Environment
+from tests.packaging.wheel import ROOT, Environment
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +34,12 @@ def test_modules_come_from_the_wheel(core: Environment) -> None:
     assert Path(result.stdout.strip()).is_relative_to(core.folder)
 
 
+@pytest.mark.parametrize("name", ["clients", "prefix_store", "server"])
+def test_modules_of_the_working_folder_raise_when_imported(core: Environment, name: str) -> None:
+    result = core.run("python", "-c", f"import {name}")
+    assert f"{name} of the working folder was imported" in result.stderr
+
+
 @pytest.mark.parametrize("names", ["Client", "AsyncClient", "Client, AsyncClient"])
 def test_client_imports_next_to_folders_of_the_same_names(core: Environment, names: str) -> None:
     result = core.run("python", "-c", f"from prefixd.client import {names}")
@@ -46,6 +53,13 @@ def test_help_lists_the_verbs(core: Environment, program: tuple[str, ...]) -> No
     assert {"serve", "demo", "prefix", "user", "chat"} <= set(result.stdout.split())
 
 
+def test_version_is_that_of_the_project_file(core: Environment) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    result = core.run("prefixd", "--version")
+    assert result.returncode == 0, result.stderr
+    assert project["version"] in result.stdout.split()
+
+
 def test_prefix_ls_lists_the_prefixes_of_a_server(
     core: Environment, served: tuple[World, str]
 ) -> None:
@@ -56,3 +70,22 @@ def test_prefix_ls_lists_the_prefixes_of_a_server(
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert "pirate" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("verb", "extra"),
+    [
+        (("serve",), "serve"),
+        (("demo", "--once"), "serve"),
+        (("tenant", "ls"), "serve"),
+        (("key", "ls"), "serve"),
+        (("gc",), "serve"),
+    ],
+)
+def test_verb_without_its_extra_names_the_extra(
+    core: Environment, verb: tuple[str, ...], extra: str
+) -> None:
+    result = core.run("prefixd", *verb)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert f"pip install 'prefixd[{extra}" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
