@@ -18,8 +18,8 @@ from prefixd.server.engine.request import (
     SamplingParams,
     StopParams,
     TokenEvent,
-    cost_of,
 )
+from prefixd.server.engine.sequence import cost_of
 from tests.api.api_world import MAX_POSITIONS, World, error_of
 from tests.api.test_completions import complete, events
 

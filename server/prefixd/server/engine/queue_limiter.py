@@ -5,7 +5,8 @@ from collections import Counter
 
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.fair_queue import FairQueue
-from prefixd.server.engine.request import AdmittedRequest, QueueFull, cost_of
+from prefixd.server.engine.request import AdmittedRequest, QueueFull
+from prefixd.server.engine.sequence import cost_of
 
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
 

@@ -48,15 +48,6 @@ class SamplingParams:
     top_logprobs: int | None = None
 
 
-def needs_history(params: SamplingParams) -> bool:
-    """Whether the sampler must see the tokens so far: a penalty is set."""
-    return (
-        params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class StopParams:
     """When a sequence ends. ``token_ids`` already holds the model's own end-of-sequence ids,
@@ -96,12 +87,6 @@ class AdmittedRequest:
     priority: int = 0
     timeout_s: float | None = None
     kv_reuse: bool = True
-
-
-def cost_of(request: AdmittedRequest) -> int:
-    """Tokens that each sequence of ``request`` adds to the queue: prompt and output."""
-    expected = request.expected_tokens
-    return len(request.prompt) + (request.stop.max_tokens if expected is None else expected)
 
 
 class FinishReason(StrEnum):

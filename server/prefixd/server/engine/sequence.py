@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from math import inf
 
-from prefixd.server.engine.request import AdmittedRequest, FinishReason, PrefixHandle, cost_of
+from prefixd.server.engine.request import AdmittedRequest, FinishReason, PrefixHandle
 
 
 class State(Enum):
@@ -138,6 +138,12 @@ class Sequence:
             f"Sequence({self.seq_id}, {self.tenant}, {self.state.name.lower()}, "
             f"{self.num_computed}/{len(self.tokens)} tokens, {len(self.block_table)} blocks)"
         )
+
+
+def cost_of(request: AdmittedRequest) -> int:
+    """Tokens that each sequence of ``request`` adds to the queue: prompt and output."""
+    expected = request.expected_tokens
+    return len(request.prompt) + (request.stop.max_tokens if expected is None else expected)
 
 
 def sequences_of(request: AdmittedRequest, *, first_id: int, seed: int) -> list[Sequence]:

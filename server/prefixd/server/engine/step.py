@@ -48,6 +48,15 @@ class Chunk:
     banned: Sequence[int] = ()
 
 
+def needs_history(params: SamplingParams) -> bool:
+    """Whether the sampler must see the tokens so far: a penalty is set."""
+    return (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class CompileChunk:
     """Virtual tokens ``start .. stop`` of a prefix to turn into KV in this step, from its staged

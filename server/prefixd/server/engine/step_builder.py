@@ -7,10 +7,9 @@ from prefixd.server.engine.fair_queue import LOOKAHEAD, FairQueue
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.prefix_loader import PrefixLoader
 from prefixd.server.engine.recovery import Recovery
-from prefixd.server.engine.request import needs_history
 from prefixd.server.engine.residency import Entry, Stage
 from prefixd.server.engine.sequence import Sequence, State
-from prefixd.server.engine.step import Chunk, Step
+from prefixd.server.engine.step import Chunk, Step, needs_history
 
 _LOOKAHEAD_WHEN_FULL = 64
 """Waiting sequences whose prefixes a step loads when no more sequences can start."""

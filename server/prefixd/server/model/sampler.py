@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from prefixd.server.engine.request import SamplingParams, TokenLogprob, needs_history
-from prefixd.server.engine.step import Chunk, Sampled
+from prefixd.server.engine.request import SamplingParams, TokenLogprob
+from prefixd.server.engine.step import Chunk, Sampled, needs_history
 
 _NEVER = float("-inf")
 _GREEDY_BELOW = 1e-5  # a smaller divisor overflows; vLLM uses the same limit
