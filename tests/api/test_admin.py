@@ -24,7 +24,7 @@ def bearer(text: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {text}"}
 
 
-def test_the_operator_makes_a_tenant_and_its_first_key(
+def test_the_operator_creates_a_tenant_and_its_first_key(
     client: TestClient, operator: dict[str, str]
 ) -> None:
     made = client.post(
@@ -56,8 +56,8 @@ def test_quotas_are_changed_by_name(client: TestClient, operator: dict[str, str]
     assert client.get(path, headers=operator).json()["quota"]["max_bytes"] == 0
     for bad in ({"max_prefixes": -1}, {"requests_per_minute": 0}, {"else": 1}, {"max_bytes": "1"}):
         assert client.patch(f"{path}/quota", json=bad, headers=operator).status_code == 400
-    nobody = "/v1/admin/tenants/nobody/quota"
-    assert client.patch(nobody, json={"max_bytes": 1}, headers=operator).status_code == 404
+    missing = "/v1/admin/tenants/missing/quota"
+    assert client.patch(missing, json={"max_bytes": 1}, headers=operator).status_code == 404
 
 
 def test_settings_are_changed_by_name(client: TestClient, operator: dict[str, str]) -> None:
@@ -74,8 +74,8 @@ def test_settings_are_changed_by_name(client: TestClient, operator: dict[str, st
         assert shown.items() <= answer.json().items()
     for bad in ({"weight": 0}, {"weight": 101}, {"weight": None}, {"kv_reuse": 0}, {"else": 1}):
         assert client.patch(path, json=bad, headers=operator).status_code == 400
-    nobody = client.patch("/v1/admin/tenants/nobody", json={"weight": 2}, headers=operator)
-    assert nobody.status_code == 404
+    missing = client.patch("/v1/admin/tenants/missing", json={"weight": 2}, headers=operator)
+    assert missing.status_code == 404
     body = {"name": "new", "weight": 2.5, "kv_reuse": False}
     made = client.post("/v1/admin/tenants", json=body, headers=operator).json()
     assert (made["weight"], made["kv_reuse"]) == (2.5, False)
@@ -83,7 +83,7 @@ def test_settings_are_changed_by_name(client: TestClient, operator: dict[str, st
     assert log[0]["detail"] == {"kv_reuse": True, "weight": 0.01}
 
 
-def test_an_admin_rules_its_own_tenant_only(
+def test_an_admin_key_administers_only_its_own_tenant(
     client: TestClient, world: World, admin: dict[str, str]
 ) -> None:
     world.add_tenant("beta")
@@ -102,7 +102,7 @@ def test_an_admin_rules_its_own_tenant_only(
     assert "key" not in found[0]
 
 
-def test_the_operator_sees_all(client: TestClient, operator: dict[str, str]) -> None:
+def test_the_operator_reads_all_tenants(client: TestClient, operator: dict[str, str]) -> None:
     tenants = client.get("/v1/admin/tenants?limit=2", headers=operator).json()
     rest = client.get(
         "/v1/admin/tenants", params={"after": tenants["next_after"]}, headers=operator
@@ -115,7 +115,9 @@ def test_the_operator_sees_all(client: TestClient, operator: dict[str, str]) -> 
     assert {one["tenant"] for one in acmes} == {"acme"}
 
 
-def test_a_key_from_its_making_to_its_end(client: TestClient, admin: dict[str, str]) -> None:
+def test_a_key_is_created_listed_rotated_and_revoked(
+    client: TestClient, admin: dict[str, str]
+) -> None:
     made = client.post(
         "/v1/admin/keys", json={"label": "ci", "expires_in_seconds": 3600.0}, headers=admin
     )
@@ -142,7 +144,9 @@ def test_a_key_from_its_making_to_its_end(client: TestClient, admin: dict[str, s
     assert client.get("/v1/models", headers=bearer(rotated["key"])).status_code == 200
 
 
-def test_a_rotation_without_overlap_is_at_once(client: TestClient, admin: dict[str, str]) -> None:
+def test_a_rotation_without_overlap_ends_the_old_key_immediately(
+    client: TestClient, admin: dict[str, str]
+) -> None:
     old = client.post("/v1/admin/keys", json={}, headers=admin).json()
     client.post(
         f"/v1/admin/keys/{old['key_id']}/rotate", json={"overlap_seconds": 0}, headers=admin
@@ -150,7 +154,7 @@ def test_a_rotation_without_overlap_is_at_once(client: TestClient, admin: dict[s
     assert client.get("/v1/models", headers=bearer(old["key"])).status_code == 401
 
 
-def test_a_key_does_not_saw_off_its_own_branch(
+def test_a_key_cannot_revoke_itself(
     client: TestClient, world: World, admin: dict[str, str]
 ) -> None:
     own = world.keys["acme:admin"].split("_")[1]
@@ -168,11 +172,13 @@ def test_a_key_does_not_saw_off_its_own_branch(
         {"else": 1},
     ],
 )
-def test_bad_keys(client: TestClient, admin: dict[str, str], body: dict[str, Any]) -> None:
+def test_invalid_key_requests_are_rejected(
+    client: TestClient, admin: dict[str, str], body: dict[str, Any]
+) -> None:
     assert client.post("/v1/admin/keys", json=body, headers=admin).status_code == 400
 
 
-def test_the_log_says_who_did_what(
+def test_the_audit_log_has_actor_and_change(
     client: TestClient, world: World, admin: dict[str, str], operator: dict[str, str]
 ) -> None:
     writer = {**world.headers("acme:write"), "x-request-id": "r-7"}
@@ -225,8 +231,8 @@ NUL = [
 ]
 
 
-def test_a_text_that_the_database_cannot_hold_is_the_callers_doing(either_world: World) -> None:
-    """PostgreSQL has no NUL in texts, and SQLite nothing by such a name."""
+def test_a_text_with_nul_is_a_400(either_world: World) -> None:
+    """PostgreSQL rejects NUL in texts, and SQLite has no such name."""
     either_world.add_tenant("operator")
     headers = either_world.headers("operator:all")
     with TestClient(either_world.app, headers=headers, raise_server_exceptions=False) as client:

@@ -1,4 +1,4 @@
-"""Uploads under an Idempotency-Key: the same answer again, and nothing done twice."""
+"""Uploads with an Idempotency-Key: the same response again, without a second change."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ def versions(client: TestClient, name: str = "voice") -> int:
     return len(client.get(f"/v1/prefixes/{name}/versions").json()["data"])
 
 
-def test_the_same_answer_again(client: TestClient) -> None:
+def test_a_repeated_upload_gets_the_first_response(client: TestClient) -> None:
     first = put(client, "k1")
     assert first.status_code == 201
     assert "idempotency-replayed" not in first.headers
@@ -30,8 +30,8 @@ def test_the_same_answer_again(client: TestClient) -> None:
     assert without.status_code == 200
 
 
-def test_a_late_repetition_moves_nothing_back(client: TestClient) -> None:
-    """Without the key, the first bytes again would point `latest` at them again."""
+def test_a_late_repetition_does_not_move_latest_back(client: TestClient) -> None:
+    """Without the key, uploading the first bytes again would move `latest` back to them."""
     put(client, "k1")
     put(client, "k2", text="newer")
     assert put(client, "k1").json()["version"] == 1
@@ -45,7 +45,9 @@ def test_a_late_repetition_moves_nothing_back(client: TestClient) -> None:
     ("name", "body"),
     [("voice", {"text": "other"}), ("else", {}), ("voice", {"metadata": {"a": 1}})],
 )
-def test_a_key_is_for_one_request(client: TestClient, name: str, body: dict[str, Any]) -> None:
+def test_a_key_reused_for_another_upload_is_a_409(
+    client: TestClient, name: str, body: dict[str, Any]
+) -> None:
     put(client, "k1")
     refused = put(client, "k1", name=name, **body)
     assert refused.status_code == 409
@@ -53,26 +55,26 @@ def test_a_key_is_for_one_request(client: TestClient, name: str, body: dict[str,
     assert versions(client) == 1
 
 
-def test_keys_are_a_tenants_own(client: TestClient, world: World) -> None:
+def test_keys_of_two_tenants_are_independent(client: TestClient, world: World) -> None:
     put(client, "k1")
     headers = {**world.headers("beta"), "Idempotency-Key": "k1"}
     body = {"kind": "text", "text": "beta's own"}
     assert client.put("/v1/prefixes/voice", json=body, headers=headers).status_code == 201
 
 
-def test_a_refusal_is_not_kept(client: TestClient) -> None:
+def test_an_error_response_is_not_stored(client: TestClient) -> None:
     assert put(client, "k1", text="x" * 200).status_code == 422
     assert put(client, "k1").status_code == 201
 
 
 @pytest.mark.parametrize("key", ["", "a b", "a" * 256])
-def test_malformed_keys(client: TestClient, key: str) -> None:
+def test_malformed_keys_are_rejected(client: TestClient, key: str) -> None:
     refused = put(client, key)
     assert refused.status_code == 400
     assert error_of(refused)["param"] == "Idempotency-Key"
 
 
-def test_racing_repetitions_get_one_answer(either_client: TestClient) -> None:
+def test_concurrent_repetitions_get_one_response(either_client: TestClient) -> None:
     client = either_client
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: put(client, "k1"), range(32)))

@@ -144,10 +144,10 @@ def test_openai_client_raises_its_own_error_classes(api: openai.OpenAI, url: str
         api.completions.create(model="tiny", prompt="x" * 1000)
     assert long.value.code == "context_length_exceeded"
     with (
-        openai.OpenAI(api_key="nonsense", base_url=url) as stranger,
+        openai.OpenAI(api_key="nonsense", base_url=url) as unauthorized,
         pytest.raises(openai.AuthenticationError),
     ):
-        stranger.models.list()
+        unauthorized.models.list()
 
 
 def test_openai_client_raises_an_error_event_of_a_stream(api: openai.OpenAI, world: World) -> None:

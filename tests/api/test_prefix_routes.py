@@ -43,7 +43,7 @@ def files(**changes: Any) -> dict[str, Any]:
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def test_upload_then_the_same_bytes_then_others(client: TestClient) -> None:
+def test_equal_bytes_keep_their_version_and_other_bytes_make_a_new_one(client: TestClient) -> None:
     first = client.put("/v1/prefixes/voice", files=files())
     assert first.status_code == 201, first.text
     manifest = first.json()
@@ -64,7 +64,7 @@ def test_upload_then_the_same_bytes_then_others(client: TestClient) -> None:
     assert used.json()["prefix"]["digest"] == manifest["digest"]
 
 
-def test_metadata_travels(client: TestClient) -> None:
+def test_metadata_is_returned_in_the_manifest(client: TestClient) -> None:
     metadata = {"owner": "ann", "nested": {"n": 1}}
     sent = files(metadata=("m.json", json.dumps(metadata).encode(), "application/json"))
     assert client.put("/v1/prefixes/voice", files=sent).json()["metadata"] == metadata
@@ -72,7 +72,7 @@ def test_metadata_travels(client: TestClient) -> None:
     assert client.put("/v1/prefixes/note", json=body).json()["metadata"] == metadata
 
 
-def test_nothing_stays_in_the_upload_folder(client: TestClient, world: World) -> None:
+def test_the_upload_folder_is_empty_after_an_upload(client: TestClient, world: World) -> None:
     client.put("/v1/prefixes/voice", files=files())
     client.put("/v1/prefixes/voice", files=files(weights=("w", b"rubbish")))
     client.put(
@@ -81,7 +81,7 @@ def test_nothing_stays_in_the_upload_folder(client: TestClient, world: World) ->
     assert list(world.body_limits.upload_dir.iterdir()) == []
 
 
-def test_the_content_has_the_digest(client: TestClient) -> None:
+def test_the_content_matches_the_digest(client: TestClient) -> None:
     digest = client.put("/v1/prefixes/voice", files=files()).json()["digest"]
     answer = client.get("/v1/prefixes/voice/versions/1/content")
     assert answer.headers["content-type"] == "application/octet-stream"
@@ -98,7 +98,7 @@ def test_the_content_has_the_digest(client: TestClient) -> None:
         ("bytes=999999-", 416, "range_not_satisfiable"),
     ],
 )
-def test_a_bad_range_is_refused_in_the_shape_of_every_error(
+def test_an_invalid_range_gives_a_standard_error(
     client: TestClient, asked: str, status: int, code: str
 ) -> None:
     client.put("/v1/prefixes/voice", files=files())
@@ -111,7 +111,7 @@ def test_a_bad_range_is_refused_in_the_shape_of_every_error(
     assert "etag" not in answer.headers
 
 
-def test_a_part_of_the_content(client: TestClient) -> None:
+def test_a_range_of_the_content_is_returned(client: TestClient) -> None:
     client.put("/v1/prefixes/voice", files=files())
     where = "/v1/prefixes/voice/versions/1/content"
     whole, part = client.get(where), client.get(where, headers={"Range": "bytes=4-9"})
@@ -119,7 +119,7 @@ def test_a_part_of_the_content(client: TestClient) -> None:
     assert part.content == whole.content[4:10]
 
 
-def test_look_list_and_page(client: TestClient, world: World) -> None:
+def test_prefixes_are_read_and_listed_in_pages(client: TestClient, world: World) -> None:
     for name in ("a", "b", "c"):
         put_text(client, name, f"text {name}", world.headers())
     put_text(client, "b", "second", world.headers())
@@ -135,7 +135,7 @@ def test_look_list_and_page(client: TestClient, world: World) -> None:
         assert client.get(f"/v1/prefixes/{reference}").json()["version"] == version
 
 
-def test_versions_by_page(client: TestClient, world: World) -> None:
+def test_versions_are_listed_in_pages(client: TestClient, world: World) -> None:
     for number in range(5):
         put_text(client, "voice", f"text {number}", world.headers())
     seen: list[int] = []
@@ -155,7 +155,7 @@ def test_versions_by_page(client: TestClient, world: World) -> None:
         assert client.get(f"/v1/prefixes/voice/versions?{bad}").status_code == 400
 
 
-def test_aliases_move(client: TestClient, world: World) -> None:
+def test_an_alias_can_be_moved_and_deleted(client: TestClient, world: World) -> None:
     put_text(client, "voice", "one", world.headers())
     put_text(client, "voice", "two", world.headers())
     for version in (1, 2):
@@ -168,7 +168,7 @@ def test_aliases_move(client: TestClient, world: World) -> None:
     assert client.get("/v1/prefixes/voice@prod").status_code == 404
 
 
-def test_delete_and_version_numbers_go_on(client: TestClient, world: World) -> None:
+def test_version_numbers_continue_after_a_delete(client: TestClient, world: World) -> None:
     put_text(client, "voice", "one", world.headers())
     answer = client.delete("/v1/prefixes/voice")
     assert (answer.status_code, answer.content) == (204, b"")
@@ -214,7 +214,7 @@ def test_malformed_artifacts_are_422(
         ({"model": ("m", b"x")}, 400, "unknown_part"),
     ],
 )
-def test_uploads_that_are_not_uploads(
+def test_uploads_with_invalid_parts_are_rejected(
     client: TestClient, changes: dict[str, Any], status: int, code: str
 ) -> None:
     answer = client.put("/v1/prefixes/voice", files=files(**changes))
@@ -246,15 +246,15 @@ def test_malformed_upload_bodies_are_400(
     error_of(answer)
 
 
-def test_a_part_twice(client: TestClient) -> None:
+def test_a_duplicate_part_is_rejected(client: TestClient) -> None:
     parts = [*files().items(), ("config", ("c", b"{}"))]
     answer = client.put("/v1/prefixes/voice", files=parts)
     assert answer.status_code == 400
     assert error_of(answer)["code"] == "duplicate_part"
 
 
-def test_a_part_with_an_endless_header_is_not_gathered(client: TestClient) -> None:
-    """The parser gives a header up after 4 KiB; python-multipart before 0.0.27 did not."""
+def test_a_part_with_an_endless_header_is_rejected_early(client: TestClient) -> None:
+    """The parser stops reading a header after 4 KiB; python-multipart before 0.0.27 did not."""
     part = ("adapter_config.json", json.dumps(CONFIG).encode(), "application/json")
     endless = files(config=(*part, {"x-filler": "x" * 100_000}))
     answer = client.put("/v1/prefixes/voice", files=endless)
@@ -262,13 +262,13 @@ def test_a_part_with_an_endless_header_is_not_gathered(client: TestClient) -> No
     assert "malformed" in error_of(answer)["message"]
 
 
-def test_a_json_body_over_the_cap(client: TestClient) -> None:
+def test_a_json_body_over_the_limit_is_rejected(client: TestClient) -> None:
     answer = client.put("/v1/prefixes/n", json={"kind": "text", "text": "x" * 70_000})
     assert answer.status_code == 413
     assert str(BODY_LIMITS["max_body_bytes"]) in error_of(answer)["message"]
 
 
-def test_a_body_without_length_over_the_cap(client: TestClient) -> None:
+def test_a_body_without_length_over_the_limit_is_rejected(client: TestClient) -> None:
     def chunks() -> Any:
         for _ in range(100):
             yield b" " * 1024
@@ -286,7 +286,7 @@ def test_malformed_names_are_400(client: TestClient, name: str) -> None:
     assert error_of(answer)["code"] == "invalid_reference"
 
 
-def test_a_prefix_uploaded_for_another_base_is_refused(client: TestClient, world: World) -> None:
+def test_a_prefix_uploaded_for_another_base_is_a_409(client: TestClient, world: World) -> None:
     put_text(client, "voice", "one", world.headers())
     moved = type(BASE)(**{**{f: getattr(BASE, f) for f in BASE.__slots__}, "fingerprint": "e" * 64})
     object.__setattr__(world.served, "base", moved)

@@ -1,4 +1,4 @@
-"""Warm, pin and unpin over HTTP, and where a prefix is; what the engine is told of it."""
+"""Warm, pin and unpin over HTTP, the tier in manifests, and the calls to the engine."""
 
 import threading
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ MOST_PINNED = POOL_BLOCKS * BLOCK // 4
 
 
 class Pool:
-    """Stands for the engine's half: notes what it is told, says what a test sets."""
+    """A fake of the engine's residency calls: records them, and returns what a test sets."""
 
     def __init__(self) -> None:
         self.tiers: dict[PrefixKey, str] = {}
@@ -56,7 +56,7 @@ class Pool:
 
 @pytest.fixture
 def pool(world: World, monkeypatch: pytest.MonkeyPatch) -> Pool:
-    """In place of the engine's methods; asked for before ``client``, which starts the server."""
+    """Replaces the engine's methods; requested before ``client``, which starts the server."""
     pool = Pool()
     for name in ("tier", "preload", "set_pins", "retire"):
         monkeypatch.setattr(world.engine, name, getattr(pool, name))
@@ -74,7 +74,7 @@ def handle(manifest: dict[str, Any], tenant: str = "acme") -> PrefixHandle:
 # -- warm -----------------------------------------------------------------------------------------
 
 
-def test_warming_hands_the_version_to_the_engine(
+def test_warm_passes_the_version_to_the_engine(
     pool: Pool, client: TestClient, world: World
 ) -> None:
     world.tenants.set_quota("acme", {"max_resident_tokens": 50})
@@ -92,7 +92,7 @@ def test_warming_hands_the_version_to_the_engine(
 
 
 @pytest.mark.parametrize("state", ["fetching", "staged", "compiling", "host"])
-def test_what_is_on_its_way_is_said(
+def test_warm_returns_the_state_of_a_loading_prefix(
     pool: Pool, client: TestClient, world: World, state: str
 ) -> None:
     manifest = put_text(client, "voice", "hello", world.headers())
@@ -102,7 +102,9 @@ def test_what_is_on_its_way_is_said(
     assert len(pool.preloaded) == 1
 
 
-def test_what_is_resident_is_left_alone(pool: Pool, client: TestClient, world: World) -> None:
+def test_warm_does_nothing_for_a_resident_prefix(
+    pool: Pool, client: TestClient, world: World
+) -> None:
     manifest = put_text(client, "voice", "hello", world.headers())
     pool.tiers[key(manifest)] = "resident"
     answer = client.post("/v1/prefixes/voice/warm")
@@ -122,7 +124,7 @@ def test_what_is_resident_is_left_alone(pool: Pool, client: TestClient, world: W
         ("voice@latest", {}, 2),
     ],
 )
-def test_a_version_is_named_in_the_path_or_in_the_body(
+def test_warm_and_pin_take_the_version_in_path_or_body(
     *, pool: Pool, client: TestClient, world: World, reference: str, body: Any, version: int
 ) -> None:
     put_text(client, "voice", "one", world.headers())
@@ -148,7 +150,7 @@ def test_a_version_is_named_in_the_path_or_in_the_body(
         ("vo ice", None, 400),
     ],
 )
-def test_versions_that_are_none(
+def test_warm_and_pin_reject_unknown_versions(
     *,
     pool: Pool,
     client: TestClient,
@@ -168,7 +170,7 @@ def test_versions_that_are_none(
 
 
 @pytest.mark.parametrize(("method", "verb"), [("POST", "warm"), ("PUT", "pin")])
-def test_what_no_request_could_run_under_is_refused(
+def test_warm_and_pin_reject_a_prefix_over_quota_corrupt_or_of_another_base(
     pool: Pool, client: TestClient, world: World, method: str, verb: str
 ) -> None:
     def refused() -> tuple[int, str]:
@@ -189,7 +191,7 @@ def test_what_no_request_could_run_under_is_refused(
     assert pool.pins == []
 
 
-def test_a_full_or_closing_engine_says_when_to_come_again(
+def test_warm_on_a_full_or_draining_engine_returns_retry_after(
     pool: Pool, client: TestClient, world: World
 ) -> None:
     put_text(client, "voice", "hello", world.headers())
@@ -204,7 +206,9 @@ def test_a_full_or_closing_engine_says_when_to_come_again(
     assert pool.preloaded == []
 
 
-def test_warming_is_one_of_a_tenants_requests(pool: Pool, client: TestClient, world: World) -> None:
+def test_warm_counts_as_a_request_of_the_tenant(
+    pool: Pool, client: TestClient, world: World
+) -> None:
     put_text(client, "voice", "hello", world.headers())
     world.tenants.set_quota("acme", {"requests_per_minute": 1})
     answer = client.post("/v1/prefixes/voice/warm")
@@ -214,7 +218,7 @@ def test_warming_is_one_of_a_tenants_requests(pool: Pool, client: TestClient, wo
     assert len(pool.preloaded) == 1
 
 
-def test_an_upload_may_warm_and_never_fails_by_it(
+def test_a_failed_warm_up_does_not_fail_the_upload(
     pool: Pool, client: TestClient, world: World
 ) -> None:
     body = {"kind": "text", "text": "hello"}
@@ -234,7 +238,7 @@ def test_an_upload_may_warm_and_never_fails_by_it(
 # -- pins -----------------------------------------------------------------------------------------
 
 
-def test_pins_reach_the_engine_and_the_manifest(
+def test_a_pin_reaches_the_engine_and_the_manifest(
     pool: Pool, client: TestClient, world: World
 ) -> None:
     first = put_text(client, "voice", "one", world.headers())
@@ -267,13 +271,13 @@ def test_deleting_a_prefix_unpins_it(pool: Pool, client: TestClient, world: Worl
     assert pool.retired == [key(manifest)]
 
 
-def test_a_tenant_pins_no_more_than_it_may_keep_resident(
+def test_pins_of_a_tenant_are_limited_by_its_resident_tokens(
     pool: Pool, client: TestClient, world: World
 ) -> None:
     put_text(client, "a", "x" * 10, world.headers())
     put_text(client, "b", "y" * 11, world.headers())
     world.tenants.set_quota("acme", {"max_resident_tokens": 20})
-    put_text(client, "theirs", "z" * 30, world.headers("beta"))  # which is none of acme's
+    put_text(client, "theirs", "z" * 30, world.headers("beta"))  # a version that acme does not have
     client.put("/v1/prefixes/theirs/pin", headers=world.headers("beta"))
     assert client.put("/v1/prefixes/a/pin").status_code == 200
     assert pool.caps == {"acme": 20}
@@ -289,10 +293,8 @@ def test_a_tenant_pins_no_more_than_it_may_keep_resident(
     assert client.put("/v1/prefixes/b/pin").status_code == 200
 
 
-def test_all_pins_together_leave_room_in_the_pool(
-    pool: Pool, client: TestClient, world: World
-) -> None:
-    """Counted in whole blocks, as the pool holds them: a token takes a block."""
+def test_pins_of_all_tenants_are_limited(pool: Pool, client: TestClient, world: World) -> None:
+    """Pins are counted in full blocks, as in the pool: one token takes a block."""
     for position in range(MOST_PINNED // BLOCK):
         tenant = ("acme", "beta")[position % 2]
         name = f"p{position}"
@@ -305,14 +307,14 @@ def test_all_pins_together_leave_room_in_the_pool(
     assert (refused.status_code, error["code"]) == (409, "pins_full")
     assert str(MOST_PINNED) in error["message"]
     assert str(MOST_PINNED + BLOCK) in error["message"]
-    # The same bytes under another name take no room of their own.
+    # The same bytes under another name take no additional room.
     put_text(client, "same", "0", world.headers())
     assert client.put("/v1/prefixes/same/pin").status_code == 200
     client.delete("/v1/prefixes/p2/pin")
     assert client.put("/v1/prefixes/last/pin").status_code == 200
 
 
-def test_of_pins_at_once_no_more_are_made_than_fit(
+def test_concurrent_pins_do_not_exceed_the_limit(
     either_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = Pool()
@@ -338,7 +340,7 @@ def test_of_pins_at_once_no_more_are_made_than_fit(
     assert len(pool.pins) == room
 
 
-def test_pins_are_in_the_log(pool: Pool, client: TestClient, world: World) -> None:
+def test_pins_are_in_the_audit_log(pool: Pool, client: TestClient, world: World) -> None:
     put_text(client, "voice", "hello", world.headers())
     client.put("/v1/prefixes/voice@latest/pin")
     client.delete("/v1/prefixes/voice/pin")
@@ -350,10 +352,10 @@ def test_pins_are_in_the_log(pool: Pool, client: TestClient, world: World) -> No
     ]
 
 
-# -- what leaves ----------------------------------------------------------------------------------
+# -- retirement ----------------------------------------------------------------------------------
 
 
-def test_what_nothing_means_any_more_is_retired(
+def test_a_version_without_references_is_retired(
     pool: Pool, client: TestClient, world: World
 ) -> None:
     one = put_text(client, "voice", "one", world.headers())
@@ -371,17 +373,19 @@ def test_what_nothing_means_any_more_is_retired(
     assert set(pool.retired) == {key(one), key(two)}
 
 
-def test_another_tenants_is_not_retired(pool: Pool, client: TestClient, world: World) -> None:
+def test_the_same_version_of_another_tenant_is_not_retired(
+    pool: Pool, client: TestClient, world: World
+) -> None:
     put_text(client, "voice", "same", world.headers())
     put_text(client, "voice", "same", world.headers("beta"))
     put_text(client, "voice", "else", world.headers("beta"))
     assert [one.tenant for one in pool.retired] == ["beta"]
 
 
-# -- where it is ----------------------------------------------------------------------------------
+# -- the tier ------------------------------------------------------------------------------------
 
 
-def test_a_manifest_says_where_it_is_now(pool: Pool, client: TestClient, world: World) -> None:
+def test_a_manifest_shows_the_current_tier(pool: Pool, client: TestClient, world: World) -> None:
     manifest = put_text(client, "voice", "hello", world.headers())
     assert client.get("/v1/prefixes/voice").json()["tier"] is None
     pool.tiers[key(manifest)] = "host"
@@ -390,7 +394,7 @@ def test_a_manifest_says_where_it_is_now(pool: Pool, client: TestClient, world: 
     assert client.get("/v1/prefixes/voice@1").json() == {**manifest, "tier": "host"}
 
 
-def test_warming_needs_the_scope_to_generate_and_pinning_to_write(
+def test_warm_needs_the_scope_generate_and_pin_the_scope_write(
     pool: Pool, client: TestClient, world: World
 ) -> None:
     put_text(client, "voice", "hello", world.headers())
@@ -408,7 +412,7 @@ def test_warming_needs_the_scope_to_generate_and_pinning_to_write(
 
 
 def wait_for_tier(client: TestClient, reference: str, tier: str | None) -> None:
-    """The engine tells nobody when it has got there."""
+    """The engine sends no event when a prefix has become resident."""
     pause = threading.Event()
     for _ in range(5000):
         if client.get(f"/v1/prefixes/{reference}").json()["tier"] == tier:
@@ -426,7 +430,7 @@ def loads(world: World) -> int:
     return world.engine.stats().prefix_loads.get("store", 0)
 
 
-def test_a_warmed_prefix_is_there_when_the_first_request_comes(
+def test_a_warmed_prefix_is_resident_before_the_first_request(
     client: TestClient, world: World
 ) -> None:
     digest = put_text(client, "voice", "hello", world.headers())["digest"]
@@ -441,7 +445,9 @@ def test_a_warmed_prefix_is_there_when_the_first_request_comes(
     wait_for_tier(client, "tone", "resident")
 
 
-def test_a_pin_stays_while_others_come_and_go(client: TestClient, world: World) -> None:
+def test_a_pinned_prefix_stays_resident_while_others_are_swapped(
+    client: TestClient, world: World
+) -> None:
     digest = put_text(client, "kept", "k" * 60, world.headers())["digest"]
     client.put("/v1/prefixes/kept/pin")
     wait_for_tier(client, "kept", "resident")
@@ -458,7 +464,7 @@ def test_a_pin_stays_while_others_come_and_go(client: TestClient, world: World) 
     wait_for_tier(client, "kept", None)
 
 
-def test_a_restarted_server_has_its_pins_before_anybody_asks(world: World) -> None:
+def test_a_restarted_server_loads_its_pins_before_the_first_request(world: World) -> None:
     with TestClient(world.app, headers=world.headers()) as client:
         put_text(client, "voice", "hello", world.headers())
         client.put("/v1/prefixes/voice/pin")
@@ -475,7 +481,7 @@ def test_a_restarted_server_has_its_pins_before_anybody_asks(world: World) -> No
         assert engine.stats().pinned_prefixes == 1
 
 
-def test_a_deleted_prefix_leaves_when_its_last_stream_has_ended(world: World) -> None:
+def test_a_deleted_prefix_is_evicted_after_its_last_stream(world: World) -> None:
     with TestClient(world.app, headers=world.headers()) as client:
         digest = put_text(client, "voice", "hello", world.headers())["digest"]
         complete(client, "voice")
@@ -497,7 +503,7 @@ def test_a_deleted_prefix_leaves_when_its_last_stream_has_ended(world: World) ->
         wait_for_tier(client, "voice", None)
 
 
-def test_a_replaced_version_leaves_and_comes_again_for_who_names_it(
+def test_a_replaced_version_is_evicted_and_loaded_again_on_request(
     client: TestClient, world: World
 ) -> None:
     first = put_text(client, "voice", "one", world.headers())["digest"]

@@ -1,4 +1,4 @@
-"""The bucket or the database is away for a while: a 503 that says so, and not where it is."""
+"""An unavailable bucket or database gives a 503 that does not reveal its address."""
 
 import sqlite3
 from collections.abc import Callable
@@ -38,7 +38,9 @@ def assert_away(answer: Any, words: str) -> None:
     assert SECRET not in answer.text
 
 
-def test_no_bucket(client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unavailable_bucket_is_a_503(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put_text(client, "voice", "hello", world.headers())
     blobs = world.store._blobs
     with monkeypatch.context() as patch:
@@ -59,7 +61,9 @@ def test_no_bucket(client: TestClient, world: World, monkeypatch: pytest.MonkeyP
         PoolTimeout(f"QueuePool limit of {SECRET} reached"),
     ],
 )
-def test_no_catalog(client: TestClient, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_an_unavailable_catalog_is_a_503(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     monkeypatch.setattr(Tenants, "authenticate", failing(error))
     for method, path in (("GET", "models"), ("PUT", "prefixes/a"), ("POST", "completions")):
         assert_away(client.request(method, f"/v1/{path}"), "the catalog cannot be reached")
@@ -73,7 +77,7 @@ def test_no_catalog(client: TestClient, monkeypatch: pytest.MonkeyPatch, error: 
         BlobsUnavailable(BLOBS_UNAVAILABLE),
     ],
 )
-def test_an_upload_that_is_durable_is_told_so_though_it_cannot_be_warmed(
+def test_a_durable_upload_succeeds_although_its_warm_up_fails(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(world.store, "resolve", failing(error))
@@ -83,7 +87,7 @@ def test_an_upload_that_is_durable_is_told_so_though_it_cannot_be_warmed(
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("message", [BLOBS_UNAVAILABLE, CATALOG_UNAVAILABLE])
-def test_a_prefix_that_cannot_be_loaded_now(
+def test_a_prefix_in_unavailable_storage_is_a_503(
     client: TestClient,
     world: World,
     monkeypatch: pytest.MonkeyPatch,
@@ -107,7 +111,7 @@ def test_a_prefix_that_cannot_be_loaded_now(
         assert client.post("/v1/completions", json=body).status_code == 500
 
 
-def test_what_the_engine_is_told_of_storage_that_is_away(
+def test_unavailable_storage_is_reported_to_the_engine_as_prefix_unavailable(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefixd.server.serve.build import _Artifacts  # with torch, which this alone needs
@@ -128,7 +132,7 @@ def test_what_the_engine_is_told_of_storage_that_is_away(
         assert away.value.code == STORAGE_UNAVAILABLE
 
 
-def test_a_locked_database_is_away_and_a_missing_table_is_our_fault(
+def test_a_locked_database_is_unavailable_and_a_missing_table_is_an_internal_error(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "else.sqlite3"

@@ -1,4 +1,4 @@
-"""Personalisation over HTTP: bindings, the default, what answers and why."""
+"""Bindings and the default over HTTP, and the prefix that each response names."""
 
 import json
 import threading
@@ -22,7 +22,9 @@ def bind(client: TestClient, user: str, prefix: str) -> Any:
     return client.put(f"/v1/users/{user}/prefix", json={"prefix": prefix})
 
 
-def test_whose_prefix_answers_and_why(client: TestClient, world: World) -> None:
+def test_the_response_names_the_prefix_and_why_it_was_chosen(
+    client: TestClient, world: World
+) -> None:
     digests = {
         name: put_text(client, name, f"I am {name}.", world.headers())["digest"]
         for name in ("anns", "house", "named")
@@ -51,7 +53,7 @@ def test_whose_prefix_answers_and_why(client: TestClient, world: World) -> None:
     check({"user": "ann"}, "anns", "user")
     check({"user": "bob"}, "house", "default")
     check({"user": "bob\u0000"}, "house", "default")  # a name that cannot be bound
-    check({}, None, None)  # the bare base can still be had
+    check({}, None, None)  # the bare base still works
     check({"user": "ann", "model": "named"}, "named", "model")
     assert client.delete("/v1/users/ann/prefix").status_code == 204
     check({"user": "ann"}, "house", "default")
@@ -59,7 +61,7 @@ def test_whose_prefix_answers_and_why(client: TestClient, world: World) -> None:
     check({"user": "ann"}, None, None)
 
 
-def test_every_chunk_of_a_stream_says_why(client: TestClient, world: World) -> None:
+def test_every_chunk_of_a_stream_has_chosen_by(client: TestClient, world: World) -> None:
     put_text(client, "voice", "Be kind.", world.headers())
     bind(client, "ann", "voice")
     answer = complete(client, user="ann", stream=True)
@@ -69,7 +71,7 @@ def test_every_chunk_of_a_stream_says_why(client: TestClient, world: World) -> N
     assert client.post("/v1/chat/completions", json=chat).json()["prefix"]["chosen_by"] == "user"
 
 
-def test_a_binding_to_an_alias_moves_with_it(client: TestClient, world: World) -> None:
+def test_a_binding_to_an_alias_follows_it(client: TestClient, world: World) -> None:
     put_text(client, "voice", "one", world.headers())
     put_text(client, "voice", "two", world.headers())
     client.put("/v1/prefixes/voice/aliases/prod", json={"version": 1})
@@ -79,7 +81,7 @@ def test_a_binding_to_an_alias_moves_with_it(client: TestClient, world: World) -
     assert complete(client, user="ann").json()["prefix"]["version"] == 2
 
 
-def test_a_bound_prefix_that_is_gone_is_never_the_base(client: TestClient, world: World) -> None:
+def test_a_deleted_bound_prefix_is_a_404_and_not_the_base(client: TestClient, world: World) -> None:
     put_text(client, "voice", "one", world.headers())
     bind(client, "ann", "voice")
     client.put("/v1/default/prefix", json={"prefix": "voice"})
@@ -92,7 +94,9 @@ def test_a_bound_prefix_that_is_gone_is_never_the_base(client: TestClient, world
 
 
 @pytest.mark.parametrize("user", ["ann", "ann@example.org", "a/b", "é ü", "%"])
-def test_any_name_can_be_bound(client: TestClient, world: World, user: str) -> None:
+def test_users_with_any_characters_can_be_bound(
+    client: TestClient, world: World, user: str
+) -> None:
     put_text(client, "voice", "one", world.headers())
     shown = bind(client, quote(user, safe=""), "voice@latest").json()
     assert (shown["object"], shown["user"], shown["prefix"]) == ("binding", user, "voice@latest")
@@ -100,7 +104,9 @@ def test_any_name_can_be_bound(client: TestClient, world: World, user: str) -> N
     assert complete(client, user=user).json()["prefix"]["name"] == "voice"
 
 
-def test_what_cannot_be_bound(client: TestClient, world: World) -> None:
+def test_invalid_users_and_unknown_prefixes_cannot_be_bound(
+    client: TestClient, world: World
+) -> None:
     put_text(client, "voice", "one", world.headers())
     assert error_of(bind(client, "ann", "else"))["code"] == "prefix_not_found"
     assert error_of(bind(client, "ann", "voice@9"))["code"] == "prefix_not_found"
@@ -110,7 +116,7 @@ def test_what_cannot_be_bound(client: TestClient, world: World) -> None:
     assert client.get("/v1/users/ann/prefix").status_code == 404
 
 
-def test_pages_of_users(client: TestClient, world: World) -> None:
+def test_bindings_are_listed_in_pages(client: TestClient, world: World) -> None:
     put_text(client, "voice", "one", world.headers())
     for number in range(5):
         bind(client, f"user-{number}", "voice")
@@ -121,7 +127,9 @@ def test_pages_of_users(client: TestClient, world: World) -> None:
     assert rest["next_after"] is None
 
 
-def test_an_import(client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_binds_many_users(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("prefixd.server.api.users.importing.BATCH", 10)
     put_text(client, "voice", "one", world.headers())
     lines = [json.dumps({"user": f"user-{n:03}", "prefix": "voice@1"}) for n in range(35)]
@@ -150,7 +158,9 @@ def test_an_import(client: TestClient, world: World, monkeypatch: pytest.MonkeyP
         "x" * 9000,
     ],
 )
-def test_bad_lines(client: TestClient, world: World, line: str) -> None:
+def test_malformed_import_lines_are_rejected_by_number(
+    client: TestClient, world: World, line: str
+) -> None:
     put_text(client, "voice", "one", world.headers())
     answer = client.post("/v1/users/bindings:import", content=line, headers=NDJSON)
     assert answer.status_code == 400
@@ -158,7 +168,9 @@ def test_bad_lines(client: TestClient, world: World, line: str) -> None:
     assert client.post("/v1/users/bindings:import", content=line).status_code == 400
 
 
-def test_a_line_that_is_too_long_is_named_by_its_number(client: TestClient, world: World) -> None:
+def test_an_import_line_that_is_too_long_is_rejected_by_number(
+    client: TestClient, world: World
+) -> None:
     put_text(client, "voice", "one", world.headers())
     line = json.dumps({"user": "x", "prefix": "voice"})
     body = "\n".join([line] * 3 + ["x" * 9000, line])
@@ -166,14 +178,16 @@ def test_a_line_that_is_too_long_is_named_by_its_number(client: TestClient, worl
     assert error_of(answer)["message"].startswith("line 4: expected at most 8192 bytes")
 
 
-def test_an_import_is_capped(client: TestClient) -> None:
+def test_an_import_over_the_size_limit_is_rejected(client: TestClient) -> None:
     body = b"\n" * (1024 * 1024 + 1)
     answer = client.post("/v1/users/bindings:import", content=body, headers=NDJSON)
     assert answer.status_code == 413
 
 
-def test_an_alias_moved_in_mid_stream(client: TestClient, world: World) -> None:
-    """The stream keeps what it was admitted with; the next request gets the new version."""
+def test_an_alias_moved_during_a_stream_does_not_affect_it(
+    client: TestClient, world: World
+) -> None:
+    """The stream keeps the version it was admitted with; the next request gets the new one."""
     digests = [put_text(client, "voice", word, world.headers())["digest"] for word in "ab"]
     client.put("/v1/prefixes/voice/aliases/prod", json={"version": 1})
     bind(client, "ann", "voice@prod")
