@@ -7,7 +7,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import IntegrityError
 
 from prefixd.server.errors import BadRequest, Conflict, NotFound
-from prefixd.server.tenants.audit import Action, AuditLog
+from prefixd.server.tenants.audit import Action, AuditLog, record
 from prefixd.server.tenants.bindings import Bindings, ChosenBy
 from prefixd.server.tenants.idempotency import KEPT_FOR, Idempotency, Replay
 from prefixd.server.tenants.principal import Actor
@@ -145,7 +145,7 @@ def test_an_audit_entry_is_rolled_back_with_its_change(engine: Engine, bindings:
 
     def fail() -> None:
         with writing(engine) as connection:
-            log.add(connection, Action.PREFIX_PUBLISH, actor=ANN, tenant="acme", subject="x")
+            record(connection, Action.PREFIX_PUBLISH, actor=ANN, tenant="acme", subject="x")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):

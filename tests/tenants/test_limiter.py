@@ -15,9 +15,8 @@ from sqlalchemy import Engine, select
 from sqlalchemy.exc import OperationalError
 
 from prefixd.server.errors import RateLimited
-from prefixd.server.tenants.limiter import LEASE_S, Limiter
+from prefixd.server.tenants.limiter import LEASE_S, Limiter, duration
 from prefixd.server.tenants.quotas import Quota
-from prefixd.server.tenants.ratelimit_headers import duration
 from prefixd.server.tenants.registry import Tenants
 from prefixd.server.tenants.tables import rate_limits, request_leases
 from prefixd.store.db.database import reading

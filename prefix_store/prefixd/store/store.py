@@ -7,7 +7,8 @@ acknowledged.
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from prefixd.store.catalog.manifests import (
 from prefixd.store.catalog.pins import Pinned, pinned
 from prefixd.store.catalog.tables import prefixes, versions
 from prefixd.store.catalog.transaction import CatalogTransaction, Change, Draft, Published
-from prefixd.store.db.database import reading, writing
+from prefixd.store.db.database import reading, utc_now, writing
 from prefixd.store.errors import CorruptArtifact, UnknownPrefix
 from prefixd.store.gc import DEFAULT_GRACE, GcResult, collect
 from prefixd.store.names import BlobKey, Reference, check_name, check_tenant, parse_reference
@@ -47,10 +48,6 @@ _PUBLISH_ATTEMPTS = 10
 _log = getLogger("prefixd.store")
 
 
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
-
-
 class PrefixStore:
     """Prefixes of all tenants. Blocking; safe from several threads and processes at once.
 
@@ -59,7 +56,7 @@ class PrefixStore:
     """
 
     def __init__(
-        self, engine: Engine, blobs: Blobs, *, clock: Callable[[], datetime] = _utc_now
+        self, engine: Engine, blobs: Blobs, *, clock: Callable[[], datetime] = utc_now
     ) -> None:
         self._engine = engine
         self._rows = BlobRows(engine)
@@ -72,7 +69,7 @@ class PrefixStore:
         """Changes to a tenant's prefixes: committed at the end of the block, rolled back by any
         exception in it. The watcher is called after the commit."""
         with writing(self._engine) as connection:
-            tx = CatalogTransaction(connection, tenant, now=self._clock())
+            tx = CatalogTransaction(connection, tenant, self._clock())
             yield tx
             change = tx.change()
         if change != Change():
@@ -107,7 +104,7 @@ class PrefixStore:
         metadata_json = encode_metadata(metadata, base=base)
         return self._publish(
             inspect_peft(config, weights, base=base, task_id=task_id),
-            lambda target: pack_peft(config, weights, target, task_id=task_id),
+            partial(pack_peft, config, weights, task_id=task_id),
             tenant=tenant,
             name=name,
             metadata_json=metadata_json,
@@ -131,7 +128,7 @@ class PrefixStore:
         metadata_json = encode_metadata(metadata, base=base)
         return self._publish(
             inspect_text(text, base=base, count_tokens=count_tokens),
-            lambda target: pack_text(text, target),
+            partial(pack_text, text),
             tenant=tenant,
             name=name,
             metadata_json=metadata_json,

@@ -150,16 +150,16 @@ def pack_peft(config: bytes, weights: Path, target: Path, *, task_id: int | None
     """
     parsed = parse_config(config)
     size = weights.stat().st_size
-    head = _head(parsed.kind, parsed.peft_type, task_id, parsed.fields, size)
     with weights.open("rb") as source:
-        return _write(head, source, size, target)
+        fields = {"config": parsed.fields, "peft_type": parsed.peft_type, "task_id": task_id}
+        return _write(parsed.kind, fields, source, size, target)
 
 
 def pack_text(text: str, target: Path) -> Packed:
     """Write the artifact file of a hard prompt, and fsync it; raise ArtifactRefused."""
     payload = encode_text(text)
-    head = _head(Kind.HARD_PROMPT, None, None, None, len(payload))
-    return _write(head, io.BytesIO(payload), len(payload), target)
+    fields = {"config": None, "peft_type": None, "task_id": None}
+    return _write(Kind.HARD_PROMPT, fields, io.BytesIO(payload), len(payload), target)
 
 
 def read_envelope(path: Path) -> Envelope:
@@ -197,29 +197,14 @@ def _summary(config: PeftConfig, weights: PeftWeights) -> Summary:
     )
 
 
-def _head(
-    kind: Kind,
-    peft_type: str | None,
-    task_id: int | None,
-    config: dict[str, Any] | None,
-    payload_bytes: int,
-) -> bytes:
-    fields = {
-        "config": config,
-        "format": FORMAT,
-        "kind": str(kind),
-        "payload_bytes": payload_bytes,
-        "peft_type": peft_type,
-        "task_id": task_id,
-    }
-    return canonical(fields) + b"\n"
-
-
-def _write(head: bytes, source: BinaryIO, size: int, target: Path) -> Packed:
-    digest = hashlib.sha256(head)
+def _write(kind: Kind, fields: dict[str, Any], source: BinaryIO, size: int, target: Path) -> Packed:
+    """Write the envelope line and the ``size`` bytes of ``source``, and fsync them."""
+    head = fields | {"format": FORMAT, "kind": str(kind), "payload_bytes": size}
+    line = canonical(head) + b"\n"
+    digest = hashlib.sha256(line)
     written = 0
     with target.open("wb") as file:
-        file.write(head)
+        file.write(line)
         while piece := source.read(_COPY_BYTES):
             digest.update(piece)
             file.write(piece)
@@ -230,7 +215,7 @@ def _write(head: bytes, source: BinaryIO, size: int, target: Path) -> Packed:
         raise ArtifactRefused(
             "truncated", f"expected {size} bytes of weights, got {written}", param="weights"
         )
-    return Packed(digest.hexdigest(), len(head) + written)
+    return Packed(digest.hexdigest(), len(line) + written)
 
 
 def _check_envelope(fields: dict[str, Any], *, payload_bytes: int) -> None:

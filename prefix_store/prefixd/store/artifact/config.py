@@ -111,7 +111,15 @@ def from_fields(fields: dict[str, Any]) -> PeftConfig:
             f"expected peft_type to be one of {', '.join(KINDS)}; got {shown(peft_type)}",
             param="peft_type",
         )
-    _check_task_type(fields)
+    # PEFT silently skips the prefix when task_type is null; the trained tensor is the same.
+    task_type = fields.get("task_type")
+    if task_type is not None and task_type != "CAUSAL_LM":
+        raise ArtifactRefused(
+            "unsupported_task_type",
+            f"expected task_type CAUSAL_LM or null, got {shown(task_type)}: this server runs "
+            "causal language models only",
+            param="task_type",
+        )
     count = fields.get("num_virtual_tokens")
     if type(count) is not int or count < 1:
         raise ArtifactRefused(
@@ -166,18 +174,6 @@ def _rows_stored(submodules: object, count: int) -> str:
     return f", which stores {submodules * count}"
 
 
-def _check_task_type(fields: dict[str, Any]) -> None:
-    # PEFT silently skips the prefix when task_type is null; the trained tensor is the same.
-    task_type = fields.get("task_type")
-    if task_type is not None and task_type != "CAUSAL_LM":
-        raise ArtifactRefused(
-            "unsupported_task_type",
-            f"expected task_type CAUSAL_LM or null, got {shown(task_type)}: this server runs "
-            "causal language models only",
-            param="task_type",
-        )
-
-
 def _base_name(fields: dict[str, Any]) -> str | None:
     name = fields.get("base_model_name_or_path")
     if name is None:
@@ -210,17 +206,17 @@ def encode_metadata(metadata: Mapping[str, Any] | None, *, base: BaseSpec) -> st
     except (StrictJsonError, TypeError, ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, StrictJsonError) else "it is not JSON"
         raise _malformed_metadata(f"expected metadata to be a JSON object: {reason}") from None
-    _check_labels(fields.get("labels"))
+    if fields.get("labels") is not None:
+        _check_labels(fields["labels"])
     for name in METADATA_TEXTS:
         if not isinstance(fields.get(name), str | None):
             raise _malformed_metadata(f"expected {name} to be a string", param=f"metadata.{name}")
-    _check_base(fields.get("base_fingerprint"), base)
+    if fields.get("base_fingerprint") is not None:
+        _check_base(fields["base_fingerprint"], base)
     return raw.decode("ascii")
 
 
 def _check_labels(labels: object) -> None:
-    if labels is None:
-        return
     if not isinstance(labels, dict) or len(labels) > MAX_LABELS:
         raise _malformed_metadata(
             f"expected labels to be an object of at most {MAX_LABELS} strings",
@@ -235,8 +231,8 @@ def _check_labels(labels: object) -> None:
             )
 
 
-def _check_base(declared: str | None, base: BaseSpec) -> None:
-    if declared is not None and declared != base.fingerprint:
+def _check_base(declared: str, base: BaseSpec) -> None:
+    if declared != base.fingerprint:
         raise ArtifactRefused(
             "wrong_base",
             f"expected a prefix for the base {base.name} with the fingerprint {base.fingerprint}, "

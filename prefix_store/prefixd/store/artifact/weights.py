@@ -43,6 +43,7 @@ class ValueRule:
     max_abs: float
 
 
+@dataclass(frozen=True, slots=True)
 class PeftWeights:
     """Weights whose names, dtypes and shapes are valid; ``rows`` validates the values.
 
@@ -50,23 +51,13 @@ class PeftWeights:
     the prefix's: [virtual tokens, width]. ``task_id`` is None except for MULTITASK.
     """
 
-    def __init__(
-        self,
-        file: BinaryIO,
-        *,
-        start: int,
-        entries: dict[str, TensorEntry],
-        rule: ValueRule,
-        task_id: int | None,
-    ) -> None:
-        self._file = file
-        self._start = start
-        self._entries = entries
-        self._rule = rule
-        self.task_id = task_id
-        embeddings = entries[EMBEDDINGS]
-        self.dtype = embeddings.dtype
-        self.shape = (embeddings.shape[0], embeddings.shape[1])
+    file: BinaryIO
+    start: int
+    entries: dict[str, TensorEntry]
+    rule: ValueRule
+    task_id: int | None
+    dtype: str
+    shape: tuple[int, int]
 
     def rows(self) -> Iterator[tuple[int, Floats]]:
         """The prefix as (first row, [some rows, width]) float32 pieces of bounded size, MULTITASK
@@ -76,11 +67,11 @@ class PeftWeights:
         step = max(1, CHUNK_ELEMENTS // width)
         for row in range(0, height, step):
             count = min(step, height - row)
-            values = self._read(self._entries[EMBEDDINGS], first=row * width, count=count * width)
+            values = self._read(self.entries[EMBEDDINGS], first=row * width, count=count * width)
             values = values.reshape(count, width)
             if task_factor is not None and self.task_id is not None:
                 values = self._fold(values, task_factor, task=self.task_id, first_row=row)
-            check_range(values, self._rule, first_row=row, name=EMBEDDINGS)
+            check_range(values, self.rule, first_row=row, name=EMBEDDINGS)
             yield row, values
 
     def load(self) -> Floats:
@@ -95,7 +86,7 @@ class PeftWeights:
 
         The other tasks are never used, but an artifact with NaN in them is refused all the same.
         """
-        cols, rows = self._entries[TASK_COLS], self._entries[TASK_ROWS]
+        cols, rows = self.entries[TASK_COLS], self.entries[TASK_ROWS]
         for entry in (cols, rows):
             for first in range(0, entry.size, CHUNK_ELEMENTS):
                 self._read(entry, first=first, count=min(CHUNK_ELEMENTS, entry.size - first))
@@ -105,7 +96,7 @@ class PeftWeights:
 
     def _fold(self, values: Floats, factor: Floats, *, task: int, first_row: int) -> Floats:
         """``prompt_embeddings * (cols[task] @ rows[task])``: PEFT's MultitaskPromptEmbedding."""
-        cols = self._entries[TASK_COLS]
+        cols = self.entries[TASK_COLS]
         _, height, rank = cols.shape
         first = (task * height + first_row) * rank
         left = self._read(cols, first=first, count=len(values) * rank)
@@ -117,8 +108,8 @@ class PeftWeights:
 
         Raises ArtifactRefused ``non_finite`` when one is NaN or infinite.
         """
-        self._file.seek(self._start + entry.offset + first * entry.itemsize)
-        raw = self._file.read(count * entry.itemsize)
+        self.file.seek(self.start + entry.offset + first * entry.itemsize)
+        raw = self.file.read(count * entry.itemsize)
         if len(raw) != count * entry.itemsize:
             raise ArtifactRefused("truncated", f"tensor {entry.name} ends early", param=entry.name)
         values = _decode(raw, entry.dtype)
@@ -159,23 +150,24 @@ def open_weights(
     file.seek(start)
     entries = read_header(file, size=size, allowed=frozenset(names))
     check_against_base(config, base)
-    _check_one_dtype(entries)
+    dtypes = sorted({entry.dtype for entry in entries.values()})
+    if len(dtypes) > 1:
+        message = f"expected all tensors in one dtype, got {', '.join(dtypes)}"
+        raise ArtifactRefused("wrong_dtype", message, param="weights")
     _check_embeddings(entries[EMBEDDINGS], config, base)
     if multitask:
         task_id = _check_tasks(entries, config, base, task_id)
     limit = base.max_abs_kv if config.kind is Kind.KV_PREFIX else base.max_abs_embedding
-    rule = ValueRule(base.dtype, limit)
-    return PeftWeights(file, start=start, entries=entries, rule=rule, task_id=task_id)
-
-
-def _check_one_dtype(entries: dict[str, TensorEntry]) -> None:
-    dtypes = sorted({entry.dtype for entry in entries.values()})
-    if len(dtypes) > 1:
-        raise ArtifactRefused(
-            "wrong_dtype",
-            f"expected all tensors in one dtype, got {', '.join(dtypes)}",
-            param="weights",
-        )
+    height, width = entries[EMBEDDINGS].shape
+    return PeftWeights(
+        file=file,
+        start=start,
+        entries=entries,
+        rule=ValueRule(base.dtype, limit),
+        task_id=task_id,
+        dtype=entries[EMBEDDINGS].dtype,
+        shape=(height, width),
+    )
 
 
 def _check_embeddings(entry: TensorEntry, config: PeftConfig, base: BaseSpec) -> None:

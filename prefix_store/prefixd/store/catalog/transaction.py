@@ -5,7 +5,7 @@ the prefix, then those of blobs by digest, then all pins, then the rows that the
 statements lock.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from sqlalchemy import Connection, delete, insert, select, update
@@ -51,6 +51,7 @@ class Change:
     pins: bool = False
 
 
+@dataclass(slots=True)
 class CatalogTransaction:
     """Changes of one tenant's prefixes, in one transaction; see ``PrefixStore.change``.
 
@@ -58,12 +59,11 @@ class CatalogTransaction:
     missing one raise the same UnknownPrefix, a malformed name InvalidReference.
     """
 
-    def __init__(self, connection: Connection, tenant: str, *, now: datetime) -> None:
-        self.connection = connection
-        self._tenant = tenant
-        self._now = now
-        self._unnamed: set[str] = set()  # digests of versions that lost a name, alias or pin
-        self._pins_changed = False
+    connection: Connection
+    _tenant: str
+    _now: datetime
+    _unnamed: set[str] = field(default_factory=set)  # digests that lost a name, alias or pin
+    _pins_changed: bool = False
 
     def publish(self, draft: Draft, *, name: str) -> Published:
         """Give the draft's bytes a version under ``name`` and point ``latest`` at it.
@@ -88,7 +88,7 @@ class CatalogTransaction:
             .where(prefixes.c.id == prefix_id)
             .values(latest_version=version, next_version=max(next_version, version + 1))
         )
-        if latest != version:
+        if latest not in {None, version}:
             self._note_unnamed(prefix_id, latest)
         manifest = self._manifest(Reference(name, alias=None, version=version))
         return Published(manifest, created=existing is None)
@@ -178,9 +178,10 @@ class CatalogTransaction:
 
     def change(self) -> Change:
         """The effect so far; to be read before the commit."""
-        return Change(
-            orphans(self.connection, self._tenant, self._unnamed), pins=self._pins_changed
-        )
+        if not self._unnamed:
+            return Change(pins=self._pins_changed)
+        keys = orphans(self.connection, self._tenant, self._unnamed)
+        return Change(keys, pins=self._pins_changed)
 
     def _manifest(self, reference: Reference) -> Manifest:
         for manifest in manifests(self.connection, referenced(self._tenant, reference)):

@@ -46,6 +46,11 @@ metadata = MetaData(
 )
 
 
+def utc_now() -> datetime:
+    """The default clock."""
+    return datetime.now(UTC)
+
+
 class UtcDateTime(TypeDecorator[datetime]):
     """An aware datetime, stored in UTC: SQLite does not store the zone."""
 

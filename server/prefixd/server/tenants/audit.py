@@ -1,9 +1,9 @@
-"""The audit log: who did what to which prefix, key, binding and tenant. Append and read."""
+"""The audit log of changes to prefixes, keys, bindings and tenants: append and read."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
@@ -11,11 +11,11 @@ from sqlalchemy import Connection, Engine, Row, insert, select
 
 from prefixd.server.tenants.principal import Actor
 from prefixd.server.tenants.tables import audit_log
-from prefixd.store.db.database import reading
+from prefixd.store.db.database import reading, utc_now
 
 
 class Action(StrEnum):
-    """What can be done."""
+    """An audited action."""
 
     PREFIX_PUBLISH = "prefix.publish"
     PREFIX_DELETE = "prefix.delete"
@@ -38,7 +38,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AuditEntry:
-    """One thing done. ``actor_key`` is None for the command line."""
+    """One audited action. ``actor_key`` is None for the command line."""
 
     id: int
     at: datetime
@@ -51,25 +51,24 @@ class AuditEntry:
     detail: Mapping[str, Any]
 
 
-def utc_now() -> datetime:
-    """The clock of this room, unless a test brings another."""
-    return datetime.now(UTC)
+_COLUMNS = tuple(field.name for field in fields(AuditEntry) if field.name != "detail")
 
 
 def record(
     connection: Connection,
     action: Action,
     *,
-    at: datetime,
     actor: Actor,
     tenant: str,
     subject: str,
+    at: datetime | None = None,
     detail: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add an entry to the transaction that does what it says: both happen, or neither."""
+    """Add an entry to the transaction of the action: both are committed, or neither. ``at`` is now
+    by default."""
     connection.execute(
         insert(audit_log).values(
-            at=at,
+            at=at or utc_now(),
             tenant=tenant,
             action=action.value,
             subject=subject,
@@ -84,55 +83,24 @@ def record(
 class AuditLog:
     """Blocking calls on the catalog; safe to share between threads."""
 
-    def __init__(self, engine: Engine, *, now: Callable[[], datetime] = utc_now) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._now = now
-
-    def add(
-        self,
-        connection: Connection,
-        action: Action,
-        *,
-        actor: Actor,
-        tenant: str,
-        subject: str,
-        **detail: Any,
-    ) -> None:
-        """``record`` at this moment."""
-        record(
-            connection,
-            action,
-            at=self._now(),
-            actor=actor,
-            tenant=tenant,
-            subject=subject,
-            detail=detail,
-        )
 
     def page(
         self, *, tenant: str | None, limit: int, before: int | None = None
     ) -> tuple[list[AuditEntry], int | None]:
-        """Entries of one tenant or of all, newest first, and what ``before`` takes for more."""
+        """Entries of one tenant or of all, newest first, and the value of ``before`` for more."""
         query = select(audit_log).order_by(audit_log.c.id.desc()).limit(limit + 1)
         if tenant is not None:
             query = query.where(audit_log.c.tenant == tenant)
         if before is not None:
             query = query.where(audit_log.c.id < before)
         with reading(self._engine) as connection:
-            found = [_entry(row) for row in connection.execute(query)]
-        more = len(found) > limit
-        return found[:limit], found[limit - 1].id if more else None
+            page = [_entry(row) for row in connection.execute(query)]
+        more = len(page) > limit
+        return page[:limit], page[limit - 1].id if more else None
 
 
 def _entry(row: Row[Any]) -> AuditEntry:
-    return AuditEntry(
-        id=row.id,
-        at=row.at,
-        tenant=row.tenant,
-        action=row.action,
-        subject=row.subject,
-        actor_tenant=row.actor_tenant,
-        actor_key=row.actor_key,
-        request_id=row.request_id,
-        detail=json.loads(row.detail_json),
-    )
+    columns = {name: getattr(row, name) for name in _COLUMNS}
+    return AuditEntry(**columns, detail=json.loads(row.detail_json))

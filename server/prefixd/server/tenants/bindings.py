@@ -9,11 +9,10 @@ from enum import StrEnum
 from sqlalchemy import Engine, delete, select, update
 
 from prefixd.server.errors import BadRequest, NotFound
-from prefixd.server.tenants.audit import Action, record, utc_now
+from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.principal import Actor
 from prefixd.server.tenants.tables import USER_CHARACTERS, bindings, tenants
-from prefixd.server.tenants.upsert import upsert
-from prefixd.store.db.database import reading, writing
+from prefixd.store.db.database import reading, upsert, utc_now, writing
 
 _USER = re.compile(rf"[^\x00-\x1f\x7f\ud800-\udfff]{{1,{USER_CHARACTERS}}}")
 

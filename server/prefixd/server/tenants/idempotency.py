@@ -1,4 +1,4 @@
-"""Answers that are given again: a request repeated under its idempotency key changes nothing."""
+"""Stored responses: a request repeated under its idempotency key changes nothing."""
 
 import json
 import re
@@ -10,9 +10,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine, delete, insert, select
 
 from prefixd.server.errors import BadRequest, Conflict
-from prefixd.server.tenants.audit import utc_now
 from prefixd.server.tenants.tables import idempotency_keys
-from prefixd.store.db.database import reading
+from prefixd.store.db.database import reading, utc_now
 
 KEPT_FOR = timedelta(hours=24)
 
@@ -21,7 +20,7 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The answer that the first request under a key got."""
+    """The response to the first request under a key."""
 
     status: int
     body: Mapping[str, Any]
@@ -46,7 +45,7 @@ class Idempotency:
         self._now = now
 
     def find(self, tenant: str, key: str, *, request_digest: str) -> Replay | None:
-        """The answer under ``key``. Raises Conflict when it answered another request."""
+        """The response under ``key``. Raises Conflict when it belongs to another request."""
         query = select(idempotency_keys).where(
             idempotency_keys.c.tenant == tenant, idempotency_keys.c.key == key
         )
@@ -72,13 +71,15 @@ class Idempotency:
         request_digest: str,
         replay: Replay,
     ) -> None:
-        """Keep the answer, in the transaction that does what it says; forget the tenant's old ones.
+        """Store the response in the transaction of the request; delete the tenant's old responses.
 
-        Raises IntegrityError when a request under the same key came first: ask ``find`` again.
+        Raises IntegrityError when a request under the same key was first: call ``find`` again.
         """
         now = self._now()
-        old = idempotency_keys.c.created_at <= now - KEPT_FOR
-        connection.execute(delete(idempotency_keys).where(idempotency_keys.c.tenant == tenant, old))
+        expired = idempotency_keys.c.created_at <= now - KEPT_FOR
+        connection.execute(
+            delete(idempotency_keys).where(idempotency_keys.c.tenant == tenant, expired)
+        )
         connection.execute(
             insert(idempotency_keys).values(
                 tenant=tenant,

@@ -1,68 +1,112 @@
-"""API keys in the catalog: issue, list, rotate, revoke, and who a key is."""
+"""API keys: their format, and issuing, listing, rotating, revoking and authenticating them.
 
+::
+
+    pfx_4f9c2hT8kQzL_<43 characters: 256 random bits><6 characters: CRC-32>
+     |        |
+     |        +-- key id: stored, shown in listings and logs
+     +-- recognisable by secret scanners
+
+A typing mistake fails the checksum and costs no look-up. The catalog stores the SHA-256 of the
+whole text: the secret has 256 random bits, so a slow password hash would add cost and no safety.
+"""
+
+import hashlib
 import hmac
 import re
+import secrets
+import string
+import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, insert, select, tuple_, update
 
 from prefixd.server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
-from prefixd.server.tenants import keys
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.principal import (
     COMMAND_LINE,
     DEFAULT_SCOPES,
     OPERATOR_TENANT,
     Actor,
+    IssuedKey,
+    KeyRecord,
     Principal,
     Scope,
 )
 from prefixd.server.tenants.quotas import Quota
 from prefixd.server.tenants.tables import api_keys, tenants
-from prefixd.server.tenants.upsert import upsert
-from prefixd.store.db.database import reading, writing
+from prefixd.store.db.database import reading, upsert, writing
+
+MARK = "pfx"
+ID_LENGTH = 12
+SECRET_LENGTH = 43
+CHECK_LENGTH = 6
+
+_ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
+_DIGITS = frozenset(_ALPHABET)
 
 _LABEL = re.compile(r"[^\x00-\x1f\x7f]{0,128}")
-# Compared with when the key id is unknown, so that both ways do the same work.
+# Compared with when the key id is unknown, so that both cases do the same work.
 _NO_DIGEST = "0" * 64
 
 
 @dataclass(frozen=True, slots=True)
-class KeyRecord:
-    """A key as listed: everything but the secret. ``replaced_by`` names its successor."""
+class ParsedKey:
+    """The stored parts of a key: its id and the SHA-256 of its text (hex)."""
 
     key_id: str
-    tenant: str
-    label: str
-    scopes: tuple[Scope, ...]
-    created_at: datetime
-    expires_at: datetime | None
-    revoked_at: datetime | None
-    replaced_by: str | None = None
-
-    def state(self, now: datetime) -> str:
-        """``active``, ``replaced`` (still good, for a while), ``expired`` or ``revoked``."""
-        if self.revoked_at is not None:
-            return "revoked"
-        if self.expires_at is not None and self.expires_at <= now:
-            return "expired"
-        return "active" if self.replaced_by is None else "replaced"
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
-class IssuedKey:
-    """A key just made. ``text`` is the secret and cannot be had again."""
+class GeneratedKey:
+    """A new key. ``text`` is the secret: shown once, never stored, left out of ``repr``."""
 
     text: str = field(repr=False)
-    record: KeyRecord
+    parsed: ParsedKey
+
+
+def generate() -> GeneratedKey:
+    """Make a key from 256 bits of the operating system's randomness."""
+    key_id = "".join(secrets.choice(_ALPHABET) for _ in range(ID_LENGTH))
+    body = f"{MARK}_{key_id}_{_base62(secrets.randbits(256), SECRET_LENGTH)}"
+    text = body + _checksum(body)
+    digest = hashlib.sha256(text.encode("ascii")).hexdigest()
+    return GeneratedKey(text=text, parsed=ParsedKey(key_id=key_id, digest=digest))
+
+
+def parse(text: str) -> ParsedKey | None:
+    """Read a key as a client sent it; None when it cannot be one (shape or checksum)."""
+    mark, _, rest = text.partition("_")
+    key_id, _, tail = rest.partition("_")
+    if mark != MARK or len(key_id) != ID_LENGTH or len(tail) != SECRET_LENGTH + CHECK_LENGTH:
+        return None
+    if (
+        not _DIGITS.issuperset(key_id + tail)
+        or _checksum(text[:-CHECK_LENGTH]) != text[-CHECK_LENGTH:]
+    ):
+        return None
+    return ParsedKey(key_id=key_id, digest=hashlib.sha256(text.encode("ascii")).hexdigest())
+
+
+def _checksum(body: str) -> str:
+    return _base62(zlib.crc32(body.encode("ascii")), CHECK_LENGTH)
+
+
+def _base62(number: int, length: int) -> str:
+    digits = []
+    for _ in range(length):
+        number, digit = divmod(number, len(_ALPHABET))
+        digits.append(_ALPHABET[digit])
+    return "".join(reversed(digits))
 
 
 class Keyring:
-    """The half of ``Tenants`` that is about keys. ``owner`` confines a call to one tenant's keys:
-    another tenant's key is then as unknown as a missing one."""
+    """The part of ``Tenants`` for keys. ``owner`` restricts a call to one tenant's keys: another
+    tenant's key then raises the same NotFound as a missing one."""
 
     def __init__(self, engine: Engine, *, now: Callable[[], datetime]) -> None:
         self._engine = engine
@@ -77,9 +121,9 @@ class Keyring:
         expires_at: datetime | None = None,
         actor: Actor = COMMAND_LINE,
     ) -> IssuedKey:
-        """Issue a key. Raises NotFound for an unknown tenant, BadRequest for no scope at all."""
-        wanted = frozenset(scopes)
-        if not wanted:
+        """Issue a key. Raises NotFound for an unknown tenant, BadRequest without scopes."""
+        granted = frozenset(scopes)
+        if not granted:
             raise BadRequest("a key needs at least one scope", param="scopes")
         if _LABEL.fullmatch(label) is None:
             raise BadRequest(
@@ -91,14 +135,14 @@ class Keyring:
             known = select(tenants.c.name).where(tenants.c.name == tenant)
             if connection.execute(known).first() is None:
                 raise NotFound(f"there is no tenant {tenant[:80]!a}", param="tenant")
-            issued = self._issue(connection, tenant, wanted, label=label, expires_at=expires_at)
+            issued = self._issue(connection, tenant, granted, label=label, expires_at=expires_at)
             self._audit(connection, Action.KEY_CREATE, issued.record, actor)
         return issued
 
     def bootstrap(self) -> IssuedKey | None:
-        """On a catalog that has never had a key: the operator's first, with every scope.
+        """The operator's first key, with every scope; None when the catalog has ever had a key.
 
-        Of several processes that start at once, one gets it.
+        Of several processes that start at once, one receives it.
         """
         with writing(self._engine) as connection:
             row = {"name": OPERATOR_TENANT, "created_at": self._now()}
@@ -137,8 +181,8 @@ class Keyring:
         owner: str | None = None,
         actor: Actor = COMMAND_LINE,
     ) -> IssuedKey:
-        """Issue a successor with the same scopes, label and lifetime; the old key lives on for
-        ``overlap``. Raises NotFound, Conflict for a key that no longer is good or was rotated."""
+        """Issue a successor with the same scopes, label and lifetime; the old key stays valid for
+        ``overlap``. Raises NotFound, Conflict for a key that is not active."""
         if overlap < timedelta(0):
             raise BadRequest("expected an overlap from 0 seconds", param="overlap_seconds")
         with writing(self._engine) as connection:
@@ -169,7 +213,7 @@ class Keyring:
     def revoke_key(
         self, key_id: str, *, owner: str | None = None, actor: Actor = COMMAND_LINE
     ) -> KeyRecord:
-        """Stop a key for good; revoking it again changes nothing. Raises NotFound."""
+        """Revoke a key permanently; revoking it again changes nothing. Raises NotFound."""
         with writing(self._engine) as connection:
             row = connection.execute(_one_key(key_id, owner).with_for_update()).first()
             if row is None:
@@ -182,8 +226,8 @@ class Keyring:
             return _key_record(row)
 
     def authenticate(self, text: str) -> Principal:
-        """Who the key is. Raises NotAuthenticated with one message for every reason."""
-        parsed = keys.parse(text)
+        """The principal of a key. Raises NotAuthenticated, with one message for every reason."""
+        parsed = parse(text)
         if parsed is None:
             raise _refused()
         query = (
@@ -203,7 +247,7 @@ class Keyring:
         return Principal(
             tenant=row.tenant,
             key_id=row.key_id,
-            scopes=frozenset(_scopes(row.scopes)),
+            scopes=frozenset(map(Scope, row.scopes.split())),
             quota=Quota.of(row),
             weight=row.weight,
             kv_reuse=row.kv_reuse,
@@ -218,8 +262,8 @@ class Keyring:
         label: str,
         expires_at: datetime | None,
     ) -> IssuedKey:
-        new = keys.generate()
-        made = KeyRecord(
+        new = generate()
+        key = KeyRecord(
             key_id=new.parsed.key_id,
             tenant=tenant,
             label=label,
@@ -228,18 +272,9 @@ class Keyring:
             expires_at=expires_at,
             revoked_at=None,
         )
-        connection.execute(
-            insert(api_keys).values(
-                key_id=made.key_id,
-                tenant=tenant,
-                label=label,
-                digest=new.parsed.digest,
-                scopes=" ".join(made.scopes),
-                created_at=made.created_at,
-                expires_at=expires_at,
-            )
-        )
-        return IssuedKey(text=new.text, record=made)
+        row = {**asdict(key), "scopes": " ".join(key.scopes), "digest": new.parsed.digest}
+        connection.execute(insert(api_keys).values(row))
+        return IssuedKey(text=new.text, record=key)
 
     def _audit(
         self,
@@ -276,18 +311,6 @@ def _refused() -> NotAuthenticated:
     )
 
 
-def _scopes(text: str) -> tuple[Scope, ...]:
-    return tuple(Scope(word) for word in text.split())
-
-
 def _key_record(row: Row[Any]) -> KeyRecord:
-    return KeyRecord(
-        key_id=row.key_id,
-        tenant=row.tenant,
-        label=row.label,
-        scopes=_scopes(row.scopes),
-        created_at=row.created_at,
-        expires_at=row.expires_at,
-        revoked_at=row.revoked_at,
-        replaced_by=row.replaced_by,
-    )
+    columns = {field.name: getattr(row, field.name) for field in fields(KeyRecord)}
+    return KeyRecord(**columns | {"scopes": tuple(map(Scope, row.scopes.split()))})

@@ -1,13 +1,14 @@
 """Rates and concurrency of a tenant, counted in the catalog: they hold across all replicas.
 
 Two token buckets share one row, and one UPDATE refills, tests and takes from both. What a request
-costs is known in two parts: at the door one request and its prompt, at its end its output. The
-token bucket may therefore go below zero; nobody is let in until it is full enough again.
+costs is known in two parts: at admission one request and its prompt, at its end its output. The
+token bucket may therefore fall below zero; no request is admitted until it is full enough again.
 """
 
+import math
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,27 +27,38 @@ from sqlalchemy import (
 
 from prefixd.server.errors import RateLimited
 from prefixd.server.tenants.quotas import Quota
-from prefixd.server.tenants.ratelimit_headers import Bucket, headers_of
 from prefixd.server.tenants.tables import rate_limits, request_leases
-from prefixd.server.tenants.upsert import upsert
-from prefixd.store.db.database import writing
+from prefixd.store.db.database import upsert, writing
 
 LEASE_S = 60.0
-"""How long a request that nobody renews counts as running."""
+"""How long a request counts as running after its lease was last renewed, in seconds."""
 
 RENEW_EVERY_S = LEASE_S / 3
 
-# More than any limit: a bucket that was not limited before begins full.
+# More than any limit: the bucket of a new limit begins full.
 _FULL = 1e18
 _CONCURRENCY_RETRY_S = 1.0
-# Who waits as long as told must not be refused for the last bit of a float.
+# A client that waited as long as Retry-After said is not refused for a rounding error.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
+class Bucket:
+    """A token bucket now: it holds at most ``limit`` and gets ``limit`` more in a minute."""
+
+    name: str
+    limit: int
+    level: float
+
+    def seconds_until(self, level: float) -> float:
+        """Seconds until the bucket holds ``level``, if no request takes from it."""
+        return max(0.0, level - self.level) * 60.0 / self.limit
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
-    """Leave to run one request. ``headers`` say what is left; ``lease`` is None where nothing
-    counts concurrent requests."""
+    """An admitted request. ``headers`` give the remaining rates; ``lease`` is None for a tenant
+    without a limit of concurrent requests."""
 
     tenant: str
     quota: Quota
@@ -55,9 +67,9 @@ class Grant:
 
 
 class Limiter:
-    """Blocking calls on the catalog; safe to share between threads. Tenants without such limits
-    cost it nothing. The replicas' clocks should agree: one that is a minute ahead grants that
-    minute's refill early, once."""
+    """Blocking calls on the catalog; safe to share between threads. A tenant without limits costs
+    no query. The replicas' clocks should agree: one that is a minute ahead grants that minute's
+    refill early, once."""
 
     def __init__(self, engine: Engine, *, now: Callable[[], float] = time.time) -> None:
         self._engine = engine
@@ -72,20 +84,20 @@ class Limiter:
         now = self._now()
         with writing(self._engine) as connection:
             # The update locks the tenant's row, so that leases are counted one after the other.
-            left = self._take(connection, tenant, quota, now=now, tokens=tokens)
+            buckets = self._take(connection, tenant, quota, now=now, tokens=tokens)
             lease = self._lease(connection, tenant, quota, now=now)
         if lease is not None:
             self._running.add(lease)
-        return Grant(tenant, quota, headers_of(left), lease)
+        return Grant(tenant, quota, headers_of(buckets), lease)
 
     def count(self, tenant: str, quota: Quota) -> Mapping[str, str]:
-        """Take one request that generates nothing; headers that say what is left. Raises
+        """Take one request that generates no tokens; headers with the remaining rates. Raises
         RateLimited."""
         if quota.requests_per_minute is None:
             return {}
         with writing(self._engine) as connection:
-            left = self._take(connection, tenant, quota, now=self._now(), tokens=None)
-        return headers_of(left)
+            buckets = self._take(connection, tenant, quota, now=self._now(), tokens=None)
+        return headers_of(buckets)
 
     def settle(self, grant: Grant, *, output_tokens: int) -> None:
         """The request has ended: charge its output and free its place."""
@@ -107,10 +119,10 @@ class Limiter:
             _free(connection, grant)
 
     def renew(self) -> None:
-        """Push on the leases of the requests that run here; to be called every ``RENEW_EVERY_S``.
+        """Extend the leases of the requests running in this process; to be called every
+        ``RENEW_EVERY_S``.
 
-        Not of those that have ended: where the database was away just then, their places are free
-        again when the leases end.
+        Leases of ended requests, kept because the database was unavailable, expire by themselves.
         """
         running = self._running.copy()
         if not running:
@@ -127,17 +139,17 @@ class Limiter:
     def _take(
         self, connection: Connection, tenant: str, quota: Quota, *, now: float, tokens: int | None
     ) -> tuple[Bucket, ...]:
-        """Take one request and ``tokens``; None is let in however few are left."""
-        requests, left = _levels(quota, now)
-        asked = tokens or 0
-        needs = (1.0, float(min(asked, quota.tokens_per_minute or asked)))
+        """Take one request and ``tokens``; None needs no tokens to remain."""
+        requests, remaining = _levels(quota, now)
+        cost = tokens or 0
+        needs = (1.0, float(min(cost, quota.tokens_per_minute or cost)))
         if tokens is None:
             needs = (1.0, -_FULL)
         taking = (
             update(rate_limits)
             .where(rate_limits.c.tenant == tenant, requests >= needs[0] - _ROUNDING)
-            .where(left >= needs[1] - _ROUNDING)
-            .values(requests=requests - 1.0, tokens=left - float(asked), at=_later(now))
+            .where(remaining >= needs[1] - _ROUNDING)
+            .values(requests=requests - 1.0, tokens=remaining - float(cost), at=_later(now))
             .returning(rate_limits.c.requests, rate_limits.c.tokens)
         )
         row = connection.execute(taking).first()
@@ -147,9 +159,9 @@ class Limiter:
             row = connection.execute(taking).first()
         if row is not None:
             return _buckets(quota, row)
-        levels = select(requests.label("requests"), left.label("tokens"))
-        found = connection.execute(levels.where(rate_limits.c.tenant == tenant)).one()
-        raise _refusal(_buckets(quota, found), needs)
+        levels = select(requests.label("requests"), remaining.label("tokens"))
+        row = connection.execute(levels.where(rate_limits.c.tenant == tenant)).one()
+        raise _refusal(_buckets(quota, row), needs)
 
     def _lease(
         self, connection: Connection, tenant: str, quota: Quota, *, now: float
@@ -180,13 +192,13 @@ class Limiter:
         self, connection: Connection, grant: Grant, *, tokens: int, requests: int = 0
     ) -> None:
         now = self._now()
-        left_requests, left = _levels(grant.quota, now)
+        requests_level, tokens_level = _levels(grant.quota, now)
         connection.execute(
             update(rate_limits)
             .where(rate_limits.c.tenant == grant.tenant)
             .values(
-                requests=left_requests - float(requests),
-                tokens=left - float(tokens),
+                requests=requests_level - float(requests),
+                tokens=tokens_level - float(tokens),
                 at=_later(now),
             )
         )
@@ -202,7 +214,7 @@ def _later(now: float) -> ColumnElement[float]:
 
 
 def _levels(quota: Quota, now: float) -> tuple[ColumnElement[float], ColumnElement[float]]:
-    """What the two buckets hold ``now``: refilled since ``at``, and never over the brim."""
+    """The levels of the two buckets ``now``: refilled since ``at``, up to the limit."""
     elapsed = _later(now) - rate_limits.c.at
 
     def level(column: ColumnElement[float], limit: int | None) -> ColumnElement[float]:
@@ -235,3 +247,27 @@ def _refusal(buckets: tuple[Bucket, ...], needs: tuple[float, float]) -> RateLim
         retry_after=waits[slowest.name],
         headers=headers_of(buckets),
     )
+
+
+def headers_of(buckets: Iterable[Bucket]) -> dict[str, str]:
+    """``x-ratelimit-limit-``, ``-remaining-`` and ``-reset-requests`` and ``-tokens``; a reset is
+    the time until the bucket is full."""
+    headers = {}
+    for bucket in buckets:
+        headers[f"x-ratelimit-limit-{bucket.name}"] = str(bucket.limit)
+        headers[f"x-ratelimit-remaining-{bucket.name}"] = str(max(0, math.floor(bucket.level)))
+        headers[f"x-ratelimit-reset-{bucket.name}"] = duration(bucket.seconds_until(bucket.limit))
+    return headers
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` as OpenAI writes them, rounded up: 120ms, 7.5s, 6m0s, 1h2m0s."""
+    thousandths = math.ceil(seconds * 1000)
+    if thousandths < 1000:
+        return f"{thousandths}ms"
+    whole, rest = divmod(thousandths, 1000)
+    hours, minutes, whole = whole // 3600, whole // 60 % 60, whole % 60
+    shown = f"{hours}h" if hours else ""
+    shown += f"{minutes}m" if hours or minutes else ""
+    fraction = f".{rest:03d}".rstrip("0") if rest else ""
+    return f"{shown}{whole}{fraction}s"

@@ -1,4 +1,4 @@
-"""What a tenant may have: limits as a value, and the check of those on stored prefixes."""
+"""Quotas and settings of a tenant, and the checks of stored and pinned prefixes."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -10,6 +10,9 @@ from prefixd.server.errors import BadRequest, Conflict, QuotaExceeded
 from prefixd.server.tenants.tables import tenants
 from prefixd.store.catalog.pins import Pinned
 from prefixd.store.catalog.tables import prefixes, versions
+
+LEAST_WEIGHT = 0.01
+MOST_WEIGHT = 100.0
 
 _LARGEST = 2**63 - 1
 
@@ -29,7 +32,7 @@ class Quota:
     @classmethod
     def of(cls, row: Row[Any]) -> Self:
         """From a row that has the columns of ``tenants``."""
-        return cls(**{one.name: getattr(row, one.name) for one in fields(cls)})
+        return cls(**{field.name: getattr(row, field.name) for field in fields(cls)})
 
     @property
     def is_metered(self) -> bool:
@@ -38,7 +41,7 @@ class Quota:
         return any(rate is not None for rate in rates)
 
 
-QUOTAS = tuple(one.name for one in fields(Quota))
+QUOTAS = tuple(field.name for field in fields(Quota))
 _RATES = frozenset({"requests_per_minute", "tokens_per_minute", "max_concurrent_requests"})
 
 
@@ -55,11 +58,46 @@ def checked_quota(changes: Mapping[str, int | None]) -> dict[str, int | None]:
     return dict(changes)
 
 
-def check_stored(connection: Connection, tenant: str, quota: Quota) -> None:
-    """Raise QuotaExceeded when ``tenant`` has more prefixes or bytes than it may.
+@dataclass(frozen=True, slots=True)
+class TenantSettings:
+    """Settings of one tenant. The fields are columns of the table ``tenants``.
 
-    To be called at the end of the transaction that added some: it locks the tenant's row, so that
-    of two publishes at once the second counts what the first added.
+    ``weight`` is the tenant's share of a busy server: 2 gets twice as much as 1. ``kv_reuse``: its
+    requests may share KV of equal tokens with each other.
+    """
+
+    weight: float = 1.0
+    kv_reuse: bool = True
+
+
+SETTINGS = tuple(field.name for field in fields(TenantSettings))
+
+
+def checked_settings(changes: Mapping[str, float | bool]) -> dict[str, float | bool]:
+    """``changes`` by name. Raises BadRequest for an unknown name or a value out of range."""
+    for name, value in changes.items():
+        if name not in SETTINGS:
+            raise BadRequest(f"expected one of {', '.join(SETTINGS)}; received {name[:80]!a}")
+        if name == "kv_reuse" and not isinstance(value, bool):
+            raise BadRequest(f"expected kv_reuse to be true or false; received {value}", param=name)
+        if name == "weight" and not _is_weight(value):
+            raise BadRequest(
+                f"expected a weight from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}; received {value}",
+                param=name,
+            )
+    return dict(changes)
+
+
+def _is_weight(value: float) -> bool:
+    # JSON's true is Python's 1, and NaN is in no range.
+    return not isinstance(value, bool) and LEAST_WEIGHT <= value <= MOST_WEIGHT
+
+
+def check_stored(connection: Connection, tenant: str, quota: Quota) -> None:
+    """Raise QuotaExceeded when ``tenant`` has more prefixes or bytes than its quota.
+
+    To be called at the end of the transaction that added them: it locks the tenant's row, so that
+    the second of two concurrent publishes counts what the first added.
     """
     if quota.max_prefixes is None and quota.max_bytes is None:
         return
@@ -67,8 +105,8 @@ def check_stored(connection: Connection, tenant: str, quota: Quota) -> None:
     connection.execute(row.with_for_update())
     if quota.max_prefixes is not None:
         names = select(func.count()).select_from(prefixes)
-        here = (prefixes.c.tenant == tenant, prefixes.c.latest_version.is_not(None))
-        count = connection.execute(names.where(*here)).scalar_one()
+        existing = (prefixes.c.tenant == tenant, prefixes.c.latest_version.is_not(None))
+        count = connection.execute(names.where(*existing)).scalar_one()
         if count > quota.max_prefixes:
             raise QuotaExceeded(
                 f"the tenant may have {quota.max_prefixes} prefixes and has them; delete one first",
@@ -92,29 +130,28 @@ def check_stored(connection: Connection, tenant: str, quota: Quota) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PinRoom:
-    """What the pins of all tenants may take of a pool: ``tokens`` positions, in whole blocks."""
+    """The part of a pool for pins of all tenants: ``tokens`` positions, in whole blocks."""
 
     tokens: int
     block_size: int
 
     def taken_by(self, num_virtual_tokens: int) -> int:
-        """Positions of the blocks that so many virtual tokens are in."""
+        """Positions of the blocks that hold so many virtual tokens."""
         return -(-num_virtual_tokens // self.block_size) * self.block_size
 
 
-def check_pinned(found: Iterable[Pinned], tenant: str, quota: Quota, *, room: PinRoom) -> None:
-    """``found`` is what all tenants have pinned, with what ``tenant`` just did. Raise QuotaExceeded
-    when its own is more than it may keep resident, Conflict when all together is more than there is
-    room for."""
-    pins = tuple(found)
-    own = sum(one.num_virtual_tokens for one in pins if one.key.tenant == tenant)
+def check_pinned(pinned: Iterable[Pinned], tenant: str, quota: Quota, *, room: PinRoom) -> None:
+    """Check the pins of all tenants, with the new one of ``tenant``. Raise QuotaExceeded when the
+    tenant's own exceed its quota, Conflict when all together exceed ``room``."""
+    pins = tuple(pinned)
+    own = sum(pin.num_virtual_tokens for pin in pins if pin.key.tenant == tenant)
     if quota.max_resident_tokens is not None and own > quota.max_resident_tokens:
         raise QuotaExceeded(
             f"the tenant may keep {quota.max_resident_tokens} virtual tokens resident and would "
             f"have {own} pinned; unpin a prefix first",
             param="max_resident_tokens",
         )
-    total = sum(room.taken_by(one.num_virtual_tokens) for one in pins)
+    total = sum(room.taken_by(pin.num_virtual_tokens) for pin in pins)
     if total > room.tokens:
         raise Conflict(
             f"the server keeps {room.tokens} positions for pinned prefixes and would need "
@@ -124,18 +161,18 @@ def check_pinned(found: Iterable[Pinned], tenant: str, quota: Quota, *, room: Pi
 
 
 def pins_that_fit(
-    found: Iterable[Pinned], caps: Mapping[str, int], room: PinRoom
+    pinned: Iterable[Pinned], caps: Mapping[str, int], room: PinRoom
 ) -> tuple[Pinned, ...]:
-    """As many of ``found``, in that order, as there is room for now: limits may have been lowered
-    since, and another server's may be others. ``caps`` are those of tenants that have one."""
+    """As many of ``pinned``, in that order, as fit now: limits may be lower than when they were
+    pinned, or differ between servers. ``caps`` are the limits of tenants that have one."""
     kept: list[Pinned] = []
-    free, left = room.tokens, dict(caps)
-    for one in found:
-        takes, cap = room.taken_by(one.num_virtual_tokens), left.get(one.key.tenant)
-        if takes > free or (cap is not None and one.num_virtual_tokens > cap):
+    free, remaining = room.tokens, dict(caps)
+    for pin in pinned:
+        needed, cap = room.taken_by(pin.num_virtual_tokens), remaining.get(pin.key.tenant)
+        if needed > free or (cap is not None and pin.num_virtual_tokens > cap):
             continue
-        kept.append(one)
-        free -= takes
+        kept.append(pin)
+        free -= needed
         if cap is not None:
-            left[one.key.tenant] = cap - one.num_virtual_tokens
+            remaining[pin.key.tenant] = cap - pin.num_virtual_tokens
     return tuple(kept)

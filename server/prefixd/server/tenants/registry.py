@@ -1,4 +1,4 @@
-"""Tenants and their quotas; opens the room of API keys beside them."""
+"""Tenants with their quotas, settings and API keys."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -10,20 +10,21 @@ from sqlalchemy import Engine, Row, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from prefixd.server.errors import BadRequest, Conflict, NotFound
-from prefixd.server.tenants.audit import Action, record, utc_now
-from prefixd.server.tenants.keyring import IssuedKey, KeyRecord, Keyring
+from prefixd.server.tenants.audit import Action, record
+from prefixd.server.tenants.keyring import Keyring
 from prefixd.server.tenants.principal import (
     COMMAND_LINE,
     DEFAULT_SCOPES,
     OPERATOR_TENANT,
     Actor,
+    IssuedKey,
+    KeyRecord,
     Principal,
     Scope,
 )
-from prefixd.server.tenants.quotas import Quota, checked_quota
+from prefixd.server.tenants.quotas import Quota, TenantSettings, checked_quota, checked_settings
 from prefixd.server.tenants.tables import tenants
-from prefixd.server.tenants.tenant_settings import TenantSettings, checked_settings
-from prefixd.store.db.database import reading, writing
+from prefixd.store.db.database import reading, utc_now, writing
 
 __all__ = [
     "DEFAULT_SCOPES",
@@ -54,7 +55,7 @@ class TenantRecord:
 class Tenants(Keyring):
     """Blocking calls on the catalog; safe to share between threads.
 
-    Nothing is cached: a revoked key and a new quota hold from the next request on, on every
+    Nothing is cached: a revoked key and a new quota apply from the next request on, on every
     replica.
     """
 
@@ -69,8 +70,8 @@ class Tenants(Keyring):
         settings: Mapping[str, float | bool] | None = None,
         actor: Actor = COMMAND_LINE,
     ) -> TenantRecord:
-        """Add a tenant, with what is named of its quota and settings. Raises BadRequest for a
-        malformed name or value, Conflict for a tenant that exists."""
+        """Add a tenant, with the named limits and settings and defaults for the others. Raises
+        BadRequest for a malformed name or value, Conflict for a tenant that exists."""
         if _TENANT.fullmatch(name) is None:
             raise BadRequest(
                 "a tenant name must be 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or "
@@ -78,25 +79,25 @@ class Tenants(Keyring):
                 param="name",
             )
         limits = Quota(**checked_quota(quota or {}))
-        given = checked_settings(settings or {})
-        treated = asdict(TenantSettings(**given))  # type: ignore[arg-type]  # checked by name
-        made = TenantRecord(name=name, created_at=self._now(), quota=limits, **treated)
-        row = {"name": name, "created_at": made.created_at, **asdict(limits), **treated}
+        chosen = checked_settings(settings or {})
+        complete = asdict(TenantSettings(**chosen))  # type: ignore[arg-type]  # checked by name
+        tenant = TenantRecord(name=name, created_at=self._now(), quota=limits, **complete)
+        row = {"name": name, "created_at": tenant.created_at, **asdict(limits), **complete}
         try:
             with writing(self._engine) as connection:
                 connection.execute(insert(tenants).values(row))
                 record(
                     connection,
                     Action.TENANT_CREATE,
-                    at=made.created_at,
+                    at=tenant.created_at,
                     actor=actor,
                     tenant=name,
                     subject=name,
-                    detail={**(quota or {}), **given},
+                    detail={**(quota or {}), **chosen},
                 )
         except IntegrityError as error:
             raise Conflict(f"tenant '{name}' already exists", param="name") from error
-        return made
+        return tenant
 
     def tenant(self, name: str) -> TenantRecord:
         """One tenant. Raises NotFound."""
@@ -141,10 +142,10 @@ class Tenants(Keyring):
     ) -> TenantRecord:
         if checked:
             with writing(self._engine) as connection:
-                done = connection.execute(
+                result = connection.execute(
                     update(tenants).where(tenants.c.name == name).values(dict(checked))
                 )
-                if done.rowcount:
+                if result.rowcount:
                     record(
                         connection,
                         action,

@@ -2,12 +2,12 @@
 
 ::
 
-    tenants ──< api_keys            who may ask, and for what
+    tenants ──< api_keys            secrets of callers, and their scopes
        │   ├──< bindings            end user -> prefix reference
-       │   ├──< idempotency_keys    answers that are given again for a day
-       │   ├─── rate_limits         one row: what is left of the tenant's two buckets
-       │   └──< request_leases      requests that run now, on any replica
-    audit_log                       what was done; outlives what it speaks of
+       │   ├──< idempotency_keys    responses that are repeated for a day
+       │   ├─── rate_limits         one row: the levels of the tenant's two buckets
+       │   └──< request_leases      running requests, on any replica
+    audit_log                       audited actions; kept when their subjects are deleted
 """
 
 from sqlalchemy import (
@@ -47,7 +47,7 @@ tenants = Table(
     Column("requests_per_minute", BigInteger),
     Column("tokens_per_minute", BigInteger),
     Column("max_concurrent_requests", BigInteger),
-    # How the tenant is treated beside others: see TenantSettings.
+    # See TenantSettings.
     Column("weight", Double, nullable=False, server_default=text("1")),
     Column("kv_reuse", Boolean, nullable=False, server_default=true()),
 )
@@ -64,7 +64,7 @@ api_keys = Table(
     Column("created_at", UtcDateTime, nullable=False),
     Column("expires_at", UtcDateTime),
     Column("revoked_at", UtcDateTime),
-    # The key that a rotation made in place of this one.
+    # The successor of a rotated key.
     Column("replaced_by", String(16)),
 )
 
@@ -72,7 +72,7 @@ bindings = Table(
     "bindings",
     metadata,
     Column("tenant", String(64), ForeignKey("tenants.name"), primary_key=True),
-    # Called user_id, as "user" is a word of SQL.
+    # Not "user", a reserved word of SQL.
     Column("user_id", String(USER_CHARACTERS), primary_key=True),
     Column("reference", String(REFERENCE_CHARACTERS), nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
@@ -83,11 +83,11 @@ audit_log = Table(
     metadata,
     Column("id", _Id, primary_key=True),
     Column("at", UtcDateTime, nullable=False),
-    # Whose thing was changed. No foreign keys: the log outlives what it speaks of.
+    # The owner of the subject. No foreign keys: entries stay when their subjects are deleted.
     Column("tenant", String(64), nullable=False),
     Column("action", String(32), nullable=False),
     Column("subject", String(512), nullable=False),
-    # Who did it; both null for the command line.
+    # The caller; both null for the command line.
     Column("actor_tenant", String(64)),
     Column("actor_key", String(16)),
     Column("request_id", String(64)),
@@ -100,7 +100,7 @@ idempotency_keys = Table(
     metadata,
     Column("tenant", String(64), ForeignKey("tenants.name"), primary_key=True),
     Column("key", String(255), primary_key=True),
-    # SHA-256 of what was asked; the same key with another one is a mistake.
+    # SHA-256 of the request; the same key with another digest is refused.
     Column("request_digest", String(64), nullable=False),
     Column("status", Integer, nullable=False),
     Column("body_json", Text, nullable=False),
@@ -111,7 +111,7 @@ rate_limits = Table(
     "rate_limits",
     metadata,
     Column("tenant", String(64), ForeignKey("tenants.name"), primary_key=True),
-    # What was left at the Unix time ``at``, in seconds; tokens may be below zero.
+    # Levels at the Unix time ``at``, in seconds; tokens may be below zero.
     Column("requests", Double, nullable=False),
     Column("tokens", Double, nullable=False),
     Column("at", Double, nullable=False),
@@ -122,7 +122,7 @@ request_leases = Table(
     metadata,
     Column("id", String(32), primary_key=True),
     Column("tenant", String(64), ForeignKey("tenants.name"), nullable=False),
-    # The process that runs it, which keeps pushing ``expires_at`` on: a killed one stops counting.
+    # The process that runs it and renews ``expires_at``: leases of a killed one expire.
     Column("holder", String(32), nullable=False, index=True),
     Column("expires_at", Double, nullable=False),
     Index("ix_request_leases_tenant_expires_at", "tenant", "expires_at"),

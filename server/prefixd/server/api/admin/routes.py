@@ -30,8 +30,8 @@ from prefixd.server.api.body import json_body, json_request
 from prefixd.server.api.parts import AuditDep, EngineDep, TenantsDep
 from prefixd.server.errors import BadRequest, NotFound, Unavailable
 from prefixd.server.tenants.principal import DEFAULT_SCOPES, Principal
+from prefixd.server.tenants.quotas import SETTINGS
 from prefixd.server.tenants.registry import IssuedKey, KeyRecord
-from prefixd.server.tenants.tenant_settings import SETTINGS
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from prefixd.server.api.body import StrictModel
 from prefixd.server.tenants.principal import Scope
-from prefixd.server.tenants.tenant_settings import LEAST_WEIGHT, MOST_WEIGHT
+from prefixd.server.tenants.quotas import LEAST_WEIGHT, MOST_WEIGHT
 
 _DAY = 24 * 3600
 _CENTURY = 100 * 366 * _DAY

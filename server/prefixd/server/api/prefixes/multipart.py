@@ -1,16 +1,15 @@
 """Multipart uploads as a stream: small parts in memory, the weights straight to a file.
 
-The parser is python-multipart's; what it finds is checked part by part, so that a part nobody asked
-for is refused at its header and not after its gigabytes.
+The parser is python-multipart's; each part is checked at its header, so that an unknown part is
+refused there and not after gigabytes.
 """
 
 import re
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
@@ -31,9 +30,9 @@ _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{1,70}")
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A complete upload: the small parts, the file, and the names of all parts that came.
+    """A complete upload: the small parts, the file, and the names of all received parts.
 
-    ``file`` is gone when the block it was received in ends.
+    ``file`` is removed at the end of the block it was received in.
     """
 
     parts: Mapping[str, bytes]
@@ -47,61 +46,53 @@ async def received(
 ) -> AsyncIterator[Upload]:
     """Receive the parts named ``small`` and the part ``file`` of at most ``limit`` bytes.
 
-    ``folder`` must exist. Raises BadRequest for what is not such an upload, TooLarge past a limit.
+    ``folder`` must exist. Raises BadRequest for another upload, TooLarge for one over a limit.
     """
-    boundary = _boundary(request)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="upload-") as target:
-        parts = _Parts(small=small, file=file, limit=limit)
-        parser = parts.parser(boundary)
-        total = limit + len(small) * SMALL_PART_BYTES + _FRAMING_BYTES
-        async for chunk in capped(request, total):
-            _feed(parser, chunk)
-            if len(parts.pending) >= _FLUSH_BYTES:
-                await run_in_threadpool(parts.flush, target)
-        parts.check_complete()
-        await run_in_threadpool(parts.flush, target)
-        target.flush()
-        found = {name: bytes(data) for name, data in parts.found.items() if name != file}
-        yield Upload(parts=found, file=Path(target.name), names=frozenset(parts.found))
-
-
-def _boundary(request: Request) -> bytes:
     _, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary", b"")
     if _BOUNDARY.fullmatch(boundary) is None:
         raise BadRequest("expected a multipart body with a boundary of 1 to 70 characters")
-    return boundary
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="upload-") as target:
+        parts = _Parts(small, file, limit)
+        parser = parts.parser(boundary)
+        total = limit + len(small) * SMALL_PART_BYTES + _FRAMING_BYTES
+        async for chunk in capped(request, total):
+            try:
+                parser.write(chunk)
+            except MultipartParseError as error:
+                raise BadRequest(f"the multipart body is malformed: {error}") from error
+            if len(parts.pending) >= _FLUSH_BYTES:
+                await run_in_threadpool(target.write, parts.pending)
+                parts.pending.clear()
+        if not parts.complete:
+            raise BadRequest("the multipart body ends before its closing boundary")
+        await run_in_threadpool(target.write, parts.pending)
+        target.flush()
+        small_parts = {name: bytes(data) for name, data in parts.received.items() if name != file}
+        yield Upload(parts=small_parts, file=Path(target.name), names=frozenset(parts.received))
 
 
-def _feed(parser: MultipartParser, chunk: bytes) -> None:
-    try:
-        parser.write(chunk)
-    except MultipartParseError as error:
-        raise BadRequest(f"the multipart body is malformed: {error}") from error
-
-
+@dataclass(slots=True)
 class _Parts:
-    """What the parser's callbacks gather."""
+    """Parts of one body, filled by the parser's callbacks."""
 
-    def __init__(self, *, small: tuple[str, ...], file: str, limit: int) -> None:
-        self._small = small
-        self._file = file
-        self._limit = limit
-        self._header = bytearray()
-        self._value = bytearray()
-        self._headers: dict[bytes, bytes] = {}
-        self._part = ""
-        self._size = 0
-        self._complete = False
-        self.found: dict[str, bytearray] = {}
-        self.pending = bytearray()
+    _small: tuple[str, ...]
+    _file: str
+    _limit: int
+    _header: bytearray = field(default_factory=bytearray)
+    _value: bytearray = field(default_factory=bytearray)
+    _headers: dict[bytes, bytes] = field(default_factory=dict)
+    _part: str = ""
+    _size: int = 0
+    complete: bool = False
+    received: dict[str, bytearray] = field(default_factory=dict)
+    pending: bytearray = field(default_factory=bytearray)
 
     def parser(self, boundary: bytes) -> MultipartParser:
-        """A parser that tells this object."""
+        """A parser that calls this object."""
         return MultipartParser(
             boundary,
             {
-                "on_part_begin": self._begin,
                 "on_header_field": self._on_header,
                 "on_header_value": self._on_value,
                 "on_header_end": self._on_header_end,
@@ -110,20 +101,6 @@ class _Parts:
                 "on_end": self._on_end,
             },
         )
-
-    def flush(self, target: IO[bytes]) -> None:
-        """Write what has come of the file."""
-        target.write(self.pending)
-        self.pending.clear()
-
-    def check_complete(self) -> None:
-        """Raise BadRequest unless the body came to its end."""
-        if not self._complete:
-            raise BadRequest("the multipart body ends before its closing boundary")
-
-    def _begin(self) -> None:
-        self._headers = {}
-        self._size = 0
 
     def _on_header(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
@@ -146,10 +123,12 @@ class _Parts:
                 f"expected the parts {', '.join(expected)}; received a part named {name[:80]!a}",
                 code="unknown_part",
             )
-        if name in self.found:
+        if name in self.received:
             raise BadRequest(f"the part '{name}' came twice", code="duplicate_part", param=name)
         self._part = name
-        self.found[name] = bytearray()
+        self.received[name] = bytearray()
+        self._headers = {}
+        self._size = 0
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:
         self._size += end - start
@@ -159,8 +138,8 @@ class _Parts:
                 f"expected at most {limit} bytes in the part '{self._part}'; received more",
                 param=self._part,
             )
-        target = self.pending if self._part == self._file else self.found[self._part]
+        target = self.pending if self._part == self._file else self.received[self._part]
         target += data[start:end]
 
     def _on_end(self) -> None:
-        self._complete = True
+        self.complete = True

@@ -14,7 +14,6 @@ from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import check_resident, handle_of
 from prefixd.server.api.generate.resolver import check_served
 from prefixd.server.api.parts import (
-    AuditDep,
     DrainStateDep,
     EngineDep,
     LimiterDep,
@@ -28,7 +27,7 @@ from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import QueueFull
 from prefixd.server.errors import BadRequest, DoesNotFit, PrefixdError, Unavailable
-from prefixd.server.tenants.audit import Action
+from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.principal import Principal
 from prefixd.server.tenants.quotas import PinRoom, check_pinned
 from prefixd.store.catalog.pins import pinned
@@ -106,7 +105,6 @@ def pin_prefix(
     store: StoreDep,
     engine: EngineDep,
     served: ServedDep,
-    audit: AuditDep,
     room: PinRoomDep,
     principal: Writer,
     actor: Acting,
@@ -119,25 +117,23 @@ def pin_prefix(
         check_fits(manifest, principal, engine=engine, served=served)
         pins = pinned(tx.connection, fingerprint=served.base.fingerprint)
         check_pinned(pins, tenant, principal.quota, room=room)
-        audit.add(
+        record(
             tx.connection,
             Action.PIN_SET,
             actor=actor,
             tenant=tenant,
             subject=manifest.name,
-            version=manifest.version,
+            detail={"version": manifest.version},
         )
     return PrefixManifest.model_validate(manifest)
 
 
 @router.delete("/{reference}/pin", status_code=204)
-def unpin_prefix(
-    reference: str, store: StoreDep, audit: AuditDep, principal: Writer, actor: Acting
-) -> None:
+def unpin_prefix(reference: str, store: StoreDep, principal: Writer, actor: Acting) -> None:
     """Unpin a prefix, by its name: it may be evicted as others are."""
     with store.change(principal.tenant) as tx:
         tx.remove_pin(reference)
-        audit.add(
+        record(
             tx.connection,
             Action.PIN_REMOVE,
             actor=actor,

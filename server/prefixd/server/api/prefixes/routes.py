@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from prefixd.server.api.auth import Acting, Reader, Writer
 from prefixd.server.api.body import StrictModel, json_body, json_request
-from prefixd.server.api.parts import AuditDep, EngineDep, StoreDep
+from prefixd.server.api.parts import EngineDep, StoreDep
 from prefixd.server.api.prefixes.schemas import (
     PrefixList,
     PrefixManifest,
@@ -19,7 +19,7 @@ from prefixd.server.api.prefixes.schemas import (
     VersionList,
 )
 from prefixd.server.errors import BadRequest, RangeNotSatisfiable
-from prefixd.server.tenants.audit import Action
+from prefixd.server.tenants.audit import Action, record
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 
@@ -81,14 +81,18 @@ def get_prefix(
 
 
 @router.delete("/{name}", status_code=204)
-def delete_prefix(
-    name: str, store: StoreDep, audit: AuditDep, principal: Writer, actor: Acting
-) -> None:
+def delete_prefix(name: str, store: StoreDep, principal: Writer, actor: Acting) -> None:
     """Delete a prefix with all its versions and aliases. Running requests keep their version."""
     tenant = principal.tenant
     with store.change(tenant) as tx:
         tx.delete(name)
-        audit.add(tx.connection, Action.PREFIX_DELETE, actor=actor, tenant=tenant, subject=name)
+        record(
+            tx.connection,
+            Action.PREFIX_DELETE,
+            actor=actor,
+            tenant=tenant,
+            subject=name,
+        )
 
 
 @router.get("/{name}/versions", response_model=VersionList)
@@ -136,7 +140,6 @@ def put_alias(
     name: str,
     alias: str,
     store: StoreDep,
-    audit: AuditDep,
     principal: Writer,
     actor: Acting,
     body: Annotated[AliasTarget, Depends(json_body(AliasTarget))],
@@ -145,31 +148,30 @@ def put_alias(
     tenant, version = principal.tenant, body.version
     with store.change(tenant) as tx:
         manifest = tx.set_alias(name, alias, version=version)
-        audit.add(
+        record(
             tx.connection,
             Action.ALIAS_SET,
             actor=actor,
             tenant=tenant,
             subject=name,
-            alias=alias,
-            version=version,
+            detail={"alias": alias, "version": version},
         )
     return PrefixManifest.model_validate(manifest)
 
 
 @router.delete("/{name}/aliases/{alias}", status_code=204)
 def delete_alias(
-    *, name: str, alias: str, store: StoreDep, audit: AuditDep, principal: Writer, actor: Acting
+    *, name: str, alias: str, store: StoreDep, principal: Writer, actor: Acting
 ) -> None:
     """Delete an alias; the version stays."""
     tenant = principal.tenant
     with store.change(tenant) as tx:
         tx.remove_alias(name, alias)
-        audit.add(
+        record(
             tx.connection,
             Action.ALIAS_REMOVE,
             actor=actor,
             tenant=tenant,
             subject=name,
-            alias=alias,
+            detail={"alias": alias},
         )

@@ -21,7 +21,6 @@ from sqlalchemy.exc import IntegrityError
 from prefixd.server.api.auth import Acting, Writer
 from prefixd.server.api.body import StrictModel, json_request, media_type, parse_json, read_capped
 from prefixd.server.api.parts import (
-    AuditDep,
     BodyLimitsDep,
     DrainStateDep,
     EngineDep,
@@ -35,7 +34,7 @@ from prefixd.server.api.prefixes.residency import try_warm
 from prefixd.server.api.prefixes.schemas import PrefixManifest
 from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import BadRequest, Unprocessable
-from prefixd.server.tenants.audit import Action, AuditLog
+from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.idempotency import Idempotency, Replay, check_key
 from prefixd.server.tenants.principal import Actor, Principal
 from prefixd.server.tenants.quotas import check_stored
@@ -118,7 +117,6 @@ async def put_prefix(
     store: StoreDep,
     engine: EngineDep,
     served: ServedDep,
-    audit: AuditDep,
     idempotency: IdempotencyDep,
     limiter: LimiterDep,
     limits: BodyLimitsDep,
@@ -134,7 +132,6 @@ async def put_prefix(
     publish = partial(
         _publish_once,
         name,
-        audit=audit,
         idempotency=idempotency,
         principal=principal,
         actor=actor,
@@ -160,13 +157,14 @@ async def put_prefix(
                     raise BadRequest(
                         f"the part '{part}' is missing", code="missing_part", param=part
                     )
-            config, metadata = upload.parts["config"], _parse_metadata(upload.parts.get("metadata"))
+            config, raw = upload.parts["config"], upload.parts.get("metadata")
+            metadata, task_id = (None, None) if raw is None else _parse_metadata(raw)
             begin = partial(
                 store.publish_peft,
                 config=config,
                 weights=upload.file,
                 metadata=metadata,
-                task_id=_task_id(metadata),
+                task_id=task_id,
                 **options,
             )
             content: Content = ("peft", config, upload.file, metadata)
@@ -210,7 +208,6 @@ def _publish_once(
     begin: Callable[[], AbstractContextManager[tuple[CatalogTransaction, Published]]],
     content: Content,
     *,
-    audit: AuditLog,
     idempotency: Idempotency,
     principal: Principal,
     actor: Actor,
@@ -231,15 +228,13 @@ def _publish_once(
             manifest, created = published.manifest, published.created
             if created:
                 check_stored(tx.connection, tenant, principal.quota)
-            audit.add(
+            record(
                 tx.connection,
                 Action.PREFIX_PUBLISH,
                 actor=actor,
                 tenant=tenant,
                 subject=name,
-                version=manifest.version,
-                digest=manifest.digest,
-                created=created,
+                detail={"version": manifest.version, "digest": manifest.digest, "created": created},
             )
             body = PrefixManifest.model_validate(manifest).model_dump(mode="json")
             replay = Replay(201 if created else 200, body)
@@ -281,10 +276,8 @@ def _request_digest(*parts: str | bytes | Path | Mapping[str, Any] | None) -> st
     return total.hexdigest()
 
 
-def _parse_metadata(raw: bytes | None) -> dict[str, Any] | None:
-    """The part ``metadata`` as an object. Raises Unprocessable."""
-    if raw is None:
-        return None
+def _parse_metadata(raw: bytes) -> tuple[dict[str, Any], int | None]:
+    """The part ``metadata`` as an object, and its ``task_id``. Raises Unprocessable."""
     try:
         metadata = json.loads(raw)
     except (ValueError, RecursionError):
@@ -295,16 +288,11 @@ def _parse_metadata(raw: bytes | None) -> dict[str, Any] | None:
             code="malformed_metadata",
             param="metadata",
         )
-    return metadata
-
-
-def _task_id(metadata: Mapping[str, Any] | None) -> int | None:
-    """``metadata.task_id``. Raises Unprocessable."""
-    task_id = (metadata or {}).get("task_id")
+    task_id = metadata.get("task_id")
     if task_id is not None and (type(task_id) is not int or task_id < 0):
         raise Unprocessable(
             "expected metadata.task_id to be a whole number from 0",
             code="malformed_metadata",
             param="metadata.task_id",
         )
-    return task_id
+    return metadata, task_id
