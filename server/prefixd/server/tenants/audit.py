@@ -89,7 +89,7 @@ class AuditLog:
     def page(
         self, *, tenant: str | None, limit: int, before: int | None = None
     ) -> tuple[list[AuditEntry], int | None]:
-        """Entries of one tenant or of all, newest first, and the value of ``before`` for more."""
+        """Entries of one tenant or of all, newest first, and the ``before`` for more."""
         query = select(audit_log).order_by(audit_log.c.id.desc()).limit(limit + 1)
         if tenant is not None:
             query = query.where(audit_log.c.tenant == tenant)

@@ -134,7 +134,7 @@ class Keyring:
         with writing(self._engine) as connection:
             known = select(tenants.c.name).where(tenants.c.name == tenant)
             if connection.execute(known).first() is None:
-                raise NotFound(f"there is no tenant {tenant[:80]!a}", param="tenant")
+                raise NotFound(f"no tenant {tenant[:80]!a}", param="tenant")
             issued = self._issue(connection, tenant, granted, label=label, expires_at=expires_at)
             self._audit(connection, Action.KEY_CREATE, issued.record, actor)
         return issued

@@ -104,7 +104,7 @@ class Tenants(Keyring):
         with reading(self._engine) as connection:
             row = connection.execute(select(tenants).where(tenants.c.name == name)).first()
         if row is None:
-            raise NotFound(f"there is no tenant {name[:80]!a}", param="tenant")
+            raise NotFound(f"no tenant {name[:80]!a}", param="tenant")
         return _tenant_record(row)
 
     def list_tenants(

@@ -50,7 +50,7 @@ def _tenant_for(principal: Principal, requested: str | None) -> str | None:
     owner = _owner(principal)
     if owner is None or requested in {None, owner}:
         return requested if owner is None else owner
-    raise NotFound(f"there is no tenant {(requested or '')[:80]!a}", param="tenant")
+    raise NotFound(f"no tenant {(requested or '')[:80]!a}", param="tenant")
 
 
 def _with_state(key: KeyRecord) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class NewKeyRequest(StrictModel):
     """A key to create. Only the operator may name another tenant."""
 
     tenant: str | None = None
-    scopes: list[Scope] | None = Field(default=None, description="Default: all but admin.")
+    scopes: list[Scope] | None = Field(default=None, description="Default: all except admin.")
     label: str = ""
     expires_in_seconds: float | None = Field(
         default=None, gt=0, le=_CENTURY, description="Default: never."

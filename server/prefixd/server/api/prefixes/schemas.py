@@ -49,8 +49,8 @@ class PrefixManifest(BaseModel):
 class PrefixShown(PrefixManifest):
     """A version, and where this server has it now.
 
-    ``tier`` is ``resident`` (in the KV pool), ``host`` (compiled, in host memory), or on its way
-    there: ``fetching``, ``staged``, ``compiling``. Null: nowhere; the first request loads it.
+    ``tier`` is ``resident`` (in the KV pool), ``host`` (compiled, in host memory), or being
+    loaded: ``fetching``, ``staged``, ``compiling``. Null: nowhere; the first request loads it.
     """
 
     tier: str | None = None
