@@ -9,7 +9,7 @@ import typer
 
 from prefixd.server.cli.serve import load_server
 from prefixd.server.serve.settings import Settings
-from prefixd.server.tenants import keys
+from prefixd.server.tenants import keyring as keys
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.db.database import open_database
 from tests.cli.cli_runner import run, run_json
