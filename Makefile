@@ -55,7 +55,7 @@ lint: install
 	@echo "==> ruff"
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
-	@$(MAKE) --no-print-directory types imports
+	@$(MAKE) --no-print-directory types imports words
 
 types: install
 	@echo "==> mypy"
