@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from prefixd.server import version
 from prefixd.server.cli.main import app
-from prefixd.server.cli.options import _EXTRAS, REMOVED_VARIABLES
+from prefixd.server.cli.options import EXTRAS, REMOVED_VARIABLES
 from prefixd.server.serve.settings import ENV_PREFIX, Settings
 from tests.cli.cli_runner import run
 
@@ -108,6 +108,10 @@ def test_an_empty_removed_variable_counts_as_unset(monkeypatch: pytest.MonkeyPat
     assert run("gc").stdout == "removed 0 blobs, 0 bytes; found 0 unknown\n"
 
 
+def test_user_default_takes_no_prefix_without_a_verb() -> None:
+    assert "No such command 'triage'" in run("user", "default", "triage", code=2).stderr
+
+
 def test_gc_reads_its_grace_from_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFIXD_GC_GRACE", "x")
     assert "--gc-grace (PREFIXD_GC_GRACE)" in run("gc", code=1).stderr
@@ -143,7 +147,7 @@ from prefixd.server.cli.main import main
 sys.argv = ["prefixd", *{arguments!r}]
 main()
 """
-MISSING = {*_EXTRAS, "accelerate", "safetensors", "multipart", "mako"}
+MISSING = {*EXTRAS, "accelerate", "safetensors", "multipart", "mako"}
 
 
 def run_without(missing: set[str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -208,6 +212,15 @@ def test_a_verb_without_its_extra_names_what_to_install(
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments", [["tenant", "ls"], ["key", "ls"], ["audit"], ["gc"]], ids=" ".join
+)
+def test_catalog_verbs_need_neither_torch_nor_fastapi(arguments: list[str]) -> None:
+    missing = {"torch", "transformers", "fastapi", "starlette", "uvicorn"}
+    result = run_without(missing, *arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_doctor_names_what_to_install() -> None:
     result = run_without(MISSING, "doctor")
     assert result.returncode == 1
@@ -242,7 +255,7 @@ def test_the_demo_without_gguf_names_what_to_install(tmp_path: Path) -> None:
 
 def test_every_module_is_assigned_to_the_extra_that_declares_it() -> None:
     distributions = {"opentelemetry": "opentelemetry-sdk"}
-    for module, extra in _EXTRAS.items():
+    for module, extra in EXTRAS.items():
         lines = PROJECT["optional-dependencies"][extra]
         declared = {Requirement(line).name.replace("-", "_") for line in lines}
         assert distributions.get(module, module).replace("-", "_") in declared, module

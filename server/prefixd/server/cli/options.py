@@ -6,16 +6,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Any, Concatenate, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec
 
 import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from prefixd.client.errors import ApiError, AuthenticationError, ClientError, ConnectError
 from prefixd.client.sync import Client
 from prefixd.client.transport import DEFAULT_TIMEOUT, DEFAULT_URL
-from prefixd.server.cli.output import printable
+from prefixd.server.cli.output import client_errors, fail
 from prefixd.server.serve.settings import Setting, Settings, settings_by_group
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ REMOVED_VARIABLES = {
 To ignore one silently would be dangerous: `gc` with PREFIXD_GC_DRY_RUN set would delete data.
 """
 
-_EXTRAS = {
+EXTRAS = {
     "alembic": "serve",
     "fastapi": "serve",
     "gguf": "demo",
@@ -105,8 +104,8 @@ _EXTRAS = {
 
 
 class VerbGroup(TyperGroup):
-    """A group of verbs. Ends a verb that reads a removed variable with status 2, and one that fails
-    for a known reason with status 1 and one line on standard error."""
+    """A group of verbs. A verb whose removed variable is set ends with status 2, one whose extra is
+    missing with status 1."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The verb that ``args`` name, unless one of its removed variables is set."""
@@ -127,8 +126,6 @@ class VerbGroup(TyperGroup):
             raise typer.Exit(0) from None
         except ModuleNotFoundError as error:
             fail(missing_extra(error))
-        except (ClientError, OSError) as error:
-            fail(_client_message(error))
 
 
 def _check_removed_variables(verb: str) -> None:
@@ -142,19 +139,13 @@ def _check_removed_variables(verb: str) -> None:
             raise typer.Exit(2)
 
 
-def fail(message: str) -> NoReturn:
-    """End the verb with a message on standard error and status 1."""
-    typer.echo(f"prefixd: {printable(message)}", err=True)
-    raise typer.Exit(1)
-
-
 def missing_extra(error: ModuleNotFoundError) -> str:
     """Which extra to install for the module that is missing. Raises ``error`` for a module that
     no extra installs."""
     module = (error.name or "").partition(".")[0]
-    if module not in _EXTRAS:
+    if module not in EXTRAS:
         raise error
-    return f"the package {module} is not installed: pip install 'prefixd[{_EXTRAS[module]}]'"
+    return f"the package {module} is not installed: pip install 'prefixd[{EXTRAS[module]}]'"
 
 
 def demo_model_packages() -> None:
@@ -170,16 +161,6 @@ def demo_model_packages() -> None:
         )
 
 
-def _client_message(error: Exception) -> str:
-    if isinstance(error, AuthenticationError):
-        return f"{error} (set PREFIXD_API_KEY or pass --api-key)"
-    if isinstance(error, ConnectError):
-        return f"{error} (is the server running? set PREFIXD_URL or pass --url)"
-    if isinstance(error, ApiError) and error.request_id and error.status >= 500:
-        return f"{error} (request {error.request_id})"
-    return str(error)
-
-
 # -- verbs that talk to a server ------------------------------------------------------------------
 
 
@@ -187,7 +168,7 @@ def connected(command: Callable[Concatenate[Client, P], None]) -> Callable[..., 
     """Give a verb a client for the server that the connection options name."""
 
     def run(*, url: str, api_key: str | None, timeout: float, **arguments: Any) -> None:
-        with Client(url, api_key=api_key, timeout=timeout) as client:
+        with client_errors(), Client(url, api_key=api_key, timeout=timeout) as client:
             command(client, **arguments)  # type: ignore[call-arg]  # typer passes the verb's own
 
     _, *parameters = inspect.signature(command).parameters.values()

@@ -1,15 +1,19 @@
-"""What the verbs print: text without control characters, JSON, columns."""
+"""What the verbs print: text without control characters, JSON, columns, errors."""
 
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
+from typing import NoReturn
 
 import typer
 from pydantic import BaseModel
 from rich.console import Console
+
+from prefixd.client.errors import ApiError, AuthenticationError, ClientError, ConnectError
 
 # C0 and C1 controls except tab and newline: an answer must not control the terminal.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -63,3 +67,30 @@ def print_fields(values: dict[str, object]) -> None:
     """Print one aligned line for each name and value."""
     for name, value in values.items():
         typer.echo(f"{name:<24} {printable(str(value))}")
+
+
+def fail(message: str) -> NoReturn:
+    """End the verb with a message on standard error and status 1."""
+    typer.echo(f"prefixd: {printable(message)}", err=True)
+    raise typer.Exit(1)
+
+
+@contextmanager
+def client_errors() -> Iterator[None]:
+    """End the verb with the message of an error of the client or of a file."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (ClientError, OSError) as error:
+        fail(_client_message(error))
+
+
+def _client_message(error: Exception) -> str:
+    if isinstance(error, AuthenticationError):
+        return f"{error} (set PREFIXD_API_KEY or pass --api-key)"
+    if isinstance(error, ConnectError):
+        return f"{error} (is the server running? set PREFIXD_URL or pass --url)"
+    if isinstance(error, ApiError) and error.request_id and error.status >= 500:
+        return f"{error} (request {error.request_id})"
+    return str(error)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from prefixd.server.cli.options import demo_model_packages, fail, reported_errors, with_settings
+from prefixd.server.cli.options import demo_model_packages, reported_errors, with_settings
+from prefixd.server.cli.output import fail
 from prefixd.server.serve.settings import Settings
 
 if TYPE_CHECKING:

@@ -11,12 +11,11 @@ from pydantic import SecretStr
 from prefixd.server.cli.options import (
     CATALOG_SETTINGS,
     JsonFlag,
-    fail,
     opened_catalog,
     reported_errors,
     with_settings,
 )
-from prefixd.server.cli.output import print_json
+from prefixd.server.cli.output import fail, print_json
 from prefixd.server.serve.settings import Settings
 
 

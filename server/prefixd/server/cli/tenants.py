@@ -10,11 +10,10 @@ from prefixd.server.cli.options import (
     CATALOG_SETTINGS,
     JsonFlag,
     VerbGroup,
-    fail,
     opened_catalog,
     with_settings,
 )
-from prefixd.server.cli.output import print_fields, print_json, printable
+from prefixd.server.cli.output import fail, print_fields, print_json, printable
 from prefixd.server.serve.settings import Settings
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prefixd.server.cli.output import console
+from prefixd.server.cli.output import client_errors, console
 
 
 def demo(
@@ -36,6 +36,7 @@ def demo(
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the child ends too
     try:
-        run(console(), examples=examples, data_dir=data_dir, port=port, once=once)
+        with client_errors():
+            run(console(), examples=examples, data_dir=data_dir, port=port, once=once)
     except KeyboardInterrupt:
         raise typer.Exit(130 if once else 0) from None
