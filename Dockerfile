@@ -33,7 +33,7 @@ RUN useradd --uid 10001 --user-group --home-dir /data --no-create-home --shell /
 COPY --from=build /opt/prefixd /opt/prefixd
 COPY --chmod=0755 docker/entrypoint.sh /usr/local/bin/prefixd-entrypoint
 COPY --chmod=0644 docker/healthcheck.py /usr/local/lib/prefixd-healthcheck.py
-# HOME, and with it every cache a library keeps (Hugging Face, Triton), lies in the volume, so the
+# HOME, and with it every cache a library keeps (Hugging Face, Triton), is in the volume, so the
 # root file system may be read-only.
 ENV PATH=/opt/prefixd/bin:$PATH \
     HOME=/data \

@@ -92,7 +92,7 @@ class BlockPool:
             self._names[block] = name
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Remove these blocks from the look-up by content."""
+        """Remove these blocks from the lookup by content."""
         for block in blocks:
             self._forget_name(block)
             if block in self._remembered:

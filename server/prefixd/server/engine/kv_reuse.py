@@ -52,7 +52,7 @@ class KVReuse:
         return num_blocks * self._block_size - sequence.num_prefix_tokens % self._block_size
 
     def count(self, sequence: Sequence, reused_tokens: int) -> None:
-        """Count the look-up at a sequence's first start."""
+        """Count the lookup at a sequence's first start."""
         if sequence.request.kv_reuse:
             self.num_queried_tokens += len(sequence.tokens)
             self.num_reused_tokens += reused_tokens
@@ -69,7 +69,7 @@ class KVReuse:
         sequence.num_remembered = len(names)
 
     def forget(self, sequence: Sequence) -> None:
-        """Remove the blocks of a sequence whose logits were not finite from the look-up."""
+        """Remove the blocks of a sequence whose logits were not finite from the lookup."""
         self._pool.forget(sequence.block_table[sequence.num_prefix_tokens // self._block_size :])
 
     def _names(self, sequence: Sequence, *, upto: int) -> list[bytes]:

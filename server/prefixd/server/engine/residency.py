@@ -233,7 +233,7 @@ class Residency:
         self.num_changes += 1
         self.num_loading -= not entry.is_compiled
 
-    # -- look-ups ----
+    # -- lookups ----
 
     def resident(self) -> list[Entry]:
         """Compiled entries (RESIDENT and LEAVING), least recently used first."""

@@ -47,7 +47,7 @@ def check_user(user: str) -> str:
 
 class Bindings:
     """Blocking calls on the catalog; safe to share between threads. Finding a user's binding is one
-    look-up of the primary key, for any number of users.
+    lookup of the primary key, for any number of users.
 
     References are stored as text, to be resolved at each request: the caller checks them first.
     """

@@ -7,7 +7,7 @@
      |        +-- key id: stored, shown in listings and logs
      +-- recognisable by secret scanners
 
-A typing mistake fails the checksum and costs no look-up. The catalog stores the SHA-256 of the
+A typing mistake fails the checksum and costs no lookup. The catalog stores the SHA-256 of the
 whole text: the secret has 256 random bits, so a slow password hash would add cost and no safety.
 """
 

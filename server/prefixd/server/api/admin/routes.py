@@ -155,7 +155,7 @@ def create_key(
     actor: Acting,
     body: Annotated[NewKeyRequest, Depends(json_body(NewKeyRequest))],
 ) -> KeyIssued:
-    """Issue a key and show its secret, this once."""
+    """Issue a key and show its secret only once."""
     tenant = _tenant_for(principal, body.tenant) or principal.tenant
     lifetime = body.expires_in_seconds
     issued = tenants.create_key(
@@ -210,7 +210,7 @@ def read_audit(
     limit: Limit = 100,
     before: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
 ) -> AuditList:
-    """Audited actions, newest first; `next_before` is what `before` takes for more."""
+    """Audited actions, newest first; pass `next_before` as `before` for older ones."""
     owner = _tenant_for(principal, tenant)
     page, more = audit.page(tenant=owner, limit=limit, before=before)
     data = [AuditEntryShown.model_validate(entry) for entry in page]

@@ -18,7 +18,7 @@ Rate = Annotated[int | None, Field(ge=1, lt=2**63)]
 
 
 class QuotaChange(StrictModel):
-    """Limits of a tenant. One that is not named stays as it is; null is no limit."""
+    """Limits of a tenant. An omitted limit is unchanged; null means no limit."""
 
     max_prefixes: Amount = None
     max_bytes: Amount = None
@@ -30,7 +30,7 @@ class QuotaChange(StrictModel):
 
 
 class TenantChange(StrictModel):
-    """Weight and KV reuse of a tenant. What is not named stays as it is."""
+    """Weight and KV reuse of a tenant. An omitted field is unchanged."""
 
     weight: float = Field(
         default=1.0,

@@ -63,7 +63,7 @@ class PrefixShown(PrefixManifest):
 
 
 class PrefixList(BaseModel):
-    """Some prefixes by name; ``next_after`` is what ``after`` takes for more, null at the end."""
+    """Some prefixes by name; pass ``next_after`` as ``after`` for more, null at the end."""
 
     object: Literal["list"] = "list"
     data: list[PrefixShown]

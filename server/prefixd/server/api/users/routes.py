@@ -37,7 +37,7 @@ class BindingShown(BaseModel):
 
 
 class BindingList(BaseModel):
-    """Some bindings by user; ``next_after`` is what ``after`` takes for more, null at the end."""
+    """Some bindings by user; pass ``next_after`` as ``after`` for more, null at the end."""
 
     object: Literal["list"] = "list"
     data: list[BindingShown]
