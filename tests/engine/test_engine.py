@@ -456,12 +456,12 @@ def test_draws_are_uniform_and_depend_on_seed_and_index() -> None:
 
 
 def test_stats_answer_while_a_step_hangs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefixd.server.engine.core._MAX_STATS_AGE_S", 0.0)
     entered, leave = threading.Event(), threading.Event()
 
     def when(step: Step) -> Exception | None:
-        if (
-            step.chunks and len(step.chunks[0].tokens) == 1
-        ):  # the first decode, under the resident prefix
+        is_first_decode = bool(step.chunks) and len(step.chunks[0].tokens) == 1
+        if is_first_decode:
             entered.set()
             leave.wait(20)
         return None
@@ -474,6 +474,7 @@ def test_stats_answer_while_a_step_hangs(bench: Bench, monkeypatch: pytest.Monke
         stats = bench.engine.stats()
     leave.set()
     assert stats.tiers == {PREFIX.key: "resident"}
+    assert (stats.running, stats.generated_tokens) == (1, 1)
     assert stats.blocks_total == 63
     assert answer(events)[0] == expected(12, "digest")
     assert bench.engine.stats().generated_tokens == 12

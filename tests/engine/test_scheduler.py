@@ -135,3 +135,15 @@ def bare(*, timeout_s: float) -> AdmittedRequest:
     return AdmittedRequest(
         "r", "t", (1,), None, SamplingParams(), StopParams(max_tokens=4), timeout_s=timeout_s
     )
+
+
+def test_out_of_memory_makes_no_suspects_and_another_error_does() -> None:
+    for out_of_memory in (True, False):
+        scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4))
+        sequences = [Sequence(next(_ids), bare(timeout_s=1e9), 0, 0, [1]) for _ in range(2)]
+        for waiting in sequences:
+            scheduler.add(waiting)
+        scheduler.step_failed(scheduler.schedule(), "failed", out_of_memory=out_of_memory)
+        assert scheduler.recovery.proving is not out_of_memory
+        assert list(scheduler.recovery.suspects) == ([] if out_of_memory else sequences)
+        assert len(scheduler.schedule().chunks) == 1  # halved, or one suspect alone
