@@ -30,7 +30,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Copied:
+class CopyResult:
     """Rows by table, blobs and bytes of a copy, and the blobs that were corrupt at the source."""
 
     rows: dict[str, int]
@@ -41,7 +41,7 @@ class Copied:
 
 def copy_store(
     source: Place, target: Place, *, progress: Callable[[BlobKey], None] = lambda _: None
-) -> Copied:
+) -> CopyResult:
     """Copy every table of ``metadata`` and every referenced blob to an empty target.
 
     The digest of each blob is verified. A corrupt one is left out and reported; its versions are
@@ -69,7 +69,7 @@ def copy_store(
             }
             # Blobs that were not copied are not collected at the target; missing ones are corrupt.
             _settle_blobs(connection, lost)
-    return Copied(rows=rows, blobs=count, bytes=size, corrupt=tuple(lost))
+    return CopyResult(rows=rows, blobs=count, bytes=size, corrupt=tuple(lost))
 
 
 def _check_empty(engine: Engine) -> None:

@@ -17,7 +17,7 @@ from prefixd.server.tenants.idempotency import Idempotency
 from prefixd.server.tenants.limiter import Limiter
 from prefixd.server.tenants.registry import DEFAULT_SCOPES, Scope, Tenants
 from prefixd.store.blobs.blobs import open_blobs
-from prefixd.store.copying import Copied, Place, copy_store
+from prefixd.store.copying import CopyResult, Place, copy_store
 from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import revision, upgrade
 from prefixd.store.errors import StoreError
@@ -77,7 +77,7 @@ def migrate_database(settings: Settings) -> tuple[str | None, str | None]:
         database.dispose()
 
 
-def copy_catalog(source: Settings, target: Settings) -> Copied:
+def copy_catalog(source: Settings, target: Settings) -> CopyResult:
     """Copy database and blobs of the configured catalog to an empty one."""
     with _place(source) as full, _place(target) as empty:
         return copy_store(full, empty)

@@ -21,6 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from prefixd.server.api.auth import Acting, Writer
 from prefixd.server.api.body import StrictModel, json_request, media_type, parse_json, read_capped
 from prefixd.server.api.parts import (
+    BodyLimits,
     BodyLimitsDep,
     DrainStateDep,
     EngineDep,
@@ -29,7 +30,7 @@ from prefixd.server.api.parts import (
     ServedDep,
     StoreDep,
 )
-from prefixd.server.api.prefixes.multipart import received
+from prefixd.server.api.prefixes.multipart import Upload, received
 from prefixd.server.api.prefixes.residency import try_warm
 from prefixd.server.api.prefixes.schemas import PrefixManifest
 from prefixd.server.api.served import ServedModel
@@ -41,7 +42,7 @@ from prefixd.server.tenants.quotas import check_stored
 from prefixd.store.artifact.config import BaseSpec
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.files import sha256_of
-from prefixd.store.store import Published
+from prefixd.store.store import PrefixStore, Published
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 
@@ -91,6 +92,9 @@ Warm = Annotated[
     bool,
     Query(description="Load it into this server's KV pool at once; the upload never fails by it."),
 ]
+Begin = Callable[[], AbstractContextManager[tuple[CatalogTransaction, Published]]]
+"""Starts a publish of the store; the version is committed at the end of its block."""
+
 Content = tuple[str | bytes | Path | Mapping[str, Any] | None, ...]
 """The kind of an upload, and all that distinguishes one of the same kind and name from another."""
 
@@ -137,55 +141,9 @@ async def put_prefix(
         actor=actor,
         key=idempotency_key,
     )
-    options: dict[str, Any] = {
-        "tenant": principal.tenant,
-        "name": name,
-        "base": _base_for(principal, served),
-        "creator": principal.key_id,
-    }
-    kind = media_type(request)
-    if kind == "multipart/form-data":
-        async with received(
-            request,
-            small=("config", "metadata"),
-            file="weights",
-            folder=limits.upload_dir,
-            limit=limits.max_prefix_bytes,
-        ) as upload:
-            for part in ("config", "weights"):
-                if part not in upload.names:
-                    raise BadRequest(
-                        f"the part '{part}' is missing", code="missing_part", param=part
-                    )
-            config, raw = upload.parts["config"], upload.parts.get("metadata")
-            metadata, task_id = (None, None) if raw is None else _parse_metadata(raw)
-            begin = partial(
-                store.publish_peft,
-                config=config,
-                weights=upload.file,
-                metadata=metadata,
-                task_id=task_id,
-                **options,
-            )
-            content: Content = ("peft", config, upload.file, metadata)
-            replay, replayed = await run_in_threadpool(publish, begin, content)
-    elif kind == "application/json":
-        body = parse_json(TextPrefix, await read_capped(request, limits.max_body_bytes))
-        begin = partial(
-            store.publish_text,
-            text=body.text,
-            metadata=body.metadata,
-            count_tokens=served.count_prefix_tokens,
-            **options,
-        )
-        content = ("text", body.text.encode(), body.metadata)
-        replay, replayed = await run_in_threadpool(publish, begin, content)
-    else:
-        raise BadRequest(
-            "expected the content type multipart/form-data (parts config, weights and optionally "
-            f"metadata) or application/json (a text); received {kind[:80]!a}",
-            code="unsupported_media_type",
-        )
+    replay, replayed = await _receive_and_publish(
+        request, name, publish, store=store, served=served, limits=limits, principal=principal
+    )
     response.status_code = replay.status
     if replayed:
         response.headers["idempotency-replayed"] = "true"
@@ -203,9 +161,64 @@ async def put_prefix(
     return manifest
 
 
+async def _receive_and_publish(
+    request: Request,
+    name: str,
+    publish: Callable[[Begin, Content], tuple[Replay, bool]],
+    *,
+    store: PrefixStore,
+    served: ServedModel,
+    limits: BodyLimits,
+    principal: Principal,
+) -> tuple[Replay, bool]:
+    """Receive the body of either content type and ``publish`` it; raise BadRequest for another."""
+    options: dict[str, Any] = {
+        "tenant": principal.tenant,
+        "name": name,
+        "base": _base_for(principal, served),
+        "creator": principal.key_id,
+    }
+    kind = media_type(request)
+    if kind == "multipart/form-data":
+        async with received(
+            request,
+            small=("config", "metadata"),
+            file="weights",
+            folder=limits.upload_dir,
+            limit=limits.max_prefix_bytes,
+        ) as upload:
+            config, metadata, task_id = _parse_parts(upload)
+            begin = partial(
+                store.publish_peft,
+                config=config,
+                weights=upload.file,
+                metadata=metadata,
+                task_id=task_id,
+                **options,
+            )
+            content: Content = ("peft", config, upload.file, metadata)
+            return await run_in_threadpool(publish, begin, content)
+    if kind == "application/json":
+        body = parse_json(TextPrefix, await read_capped(request, limits.max_body_bytes))
+        begin = partial(
+            store.publish_text,
+            text=body.text,
+            metadata=body.metadata,
+            count_tokens=served.count_prefix_tokens,
+            **options,
+        )
+        content = ("text", body.text.encode(), body.metadata)
+        return await run_in_threadpool(publish, begin, content)
+    raise BadRequest(
+        "expected the content type multipart/form-data (parts config, weights and optionally "
+        f"metadata) or application/json (a text); received {kind[:80]!a}",
+        code="unsupported_media_type",
+    )
+
+
 def _publish_once(
     name: str,
-    begin: Callable[[], AbstractContextManager[tuple[CatalogTransaction, Published]]],
+    begin: Begin,
     content: Content,
     *,
     idempotency: Idempotency,
@@ -276,8 +289,14 @@ def _request_digest(*parts: str | bytes | Path | Mapping[str, Any] | None) -> st
     return total.hexdigest()
 
 
-def _parse_metadata(raw: bytes) -> tuple[dict[str, Any], int | None]:
-    """The part ``metadata`` as an object, and its ``task_id``. Raises Unprocessable."""
+def _parse_parts(upload: Upload) -> tuple[bytes, dict[str, Any] | None, int | None]:
+    """Config, metadata and its ``task_id``. Raises BadRequest, Unprocessable."""
+    for part in ("config", "weights"):
+        if part not in upload.names:
+            raise BadRequest(f"the part '{part}' is missing", code="missing_part", param=part)
+    config, raw = upload.parts["config"], upload.parts.get("metadata")
+    if raw is None:
+        return config, None, None
     try:
         metadata = json.loads(raw)
     except (ValueError, RecursionError):
@@ -295,4 +314,4 @@ def _parse_metadata(raw: bytes) -> tuple[dict[str, Any], int | None]:
             code="malformed_metadata",
             param="metadata.task_id",
         )
-    return metadata, task_id
+    return config, metadata, task_id
