@@ -67,11 +67,11 @@ REMOVED_VARIABLES = {
     },
     "prefix rm": {"PREFIXD_YES": "--yes"},
     "tenant create": {
-        "PREFIXD_TENANT_KV_REUSE": "--kv-reuse",
+        "PREFIXD_TENANT_KV_REUSE": "--kv-reuse/--no-kv-reuse",
         "PREFIXD_TENANT_WEIGHT": "--weight",
     },
     "tenant set": {
-        "PREFIXD_TENANT_KV_REUSE": "--kv-reuse",
+        "PREFIXD_TENANT_KV_REUSE": "--kv-reuse/--no-kv-reuse",
         "PREFIXD_TENANT_WEIGHT": "--weight",
     },
     "user default": {"PREFIXD_REMOVE": "rm"},
