@@ -230,7 +230,11 @@ def test_body_below_the_minimum_rate_is_408(world: World) -> None:
 
 def test_receive_timeout_counts_only_time_spent_waiting() -> None:
     """A body of any size at the minimum rate is received completely."""
-    timeout = ReceiveTimeout(pause=1.0, min_rate=100)
+
+    async def no_message() -> dict[str, Any]:
+        raise AssertionError
+
+    timeout = ReceiveTimeout(pause=1.0, min_rate=100, messages=no_message)
     waited, received = 0.0, 0
     for _ in range(1000):
         assert timeout.remaining(waited=waited, received=received) >= 0.5
