@@ -13,9 +13,9 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine as Database
 
 from prefixd.server.api.app import create_app
+from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.metrics import Metrics
-from prefixd.server.api.parts import BodyLimits
 from prefixd.server.api.prefixes.residency import pin_room
 from prefixd.server.api.request_record import Tracer
 from prefixd.server.api.served import ServedModel

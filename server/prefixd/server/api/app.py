@@ -8,14 +8,13 @@ from fastapi import Depends, FastAPI
 from prefixd.server import version
 from prefixd.server.api import error_responses, health, openapi
 from prefixd.server.api.admin import routes as admin_routes
-from prefixd.server.api.auth import authenticated
+from prefixd.server.api.dependencies import BodyLimits, authenticated
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.generate import routes as generate_routes
 from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.resolver import PrefixResolver
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.middleware import RequestLayer
-from prefixd.server.api.parts import BodyLimits
 from prefixd.server.api.prefixes import models as model_routes
 from prefixd.server.api.prefixes import residency as residency_routes
 from prefixd.server.api.prefixes import routes as prefix_routes

@@ -10,9 +10,8 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from prefixd.server.api.auth import authenticated
+from prefixd.server.api.dependencies import BodyLimitsDep, authenticated
 from prefixd.server.api.error_responses import from_validation
-from prefixd.server.api.parts import BodyLimitsDep
 from prefixd.server.errors import BadRequest, TooLarge
 from prefixd.server.tenants.registry import Principal
 

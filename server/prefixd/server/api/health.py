@@ -7,8 +7,8 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
+from prefixd.server.api.dependencies import DrainStateDep, EngineDep, part
 from prefixd.server.api.metrics import Metrics
-from prefixd.server.api.parts import DrainStateDep, EngineDep, part
 
 router = APIRouter(tags=["operation"])
 

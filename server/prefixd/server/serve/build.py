@@ -15,10 +15,10 @@ from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.api.app import create_app
+from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE
 from prefixd.server.api.metrics import Metrics
-from prefixd.server.api.parts import BodyLimits
 from prefixd.server.api.prefixes.residency import pin_room
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.config import SchedulerConfig

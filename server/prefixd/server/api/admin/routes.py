@@ -25,9 +25,8 @@ from prefixd.server.api.admin.schemas import (
     TenantList,
     TenantShown,
 )
-from prefixd.server.api.auth import Acting, Admin, Operator
 from prefixd.server.api.body import json_body, json_request
-from prefixd.server.api.parts import AuditDep, EngineDep, TenantsDep
+from prefixd.server.api.dependencies import Acting, Admin, AuditDep, EngineDep, Operator, TenantsDep
 from prefixd.server.errors import BadRequest, NotFound, Unavailable
 from prefixd.server.tenants.principal import DEFAULT_SCOPES, Principal
 from prefixd.server.tenants.quotas import SETTINGS

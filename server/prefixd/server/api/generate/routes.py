@@ -13,8 +13,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from prefixd.server.api.auth import Generator
 from prefixd.server.api.body import json_body, json_request
+from prefixd.server.api.dependencies import Generator, part
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import Admission
@@ -28,7 +28,6 @@ from prefixd.server.api.generate.formatter import (
 )
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest, GenerationFields
 from prefixd.server.api.metrics import Metrics, TenantClass
-from prefixd.server.api.parts import part
 from prefixd.server.api.request_record import (
     Admitted,
     ClientGone,

@@ -5,8 +5,7 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from prefixd.server.api.auth import Reader
-from prefixd.server.api.parts import ServedDep, StoreDep
+from prefixd.server.api.dependencies import Reader, ServedDep, StoreDep
 from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import NotFound
 from prefixd.store.errors import InvalidReference, UnknownPrefix

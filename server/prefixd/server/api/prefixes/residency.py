@@ -7,20 +7,22 @@ from fastapi import APIRouter, Depends, Response
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import SQLAlchemyError
 
-from prefixd.server.api.auth import Acting, Generator, Writer
 from prefixd.server.api.body import StrictModel, json_body, json_request
-from prefixd.server.api.drain_state import DrainState
-from prefixd.server.api.error_responses import from_queue_full
-from prefixd.server.api.generate.admission import check_resident, handle_of
-from prefixd.server.api.generate.resolver import check_served
-from prefixd.server.api.parts import (
+from prefixd.server.api.dependencies import (
+    Acting,
     DrainStateDep,
     EngineDep,
+    Generator,
     LimiterDep,
     PinRoomDep,
     ServedDep,
     StoreDep,
+    Writer,
 )
+from prefixd.server.api.drain_state import DrainState
+from prefixd.server.api.error_responses import from_queue_full
+from prefixd.server.api.generate.admission import check_resident, handle_of
+from prefixd.server.api.generate.resolver import check_served
 from prefixd.server.api.prefixes.schemas import PrefixManifest, key_of
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.config import SchedulerConfig

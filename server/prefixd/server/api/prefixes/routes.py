@@ -9,9 +9,8 @@ from pydantic import Field
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from prefixd.server.api.auth import Acting, Reader, Writer
 from prefixd.server.api.body import StrictModel, json_body, json_request
-from prefixd.server.api.parts import EngineDep, StoreDep
+from prefixd.server.api.dependencies import Acting, EngineDep, Reader, StoreDep, Writer
 from prefixd.server.api.prefixes.schemas import (
     PrefixList,
     PrefixManifest,

@@ -18,9 +18,9 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 from sqlalchemy.exc import IntegrityError
 
-from prefixd.server.api.auth import Acting, Writer
 from prefixd.server.api.body import StrictModel, json_request, media_type, parse_json, read_capped
-from prefixd.server.api.parts import (
+from prefixd.server.api.dependencies import (
+    Acting,
     BodyLimits,
     BodyLimitsDep,
     DrainStateDep,
@@ -29,6 +29,7 @@ from prefixd.server.api.parts import (
     LimiterDep,
     ServedDep,
     StoreDep,
+    Writer,
 )
 from prefixd.server.api.prefixes.multipart import Upload, received
 from prefixd.server.api.prefixes.residency import try_warm

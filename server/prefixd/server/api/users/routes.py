@@ -6,9 +6,15 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from prefixd.server.api.auth import Acting, Reader, Writer
 from prefixd.server.api.body import StrictModel, json_body, json_request, media_type
-from prefixd.server.api.parts import BindingsDep, BodyLimitsDep, StoreDep
+from prefixd.server.api.dependencies import (
+    Acting,
+    BindingsDep,
+    BodyLimitsDep,
+    Reader,
+    StoreDep,
+    Writer,
+)
 from prefixd.server.api.users.importing import BindingImport
 from prefixd.server.errors import BadRequest
 
