@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIES = ROOT / ".mutants"
-MODULES = ("engine/block_pool.py", "engine/fair_queue.py", "store/names.py")
+MODULES = ("engine/block_pool.py", "store/names.py")
 TESTS = {"engine": ("tests/engine", "tests/machines"), "store": ("tests/store",)}
 FOLDERS = {"engine": "src/prefixd/server/engine", "store": "src/prefixd/store"}
 # Left out: tests that need a service, another process or the whole repository, and the slowest of
