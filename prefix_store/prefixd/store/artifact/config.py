@@ -127,7 +127,10 @@ def from_fields(fields: dict[str, Any]) -> PeftConfig:
             f"expected num_virtual_tokens to be a whole number from 1; got {shown(count)}",
             param="num_virtual_tokens",
         )
-    return PeftConfig(KINDS[peft_type], peft_type, count, _base_name(fields), fields)
+    base_name = fields.get("base_model_name_or_path")
+    if base_name is not None:
+        _check_base_name(base_name)
+    return PeftConfig(KINDS[peft_type], peft_type, count, base_name, fields)
 
 
 def check_against_base(config: PeftConfig, base: BaseSpec) -> None:
@@ -174,10 +177,7 @@ def _rows_stored(submodules: object, count: int) -> str:
     return f", which stores {submodules * count}"
 
 
-def _base_name(fields: dict[str, Any]) -> str | None:
-    name = fields.get("base_model_name_or_path")
-    if name is None:
-        return None
+def _check_base_name(name: object) -> None:
     if not isinstance(name, str):
         raise _malformed_config(
             f"expected a string or null, got {shown(name)}", param="base_model_name_or_path"
@@ -187,7 +187,6 @@ def _base_name(fields: dict[str, Any]) -> str | None:
             f"expected at most {MAX_BASE_NAME_CHARACTERS} printable characters, got {shown(name)}",
             param="base_model_name_or_path",
         )
-    return name
 
 
 def encode_metadata(metadata: Mapping[str, Any] | None, *, base: BaseSpec) -> str:

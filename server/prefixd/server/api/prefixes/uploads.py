@@ -40,7 +40,6 @@ from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.idempotency import Idempotency, Replay, check_key
 from prefixd.server.tenants.principal import Actor, Principal
 from prefixd.server.tenants.quotas import check_stored
-from prefixd.store.artifact.config import BaseSpec
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.files import sha256_of
 from prefixd.store.store import PrefixStore, Published
@@ -173,10 +172,13 @@ async def _receive_and_publish(
     principal: Principal,
 ) -> tuple[Replay, bool]:
     """Receive the body of either content type and ``publish`` it; raise BadRequest for another."""
+    base, limit = served.base, principal.quota.max_virtual_tokens
+    if limit is not None:  # the tenant's own limit of virtual tokens, where it is lower
+        base = replace(base, max_virtual_tokens=min(limit, base.max_virtual_tokens))
     options: dict[str, Any] = {
         "tenant": principal.tenant,
         "name": name,
-        "base": _base_for(principal, served),
+        "base": base,
         "creator": principal.key_id,
     }
     kind = media_type(request)
@@ -263,14 +265,6 @@ def _publish_once(
             raise
         return earlier, True
     return replay, False
-
-
-def _base_for(principal: Principal, served: ServedModel) -> BaseSpec:
-    """The served base, with the tenant's own limit of virtual tokens where that is lower."""
-    limit = principal.quota.max_virtual_tokens
-    if limit is None or limit >= served.base.max_virtual_tokens:
-        return served.base
-    return replace(served.base, max_virtual_tokens=limit)
 
 
 def _request_digest(*parts: str | bytes | Path | Mapping[str, Any] | None) -> str:
