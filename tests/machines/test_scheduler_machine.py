@@ -179,17 +179,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         for sequence in self.scheduler.expire(now=self.now):
-            asked = sequence.request.timeout_s
+            timeout_s = sequence.request.timeout_s
             if sequence.reason is FinishReason.TIMEOUT:
-                assert asked is not None
-                assert self.now >= sequence.arrived + asked
+                assert timeout_s is not None
+                assert self.now >= sequence.arrived + timeout_s
             else:
                 assert sequence.reason is FinishReason.SHED
                 assert sequence.started is None
             del self.alive[sequence.seq_id]
         for sequence in self.alive.values():
-            asked = sequence.request.timeout_s
-            assert asked is None or self.now < sequence.arrived + asked, "past its deadline"
+            timeout_s = sequence.request.timeout_s
+            assert timeout_s is None or self.now < sequence.arrived + timeout_s, "past its deadline"
 
     # -- steps ----
 
