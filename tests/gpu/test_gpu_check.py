@@ -34,6 +34,7 @@ def bare_machine(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_gpu_check_runs_without_server_and_database_packages(tmp_path: Path) -> None:
     collected = bare_machine(tmp_path, "--collect-only", "-qq")
     assert collected.returncode == 0, collected.stdout
