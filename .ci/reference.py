@@ -83,7 +83,8 @@ def room_of(module: str) -> str | None:
 
 def within(module: str, room: str) -> str:
     """The name of a module or subfolder directly inside a room; empty for the room itself."""
-    return module.removeprefix(room).lstrip(".").partition(".")[0] if module != room else ""
+    inside = module.startswith(f"{room}.")
+    return module.removeprefix(f"{room}.").partition(".")[0] if inside else ""
 
 
 def short(room: str) -> str:
