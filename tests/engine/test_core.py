@@ -3,6 +3,7 @@
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -179,6 +180,54 @@ def test_engine_that_cannot_start_over_ends_all_requests(
     assert answer(events)[1].reason is FinishReason.ERROR
     bench.engine.stop()
     assert answer(bench.submit()[1]) == ("", FinishEvent(0, FinishReason.ABORT, 0))
+
+
+def test_engine_that_ends_with_failing_calls_pending_aborts_all_requests(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench()
+    going, go_on = threading.Event(), threading.Event()
+
+    def hold(step: Step) -> None:
+        going.set()
+        go_on.wait(20)
+
+    def failing(*_: object) -> None:
+        raise ValueError("a bug in the core")
+
+    fail_steps(bench, monkeypatch, hold)
+    monkeypatch.setattr("prefixd.server.engine.core._MAX_RESTARTS", 0)
+    bench.engine.start()
+    _, running = bench.submit(max_tokens=100)
+    assert going.wait(20)
+    monkeypatch.setattr(bench.engine.core, "preload", failing)
+    for _ in range(3):
+        bench.engine.preload(PREFIX)
+    _, posted_last = bench.submit()
+    with caplog.at_level(logging.ERROR):
+        go_on.set()
+        assert answer(running)[1].error == "the engine stopped unexpectedly"
+        assert answer(posted_last)[1].reason is FinishReason.ABORT
+    bench.engine.stop()
+    assert bench.engine.state()["running"]["count"] == 0
+    assert bench.engine.stats().finished["abort"] == 1
+    assert "a bug in the core" in caplog.text
+
+
+def test_step_time_excludes_detokenizers_and_handlers() -> None:
+    class Slow(ByteDetokenizer):
+        def push(self, token_id: int) -> str:
+            time.sleep(0.1)
+            return super().push(token_id)
+
+    bench = Bench(detokenizer=Slow)
+    _, events = bench.submit(max_tokens=3)
+    bench.engine.start()
+    answer(events)
+    bench.engine.stop()
+    stats = bench.engine.stats()
+    assert stats.generated_tokens == 3
+    assert stats.step_seconds < 0.1
 
 
 class LateDetokenizer(ByteDetokenizer):

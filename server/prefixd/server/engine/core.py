@@ -135,9 +135,9 @@ class EngineCore:
             self._step_failed(step, error)
             return
         self.num_failures = 0
+        self._counters.step(step, time.perf_counter() - started, output)
         ends = self._outputs.push(output.sampled)
         ended = self.scheduler.update(step, output, ends)
-        self._counters.step(step, time.perf_counter() - started, output)
         if ended:
             self._close(ended)
 

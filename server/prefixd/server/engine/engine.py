@@ -4,6 +4,7 @@ Other threads reach the core in two ways. They post functions, which the engine'
 between two turns; and they read what the core has published. Everything that needs a lock is here.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -28,6 +29,8 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.engine.stats import EngineStats, debug_state
 from prefixd.server.engine.step import Detokenizer, ModelRunner, PrefixSource
+
+log = logging.getLogger(__name__)
 
 _STATS_TIMEOUT_S = 2.0
 _MAX_FAILURES = 8
@@ -222,7 +225,7 @@ class Engine:
         finally:
             with self._wake:
                 self._stopping = self._closed = True
-            self._take_inbox(timeout=0.0)  # requests posted last are aborted; no more can come
+            self._empty_inbox()  # requests posted last are aborted; no more can come
             self.core.shut_down()
             self.core.build_stats()
             self._end_turn()
@@ -252,6 +255,14 @@ class Engine:
             with self._wake:
                 self._inbox.extendleft(reversed(posted))
         return not stopping
+
+    def _empty_inbox(self) -> None:
+        """Call all that was posted, also after one that raises."""
+        while self._inbox:
+            try:
+                self._take_inbox(timeout=0.0)
+            except Exception:
+                log.exception("a call posted to the engine failed while it ended")
 
     def _has_reason_to_wake(self) -> bool:
         return bool(self._inbox or self._stats_requests or self._stopping)
