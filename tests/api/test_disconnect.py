@@ -2,13 +2,16 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 import structlog
 
+from prefixd.server.api.generate.event_stream import EventStream
 from prefixd.server.api.middleware import REQUEST_ID_HEADER, ReceiveTimeout
+from prefixd.server.api.request_record import ClientGone
 from tests.api.api_world import World
 
 SEQUENCES = 3
@@ -145,6 +148,46 @@ def test_engine_failure_during_a_stream_sends_an_error_event(world: World) -> No
 
     run_with_engine(world, scenario)
     assert outcome(world, "error") == 1
+
+
+@pytest.mark.parametrize("failing", ["payloads", "send"])
+def test_os_error_is_a_disconnect_only_when_it_comes_from_the_client(failing: str) -> None:
+    sent: list[dict[str, Any]] = []
+    running = AsyncExitStack()
+    outcomes: list[BaseException | None] = []
+    running.push(lambda _kind, error, _traceback: outcomes.append(error))
+
+    async def payloads() -> AsyncGenerator[dict[str, Any]]:
+        yield {"number": 1}
+        if failing == "payloads":
+            raise FileNotFoundError("a file of the tokenizer")
+        yield {"number": 2}
+
+    async def send(message: Any) -> None:
+        if failing == "send" and sent:
+            raise BrokenPipeError
+        sent.append(message)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        chunks = payloads()
+        stream = EventStream(
+            await anext(chunks), chunks, running=running, headers={}, request_id=None
+        )
+        await stream({}, receive, send)
+
+    if failing == "send":
+        asyncio.run(scenario())
+        assert isinstance(outcomes[0], ClientGone)
+        assert len(sent) == 1
+        return
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(scenario())
+    assert isinstance(outcomes[0], FileNotFoundError)
+    assert b'"code":"internal_error"' in sent[-2]["body"]
+    assert sent[-1]["body"] == b"data: [DONE]\n\n"
 
 
 def test_stopping_server_ends_streams_with_an_error_event(world: World) -> None:

@@ -132,3 +132,21 @@ def test_the_first_key_is_printed_and_not_logged(
     assert capfd.readouterr().err == ""
     assert lines == []
     database.dispose()
+
+
+def test_serve_names_the_missing_packages_of_the_demo_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(_: Settings) -> object:
+        raise ImportError("please install gguf")
+
+    def without_gguf(name: str) -> object:
+        return None if name == "gguf" else object()
+
+    monkeypatch.setattr("prefixd.server.serve.build.build_server", failing)
+    monkeypatch.setattr("prefixd.server.cli.serve.find_spec", without_gguf)
+    monkeypatch.setattr("prefixd.server.cli.options.find_spec", without_gguf)
+    with pytest.raises(typer.Exit) as ended:
+        load_server(Settings(model="demo"))
+    assert ended.value.exit_code == 1
+    assert "the demo model needs gguf: pip install 'prefixd[demo]'" in capsys.readouterr().err

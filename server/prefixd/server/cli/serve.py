@@ -87,5 +87,8 @@ def load_server(settings: Settings) -> "Server":
         except ImportError:
             # transformers raises this when it converts the demo model without gguf.
             if settings.model == "demo" and find_spec("gguf") is None:
-                demo_model_packages()
+                try:
+                    demo_model_packages()
+                except LookupError as error:
+                    fail(str(error))
             raise

@@ -144,7 +144,7 @@ class EventStream(Response):
             return
         except Exception as error:  # noqa: BLE001 - sent to the client, and raised again below
             failure = error
-        with suppress(OSError):  # the client has disconnected
+        with suppress(OSError, ClientGone):  # the client has disconnected
             if failure is not None:
                 shown = failure if isinstance(failure, PrefixdError) else internal_error()
                 await _send_event(send, error_body(shown, self._request_id))
@@ -156,16 +156,20 @@ class EventStream(Response):
         start = {"status": self.status_code, "headers": self.raw_headers}
         try:
             await send({"type": "http.response.start", **start})
-            await _send_event(send, self._first)
-            async for payload in self._payloads:
-                await _send_event(send, payload)
         except OSError as error:
             raise ClientGone from error
+        await _send_event(send, self._first)
+        async for payload in self._payloads:
+            await _send_event(send, payload)
 
 
 async def _send_event(send: Send, payload: dict[str, Any]) -> None:
+    """Send one payload. Raises ClientGone."""
     body = b"data: " + to_json(payload) + b"\n\n"
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+    try:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+    except OSError as error:
+        raise ClientGone from error
 
 
 async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
