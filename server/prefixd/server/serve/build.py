@@ -5,6 +5,7 @@ server starts and not before.
 """
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -131,8 +132,9 @@ def prepare_upload_folder(root: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     oldest = time.time() - _UPLOAD_LIFETIME_S
     for upload in folder.glob("upload-*"):
-        if upload.stat().st_mtime < oldest:
-            upload.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # the other server deleted it first
+            if upload.stat().st_mtime < oldest:
+                upload.unlink()
     return folder
 
 

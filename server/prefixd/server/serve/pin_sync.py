@@ -70,7 +70,7 @@ class PinSync:
         self._thread = threading.Thread(target=self._run, name="prefixd-pins", daemon=True)
 
     def start(self) -> None:
-        """Apply the current pins, then start the thread."""
+        """Start the thread, which applies the current pins first."""
         self._store.watch(self.changed)
         self._thread.start()
 
