@@ -1,7 +1,9 @@
 """A tenant's limits over HTTP: 429 with valid headers, and no lease is leaked."""
 
 import asyncio
+import random
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,8 +12,11 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
+from prefixd.server.api.metrics import Outcome
+from prefixd.server.api.request_record import RequestRecord
 from prefixd.server.engine.request import AdmittedRequest
 from prefixd.server.engine.step import Step, StepOutput
+from prefixd.server.tenants.limiter import Grant
 from prefixd.server.tenants.tables import request_leases
 from prefixd.store.db.database import reading
 from tests.api.api_world import World, error_of, put_text
@@ -304,3 +309,72 @@ def test_cancelled_request_is_recorded_as_aborted_and_settled(world: World) -> N
 
     run_with_engine(world, scenario)
     assert outcome(world, "aborted") == 1
+
+
+class Leaving(Caller):
+    """Disconnects once ``messages_before_leaving`` messages were sent to it; 0: never."""
+
+    messages_before_leaving = 0
+    messages_sent = 0
+
+    async def send(self, message: dict[str, Any]) -> None:
+        self.messages_sent += 1
+        if self.messages_sent == self.messages_before_leaving:
+            self.disconnects.set()
+
+
+def test_every_request_is_recorded_and_settled_once_however_it_ends(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = random.Random(1)
+    quota(world, max_concurrent_requests=100)
+    num_requests, records, settled = 60, list[RequestRecord](), list[str | None]()
+
+    class Records:
+        def __call__(self, record: RequestRecord) -> None:
+            records.append(record)
+
+        def close(self) -> None:
+            pass
+
+    def settling(call: Callable[..., None]) -> Callable[..., None]:
+        def settle(grant: Grant, **amounts: int) -> None:
+            settled.append(grant.lease)
+            call(grant, **amounts)
+
+        return settle
+
+    run = world.runner.run
+
+    def run_or_fail(step: Step) -> StepOutput:
+        if choose.random() < 0.05:
+            raise RuntimeError("a broken pass")
+        return run(step)
+
+    monkeypatch.setattr(world.runner, "run", run_or_fail)
+    monkeypatch.setattr(world.limiter, "settle", settling(world.limiter.settle))
+    monkeypatch.setattr(world.limiter, "give_back", settling(world.limiter.give_back))
+    world.app = world.make_app(trace=Records())
+
+    async def request() -> None:
+        body = {
+            "stream": choose.random() < 0.6,
+            "n": choose.choice([1, 2]),
+            "max_tokens": choose.choice([3, 30, 10**6]),
+            "timeout": choose.choice([0.01, 60.0, 60.0]),
+        }
+        caller = Leaving(world, body)
+        caller.messages_before_leaving = choose.choice([0, 0, 1, 2, 5])
+        await caller.run()
+
+    async def scenario() -> None:
+        await asyncio.gather(*(request() for _ in range(num_requests)))
+        assert not world.drain_state.running
+        assert num_leases(world) == 0
+
+    run_with_engine(world, scenario)
+    assert len(records) == num_requests
+    assert {record.outcome for record in records} >= {Outcome.OK, Outcome.REFUSED, Outcome.ABORTED}
+    admitted = [record for record in records if record.admitted is not None]
+    assert len(settled) == len(set(settled)) == len(admitted)
+    world.engine.core.scheduler.check_integrity()
