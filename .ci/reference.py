@@ -128,8 +128,10 @@ def env_example() -> str:
     """Every variable that sets a connection, the output or a server, with its default."""
     lines = [
         "# Variables of prefixd and their defaults; made from the code by `make docs`.",
-        "# Copy this file to .env and uncomment what you change. Docker Compose reads .env itself;",
-        "# for a server without a container: set -a; . ./.env; set +a; prefixd serve",
+        "# Copy this file to .env, uncomment what you change and give it a value.",
+        "# Without a container: set -a; . ./.env; set +a; prefixd serve",
+        "# Docker Compose passes on only PREFIXD_DTYPE, PREFIXD_KV_TOKENS, PREFIXD_LOG_LEVEL and",
+        "# PREFIXD_MODEL; add others to docker-compose.yml.",
     ]
     groups: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for _, command in _verbs("prefixd", get_command(app)):

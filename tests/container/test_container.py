@@ -166,6 +166,12 @@ def test_compose_passes_existing_settings_with_their_defaults():
         assert _default(value) == str(Settings.model_fields[field].default), name
 
 
+def test_the_example_of_variables_names_those_that_compose_passes():
+    header = (ROOT / ".env.example").read_text("utf-8").partition("\n\n")[0]
+    named = {f"{ENV_PREFIX}{name}" for name in VARIABLE.findall(header)}
+    assert named == set(_compose()["environment"])
+
+
 def test_compose_publishes_the_port_on_loopback_only():
     (port,) = _compose()["ports"]
     assert _default(port) == f"127.0.0.1:8000:{_environment('cpu')['PREFIXD_PORT']}"
