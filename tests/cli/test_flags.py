@@ -178,6 +178,7 @@ def test_the_core_installation_shows_help(arguments: list[str]) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.slow  # starts a process for each verb
 @pytest.mark.parametrize(
     "arguments",
     [["prefix", "ls"], ["chat", "Hi"], ["user", "ls"], ["user", "default", "show"]],

@@ -17,6 +17,8 @@ from typing import Any
 import httpx2
 import pytest
 
+pytestmark = pytest.mark.slow  # each test starts a server process and waits for its end
+
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("draining_child.py")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

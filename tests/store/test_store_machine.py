@@ -382,11 +382,13 @@ def run_machine(stack: Stack, *, examples: int) -> None:
     )
 
 
-def test_any_history_on_sqlite_and_files() -> None:
+def test_random_operations_match_the_model_on_sqlite_and_files() -> None:
     run_machine(lambda: ("sqlite:///HOME/catalog.sqlite", None), examples=20)
 
 
 @pytest.mark.slow
-def test_any_history_on_postgres_and_s3(postgres_url: str, s3_url: str) -> None:
+def test_random_operations_match_the_model_on_postgres_and_s3(
+    postgres_url: str, s3_url: str
+) -> None:
     number = itertools.count()
     run_machine(lambda: (postgres_url, f"{s3_url}/{next(number)}"), examples=20)

@@ -177,7 +177,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is alive."""
+        """Whether no request is waiting or running."""
         with self._wake:
             return not self._inbox and not self._busy
 

@@ -125,7 +125,7 @@ class FairQueue:
         self.num_sequences += 1
 
     def remove(self, sequence: Sequence) -> None:
-        """Take out a sequence, wherever it stands."""
+        """Remove a sequence from any position in the queue."""
         queue, key = self._queues[sequence.tenant], _key(sequence)
         for ordered in (queue.sequences, queue.by_prefix[key]):
             del ordered[bisect_left(ordered, _order(sequence), key=_order)]

@@ -56,7 +56,7 @@ class HostTier:
             self.drop(next(iter(self._payloads)))
 
     def drop(self, key: PrefixKey) -> None:
-        """Forget ``key``, if it is here."""
+        """Drop the saved KV of ``key``, if there is any."""
         payload = self._payloads.pop(key, None)
         if payload is not None:
             self.num_changes += 1

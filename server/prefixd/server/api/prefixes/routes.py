@@ -44,10 +44,11 @@ class StoredFile(FileResponse):
                         "expected a Range like bytes=0-99; received another", code="invalid_range"
                     )
                 case HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                    size = Headers(raw=message["headers"])["content-range"]
+                    content_range = Headers(raw=message["headers"])["content-range"]
+                    size = content_range.rpartition("/")[2]
                     raise RangeNotSatisfiable(
-                        f"the file has {size.rpartition('/')[2]} bytes, the range begins beyond",
-                        headers={"Content-Range": size},
+                        f"the file has {size} bytes; the range starts after its end",
+                        headers={"Content-Range": content_range},
                     )
             await send(message)
 
