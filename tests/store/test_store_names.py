@@ -3,7 +3,7 @@
 import pytest
 
 from prefixd.store.errors import InvalidReference
-from prefixd.store.names import Reference, check_alias, check_name, parse_reference
+from prefixd.store.names import BlobKey, Reference, check_alias, check_name, parse_reference
 
 BAD_NAMES = ["", "-a", ".a", "_a", "a b", "a/b", "a@b", "a:b", "a\n", "é", "٣", "a" * 129, "a\0"]
 
@@ -39,3 +39,10 @@ def test_references_are_parsed() -> None:
 def test_invalid_references_are_rejected(reference: str) -> None:
     with pytest.raises(InvalidReference):
         parse_reference(reference)
+
+
+@pytest.mark.parametrize("folder", ["", "a", "abc", "ba", "ab" * 32])
+def test_a_blob_key_is_read_only_from_its_own_place(folder: str) -> None:
+    key = BlobKey("acme", "ab" * 32)
+    assert BlobKey.at(key.place) == key
+    assert BlobKey.at(f"acme/{folder}/{key.digest}") is None

@@ -45,7 +45,7 @@ class BlobKey:
     def at(cls, place: str) -> "BlobKey | None":
         """The key whose ``place`` this is; None for any other file."""
         match place.split("/"):
-            case [tenant, start, digest] if _DIGEST.fullmatch(digest) and digest.startswith(start):
+            case [tenant, start, digest] if _DIGEST.fullmatch(digest) and start == digest[:2]:
                 return cls(tenant, digest)
         return None
 
