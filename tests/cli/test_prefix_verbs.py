@@ -59,6 +59,46 @@ def test_push_a_text(source: str, shell: Shell, server: Loopback, tmp_path: Path
     assert server.seen[0].json == {"kind": "text", "text": "Grüezi"}
 
 
+def test_push_reads_the_info_of_a_folder_and_flags_replace_it(
+    shell: Shell, server: Loopback, tmp_path: Path
+):
+    (tmp_path / "prefix.txt").write_bytes(b"one\r\ntwo\n")
+    (tmp_path / "prefixd.json").write_text('{"metadata": {"by": "ann"}, "version": 3}')
+    server.reply(MANIFEST, status=201)
+    server.reply(MANIFEST, status=201)
+    assert shell("prefix", "push", "voice", str(tmp_path)).exit_code == 0
+    options = ["--metadata", '{"by": "bob"}']
+    assert shell("prefix", "push", "voice", str(tmp_path), *options).exit_code == 0
+    text = {"kind": "text", "text": "one\r\ntwo\n"}
+    assert [seen.json for seen in server.seen] == [
+        {**text, "metadata": {"by": "ann"}},
+        {**text, "metadata": {"by": "bob"}},
+    ]
+
+
+def test_push_of_a_folder_with_a_malformed_info_fails_before_anything_is_sent(
+    shell: Shell, server: Loopback, tmp_path: Path
+):
+    (tmp_path / "prefix.txt").write_text("x")
+    (tmp_path / "prefixd.json").write_text('{"labels": {}}')
+    result = shell("prefix", "push", "voice", str(tmp_path))
+    assert result.exit_code == 1
+    assert "received 'labels'" in result.stderr
+    assert server.seen == []
+
+
+@pytest.mark.parametrize("source", ["file", "stdin"])
+def test_push_keeps_the_line_ends_of_a_text(
+    source: str, shell: Shell, server: Loopback, tmp_path: Path
+):
+    file = tmp_path / "voice.txt"
+    file.write_bytes(b"a\r\nb\r")
+    server.reply(MANIFEST)
+    argument = str(file) if source == "file" else "-"
+    assert shell("prefix", "push", "voice", argument, stdin=b"a\r\nb\r").exit_code == 0
+    assert server.seen[0].json == {"kind": "text", "text": "a\r\nb\r"}
+
+
 @pytest.mark.parametrize("kind", ["file", "stdin"])
 def test_push_of_binary_data_suggests_the_folder(kind: str, shell: Shell, tmp_path: Path):
     file = tmp_path / "adapter_model.safetensors"
@@ -67,7 +107,7 @@ def test_push_of_binary_data_suggests_the_folder(kind: str, shell: Shell, tmp_pa
     result = shell("prefix", "push", "voice", source, stdin=file.read_bytes())
     assert result.exit_code == 2
     message = " ".join(result.stderr.replace("│", " ").split())
-    assert "is not text in UTF-8; to upload a prefix that PEFT wrote, push its folder" in message
+    assert "is not text in UTF-8, from byte 0; to upload a prefix that PEFT wrote" in message
 
 
 @pytest.mark.parametrize(

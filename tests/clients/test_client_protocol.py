@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from prefixd.client import errors, protocol, protocol_admin
+from prefixd.client import errors, folders, protocol, protocol_admin
 from prefixd.client.types import Choice, Model, PrefixUsed, Usage
 from prefixd.client.wire import Request, Response, parse_json, prefix_used
 from tests.clients.samples import MANIFEST, USED
@@ -22,7 +22,7 @@ def _response(body: object, *, status: int = 200, **headers: str) -> Response:
 
 
 def test_folder_upload_names_its_files_without_opening_them():
-    call = protocol.upload_folder("triage", Path("/nowhere"), metadata={"task_id": 1})
+    call = folders.upload_folder("triage", Path("/nowhere"), metadata={"task_id": 1})
     assert (call.request.method, call.request.path) == ("PUT", "/v1/prefixes/triage")
     assert [(part.name, part.content) for part in call.request.parts] == [
         ("config", Path("/nowhere/adapter_config.json")),
@@ -84,7 +84,7 @@ def test_warm_pin_and_unpin_have_no_body(request_: Request, sent: tuple[str, str
 def test_upload_with_warm_sets_the_query_parameter():
     for call in (
         protocol.upload_text("voice", "x", warm=True),
-        protocol.upload_folder("voice", Path("/nowhere"), warm=True),
+        folders.upload_folder("voice", Path("/nowhere"), warm=True),
     ):
         assert dict(call.request.params) == {"warm": "true"}
     assert dict(protocol.upload_text("voice", "x").request.params) == {}

@@ -7,6 +7,7 @@
     │   ├── ConnectError          the server does not listen
     │   └── TimedOutError         no response in time
     ├── ProtocolError             a response that a prefixd server does not send
+    ├── FormatError               a file that is not in the expected format
     ├── StreamInterruptedError    the stream ended before its last event
     └── ApiError                  an error response: status, code, request_id
         ├── BadRequestError       400
@@ -41,6 +42,10 @@ class TimedOutError(TransportError):
 
 class ProtocolError(ClientError):
     """The response is not one of a prefixd server: wrong URL, or a proxy in between."""
+
+
+class FormatError(ClientError):
+    """A local file is not in the expected format; nothing was sent."""
 
 
 class StreamInterruptedError(ClientError):

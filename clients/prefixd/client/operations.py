@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
-from prefixd.client import protocol, protocol_admin
+from prefixd.client import folders, protocol, protocol_admin
 from prefixd.client.wire import Call, StreamCall
 
 P = ParamSpec("P")
@@ -70,7 +70,8 @@ class Operations:
     """Every operation of the REST API as a method."""
 
     upload = _operation(protocol.upload)
-    upload_folder = _operation(protocol.upload_folder)
+    upload_folder = _operation(folders.upload_folder)
+    upload_content = _operation(folders.upload_content)
     upload_text = _operation(protocol.upload_text)
     list_prefixes = _operation(protocol.list_prefixes)
     show_prefix = _operation(protocol.show_prefix)

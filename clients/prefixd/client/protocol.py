@@ -98,18 +98,6 @@ def _uploaded(response: Response) -> Uploaded:
     return Uploaded(prefix=parse_body(Prefix, response), created=response.status == 201)
 
 
-def upload_folder(
-    name: str,
-    folder: Path,
-    *,
-    metadata: Mapping[str, object] | None = None,
-    warm: bool = False,
-) -> Call[Uploaded]:
-    """Upload a folder written by PEFT's ``save_pretrained`` as a new version of ``name``."""
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    return upload(name, config=config, weights=weights, metadata=metadata, warm=warm)
-
-
 def upload_text(
     name: str,
     text: str,

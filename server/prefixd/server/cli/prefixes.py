@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from prefixd.client.errors import FormatError
+from prefixd.client.folders import PeftContent, TextContent, decode_text, read_folder
 from prefixd.client.sync import Client
-from prefixd.client.types import Prefix, Uploaded
+from prefixd.client.types import Prefix
 from prefixd.server.cli.options import JsonFlag, VerbGroup, connected
 from prefixd.server.cli.output import as_dict, print_columns, print_fields, print_json
 
@@ -29,7 +31,8 @@ def push(
     source: Annotated[
         Path | None,
         typer.Argument(
-            help="A folder that PEFT's save_pretrained wrote, or a text file (- is standard input)",
+            help="A folder that PEFT's save_pretrained or `prefix pull` wrote, or a text file (- "
+            "is standard input)",
             show_default=False,
         ),
     ] = None,
@@ -44,8 +47,9 @@ def push(
     as_json: JsonFlag = False,
 ) -> None:
     """Upload a prefix as a new version of NAME; the same bytes again change nothing."""
-    fields = _metadata(metadata, task_id)
-    upload = _upload(client, name, source=source, text=text, metadata=fields, warm=warm)
+    content = _content(source, text)
+    fields = _metadata(metadata)
+    upload = client.upload_content(name, content, metadata=fields, task_id=task_id, warm=warm)
     if as_json:
         print_json(upload.prefix)
     else:
@@ -56,48 +60,33 @@ def push(
         )
 
 
-def _metadata(text: str | None, task_id: int | None) -> dict[str, object] | None:
-    fields: dict[str, object] = {}
-    if text is not None:
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            raise typer.BadParameter(f"expected JSON: {error}", param_hint="--metadata") from None
-        if not isinstance(value, dict):
-            raise typer.BadParameter("expected a JSON object", param_hint="--metadata")
-        fields.update(value)
-    if task_id is not None:
-        fields["task_id"] = task_id
-    return fields or None
+def _metadata(text: str | None) -> dict[str, object] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"expected JSON: {error}", param_hint="--metadata") from None
+    if not isinstance(value, dict):
+        raise typer.BadParameter("expected a JSON object", param_hint="--metadata")
+    return value
 
 
-def _upload(
-    client: Client,
-    name: str,
-    *,
-    source: Path | None,
-    text: str | None,
-    metadata: dict[str, object] | None,
-    warm: bool,
-) -> Uploaded:
+def _content(source: Path | None, text: str | None) -> PeftContent | TextContent:
+    """What to upload: ``text``, a folder, a text file, or standard input when ``source`` is -."""
     if (source is None) == (text is None):
         raise typer.BadParameter("expected either a SOURCE or --text")
-    if source is None:
-        assert text is not None
-        return client.upload_text(name, text, metadata=metadata, warm=warm)
+    if text is not None:
+        return TextContent(text)
+    assert source is not None
     if source.is_dir():
-        return client.upload_folder(name, source, metadata=metadata, warm=warm)
-    return client.upload_text(name, _read_text(source), metadata=metadata, warm=warm)
-
-
-def _read_text(source: Path) -> str:
-    """The text in a file, or on standard input when ``source`` is ``-``."""
+        return read_folder(source)
+    data = sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
     try:
-        return sys.stdin.read() if str(source) == "-" else source.read_text("utf-8")
-    except UnicodeDecodeError:
+        return TextContent(decode_text(data, source=source))
+    except FormatError as error:
         raise typer.BadParameter(
-            f"{source} is not text in UTF-8; to upload a prefix that PEFT wrote, push its folder",
-            param_hint="SOURCE",
+            f"{error}; to upload a prefix that PEFT wrote, push its folder", param_hint="SOURCE"
         ) from None
 
 

@@ -1,0 +1,160 @@
+"""A prefix in a folder of its own: PEFT's two files or a text, and ``prefixd.json``.
+
+::
+
+    adapter_config.json, adapter_model.safetensors    as PEFT's save_pretrained writes them,
+    prefix.txt                                        or the text of a hard prompt in UTF-8
+    prefixd.json                                      optional: {"task_id": 1, "metadata": {…}}
+
+``prefixd.json`` has what an upload needs besides the content. Its other fields describe the version
+that the folder was pulled from; they are information, and no upload sends them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefixd.client import protocol
+from prefixd.client.errors import FormatError
+from prefixd.client.types import Uploaded
+from prefixd.client.wire import Call
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+TEXT_FILE = "prefix.txt"
+INFO_FILE = "prefixd.json"
+
+SENT = ("task_id", "metadata")
+"""Fields of ``prefixd.json`` that an upload sends."""
+
+INFORMATION = ("name", "version", "digest", "kind", "base", "fingerprint", "created_at")
+"""Fields of ``prefixd.json`` that describe where the folder came from."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeftContent:
+    """The config and the safetensors of a PEFT prefix: bytes, or the files that hold them.
+
+    ``metadata`` None: the folder has none, which is not the same as an empty one.
+    """
+
+    config: bytes | Path
+    weights: bytes | Path
+    task_id: int | None = None
+    metadata: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextContent:
+    """The text of a hard prompt, and its metadata as in ``PeftContent``."""
+
+    text: str
+    task_id: int | None = None
+    metadata: Mapping[str, object] | None = None
+
+
+def upload_folder(
+    name: str,
+    folder: Path,
+    *,
+    metadata: Mapping[str, object] | None = None,
+    task_id: int | None = None,
+    warm: bool = False,
+) -> Call[Uploaded]:
+    """Upload a folder as a new version of ``name``: PEFT's files, or ``prefix.txt``.
+
+    ``metadata`` and ``task_id`` replace those of its ``prefixd.json``. Raises ``FormatError`` for a
+    folder that ``read_folder`` refuses; a missing file raises OSError when the call is sent.
+    """
+    content = read_folder(folder)
+    return upload_content(name, content, metadata=metadata, task_id=task_id, warm=warm)
+
+
+def upload_content(
+    name: str,
+    content: PeftContent | TextContent,
+    *,
+    metadata: Mapping[str, object] | None = None,
+    task_id: int | None = None,
+    warm: bool = False,
+) -> Call[Uploaded]:
+    """Upload what was read from a folder; ``metadata`` and ``task_id`` replace its own."""
+    fields = dict(metadata if metadata is not None else content.metadata or {})
+    task = fields.get("task_id", content.task_id) if task_id is None else task_id
+    if task is not None:
+        fields["task_id"] = task
+    sent = None if metadata is None and content.metadata is None and not fields else fields
+    if isinstance(content, TextContent):
+        return protocol.upload_text(name, content.text, metadata=sent, warm=warm)
+    return protocol.upload(
+        name, config=content.config, weights=content.weights, metadata=sent, warm=warm
+    )
+
+
+def read_folder(folder: Path) -> PeftContent | TextContent:
+    """Read ``prefixd.json`` and ``prefix.txt`` of a folder; PEFT's files are not opened here.
+
+    Raises ``FormatError`` for a malformed ``prefixd.json``, a text that is not UTF-8, and a folder
+    with both a text and PEFT's files.
+    """
+    task_id, metadata = _read_info(folder / INFO_FILE)
+    config, weights, text = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, TEXT_FILE))
+    if not text.exists():
+        return PeftContent(config, weights, task_id, metadata)
+    if config.exists() or weights.exists():
+        raise FormatError(f"{folder}: expected either {TEXT_FILE} or {CONFIG_FILE}; it has both")
+    return TextContent(decode_text(text.read_bytes(), source=text), task_id, metadata)
+
+
+def decode_text(data: bytes, *, source: object) -> str:
+    """``data`` as UTF-8, with its line ends unchanged; raise ``FormatError``."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{source} is not text in UTF-8, from byte {error.start}") from None
+
+
+def _read_info(path: Path) -> tuple[int | None, Mapping[str, object] | None]:
+    """Task id and metadata of a ``prefixd.json``, None each where the file or the field is
+    missing."""
+    if not path.exists():
+        return None, None
+    fields = _parse_object(path)
+    unknown = sorted(fields.keys() - {*SENT, *INFORMATION})
+    if unknown:
+        raise FormatError(
+            f"{path}: expected the fields {', '.join((*SENT, *INFORMATION))}; "
+            f"received {unknown[0]!a}"
+        )
+    task_id, metadata = fields.get("task_id"), fields.get("metadata")
+    if task_id is not None and type(task_id) is not int:
+        raise FormatError(f"{path}: expected task_id to be a whole number or null")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise FormatError(f"{path}: expected metadata to be a JSON object or null")
+    return task_id, metadata
+
+
+def _parse_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; a key that occurs twice, NaN and Infinity are refused."""
+    try:
+        value = json.loads(
+            path.read_bytes(), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: expected a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return fields
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
