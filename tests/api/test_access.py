@@ -260,8 +260,8 @@ def test_unknown_routes_and_methods_return_the_error_object(client: TestClient) 
         ("GET", "/nowhere", 404),
         ("GET", "/v1/completions", 405),
         ("POST", "/v1/prefixes", 405),
-        ("GET", "/v1/prefixes/a/versions/0/content", 400),
-        ("GET", "/v1/prefixes/a/versions/x/content", 400),
+        ("GET", "/v1/prefixes/a/versions/0/content", 404),
+        ("GET", "/v1/prefixes/a/versions/-/content", 400),
         ("GET", "/v1/prefixes?limit=0", 400),
     ):
         answer = client.request(method, path)

@@ -168,6 +168,62 @@ def test_an_alias_can_be_moved_and_deleted(client: TestClient, world: World) -> 
     assert client.get("/v1/prefixes/voice@prod").status_code == 404
 
 
+def test_an_alias_from_another_one_keeps_the_version_it_had(
+    client: TestClient, world: World
+) -> None:
+    put_text(client, "voice", "one", world.headers())
+    put_text(client, "voice", "two", world.headers())
+    client.put("/v1/prefixes/voice/aliases/staging", json={"version": 1})
+    for source, version in (("latest", 2), ("staging", 1), ("prod", 1)):
+        answer = client.put("/v1/prefixes/voice/aliases/prod", json={"version": source})
+        assert (answer.status_code, answer.json()["version"]) == (200, version), source
+    client.put("/v1/prefixes/voice/aliases/prod", json={"version": "latest"})
+    newest, *_ = world.audit.page(tenant="acme", limit=1)[0]
+    assert newest.detail == {"alias": "prod", "version": 2}
+    put_text(client, "voice", "three", world.headers())
+    assert client.get("/v1/prefixes/voice@prod").json()["version"] == 2
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "code"),
+    [
+        ("nightly", 404, "prefix_not_found"),
+        ("a b", 400, "invalid_reference"),
+        ("", 400, "invalid_reference"),
+        ("3", 400, "invalid_request"),
+        (0, 400, "invalid_request"),
+        (2**31, 400, "invalid_request"),
+        (True, 400, "invalid_request"),
+        (1.0, 400, "invalid_request"),
+        (None, 400, "invalid_request"),
+    ],
+)
+def test_an_alias_of_an_unknown_or_malformed_version_is_refused(
+    client: TestClient, world: World, version: object, status: int, code: str
+) -> None:
+    put_text(client, "voice", "one", world.headers())
+    answer = client.put("/v1/prefixes/voice/aliases/prod", json={"version": version})
+    assert (answer.status_code, error_of(answer)["code"]) == (status, code)
+    assert client.get("/v1/prefixes/voice@prod").status_code == 404
+
+
+def test_the_content_is_read_by_alias(client: TestClient, world: World) -> None:
+    digests = [put_text(client, "voice", text, world.headers())["digest"] for text in ("a", "b")]
+    client.put("/v1/prefixes/voice/aliases/prod", json={"version": 1})
+    for version, digest in (("1", 0), ("2", 1), ("latest", 1), ("prod", 0)):
+        answer = client.get(f"/v1/prefixes/voice/versions/{version}/content")
+        assert hashlib.sha256(answer.content).hexdigest() == digests[digest]
+    for version, status in (
+        ("3", 404),
+        ("0", 404),
+        ("nightly", 404),
+        ("a b", 400),
+        ("9" * 30, 404),
+    ):
+        answer = client.get(f"/v1/prefixes/voice/versions/{version}/content")
+        assert answer.status_code == status, version
+
+
 def test_version_numbers_continue_after_a_delete(client: TestClient, world: World) -> None:
     put_text(client, "voice", "one", world.headers())
     answer = client.delete("/v1/prefixes/voice")

@@ -181,6 +181,7 @@ def test_alias_unalias_and_rm(shell: Shell, server: Loopback):
     server.reply("", status=204)
     server.reply("", status=204)
     assert shell("prefix", "alias", "triage", "prod", "3").stdout == "triage@prod is triage@3\n"
+    assert server.seen[0].json == {"version": 3}
     assert shell("prefix", "unalias", "triage", "prod").exit_code == 0
     assert shell("prefix", "rm", "triage").stdout == "triage deleted\n"
     assert [f"{seen.method} {seen.path}" for seen in server.seen] == [
@@ -188,6 +189,14 @@ def test_alias_unalias_and_rm(shell: Shell, server: Loopback):
         "DELETE /v1/prefixes/triage/aliases/prod",
         "DELETE /v1/prefixes/triage",
     ]
+
+
+def test_alias_from_another_one_prints_the_number(shell: Shell, server: Loopback):
+    server.reply(MANIFEST)
+    assert shell("prefix", "alias", "triage", "prod", "latest").stdout == (
+        "triage@prod is triage@3\n"
+    )
+    assert server.seen[0].json == {"version": "latest"}
 
 
 def test_warm_pin_and_unpin(shell: Shell, server: Loopback):

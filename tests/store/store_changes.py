@@ -28,7 +28,9 @@ def _published(
     return published
 
 
-def set_alias(store: PrefixStore, *, tenant: str, name: str, alias: str, version: int) -> Manifest:
+def set_alias(
+    store: PrefixStore, *, tenant: str, name: str, alias: str, version: int | str
+) -> Manifest:
     with store.change(tenant) as tx:
         return tx.set_alias(name, alias, version=version)
 

@@ -175,6 +175,18 @@ class StoreMachine(RuleBasedStateMachine):
             assert version in model.texts
             model.aliases[alias] = version
 
+    @rule(tenant=tenants, name=names, alias=aliases, source=st.sampled_from(["latest", "prod"]))
+    def set_alias_from_another(self, tenant: str, name: str, alias: str, source: str) -> None:
+        model = self.name(tenant, name)
+        options = {"tenant": tenant, "name": name, "alias": alias, "version": source}
+        try:
+            target = changes.set_alias(self.store, **options)
+        except UnknownPrefix:
+            assert source not in model.aliases
+        else:
+            assert target.version == model.aliases[source]
+            model.aliases[alias] = target.version
+
     @rule(tenant=tenants, name=names, alias=aliases)
     def remove_alias(self, tenant: str, name: str, alias: str) -> None:
         model = self.name(tenant, name)

@@ -133,8 +133,9 @@ def list_versions(
     return Call(request, parser(VersionPage))
 
 
-def set_alias(name: str, alias: str, *, version: int) -> Call[Prefix]:
-    """Make ``name@alias`` refer to a version."""
+def set_alias(name: str, alias: str, *, version: int | str) -> Call[Prefix]:
+    """Make ``name@alias`` refer to a version: its number, or another alias, such as ``latest``, for
+    the version that it means now."""
     request = request_of("PUT", "v1", "prefixes", name, "aliases", alias, json={"version": version})
     return Call(request, parser(Prefix))
 

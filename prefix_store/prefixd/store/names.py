@@ -102,3 +102,11 @@ def parse_reference(reference: str) -> Reference:
     if selector.isdigit():
         return Reference(name, alias=None, version=int(selector))
     return Reference(name, alias=selector)
+
+
+def selected(name: str, version: int | str) -> Reference:
+    """The reference to a version of ``name``: its number, or an alias or a number as text. Raises
+    InvalidReference when malformed."""
+    if isinstance(version, str):
+        return parse_reference(f"{name}@{version}")
+    return Reference(check_name(name), alias=None, version=version)

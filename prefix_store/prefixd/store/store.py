@@ -40,7 +40,14 @@ from prefixd.store.catalog.transaction import CatalogTransaction, Change, Draft,
 from prefixd.store.db.database import reading, utc_now, writing
 from prefixd.store.errors import CorruptArtifact, UnknownPrefix
 from prefixd.store.gc import DEFAULT_GRACE, GcResult, collect
-from prefixd.store.names import BlobKey, Reference, check_name, check_tenant, parse_reference
+from prefixd.store.names import (
+    BlobKey,
+    Reference,
+    check_name,
+    check_tenant,
+    parse_reference,
+    selected,
+)
 
 __all__ = ["Change", "Manifest", "Page", "PrefixStore", "Published"]
 
@@ -145,10 +152,9 @@ class PrefixStore:
                 return manifest
         raise UnknownPrefix(unknown(parsed))
 
-    def manifest(self, *, tenant: str, name: str, version: int) -> Manifest:
-        """One version; raise InvalidReference, UnknownPrefix."""
-        reference = Reference(check_name(name), alias=None, version=version)
-        return self.resolve(tenant=tenant, reference=reference)
+    def manifest(self, *, tenant: str, name: str, version: int | str) -> Manifest:
+        """One version, by its number or by an alias; raise InvalidReference, UnknownPrefix."""
+        return self.resolve(tenant=tenant, reference=selected(name, version))
 
     def versions(
         self, *, tenant: str, name: str, limit: int | None = None, before: int | None = None

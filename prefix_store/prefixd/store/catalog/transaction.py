@@ -17,7 +17,14 @@ from prefixd.store.catalog.pins import drop_pin, orphans, pinned_version, put_pi
 from prefixd.store.catalog.tables import aliases, prefixes, versions
 from prefixd.store.db.database import insert_into
 from prefixd.store.errors import UnknownPrefix
-from prefixd.store.names import BlobKey, Reference, check_alias, check_name, parse_reference
+from prefixd.store.names import (
+    BlobKey,
+    Reference,
+    check_alias,
+    check_name,
+    parse_reference,
+    selected,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +100,17 @@ class CatalogTransaction:
         manifest = self._manifest(Reference(name, alias=None, version=version))
         return Published(manifest, created=existing is None)
 
-    def set_alias(self, name: str, alias: str, *, version: int) -> Manifest:
-        """Point ``alias`` at a version, from any other one, and return that version."""
+    def set_alias(self, name: str, alias: str, *, version: int | str) -> Manifest:
+        """Point ``alias`` at a version, from any other one, and return that version.
+
+        ``version`` is a number, or an alias of the name: then it is the version that this one means
+        now, and ``alias`` does not follow when it moves.
+        """
         check_alias(alias)
-        reference = Reference(check_name(name), alias=None, version=version)
-        prefix_id = self._lock(name, missing=unknown(reference))
-        self._manifest(reference)  # raises before the alias of a missing version is written
+        wanted = selected(name, version)
+        prefix_id = self._lock(name, missing=unknown(wanted))
+        version = self._manifest(wanted).version  # raises before the alias of a missing one is set
+        reference = Reference(name, alias=None, version=version)
         before = self.connection.execute(
             select(aliases.c.version).where(
                 aliases.c.prefix_id == prefix_id, aliases.c.alias == alias

@@ -170,11 +170,18 @@ def alias(
     *,
     name: NameArgument,
     alias: Annotated[str, typer.Argument(help="Such as prod.")],
-    version: Annotated[int, typer.Argument(help="The version it names.", min=1)],
+    version: Annotated[
+        str,
+        typer.Argument(
+            help="Its version: a number, or another alias, such as latest, for the version that it "
+            "names now."
+        ),
+    ],
 ) -> None:
     """Point NAME@ALIAS to a version, from the next request on."""
-    client.set_alias(name, alias, version=version)
-    typer.echo(f"{name}@{alias} is {name}@{version}")
+    is_number = version.isascii() and version.isdigit()
+    target = client.set_alias(name, alias, version=int(version) if is_number else version)
+    typer.echo(f"{name}@{alias} is {target.reference}")
 
 
 @prefix_app.command("unalias")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query
 from fastapi.responses import FileResponse
-from pydantic import Field
+from pydantic import BeforeValidator
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
@@ -19,16 +19,26 @@ from prefixd.server.api.prefixes.schemas import (
 )
 from prefixd.server.errors import BadRequest, RangeNotSatisfiable
 from prefixd.server.tenants.audit import Action, record
+from prefixd.store.names import MAX_VERSION
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 
-Version = Annotated[int, Path(ge=1, le=2**31 - 1)]
+Version = Annotated[str, Path(description="A version number, or an alias such as `latest`.")]
+
+
+def _number_or_alias(value: object) -> object:
+    if type(value) is int and 1 <= value <= MAX_VERSION:
+        return value
+    if isinstance(value, str) and not value.isdigit():
+        return value
+    raise ValueError("'version': expected a version number from 1, or an alias such as \"latest\"")
 
 
 class AliasTarget(StrictModel):
-    """The version an alias will mean."""
+    """The version an alias will mean: a number, or another alias, for the version that it means
+    now."""
 
-    version: int = Field(ge=1, le=2**31 - 1)
+    version: Annotated[int | str, BeforeValidator(_number_or_alias)]
 
 
 class StoredFile(FileResponse):
@@ -144,17 +154,17 @@ def put_alias(
     actor: Acting,
     body: Annotated[AliasTarget, Depends(json_body(AliasTarget))],
 ) -> PrefixManifest:
-    """Let `name@alias` mean a version from the next request on."""
-    tenant, version = principal.tenant, body.version
+    """Let `name@alias` mean a version from the next request on. The response has its number."""
+    tenant = principal.tenant
     with store.change(tenant) as tx:
-        manifest = tx.set_alias(name, alias, version=version)
+        manifest = tx.set_alias(name, alias, version=body.version)
         record(
             tx.connection,
             Action.ALIAS_SET,
             actor=actor,
             tenant=tenant,
             subject=name,
-            detail={"alias": alias, "version": version},
+            detail={"alias": alias, "version": manifest.version},
         )
     return PrefixManifest.model_validate(manifest)
 
