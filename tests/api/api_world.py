@@ -237,6 +237,7 @@ def make_world(tmp_path: Path, *, database_url: str | None = None) -> Iterator[W
             base=BASE,
             max_positions=MAX_POSITIONS,
             vocab_size=VOCAB_SIZE,
+            logits_size=VOCAB_SIZE,
             eos_token_ids=frozenset({EOS}),
             created=1_700_000_000,
             tokenizer=ByteTokenizer(),

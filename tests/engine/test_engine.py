@@ -283,17 +283,6 @@ def test_out_of_memory_makes_steps_smaller_and_no_request_fails(
     assert bench.engine.stats().step_failures == 0
 
 
-def test_engine_is_not_ready_after_eight_failed_steps(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail_steps(bench, monkeypatch, lambda _: RuntimeError("device lost"))
-    for _ in range(8):
-        _, events = bench.submit()
-        assert answer(events)[1].reason is FinishReason.ERROR
-    assert bench.engine.trouble == "the last 8 steps failed"
-    assert not bench.engine.ready
-
-
 def test_engine_is_not_ready_while_a_step_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -56,13 +56,18 @@ def make_model() -> Any:
     return model
 
 
-def save_model(folder: Path) -> Path:
-    """Save the base as a folder to serve. Its tokenizer has a word ``w<id>`` for each id."""
-    make_model().save_pretrained(folder)
-    vocabulary = {f"w{i}": i for i in range(VOCAB)}
+def save_model(folder: Path, *, extra_words: int = 0, eos: tuple[int, ...] = (2,)) -> Path:
+    """Save the base as a folder to serve. Its tokenizer has a word ``w<id>`` for each id, and
+    ``extra_words`` for ids that the embeddings lack; ``eos`` are the ids that end a text."""
+    model = make_model()
+    model.generation_config.eos_token_id = list(eos)
+    model.save_pretrained(folder)
+    vocabulary = {f"w{i}": i for i in range(VOCAB + extra_words)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    fast.save_pretrained(folder)
     return folder
 
 

@@ -67,7 +67,7 @@ class FaultyRunner:
         faults = {
             chunk.seq_id: (chunk, fault)
             for chunk in step.chunks
-            if (fault := _fault_of(seeds[chunk.seq_id])) is not None
+            if (fault := _fault_of(seeds.get(chunk.seq_id))) is not None  # a probe has no seed
         }
         self._raise_before(step, seeds, [fault for _, fault in faults.values()])
         output = self.inner.run(step)

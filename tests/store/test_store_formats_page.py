@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 def codes_in_source() -> set[str]:
     """First arguments of every ArtifactRefused, also where a table or a conditional picks them."""
     found = {"pickle", "archive"}  # from the table of magic bytes
-    for path in (ROOT / "prefix_store").rglob("*.py"):
+    for path in [*(ROOT / "prefix_store").rglob("*.py"), *(ROOT / "server").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ArtifactRefused":
                 code = node.args[0]

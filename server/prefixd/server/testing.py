@@ -45,12 +45,19 @@ class FakeRunner:
     """
 
     block_size: int = 16
+    vocab_size: int = VOCAB_SIZE
     steps: list[Step] = field(default_factory=list)
     slots: dict[tuple[int, int], object] = field(default_factory=dict)
 
     def run(self, step: Step) -> StepOutput:
-        """Run one step over plain data."""
+        """Run one step over plain data. Raises IndexError for a token id beyond the vocabulary, as
+        an embedding table and a row of logits do."""
         self.steps.append(step)
+        for chunk in step.chunks:
+            biased = chunk.sampling.logit_bias if chunk.sampling is not None else ()
+            for token in (*chunk.tokens, *chunk.banned, *biased):
+                if not 0 <= token < self.vocab_size:
+                    raise IndexError(f"token id {token} of {self.vocab_size}")
         saved: dict[PrefixKey, StagedPrefix] = {s.key: self._read_back(s) for s in step.saves}
         fresh = set(step.fresh)
         self.slots = {place: v for place, v in self.slots.items() if place[0] not in fresh}

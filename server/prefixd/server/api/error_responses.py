@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.engine.request import FinishEvent, FinishReason, QueueFull
-from prefixd.server.engine.step import STORAGE_UNAVAILABLE
+from prefixd.server.engine.step import PREFIX_NOT_FOUND, PREFIX_REFUSED, STORAGE_UNAVAILABLE
 from prefixd.server.errors import (
     BadRequest,
     DeadlineExceeded,
@@ -167,10 +167,8 @@ def _describe(value: object, *, show_word: bool) -> str:
 def from_finish(event: FinishEvent, drain_state: DrainState) -> PrefixdError:
     """The error for a sequence that has no complete output."""
     match event.reason:
-        case FinishReason.ERROR if event.error_code == STORAGE_UNAVAILABLE:
-            return storage_unavailable(event.error or "the prefix store is unavailable")
         case FinishReason.ERROR:
-            return EngineFailure(event.error or "the engine failed on this request")
+            return _from_failure(event.error or "the engine failed on this request", event)
         case FinishReason.TIMEOUT:
             return DeadlineExceeded(event.error or "the request's timeout has passed")
         case FinishReason.SHED:
@@ -183,6 +181,18 @@ def from_finish(event: FinishEvent, drain_state: DrainState) -> PrefixdError:
             return drain_state.refusal("the server stopped before the answer was complete")
         case FinishReason.STOP | FinishReason.LENGTH:
             raise AssertionError(f"a complete sequence has no error: {event}")
+
+
+def _from_failure(message: str, event: FinishEvent) -> PrefixdError:
+    match event.error_code:
+        case code if code == STORAGE_UNAVAILABLE:
+            return storage_unavailable(message)
+        case code if code == PREFIX_NOT_FOUND:
+            return NotFound(message, code=code)
+        case code if code == PREFIX_REFUSED:
+            return Unprocessable(message, code=code, param="model")
+        case _:
+            return EngineFailure(message)
 
 
 def from_queue_full(full: QueueFull, drain_state: DrainState) -> PrefixdError:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.errors import ArtifactRefused
 
 
 class Tokenizer(Protocol):
@@ -36,16 +37,31 @@ class Tokenizer(Protocol):
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """Facts about the one base model. ``created`` is a Unix time; ``max_positions`` counts
-    virtual tokens too."""
+    virtual tokens too.
+
+    ``vocab_size`` is the number of ids that can be fed in: the rows of the input embeddings, which
+    may differ from the tokenizer's size. ``logits_size`` is the number of ids that can be sampled;
+    ``eos_token_ids`` are below it.
+    """
 
     name: str
     base: BaseSpec
     max_positions: int
     vocab_size: int
+    logits_size: int
     eos_token_ids: frozenset[int]
     created: int
     tokenizer: Tokenizer
 
     def count_prefix_tokens(self, text: str) -> int:
-        """Positions that a text prefix occupies."""
-        return len(self.tokenizer.encode(text))
+        """Positions that a text prefix occupies. Raises ArtifactRefused for a text with a token
+        that the model has no embedding for."""
+        token_ids = self.tokenizer.encode(text)
+        if max(token_ids, default=0) >= self.vocab_size:
+            raise ArtifactRefused(
+                "unknown_token",
+                f"expected tokens from 0 to {self.vocab_size - 1}, for which the model has "
+                f"embeddings; the text has token {max(token_ids)}",
+                param="text",
+            )
+        return len(token_ids)

@@ -20,6 +20,7 @@ from math import inf
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.output_processor import OutputProcessor
 from prefixd.server.engine.queue_limiter import QueueLimiter
+from prefixd.server.engine.recovery import PROBE_ID, probe_step
 from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
@@ -53,8 +54,9 @@ class EngineCore:
 
     Any thread may read the published fields: ``tiers`` says how far prefixes are, ``preloads`` how
     many each tenant has, ``stats`` are the figures when they were last built. ``turn_began`` is
-    None between two turns, ``num_failures`` counts the failed steps since one succeeded, and
-    ``last_failure`` is when the last one failed; times are in seconds of ``time.monotonic``.
+    None between two turns, ``num_failures`` counts the failures that no request explains since a
+    step succeeded, and ``last_failure`` is when the last one was; times are in seconds of
+    ``time.monotonic``.
     """
 
     def __init__(
@@ -160,10 +162,35 @@ class EngineCore:
             message = "the device has not enough memory for this request"
         else:
             self._counters.step_failures += 1
+            message = "the engine failed on this request"
+        ended = self.scheduler.step_failed(step, message, now=now, out_of_memory=out_of_memory)
+        # The parts of a larger step run alone first, so that one tenant's request is known by then.
+        if not out_of_memory and step.num_parts <= 1:
+            self._explain_failure(now)
+        self._close(ended)
+
+    def _explain_failure(self, now: float) -> None:
+        """Count a failure against readiness unless a probe succeeds now."""
+        if self._probe():
+            self.num_failures = 0
+        else:
             self.num_failures += 1
             self.last_failure = now
-            message = "the engine failed on this request"
-        self._close(self.scheduler.step_failed(step, message, now=now, out_of_memory=out_of_memory))
+
+    def _probe(self) -> bool:
+        """Whether a step of the bare base succeeds."""
+        pool = self.scheduler.memory.pool
+        if not pool.num_free:
+            return False
+        blocks = pool.allocate(1)
+        try:
+            output = self._runner.run(probe_step(blocks[0]))
+        except Exception:
+            log.exception("a step of the bare base failed too")
+            return False
+        finally:
+            pool.release(blocks)
+        return output.sampled[PROBE_ID].finite
 
     def start_over(self, error: Exception) -> bool:
         """After an exception in a turn: end what is alive and begin with an empty scheduler. False:

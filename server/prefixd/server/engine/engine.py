@@ -33,7 +33,7 @@ from prefixd.server.engine.step import Detokenizer, ModelRunner, PrefixSource
 log = logging.getLogger(__name__)
 
 _STATS_TIMEOUT_S = 2.0
-_MAX_FAILURES = 8
+_MAX_FAILURES = 3
 _FAILURES_FORGOTTEN_S = 30.0
 
 
@@ -160,8 +160,8 @@ class Engine:
     def trouble(self) -> str | None:
         """Why the engine is not ready, for the caller; None when it is.
 
-        Failed steps are forgotten later: an engine that is not ready gets no requests, so no step
-        could succeed.
+        Only failures that no request explains count (see ``recovery``). They are forgotten later:
+        an engine that is not ready gets no requests, so no step could succeed.
         """
         if self._queue_limiter.closed is not None:
             return self._queue_limiter.closed

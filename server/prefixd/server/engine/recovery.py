@@ -1,4 +1,4 @@
-"""After a failed step: smaller steps, and suspects that run alone.
+"""After a failed step: smaller steps, suspects that run alone, and a probe of the bare base.
 
 ::
 
@@ -12,15 +12,30 @@
                      | ends if the step had no other        |
 
 So only the request that breaks a step ends, and all others get the same answer as without it.
+
+A part explains the failure when its step had no other and ``probe_step`` succeeds straight after
+it: then the failure says nothing about the server. When the probe fails too, it counts against
+readiness.
 """
 
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.request import SamplingParams
 from prefixd.server.engine.residency import Entry, Residency
 from prefixd.server.engine.sequence import Sequence
-from prefixd.server.engine.step import Step
+from prefixd.server.engine.step import Chunk, Step
 
 _GROW_EVERY = 32
 """Steps that have to succeed before the limits double again."""
+
+PROBE_ID = -1
+"""The sequence id of a probe; those of requests start at 0."""
+
+
+def probe_step(block: int) -> Step:
+    """One token of the bare base in a free block: no request has a part in it. It samples, because
+    a device may report a failure only when a result is read."""
+    chunk = Chunk(PROBE_ID, (0,), 0, (block,), sampling=SamplingParams(temperature=0.0))
+    return Step(chunks=[chunk], fresh=[block])
 
 
 class OomBackoff:

@@ -170,6 +170,12 @@ class OutOfMemory(Exception):
 STORAGE_UNAVAILABLE = "storage_unavailable"
 """The code of a failure that a retry may cure: the store or the catalog cannot be reached now."""
 
+PREFIX_NOT_FOUND = "prefix_not_found"
+"""The code of a failure of a prefix that was deleted since its request was admitted."""
+
+PREFIX_REFUSED = "prefix_refused"
+"""The code of a failure of a stored prefix that the served base does not accept."""
+
 
 class PrefixUnavailable(Exception):
     """A prefix failed to load. The message is for the tenant whose request needs it; ``code`` is a

@@ -38,6 +38,22 @@ class LoadedBase:
     fingerprint: str
     eos_token_ids: frozenset[int]
 
+    @property
+    def num_embeddings(self) -> int:
+        """Token ids that can be fed in; the tokenizer may have more."""
+        return _rows(self.module.get_input_embeddings())
+
+    @property
+    def num_logits(self) -> int:
+        """Token ids that can be sampled: those with a logit, and with an embedding to feed in."""
+        head = self.module.get_output_embeddings()
+        return self.num_embeddings if head is None else min(self.num_embeddings, _rows(head))
+
+
+def _rows(table: Any) -> int:
+    """Rows of an embedding table or of a language model head."""
+    return int(table.weight.shape[0])
+
 
 def resolve_device(device: str) -> torch.device:
     """``auto`` is cuda when available, else cpu."""

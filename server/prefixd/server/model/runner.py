@@ -43,6 +43,7 @@ class TorchRunner:
             device=base.device,
         )
         self._embed: Any = base.module.get_input_embeddings()
+        self._num_ids = base.num_embeddings
 
     def run(self, step: Step) -> StepOutput:
         """Run one forward pass over the step's chunks and compiles. Raises OutOfMemory."""
@@ -112,7 +113,8 @@ class TorchRunner:
             paged_batch=batch,
         )
         self.layers_seen = batch.layers_seen
-        logits: torch.Tensor = output.logits[0]
+        # An id without an embedding could be sampled, but not be fed in afterwards.
+        logits: torch.Tensor = output.logits[0, :, : self._num_ids]
         return logits
 
     def _embeddings(self, chunks: Sequence[Chunk], compiles: list[CompileChunk]) -> torch.Tensor:

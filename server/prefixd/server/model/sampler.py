@@ -5,7 +5,7 @@ non-finite row is flagged, and the caller passes one uniform number for each row
 in that row's cumulative distribution.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -64,13 +64,18 @@ def _adjust(
             bias = torch.tensor(list(setting.logit_bias.values()), device=logits.device)
             adjusted[row].index_add_(0, ids, bias.float())
         if chunk.banned:
-            adjusted[row, list(chunk.banned)] = _NEVER
+            adjusted[row, _within(chunk.banned, adjusted.shape[1])] = _NEVER
     return adjusted
+
+
+def _within(token_ids: Iterable[int], num_logits: int) -> list[int]:
+    return [token_id for token_id in token_ids if 0 <= token_id < num_logits]
 
 
 def _penalise(row: torch.Tensor, chunk: Chunk, setting: SamplingParams) -> None:
     """Apply penalties in place: repetition over prompt and output, the others over the output."""
-    seen = torch.tensor(list(set(chunk.history)), device=row.device)
+    # A prompt may have ids with an embedding and without a logit.
+    seen = torch.tensor(_within(set(chunk.history), len(row)), device=row.device).long()
     values = row[seen]
     row[seen] = torch.where(
         values > 0, values / setting.repetition_penalty, values * setting.repetition_penalty

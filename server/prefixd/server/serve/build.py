@@ -25,7 +25,12 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.step import STORAGE_UNAVAILABLE, PrefixUnavailable
+from prefixd.server.engine.step import (
+    PREFIX_NOT_FOUND,
+    PREFIX_REFUSED,
+    STORAGE_UNAVAILABLE,
+    PrefixUnavailable,
+)
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.demo import DemoModelMissing
 from prefixd.server.model.load import LoadedBase, is_folder, load_base, resolve_device
@@ -40,7 +45,7 @@ from prefixd.server.serve.telemetry import open_tracer
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.artifact.artifact import Artifact, read_artifact
 from prefixd.store.artifact.config import BaseSpec
-from prefixd.store.errors import BlobsUnavailable, StoreError
+from prefixd.store.errors import ArtifactRefused, BlobsUnavailable, StoreError, UnknownPrefix
 from prefixd.store.gc import GcResult, Sweeper
 from prefixd.store.names import BlobKey
 from prefixd.store.store import PrefixStore
@@ -217,11 +222,24 @@ def _served_model(settings: Settings, base: LoadedBase, limits: Limits) -> Serve
             max_abs_kv=limits.max_abs_kv,
         ),
         max_positions=base.shape.max_positions,
-        vocab_size=base.shape.vocab_size,
-        eos_token_ids=base.eos_token_ids,
+        vocab_size=base.num_embeddings,
+        logits_size=base.num_logits,
+        eos_token_ids=frozenset(i for i in base.eos_token_ids if 0 <= i < base.num_logits),
         created=int(time.time()),
         tokenizer=Tokenizer(base.tokenizer),
     )
+
+
+def _code_of(error: StoreError) -> str | None:
+    match error:
+        case BlobsUnavailable():
+            return STORAGE_UNAVAILABLE
+        case UnknownPrefix():  # deleted since the request was admitted
+            return PREFIX_NOT_FOUND
+        case ArtifactRefused():  # the base or its limits have changed since the upload
+            return PREFIX_REFUSED
+        case _:
+            return None
 
 
 class _Artifacts:
@@ -238,8 +256,7 @@ class _Artifacts:
                 path, base=self._served.base, count_tokens=self._served.count_prefix_tokens
             )
         except StoreError as error:
-            code = STORAGE_UNAVAILABLE if isinstance(error, BlobsUnavailable) else None
-            raise PrefixUnavailable(error.message, code=code) from error
+            raise PrefixUnavailable(error.message, code=_code_of(error)) from error
         except SQLAlchemyError as error:
             log.exception("the catalog failed")
             raise PrefixUnavailable(CATALOG_UNAVAILABLE, code=STORAGE_UNAVAILABLE) from error

@@ -5,7 +5,7 @@ later changes nothing about an admitted request.
 """
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from prefixd.server.api.generate.requests import (
@@ -159,17 +159,8 @@ class Admission:
             raise BadRequest(
                 "expected a prompt of at least one token; received an empty one", param="prompt"
             )
-        self._check_vocabulary(prompt, param="prompt")
+        check_token_ids(prompt, self.served.vocab_size, param="prompt")
         return tuple(prompt)
-
-    def _check_vocabulary(self, token_ids: Sequence[int], *, param: str) -> None:
-        lowest, highest = min(token_ids, default=0), max(token_ids, default=0)
-        if lowest < 0 or highest >= self.served.vocab_size:
-            raise BadRequest(
-                f"expected token ids from 0 to {self.served.vocab_size - 1}; "
-                f"received {lowest if lowest < 0 else highest}",
-                param=param,
-            )
 
     def _render(self, messages: list[ChatMessage]) -> tuple[int, ...]:
         turns = [
@@ -188,6 +179,7 @@ class Admission:
         token_ids = self.served.tokenizer.encode(text, add_special_tokens=False)
         if not token_ids:
             raise BadRequest("the messages render to an empty prompt", param="messages")
+        check_token_ids(token_ids, self.served.vocab_size, param="messages")
         return tuple(token_ids)
 
     def _output_tokens(
@@ -221,7 +213,7 @@ class Admission:
 
     def _sampling(self, body: GenerationFields, *, top_logprobs: int | None) -> SamplingParams:
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-        self._check_vocabulary(tuple(bias), param="logit_bias")
+        check_token_ids(bias, self.served.logits_size, param="logit_bias")
         return SamplingParams(
             **body.model_dump(include=_SAMPLING_FIELDS, exclude_none=True),
             top_k=max(0, body.top_k or 0),
@@ -231,7 +223,7 @@ class Admission:
 
     def _stop(self, body: GenerationFields, max_tokens: int) -> StopParams:
         token_ids = frozenset(body.stop_token_ids or ())
-        self._check_vocabulary(tuple(token_ids), param="stop_token_ids")
+        check_token_ids(token_ids, self.served.logits_size, param="stop_token_ids")
         min_tokens = body.min_tokens or 0
         if min_tokens > max_tokens:
             raise BadRequest(
@@ -246,6 +238,17 @@ class Admission:
             token_ids=token_ids,
             strings=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
             include_stop_string=bool(body.include_stop_str_in_output),
+        )
+
+
+def check_token_ids(token_ids: Collection[int], limit: int, *, param: str) -> None:
+    """Raise BadRequest for an id that is negative or not below ``limit``."""
+    lowest, highest = min(token_ids, default=0), max(token_ids, default=0)
+    if lowest < 0 or highest >= limit:
+        raise BadRequest(
+            f"expected token ids from 0 to {limit - 1}; "
+            f"received {lowest if lowest < 0 else highest}",
+            param=param,
         )
 
 

@@ -40,6 +40,10 @@ Stop = Annotated[
     NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)],
     one_of("a text or up to 16 texts, each of 1 to 1024 characters"),
 ]
+Seed = Annotated[
+    Annotated[int, Field(ge=-(2**63), lt=2**63)],
+    one_of(f"a whole number from {-(2**63)} to {2**63 - 1}"),
+]
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
     one_of("a text, a list of texts, a list of token ids, or a list of such lists"),
@@ -76,7 +80,9 @@ class GenerationFields(StrictModel):
     logit_bias: dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         default=None, max_length=1024, description="Token id to a value added to its logit."
     )
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    seed: Seed | None = Field(
+        default=None, description="A signed 64-bit number, as in the OpenAI API and vLLM."
+    )
     stop: Stop | None = Field(
         default=None,
         description="Text, or up to 16 texts, that end the output and are not part of it.",

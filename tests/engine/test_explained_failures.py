@@ -1,0 +1,167 @@
+"""Which failures of a step count against readiness: those that no request explains."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import pytest
+
+from prefixd.server.engine.request import FinishReason, PrefixHandle, PrefixKey
+from prefixd.server.engine.step import Step, StepOutput
+from tests.engine.test_engine import PREFIX, Bench, answer, expected, fail_steps
+
+POISON = (66, 65, 68)
+LOST = RuntimeError("device lost")
+
+
+@pytest.fixture
+def bench() -> Bench:
+    """Not started, so that a test can submit what its first step has."""
+    return Bench()
+
+
+def is_poisoned(step: Step) -> Exception | None:
+    return LOST if any(tuple(chunk.tokens) == POISON for chunk in step.chunks) else None
+
+
+def test_a_poisoned_request_a_hundred_times_leaves_the_engine_ready(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_steps(bench, monkeypatch, is_poisoned)
+    bench.engine.start()
+    for _ in range(100):
+        _, events = bench.submit(prompt=POISON)
+        end = answer(events)[1]
+        assert (end.reason, end.error) == (FinishReason.ERROR, "the engine failed on this request")
+        assert bench.engine.trouble is None
+    assert answer(bench.submit()[1])[0] == expected(12)
+    bench.engine.stop()
+    assert bench.engine.stats().step_failures == 100
+    bench.engine.core.scheduler.check_integrity()
+
+
+def test_poisoned_requests_in_one_step_with_others_leave_the_engine_ready(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_steps(bench, monkeypatch, is_poisoned)
+    poisoned = [bench.submit(prompt=POISON, tenant="hostile")[1] for _ in range(6)]
+    intact = [bench.submit()[1] for _ in range(2)]
+    bench.engine.start()
+    assert {answer(events)[1].reason for events in poisoned} == {FinishReason.ERROR}
+    assert [answer(events)[0] for events in intact] == 2 * [expected(12)]
+    assert bench.engine.trouble is None
+    bench.engine.stop()
+
+
+def test_prefixes_that_fail_to_compile_leave_the_engine_ready(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_steps(bench, monkeypatch, lambda step: LOST if step.compiles else None)
+    bench.engine.start()
+    for number in range(10):
+        bad = PrefixHandle(PrefixKey("hostile", f"bad {number}"), 5)
+        bench.source.lengths[bad.key] = 5
+        assert answer(bench.submit(prefix=bad)[1])[1].reason is FinishReason.ERROR
+        assert bench.engine.trouble is None
+    assert answer(bench.submit()[1])[0] == expected(12)
+    bench.engine.stop()
+    assert bench.engine.stats().step_failures == 10
+    bench.engine.core.scheduler.check_integrity()
+
+
+def test_prefixes_that_fail_to_load_leave_the_engine_ready(bench: Bench) -> None:
+    bench.engine.start()
+    for number in range(10):
+        missing = PrefixHandle(PrefixKey("hostile", f"missing {number}"), 5)
+        assert answer(bench.submit(prefix=missing)[1])[1].reason is FinishReason.ERROR
+        assert bench.engine.trouble is None
+    assert answer(bench.submit(prefix=PREFIX)[1])[0] == expected(12, "digest")
+    bench.engine.stop()
+
+
+def without_finite_logits(run: Callable[[Step], StepOutput]) -> Callable[[Step], StepOutput]:
+    """A runner that fails on requests, and whose logits are NaN in a step of the bare base."""
+
+    def run_step(step: Step) -> StepOutput:
+        if step.chunks[0].seq_id >= 0:
+            raise LOST
+        output = run(step)
+        sampled = {seq_id: replace(one, finite=False) for seq_id, one in output.sampled.items()}
+        return StepOutput(sampled)
+
+    return run_step
+
+
+def always_failing(_: Callable[[Step], StepOutput]) -> Callable[[Step], StepOutput]:
+    def run_step(_: Step) -> StepOutput:
+        raise LOST
+
+    return run_step
+
+
+@pytest.mark.parametrize(
+    "broken", [always_failing, without_finite_logits], ids=["raises", "not finite"]
+)
+def test_a_runner_that_always_fails_makes_the_engine_not_ready_after_three_requests(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Callable[[Callable[[Step], StepOutput]], Callable[[Step], StepOutput]],
+) -> None:
+    monkeypatch.setattr(bench.runner, "run", broken(bench.runner.run))
+    bench.engine.start()
+    for number in range(3):
+        assert bench.engine.ready, number
+        assert answer(bench.submit()[1])[1].reason is FinishReason.ERROR
+    assert bench.engine.trouble == "the last 3 steps failed"
+    bench.engine.stop()
+    bench.engine.core.scheduler.check_integrity()
+
+
+def test_requests_of_one_failed_step_count_once_each(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_steps(bench, monkeypatch, lambda _: LOST)
+    answers = [bench.submit()[1] for _ in range(5)]
+    bench.engine.start()
+    assert {answer(events)[1].reason for events in answers} == {FinishReason.ERROR}
+    assert bench.engine.trouble == "the last 5 steps failed"
+    bench.engine.stop()
+
+
+def test_a_step_that_succeeds_makes_the_engine_ready_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [LOST] * 6  # three requests, and a probe after each
+    fail_steps(bench, monkeypatch, lambda _: failures.pop() if failures else None)
+    bench.engine.start()
+    for _ in range(3):
+        answer(bench.submit()[1])
+    assert not bench.engine.ready
+    assert answer(bench.submit()[1])[0] == expected(12)
+    assert bench.engine.ready
+    bench.engine.stop()
+
+
+def test_a_failure_that_the_device_survived_counts_against_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each first step of a request fails; the step after it succeeds."""
+    numbers = count()
+    fail_steps(bench, monkeypatch, lambda _: None if next(numbers) % 2 else LOST)
+    bench.engine.start()
+    for _ in range(10):
+        assert answer(bench.submit()[1])[1].reason is FinishReason.ERROR
+        assert bench.engine.ready
+    bench.engine.stop()
+
+
+@pytest.mark.parametrize("field", ["tokens", "banned"])
+def test_the_fake_runner_refuses_ids_beyond_its_vocabulary(bench: Bench, field: str) -> None:
+    bench.runner.vocab_size = 120
+    bench.engine.start()
+    bad: dict[str, Any] = {"tokens": {"prompt": (120,)}, "banned": {"token_ids": {120}}}[field]
+    _, events = bench.submit(min_tokens=2, **bad)
+    assert answer(events)[1].reason is FinishReason.ERROR
+    assert bench.engine.ready
+    bench.engine.stop()
