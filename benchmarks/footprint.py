@@ -208,7 +208,7 @@ def measure(rounds: int) -> dict[str, Footprint]:
     """Every path, ``rounds`` times after the warm-up. Each upload is a new prefix."""
     api_world = import_world()
     footprints: dict[str, Footprint] = {}
-    width = api_world.BASE.hidden_size
+    width = api_world.BASE.embedding_width
     with serving(api_world) as (client, recorder):
         upload(client, "resident", fill=0.5, width=width)
         for number in range(WARM_UP + rounds):

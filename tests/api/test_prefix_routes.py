@@ -15,12 +15,12 @@ CONFIG = {
     "peft_type": "PROMPT_TUNING",
     "task_type": "CAUSAL_LM",
     "num_virtual_tokens": 3,
-    "token_dim": BASE.hidden_size,
+    "token_dim": BASE.embedding_width,
     "base_model_name_or_path": "somewhere/tiny",
 }
 
 
-def weights(rows: int = 3, width: int = BASE.hidden_size, fill: float = 0.5) -> bytes:
+def weights(rows: int = 3, width: int = BASE.embedding_width, fill: float = 0.5) -> bytes:
     data = np.full((rows, width), fill, dtype="<f4").tobytes()
     header = json.dumps(
         {

@@ -66,10 +66,27 @@ def tiny_configs() -> dict[str, Any]:
     }
 
 
+def narrow_config() -> Any:
+    """The config of a model whose embeddings are narrower than its hidden size, as OPT-350m's."""
+    return transformers.OPTConfig(
+        **SIZES,
+        vocab_size=VOCAB,
+        word_embed_proj_dim=32,
+        ffn_dim=96,
+        max_position_embeddings=512,
+        do_layer_norm_before=False,
+    )
+
+
 def tiny_model(name: str, seed: int = 0) -> Any:
+    """``random_model`` of a tested architecture."""
+    return random_model(tiny_configs()[name], seed)
+
+
+def random_model(config: Any, seed: int = 0) -> Any:
     """A random model whose logits differ enough that rounding does not change the greedy token."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_configs()[name]).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.data.mul_(4.0)
@@ -147,11 +164,22 @@ def _new_tokens(tokens: list[int], prompt: list[int], count: int) -> list[int]:
 
 
 def make_adapter(
-    model: Any, peft_type: str, num_virtual_tokens: int, folder: Path, *, seed: int = 0
+    model: Any,
+    peft_type: str,
+    num_virtual_tokens: int,
+    folder: Path,
+    *,
+    seed: int = 0,
+    token_dim: int | None = None,
 ) -> Adapter:
-    """Wrap a copy of ``model`` with a random adapter strong enough to change the output."""
+    """Wrap a copy of ``model`` with a random adapter strong enough to change the output.
+
+    ``token_dim`` is the width of its rows where PEFT takes it wrongly from the model's config.
+    """
     torch.manual_seed(seed)
     config = peft_configs(num_virtual_tokens)[peft_type]
+    if token_dim is not None:
+        config.token_dim = token_dim
     wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
     for name, weight in wrapped.named_parameters():
         if weight.requires_grad and weight.dim() > 1:
@@ -172,7 +200,7 @@ def spec_of(base: LoadedBase, *, max_virtual_tokens: int = 256) -> BaseSpec:
         num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        hidden_size=shape.hidden_size,
+        embedding_width=shape.embedding_width,
         max_virtual_tokens=max_virtual_tokens,
         dtype=str(base.dtype).removeprefix("torch."),
         max_abs_embedding=1e4,

@@ -155,7 +155,7 @@ def test_a_prefix_with_non_finite_values_does_not_change_other_requests(
 
     shape = served.base.shape
     if kind == "soft":
-        bad = served.put(SoftPrompt(torch.full((19, shape.hidden_size), poison)))
+        bad = served.put(SoftPrompt(torch.full((19, shape.embedding_width), poison)))
     else:
         width = shape.num_kv_heads * shape.head_dim
         bad = served.put(KVPrefix(torch.full((2 * shape.num_layers, 19, width), poison)))
@@ -183,7 +183,7 @@ def test_a_prefix_with_nan_fails_its_request_with_a_clear_message(
     serving: Callable[..., Served],
 ) -> None:
     served = serving(tiny_model("llama"))
-    hidden = served.base.shape.hidden_size
+    hidden = served.base.shape.embedding_width
     bad = served.put(SoftPrompt(torch.full((4, hidden), float("nan"))))
     with pytest.raises(RequestFailed, match="non-finite logits for this request"):
         served.generate([3, 4, 5], bad)

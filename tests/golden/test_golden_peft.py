@@ -8,9 +8,11 @@ import pytest
 from tests.golden.golden_harness import (
     Served,
     make_adapter,
+    narrow_config,
     peft_configs,
     plain_generate,
     prompts,
+    random_model,
     tiny_configs,
     tiny_model,
 )
@@ -49,3 +51,29 @@ def test_greedy_tokens_of_the_base_equal_those_of_transformers(
     served = serving(model)
     for prompt in prompts(4, seed=1):
         assert served.generate(prompt, count=COUNT) == plain_generate(model, prompt, COUNT)
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "token_dim"),
+    [
+        ("PROMPT_TUNING", 32),
+        ("P_TUNING", 32),
+        ("MULTITASK_PROMPT_TUNING", 32),
+        ("PREFIX_TUNING", None),
+        ("CARTRIDGE", None),
+    ],
+)
+def test_a_prefix_has_the_width_of_the_input_embeddings(
+    peft_type: str, token_dim: int | None, tmp_path: Path, serving: Callable[..., Served]
+) -> None:
+    """PEFT takes the hidden size (64) as the width unless told, and cannot run such a soft prompt;
+    its CPT cannot be told."""
+    model = random_model(narrow_config())
+    served = serving(model)
+    assert served.base.shape.embedding_width == 32
+    adapter = make_adapter(model, peft_type, 21, tmp_path, token_dim=token_dim)
+    prefix = served.add(adapter)
+    for prompt in prompts(3, seed=1):
+        tokens = served.generate(prompt, prefix, count=COUNT)
+        assert tokens == adapter.generate(prompt, COUNT)
+        assert tokens != served.generate(prompt, count=COUNT)

@@ -98,7 +98,7 @@ def test_prefixes_restored_from_host_memory_give_the_same_tokens(
 
 def test_kv_with_nan_is_never_reused(serving: Callable[..., Served]) -> None:
     served = serving(tiny_model("llama"))
-    hidden = served.base.shape.hidden_size
+    hidden = served.base.shape.embedding_width
     bad = served.put(SoftPrompt(torch.full((5, hidden), float("nan"))))
     prompt = prompts(1, seed=3)[0] * 4
     for _ in range(3):

@@ -6,7 +6,11 @@ import pytest
 import torch
 import transformers
 
-from prefixd.server.model.architecture import UnsupportedModel, refuse_unsupported
+from prefixd.server.model.architecture import (
+    UnsupportedModel,
+    refuse_unsupported,
+    served_context,
+)
 from prefixd.server.model.load import fingerprint_of, prepare_base
 from prefixd.server.model.selfcheck import Limits, self_check
 
@@ -35,12 +39,39 @@ GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
 )
 def test_unsupported_configs_are_rejected_by_name(config: Any, message: str) -> None:
     with pytest.raises(UnsupportedModel, match=message):
-        refuse_unsupported(config)
+        refuse_unsupported(config, context=served_context(config, pool_tokens=16384))
 
 
 def test_a_disabled_sliding_window_is_accepted() -> None:
-    refuse_unsupported(transformers.MistralConfig(sliding_window=None))
-    refuse_unsupported(transformers.Qwen2Config(use_sliding_window=False))
+    refuse_unsupported(transformers.MistralConfig(sliding_window=None), context=16384)
+    refuse_unsupported(transformers.Qwen2Config(use_sliding_window=False), context=16384)
+
+
+WINDOWED = [
+    transformers.MistralConfig(**GATED, sliding_window=64),
+    transformers.Qwen2Config(
+        **GATED, use_sliding_window=True, sliding_window=64, max_window_layers=0
+    ),
+    transformers.Olmo3Config(**GATED, sliding_window=64),
+    transformers.Cohere2Config(**GATED, sliding_window=64),
+]
+
+
+@pytest.mark.parametrize("config", WINDOWED, ids=lambda config: config.model_type)
+def test_a_window_as_long_as_the_served_context_is_no_window(config: Any) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    base = prepare_base(model, None, name="m", dtype="float32", device="cpu", pool_tokens=64)
+    assert base.context == 64
+    self_check(base, block_size=16)
+    with pytest.raises(UnsupportedModel, match="a sliding window of 64 tokens in a context of 80"):
+        prepare_base(model, None, name="m", dtype="float32", device="cpu", pool_tokens=80)
+
+
+def test_the_served_context_is_what_the_model_and_the_pool_can_hold() -> None:
+    config = transformers.LlamaConfig(**GATED, max_position_embeddings=512)
+    assert served_context(config, pool_tokens=None) == 512
+    assert served_context(config, pool_tokens=80) == 80
+    assert served_context(config, pool_tokens=1024) == 512
 
 
 def check(model: Any, *, dtype: str = "float32", block_size: int = 16) -> Limits:
@@ -82,15 +113,62 @@ def test_the_self_check_rejects_layers_without_attention() -> None:
         check(model)
 
 
-def test_an_unsupported_attention_option_is_rejected() -> None:
-    class CappedAttention(transformers.models.llama.modeling_llama.LlamaAttention):
+def model_with_option(**option: Any) -> Any:
+    """A Llama whose first layer passes one more option to attention."""
+
+    class OptionAttention(transformers.models.llama.modeling_llama.LlamaAttention):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs, softcap=30.0)
+            return super().forward(*args, **kwargs, **option)
 
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED))
-    model.model.layers[0].self_attn.__class__ = CappedAttention
-    with pytest.raises(UnsupportedModel, match="needs unsupported attention options: softcap"):
-        check(model)
+    model.model.layers[0].self_attn.__class__ = OptionAttention
+    return model
+
+
+@pytest.mark.parametrize("value", [30.0, 0.0, 0, True, "", torch.zeros(2)], ids=repr)
+@pytest.mark.parametrize("name", ["softcap", "sliding_window", "flag_of_tomorrow"])
+def test_an_unknown_attention_option_is_rejected_by_name(name: str, value: Any) -> None:
+    with pytest.raises(UnsupportedModel, match=f"needs unsupported attention options: {name}"):
+        check(model_with_option(**{name: value}))
+
+
+@pytest.mark.parametrize("value", [None, False])
+@pytest.mark.parametrize("name", ["softcap", "sliding_window", "flag_of_tomorrow"])
+def test_an_attention_option_that_is_off_is_ignored(name: str, value: Any) -> None:
+    check(model_with_option(**{name: value}))
+
+
+def test_a_mixture_of_experts_is_served_unless_it_returns_router_logits() -> None:
+    def mixtral(flag: bool) -> Any:
+        return transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(
+                **GATED, num_local_experts=4, sliding_window=None, output_router_logits=flag
+            )
+        )
+
+    check(mixtral(False))
+    with pytest.raises(UnsupportedModel, match="attention options: output_router_logits"):
+        check(mixtral(True))
+
+
+def test_an_encoder_is_rejected_because_its_tokens_see_later_ones() -> None:
+    config = transformers.BertConfig(**SMALL, intermediate_size=48)
+    with pytest.raises(UnsupportedModel, match="BertSelfAttention lets tokens see later ones"):
+        check(transformers.BertLMHeadModel(config))
+
+
+def test_heads_that_differ_from_the_config_are_rejected_by_their_sizes() -> None:
+    config = transformers.DeepseekV3Config(
+        **{**GATED, "num_key_value_heads": 4},
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=2,
+    )
+    with pytest.raises(UnsupportedModel, match=r"keys of 4 heads of size 16; expected .* size 8"):
+        check(transformers.DeepseekV3ForCausalLM(config))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

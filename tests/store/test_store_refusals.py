@@ -373,7 +373,7 @@ def test_a_kv_prefix_with_equal_width_but_another_layout_is_rejected(
 
 
 def test_the_peft_type_decides_the_kind_when_both_widths_are_equal(tmp_path: Path) -> None:
-    base = replace(BASE, hidden_size=KV_WIDTH, max_abs_embedding=0.5)
+    base = replace(BASE, embedding_width=KV_WIDTH, max_abs_embedding=0.5)
     path = spool(tmp_path, kv())
     assert inspect_peft(config_bytes("PREFIX_TUNING"), path, base=base).kind == "kv_prefix"
     with pytest.raises(ArtifactRefused, match=r"\|x\| <= 0.5"):
@@ -458,7 +458,7 @@ def test_a_header_with_a_million_tensors_is_rejected_cheaply(tmp_path: Path) -> 
 
 
 def test_validation_uses_bounded_memory(tmp_path: Path) -> None:
-    base = replace(BASE, hidden_size=4096, max_virtual_tokens=4096)
+    base = replace(BASE, embedding_width=4096, max_virtual_tokens=4096)
     path = spool(tmp_path, soft(np.zeros((2048, 4096), dtype=np.float32)))  # 32 MB
     tracemalloc.start()
     inspect_peft(config_bytes(num_virtual_tokens=2048), path, base=base)

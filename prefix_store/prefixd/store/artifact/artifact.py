@@ -60,7 +60,7 @@ class Summary:
 class Artifact(Summary):
     """An artifact that was checked against a base, ready to compile.
 
-    ``values`` is float32 as in the file (not yet rounded to the serving dtype): [P, hidden] for a
+    ``values`` is float32 as in the file (not yet rounded to the serving dtype): [P, width] for a
     soft prompt, MULTITASK folded for its task, or [P, layers * 2 * kv_heads * head_dim] for a KV
     prefix; None for text.
     """

@@ -23,6 +23,7 @@ from prefixd.store.errors import ArtifactRefused, quoted
 class BaseSpec:
     """The served base: shapes an artifact must match and bounds its values must satisfy.
 
+    ``embedding_width`` is that of the input embeddings, which may be narrower than the hidden size.
     ``dtype`` is the serving dtype (``float32``, ``float16`` or ``bfloat16``): values are checked
     after the cast to it. ``max_abs_embedding`` and ``max_abs_kv`` bound |x| of a soft prompt and
     of a KV prefix; the server derives them from the values the base itself produces.
@@ -33,7 +34,7 @@ class BaseSpec:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    hidden_size: int
+    embedding_width: int
     max_virtual_tokens: int
     dtype: str
     max_abs_embedding: float
@@ -74,8 +75,8 @@ KINDS = {
     "PREFIX_TUNING": Kind.KV_PREFIX,
     "CARTRIDGE": Kind.KV_PREFIX,
 }
-"""The PEFT types served. The type alone decides the kind: where hidden size and KV width are equal,
-the tensor's shape cannot."""
+"""The PEFT types served. The type alone decides the kind: where embedding width and KV width are
+equal, the tensor's shape cannot."""
 
 MULTITASK = "MULTITASK_PROMPT_TUNING"
 
@@ -146,7 +147,7 @@ def check_against_base(config: PeftConfig, base: BaseSpec) -> None:
             f"got {shown(config.num_virtual_tokens)}",
             param="num_virtual_tokens",
         )
-    expected = {"num_layers": base.num_layers, "token_dim": base.hidden_size}
+    expected = {"num_layers": base.num_layers, "token_dim": base.embedding_width}
     if config.kind is Kind.KV_PREFIX:
         # PEFT saves the KV heads and the KV width here, also under grouped-query attention.
         expected["token_dim"] = base.num_kv_heads * base.head_dim

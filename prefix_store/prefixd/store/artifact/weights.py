@@ -2,11 +2,11 @@
 
 ::
 
-    PROMPT_TUNING, P_TUNING, CPT   prompt_embeddings  [P, hidden]
+    PROMPT_TUNING, P_TUNING, CPT   prompt_embeddings  [P, width]
     PREFIX_TUNING, CARTRIDGE       prompt_embeddings  [P, layers * 2 * kv_heads * head_dim]
-    MULTITASK_PROMPT_TUNING        prompt_embeddings  [P, hidden]
+    MULTITASK_PROMPT_TUNING        prompt_embeddings  [P, width]
                                    prefix_task_cols   [tasks, P, rank]
-                                   prefix_task_rows   [tasks, rank, hidden]
+                                   prefix_task_rows   [tasks, rank, width]
 
 Values are read in bounded pieces and checked after the cast to the serving dtype: 7e4 is infinite
 in float16, 3.4e38 in bfloat16. Finite is not enough: 3e38 in a key poisons attention through a
@@ -171,7 +171,7 @@ def open_weights(
 
 
 def _check_embeddings(entry: TensorEntry, config: PeftConfig, base: BaseSpec) -> None:
-    width, meaning = base.hidden_size, "hidden size"
+    width, meaning = base.embedding_width, "embedding width"
     if config.kind is Kind.KV_PREFIX:
         width = base.kv_width
         meaning = (
@@ -191,17 +191,17 @@ def _check_tasks(
     cols, rows = entries[TASK_COLS], entries[TASK_ROWS]
     tasks = cols.shape[0] if cols.shape else 0
     rank = cols.shape[-1] if cols.shape else 0
-    if len(cols.shape) != 3 or not 1 <= rank <= base.hidden_size or tasks < 1:
+    if len(cols.shape) != 3 or not 1 <= rank <= base.embedding_width or tasks < 1:
         raise ArtifactRefused(
             "wrong_shape",
             f"tensor {cols.name}: expected [tasks, {config.num_virtual_tokens}, rank] with a rank "
-            f"from 1 to {base.hidden_size}, got {_written(cols.shape)}",
+            f"from 1 to {base.embedding_width}, got {_written(cols.shape)}",
             param=cols.name,
         )
     _check_shape(
         cols, (tasks, config.num_virtual_tokens, rank), "tasks, num_virtual_tokens and rank"
     )
-    _check_shape(rows, (tasks, rank, base.hidden_size), "tasks, rank and hidden size")
+    _check_shape(rows, (tasks, rank, base.embedding_width), "tasks, rank and embedding width")
     if task_id is None:
         raise ArtifactRefused(
             "task_id_required",

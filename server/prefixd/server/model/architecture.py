@@ -5,6 +5,7 @@ break this are rejected here by their config; ``prefixd.server.model.selfcheck``
 detect what the config does not show.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,52 +22,85 @@ class Shape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    hidden_size: int
+    embedding_width: int
     vocab_size: int
     max_positions: int
 
 
-def refuse_unsupported(config: Any) -> None:
-    """Raise UnsupportedModel for the Hugging Face config of a model that cannot be served."""
+_NOUNS = {"sliding_attention": "sliding window", "chunked_attention": "chunk"}
+
+
+def served_context(config: Any, *, pool_tokens: int | None) -> int:
+    """Most positions of a sequence: those that the model has and the KV pool can hold."""
+    text = config.get_text_config(decoder=True)
+    limits = (getattr(text, "max_position_embeddings", None), pool_tokens)
+    return min((limit for limit in limits if limit is not None), default=sys.maxsize)
+
+
+def refuse_unsupported(config: Any, *, context: int) -> None:
+    """Raise UnsupportedModel for the Hugging Face config of a model that cannot be served to
+    sequences of at most ``context`` positions."""
     name = f"{config.model_type} ({', '.join(config.architectures or ['no architecture named'])})"
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{name} is an encoder-decoder; prefixd serves decoder-only models")
     text = config.get_text_config(decoder=True)
     if getattr(text, "add_cross_attention", False):
         raise UnsupportedModel(f"{name} has cross-attention; prefixd serves decoder-only models")
+    _refuse_layers(name, text, context)
+    if kind := _rope_kinds(getattr(text, "rope_parameters", None)) & {"dynamic", "longrope"}:
+        raise UnsupportedModel(
+            f"{name} uses {kind.pop()} rotary embeddings, which change with the longest sequence "
+            "of a batch: one request would change another's output"
+        )
+
+
+def _refuse_layers(name: str, text: Any, context: int) -> None:
+    """Every layer must let a token see all of the context; a window at least as long does."""
+    windows = {
+        "sliding_attention": getattr(text, "sliding_window", None),
+        "chunked_attention": getattr(text, "attention_chunk_size", None),
+    }
+    moot = {kind for kind, window in windows.items() if window and window >= context}
     kinds = getattr(text, "layer_types", None)
-    if kinds is not None:
-        unsupported = sorted(set(kinds) - {"full_attention"})
-        if unsupported:
-            raise UnsupportedModel(
-                f"{name} has layers of the kinds {', '.join(unsupported)}; only with "
-                "full_attention every token sees the prefix"
-            )
-    elif getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
+    if kinds is None and windows["sliding_attention"] and getattr(text, "use_sliding_window", True):
+        kinds = ["sliding_attention"]
+    unsupported = sorted(set(kinds or ()) - {"full_attention"} - moot)
+    if unsupported:
+        described = [
+            f"{kind} (a {_NOUNS[kind]} of {windows[kind]} tokens in a context of {context})"
+            if windows.get(kind)
+            else kind
+            for kind in unsupported
+        ]
         raise UnsupportedModel(
-            f"{name} attends within a sliding window of {text.sliding_window} tokens: "
-            "later tokens would not see the prefix"
-        )
-    rope = getattr(text, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
-    if kind in {"dynamic", "longrope"}:
-        raise UnsupportedModel(
-            f"{name} uses {kind} rotary embeddings, which change with the longest sequence of a "
-            "batch: one request would change another's output"
+            f"{name} has layers of the kinds {', '.join(described)}; only with full_attention "
+            "every token sees the prefix"
         )
 
 
-def shape_of(config: Any) -> Shape:
-    """Read the sizes of a decoder; raise UnsupportedModel when the config lacks one."""
+def _rope_kinds(parameters: Any) -> set[str]:
+    """The kinds of rotary embeddings of ``rope_parameters``: one, or one for each kind of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = (_rope_kinds(value) for value in parameters.values())
+    return {str(parameters.get("rope_type", "default"))}.union(*nested)
+
+
+def shape_of(config: Any, *, embedding_width: int) -> Shape:
+    """Read the sizes of a decoder; raise UnsupportedModel when the config lacks one.
+
+    ``embedding_width`` is that of the loaded input embeddings: some models project narrower ones
+    (OPT-350m: 512) to their hidden size.
+    """
     text = config.get_text_config(decoder=True)
     try:
         heads = int(text.num_attention_heads)
-        return Shape(
+        shape = Shape(
             num_layers=int(text.num_hidden_layers),
             num_heads=heads,
             num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
             head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-            hidden_size=int(text.hidden_size),
+            embedding_width=embedding_width,
             vocab_size=int(text.vocab_size),
             max_positions=int(text.max_position_embeddings),
         )
@@ -75,3 +109,6 @@ def shape_of(config: Any) -> Shape:
             f"{config.model_type}: its config lacks {error.name}; prefixd serves attention "
             "decoders with a fixed number of positions"
         ) from error
+    if shape.num_layers < 1:
+        raise UnsupportedModel(f"{config.model_type}: expected at least 1 layer, got none")
+    return shape

@@ -48,17 +48,22 @@ class Group:
 @dataclass(slots=True)
 class PagedBatch:
     """A step as attention needs it, the same for all layers. ``slots`` [num_tokens] is where each
-    token's KV is written. ``layers_seen`` counts the layers that ran, for the self-check."""
+    token's KV is written; ``context`` is the most positions a sequence may have. ``layers_seen``
+    counts the layers that ran, for the self-check."""
 
     cache: KVCache
     slots: torch.Tensor
     groups: tuple[Group, ...]
+    context: int
     layers_seen: int = 0
 
 
 _IGNORED = frozenset(
     {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
 )
+
+_WINDOWS = frozenset({"sliding_window"})
+"""Options that are the length of a window, counted with the query's own position."""
 
 
 def paged_attention(  # noqa: PLR0917  # the order of arguments is given by transformers
@@ -77,19 +82,15 @@ def paged_attention(  # noqa: PLR0917  # the order of arguments is given by tran
     ``value`` [1, num_kv_heads, num_tokens, head_dim]; returns [1, num_tokens, num_heads, head_dim].
 
     Raises NotImplementedError for options that plain attention does not support (a window, a soft
-    cap, sinks): ignoring one would silently give wrong output.
+    cap, sinks) and for heads that the KV pool cannot hold: ignoring one would silently give wrong
+    output. An option that is None or False is off.
     """
     del attention_mask, dropout
     if paged_batch is None:
         raise NotImplementedError(f"{type(module).__name__} does not pass the batch to attention")
-    unsupported = sorted(
-        name for name, value in extra.items() if value is not None and name not in _IGNORED
-    )
-    if unsupported:
-        raise NotImplementedError(
-            f"{type(module).__name__} needs unsupported attention options: {', '.join(unsupported)}"
-        )
+    _refuse_options(module, extra, paged_batch.context)
     cache = paged_batch.cache
+    _refuse_heads(module, key, value, cache)
     _, num_heads, num_tokens, head_dim = query.shape
     num_kv_heads = key.shape[1]
     layer = module.layer_idx
@@ -108,6 +109,36 @@ def paged_attention(  # noqa: PLR0917  # the order of arguments is given by tran
     for group in paged_batch.groups:
         _attend(group, flat, pools, out, scale)
     return out.view(1, num_tokens, num_heads, head_dim), None
+
+
+def _refuse_options(module: Any, options: dict[str, Any], context: int) -> None:
+    unsupported = sorted(
+        name
+        for name, value in options.items()
+        if value is not None
+        and value is not False
+        and name not in _IGNORED
+        and not (name in _WINDOWS and isinstance(value, int) and value >= context)
+    )
+    if unsupported:
+        raise NotImplementedError(
+            f"{type(module).__name__} needs unsupported attention options: {', '.join(unsupported)}"
+        )
+    if getattr(module, "is_causal", True) is False:
+        raise NotImplementedError(
+            f"{type(module).__name__} lets tokens see later ones; expected causal attention"
+        )
+
+
+def _refuse_heads(module: Any, key: torch.Tensor, value: torch.Tensor, cache: KVCache) -> None:
+    heads, width = cache.shape.num_kv_heads, cache.shape.head_dim
+    for what, states in (("keys", key), ("values", value)):
+        if states.shape[1] != heads or states.shape[3] != width:
+            raise NotImplementedError(
+                f"{type(module).__name__} has {what} of {states.shape[1]} heads of size "
+                f"{states.shape[3]}; expected the config's {heads} KV heads of size {width} for "
+                "both keys and values"
+            )
 
 
 def _attend(

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from prefixd.server.model.architecture import Shape, UnsupportedModel, refuse_unsupported, shape_of
+from prefixd.server.model.architecture import (
+    Shape,
+    UnsupportedModel,
+    refuse_unsupported,
+    served_context,
+    shape_of,
+)
 from prefixd.server.model.attention import IMPLEMENTATION
 from prefixd.server.model.demo import MODEL_ID, demo_model
 
@@ -27,12 +33,14 @@ _SAMPLES = 4096  # elements of each weight in the fingerprint
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """The frozen base, ready to run. ``module`` is an unmodified transformers causal LM."""
+    """The frozen base, ready to run. ``module`` is an unmodified transformers causal LM;
+    ``context`` is the most positions that a sequence may have on this server."""
 
     name: str
     module: Any
     tokenizer: Any
     shape: Shape
+    context: int
     dtype: torch.dtype
     device: torch.device
     fingerprint: str
@@ -74,8 +82,11 @@ def is_folder(model: str) -> bool:
     return False
 
 
-def load_base(model: str, *, dtype: str, device: str, cache_dir: Path) -> LoadedBase:
-    """Load ``model``: ``demo``, a local folder or a Hugging Face id.
+def load_base(
+    model: str, *, dtype: str, device: str, cache_dir: Path, pool_tokens: int | None = None
+) -> LoadedBase:
+    """Load ``model``: ``demo``, a local folder or a Hugging Face id, for a KV pool of
+    ``pool_tokens`` positions (None: of any size).
 
     Raises UnsupportedModel for a model that cannot be served correctly, DemoModelMissing when the
     demo model's package is not installed, and OSError when the model cannot be found.
@@ -85,20 +96,32 @@ def load_base(model: str, *, dtype: str, device: str, cache_dir: Path) -> Loaded
     else:
         source, name = model, Path(model).resolve().name if is_folder(model) else model
     config = AutoConfig.from_pretrained(source)
-    refuse_unsupported(config)
+    refuse_unsupported(config, context=served_context(config, pool_tokens=pool_tokens))
     # Load in the checkpoint's dtype first: the fingerprint must not depend on the serving dtype.
     try:
         module = AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto")
     except ValueError as error:
         raise UnsupportedModel(f"{model}: {error}") from error
     tokenizer = AutoTokenizer.from_pretrained(source)
-    return prepare_base(module, tokenizer, name=name, dtype=dtype, device=device)
+    return prepare_base(
+        module, tokenizer, name=name, dtype=dtype, device=device, pool_tokens=pool_tokens
+    )
 
 
-def prepare_base(module: Any, tokenizer: Any, *, name: str, dtype: str, device: str) -> LoadedBase:
+def prepare_base(
+    module: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    dtype: str,
+    device: str,
+    pool_tokens: int | None = None,
+) -> LoadedBase:
     """Freeze a transformers causal LM that is already in memory and compute its fingerprint."""
-    refuse_unsupported(module.config)
-    shape = shape_of(module.config)
+    context = served_context(module.config, pool_tokens=pool_tokens)
+    refuse_unsupported(module.config, context=context)
+    embedding_width = int(module.get_input_embeddings().weight.shape[-1])
+    shape = shape_of(module.config, embedding_width=embedding_width)
     fingerprint = fingerprint_of(module, tokenizer)
     target = resolve_device(device)
     _cast(module, DTYPES[dtype])
@@ -114,6 +137,7 @@ def prepare_base(module: Any, tokenizer: Any, *, name: str, dtype: str, device: 
         module=module,
         tokenizer=tokenizer,
         shape=shape,
+        context=context,
         dtype=DTYPES[dtype],
         device=target,
         fingerprint=fingerprint,

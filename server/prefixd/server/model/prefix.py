@@ -14,7 +14,7 @@ from prefixd.store.artifact.config import Kind
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """``embeddings`` [num_tokens, hidden_size] take the place of word embeddings."""
+    """``embeddings`` [num_tokens, embedding_width] take the place of word embeddings."""
 
     embeddings: torch.Tensor
 

@@ -98,6 +98,7 @@ class TorchRunner:
                 num_kv_heads=self.base.shape.num_kv_heads,
                 device=device,
             ),
+            context=self.base.context,
         )
         positions = [position for row in rows for position in range(row.start, row.end)]
         ends = [
@@ -118,7 +119,7 @@ class TorchRunner:
         return logits
 
     def _embeddings(self, chunks: Sequence[Chunk], compiles: list[CompileChunk]) -> torch.Tensor:
-        """Input embeddings [num_tokens, hidden_size]: looked up, or those of a soft prompt."""
+        """Input embeddings [num_tokens, embedding_width]: looked up, or those of a soft prompt."""
         token_ids: list[int] = [token for chunk in chunks for token in chunk.tokens]
         soft: list[tuple[int, torch.Tensor]] = []
         for part in compiles:

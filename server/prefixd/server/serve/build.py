@@ -84,7 +84,11 @@ def build_server(settings: Settings) -> Server:
     device = device_of(settings)
     catalog = open_catalog(settings)
     base = load_base(
-        settings.model, dtype=settings.dtype, device=device, cache_dir=settings.root / "models"
+        settings.model,
+        dtype=settings.dtype,
+        device=device,
+        cache_dir=settings.root / "models",
+        pool_tokens=config.num_usable_blocks * config.block_size,
     )
     served = _served_model(settings, base, self_check(base, block_size=config.block_size))
     engine = _engine(settings, config, base, catalog.store, served)
@@ -215,7 +219,7 @@ def _served_model(settings: Settings, base: LoadedBase, limits: Limits) -> Serve
             num_layers=base.shape.num_layers,
             num_kv_heads=base.shape.num_kv_heads,
             head_dim=base.shape.head_dim,
-            hidden_size=base.shape.hidden_size,
+            embedding_width=base.shape.embedding_width,
             max_virtual_tokens=min(settings.max_virtual_tokens, base.shape.max_positions - 1),
             dtype=settings.dtype,
             max_abs_embedding=limits.max_abs_embedding,
