@@ -4,8 +4,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.catalog.changes import Removed
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.store import Manifest, PrefixStore, Published
+from tests.store.store_artifacts import BASE
 
 Then = Callable[[CatalogTransaction], object]
 """Runs in the transaction after the change; what it raises rolls the change back."""
@@ -29,10 +32,16 @@ def _published(
 
 
 def set_alias(
-    store: PrefixStore, *, tenant: str, name: str, alias: str, version: int | str
+    store: PrefixStore,
+    *,
+    tenant: str,
+    name: str,
+    alias: str,
+    version: int | str,
+    base: BaseSpec = BASE,
 ) -> Manifest:
     with store.change(tenant) as tx:
-        return tx.set_alias(name, alias, version=version)
+        return tx.set_alias(name, alias, version=version, base=base)
 
 
 def remove_alias(store: PrefixStore, *, tenant: str, name: str, alias: str) -> None:
@@ -41,10 +50,15 @@ def remove_alias(store: PrefixStore, *, tenant: str, name: str, alias: str) -> N
 
 
 def set_pin(
-    store: PrefixStore, *, tenant: str, reference: str, creator: str | None = None
+    store: PrefixStore,
+    *,
+    tenant: str,
+    reference: str,
+    creator: str | None = None,
+    base: BaseSpec = BASE,
 ) -> Manifest:
     with store.change(tenant) as tx:
-        return tx.set_pin(reference, creator=creator)
+        return tx.set_pin(reference, creator=creator, base=base)
 
 
 def remove_pin(store: PrefixStore, *, tenant: str, name: str) -> None:
@@ -55,3 +69,10 @@ def remove_pin(store: PrefixStore, *, tenant: str, name: str) -> None:
 def delete(store: PrefixStore, *, tenant: str, name: str) -> int:
     with store.change(tenant) as tx:
         return tx.delete(name)
+
+
+def delete_version(
+    store: PrefixStore, *, tenant: str, name: str, version: int, base: BaseSpec = BASE
+) -> Removed:
+    with store.change(tenant) as tx:
+        return tx.delete_version(name, version, base=base)

@@ -139,8 +139,8 @@ def test_readers_never_wait_for_a_writer(home: Home, open_home: Callable[[], Hom
     publish(home, 0)
     other = open_home()
     with writing(home.database) as connection:
-        connection.execute(text("UPDATE prefixes SET latest_version = NULL"))
-        assert other.store.resolve(tenant="acme", reference="style").version == 1
+        connection.execute(text("DELETE FROM latest_versions"))
+        assert other.store.resolve(tenant="acme", reference="style", base=BASE).version == 1
 
 
 def test_a_read_is_consistent_with_one_moment(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,9 +157,9 @@ def test_a_read_is_consistent_with_one_moment(home: Home, monkeypatch: pytest.Mo
         return alias_names(*arguments)
 
     monkeypatch.setattr(manifests, "_alias_names", late)
-    found = home.store.resolve(tenant="acme", reference="style@prod")
+    found = home.store.resolve(tenant="acme", reference="style@prod", base=BASE)
     assert (found.version, found.aliases) == (1, ("prod",))
-    assert home.store.resolve(tenant="acme", reference="style@prod").version == 2
+    assert home.store.resolve(tenant="acme", reference="style@prod", base=BASE).version == 2
 
 
 def test_a_failed_write_is_rolled_back(home: Home) -> None:
@@ -167,12 +167,12 @@ def test_a_failed_write_is_rolled_back(home: Home) -> None:
 
     def interrupted() -> None:
         with writing(home.database) as connection:
-            connection.execute(text("UPDATE prefixes SET latest_version = NULL"))
+            connection.execute(text("DELETE FROM latest_versions"))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert home.store.resolve(tenant="acme", reference="style").version == 1
+    assert home.store.resolve(tenant="acme", reference="style", base=BASE).version == 1
 
 
 def test_sqlite_is_opened_with_wal_and_full_sync(tmp_path: Path) -> None:

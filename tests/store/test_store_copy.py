@@ -128,12 +128,12 @@ def test_a_copy_from_sqlite_and_files_to_postgres_and_s3_is_complete(
     with opened(postgres_url, s3_url, tmp_path / "replica") as moved:
         assert moved.rows() == before
         assert moved.texts() == {"style": "two", "other": "three"} == full.texts()
-        assert moved.store.resolve(tenant="acme", reference="style@prod").version == 1
-        assert moved.store.resolve(tenant="acme", reference="style@prod").pinned
+        assert moved.store.resolve(tenant="acme", reference="style@prod", base=BASE).version == 1
+        assert moved.store.resolve(tenant="acme", reference="style@prod", base=BASE).pinned
         # Counters of the database continue; numbers are not reused.
         moved.publish("new", "five")
         moved.publish("gone", "four")
-        assert moved.store.resolve(tenant="acme", reference="gone").version == 2
+        assert moved.store.resolve(tenant="acme", reference="gone", base=BASE).version == 2
         moved.tenants.create_key(tenant="acme")
 
 
@@ -149,12 +149,12 @@ def test_a_copy_needs_an_empty_target(full: Opened, tmp_path: Path) -> None:
 
 
 def test_a_copy_lists_and_marks_corrupt_blobs(full: Opened, tmp_path: Path) -> None:
-    found = full.store.resolve(tenant="acme", reference="other")
+    found = full.store.resolve(tenant="acme", reference="other", base=BASE)
     full.store.fetch(tenant="acme", digest=found.digest).write_bytes(b"changed")
     done = run("copy", "--data-dir", f"{tmp_path}/home", "--to-data-dir", f"{tmp_path}/copy")
     assert done["corrupt"] == [{"tenant": "acme", "digest": found.digest}]
     with opened(sqlite_url(tmp_path / "copy"), None, tmp_path / "copy") as copy:
-        assert copy.store.resolve(tenant="acme", reference="other").corrupt
+        assert copy.store.resolve(tenant="acme", reference="other", base=BASE).corrupt
         with pytest.raises(CorruptArtifact):
             copy.store.fetch(tenant="acme", digest=found.digest)
         copy.publish("other", "three")

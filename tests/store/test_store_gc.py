@@ -16,6 +16,7 @@ from prefixd.store.gc import GcResult, Sweeper
 from prefixd.store.names import BlobKey
 from prefixd.store.store import Published
 from tests.store import store_changes as changes
+from tests.store.store_artifacts import BASE
 from tests.store.store_home import Home
 
 DAY = timedelta(days=1)
@@ -223,7 +224,7 @@ def test_concurrent_publishes_deletes_and_collections_never_lose_a_blob(
     def publish(name: str) -> None:
         for number in range(times):
             home.put_text(f"text {number % 2}", name)
-            manifest = home.store.resolve(tenant="acme", reference=name)
+            manifest = home.store.resolve(tenant="acme", reference=name, base=BASE)
             assert home.store.fetch(tenant="acme", digest=manifest.digest).is_file()
             changes.delete(home.store, tenant="acme", name=name)
             deleted.release()

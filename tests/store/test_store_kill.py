@@ -181,7 +181,7 @@ def publish(opened: Opened, *, name: str = "style", text: str = TEXT) -> Manifes
 def text_of(opened: Opened, reference: str) -> str | None:
     """The text behind a reference, complete and verified; None when there is no such version."""
     try:
-        manifest = opened.store.resolve(tenant="acme", reference=reference)
+        manifest = opened.store.resolve(tenant="acme", reference=reference, base=BASE)
     except UnknownPrefix:
         return None
     path = opened.store.fetch(tenant="acme", digest=manifest.digest)

@@ -178,9 +178,10 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(tenant=tenants, name=names, alias=aliases, source=st.sampled_from(["latest", "prod"]))
     def set_alias_from_another(self, tenant: str, name: str, alias: str, source: str) -> None:
         model = self.name(tenant, name)
-        options = {"tenant": tenant, "name": name, "alias": alias, "version": source}
         try:
-            target = changes.set_alias(self.store, **options)
+            target = changes.set_alias(
+                self.store, tenant=tenant, name=name, alias=alias, version=source
+            )
         except UnknownPrefix:
             assert source not in model.aliases
         else:
@@ -258,7 +259,7 @@ class StoreMachine(RuleBasedStateMachine):
     def every_reference_means_what_it_should(self) -> None:
         for (tenant, name), model in self.names.items():
             for alias, version in model.aliases.items():
-                found = self.store.resolve(tenant=tenant, reference=f"{name}@{alias}")
+                found = self.store.resolve(tenant=tenant, reference=f"{name}@{alias}", base=BASE)
                 assert found.version == version
                 assert alias in found.aliases
             manifests = self.store.versions(tenant=tenant, name=name) if model.texts else ()

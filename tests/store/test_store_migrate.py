@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from sqlalchemy import Engine, inspect, select, text
 
 from prefixd.server.tenants import tables
 from prefixd.store.catalog.blob_rows import BlobRows, claim
+from prefixd.store.catalog.tables import latest_versions
 from prefixd.store.db.database import metadata, open_database, writing
 from prefixd.store.db.migrate import FIRST, HEAD, configured, revision, upgrade
 from prefixd.store.errors import SchemaRefused
 from prefixd.store.names import BlobKey
 from prefixd.store.store import PrefixStore
 from tests.store import store_changes as changes
+from tests.store.store_artifacts import BASE
 from tests.store.store_home import Home
 
 # Every module that adds tables must be imported for the comparison.
@@ -85,14 +88,46 @@ def test_a_catalog_of_the_first_release_is_migrated(database: Engine, tmp_path: 
             connection.exec_driver_sql(statement)
     upgrade(database)
     store = PrefixStore(database, None)  # type: ignore[arg-type]  # no blob is touched
-    found = store.resolve(tenant="acme", reference="style@prod")
+    one, two = (replace(BASE, fingerprint=fingerprint) for fingerprint in ("one", "two"))
+    found = store.resolve(tenant="acme", reference="style@prod", base=two)
     assert (found.version, found.metadata, found.labels) == (1, {"labels": []}, {})
-    assert (found.creator, found.corrupt) == (None, False)
-    found = store.resolve(tenant="acme", reference="style")
+    assert (found.creator, found.corrupt, found.base) == (None, False, "one")
+    found = store.resolve(tenant="acme", reference="style", base=two)
     assert (found.version, found.metadata, found.labels) == (2, {"labels": {"stage": 2}}, {})
+    assert store.resolve(tenant="acme", reference="style", base=one).version == 1
     with database.connect() as connection:
         rows = connection.execute(text("SELECT tenant, size_bytes, unreferenced_at FROM blobs"))
         assert rows.all() == [("acme", 113, None)]
+
+
+def test_latest_stays_for_its_base_and_is_the_highest_version_of_the_others(
+    database: Engine,
+) -> None:
+    with writing(database) as connection:
+        command.upgrade(configured(connection), "0004")
+        for statement in (
+            "INSERT INTO prefixes VALUES (1, 'acme', 'style', 6, 2)",
+            "INSERT INTO prefixes VALUES (2, 'acme', 'deleted', 2, NULL)",
+            *(
+                "INSERT INTO versions (prefix_id, version, tenant, digest, fingerprint, kind,"
+                " num_virtual_tokens, size_bytes, metadata_json, created_at)"
+                f" VALUES (1, {version}, 'acme', '{str(version) * 64}', '{base}', 'hard_prompt',"
+                " 9, 113, '{}', '2026-01-01')"
+                for version, base in enumerate(
+                    ["a" * 64, "a" * 64, "a" * 64, "b" * 64, "b" * 64], 1
+                )
+            ),
+        ):
+            connection.exec_driver_sql(statement)
+    upgrade(database)
+    with database.connect() as connection:
+        rows = connection.execute(select(latest_versions).order_by(latest_versions.c.version))
+        assert rows.all() == [(1, "a" * 64, 2), (1, "b" * 64, 5)]
+    listed = PrefixStore(database, None).list(tenant="acme")  # type: ignore[arg-type]
+    assert [(one.version, one.base, one.aliases) for one in listed.manifests] == [
+        (5, "b" * 12, ("latest",)),
+        (2, "a" * 12, ("latest",)),
+    ]
 
 
 def test_existing_tenants_get_weight_one_and_kv_reuse(database: Engine) -> None:

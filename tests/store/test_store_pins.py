@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -86,7 +87,9 @@ def test_pins_are_listed_oldest_first(home: Home) -> None:
         changes.set_pin(home.store, tenant="acme", reference=name)
     home.clock.ahead += timedelta(seconds=1)
     changes.set_pin(home.store, tenant="acme", reference="b")
-    digests = [home.store.resolve(tenant="acme", reference=name).digest for name in "acb"]
+    digests = [
+        home.store.resolve(tenant="acme", reference=name, base=BASE).digest for name in "acb"
+    ]
     assert [digest for _, digest, _ in pins(home)] == digests
 
 
@@ -108,7 +111,7 @@ def test_a_rejected_pin_changes_nothing(home: Home, told: list[Change]) -> None:
             raise PermissionError
 
     with pytest.raises(PermissionError):
-        refused(lambda tx: tx.set_pin("style"))
+        refused(lambda tx: tx.set_pin("style", base=BASE))
     assert pins(home) == []
     changes.set_pin(home.store, tenant="acme", reference="style")
     told.clear()
@@ -164,7 +167,7 @@ def test_versions_are_listed_in_pages(home: Home) -> None:
     for text in ("one", "two", "three"):
         home.put_text(text)
 
-    def part(**asked: int) -> list[int]:
+    def part(**asked: Any) -> list[int]:
         found = home.store.versions(tenant="acme", name="style", **asked)
         return [one.version for one in found]
 

@@ -50,10 +50,10 @@ def test_a_manifest_has_all_fields_of_its_version(home: Home) -> None:
 def test_the_same_content_gets_the_same_version_and_latest_moves_to_it(home: Home) -> None:
     first = home.put(seed=1)
     home.put(seed=2)
-    assert home.store.resolve(tenant="acme", reference="style").version == 2
+    assert home.store.resolve(tenant="acme", reference="style", base=BASE).version == 2
     again = home.put(seed=1)
     assert (again.created, again.manifest) == (False, first.manifest)
-    assert home.store.resolve(tenant="acme", reference="style").version == 1
+    assert home.store.resolve(tenant="acme", reference="style", base=BASE).version == 1
     assert home.put(seed=3).manifest.version == 3
 
 
@@ -117,7 +117,7 @@ def test_references_resolve_by_version_and_alias(home: Home) -> None:
     changes.set_alias(home.store, tenant="acme", name="style", alias="a", version=3)
     assert (moved.version, moved.aliases) == (2, ("prod",))
     found = {
-        reference: home.store.resolve(tenant="acme", reference=reference).version
+        reference: home.store.resolve(tenant="acme", reference=reference, base=BASE).version
         for reference in ("style", "style@latest", "style@prod", "style@1", "style@a")
     }
     assert found == {
@@ -134,7 +134,7 @@ def test_references_resolve_by_version_and_alias(home: Home) -> None:
         (1, ()),
     ]
     changes.remove_alias(home.store, tenant="acme", name="style", alias="prod")
-    assert home.store.manifest(tenant="acme", name="style", version=2).aliases == ()
+    assert home.store.manifest(tenant="acme", name="style", version=2, base=BASE).aliases == ()
     with pytest.raises(UnknownPrefix, match="style@prod"):
         changes.remove_alias(home.store, tenant="acme", name="style", alias="prod")
 
@@ -146,7 +146,7 @@ def test_version_numbers_are_never_reused(home: Home) -> None:
     assert changes.delete(home.store, tenant="acme", name="style") == 2
     for reference in ("style", "style@1", "style@prod"):
         with pytest.raises(UnknownPrefix):
-            home.store.resolve(tenant="acme", reference=reference)
+            home.store.resolve(tenant="acme", reference=reference, base=BASE)
     assert home.store.list(tenant="acme").manifests == ()
     with pytest.raises(UnknownPrefix):
         changes.delete(home.store, tenant="acme", name="style")
@@ -156,10 +156,16 @@ def test_version_numbers_are_never_reused(home: Home) -> None:
 
 Ask = Callable[[Home, str], object]
 ASKED: dict[str, Ask] = {
-    "resolve": lambda home, name: home.store.resolve(tenant="acme", reference=name),
-    "resolve version": lambda home, name: home.store.resolve(tenant="acme", reference=name + "@1"),
-    "resolve alias": lambda home, name: home.store.resolve(tenant="acme", reference=name + "@prod"),
-    "manifest": lambda home, name: home.store.manifest(tenant="acme", name=name, version=1),
+    "resolve": lambda home, name: home.store.resolve(tenant="acme", reference=name, base=BASE),
+    "resolve version": lambda home, name: home.store.resolve(
+        tenant="acme", reference=name + "@1", base=BASE
+    ),
+    "resolve alias": lambda home, name: home.store.resolve(
+        tenant="acme", reference=name + "@prod", base=BASE
+    ),
+    "manifest": lambda home, name: home.store.manifest(
+        tenant="acme", name=name, version=1, base=BASE
+    ),
     "versions": lambda home, name: home.store.versions(tenant="acme", name=name),
     "set alias": lambda home, name: changes.set_alias(
         home.store, tenant="acme", name=name, alias="prod", version=1
@@ -181,7 +187,7 @@ def test_a_prefix_of_another_tenant_is_unknown(home: Home, ask: Ask) -> None:
             ask(home, name)
         messages.append(unknown.value.message.replace(name, "NAME"))
     assert messages[0] == messages[1]
-    assert home.store.resolve(tenant="umbrella", reference="theirs@prod").version == 1
+    assert home.store.resolve(tenant="umbrella", reference="theirs@prod", base=BASE).version == 1
     assert home.store.list(tenant="acme").manifests == ()
 
 
@@ -190,14 +196,14 @@ def test_two_tenants_may_use_the_same_name(home: Home) -> None:
     theirs = home.put(seed=1, tenant="umbrella").manifest
     assert ours.digest == theirs.digest
     changes.delete(home.store, tenant="umbrella", name="style")
-    assert home.store.resolve(tenant="acme", reference="style") == ours
+    assert home.store.resolve(tenant="acme", reference="style", base=BASE) == ours
 
 
 @pytest.mark.parametrize("version", [-1, 0, 2, 2**31, 2**63, 10**40])
 def test_impossible_versions_are_not_found(home: Home, version: int) -> None:
     home.put()
     with pytest.raises(UnknownPrefix):
-        home.store.manifest(tenant="acme", name="style", version=version)
+        home.store.manifest(tenant="acme", name="style", version=version, base=BASE)
     with pytest.raises(UnknownPrefix):
         changes.set_alias(home.store, tenant="acme", name="style", alias="prod", version=version)
 
@@ -225,7 +231,7 @@ def test_all_state_survives_a_restart(open_home: Callable[[], Home]) -> None:
     first.put(seed=2)
     changes.set_alias(first.store, tenant="acme", name="style", alias="prod", version=1)
     second = open_home()
-    found = second.store.resolve(tenant="acme", reference="style@prod")
+    found = second.store.resolve(tenant="acme", reference="style@prod", base=BASE)
     assert found == replace(before, aliases=("prod",))
     assert second.store.fetch(tenant="acme", digest=found.digest).is_file()
     assert not second.put(seed=2).created
@@ -235,7 +241,7 @@ def test_a_rejected_upload_leaves_no_files(home: Home) -> None:
     with pytest.raises(ArtifactRefused):
         home.put(seed=float("nan"))
     with pytest.raises(UnknownPrefix):
-        home.store.resolve(tenant="acme", reference="style")
+        home.store.resolve(tenant="acme", reference="style", base=BASE)
     assert home.held() == set()
 
 
@@ -255,7 +261,9 @@ def test_a_corrupt_blob_is_quarantined_and_not_served_until_it_is_repaired(
             home.store.fetch(tenant="acme", digest=manifest.digest)
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert manifest.digest in caplog.text
-    assert home.store.resolve(tenant="acme", reference="style") == replace(manifest, corrupt=True)
+    assert home.store.resolve(tenant="acme", reference="style", base=BASE) == replace(
+        manifest, corrupt=True
+    )
     home.damage(key.place, sound)  # still not served: it has not been verified
     with pytest.raises(CorruptArtifact, match="quarantine"):
         home.store.fetch(tenant="acme", digest=manifest.digest)
@@ -270,7 +278,7 @@ def test_a_missing_blob_is_reported_like_a_corrupt_one(home: Home) -> None:
     home.blobs.delete(tenant="acme", digest=manifest.digest)
     with pytest.raises(CorruptArtifact, match="gone"):
         home.store.fetch(tenant="acme", digest=manifest.digest)
-    assert home.store.resolve(tenant="acme", reference="style").corrupt
+    assert home.store.resolve(tenant="acme", reference="style", base=BASE).corrupt
     with pytest.raises(UnknownPrefix):
         home.store.fetch(tenant="umbrella", digest=manifest.digest)
     home.put()
@@ -310,15 +318,17 @@ def test_a_failed_transaction_changes_nothing(home: Home) -> None:
 
     store = home.store
     first = home.put(seed=1)
-    assert store.resolve(tenant="acme", reference="style") == first.manifest
+    assert store.resolve(tenant="acme", reference="style", base=BASE) == first.manifest
     before = changes.set_alias(store, tenant="acme", name="style", alias="prod", version=1)
     refused: list[Callable[[CatalogTransaction], object]] = [
-        lambda tx: tx.set_alias("style", "next", version=1),
+        lambda tx: tx.set_alias("style", "next", version=1, base=BASE),
         lambda tx: tx.remove_alias("style", "prod"),
         lambda tx: tx.delete("style"),
     ]
     with pytest.raises(RuntimeError, match="quota"):
-        home.put(seed=2, then=lambda tx: refuse(tx, tx.set_alias("style", "next", version=2)))
+        home.put(
+            seed=2, then=lambda tx: refuse(tx, tx.set_alias("style", "next", version=2, base=BASE))
+        )
     assert store.versions(tenant="acme", name="style") == (before,)
     for change in refused:
         with pytest.raises(RuntimeError, match="quota"), store.change("acme") as tx:
@@ -334,16 +344,16 @@ def test_a_block_of_changes_is_one_transaction(home: Home) -> None:
     home.store.watch(told.append)
 
     def move_prod(tx: CatalogTransaction) -> None:
-        tx.set_alias("style", "prod", version=1)
-        tx.set_pin("style@prod")
+        tx.set_alias("style", "prod", version=1, base=BASE)
+        tx.set_pin("style@prod", base=BASE)
         assert told == []
 
     home.put(seed=2, then=move_prod)
     assert told == [Change(pins=True)]  # version 1 lost ``latest`` and got an alias and a pin
     with home.store.change("acme") as tx:
         tx.remove_pin("style")
-        tx.set_alias("style", "prod", version=2)
-        tx.set_alias("style", "old", version=1)
+        tx.set_alias("style", "prod", version=2, base=BASE)
+        tx.set_alias("style", "old", version=1, base=BASE)
         tx.remove_alias("style", "old")
     assert told[1:] == [Change((BlobKey("acme", first.digest),), pins=True)]
 

@@ -15,6 +15,7 @@ from prefixd.store.db.database import open_database, writing
 from prefixd.store.db.migrate import upgrade
 from prefixd.store.store import PrefixStore
 from tests.real_services import Postgres
+from tests.store.store_artifacts import BASE
 from tests.store.store_home import Home
 
 FEW, MANY = 1_000, 1_000_000
@@ -31,14 +32,15 @@ _PADDED = {
     "postgresql": ("lpad(n::text, 7, '0')", "lpad(n::text, 64, '0')"),
 }
 _ROWS = {
-    "prefixes (id, tenant, name, next_version, latest_version)": (
-        "n, 'acme', 'p' || {short}, 2, 1"
-    ),
+    "prefixes (id, tenant, name, next_version)": "n, 'acme', 'p' || {short}, 2",
     "blobs (tenant, digest, size_bytes)": "'acme', {long}, 100",
     "versions (prefix_id, version, tenant, digest, fingerprint, kind, num_virtual_tokens, "
     "size_bytes, metadata_json, created_at)": (
-        "n, 1, 'acme', {long}, 'f', 'hard_prompt', 9, 100, '{{}}', '2026-01-01 00:00:00'{cast}"
+        "n, 1, 'acme', {long}, '"
+        + BASE.fingerprint
+        + "', 'hard_prompt', 9, 100, '{{}}', '2026-01-01 00:00:00'{cast}"
     ),
+    "latest_versions (prefix_id, fingerprint, version)": f"n, '{BASE.fingerprint}', 1",
     "aliases (prefix_id, alias, version)": "n, 'prod', 1",
     "bindings (tenant, user_id, reference, updated_at)": (
         "'acme', 'u' || {short}, 'p' || {short} || '@prod', '2026-01-01 00:00:00'{cast}"
@@ -83,11 +85,11 @@ class Catalog:
 
     def by_alias(self) -> None:
         name = f"p{self.number()}"
-        assert self.store.resolve(tenant="acme", reference=f"{name}@prod").name == name
+        assert self.store.resolve(tenant="acme", reference=f"{name}@prod", base=BASE).name == name
 
     def by_latest(self) -> None:
         name = f"p{self.number()}"
-        assert self.store.resolve(tenant="acme", reference=name).name == name
+        assert self.store.resolve(tenant="acme", reference=name, base=BASE).name == name
 
     def by_user(self) -> None:
         number = self.number()
@@ -96,7 +98,7 @@ class Catalog:
 
     def a_page(self) -> None:
         after = f"p{self.names.randint(0, self.count - 20):07d}"
-        page = self.store.list(tenant="acme", limit=20, after=after)
+        page = self.store.list(tenant="acme", base=BASE, limit=20, after=after)
         assert (len(page.manifests), page.manifests[0].name > after) == (20, True)
 
     def a_start(self) -> None:
@@ -169,7 +171,7 @@ def test_reading_a_version_takes_time_linear_in_its_aliases(home: Home) -> None:
         taken = []
         for _ in range(3):
             began = time.perf_counter()
-            manifest = home.store.resolve(tenant="acme", reference=name)
+            manifest = home.store.resolve(tenant="acme", reference=name, base=BASE)
             taken.append(time.perf_counter() - began)
             assert len(manifest.aliases) == count + 1
         return min(taken)

@@ -6,6 +6,8 @@
     ├── ArtifactRefused      the uploaded bytes are not a prefix for this base
     ├── InvalidReference     a name, alias or reference is malformed
     ├── UnknownPrefix        no such name, version or alias for this tenant
+    ├── BaseMismatch         the prefix belongs to another base than the one served
+    ├── VersionInUse         an alias or a pin refers to the version
     ├── CorruptArtifact      stored bytes no longer have the digest they were stored under
     ├── BlobsUnavailable     the place for blobs cannot be reached now
     ├── BlobStoreRefused     the configured place for blobs cannot be used safely
@@ -48,6 +50,14 @@ class InvalidReference(StoreError):
 
 class UnknownPrefix(StoreError):
     """No such name, version or alias for this tenant; another tenant's gives the same message."""
+
+
+class BaseMismatch(StoreError):
+    """The prefix belongs to another base than the one served; the message names both."""
+
+
+class VersionInUse(StoreError):
+    """An alias or a pin refers to the version, which therefore cannot be deleted."""
 
 
 class CorruptArtifact(StoreError):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from prefixd.store.errors import CorruptArtifact, InvalidReference, UnknownPrefix, quoted
 
 LATEST = "latest"
-"""The alias that moves by itself: the version last uploaded under a name."""
+"""The alias that every upload moves: the version a bare name means, kept for each base."""
 
 MAX_VERSION = 2**31 - 1
 """Largest version number a catalog column holds."""
@@ -70,7 +70,7 @@ def check_name(name: str) -> str:
 
 
 def check_alias(alias: str) -> str:
-    """Return ``alias`` when it may be set by hand, or raise InvalidReference."""
+    """Return ``alias`` when it is not ``latest`` and may be set, or raise InvalidReference."""
     if _NAME.fullmatch(alias) is None:
         raise InvalidReference(f"an alias must be {_RULE}; got {quoted(alias)}")
     if alias.isdigit():
@@ -78,7 +78,7 @@ def check_alias(alias: str) -> str:
             f"an alias must not be all digits, which would read as a version; got {quoted(alias)}"
         )
     if alias == LATEST:
-        raise InvalidReference("the alias 'latest' moves by itself and cannot be set or removed")
+        raise InvalidReference("the alias 'latest' cannot be removed; set it to another version")
     return alias
 
 

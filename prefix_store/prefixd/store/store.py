@@ -26,17 +26,20 @@ from prefixd.store.artifact.artifact import (
 from prefixd.store.artifact.config import BaseSpec, encode_metadata
 from prefixd.store.blobs.blobs import Blobs
 from prefixd.store.catalog.blob_rows import BlobCollected, BlobRows
+from prefixd.store.catalog.changes import Change, Draft, Published
 from prefixd.store.catalog.manifests import (
     Manifest,
     Page,
+    check_any_of_base,
+    find,
+    list_page,
     manifests,
-    referenced,
     unknown,
     versions_of,
 )
 from prefixd.store.catalog.pins import Pinned, pinned
 from prefixd.store.catalog.tables import prefixes, versions
-from prefixd.store.catalog.transaction import CatalogTransaction, Change, Draft, Published
+from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.db.database import reading, utc_now, writing
 from prefixd.store.errors import CorruptArtifact, UnknownPrefix
 from prefixd.store.gc import DEFAULT_GRACE, GcResult, collect
@@ -115,7 +118,7 @@ class PrefixStore:
             tenant=tenant,
             name=name,
             metadata_json=metadata_json,
-            fingerprint=base.fingerprint,
+            base=base,
             creator=creator,
         )
 
@@ -139,54 +142,69 @@ class PrefixStore:
             tenant=tenant,
             name=name,
             metadata_json=metadata_json,
-            fingerprint=base.fingerprint,
+            base=base,
             creator=creator,
         )
 
-    def resolve(self, *, tenant: str, reference: str | Reference) -> Manifest:
-        """The version that a reference (as a string: ``name``, ``name@3``, ``name@alias``) means
-        now; raise InvalidReference, UnknownPrefix."""
-        parsed = parse_reference(reference) if isinstance(reference, str) else reference
-        with reading(self._engine) as connection:
-            for manifest in manifests(connection, referenced(tenant, parsed)):
-                return manifest
-        raise UnknownPrefix(unknown(parsed))
+    def resolve(self, *, tenant: str, reference: str, base: BaseSpec) -> Manifest:
+        """The version that a reference (``name``, ``name@3``, ``name@alias``) means now.
 
-    def manifest(self, *, tenant: str, name: str, version: int | str) -> Manifest:
-        """One version, by its number or by an alias; raise InvalidReference, UnknownPrefix."""
-        return self.resolve(tenant=tenant, reference=selected(name, version))
+        ``name`` and ``name@latest`` mean the latest version of ``base``; another reference may mean
+        a version of any base. Raises InvalidReference, UnknownPrefix, or BaseMismatch for a name
+        that has versions of other bases only.
+        """
+        parsed = parse_reference(reference)
+        with reading(self._engine) as connection:
+            return find(connection, tenant, parsed, base=base)
+
+    def manifest(self, *, tenant: str, name: str, version: int | str, base: BaseSpec) -> Manifest:
+        """One version of any base, by its number or by an alias; raises as ``resolve``."""
+        with reading(self._engine) as connection:
+            return find(connection, tenant, selected(name, version), base=base)
 
     def versions(
-        self, *, tenant: str, name: str, limit: int | None = None, before: int | None = None
+        self,
+        *,
+        tenant: str,
+        name: str,
+        base: BaseSpec | None = None,
+        limit: int | None = None,
+        before: int | None = None,
     ) -> tuple[Manifest, ...]:
         """All versions under a name, newest first, or ``limit`` of those before the number
-        ``before``; raise InvalidReference, or UnknownPrefix when the name has none at all."""
+        ``before``; with ``base`` only those of that base.
+
+        Raises InvalidReference, UnknownPrefix when the name has none at all, and BaseMismatch when
+        it has versions of other bases only.
+        """
         everything = versions_of(tenant).where(prefixes.c.name == check_name(name))
         statement = everything.order_by(versions.c.version.desc()).limit(limit)
+        if base is not None:
+            statement = statement.where(versions.c.fingerprint == base.fingerprint)
         if before is not None:
             statement = statement.where(versions.c.version < before)
         with reading(self._engine) as connection:
             page = manifests(connection, statement)
+            if not page and base is not None:
+                check_any_of_base(connection, tenant, name, base=base)
             if not page and connection.execute(everything.limit(1)).first() is None:
                 raise UnknownPrefix(unknown(Reference(name)))
         return page
 
-    def list(self, *, tenant: str, limit: int = 100, after: str | None = None) -> Page:
-        """The latest version of each name, by name, at most ``limit`` after the name ``after``."""
+    def list(
+        self,
+        *,
+        tenant: str,
+        base: BaseSpec | None = None,
+        limit: int = 100,
+        after: str | None = None,
+    ) -> Page:
+        """The latest version of each name for ``base``, or for each of its bases, by name: those of
+        at most ``limit`` names after the name ``after``."""
         if limit < 1:
             raise ValueError(f"expected a limit from 1, got {limit}")
-        statement = (
-            versions_of(tenant)
-            .where(versions.c.version == prefixes.c.latest_version)
-            .order_by(prefixes.c.name)
-            .limit(limit + 1)
-        )
-        if after is not None:
-            statement = statement.where(prefixes.c.name > after)
         with reading(self._engine) as connection:
-            page = manifests(connection, statement)
-        more = len(page) > limit
-        return Page(page[:limit], next_after=page[limit - 1].name if more else None)
+            return list_page(connection, tenant, base=base, limit=limit, after=after)
 
     def pinned(self, *, fingerprint: str) -> tuple[Pinned, ...]:
         """Pinned prefixes of one base, of all tenants, the oldest pin first."""
@@ -251,7 +269,7 @@ class PrefixStore:
         tenant: str,
         name: str,
         metadata_json: str,
-        fingerprint: str,
+        base: BaseSpec,
         creator: str | None,
     ) -> Iterator[tuple[CatalogTransaction, Published]]:
         check_tenant(tenant)
@@ -262,7 +280,7 @@ class PrefixStore:
                 draft = Draft(
                     summary=summary,
                     packed=packed,
-                    fingerprint=fingerprint,
+                    base=base,
                     metadata_json=metadata_json,
                     creator=creator,
                     created_at=self._clock(),

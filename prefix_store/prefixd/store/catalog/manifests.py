@@ -6,11 +6,21 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, exists, select
 
-from prefixd.store.artifact.config import METADATA_TEXTS, Kind
-from prefixd.store.catalog.tables import aliases, blobs, pins, prefixes, versions
+from prefixd.store.artifact.config import METADATA_TEXTS, BaseSpec, Kind
+from prefixd.store.catalog.tables import (
+    aliases,
+    blobs,
+    latest_versions,
+    pins,
+    prefixes,
+    versions,
+)
+from prefixd.store.errors import BaseMismatch, UnknownPrefix
 from prefixd.store.names import LATEST, MAX_VERSION, Reference
+
+_FINGERPRINT_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +29,11 @@ class Manifest:
     ``pinned`` (it stays resident) and ``corrupt`` (its blob was damaged; upload it again) may
     differ the next time it is read.
 
-    ``fingerprint`` is that of the base it was checked against, ``base_model_name_or_path`` the one
-    its config states, ``creator`` the id of the key that published it. ``metadata`` is the upload's
-    without the fields that have their own attribute here.
+    ``fingerprint`` is that of the base it was checked against, ``base`` the name that base was
+    served under (the first 12 digits of the fingerprint where the name was not recorded),
+    ``base_model_name_or_path`` the one its config states, ``creator`` the id of the key that
+    published it. ``metadata`` is the upload's without the fields that have their own attribute
+    here.
     """
 
     tenant: str
@@ -34,6 +46,7 @@ class Manifest:
     dtype: str | None
     size_bytes: int
     fingerprint: str
+    base: str
     created_at: datetime
     base_model_name_or_path: str | None
     metadata: Mapping[str, Any]
@@ -62,12 +75,20 @@ def versions_of(tenant: str) -> Select[Any]:
     return (
         select(
             prefixes.c.name,
-            prefixes.c.latest_version,
+            latest_versions.c.version.label("latest_version"),
             versions,
             blobs.c.corrupt_at,
             pins.c.since.label("pinned_since"),
         )
         .join_from(prefixes, versions, versions.c.prefix_id == prefixes.c.id)
+        .outerjoin(
+            latest_versions,
+            and_(
+                latest_versions.c.prefix_id == versions.c.prefix_id,
+                latest_versions.c.fingerprint == versions.c.fingerprint,
+                latest_versions.c.version == versions.c.version,
+            ),
+        )
         .outerjoin(
             blobs, and_(blobs.c.tenant == versions.c.tenant, blobs.c.digest == versions.c.digest)
         )
@@ -83,23 +104,98 @@ def versions_of(tenant: str) -> Select[Any]:
     )
 
 
-def referenced(tenant: str, reference: Reference) -> Select[Any]:
-    """The version that a reference means."""
-    statement = versions_of(tenant).where(prefixes.c.name == reference.name)
+def latest_of(tenant: str, base: BaseSpec | None) -> Select[Any]:
+    """The version of each name that ``latest`` means for a base; None: for each of its bases."""
+    return versions_of(tenant).where(_is_of(base))
+
+
+def _is_of(base: BaseSpec | None) -> ColumnElement[bool]:
+    column = latest_versions.c.fingerprint
+    return column.is_not(None) if base is None else column == base.fingerprint
+
+
+def list_page(
+    connection: Connection, tenant: str, *, base: BaseSpec | None, limit: int, after: str | None
+) -> Page:
+    """The latest versions for a base, or for every base, of ``limit`` names after ``after``."""
+    has_latest = exists().where(latest_versions.c.prefix_id == prefixes.c.id, _is_of(base))
+    names = select(prefixes.c.name).where(prefixes.c.tenant == tenant, has_latest)
+    if after is not None:
+        names = names.where(prefixes.c.name > after)
+    ordered = names.order_by(prefixes.c.name).limit(limit + 1)
+    selected = connection.execute(ordered).scalars().all()
+    if not selected:
+        return Page((), next_after=None)
+    last = selected[:limit][-1]
+    statement = latest_of(tenant, base).where(prefixes.c.name.between(selected[0], last))
+    page = manifests(connection, statement.order_by(prefixes.c.name, versions.c.version.desc()))
+    return Page(page, next_after=last if len(selected) > limit else None)
+
+
+def find(connection: Connection, tenant: str, reference: Reference, *, base: BaseSpec) -> Manifest:
+    """The version that a reference means now. ``latest`` is that of ``base``; a number or another
+    alias may mean a version of another base: see ``check_base``.
+
+    Raises UnknownPrefix, or BaseMismatch for the ``latest`` of a prefix that has versions of other
+    bases only.
+    """
     if reference.version is not None:
-        # A number too large for the column is no version; the driver would raise.
-        known = reference.version if 0 <= reference.version <= MAX_VERSION else 0
-        return statement.where(versions.c.version == known)
+        return numbered(connection, tenant, reference.name, reference.version)
+    named = prefixes.c.name == reference.name
     if reference.alias == LATEST:
-        return statement.where(versions.c.version == prefixes.c.latest_version)
-    return statement.join(
-        aliases,
-        and_(
-            aliases.c.prefix_id == versions.c.prefix_id,
-            aliases.c.version == versions.c.version,
-            aliases.c.alias == reference.alias,
-        ),
-    )
+        statement = latest_of(tenant, base).where(named)
+    else:
+        statement = (
+            versions_of(tenant)
+            .where(named)
+            .join(
+                aliases,
+                and_(
+                    aliases.c.prefix_id == versions.c.prefix_id,
+                    aliases.c.version == versions.c.version,
+                    aliases.c.alias == reference.alias,
+                ),
+            )
+        )
+    for manifest in manifests(connection, statement):
+        return manifest
+    if reference.alias == LATEST:
+        check_any_of_base(connection, tenant, reference.name, base=base)
+    raise UnknownPrefix(unknown(reference))
+
+
+def numbered(connection: Connection, tenant: str, name: str, version: int) -> Manifest:
+    """One version of any base; raise UnknownPrefix."""
+    # A number too large for the column is no version; the driver would raise.
+    known = version if 0 <= version <= MAX_VERSION else 0
+    statement = versions_of(tenant).where(prefixes.c.name == name, versions.c.version == known)
+    for manifest in manifests(connection, statement):
+        return manifest
+    raise UnknownPrefix(unknown(Reference(name, alias=None, version=version)))
+
+
+def check_base(manifest: Manifest, base: BaseSpec) -> None:
+    """Raise BaseMismatch for a version of another base."""
+    if manifest.fingerprint != base.fingerprint:
+        raise BaseMismatch(
+            f"the prefix {manifest.name}@{manifest.version} belongs to the base model "
+            f"'{manifest.base}' (fingerprint {manifest.fingerprint}); the base model served now is "
+            f"'{base.name}' (fingerprint {base.fingerprint})"
+        )
+
+
+def check_any_of_base(connection: Connection, tenant: str, name: str, *, base: BaseSpec) -> None:
+    """Raise BaseMismatch for a name that has versions of other bases only."""
+    newest = versions_of(tenant).where(prefixes.c.name == name).limit(1)
+    of_base = newest.where(versions.c.fingerprint == base.fingerprint)
+    if connection.execute(of_base).first() is not None:
+        return
+    for manifest in manifests(connection, newest.order_by(versions.c.version.desc())):
+        raise BaseMismatch(
+            f"the prefix {name} has no version for the base model served now, '{base.name}' "
+            f"(fingerprint {base.fingerprint}); its newest version, {manifest.version}, belongs to "
+            f"the base model '{manifest.base}' (fingerprint {manifest.fingerprint})"
+        )
 
 
 def unknown(reference: Reference) -> str:
@@ -142,7 +238,9 @@ def _manifest(row: Row[Any], *, aliases_of: Iterable[str]) -> Manifest:
     labels = free.get("labels")
     if isinstance(labels, dict) and all(isinstance(value, str) for value in labels.values()):
         fields["labels"] = free.pop("labels")
-    latest = (LATEST,) if row.version == row.latest_version else ()
+    if fields["base"] is None:
+        fields["base"] = row.fingerprint[:_FINGERPRINT_DIGITS]
+    latest = () if row.latest_version is None else (LATEST,)
     return Manifest(
         **fields | {"kind": Kind(row.kind)},
         name=row.name,

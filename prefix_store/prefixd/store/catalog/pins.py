@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, Table, and_, delete, func, or_, select, text
 
-from prefixd.store.catalog.tables import aliases, blobs, pins, prefixes, versions
+from prefixd.store.catalog.tables import aliases, blobs, latest_versions, pins, versions
 from prefixd.store.db.database import insert_into
 from prefixd.store.names import BlobKey
 
@@ -74,7 +74,7 @@ def pinned_version(connection: Connection, tenant: str, prefix_id: int) -> int |
 
 
 def orphans(connection: Connection, tenant: str, digests: Collection[str]) -> tuple[BlobKey, ...]:
-    """Those of ``digests`` that no ``latest``, alias or pin of the tenant refers to."""
+    """Those of ``digests`` that no ``latest`` of any base, alias or pin of the tenant refers to."""
     candidates = sorted(set(digests))
     named: set[str] = set()
     for begin in range(0, len(candidates), _BATCH):
@@ -90,13 +90,13 @@ def _named(connection: Connection, tenant: str, digests: Collection[str]) -> Ite
 
     return connection.execute(
         select(versions.c.digest)
-        .join_from(versions, prefixes, prefixes.c.id == versions.c.prefix_id)
+        .outerjoin(latest_versions, same(latest_versions))
         .outerjoin(aliases, same(aliases))
         .outerjoin(pins, same(pins))
         .where(versions.c.tenant == tenant, versions.c.digest.in_(digests))
         .where(
             or_(
-                versions.c.version == prefixes.c.latest_version,
+                latest_versions.c.fingerprint.is_not(None),
                 aliases.c.alias.is_not(None),
                 pins.c.since.is_not(None),
             )

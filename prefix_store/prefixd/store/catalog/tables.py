@@ -2,17 +2,18 @@
 
 ::
 
-    prefixes ──< versions      immutable; numbered from 1 within a prefix
-        │           │   │
-        ├──< aliases┤   │      movable names for a version
-        └─── pins ──┘   │      the one version of a prefix that stays resident
-                        │
-               blobs ──<┘      one row for every blob that exists, or may exist
+    prefixes ───────────< versions    immutable; numbered from 1 within a prefix
+        │                   │   │
+        ├──< latest_versions┤   │     the version that ``latest`` means, for each base
+        ├──< aliases────────┤   │     movable names for a version
+        └─── pins───────────┘   │     the one version of a prefix that stays resident
+                                │
+                       blobs ──<┘     one row for every blob that exists, or may exist
 
-A deleted prefix keeps its row, with ``latest_version`` null: the row holds the next version number,
-and a used number never refers to other bytes. A blob's row is created before the blob and removed
-after it, so collecting needs no listing of the blobs; ``unreferenced_at`` is null while a version
-has it, and otherwise the time it was last wanted.
+A deleted prefix keeps its row: it holds the next version number, and a used number never refers to
+other bytes. A blob's row is created before the blob and removed after it, so collecting needs no
+listing of the blobs; ``unreferenced_at`` is null while a version has it, and otherwise the time it
+was last wanted.
 """
 
 from sqlalchemy import (
@@ -42,7 +43,6 @@ prefixes = Table(
     Column("tenant", String(128), nullable=False),
     Column("name", _Name, nullable=False),
     Column("next_version", Integer, nullable=False),
-    Column("latest_version", Integer),
     UniqueConstraint("tenant", "name"),
 )
 
@@ -54,6 +54,8 @@ versions = Table(
     Column("tenant", String(128), nullable=False),
     Column("digest", String(64), nullable=False),
     Column("fingerprint", Text, nullable=False),
+    # The name the base was served under at the upload; null for versions from before it was kept.
+    Column("base", Text),
     Column("kind", String(32), nullable=False),
     Column("peft_type", String(32)),
     Column("num_virtual_tokens", Integer, nullable=False),
@@ -67,6 +69,15 @@ versions = Table(
     # The same bytes for another base are another version: its manifest names another fingerprint.
     UniqueConstraint("prefix_id", "digest", "fingerprint"),
     Index("ix_versions_tenant_digest", "tenant", "digest"),
+)
+
+latest_versions = Table(
+    "latest_versions",
+    metadata,
+    Column("prefix_id", _Id, primary_key=True),
+    Column("fingerprint", Text, primary_key=True),
+    Column("version", Integer, nullable=False),
+    ForeignKeyConstraint(["prefix_id", "version"], ["versions.prefix_id", "versions.version"]),
 )
 
 aliases = Table(

@@ -8,16 +8,19 @@ statements lock.
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Column, Connection, delete, insert, select, update
 
-from prefixd.store.artifact.artifact import Packed, Summary
+from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.catalog.alias_rows import highest_left, point, replace_latest
 from prefixd.store.catalog.blob_rows import claim, release
-from prefixd.store.catalog.manifests import Manifest, manifests, referenced, unknown
+from prefixd.store.catalog.changes import Change, Draft, Published, Removed
+from prefixd.store.catalog.manifests import Manifest, check_base, find, numbered, unknown
 from prefixd.store.catalog.pins import drop_pin, orphans, pinned_version, put_pin
-from prefixd.store.catalog.tables import aliases, prefixes, versions
+from prefixd.store.catalog.tables import aliases, latest_versions, prefixes, versions
 from prefixd.store.db.database import insert_into
-from prefixd.store.errors import UnknownPrefix
+from prefixd.store.errors import UnknownPrefix, VersionInUse
 from prefixd.store.names import (
+    LATEST,
     BlobKey,
     Reference,
     check_alias,
@@ -25,37 +28,6 @@ from prefixd.store.names import (
     parse_reference,
     selected,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A version without its number. ``ticket`` is the one its blob was wanted with; see
-    ``prefixd.store.catalog.blob_rows``."""
-
-    summary: Summary
-    packed: Packed
-    fingerprint: str
-    metadata_json: str
-    creator: str | None
-    created_at: datetime
-    ticket: str
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """The version of a publish; ``created`` is False when the same bytes had one already."""
-
-    manifest: Manifest
-    created: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """The effect of a transaction: blobs that no ``latest``, alias or pin of their tenant refers to
-    any more, though a version may still have them; and whether pins changed."""
-
-    orphans: tuple[BlobKey, ...] = ()
-    pins: bool = False
 
 
 @dataclass(slots=True)
@@ -73,59 +45,51 @@ class CatalogTransaction:
     _pins_changed: bool = False
 
     def publish(self, draft: Draft, *, name: str) -> Published:
-        """Give the draft's bytes a version under ``name`` and point ``latest`` at it.
+        """Give the draft's bytes a version under ``name`` and point the ``latest`` of its base at
+        it.
 
         The same bytes for the same base keep the version they have, with its first metadata.
         Raises BlobCollected when a collection removed the blob since it was wanted.
         """
-        prefix_id, next_version, latest = self._lock_or_create(name)
+        prefix_id, next_version = self._lock_or_create(name)
         claim(self.connection, BlobKey(self._tenant, draft.packed.digest), ticket=draft.ticket)
         existing = self.connection.execute(
             select(versions.c.version).where(
                 versions.c.prefix_id == prefix_id,
                 versions.c.digest == draft.packed.digest,
-                versions.c.fingerprint == draft.fingerprint,
+                versions.c.fingerprint == draft.base.fingerprint,
             )
         ).scalar()
         version = next_version if existing is None else existing
         if existing is None:
             self._insert_version(draft, prefix_id, version)
-        self.connection.execute(
-            update(prefixes)
-            .where(prefixes.c.id == prefix_id)
-            .values(latest_version=version, next_version=max(next_version, version + 1))
-        )
-        if latest not in {None, version}:
-            self._note_unnamed(prefix_id, latest)
-        manifest = self._manifest(Reference(name, alias=None, version=version))
+        else:
+            self._name_base(prefix_id, version, draft.base)
+        self._point(latest_versions.c.fingerprint, draft.base.fingerprint, prefix_id, version)
+        manifest = numbered(self.connection, self._tenant, name, version)
         return Published(manifest, created=existing is None)
 
-    def set_alias(self, name: str, alias: str, *, version: int | str) -> Manifest:
+    def set_alias(self, name: str, alias: str, *, version: int | str, base: BaseSpec) -> Manifest:
         """Point ``alias`` at a version, from any other one, and return that version.
 
         ``version`` is a number, or an alias of the name: then it is the version that this one means
-        now, and ``alias`` does not follow when it moves.
+        now for ``base``, the served one, and ``alias`` does not follow when it moves. ``latest``
+        takes any version of ``base``, until the next publish moves it again; it raises BaseMismatch
+        for a version of another base.
         """
-        check_alias(alias)
+        if alias != LATEST:
+            check_alias(alias)
         wanted = selected(name, version)
         prefix_id = self._lock(name, missing=unknown(wanted))
-        version = self._manifest(wanted).version  # raises before the alias of a missing one is set
-        reference = Reference(name, alias=None, version=version)
-        before = self.connection.execute(
-            select(aliases.c.version).where(
-                aliases.c.prefix_id == prefix_id, aliases.c.alias == alias
-            )
-        ).scalar()
-        row = insert_into(self.connection, aliases).values(
-            prefix_id=prefix_id, alias=alias, version=version
-        )
-        self.connection.execute(
-            row.on_conflict_do_update(
-                index_elements=["prefix_id", "alias"], set_={"version": version}
-            )
-        )
-        self._note_unnamed(prefix_id, before)
-        return self._manifest(reference)
+        # Raises before the alias of a missing version is set.
+        manifest = find(self.connection, self._tenant, wanted, base=base)
+        if alias == LATEST:
+            check_base(manifest, base)
+            key, value = latest_versions.c.fingerprint, base.fingerprint
+        else:
+            key, value = aliases.c.alias, alias
+        self._point(key, value, prefix_id, manifest.version)
+        return numbered(self.connection, self._tenant, name, manifest.version)
 
     def remove_alias(self, name: str, alias: str) -> None:
         """Remove ``alias``; its version stays."""
@@ -140,12 +104,12 @@ class CatalogTransaction:
             raise UnknownPrefix(missing)
         self._note_unnamed(prefix_id, removed)
 
-    def set_pin(self, reference: str, *, creator: str | None = None) -> Manifest:
+    def set_pin(self, reference: str, *, base: BaseSpec, creator: str | None = None) -> Manifest:
         """Pin the version a reference means now, in place of any other of its prefix: servers keep
         it resident until it is unpinned."""
         parsed = parse_reference(reference)
         prefix_id = self._lock(parsed.name, missing=unknown(parsed))
-        manifest = self._manifest(parsed)
+        manifest = find(self.connection, self._tenant, parsed, base=base)
         before = pinned_version(self.connection, self._tenant, prefix_id)
         pin = {"since": self._now, "pinned_by": creator}
         put_pin(self.connection, self._tenant, prefix_id, manifest.version, **pin)
@@ -177,16 +141,39 @@ class CatalogTransaction:
         digests = self.connection.execute(selected).scalars().all()
         if not digests:
             raise UnknownPrefix(missing)
-        self.connection.execute(delete(aliases).where(aliases.c.prefix_id == prefix_id))
+        for table in (aliases, latest_versions):
+            self.connection.execute(delete(table).where(table.c.prefix_id == prefix_id))
         if drop_pin(self.connection, self._tenant, prefix_id):
             self._pins_changed = True
         removed = self.connection.execute(delete(versions).where(in_prefix))
-        self.connection.execute(
-            update(prefixes).where(prefixes.c.id == prefix_id).values(latest_version=None)
-        )
         release(self.connection, self._tenant, digests, now=self._now)
         self._unnamed.update(digests)
         return removed.rowcount
+
+    def delete_version(self, name: str, version: int, *, base: BaseSpec) -> Removed:
+        """Remove one version. The ``latest`` of its base, if it was that, becomes the highest
+        version left of that base; without any version the name is gone, as after ``delete``.
+
+        ``base`` is the served one. Raises VersionInUse while an alias or the pin refers to it. The
+        caller checks in this transaction what else refers to it: the name stays locked until then.
+        """
+        missing = unknown(Reference(check_name(name), alias=None, version=version))
+        prefix_id = self._lock(name, missing=missing)
+        manifest = numbered(self.connection, self._tenant, name, version)
+        self._check_unused(manifest)
+        tx, fingerprint = self.connection, manifest.fingerprint
+        highest = highest_left(tx, prefix_id, without=version, fingerprint=fingerprint)
+        ends_name = highest is None and (
+            fingerprint == base.fingerprint or highest_left(tx, prefix_id, without=version) is None
+        )
+        if LATEST in manifest.aliases:
+            replace_latest(tx, prefix_id, fingerprint, highest)
+        tx.execute(
+            delete(versions).where(versions.c.prefix_id == prefix_id, versions.c.version == version)
+        )
+        release(tx, self._tenant, [manifest.digest], now=self._now)
+        self._unnamed.add(manifest.digest)
+        return Removed(manifest, ends_name=ends_name)
 
     def change(self) -> Change:
         """The effect so far; to be read before the commit."""
@@ -195,10 +182,15 @@ class CatalogTransaction:
         keys = orphans(self.connection, self._tenant, self._unnamed)
         return Change(keys, pins=self._pins_changed)
 
-    def _manifest(self, reference: Reference) -> Manifest:
-        for manifest in manifests(self.connection, referenced(self._tenant, reference)):
-            return manifest
-        raise UnknownPrefix(unknown(reference))
+    def _check_unused(self, manifest: Manifest) -> None:
+        shown = f"{manifest.name}@{manifest.version} is in use"
+        for alias in manifest.aliases:
+            if alias != LATEST:
+                raise VersionInUse(
+                    f"{shown}: the alias '{alias}' refers to it; move or delete the alias first"
+                )
+        if manifest.pinned:
+            raise VersionInUse(f"{shown}: it is pinned; unpin {manifest.name} first")
 
     def _lock(self, name: str, *, missing: str) -> int:
         """Row id of a name, locked; raise UnknownPrefix(missing) when there never was one."""
@@ -211,10 +203,10 @@ class CatalogTransaction:
             raise UnknownPrefix(missing)
         return prefix_id
 
-    def _lock_or_create(self, name: str) -> tuple[int, int, int | None]:
-        """Row id, next and latest version number of a name, locked."""
+    def _lock_or_create(self, name: str) -> tuple[int, int]:
+        """Row id and next version number of a name, locked."""
         statement = (
-            select(prefixes.c.id, prefixes.c.next_version, prefixes.c.latest_version)
+            select(prefixes.c.id, prefixes.c.next_version)
             .where(prefixes.c.tenant == self._tenant, prefixes.c.name == name)
             .with_for_update()
         )
@@ -226,17 +218,21 @@ class CatalogTransaction:
                 created.on_conflict_do_nothing(index_elements=["tenant", "name"])
             )
             row = self.connection.execute(statement).one()
-        return row.id, row.next_version, row.latest_version
+        return row.id, row.next_version
 
     def _insert_version(self, draft: Draft, prefix_id: int, version: int) -> None:
         summary = draft.summary
+        self.connection.execute(
+            update(prefixes).where(prefixes.c.id == prefix_id).values(next_version=version + 1)
+        )
         self.connection.execute(
             insert(versions).values(
                 prefix_id=prefix_id,
                 version=version,
                 tenant=self._tenant,
                 digest=draft.packed.digest,
-                fingerprint=draft.fingerprint,
+                fingerprint=draft.base.fingerprint,
+                base=draft.base.name,
                 kind=str(summary.kind),
                 peft_type=summary.peft_type,
                 num_virtual_tokens=summary.num_virtual_tokens,
@@ -248,6 +244,22 @@ class CatalogTransaction:
                 created_at=draft.created_at,
             )
         )
+
+    def _name_base(self, prefix_id: int, version: int, base: BaseSpec) -> None:
+        """Record the base's name for a version from before names were recorded."""
+        self.connection.execute(
+            update(versions)
+            .where(
+                versions.c.prefix_id == prefix_id,
+                versions.c.version == version,
+                versions.c.base.is_(None),
+            )
+            .values(base=base.name)
+        )
+
+    def _point(self, key: Column[str], value: str, prefix_id: int, version: int) -> None:
+        before = point(self.connection, key, value, prefix_id=prefix_id, version=version)
+        self._note_unnamed(prefix_id, before)
 
     def _note_unnamed(self, prefix_id: int, version: int | None) -> None:
         """A name, alias or pin moved away from ``version``; None: it referred to none."""

@@ -26,6 +26,7 @@ from prefixd.server.engine.request import FinishEvent, FinishReason, QueueFull
 from prefixd.server.engine.step import PREFIX_NOT_FOUND, PREFIX_REFUSED, STORAGE_UNAVAILABLE
 from prefixd.server.errors import (
     BadRequest,
+    Conflict,
     DeadlineExceeded,
     EngineFailure,
     MethodNotAllowed,
@@ -36,11 +37,13 @@ from prefixd.server.errors import (
 )
 from prefixd.store.errors import (
     ArtifactRefused,
+    BaseMismatch,
     BlobsUnavailable,
     CorruptArtifact,
     InvalidReference,
     StoreError,
     UnknownPrefix,
+    VersionInUse,
 )
 
 log = structlog.get_logger("prefixd")
@@ -49,6 +52,15 @@ CATALOG_UNAVAILABLE = "the catalog cannot be reached; try again later"
 _OVERLOADED = "overloaded"
 _STORAGE_RETRY_S = 5.0
 _SHED_RETRY_S = 1.0
+
+_REPORTED: dict[type[StoreError], tuple[type[PrefixdError], str]] = {
+    InvalidReference: (BadRequest, "invalid_reference"),
+    UnknownPrefix: (NotFound, "prefix_not_found"),
+    BaseMismatch: (Conflict, "base_mismatch"),
+    VersionInUse: (Conflict, "version_in_use"),
+    CorruptArtifact: (EngineFailure, "corrupt_prefix"),
+}
+"""Errors of the store that keep their message."""
 
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 
@@ -109,14 +121,11 @@ def from_store(error: StoreError) -> PrefixdError:
     match error:
         case ArtifactRefused():
             return Unprocessable(error.message, code=error.code, param=error.param)
-        case InvalidReference():
-            return BadRequest(error.message, code="invalid_reference")
-        case UnknownPrefix():
-            return NotFound(error.message, code="prefix_not_found")
         case BlobsUnavailable():
             return storage_unavailable(error.message)
-        case CorruptArtifact():
-            return EngineFailure(error.message, code="corrupt_prefix")
+        case _ if type(error) in _REPORTED:
+            reported, code = _REPORTED[type(error)]
+            return reported(error.message, code=code)
         case _:
             return EngineFailure("the prefix store failed", code="store_error")
 

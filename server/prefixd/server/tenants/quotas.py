@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from sqlalchemy import Connection, Row, func, select
+from sqlalchemy import Connection, Row, exists, func, select
 
 from prefixd.server.errors import BadRequest, Conflict, QuotaExceeded
 from prefixd.server.tenants.tables import tenants
@@ -105,7 +105,8 @@ def check_stored(connection: Connection, tenant: str, quota: Quota) -> None:
     connection.execute(row.with_for_update())
     if quota.max_prefixes is not None:
         names = select(func.count()).select_from(prefixes)
-        existing = (prefixes.c.tenant == tenant, prefixes.c.latest_version.is_not(None))
+        has_version = exists().where(versions.c.prefix_id == prefixes.c.id)
+        existing = (prefixes.c.tenant == tenant, has_version)
         count = connection.execute(names.where(*existing)).scalar_one()
         if count > quota.max_prefixes:
             raise QuotaExceeded(

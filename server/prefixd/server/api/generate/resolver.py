@@ -6,7 +6,8 @@ from prefixd.server.api.request_record import ResolvedPrefix
 from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import Conflict, EngineFailure, NotFound
 from prefixd.server.tenants.bindings import Bindings, ChosenBy
-from prefixd.store.errors import InvalidReference, UnknownPrefix
+from prefixd.store.catalog.manifests import check_base
+from prefixd.store.errors import BaseMismatch, InvalidReference, UnknownPrefix
 from prefixd.store.store import Manifest, PrefixStore
 
 
@@ -31,12 +32,15 @@ class PrefixResolver:
             reference, chosen_by = bound
         else:
             return None
+        param = "model" if chosen_by is ChosenBy.MODEL else "user"
         try:
-            manifest = self.store.resolve(tenant=tenant, reference=reference)
+            manifest = self.store.resolve(tenant=tenant, reference=reference, base=self.served.base)
+            check_base(manifest, self.served.base)
         except (UnknownPrefix, InvalidReference):
             raise self._not_found(model, reference, chosen_by) from None
-        param = "model" if chosen_by is ChosenBy.MODEL else "user"
-        check_served(manifest, self.served, param=param)
+        except BaseMismatch as error:
+            raise Conflict(error.message, code="base_mismatch", param=param) from None
+        check_intact(manifest, param=param)
         return ResolvedPrefix(manifest, chosen_by)
 
     def _not_found(self, model: str, reference: str, chosen_by: ChosenBy) -> NotFound:
@@ -56,16 +60,8 @@ class PrefixResolver:
         )
 
 
-def check_served(manifest: Manifest, served: ServedModel, *, param: str | None = None) -> None:
-    """Raise Conflict for a prefix of another base, EngineFailure for one known to be damaged."""
-    if manifest.fingerprint != served.base.fingerprint:
-        raise Conflict(
-            f"the prefix {manifest.name}@{manifest.version} was uploaded for another base "
-            f"model ({manifest.fingerprint}) than the one served now "
-            f"({served.base.fingerprint})",
-            code="base_mismatch",
-            param=param,
-        )
+def check_intact(manifest: Manifest, *, param: str | None = None) -> None:
+    """Raise EngineFailure for a version that is known to be damaged."""
     if manifest.corrupt:
         raise EngineFailure(
             f"the stored bytes of {manifest.name}@{manifest.version} are damaged and not "

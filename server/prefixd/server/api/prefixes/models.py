@@ -7,7 +7,8 @@ from pydantic import BaseModel
 
 from prefixd.server.api.dependencies import Reader, ServedDep, StoreDep
 from prefixd.server.api.served import ServedModel
-from prefixd.server.errors import NotFound
+from prefixd.server.errors import DoesNotFit, NotFound
+from prefixd.store.catalog.manifests import check_base
 from prefixd.store.errors import InvalidReference, UnknownPrefix
 from prefixd.store.store import Manifest
 
@@ -57,22 +58,31 @@ def _prefix(served: ServedModel, manifest: Manifest, *, name: str) -> Model:
 
 @router.get("", response_model=ModelList)
 def list_models(store: StoreDep, served: ServedDep, principal: Reader) -> ModelList:
-    """The base and the caller's prefixes (the first 1000 by name)."""
-    page = store.list(tenant=principal.tenant, limit=MAX_LISTED)
+    """The base and the caller's prefixes that can run on it (the first 1000 by name)."""
+    page = store.list(tenant=principal.tenant, base=served.base, limit=MAX_LISTED)
     prefixes = [_prefix(served, one, name=one.name) for one in page.manifests]
-    return ModelList(data=[_base(served), *prefixes])
+    runnable = [prefix for prefix in prefixes if prefix.max_model_len >= 1]
+    return ModelList(data=[_base(served), *runnable])
 
 
 @router.get("/{model:path}", response_model=Model)
 def get_model(model: str, store: StoreDep, served: ServedDep, principal: Reader) -> Model:
     """One model: the base's name, a prefix reference, or `base:reference`."""
-    base = served.name
-    if model == base:
+    if model == served.name:
         return _base(served)
     try:
-        manifest = store.resolve(tenant=principal.tenant, reference=model.removeprefix(f"{base}:"))
+        reference = model.removeprefix(f"{served.name}:")
+        manifest = store.resolve(tenant=principal.tenant, reference=reference, base=served.base)
     except (UnknownPrefix, InvalidReference):
         raise NotFound(
             f"the model {model[:300]!a} does not exist", code="model_not_found", param="model"
         ) from None
-    return _prefix(served, manifest, name=model)
+    check_base(manifest, served.base)
+    shown = _prefix(served, manifest, name=model)
+    if shown.max_model_len < 1:
+        raise DoesNotFit(
+            f"the {manifest.num_virtual_tokens} virtual tokens of the prefix leave no room: the "
+            f"base model has {served.max_positions} positions",
+            param="model",
+        )
+    return shown

@@ -22,7 +22,7 @@ from prefixd.server.api.dependencies import (
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import check_resident, handle_of
-from prefixd.server.api.generate.resolver import check_served
+from prefixd.server.api.generate.resolver import check_intact
 from prefixd.server.api.prefixes.schemas import PrefixManifest, key_of
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.config import SchedulerConfig
@@ -32,6 +32,7 @@ from prefixd.server.errors import BadRequest, DoesNotFit, PrefixdError, Unavaila
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.principal import Principal
 from prefixd.server.tenants.quotas import PinRoom, check_pinned
+from prefixd.store.catalog.manifests import check_base
 from prefixd.store.catalog.pins import pinned
 from prefixd.store.errors import StoreError
 from prefixd.store.store import Manifest, PrefixStore
@@ -90,7 +91,9 @@ def warm_prefix(
     """Load a version into this server's KV pool before a request needs it; returns at once."""
     response.headers.update(limiter.count(principal.tenant, principal.quota))
     manifest = store.resolve(
-        tenant=principal.tenant, reference=_with_version(reference, chosen.version)
+        tenant=principal.tenant,
+        reference=_with_version(reference, chosen.version),
+        base=served.base,
     )
     state = warm(manifest, principal, engine=engine, served=served, drain_state=drain_state)
     if state == RESIDENT:
@@ -115,7 +118,9 @@ def pin_prefix(
     """Have every server keep a version resident, in place of any other pinned version of it."""
     tenant = principal.tenant
     with store.change(tenant) as tx:
-        manifest = tx.set_pin(_with_version(reference, chosen.version), creator=principal.key_id)
+        manifest = tx.set_pin(
+            _with_version(reference, chosen.version), base=served.base, creator=principal.key_id
+        )
         check_fits(manifest, principal, engine=engine, served=served)
         pins = pinned(tx.connection, fingerprint=served.base.fingerprint)
         check_pinned(pins, tenant, principal.quota, room=room)
@@ -159,9 +164,10 @@ def _with_version(reference: str, version: int | None) -> str:
 def check_fits(
     manifest: Manifest, principal: Principal, *, engine: Engine, served: ServedModel
 ) -> None:
-    """Raise Conflict, EngineFailure, QuotaExceeded or DoesNotFit for a version that no request of
-    its tenant can run under on this server."""
-    check_served(manifest, served)
+    """Raise BaseMismatch, EngineFailure, QuotaExceeded or DoesNotFit for a version that no request
+    of its tenant can run under on this server."""
+    check_base(manifest, served.base)
+    check_intact(manifest)
     check_resident(manifest, principal.quota.max_resident_tokens)
     if engine.config.max_tokens_for(manifest.num_virtual_tokens) < 1:
         raise DoesNotFit(
@@ -206,7 +212,7 @@ def try_warm(
 ) -> None:
     """``warm``, where a failure is only logged. Blocking."""
     try:
-        manifest = store.resolve(tenant=principal.tenant, reference=reference)
+        manifest = store.resolve(tenant=principal.tenant, reference=reference, base=served.base)
         warm(manifest, principal, engine=engine, served=served, drain_state=drain_state)
     except (PrefixdError, StoreError, SQLAlchemyError) as error:
         why = str(error).partition("\n")[0]

@@ -1,7 +1,7 @@
 """/v1/prefixes: listing, versions, stored artifacts, aliases and delete."""
 
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query
 from fastapi.responses import FileResponse
@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
 from prefixd.server.api.body import StrictModel, json_body, json_request
-from prefixd.server.api.dependencies import Acting, EngineDep, Reader, StoreDep, Writer
+from prefixd.server.api.dependencies import Acting, EngineDep, Reader, ServedDep, StoreDep, Writer
 from prefixd.server.api.prefixes.schemas import (
     PrefixList,
     PrefixManifest,
@@ -24,6 +24,9 @@ from prefixd.store.names import MAX_VERSION
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 
 Version = Annotated[str, Path(description="A version number, or an alias such as `latest`.")]
+Bases = Annotated[
+    Literal["served", "all"], Query(description="Versions for the served base, or for every base.")
+]
 
 
 def _number_or_alias(value: object) -> object:
@@ -67,14 +70,21 @@ class StoredFile(FileResponse):
 
 @router.get("", response_model=PrefixList)
 def list_prefixes(
+    *,
     store: StoreDep,
     engine: EngineDep,
+    served: ServedDep,
     principal: Reader,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(max_length=128)] = None,
+    base: Bases = "served",
 ) -> PrefixList:
-    """The caller's prefixes by name, each at its latest version."""
-    page = store.list(tenant=principal.tenant, limit=limit, after=after)
+    """The caller's prefixes by name, each at its latest version for the served base.
+
+    With `base=all`, at the latest version for each of its bases; `limit` then counts names.
+    """
+    of_base = served.base if base == "served" else None
+    page = store.list(tenant=principal.tenant, base=of_base, limit=limit, after=after)
     return PrefixList(
         data=[PrefixShown.now(manifest, engine) for manifest in page.manifests],
         next_after=page.next_after,
@@ -83,10 +93,13 @@ def list_prefixes(
 
 @router.get("/{reference}", response_model=PrefixShown)
 def get_prefix(
-    reference: str, store: StoreDep, engine: EngineDep, principal: Reader
+    reference: str, store: StoreDep, engine: EngineDep, served: ServedDep, principal: Reader
 ) -> PrefixShown:
-    """The version that `name`, `name@3` or `name@alias` means now."""
-    manifest = store.resolve(tenant=principal.tenant, reference=reference)
+    """The version that `name`, `name@3` or `name@alias` means now.
+
+    `name` is its latest version for the served base; a number or an alias may mean another base's.
+    """
+    manifest = store.resolve(tenant=principal.tenant, reference=reference, base=served.base)
     return PrefixShown.now(manifest, engine)
 
 
@@ -111,12 +124,18 @@ def list_versions(
     name: str,
     store: StoreDep,
     engine: EngineDep,
+    served: ServedDep,
     principal: Reader,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     before: Annotated[int | None, Query(ge=1, le=2**31 - 1)] = None,
+    base: Bases = "served",
 ) -> VersionList:
-    """Versions, newest first; `next_before` is what `before` takes for older ones."""
-    page = store.versions(tenant=principal.tenant, name=name, limit=limit + 1, before=before)
+    """Versions for the served base, or with `base=all` for any, newest first; `next_before` is what
+    `before` takes for older ones."""
+    of_base = served.base if base == "served" else None
+    page = store.versions(
+        tenant=principal.tenant, name=name, base=of_base, limit=limit + 1, before=before
+    )
     more = page[limit - 1].version if len(page) > limit else None
     return VersionList(
         data=[PrefixShown.now(manifest, engine) for manifest in page[:limit]], next_before=more
@@ -128,9 +147,11 @@ def list_versions(
     response_class=StoredFile,
     responses={200: {"content": {"application/octet-stream": {}}}},
 )
-def get_content(name: str, version: Version, store: StoreDep, principal: Reader) -> StoredFile:
+def get_content(
+    name: str, version: Version, store: StoreDep, served: ServedDep, principal: Reader
+) -> StoredFile:
     """The stored artifact, byte for byte; its SHA-256 is the digest."""
-    manifest = store.manifest(tenant=principal.tenant, name=name, version=version)
+    manifest = store.manifest(tenant=principal.tenant, name=name, version=version, base=served.base)
     path = store.fetch(tenant=principal.tenant, digest=manifest.digest)
     return StoredFile(
         path,
@@ -150,14 +171,18 @@ def put_alias(
     name: str,
     alias: str,
     store: StoreDep,
+    served: ServedDep,
     principal: Writer,
     actor: Acting,
     body: Annotated[AliasTarget, Depends(json_body(AliasTarget))],
 ) -> PrefixManifest:
-    """Let `name@alias` mean a version from the next request on. The response has its number."""
+    """Let `name@alias` mean a version from the next request on. The response has its number.
+
+    The alias `latest` takes any version of the served base, and keeps it until the next upload.
+    """
     tenant = principal.tenant
     with store.change(tenant) as tx:
-        manifest = tx.set_alias(name, alias, version=body.version)
+        manifest = tx.set_alias(name, alias, version=body.version, base=served.base)
         record(
             tx.connection,
             Action.ALIAS_SET,

@@ -18,8 +18,10 @@ def key_of(manifest: Manifest) -> PrefixKey:
 class PrefixManifest(BaseModel):
     """One immutable version of a prefix; only ``aliases``, ``pinned`` and ``corrupt`` may change.
 
-    ``pinned``: every server keeps it resident. ``creator`` is the id of the key that uploaded it.
-    ``corrupt``: its bytes were found damaged, and are not served; upload them again.
+    ``base`` is the served name of the base it was uploaded for, or the first 12 digits of that
+    base's ``fingerprint`` where the name was not recorded. ``pinned``: every server keeps it
+    resident. ``creator`` is the id of the key that uploaded it. ``corrupt``: its bytes were found
+    damaged, and are not served; upload them again.
     """
 
     model_config = ConfigDict(from_attributes=True)
@@ -34,6 +36,7 @@ class PrefixManifest(BaseModel):
     dtype: str | None
     size_bytes: int
     fingerprint: str
+    base: str
     created_at: datetime
     base_model_name_or_path: str | None
     creator: str | None

@@ -10,7 +10,9 @@ from prefixd.server.api.body import StrictModel, capped, parse_json
 from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.bindings import Bindings, check_user
 from prefixd.server.tenants.principal import Actor
-from prefixd.store.errors import InvalidReference, UnknownPrefix
+from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.catalog.manifests import check_base
+from prefixd.store.errors import BaseMismatch, InvalidReference, UnknownPrefix
 from prefixd.store.store import PrefixStore
 
 BATCH = 5000
@@ -30,9 +32,17 @@ class BindingImport:
     """One import by one tenant. Memory holds one batch, for a body of any length."""
 
     def __init__(
-        self, *, store: PrefixStore, bindings: Bindings, max_bytes: int, tenant: str, actor: Actor
+        self,
+        *,
+        store: PrefixStore,
+        base: BaseSpec,
+        bindings: Bindings,
+        max_bytes: int,
+        tenant: str,
+        actor: Actor,
     ) -> None:
         self._store = store
+        self._base = base
         self._bindings = bindings
         self._max_bytes = max_bytes
         self._tenant = tenant
@@ -75,11 +85,14 @@ class BindingImport:
             binding = parse_json(ImportLine, line)
             check_user(binding.user)
             if binding.prefix not in self._known:
-                self._store.resolve(tenant=self._tenant, reference=binding.prefix)
+                manifest = self._store.resolve(
+                    tenant=self._tenant, reference=binding.prefix, base=self._base
+                )
+                check_base(manifest, self._base)
                 if len(self._known) >= _MOST_KNOWN:
                     self._known.clear()
                 self._known.add(binding.prefix)
-        except (BadRequest, InvalidReference, UnknownPrefix) as error:
+        except (BadRequest, BaseMismatch, InvalidReference, UnknownPrefix) as error:
             raise BadRequest(
                 f"line {self._read}: {error.message} ({self._written} bindings before it were "
                 "imported)",

@@ -12,11 +12,13 @@ from prefixd.server.api.dependencies import (
     BindingsDep,
     BodyLimitsDep,
     Reader,
+    ServedDep,
     StoreDep,
     Writer,
 )
 from prefixd.server.api.users.importing import BindingImport
 from prefixd.server.errors import BadRequest
+from prefixd.store.catalog.manifests import check_base
 
 router = APIRouter(prefix="/v1", tags=["users"])
 
@@ -98,6 +100,7 @@ async def import_bindings(
     *,
     request: Request,
     store: StoreDep,
+    served: ServedDep,
     bindings: BindingsDep,
     limits: BodyLimitsDep,
     principal: Writer,
@@ -116,6 +119,7 @@ async def import_bindings(
         )
     importing = BindingImport(
         store=store,
+        base=served.base,
         bindings=bindings,
         max_bytes=limits.max_import_bytes,
         tenant=principal.tenant,
@@ -139,13 +143,17 @@ def put_binding(
     *,
     user: str,
     store: StoreDep,
+    served: ServedDep,
     bindings: BindingsDep,
     principal: Writer,
     actor: Acting,
     body: Annotated[BindingTarget, Depends(json_body(BindingTarget))],
 ) -> BindingShown:
     """Bind a user to a prefix, from the next request on."""
-    store.resolve(tenant=principal.tenant, reference=body.prefix)  # raises for an unknown one
+    # Raises for an unknown one, and for one of another base.
+    check_base(
+        store.resolve(tenant=principal.tenant, reference=body.prefix, base=served.base), served.base
+    )
     binding = bindings.bind(principal.tenant, user, body.prefix, actor=actor)
     return BindingShown.model_validate(binding)
 
@@ -166,14 +174,19 @@ def get_default(bindings: BindingsDep, principal: Reader) -> DefaultShown:
     "/default/prefix", response_model=DefaultShown, openapi_extra=json_request(BindingTarget)
 )
 def put_default(
+    *,
     store: StoreDep,
+    served: ServedDep,
     bindings: BindingsDep,
     principal: Writer,
     actor: Acting,
     body: Annotated[BindingTarget, Depends(json_body(BindingTarget))],
 ) -> DefaultShown:
     """Set the prefix of users without a binding, from the next request on."""
-    store.resolve(tenant=principal.tenant, reference=body.prefix)  # raises for an unknown one
+    # Raises for an unknown one, and for one of another base.
+    check_base(
+        store.resolve(tenant=principal.tenant, reference=body.prefix, base=served.base), served.base
+    )
     bindings.set_default(principal.tenant, body.prefix, actor=actor)
     return DefaultShown(prefix=body.prefix)
 

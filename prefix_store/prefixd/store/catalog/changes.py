@@ -1,0 +1,49 @@
+"""What a catalog transaction takes and returns."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from prefixd.store.artifact.artifact import Packed, Summary
+from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.catalog.manifests import Manifest
+from prefixd.store.names import BlobKey
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A version without its number. ``ticket`` is the one its blob was wanted with; see
+    ``prefixd.store.catalog.blob_rows``."""
+
+    summary: Summary
+    packed: Packed
+    base: BaseSpec
+    metadata_json: str
+    creator: str | None
+    created_at: datetime
+    ticket: str
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The version of a publish; ``created`` is False when the same bytes had one already."""
+
+    manifest: Manifest
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A version that was deleted. ``ends_name``: the bare name meant something for the served base,
+    and now it does not, or no version of the name is left at all."""
+
+    manifest: Manifest
+    ends_name: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The effect of a transaction: blobs that no ``latest``, alias or pin of their tenant refers to
+    any more, though a version may still have them; and whether pins changed."""
+
+    orphans: tuple[BlobKey, ...] = ()
+    pins: bool = False
