@@ -8,6 +8,7 @@
     │   └── TimedOutError         no response in time
     ├── ProtocolError             a response that a prefixd server does not send
     ├── FormatError               a file that is not in the expected format
+    ├── DownloadError             a repository of the Hub that cannot be read
     ├── StreamInterruptedError    the stream ended before its last event
     └── ApiError                  an error response: status, code, request_id
         ├── BadRequestError       400
@@ -46,6 +47,10 @@ class ProtocolError(ClientError):
 
 class FormatError(ClientError):
     """A local file is not in the expected format; nothing was sent."""
+
+
+class DownloadError(ClientError):
+    """A repository of the Hugging Face Hub cannot be read; nothing was sent to the server."""
 
 
 class StreamInterruptedError(ClientError):

@@ -11,6 +11,7 @@ import typer
 
 from prefixd.server import version
 from prefixd.server.cli.chat import chat
+from prefixd.server.cli.convert import convert
 from prefixd.server.cli.demo import demo
 from prefixd.server.cli.doctor import doctor
 from prefixd.server.cli.options import VerbGroup
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for verb in (serve, doctor, audit, gc, migrate, copy, chat, demo):
+for verb in (serve, doctor, audit, gc, migrate, copy, convert, chat, demo):
     app.command()(verb)
 app.add_typer(tenant_app, name="tenant")
 app.add_typer(key_app, name="key")

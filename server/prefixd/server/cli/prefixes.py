@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from prefixd.client.convert.sources import Source, read_source
 from prefixd.client.errors import FormatError
-from prefixd.client.folders import PeftContent, TextContent, decode_text, read_folder
+from prefixd.client.folders import TextContent, decode_text
 from prefixd.client.sync import Client
 from prefixd.client.types import Prefix
 from prefixd.server.cli.options import JsonFlag, VerbGroup, connected
-from prefixd.server.cli.output import as_dict, print_columns, print_fields, print_json
+from prefixd.server.cli.output import as_dict, print_columns, print_fields, print_json, printable
 
 NameArgument = Annotated[str, typer.Argument(help="The prefix.", show_default=False)]
 ReferenceArgument = Annotated[str, typer.Argument(help="NAME, NAME@3 or NAME@alias.")]
@@ -29,10 +30,10 @@ def push(
     *,
     name: NameArgument,
     source: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(
-            help="A folder that PEFT's save_pretrained or `prefix pull` wrote, or a text file (- "
-            "is standard input)",
+            help="A folder that PEFT's save_pretrained or `prefix pull` wrote, a text file (- is "
+            "standard input), a file of another tool (docs/formats.md), or ORG/NAME on the Hub.",
             show_default=False,
         ),
     ] = None,
@@ -47,9 +48,13 @@ def push(
     as_json: JsonFlag = False,
 ) -> None:
     """Upload a prefix as a new version of NAME; the same bytes again change nothing."""
-    content = _content(source, text)
+    prefix = _prefix(source, text, task_id=task_id)
+    for note in prefix.notes:
+        typer.echo(f"prefixd: {printable(note)}", err=True)
     fields = _metadata(metadata)
-    upload = client.upload_content(name, content, metadata=fields, task_id=task_id, warm=warm)
+    upload = client.upload_content(
+        name, prefix.content, metadata=fields, task_id=prefix.task_id, warm=warm
+    )
     if as_json:
         print_json(upload.prefix)
     else:
@@ -72,18 +77,18 @@ def _metadata(text: str | None) -> dict[str, object] | None:
     return value
 
 
-def _content(source: Path | None, text: str | None) -> PeftContent | TextContent:
-    """What to upload: ``text``, a folder, a text file, or standard input when ``source`` is -."""
+def _prefix(source: str | None, text: str | None, *, task_id: int | None) -> Source:
+    """What to upload: ``text``, what ``source`` holds, or standard input when it is -."""
     if (source is None) == (text is None):
         raise typer.BadParameter("expected either a SOURCE or --text")
     if text is not None:
-        return TextContent(text)
+        return Source(TextContent(text), task_id=task_id)
     assert source is not None
-    if source.is_dir():
-        return read_folder(source)
-    data = sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
+    if source != "-" and (prefix := read_source(source, task_id=task_id)):
+        return prefix
+    data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     try:
-        return TextContent(decode_text(data, source=source))
+        return Source(TextContent(decode_text(data, source=source)), task_id=task_id)
     except FormatError as error:
         raise typer.BadParameter(
             f"{error}; to upload a prefix that PEFT wrote, push its folder", param_hint="SOURCE"
