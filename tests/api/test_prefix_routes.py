@@ -288,7 +288,7 @@ def test_uploads_with_invalid_parts_are_rejected(
             "multipart/form-data; boundary=b",
             b'--b\r\ncontent-disposition: form-data; name="config"\r\n\r\n{}',
         ),
-        ("application/octet-stream", b"x"),
+        ("text/plain", b"x"),
         ("application/json", b"{}"),
         ("application/json", b'{"kind": "soft", "text": "x"}'),
         ("application/json", b'{"kind": "text", "text": ""}'),

@@ -110,7 +110,7 @@ def test_openapi_document_declares_bodies_and_errors(client: TestClient) -> None
                     schema = operation["responses"][status]["content"]["application/json"]
                     assert schema["schema"]["$ref"].endswith("/ErrorBody")
     upload = document["paths"]["/v1/prefixes/{name}"]["put"]["requestBody"]["content"]
-    assert set(upload) == {"application/json", "multipart/form-data"}
+    assert set(upload) == {"application/json", "multipart/form-data", "application/octet-stream"}
     completion = schemas["CompletionRequest"]
     assert completion["additionalProperties"] is False
     assert all(

@@ -26,6 +26,7 @@ class ReceivedRequest:
     headers: dict[str, str]
     json: object
     parts: dict[str, bytes]
+    octets: bytes | None = None
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Loopback:
             return StreamingResponse(
                 self._pieces(reply), headers=reply.headers, media_type="text/event-stream"
             )
-        body = reply.body if isinstance(reply.body, str) else json.dumps(reply.body)
+        body = reply.body if isinstance(reply.body, str | bytes) else json.dumps(reply.body)
         return Response(body, status_code=reply.status, headers=reply.headers)
 
     async def _pieces(self, reply: ScriptedResponse) -> AsyncIterator[bytes]:
@@ -88,6 +89,7 @@ async def _received(request: Request) -> ReceivedRequest:
     kind = request.headers.get("content-type", "")
     parts: dict[str, bytes] = {}
     body: object = None
+    octets: bytes | None = None
     if kind.startswith("multipart/"):
         async with request.form() as form:
             for name, part in form.items():
@@ -95,6 +97,8 @@ async def _received(request: Request) -> ReceivedRequest:
                 parts[name] = await part.read()
     elif kind == "application/json":
         body = await request.json()
+    elif kind == "application/octet-stream":
+        octets = await request.body()
     return ReceivedRequest(
         method=request.method,
         path=request.scope["raw_path"].decode(),
@@ -102,6 +106,7 @@ async def _received(request: Request) -> ReceivedRequest:
         headers=dict(request.headers),
         json=body,
         parts=parts,
+        octets=octets,
     )
 
 

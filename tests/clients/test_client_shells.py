@@ -3,6 +3,7 @@
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,48 @@ def test_uploaded_folder_arrives_as_the_documented_parts(
         "metadata": b'{"task_id":1}',
     }
     assert "content-length" in seen.headers
+
+
+@pytest.mark.parametrize("source", ["bytes", "file"])
+def test_stored_file_is_sent_and_received_as_it_is(
+    run: Run, server: Loopback, tmp_path: Path, source: str
+):
+    data = bytes(range(256)) * 4096
+    file = tmp_path / "triage-3.prefix"
+    file.write_bytes(data)
+    digest: dict[str, Any] = {"x_prefixd_prefix_digest": sha256(data).hexdigest()}
+    server.reply(MANIFEST, status=201)
+    for _ in range(3):
+        server.reply(data, **digest)
+
+    async def body(client: Any) -> None:
+        uploaded = await client.upload_artifact("triage", file if source == "file" else data)
+        assert (uploaded.created, uploaded.prefix.reference) == (True, "triage@3")
+        assert await client.download_artifact("triage") == data
+        assert await client.download_artifact("triage", version=3) == data
+        assert await client.download_artifact("triage", version="prod") == data
+
+    run(body)
+    assert server.seen[0].octets == data
+    assert [f"{seen.method} {seen.path}" for seen in server.seen] == [
+        "PUT /v1/prefixes/triage",
+        "GET /v1/prefixes/triage/versions/latest/content",
+        "GET /v1/prefixes/triage/versions/3/content",
+        "GET /v1/prefixes/triage/versions/prod/content",
+    ]
+
+
+@pytest.mark.parametrize("headers", [{}, {"x_prefixd_prefix_digest": "ab" * 32}])
+def test_downloaded_file_with_another_digest_is_an_error(
+    run: Run, server: Loopback, headers: dict[str, Any]
+):
+    server.reply(b"data", **headers)
+
+    async def body(client: Any) -> None:
+        with pytest.raises(errors.ProtocolError, match=sha256(b"data").hexdigest()):
+            await client.download_artifact("triage")
+
+    run(body)
 
 
 def test_methods_and_paths_of_the_other_prefix_operations(run: Run, server: Loopback):

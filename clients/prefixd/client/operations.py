@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
-from prefixd.client import folders, protocol, protocol_admin
+from prefixd.client import folders, protocol, protocol_admin, protocol_users
 from prefixd.client.wire import Call, StreamCall
 
 P = ParamSpec("P")
@@ -72,6 +72,8 @@ class Operations:
     upload = _operation(protocol.upload)
     upload_folder = _operation(folders.upload_folder)
     upload_content = _operation(folders.upload_content)
+    upload_artifact = _operation(protocol.upload_artifact)
+    download_artifact = _operation(protocol.download_artifact)
     upload_text = _operation(protocol.upload_text)
     list_prefixes = _operation(protocol.list_prefixes)
     show_prefix = _operation(protocol.show_prefix)
@@ -88,14 +90,14 @@ class Operations:
     stream_complete = _stream(protocol.stream_complete)
     stream_chat = _stream(protocol.stream_chat)
 
-    bind_user = _operation(protocol.bind_user)
-    show_binding = _operation(protocol.show_binding)
-    unbind_user = _operation(protocol.unbind_user)
-    list_bindings = _operation(protocol.list_bindings)
-    import_bindings = _operation(protocol.import_bindings)
-    show_default = _operation(protocol.show_default)
-    set_default = _operation(protocol.set_default)
-    remove_default = _operation(protocol.remove_default)
+    bind_user = _operation(protocol_users.bind_user)
+    show_binding = _operation(protocol_users.show_binding)
+    unbind_user = _operation(protocol_users.unbind_user)
+    list_bindings = _operation(protocol_users.list_bindings)
+    import_bindings = _operation(protocol_users.import_bindings)
+    show_default = _operation(protocol_users.show_default)
+    set_default = _operation(protocol_users.set_default)
+    remove_default = _operation(protocol_users.remove_default)
 
     list_models = _operation(protocol.list_models)
     metrics = _operation(protocol.metrics)

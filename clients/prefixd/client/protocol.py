@@ -6,15 +6,13 @@ endpoint.
 """
 
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+from prefixd.client.errors import ProtocolError
 from prefixd.client.types import (
-    Binding,
-    BindingPage,
     Completion,
-    DefaultPrefix,
-    ImportedBindings,
     Model,
     ModelList,
     Prefix,
@@ -30,6 +28,7 @@ from prefixd.client.wire import (
     StreamCall,
     accepted,
     dump,
+    no_content,
     parse_body,
     parser,
     request_of,
@@ -113,6 +112,31 @@ def upload_text(
     return Call(request_of("PUT", "v1", "prefixes", name, params=params, json=body), _uploaded)
 
 
+def upload_artifact(name: str, artifact: bytes | Path, *, warm: bool = False) -> Call[Uploaded]:
+    """Upload the stored file of a version, as ``download_artifact`` returns it, as a new version of
+    ``name``: the digest stays. A file has no metadata; that of an existing version stays."""
+    params = {"warm": "true" if warm else None}
+    request = request_of("PUT", "v1", "prefixes", name, params=params, octets=artifact)
+    return Call(request, _uploaded)
+
+
+def download_artifact(name: str, *, version: int | str = "latest") -> Call[bytes]:
+    """The stored file of a version, given by its number or an alias. Its SHA-256 is the digest."""
+    request = request_of("GET", "v1", "prefixes", name, "versions", str(version), "content")
+    return Call(request, _artifact)
+
+
+def _artifact(response: Response) -> bytes:
+    """The body, if it has the digest that the server names."""
+    body = accepted(response).body
+    expected, received = response.headers.get("x-prefixd-prefix-digest"), sha256(body).hexdigest()
+    if expected != received:
+        raise ProtocolError(
+            f"expected a file with the digest {expected}, the server sent one with {received}"
+        )
+    return body
+
+
 def list_prefixes(*, limit: int | None = None, after: str | None = None) -> Call[PrefixPage]:
     """The tenant's prefixes by name, the latest version of each, a page at a time."""
     params = {"limit": limit, "after": after}
@@ -142,7 +166,7 @@ def set_alias(name: str, alias: str, *, version: int | str) -> Call[Prefix]:
 
 def remove_alias(name: str, alias: str) -> Call[None]:
     """Remove an alias; the version stays."""
-    return Call(request_of("DELETE", "v1", "prefixes", name, "aliases", alias), _no_content)
+    return Call(request_of("DELETE", "v1", "prefixes", name, "aliases", alias), no_content)
 
 
 def warm(reference: str) -> Call[Warmed]:
@@ -159,12 +183,12 @@ def pin(reference: str) -> Call[Prefix]:
 
 def unpin(name: str) -> Call[None]:
     """Allow the eviction of a pinned prefix again."""
-    return Call(request_of("DELETE", "v1", "prefixes", name, "pin"), _no_content)
+    return Call(request_of("DELETE", "v1", "prefixes", name, "pin"), no_content)
 
 
 def delete_prefix(name: str) -> Call[None]:
     """Delete a prefix with all its versions and aliases."""
-    return Call(request_of("DELETE", "v1", "prefixes", name), _no_content)
+    return Call(request_of("DELETE", "v1", "prefixes", name), no_content)
 
 
 # ── Generation ───────────────────────────────────────────────────────────────────────────────
@@ -210,57 +234,6 @@ def _completion(response: Response) -> Completion:
     return completion.model_copy(update={"request_id": response.headers.get("x-request-id")})
 
 
-# ── Bindings ─────────────────────────────────────────────────────────────────────────────────
-
-
-def bind_user(user: str, prefix: str) -> Call[Binding]:
-    """Bind ``user`` to a prefix reference (``name``, ``name@3`` or ``name@alias``)."""
-    request = request_of("PUT", "v1", "users", user, "prefix", json={"prefix": prefix})
-    return Call(request, parser(Binding))
-
-
-def show_binding(user: str) -> Call[Binding]:
-    """The binding of ``user``."""
-    return Call(request_of("GET", "v1", "users", user, "prefix"), parser(Binding))
-
-
-def unbind_user(user: str) -> Call[None]:
-    """Remove a binding: the user then gets the tenant's default prefix, or the base."""
-    return Call(request_of("DELETE", "v1", "users", user, "prefix"), _no_content)
-
-
-def list_bindings(*, limit: int | None = None, after: str | None = None) -> Call[BindingPage]:
-    """Bindings in the order of users, a page at a time."""
-    params = {"limit": limit, "after": after}
-    return Call(request_of("GET", "v1", "users", params=params), parser(BindingPage))
-
-
-def import_bindings(lines: bytes) -> Call[int]:
-    """Bind many users: lines of ``{"user": …, "prefix": …}``. Returns their number."""
-    request = request_of("POST", "v1", "users", "bindings:import", ndjson=lines)
-    return Call(request, lambda response: parse_body(ImportedBindings, response).imported)
-
-
-def show_default() -> Call[str]:
-    """The prefix reference of users without a binding."""
-    return Call(request_of("GET", "v1", "default", "prefix"), _default_prefix)
-
-
-def set_default(prefix: str) -> Call[str]:
-    """Set the prefix reference of users without a binding."""
-    request = request_of("PUT", "v1", "default", "prefix", json={"prefix": prefix})
-    return Call(request, _default_prefix)
-
-
-def remove_default() -> Call[None]:
-    """Remove the default: users without a binding get the base."""
-    return Call(request_of("DELETE", "v1", "default", "prefix"), _no_content)
-
-
-def _default_prefix(response: Response) -> str:
-    return parse_body(DefaultPrefix, response).prefix
-
-
 # ── The server ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -290,10 +263,6 @@ def _models(response: Response) -> tuple[Model, ...]:
 
 def _text(response: Response) -> str:
     return accepted(response).body.decode("utf-8", errors="replace")
-
-
-def _no_content(response: Response) -> None:
-    accepted(response)
 
 
 def _is_healthy(response: Response) -> bool:

@@ -111,6 +111,10 @@ def http_request(
 def _body(request: Request) -> tuple[bytes | None, str]:
     if request.ndjson is not None:
         return request.ndjson, "application/x-ndjson"
+    if request.octets is not None:
+        octets = request.octets
+        data = octets.read_bytes() if isinstance(octets, Path) else octets
+        return data, "application/octet-stream"
     return None if request.json is None else dump(request.json), "application/json"
 
 

@@ -29,8 +29,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to send, relative to the server's URL. ``json``, ``ndjson`` and ``parts`` exclude each
-    other."""
+    """What to send, relative to the server's URL. ``json``, ``ndjson``, ``octets`` and ``parts``
+    exclude each other. ``octets`` are bytes, or a file that is read when the request is sent."""
 
     method: str
     path: str
@@ -38,6 +38,7 @@ class Request:
     json: Mapping[str, object] | None = None
     parts: tuple[Part, ...] = ()
     ndjson: bytes | None = None
+    octets: bytes | Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +73,21 @@ def request_of(
     json: Mapping[str, object] | None = None,
     parts: tuple[Part, ...] = (),
     ndjson: bytes | None = None,
+    octets: bytes | Path | None = None,
 ) -> Request:
     """A request; each of ``path`` is one segment, ``params`` of None are omitted."""
     # A name with a slash or a question mark must stay one segment: the server then refuses it.
     joined = "/" + "/".join(quote(segment, safe="@:") for segment in path)
     query = {name: value for name, value in (params or {}).items() if value is not None}
-    return Request(method=method, path=joined, params=query, json=json, parts=parts, ndjson=ndjson)
+    return Request(
+        method=method,
+        path=joined,
+        params=query,
+        json=json,
+        parts=parts,
+        ndjson=ndjson,
+        octets=octets,
+    )
 
 
 def dump(value: Mapping[str, object]) -> bytes:
@@ -128,6 +138,11 @@ def accepted(response: Response) -> Response:
 def parse_body(model: type[M], response: Response) -> M:
     """The body of a 2xx response as a ``model``; raises as ``accepted`` and ``parse_json`` do."""
     return parse_json(model, accepted(response).body)
+
+
+def no_content(response: Response) -> None:
+    """Nothing, for a 2xx response; raises as ``accepted`` does."""
+    accepted(response)
 
 
 def parser(model: type[M]) -> Callable[[Response], M]:

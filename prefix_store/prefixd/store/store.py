@@ -18,8 +18,10 @@ from sqlalchemy import Engine
 from prefixd.store.artifact.artifact import (
     Packed,
     Summary,
+    inspect_artifact,
     inspect_peft,
     inspect_text,
+    pack_artifact,
     pack_peft,
     pack_text,
 )
@@ -139,6 +141,31 @@ class PrefixStore:
         return self._publish(
             inspect_text(text, base=base, count_tokens=count_tokens),
             partial(pack_text, text),
+            tenant=tenant,
+            name=name,
+            metadata_json=metadata_json,
+            base=base,
+            creator=creator,
+        )
+
+    def publish_artifact(
+        self,
+        *,
+        tenant: str,
+        name: str,
+        artifact: Path,
+        metadata: Mapping[str, Any] | None,
+        base: BaseSpec,
+        count_tokens: Callable[[str], int],
+        creator: str | None = None,
+    ) -> AbstractContextManager[tuple[CatalogTransaction, Published]]:
+        """Publish the stored file of any prefix, such as another server's: its digest stays. As
+        ``publish_peft``."""
+        check_name(name)
+        metadata_json = encode_metadata(metadata, base=base)
+        return self._publish(
+            inspect_artifact(artifact, base=base, count_tokens=count_tokens),
+            partial(pack_artifact, artifact),
             tenant=tenant,
             name=name,
             metadata_json=metadata_json,

@@ -34,12 +34,15 @@ from prefixd.store.artifact.strict import (
 )
 from prefixd.store.artifact.weights import Floats, PeftWeights, open_weights
 from prefixd.store.errors import ArtifactRefused
+from prefixd.store.files import copy_durably, sha256_of
 
 FORMAT = 1
 MAX_TEXT_BYTES = 1024 * 1024
 """Checked before tokens are counted: no tokenizer runs over an unlimited text."""
 
-_MAX_LINE_BYTES = 2 * 1024 * 1024  # a config of 256 KiB, spelt canonically: 1e15 grows most
+MAX_LINE_BYTES = 2 * 1024 * 1024
+"""Longest first line: a config of 256 KiB, spelt canonically. 1e15 grows most."""
+
 _COPY_BYTES = 1024 * 1024
 _FIELDS = {"config", "format", "kind", "payload_bytes", "peft_type", "task_id"}
 
@@ -117,28 +120,34 @@ def inspect_text(text: str, *, base: BaseSpec, count_tokens: Callable[[str], int
     return Summary(Kind.HARD_PROMPT, None, count, None, None, None)
 
 
+def inspect_artifact(path: Path, *, base: BaseSpec, count_tokens: Callable[[str], int]) -> Summary:
+    """Check an artifact file as strictly as the upload that made it, values too, in bounded memory;
+    raise ArtifactRefused."""
+    envelope = read_envelope(path)
+    with path.open("rb") as file:
+        if envelope.config is None:
+            text = _read_text(file, envelope)
+            return inspect_text(text, base=base, count_tokens=count_tokens)
+        config = from_fields(envelope.config)
+        opened = _open_payload(file, envelope, config, base)
+        for _ in opened.rows():
+            pass
+        return _summary(config, opened)
+
+
 def read_artifact(path: Path, *, base: BaseSpec, count_tokens: Callable[[str], int]) -> Artifact:
     """Read an artifact file and check it against ``base`` as strictly as an upload.
 
     The base, its dtype or its bounds may have changed since the upload. Raises ArtifactRefused.
     """
     envelope = read_envelope(path)
-    if envelope.config is None:
-        with path.open("rb") as file:
-            file.seek(envelope.payload_offset)
-            text = decode_text(file.read(MAX_TEXT_BYTES + 1))
-        summary = inspect_text(text, base=base, count_tokens=count_tokens)
-        return Artifact(**asdict(summary), values=None, text=text)
-    config = from_fields(envelope.config)
     with path.open("rb") as file:
-        opened = open_weights(
-            file,
-            start=envelope.payload_offset,
-            size=envelope.payload_bytes,
-            config=config,
-            base=base,
-            task_id=envelope.task_id,
-        )
+        if envelope.config is None:
+            text = _read_text(file, envelope)
+            summary = inspect_text(text, base=base, count_tokens=count_tokens)
+            return Artifact(**asdict(summary), values=None, text=text)
+        config = from_fields(envelope.config)
+        opened = _open_payload(file, envelope, config, base)
         return Artifact(**asdict(_summary(config, opened)), values=opened.load(), text=None)
 
 
@@ -162,11 +171,22 @@ def pack_text(text: str, target: Path) -> Packed:
     return _write(Kind.HARD_PROMPT, fields, io.BytesIO(payload), len(payload), target)
 
 
+def pack_artifact(source: Path, target: Path) -> Packed:
+    """Copy an artifact file that ``inspect_artifact`` accepted, and fsync it. There is one spelling
+    of a first line, so the digest is that of any other upload of the same content."""
+    copy_durably(source, target)
+    return Packed(sha256_of(target), target.stat().st_size)
+
+
 def read_envelope(path: Path) -> Envelope:
     """Read and check the first line of an artifact file; raise ArtifactRefused."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        line = file.readline(_MAX_LINE_BYTES + 1)
+        line = file.readline(MAX_LINE_BYTES + 1)
+    if line[8:9] == b"{" and line[:1] != b"{":
+        raise _malformed(
+            "it looks like safetensors, which is uploaded as multipart/form-data, with its config"
+        )
     if not line.endswith(b"\n"):
         raise _malformed("its first line does not end")
     try:
@@ -183,6 +203,24 @@ def read_envelope(path: Path) -> Envelope:
         config=fields["config"],
         payload_offset=len(line),
         payload_bytes=size - len(line),
+    )
+
+
+def _read_text(file: BinaryIO, envelope: Envelope) -> str:
+    file.seek(envelope.payload_offset)
+    return decode_text(file.read(MAX_TEXT_BYTES + 1))
+
+
+def _open_payload(
+    file: BinaryIO, envelope: Envelope, config: PeftConfig, base: BaseSpec
+) -> PeftWeights:
+    return open_weights(
+        file,
+        start=envelope.payload_offset,
+        size=envelope.payload_bytes,
+        config=config,
+        base=base,
+        task_id=envelope.task_id,
     )
 
 
@@ -229,6 +267,8 @@ def _check_envelope(fields: dict[str, Any], *, payload_bytes: int) -> None:
     if task_id is not None and type(task_id) is not int:
         raise _malformed(f"expected a whole number or null as task id, got {shown(task_id)}")
     kind, peft_type = str(Kind.HARD_PROMPT), None
+    if config is None and task_id is not None:
+        raise _malformed("a text has no task id")
     if config is not None:
         peft_type = config.get("peft_type") if isinstance(config, dict) else None
         if not isinstance(peft_type, str) or peft_type not in KINDS:

@@ -4,16 +4,22 @@ FastAPI would read the whole body before it runs the authentication dependency, 
 wrong types. Here the body is a dependency of its own, which depends on the principal.
 """
 
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefixd.server.api.dependencies import BodyLimitsDep, authenticated
 from prefixd.server.api.error_responses import from_validation
 from prefixd.server.errors import BadRequest, TooLarge
 from prefixd.server.tenants.registry import Principal
+
+_FLUSH_BYTES = 1024 * 1024
 
 
 class StrictModel(BaseModel):
@@ -46,6 +52,22 @@ async def read_capped(request: Request, limit: int) -> bytes:
     async for chunk in capped(request, limit):
         body += chunk
     return bytes(body)
+
+
+@asynccontextmanager
+async def spooled(request: Request, limit: int, *, folder: Path) -> AsyncIterator[Path]:
+    """The body in a file under ``folder``, which must exist; removed at the end of the block.
+    Raises TooLarge past ``limit`` bytes."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="upload-") as target:
+        pending = bytearray()
+        async for chunk in capped(request, limit):
+            pending += chunk
+            if len(pending) >= _FLUSH_BYTES:
+                await run_in_threadpool(target.write, pending)
+                pending.clear()
+        await run_in_threadpool(target.write, pending)
+        target.flush()
+        yield Path(target.name)
 
 
 def parse_json(model: type[Model], body: bytes) -> Model:

@@ -15,9 +15,9 @@ from prefixd.server.api.admin.schemas import (
 from prefixd.server.api.body import StrictModel
 from prefixd.server.api.error_responses import ErrorBody
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
+from prefixd.server.api.prefixes.receiving import TextPrefix
 from prefixd.server.api.prefixes.residency import ChosenVersion
 from prefixd.server.api.prefixes.routes import AliasTarget
-from prefixd.server.api.prefixes.uploads import TextPrefix
 from prefixd.server.api.users.routes import BindingTarget
 
 _BODIES: tuple[type[StrictModel], ...] = (

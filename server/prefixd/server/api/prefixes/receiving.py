@@ -1,0 +1,217 @@
+"""The bodies of PUT /v1/prefixes/{name}: each content type becomes a publish that can begin.
+
+::
+
+    multipart/form-data         PEFT's two files, and metadata
+    application/json            a text, and metadata
+    application/octet-stream    the stored file of a version, as its content route returns it
+"""
+
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from pydantic import Field
+
+from prefixd.server.api.body import (
+    StrictModel,
+    json_request,
+    media_type,
+    parse_json,
+    read_capped,
+    spooled,
+)
+from prefixd.server.api.dependencies import BodyLimits
+from prefixd.server.api.prefixes.multipart import Upload, received
+from prefixd.server.api.served import ServedModel
+from prefixd.server.errors import BadRequest, TooLarge, Unprocessable
+from prefixd.server.tenants.principal import Principal
+from prefixd.store.artifact.artifact import MAX_LINE_BYTES, read_envelope
+from prefixd.store.catalog.transaction import CatalogTransaction
+from prefixd.store.store import PrefixStore, Published
+
+Begin = Callable[[], AbstractContextManager[tuple[CatalogTransaction, Published]]]
+"""Starts a publish of the store; the version is committed at the end of its block."""
+
+Content = tuple[str | bytes | Path | Mapping[str, Any] | None, ...]
+"""The kind of an upload, and all that distinguishes one of the same kind and name from another."""
+
+Received = tuple[Begin, Content]
+
+
+class TextPrefix(StrictModel):
+    """A hard prompt, as the JSON body of PUT /v1/prefixes/{name}."""
+
+    kind: Literal["text"]
+    text: str = Field(min_length=1)
+    metadata: dict[str, Any] | None = None
+
+
+UPLOAD_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            **json_request(TextPrefix)["requestBody"]["content"],
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["config", "weights"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "config": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "PEFT's adapter_config.json",
+                        },
+                        "weights": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "PEFT's adapter_model.safetensors",
+                        },
+                        "metadata": {
+                            "type": "string",
+                            "description": "A JSON object; `task_id` chooses the task of a "
+                            "MULTITASK_PROMPT_TUNING prefix.",
+                        },
+                    },
+                }
+            },
+        },
+    }
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Where an upload goes: a name of the caller's tenant, and the base that is served."""
+
+    name: str
+    store: PrefixStore
+    served: ServedModel
+    limits: BodyLimits
+    principal: Principal
+
+    def options(self) -> dict[str, Any]:
+        """Arguments that every publish of the store takes."""
+        base, limit = self.served.base, self.principal.quota.max_virtual_tokens
+        if limit is not None:  # the tenant's own limit of virtual tokens, where it is lower
+            base = replace(base, max_virtual_tokens=min(limit, base.max_virtual_tokens))
+        return {
+            "tenant": self.principal.tenant,
+            "name": self.name,
+            "base": base,
+            "creator": self.principal.key_id,
+        }
+
+
+def receive(request: Request, target: Target) -> AbstractAsyncContextManager[Received]:
+    """Receive the body of any content type; its file exists inside the block. Raises BadRequest for
+    another content type."""
+    kind = media_type(request)
+    if kind not in _RECEIVERS:
+        raise BadRequest(
+            "expected the content type multipart/form-data (parts config, weights and optionally "
+            "metadata), application/json (a text) or application/octet-stream (a stored file); "
+            f"received {kind[:80]!a}",
+            code="unsupported_media_type",
+        )
+    return _RECEIVERS[kind](request, target)
+
+
+@asynccontextmanager
+async def _receive_parts(request: Request, target: Target) -> AsyncIterator[Received]:
+    limits = target.limits
+    async with received(
+        request,
+        small=("config", "metadata"),
+        file="weights",
+        folder=limits.upload_dir,
+        limit=limits.max_prefix_bytes,
+    ) as upload:
+        config, metadata, task_id = _parse_parts(upload)
+        begin = partial(
+            target.store.publish_peft,
+            config=config,
+            weights=upload.file,
+            metadata=metadata,
+            task_id=task_id,
+            **target.options(),
+        )
+        yield begin, ("peft", config, upload.file, metadata)
+
+
+@asynccontextmanager
+async def _receive_text(request: Request, target: Target) -> AsyncIterator[Received]:
+    body = parse_json(TextPrefix, await read_capped(request, target.limits.max_body_bytes))
+    begin = partial(
+        target.store.publish_text,
+        text=body.text,
+        metadata=body.metadata,
+        count_tokens=target.served.count_prefix_tokens,
+        **target.options(),
+    )
+    yield begin, ("text", body.text.encode(), body.metadata)
+
+
+@asynccontextmanager
+async def _receive_artifact(request: Request, target: Target) -> AsyncIterator[Received]:
+    limits = target.limits
+    limit = limits.max_prefix_bytes + MAX_LINE_BYTES
+    async with spooled(request, limit, folder=limits.upload_dir) as file:
+        envelope = await run_in_threadpool(read_envelope, file)
+        if envelope.payload_bytes > limits.max_prefix_bytes:
+            raise TooLarge(
+                f"expected at most {limits.max_prefix_bytes} bytes after the first line; received "
+                f"{envelope.payload_bytes}"
+            )
+        task_id = envelope.task_id
+        begin = partial(
+            target.store.publish_artifact,
+            artifact=file,
+            metadata=None if task_id is None else {"task_id": task_id},
+            count_tokens=target.served.count_prefix_tokens,
+            **target.options(),
+        )
+        yield begin, ("artifact", file)
+
+
+_RECEIVERS: dict[str, Callable[[Request, Target], AbstractAsyncContextManager[Received]]] = {
+    "multipart/form-data": _receive_parts,
+    "application/json": _receive_text,
+    "application/octet-stream": _receive_artifact,
+}
+
+
+def _parse_parts(upload: Upload) -> tuple[bytes, dict[str, Any] | None, int | None]:
+    """Config, metadata and its ``task_id``. Raises BadRequest, Unprocessable."""
+    for part in ("config", "weights"):
+        if part not in upload.names:
+            raise BadRequest(f"the part '{part}' is missing", code="missing_part", param=part)
+    config, raw = upload.parts["config"], upload.parts.get("metadata")
+    if raw is None:
+        return config, None, None
+    try:
+        metadata = json.loads(raw)
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise Unprocessable(
+            "expected the part 'metadata' to be a JSON object",
+            code="malformed_metadata",
+            param="metadata",
+        )
+    task_id = metadata.get("task_id")
+    if task_id is not None and (type(task_id) is not int or task_id < 0):
+        raise Unprocessable(
+            "expected metadata.task_id to be a whole number from 0",
+            code="malformed_metadata",
+            param="metadata.task_id",
+        )
+    return config, metadata, task_id
