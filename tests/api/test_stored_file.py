@@ -12,11 +12,11 @@ from tests.store.store_artifacts import ramp, tensors
 
 OCTETS = {"content-type": "application/octet-stream"}
 P = 4
-EMBEDDINGS = {"prompt_embeddings": ramp(P, BASE.hidden_size)}
+EMBEDDINGS = {"prompt_embeddings": ramp(P, BASE.embedding_width)}
 KV = {"prompt_embeddings": ramp(P, BASE.kv_width)}
 MULTITASK = EMBEDDINGS | {
     "prefix_task_cols": ramp(3, P, 2),
-    "prefix_task_rows": ramp(3, 2, BASE.hidden_size),
+    "prefix_task_rows": ramp(3, 2, BASE.embedding_width),
 }
 KINDS: dict[str, tuple[dict[str, np.ndarray], str]] = {
     "PROMPT_TUNING": (EMBEDDINGS, "F32"),
