@@ -266,7 +266,7 @@ def test_malformed_artifacts_are_422(
         ({"config": None}, 400, "missing_part"),
         ({"weights": ("w", bytes(BODY_LIMITS["max_prefix_bytes"] + 1))}, 413, "request_too_large"),
         ({"weights": ("w", bytes(400_000))}, 413, "request_too_large"),
-        ({"config": ("c", bytes(64 * 1024 + 1))}, 413, "request_too_large"),
+        ({"config": ("c", bytes(256 * 1024 + 1))}, 413, "request_too_large"),
         ({"model": ("m", b"x")}, 400, "unknown_part"),
     ],
 )

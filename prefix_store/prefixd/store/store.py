@@ -42,6 +42,7 @@ from prefixd.store.catalog.manifests import (
 from prefixd.store.catalog.pins import Pinned, pinned
 from prefixd.store.catalog.tables import prefixes, versions
 from prefixd.store.catalog.transaction import CatalogTransaction
+from prefixd.store.catalog.version_rows import has_other_count, set_count
 from prefixd.store.db.database import reading, utc_now, writing
 from prefixd.store.errors import CorruptArtifact, UnknownPrefix
 from prefixd.store.gc import DEFAULT_GRACE, GcResult, collect
@@ -263,6 +264,20 @@ class PrefixStore:
             message = f"the artifact {digest} is gone from the store of blobs; upload it again"
             self._report_corrupt(key, message)
             raise CorruptArtifact(message) from None
+
+    def correct_count(self, key: BlobKey, *, fingerprint: str, num_virtual_tokens: int) -> None:
+        """Record how many virtual tokens the versions with this text have on this base, where the
+        catalog says otherwise."""
+        with reading(self._engine) as connection:
+            differs = has_other_count(connection, key, fingerprint, num_virtual_tokens)
+        if differs:
+            with writing(self._engine) as connection:
+                set_count(connection, key, fingerprint, num_virtual_tokens)
+            _log.warning(
+                "a text of tenant %s has %d tokens; its manifest said otherwise and was corrected",
+                key.tenant,
+                num_virtual_tokens,
+            )
 
     def collect(
         self,

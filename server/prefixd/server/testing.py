@@ -135,6 +135,14 @@ class ByteTokenizer:
         del add_special_tokens
         return list(text.encode())
 
+    def encode_prefix(self, text: str) -> list[int]:
+        """UTF-8 bytes."""
+        return self.encode(text)
+
+    def without_opening(self, token_ids: list[int]) -> list[int]:
+        """All of them: there are no opening tokens."""
+        return token_ids
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the bytes, without the end of sequence."""
         return bytes(t for t in token_ids if t < EOS).decode(errors="replace")

@@ -80,6 +80,19 @@ equal, the tensor's shape cannot."""
 
 MULTITASK = "MULTITASK_PROMPT_TUNING"
 
+TRAINED_ELSEWHERE = (
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_modules",
+    "target_parameters",
+    "layers_to_transform",
+    "layers_pattern",
+    "layer_replication",
+    "bias",
+)
+"""Fields that, when set, mean weights outside the prefix or a prefix for some layers only. The base
+is frozen and shared: serving the prefix without them would give other outputs than in training."""
+
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
@@ -131,7 +144,21 @@ def from_fields(fields: dict[str, Any]) -> PeftConfig:
     base_name = fields.get("base_model_name_or_path")
     if base_name is not None:
         _check_base_name(base_name)
+    _check_trained_elsewhere(fields)
     return PeftConfig(KINDS[peft_type], peft_type, count, base_name, fields)
+
+
+def _check_trained_elsewhere(fields: dict[str, Any]) -> None:
+    for name in TRAINED_ELSEWHERE:
+        value = fields.get(name)
+        if value is None or value is False or value in ("", "none", [], {}):
+            continue
+        raise ArtifactRefused(
+            "trained_elsewhere",
+            f"expected {name} to be null or empty, got {shown(value)}: what it names was trained "
+            "too and is not in the prefix's tensors, and this server runs the base unchanged",
+            param=name,
+        )
 
 
 def check_against_base(config: PeftConfig, base: BaseSpec) -> None:

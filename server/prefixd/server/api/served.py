@@ -12,7 +12,16 @@ class Tokenizer(Protocol):
     """Text to token ids and back. Called from worker threads."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``, by default with the model's opening tokens."""
+        """Token ids of ``text``, by default with the model's opening tokens, never with closing
+        ones."""
+        ...
+
+    def encode_prefix(self, text: str) -> list[int]:
+        """Token ids of a text prefix: the opening tokens once, also when the text has them."""
+        ...
+
+    def without_opening(self, token_ids: list[int]) -> list[int]:
+        """``token_ids`` without the opening tokens that they begin with, if they do."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -56,7 +65,7 @@ class ServedModel:
     def count_prefix_tokens(self, text: str) -> int:
         """Positions that a text prefix occupies. Raises ArtifactRefused for a text with a token
         that the model has no embedding for."""
-        token_ids = self.tokenizer.encode(text)
+        token_ids = self.tokenizer.encode_prefix(text)
         if max(token_ids, default=0) >= self.vocab_size:
             raise ArtifactRefused(
                 "unknown_token",

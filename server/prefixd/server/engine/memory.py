@@ -84,6 +84,16 @@ class Memory:
         entry = self.residency.get(sequence.prefix.key)
         return entry is not None and entry.stage is Stage.RESIDENT
 
+    def adopt_prefix(self, sequence: Sequence) -> None:
+        """Give a ready sequence the size of its prefix in the pool.
+
+        It was admitted with the size in the manifest, which may have been corrected since.
+        """
+        if sequence.prefix is not None:
+            entry = self.residency.get(sequence.prefix.key)
+            assert entry is not None
+            sequence.num_prefix_tokens = entry.num_tokens
+
     def own_blocks(self, sequence: Sequence) -> int:
         """Blocks that ``sequence`` does not share with its prefix, once all its tokens are in the
         pool."""

@@ -140,7 +140,8 @@ class PrefixLoader:
         entry = self._residency.get(key)
         if entry is None or entry.stage is not Stage.FETCHING:
             return None
-        if payload.num_tokens != entry.num_tokens:
+        # Fewer than the request was admitted with: a text that was counted again. It fits.
+        if payload.num_tokens > entry.num_tokens:
             return (
                 f"the stored prefix has {payload.num_tokens} virtual tokens, its manifest says "
                 f"{entry.num_tokens}"

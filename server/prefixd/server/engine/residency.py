@@ -159,9 +159,10 @@ class Residency:
         return entry
 
     def staged(self, entry: Entry, payload: StagedPrefix) -> None:
-        """FETCHING to STAGED. The caller has compared the number of tokens."""
+        """FETCHING to STAGED. The payload's number of tokens is the one that counts; the caller has
+        checked that it is not larger than the entry's."""
         assert entry.stage is Stage.FETCHING
-        entry.payload = payload
+        entry.payload, entry.num_tokens = payload, payload.num_tokens
         self._move(entry, Stage.STAGED)
 
     def place(self, entry: Entry, *, forced: bool) -> list[int]:

@@ -125,6 +125,7 @@ class StepBuilder:
     def _start(self, step: Step, sequence: Sequence, now: float) -> bool:
         """Let a waiting sequence run if there is room for it."""
         memory = self._memory
+        memory.adopt_prefix(sequence)
         reused = memory.reuse.find(sequence)
         if not self._eviction.room_to_start(
             step,

@@ -59,7 +59,7 @@ def prefix_of(artifact: Artifact, base: LoadedBase, tokenizer: Any) -> Prefix:
     """
     if artifact.kind is Kind.HARD_PROMPT:
         assert artifact.text is not None
-        return HardPrompt(tuple(tokenizer.encode(artifact.text)))
+        return HardPrompt(tuple(tokenizer.encode_prefix(artifact.text)))
     assert artifact.values is not None
     values = torch.from_numpy(artifact.values).to(base.dtype)
     if artifact.kind is Kind.SOFT_PROMPT:

@@ -5,17 +5,49 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+_PROBE = "a 1"
+_MAX_LEADING_TOKENS = 16
+
 
 class Tokenizer:
     """The calls of a Hugging Face tokenizer that the server needs."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._opening = _opening_tokens(tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``; special tokens written out in it count as such."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return ids
+        """Token ids of ``text``; special tokens written out in it count as such.
+
+        ``add_special_tokens`` adds the tokenizer's opening tokens (BOS). Closing ones (EOS, SEP)
+        are never added: a prompt goes on.
+        """
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return [*self._opening, *ids] if add_special_tokens else ids
+
+    def encode_prefix(self, text: str) -> list[int]:
+        """Token ids of a text prefix: the opening tokens once, also when the text has them."""
+        ids = self.encode(text, add_special_tokens=False)
+        return ids if self._opening_at(ids) is not None else [*self._opening, *ids]
+
+    def without_opening(self, token_ids: list[int]) -> list[int]:
+        """``token_ids`` without the opening tokens that they begin with, if they do.
+
+        Whitespace may come before them, as some chat templates write it.
+        """
+        at = self._opening_at(token_ids)
+        if at is None:
+            return token_ids
+        return token_ids[:at] + token_ids[at + len(self._opening) :]
+
+    def _opening_at(self, token_ids: list[int]) -> int | None:
+        size = len(self._opening)
+        if not size:
+            return None
+        for at in range(min(len(token_ids) - size, _MAX_LEADING_TOKENS) + 1):
+            if token_ids[at : at + size] == self._opening:
+                return at if not self._tokenizer.decode(token_ids[:at]).strip() else None
+        return None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of ``token_ids``, without special tokens, whitespace unchanged."""
@@ -56,6 +88,15 @@ class Tokenizer:
     def backend(self) -> Any:
         """The fast tokenizer of the ``tokenizers`` package."""
         return self._tokenizer.backend_tokenizer
+
+
+def _opening_tokens(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer's post-processor adds before a text."""
+    encoded = tokenizer(_PROBE)
+    sequence_ids = encoded.sequence_ids(0)  # None for an added token
+    size = next((i for i, sequence in enumerate(sequence_ids) if sequence is not None), 0)
+    opening: list[int] = encoded["input_ids"][:size]
+    return opening
 
 
 class StreamDetokenizer:

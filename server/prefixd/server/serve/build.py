@@ -44,7 +44,7 @@ from prefixd.server.serve.settings import Settings
 from prefixd.server.serve.telemetry import open_tracer
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.artifact.artifact import Artifact, read_artifact
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.config import BaseSpec, Kind
 from prefixd.store.errors import ArtifactRefused, BlobsUnavailable, StoreError, UnknownPrefix
 from prefixd.store.gc import GcResult, Sweeper
 from prefixd.store.names import BlobKey
@@ -247,7 +247,8 @@ def _code_of(error: StoreError) -> str | None:
 
 
 class _Artifacts:
-    """Opens a stored artifact and validates it again, against the base served now."""
+    """Opens a stored artifact and validates it again, against the base served now. The tokens of a
+    text are counted again: an earlier version of the server may have counted others."""
 
     def __init__(self, store: PrefixStore, served: ServedModel) -> None:
         self._store = store
@@ -255,12 +256,21 @@ class _Artifacts:
 
     def __call__(self, key: PrefixKey) -> Artifact:
         try:
-            path = self._store.fetch(tenant=key.tenant, digest=key.digest)
-            return read_artifact(
-                path, base=self._served.base, count_tokens=self._served.count_prefix_tokens
-            )
+            return self._read(key)
         except StoreError as error:
             raise PrefixUnavailable(error.message, code=_code_of(error)) from error
         except SQLAlchemyError as error:
             log.exception("the catalog failed")
             raise PrefixUnavailable(CATALOG_UNAVAILABLE, code=STORAGE_UNAVAILABLE) from error
+
+    def _read(self, key: PrefixKey) -> Artifact:
+        base = self._served.base
+        path = self._store.fetch(tenant=key.tenant, digest=key.digest)
+        artifact = read_artifact(path, base=base, count_tokens=self._served.count_prefix_tokens)
+        if artifact.kind is Kind.HARD_PROMPT:
+            self._store.correct_count(
+                BlobKey(key.tenant, key.digest),
+                fingerprint=base.fingerprint,
+                num_virtual_tokens=artifact.num_virtual_tokens,
+            )
+        return artifact

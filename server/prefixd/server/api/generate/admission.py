@@ -26,6 +26,7 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.errors import BadRequest, DoesNotFit, QuotaExceeded
 from prefixd.server.tenants.principal import Principal
+from prefixd.store.artifact.config import Kind
 from prefixd.store.store import Manifest
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -65,14 +66,12 @@ class Admission:
         prompts = body.prompts
         self._check_choices(len(prompts), 1)  # before any of them is tokenized
         prefix = self.resolver.resolve(principal.tenant, body.model, body.user)
-        # Below a text prefix a prompt continues a sequence: no opening token of its own.
-        opens = prefix is None or prefix.manifest.kind != "hard_prompt"
         return self._admit(
             "cmpl",
             principal,
             body,
             prefix=prefix,
-            prompts=[self._token_ids(prompt, opens=opens) for prompt in prompts],
+            prompts=[self._token_ids(prompt, continues=_is_text(prefix)) for prompt in prompts],
             sampling=self._sampling(body, top_logprobs=body.logprobs),
             max_tokens=body.max_tokens,
             default_max_tokens=DEFAULT_COMPLETION_TOKENS,
@@ -87,7 +86,7 @@ class Admission:
             body,
             prefix=prefix,
             sampling=self._sampling(body, top_logprobs=body.num_top_logprobs),
-            prompts=[self._render(body.messages)],
+            prompts=[self._render(body.messages, continues=_is_text(prefix))],
             max_tokens=body.max_completion_tokens or body.max_tokens,
             default_max_tokens=None,
         )
@@ -151,10 +150,13 @@ class Admission:
                 param="n",
             )
 
-    def _token_ids(self, prompt: str | list[int], *, opens: bool) -> tuple[int, ...]:
-        """Token ids of a prompt; ``opens`` adds the tokenizer's opening token to a text."""
+    def _token_ids(self, prompt: str | list[int], *, continues: bool) -> tuple[int, ...]:
+        """Token ids of a prompt. A text that ``continues`` a text prefix has no opening tokens: the
+        prefix has them."""
         if isinstance(prompt, str):
-            prompt = self.served.tokenizer.encode(prompt, add_special_tokens=opens)
+            prompt = self.served.tokenizer.encode(prompt, add_special_tokens=not continues)
+            if continues:
+                prompt = self.served.tokenizer.without_opening(prompt)
         if not prompt:
             raise BadRequest(
                 "expected a prompt of at least one token; received an empty one", param="prompt"
@@ -162,7 +164,7 @@ class Admission:
         check_token_ids(prompt, self.served.vocab_size, param="prompt")
         return tuple(prompt)
 
-    def _render(self, messages: list[ChatMessage]) -> tuple[int, ...]:
+    def _render(self, messages: list[ChatMessage], *, continues: bool) -> tuple[int, ...]:
         turns = [
             {
                 "role": "system" if message.role == "developer" else message.role,
@@ -177,6 +179,8 @@ class Admission:
             raise BadRequest(str(error), code="chat_template", param="messages") from error
         # The template has written the opening tokens.
         token_ids = self.served.tokenizer.encode(text, add_special_tokens=False)
+        if continues:
+            token_ids = self.served.tokenizer.without_opening(token_ids)
         if not token_ids:
             raise BadRequest("the messages render to an empty prompt", param="messages")
         check_token_ids(token_ids, self.served.vocab_size, param="messages")
@@ -250,6 +254,10 @@ def check_token_ids(token_ids: Collection[int], limit: int, *, param: str) -> No
             f"received {lowest if lowest < 0 else highest}",
             param=param,
         )
+
+
+def _is_text(prefix: ResolvedPrefix | None) -> bool:
+    return prefix is not None and prefix.manifest.kind is Kind.HARD_PROMPT
 
 
 def handle_of(manifest: Manifest) -> PrefixHandle:

@@ -19,8 +19,9 @@ from python_multipart.multipart import parse_options_header
 
 from prefixd.server.api.body import capped
 from prefixd.server.errors import BadRequest, TooLarge
+from prefixd.store.artifact.config import MAX_CONFIG_BYTES
 
-SMALL_PART_BYTES = 64 * 1024
+SMALL_PART_BYTES = MAX_CONFIG_BYTES
 """Most bytes of a part that is kept in memory."""
 
 _FRAMING_BYTES = 64 * 1024
@@ -135,7 +136,8 @@ class _Parts:
         limit = self._limit if self._part == self._file else SMALL_PART_BYTES
         if self._size > limit:
             raise TooLarge(
-                f"expected at most {limit} bytes in the part '{self._part}'; received more",
+                f"expected at most {limit} bytes in the part '{self._part}'; received at least "
+                f"{self._size}",
                 param=self._part,
             )
         target = self.pending if self._part == self._file else self.received[self._part]
