@@ -16,6 +16,7 @@ from prefixd.server.tenants.registry import Tenants
 from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import upgrade
 from tests.cli.cli_runner import run, run_json
+from tests.model.tiny_folder import edit_tensors, save_folder, tiny_llama
 
 PANEL = re.compile(r"^╭─ (.+?) ─+╮$(.*?)^╰", re.MULTILINE | re.DOTALL)
 
@@ -72,7 +73,8 @@ def test_openmp_threads_wait_passively() -> None:
 
 
 def test_doctor_reports_each_check(tmp_path: Path) -> None:
-    results = run_json("doctor", "--model", str(tmp_path), "--device", "cpu")
+    model = str(save_folder(tiny_llama(), tmp_path / "model"))
+    results = run_json("doctor", "--model", model, "--device", "cpu")
     assert set(results) == {"data", "catalog", "torch", "device", "model"}
     assert all(result["ok"] for result in results.values())
     blocked = tmp_path / "file"
@@ -92,6 +94,23 @@ def test_a_missing_model_folder_is_named(model: str, capsys: pytest.CaptureFixtu
     with pytest.raises(typer.Exit):
         load_server(Settings(model=model, device="cpu"))
     assert capsys.readouterr().err == f"prefixd: {sentence}\n"
+
+
+def test_a_model_that_cannot_be_served_ends_the_start_with_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_folder(tiny_llama(), tmp_path / "model")
+    edit_tensors(folder, lambda held: held.pop("lm_head.weight"))
+    with pytest.raises(typer.Exit) as ended:
+        load_server(Settings(model=str(folder), device="cpu"))
+    assert ended.value.exit_code == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"prefixd: {folder} lacks weights of LlamaForCausalLM")
+    assert message.endswith("lm_head.weight")
+
+    (folder / "tokenizer.json").unlink()
+    result = run("doctor", "--model", str(folder), "--device", "cpu", code=1)
+    assert f"FAIL model    {folder} holds no tokenizer" in result.stdout
 
 
 def test_a_name_that_is_not_a_folder_is_looked_up_on_hugging_face() -> None:

@@ -71,7 +71,7 @@ def _check_model(settings: Settings) -> str:
         return "the bundled demo model is installed"
     from prefixd.server.serve.build import model_origin
 
-    return model_origin(settings.model)
+    return model_origin(settings)
 
 
 _CHECKS: dict[str, Callable[[Settings], str]] = {

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prefixd.server.model.architecture import (
     Shape,
@@ -18,6 +17,7 @@ from prefixd.server.model.architecture import (
     shape_of,
 )
 from prefixd.server.model.attention import IMPLEMENTATION
+from prefixd.server.model.checkpoint import read_config, read_tokenizer, read_weights
 from prefixd.server.model.demo import MODEL_ID, demo_model
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,16 @@ def is_folder(model: str) -> bool:
     return False
 
 
+def check_folder(folder: str, *, pool_tokens: int) -> None:
+    """Check a model's config and tokenizer as ``load_base`` does; weights are not read.
+
+    Raises UnsupportedModel.
+    """
+    config = read_config(folder)
+    refuse_unsupported(config, context=served_context(config, pool_tokens=pool_tokens))
+    read_tokenizer(folder)
+
+
 def load_base(
     model: str, *, dtype: str, device: str, cache_dir: Path, pool_tokens: int | None = None
 ) -> LoadedBase:
@@ -89,20 +99,17 @@ def load_base(
     ``pool_tokens`` positions (None: of any size).
 
     Raises UnsupportedModel for a model that cannot be served correctly, DemoModelMissing when the
-    demo model's package is not installed, and OSError when the model cannot be found.
+    demo model's package is not installed, and FileNotFoundError when the folder does not exist.
     """
     if model == "demo":
         source, name = str(demo_model(cache_dir, progress=log.info)), MODEL_ID.rpartition("/")[2]
     else:
         source, name = model, Path(model).resolve().name if is_folder(model) else model
-    config = AutoConfig.from_pretrained(source)
+    config = read_config(source)
     refuse_unsupported(config, context=served_context(config, pool_tokens=pool_tokens))
-    # Load in the checkpoint's dtype first: the fingerprint must not depend on the serving dtype.
-    try:
-        module = AutoModelForCausalLM.from_pretrained(source, config=config, dtype="auto")
-    except ValueError as error:
-        raise UnsupportedModel(f"{model}: {error}") from error
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = read_tokenizer(source)
+    # In the checkpoint's dtype: the fingerprint must not depend on the serving dtype.
+    module = read_weights(source, config)
     return prepare_base(
         module, tokenizer, name=name, dtype=dtype, device=device, pool_tokens=pool_tokens
     )

@@ -33,7 +33,13 @@ from prefixd.server.engine.step import (
 )
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.demo import DemoModelMissing
-from prefixd.server.model.load import LoadedBase, is_folder, load_base, resolve_device
+from prefixd.server.model.load import (
+    LoadedBase,
+    check_folder,
+    is_folder,
+    load_base,
+    resolve_device,
+)
 from prefixd.server.model.prefix import StorePrefixSource
 from prefixd.server.model.runner import TorchRunner
 from prefixd.server.model.selfcheck import Limits, self_check
@@ -88,7 +94,7 @@ def build_server(settings: Settings) -> Server:
         dtype=settings.dtype,
         device=device,
         cache_dir=settings.root / "models",
-        pool_tokens=config.num_usable_blocks * config.block_size,
+        pool_tokens=_pool_tokens(config),
     )
     served = _served_model(settings, base, self_check(base, block_size=config.block_size))
     engine = _engine(settings, config, base, catalog.store, served)
@@ -186,11 +192,17 @@ def device_of(settings: Settings) -> str:
     return str(device)
 
 
-def model_origin(model: str) -> str:
-    """Where ``model`` is loaded from. Raises FileNotFoundError for a folder that does not exist."""
-    if is_folder(model):
-        return f"local folder {model}"
-    return f"{model} would be looked up on Hugging Face"
+def model_origin(settings: Settings) -> str:
+    """Where the model is loaded from. Raises FileNotFoundError for a folder that does not exist and
+    UnsupportedModel for one whose config or tokenizer cannot be served."""
+    if is_folder(settings.model):
+        check_folder(settings.model, pool_tokens=_pool_tokens(scheduler_config(settings)))
+        return f"local folder {settings.model}: config and tokenizer can be served"
+    return f"{settings.model} would be looked up on Hugging Face"
+
+
+def _pool_tokens(config: SchedulerConfig) -> int:
+    return config.num_usable_blocks * config.block_size
 
 
 def scheduler_config(settings: Settings) -> SchedulerConfig:

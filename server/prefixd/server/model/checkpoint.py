@@ -1,0 +1,303 @@
+"""Read a base model's files with transformers, or refuse them in one sentence.
+
+transformers draws missing weights at random, runs a repository's own code after a question, and
+raises whatever its libraries raise. Here each of these is an UnsupportedModel that names its cause.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch.nn import ModuleList
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+)
+
+from prefixd.server.model.architecture import UnsupportedModel
+
+_PACKAGES = {
+    "aqlm": "aqlm",
+    "auto-round": "auto_round",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed_tensors",
+    "eetq": "kernels",
+    "fbgemm_fp8": "fbgemm_gpu",
+    "fouroversix": "fouroversix",
+    "fp8": "kernels",
+    "fp_quant": "fp_quant",
+    "gptq": "gptqmodel",
+    "higgs": "flute",
+    "hqq": "hqq",
+    "mxfp4": "kernels",
+    "mxfp8": "kernels",
+    "quanto": "optimum.quanto",
+    "quark": "quark",
+    "sinq": "sinq",
+    "spqr": "spqr_quant",
+    "torchao": "torchao",
+    "vptq": "vptq",
+}
+"""The package behind each quantization method of transformers that needs one."""
+
+_ADVICE = re.compile(r"trust_remote_code|pip install|weights_only|You (can|may|should)|[Pp]lease ")
+"""Marks the sentences of transformers that advise what cannot be done here."""
+
+_BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.|causal_mask$|position_ids$")
+"""Tensors of old checkpoints that transformers computes by itself."""
+
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the class names of models that predict tokens end."""
+
+_LFS = b"version https://git-lfs"
+
+_SHOWN = 3
+"""How many tensors a message names."""
+
+
+def read_config(source: str) -> Any:
+    """The Hugging Face config of ``source``, a folder or an id. Raises UnsupportedModel."""
+    folder = Path(source)
+    if (folder / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            f"{source} holds a PEFT adapter (adapter_config.json); expected the folder of its base "
+            "model alone"
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UnsupportedModel(f"{source} holds no config.json; expected a model's folder")
+    with _reported(source, "config"):
+        fields, _ = PretrainedConfig.get_config_dict(source)
+        _refuse_unknown_type(source, fields)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"{source} is a model of the type {config.model_type}, which predicts no text; "
+            "expected a decoder-only language model"
+        )
+    _refuse_own_code(source, config)
+    _refuse_quantized(source, config)
+    return config
+
+
+def read_weights(source: str, config: Any) -> Any:
+    """The causal language model of ``source`` with its own weights, in the dtype of its files.
+
+    Raises UnsupportedModel when a weight is missing, has another shape or would be left out.
+    """
+    with _load_report() as lines, _reported(source, "weights", lines):
+        module, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype="auto",
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _refuse_incomplete(source, module, info)
+    return module
+
+
+def read_tokenizer(source: str) -> Any:
+    """The tokenizer of ``source``. Raises UnsupportedModel unless it is a fast one."""
+    with _reported(source, "tokenizer"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except ValueError as error:
+            if "backend tokenizer" in str(error):
+                raise UnsupportedModel(f"{source} holds no tokenizer.json; expected one") from error
+            raise
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UnsupportedModel(
+            f"{source} has the tokenizer {type(tokenizer).__name__}, which runs in Python only; "
+            "expected a tokenizer.json, which the tokenizers package reads"
+        )
+    # Some classes without their files are a tokenizer of no words.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UnsupportedModel(f"{source} holds no tokenizer; expected a tokenizer.json")
+    return tokenizer
+
+
+def _refuse_unknown_type(source: str, fields: Any) -> None:
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if not isinstance(kind, str):
+        raise UnsupportedModel(f"{source}: expected a model_type in config.json, got {kind!r}")
+    if kind not in CONFIG_MAPPING:
+        raise UnsupportedModel(
+            _own_code(source)
+            if "auto_map" in fields
+            else f"{source} is of the type {kind}, which transformers {transformers.__version__} "
+            "does not implement"
+        )
+
+
+def _refuse_own_code(source: str, config: Any) -> None:
+    """Refuse a model whose class only its repository has: transformers would run its own class of
+    the same model type instead."""
+    classes = config.architectures or []
+    known = any(hasattr(transformers, name) for name in classes)
+    if getattr(config, "auto_map", None) and classes and not known:
+        raise UnsupportedModel(_own_code(source))
+
+
+def _own_code(source: str) -> str:
+    return (
+        f"{source} needs code of its own (auto_map), which prefixd does not run; expected a model "
+        "that transformers implements"
+    )
+
+
+def _refuse_quantized(source: str, config: Any) -> None:
+    for holder in (config, config.get_text_config(decoder=True)):
+        for field in ("quantization_config", "compression_config"):
+            value = getattr(holder, field, None)
+            if not value:
+                continue
+            fields = value if isinstance(value, dict) else value.to_dict()
+            method = fields.get("quant_method") or "an unnamed method"
+            method = str(getattr(method, "value", method))
+            if method != "gguf":  # weights read from a GGUF file and saved as plain ones
+                raise UnsupportedModel(_quantized(source, method))
+
+
+def _quantized(source: str, method: str) -> str:
+    package = _PACKAGES.get(method)
+    missing = ""
+    if package and find_spec(package.partition(".")[0]) is None:
+        missing = f" and needs the package {package}, which is not installed"
+    return (
+        f"{source} is quantized with {method}{missing}; expected unquantized weights in float32, "
+        "bfloat16 or float16, the only ones that prefixd serves"
+    )
+
+
+def _refuse_incomplete(source: str, module: Any, info: dict[str, Any]) -> None:
+    model = type(module).__name__
+    saved_as = ", ".join(module.config.architectures or [])
+    if saved_as not in {"", model}:
+        model += f" (the folder was saved by {saved_as})"
+    if missing := sorted(info["missing_keys"]):
+        raise UnsupportedModel(
+            f"{source} lacks weights of {model}, which would be drawn at random: {_named(missing)}"
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        shapes = [f"{name} {list(want)}, got {list(got)}" for name, got, want in mismatched]
+        raise UnsupportedModel(f"{source} has weights of other shapes: expected {_named(shapes)}")
+    if unused := _unused(module, info["unexpected_keys"]):
+        raise UnsupportedModel(
+            f"{source} has weights that {model} would leave out: {_named(unused)}"
+        )
+
+
+def _unused(module: Any, unexpected: set[str]) -> list[str]:
+    """Tensors without which the model differs from the one that was saved: beside weights that are
+    used (a bias), in a layer or beyond the last one, or of another task's head."""
+    classes = module.config.architectures or [type(module).__name__]
+    other_task = not any(name.endswith(_LANGUAGE_MODELS) for name in classes)
+    owners = {name.rpartition(".")[0] for name, _ in module.named_parameters()}
+    lists = {name for name, part in module.named_modules() if isinstance(part, ModuleList)}
+
+    def is_used(name: str) -> bool:
+        in_layer = any(name[: at.start()] in lists for at in re.finditer(r"\.\d+\.", name))
+        return other_task or in_layer or name.rpartition(".")[0] in owners
+
+    return sorted(name for name in unexpected if not _BUFFERS.search(name) and is_used(name))
+
+
+def _named(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (
+        f" and {more} more ({len(names)} tensors)" if more > 0 else ""
+    )
+
+
+@contextmanager
+def _reported(source: str, what: str, report: Sequence[str] = ()) -> Iterator[None]:
+    """Raise UnsupportedModel for whatever transformers raises on files that it cannot use."""
+    try:
+        yield
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModel(_own_code(source)) from error
+        reason = _unmerged(report) or _damaged_file(source, error) or _first_sentence(error)
+        raise UnsupportedModel(f"{source}: its {what} cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def _load_report() -> Iterator[list[str]]:
+    """Collect transformers' table of what a checkpoint lacks, instead of printing it."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    lines: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        lines.extend(record.getMessage().splitlines())
+        return False
+
+    logger.addFilter(collect)
+    try:
+        yield lines
+    finally:
+        logger.removeFilter(collect)
+
+
+def _unmerged(report: Sequence[str]) -> str:
+    """The weights that transformers could not put together from a checkpoint's parts."""
+    names = [line.partition("|")[0].strip() for line in report if "| CONVERSION" in line]
+    return f"the parts of {_named(names)} are incomplete or differ in shape" if names else ""
+
+
+def _damaged_file(source: str, error: Exception) -> str:
+    """The file of a folder that is missing or damaged, when that is the cause of ``error``."""
+    if isinstance(error, FileNotFoundError):
+        return f"the file {Path(str(error).rpartition(': ')[2].strip(chr(39))).name} is missing"
+    if isinstance(error, UnpicklingError):
+        return "a .bin file is damaged or holds more than tensors"
+    if isinstance(error, SafetensorError | ValueError | OSError):
+        for path in sorted(Path(source).glob("*")):
+            if path.suffix in {".json", ".safetensors"} and (damage := _damage(path)):
+                return f"{path.name} {damage}"
+    return ""
+
+
+def _damage(path: Path) -> str:
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            return "is a Git LFS pointer, not the file itself"
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_bytes())
+        else:
+            with safe_open(path, "pt"):
+                pass
+    except ValueError:
+        return "is not JSON"
+    except SafetensorError as error:
+        return f"is damaged or incomplete ({error})"
+    return ""
+
+
+def _first_sentence(error: Exception) -> str:
+    """What an error says first, without advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    line = lines[-1 if type(error).__name__.startswith("StrictDataclass") else 0]
+    sentences = [part for part in line.split(". ") if not _ADVICE.search(part)]
+    text = ". ".join(sentences).rstrip(". :")[:300]
+    return (
+        text
+        if isinstance(error, ValueError | OSError) and text
+        else f"{type(error).__name__}: {text}"
+    )
