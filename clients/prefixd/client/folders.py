@@ -11,14 +11,17 @@ that the folder was pulled from; they are information, and no upload sends them.
 """
 
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefixd.client import protocol
+from prefixd.client.artifacts import Artifact
 from prefixd.client.errors import FormatError
-from prefixd.client.types import Uploaded
+from prefixd.client.types import Prefix, Uploaded
 from prefixd.client.wire import Call
 
 CONFIG_FILE = "adapter_config.json"
@@ -31,6 +34,9 @@ SENT = ("task_id", "metadata")
 
 INFORMATION = ("name", "version", "digest", "kind", "base", "fingerprint", "created_at")
 """Fields of ``prefixd.json`` that describe where the folder came from."""
+
+MAX_CONFIG_BYTES = 256 * 1024
+"""Largest config that a server accepts: one that is longer with indentation is written without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,74 @@ def read_folder(folder: Path) -> PeftContent | TextContent:
     if config.exists() or weights.exists():
         raise FormatError(f"{folder}: expected either {TEXT_FILE} or {CONFIG_FILE}; it has both")
     return TextContent(decode_text(text.read_bytes(), source=text), task_id, metadata)
+
+
+def check_new(folder: Path) -> None:
+    """Raise ``FormatError`` unless ``folder`` is an empty folder or does not exist."""
+    if folder.is_dir():
+        for entry in folder.iterdir():
+            raise FormatError(f"{folder} is not empty, it has {entry.name!a}: name a new folder")
+    elif folder.exists():
+        raise FormatError(f"{folder} is a file: name a new folder")
+
+
+def write_version(folder: Path, prefix: Prefix, artifact: Artifact) -> None:
+    """Write a version into a new folder, so that its upload has the same digest.
+
+    The files get their names when all of them are complete, the one that ``read_folder`` needs
+    last. When it fails nothing remains. Raises ``FormatError`` as ``check_new``, and OSError.
+    """
+    check_new(folder)
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".pull-") as scratch:
+            contents = _files_of(prefix, artifact)
+            for name, data in contents.items():
+                _write_durably(Path(scratch, name), data)
+            for name in contents:
+                Path(scratch, name).replace(folder / name)
+                written.append(folder / name)
+    except BaseException:
+        for path in written:
+            path.unlink()
+        if created:
+            folder.rmdir()
+        raise
+
+
+def _files_of(prefix: Prefix, artifact: Artifact) -> dict[str, bytes]:
+    """The files of a version by name, in the order in which they get their names."""
+    info = {name: getattr(prefix, name) for name in INFORMATION if name != "created_at"}
+    info["created_at"] = prefix.created_at.isoformat()
+    metadata = dict(prefix.metadata)
+    if artifact.task_id is not None and metadata.get("task_id") == artifact.task_id:
+        del metadata["task_id"]
+    if prefix.labels:
+        metadata["labels"] = dict(prefix.labels)
+    for name in ("description", "prompt_template"):
+        if getattr(prefix, name) is not None:
+            metadata[name] = getattr(prefix, name)
+    files = {INFO_FILE: _json(info | {"task_id": artifact.task_id, "metadata": metadata})}
+    if artifact.config is None:
+        return files | {TEXT_FILE: artifact.payload}
+    config = _json(artifact.config)
+    if len(config) > MAX_CONFIG_BYTES:
+        config = _json(artifact.config, indent=None)
+    return files | {WEIGHTS_FILE: artifact.payload, CONFIG_FILE: config}
+
+
+def _json(value: Mapping[str, object], *, indent: int | None = 2) -> bytes:
+    separators = (",", ":") if indent is None else None
+    return json.dumps(value, indent=indent, separators=separators, ensure_ascii=False).encode()
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def decode_text(data: bytes, *, source: object) -> str:

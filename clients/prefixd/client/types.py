@@ -62,7 +62,8 @@ class Prefix(PrefixVersion):
 
     ``pinned``: servers keep it resident. ``tier`` is where the responding server holds it now:
     ``resident`` (in the pool), ``host`` (compiled, in host memory), in transit (``fetching``,
-    ``staged``, ``compiling``), or None.
+    ``staged``, ``compiling``), or None. ``base`` is the name of the base that it belongs to, or
+    the first digits of that base's ``fingerprint``.
     """
 
     kind: str
@@ -74,6 +75,11 @@ class Prefix(PrefixVersion):
     peft_type: str | None = None
     dtype: str | None = None
     base_model_name_or_path: str | None = None
+    base: str | None = None
+    fingerprint: str | None = None
+    labels: Annotated[Mapping[str, str], NullIsDefault] = Field(default_factory=dict)
+    description: str | None = None
+    prompt_template: str | None = None
     metadata: Annotated[Mapping[str, object], NullIsDefault] = Field(default_factory=dict)
     pinned: Annotated[bool, NullIsDefault] = False
     tier: str | None = None

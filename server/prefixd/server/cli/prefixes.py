@@ -14,6 +14,7 @@ from prefixd.client.sync import Client
 from prefixd.client.types import Prefix
 from prefixd.server.cli.options import JsonFlag, VerbGroup, connected
 from prefixd.server.cli.output import as_dict, print_columns, print_fields, print_json, printable
+from prefixd.server.cli.pull import pull
 
 NameArgument = Annotated[str, typer.Argument(help="The prefix.", show_default=False)]
 ReferenceArgument = Annotated[str, typer.Argument(help="NAME, NAME@3 or NAME@alias.")]
@@ -93,6 +94,9 @@ def _prefix(source: str | None, text: str | None, *, task_id: int | None) -> Sou
         raise typer.BadParameter(
             f"{error}; to upload a prefix that PEFT wrote, push its folder", param_hint="SOURCE"
         ) from None
+
+
+prefix_app.command("pull")(connected(pull))
 
 
 @prefix_app.command("ls")
