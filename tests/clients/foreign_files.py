@@ -1,12 +1,41 @@
-"""Files of other tools, written with the tools' own layouts by PyTorch and numpy."""
+"""Files of other tools, written with the tools' own layouts by PyTorch and numpy, and how they are
+read."""
 
 import json
+import tracemalloc
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load
+
+from prefixd.client.convert.sources import Source, read_source
+from prefixd.client.folders import PeftContent
+
+
+def read(path: Path, *, task_id: int | None = None) -> Source:
+    """The prefix of a path that holds one."""
+    prefix = read_source(str(path), task_id=task_id)
+    assert prefix is not None, f"{path} was taken for a text"
+    return prefix
+
+
+def tensors(prefix: Source) -> dict[str, torch.Tensor]:
+    """The converted tensors, as safetensors' own reader sees them."""
+    assert isinstance(prefix.content, PeftContent)
+    assert isinstance(prefix.content.weights, bytes)
+    loaded: dict[str, torch.Tensor] = load(prefix.content.weights)
+    return loaded
+
+
+def embeddings(prefix: Source) -> torch.Tensor:
+    """The only converted tensor."""
+    (tensor,) = tensors(prefix).values()
+    return tensor
 
 
 def parameters(layers: torch.Tensor) -> torch.nn.ParameterList:
@@ -69,3 +98,14 @@ def save_kobold(path: Path, values: np.ndarray, meta: Any = None) -> None:
         np.save(file, values, allow_pickle=False)
     with zipfile.ZipFile(path, "a", compression=zipfile.ZIP_STORED) as archive:
         archive.writestr("meta.json", json.dumps(meta or {}, indent=2))
+
+
+@contextmanager
+def memory_below(limit: int) -> Iterator[None]:
+    """Fail when the block allocates more than ``limit`` bytes at once."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()

@@ -57,9 +57,10 @@ def _compressed(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     assert file is not None
     size = file.seek(0, os.SEEK_END)
     stored = info.compress_type == zipfile.ZIP_STORED
-    if info.compress_size > size or (stored and info.compress_size != info.file_size):
-        raise FormatError(f"{info.filename[:80]!a}: it states more bytes than the file has")
-    file.seek(info.header_offset)
+    begin, end = info.header_offset, info.header_offset + info.compress_size
+    if begin < 0 or end > size or (stored and info.compress_size != info.file_size):
+        raise FormatError(f"{info.filename[:80]!a}: it states bytes that the file does not have")
+    file.seek(begin)
     header = file.read(_LOCAL_HEADER_BYTES)
     lengths = [int.from_bytes(header[begin : begin + 2], "little") for begin in (26, 28)]
     file.seek(sum(lengths), os.SEEK_CUR)

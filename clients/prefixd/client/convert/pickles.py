@@ -8,6 +8,7 @@ exhaust the stack.
 
 import io
 import pickletools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,14 +50,16 @@ def read_pickle(stream: io.BytesIO) -> Pickled:
     Raises FormatError for a pickle of anything else. The caller bounds the length of the stream.
     """
     machine = _Machine()
-    try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name == "STOP":
-                return Pickled(machine.pop(), machine.storages)
-            machine.run(opcode.name, argument)
-    # From genops: an unknown or truncated opcode, a number or a text that does not parse.
-    except (ValueError, AssertionError, OverflowError) as error:
-        raise FormatError(f"damaged pickle: {str(error)[:80]!a}") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in names, which pickletools decodes
+        try:
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name == "STOP":
+                    return Pickled(machine.pop(), machine.storages)
+                machine.run(opcode.name, argument)
+        # From genops: an unknown or truncated opcode, a number or a text that does not parse.
+        except (ValueError, AssertionError, OverflowError) as error:
+            raise FormatError(f"damaged pickle: {str(error)[:80]!a}") from None
     raise FormatError("damaged pickle: it has no end")
 
 

@@ -90,7 +90,8 @@ def _base_facts(folder: Path, converted: Converted) -> dict[str, object]:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise FormatError("the config.json next to it is not valid JSON") from None
-    layers = config.get("num_hidden_layers", config.get("num_layers"))
+    fields = config if isinstance(config, dict) else {}
+    layers = fields.get("num_hidden_layers", fields.get("num_layers"))
     if type(layers) is not int or layers < 1:
         return {}
     if converted.embeddings.shape[1] % (2 * layers):
