@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.step import PrefixUnavailable, Step, StepOutput
+from prefixd.server.errors import Conflict
 from prefixd.server.serve.lifespan import make_lifespan
 from prefixd.server.tenants.audit import AuditLog
 from prefixd.server.tenants.bindings import Bindings
@@ -85,13 +86,14 @@ class StoreBackedSource:
     """A PrefixSource that reads the real blobs, for their lengths."""
 
     store: PrefixStore
+    base: BaseSpec
 
     def fetch(self, key: PrefixKey) -> FakeStaged:
         try:
             path = self.store.fetch(tenant=key.tenant, digest=key.digest)
         except Exception as error:
             raise PrefixUnavailable("the prefix is no longer in the store") from error
-        artifact = read_artifact(path, base=BASE, count_tokens=lambda text: len(text.encode()))
+        artifact = read_artifact(path, base=self.base, count_tokens=lambda text: len(text.encode()))
         return FakeStaged(artifact.num_virtual_tokens)
 
 
@@ -202,7 +204,10 @@ class World:
 
 
 @contextmanager
-def make_world(tmp_path: Path, *, database_url: str | None = None) -> Iterator[World]:
+def make_world(
+    tmp_path: Path, *, database_url: str | None = None, base: BaseSpec = BASE
+) -> Iterator[World]:
+    """A server of ``base``; two on one folder share the catalog and the blobs."""
     url = database_url or f"sqlite:///{tmp_path / 'catalog.sqlite3'}"
     database: Database = open_database(url)
     upgrade(database)
@@ -211,7 +216,8 @@ def make_world(tmp_path: Path, *, database_url: str | None = None) -> Iterator[W
     clock = Clock()
     keys = {}
     for name in ("acme", "beta"):
-        tenants.create_tenant(name)
+        with suppress(Conflict):  # a world beside this one created it
+            tenants.create_tenant(name)
         keys[name] = tenants.create_key(tenant=name).text
     for scope in Scope:
         keys[f"acme:{scope}"] = tenants.create_key(tenant="acme", scopes=[scope]).text
@@ -219,11 +225,11 @@ def make_world(tmp_path: Path, *, database_url: str | None = None) -> Iterator[W
     engine = Engine(
         config=SchedulerConfig(num_blocks=POOL_BLOCKS + 1, max_tokens_per_step=128),
         runner=runner,
-        source=StoreBackedSource(store),
+        source=StoreBackedSource(store, base),
         detokenizer=ByteDetokenizer,
     )
     uploads = tmp_path / "uploads"
-    uploads.mkdir()
+    uploads.mkdir(exist_ok=True)
     yield World(
         store=store,
         tenants=tenants,
@@ -233,8 +239,8 @@ def make_world(tmp_path: Path, *, database_url: str | None = None) -> Iterator[W
         idempotency=Idempotency(database),
         engine=engine,
         served=ServedModel(
-            name="tiny",
-            base=BASE,
+            name=base.name,
+            base=base,
             max_positions=MAX_POSITIONS,
             vocab_size=VOCAB_SIZE,
             logits_size=VOCAB_SIZE,

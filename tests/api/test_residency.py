@@ -472,7 +472,7 @@ def test_a_restarted_server_loads_its_pins_before_the_first_request(world: World
     engine = Engine(
         config=old.config,
         runner=world.runner,
-        source=StoreBackedSource(world.store),
+        source=StoreBackedSource(world.store, BASE),
         detokenizer=ByteDetokenizer,
     )
     again = world.make_app(engine=engine)

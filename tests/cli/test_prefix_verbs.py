@@ -139,9 +139,9 @@ def test_ls_requests_every_page(shell: Shell, server: Loopback):
     server.reply({"data": [MANIFEST | {"name": "voice", "aliases": []}], "next_after": None})
     lines = shell("prefix", "ls").stdout.splitlines()
     assert lines == [
-        "PREFIX    KIND         TOKENS  ALIASES      DIGEST        CREATED",
-        "triage@3  soft_prompt  12      latest,prod  abababababab  2026-11-21 10:00",
-        "voice@3   soft_prompt  12      -            abababababab  2026-11-21 10:00",
+        "PREFIX    KIND         TOKENS  BASE  ALIASES      DIGEST        CREATED",
+        "triage@3  soft_prompt  12      tiny  latest,prod  abababababab  2026-11-21 10:00",
+        "voice@3   soft_prompt  12      tiny  -            abababababab  2026-11-21 10:00",
     ]
     assert server.seen[1].query == {"after": "triage"}
 
@@ -174,6 +174,63 @@ def test_listings_take_json(arguments: list[str], reply: object, shell: Shell, s
 def test_show_prints_one_field_on_a_line(shell: Shell, server: Loopback):
     server.reply(MANIFEST)
     assert "num_virtual_tokens       12\n" in shell("prefix", "show", "triage").stdout
+
+
+def test_base_all_lists_the_versions_for_every_base(shell: Shell, server: Loopback):
+    for _ in range(2):
+        server.reply({"data": [MANIFEST], "next_after": "triage", "next_before": 3})
+        server.reply({"data": [MANIFEST | {"base": "other"}]})
+    lines = shell("prefix", "ls", "--base", "all").stdout.splitlines()
+    assert [line.split()[3] for line in lines] == ["BASE", "tiny", "other"]
+    lines = shell("prefix", "versions", "triage", "--base", "all").stdout.splitlines()
+    assert [line.split()[3] for line in lines] == ["BASE", "tiny", "other"]
+    assert [seen.query for seen in server.seen] == [
+        {"base": "all"},
+        {"base": "all", "after": "triage"},
+        {"base": "all"},
+        {"base": "all", "before": "3"},
+    ]
+    assert shell("prefix", "ls", "--base", "some").exit_code == 2
+
+
+def test_rollback_to_a_version_or_to_the_highest_one_below(shell: Shell, server: Loopback):
+    server.reply(MANIFEST | {"version": 1})
+    assert shell("prefix", "rollback", "triage", "1").stdout == "triage is triage@1\n"
+    assert server.seen[0].json == {"version": 1}
+    server.reset()
+    server.reply(MANIFEST)
+    server.reply({"data": [MANIFEST | {"version": 2}], "next_before": 2})
+    server.reply(MANIFEST | {"version": 2})
+    assert shell("prefix", "rollback", "triage").stdout == "triage is triage@2\n"
+    assert [f"{seen.method} {seen.path}" for seen in server.seen] == [
+        "GET /v1/prefixes/triage@latest",
+        "GET /v1/prefixes/triage/versions",
+        "PUT /v1/prefixes/triage/aliases/latest",
+    ]
+    assert server.seen[1].query == {"limit": "1", "before": "3"}
+    assert server.seen[2].json == {"version": 2}
+
+
+def test_rollback_below_the_lowest_version_is_an_error(shell: Shell, server: Loopback):
+    server.reply(MANIFEST)
+    server.reply({"data": []})
+    result = shell("prefix", "rollback", "triage")
+    assert result.exit_code == 1
+    assert "triage@3 is the lowest version of triage for the base tiny" in result.stderr
+    assert len(server.seen) == 2
+
+
+def test_rm_of_one_version(shell: Shell, server: Loopback):
+    server.reply("", status=204)
+    assert shell("prefix", "rm", "triage@3").stdout == "triage@3 deleted\n"
+    assert f"{server.seen[0].method} {server.seen[0].path}" == (
+        "DELETE /v1/prefixes/triage/versions/3"
+    )
+    for reference in ("triage@prod", "triage@", "triage@²"):
+        result = shell("prefix", "rm", reference)
+        assert result.exit_code == 2
+        assert "NAME@3" in result.stderr
+    assert len(server.seen) == 1
 
 
 def test_alias_unalias_and_rm(shell: Shell, server: Loopback):

@@ -12,6 +12,7 @@ MANIFEST = {
     "dtype": "float32",
     "size_bytes": 27648,
     "created_at": "2026-11-21T10:00:00+00:00",
+    "base": "tiny",
     "base_model_name_or_path": "demo",
     "metadata": {"task_id": 1},
     "aliases": ["latest", "prod"],

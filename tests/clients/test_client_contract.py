@@ -51,6 +51,14 @@ def test_upload_alias_show_and_delete_a_prefix(client: Client):
     shown = client.show_prefix("life@prod")
     assert (shown.digest, shown.metadata) == (first.prefix.digest, {"by": "Zoë"})
     assert "life" in [model.id for model in client.list_models()]
+    assert client.rollback("life", version=1).aliases == ("latest", "prod")
+    assert client.show_prefix("life").base == "tiny"
+    client.delete_version("life", 2)
+    with pytest.raises(errors.ConflictError, match="alias 'prod'"):
+        client.delete_version("life", 1)
+    listed = client.list_versions("life", base="all").versions
+    assert [prefix.version for prefix in listed] == [1]
+    assert "life" in [prefix.name for prefix in client.list_prefixes(base="all").prefixes]
     client.remove_alias("life", "prod")
     with pytest.raises(errors.NotFoundError):
         client.show_prefix("life@prod")

@@ -79,10 +79,12 @@ class Operations:
     show_prefix = _operation(protocol.show_prefix)
     list_versions = _operation(protocol.list_versions)
     set_alias = _operation(protocol.set_alias)
+    rollback = _operation(protocol.rollback)
     remove_alias = _operation(protocol.remove_alias)
     warm = _operation(protocol.warm)
     pin = _operation(protocol.pin)
     unpin = _operation(protocol.unpin)
+    delete_version = _operation(protocol.delete_version)
     delete_prefix = _operation(protocol.delete_prefix)
 
     complete = _operation(protocol.complete)

@@ -8,7 +8,7 @@ endpoint.
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 from prefixd.client.errors import ProtocolError
 from prefixd.client.types import (
@@ -35,6 +35,7 @@ from prefixd.client.wire import (
 )
 
 Message = Mapping[str, str]
+Bases = Literal["served", "all"]
 
 
 class Sampling(TypedDict, total=False):
@@ -137,9 +138,12 @@ def _artifact(response: Response) -> bytes:
     return body
 
 
-def list_prefixes(*, limit: int | None = None, after: str | None = None) -> Call[PrefixPage]:
-    """The tenant's prefixes by name, the latest version of each, a page at a time."""
-    params = {"limit": limit, "after": after}
+def list_prefixes(
+    *, limit: int | None = None, after: str | None = None, base: Bases | None = None
+) -> Call[PrefixPage]:
+    """The tenant's prefixes by name, the latest version of each for the served base, a page at a
+    time; with ``base="all"`` for each of its bases (``limit`` then counts names)."""
+    params = {"limit": limit, "after": after, "base": base}
     return Call(request_of("GET", "v1", "prefixes", params=params), parser(PrefixPage))
 
 
@@ -149,10 +153,15 @@ def show_prefix(name: str) -> Call[Prefix]:
 
 
 def list_versions(
-    name: str, *, limit: int | None = None, before: int | None = None
+    name: str,
+    *,
+    limit: int | None = None,
+    before: int | None = None,
+    base: Bases | None = None,
 ) -> Call[VersionPage]:
-    """Versions of a prefix, newest first, a page at a time."""
-    params = {"limit": limit, "before": before}
+    """Versions of a prefix for the served base, or with ``base="all"`` for any, newest first, a
+    page at a time."""
+    params = {"limit": limit, "before": before, "base": base}
     request = request_of("GET", "v1", "prefixes", name, "versions", params=params)
     return Call(request, parser(VersionPage))
 
@@ -162,6 +171,12 @@ def set_alias(name: str, alias: str, *, version: int | str) -> Call[Prefix]:
     the version that it means now."""
     request = request_of("PUT", "v1", "prefixes", name, "aliases", alias, json={"version": version})
     return Call(request, parser(Prefix))
+
+
+def rollback(name: str, *, version: int) -> Call[Prefix]:
+    """Set ``latest``, and with it the bare name, to a version of the served base; the next upload
+    moves it again."""
+    return set_alias(name, "latest", version=version)
 
 
 def remove_alias(name: str, alias: str) -> Call[None]:
@@ -184,6 +199,13 @@ def pin(reference: str) -> Call[Prefix]:
 def unpin(name: str) -> Call[None]:
     """Allow the eviction of a pinned prefix again."""
     return Call(request_of("DELETE", "v1", "prefixes", name, "pin"), no_content)
+
+
+def delete_version(name: str, version: int) -> Call[None]:
+    """Delete one version, unless an alias, a pin, a binding or the default prefix refers to it. A
+    ``latest`` that was this version becomes the highest one left of its base."""
+    request = request_of("DELETE", "v1", "prefixes", name, "versions", str(version))
+    return Call(request, no_content)
 
 
 def delete_prefix(name: str) -> Call[None]:

@@ -2,8 +2,9 @@
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,9 +16,28 @@ from prefixd.client.types import Prefix
 from prefixd.server.cli.options import JsonFlag, VerbGroup, connected
 from prefixd.server.cli.output import as_dict, print_columns, print_fields, print_json, printable
 from prefixd.server.cli.pull import pull
+from prefixd.server.cli.rollback import rollback
 
 NameArgument = Annotated[str, typer.Argument(help="The prefix.", show_default=False)]
 ReferenceArgument = Annotated[str, typer.Argument(help="NAME, NAME@3 or NAME@alias.")]
+
+
+class Bases(StrEnum):
+    """Which versions are listed."""
+
+    SERVED = "served"
+    ALL = "all"
+
+    @property
+    def requested(self) -> Literal["all"] | None:
+        """The value of the query parameter; None for the default."""
+        return "all" if self is Bases.ALL else None
+
+
+BasesOption = Annotated[
+    Bases,
+    typer.Option("--base", help="Versions for the base that is served, or for all bases."),
+]
 
 prefix_app = typer.Typer(
     cls=VerbGroup, help="Prefixes of your tenant, on a running server.", no_args_is_help=True
@@ -101,24 +121,32 @@ prefix_app.command("pull")(connected(pull))
 
 @prefix_app.command("ls")
 @connected
-def list_prefixes(client: Client, *, as_json: JsonFlag = False) -> None:
+def list_prefixes(
+    client: Client, *, base: BasesOption = Bases.SERVED, as_json: JsonFlag = False
+) -> None:
     """List your prefixes, the latest version of each."""
-    page = client.list_prefixes()
+    page = client.list_prefixes(base=base.requested)
     prefixes = list(page.prefixes)
     while page.next_after is not None:
-        page = client.list_prefixes(after=page.next_after)
+        page = client.list_prefixes(base=base.requested, after=page.next_after)
         prefixes.extend(page.prefixes)
     _print_prefixes(prefixes, as_json=as_json)
 
 
 @prefix_app.command("versions")
 @connected
-def list_versions(client: Client, *, name: NameArgument, as_json: JsonFlag = False) -> None:
+def list_versions(
+    client: Client,
+    *,
+    name: NameArgument,
+    base: BasesOption = Bases.SERVED,
+    as_json: JsonFlag = False,
+) -> None:
     """List every version of a prefix."""
-    page = client.list_versions(name)
+    page = client.list_versions(name, base=base.requested)
     versions = list(page.versions)
     while page.next_before is not None:
-        page = client.list_versions(name, before=page.next_before)
+        page = client.list_versions(name, base=base.requested, before=page.next_before)
         versions.extend(page.versions)
     _print_prefixes(versions, as_json=as_json)
 
@@ -132,13 +160,14 @@ def _print_prefixes(prefixes: list[Prefix], *, as_json: bool) -> None:
             prefix.reference,
             prefix.kind,
             prefix.num_virtual_tokens,
+            prefix.base or "-",
             ",".join(prefix.aliases) or "-",
             prefix.digest[:12],
             f"{prefix.created_at:%Y-%m-%d %H:%M}",
         )
         for prefix in prefixes
     ]
-    print_columns(("PREFIX", "KIND", "TOKENS", "ALIASES", "DIGEST", "CREATED"), rows)
+    print_columns(("PREFIX", "KIND", "TOKENS", "BASE", "ALIASES", "DIGEST", "CREATED"), rows)
 
 
 @prefix_app.command("show")
@@ -162,14 +191,32 @@ def show(client: Client, *, reference: ReferenceArgument, as_json: JsonFlag = Fa
 def remove(
     client: Client,
     *,
-    name: NameArgument,
+    reference: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="The prefix, or NAME@3 for one version of it."),
+    ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a prefix with all its versions and aliases. Asks first on a terminal."""
+    """Delete a prefix with all its versions and aliases, or one version. Asks first on a
+    terminal."""
+    name, at, version = reference.partition("@")
+    if at and not (version.isascii() and version.isdigit()):
+        raise typer.BadParameter(
+            f"expected a prefix or one version of it, as NAME@3; received {reference!a} (unalias "
+            "removes an alias)",
+            param_hint="NAME",
+        )
     if not yes and sys.stdin.isatty():
-        typer.confirm(f"Delete {name} with all its versions?", abort=True)
-    client.delete_prefix(name)
-    typer.echo(f"{name} deleted")
+        what = reference if at else f"{name} with all its versions"
+        typer.confirm(f"Delete {what}?", abort=True)
+    if at:
+        client.delete_version(name, int(version))
+    else:
+        client.delete_prefix(name)
+    typer.echo(f"{reference} deleted")
+
+
+prefix_app.command("rollback")(connected(rollback))
 
 
 @prefix_app.command("alias")

@@ -19,6 +19,7 @@ class Action(StrEnum):
 
     PREFIX_PUBLISH = "prefix.publish"
     PREFIX_DELETE = "prefix.delete"
+    VERSION_DELETE = "version.delete"
     ALIAS_SET = "alias.set"
     ALIAS_REMOVE = "alias.remove"
     PIN_SET = "pin.set"

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from sqlalchemy import Engine, delete, select, update
+from sqlalchemy import Connection, Engine, delete, func, or_, select, update
 
-from prefixd.server.errors import BadRequest, NotFound
+from prefixd.server.errors import BadRequest, Conflict, NotFound
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.principal import Actor
 from prefixd.server.tenants.tables import USER_CHARACTERS, bindings, tenants
+from prefixd.store.catalog.changes import Removed
 from prefixd.store.db.database import reading, upsert, utc_now, writing
+from prefixd.store.names import LATEST, parse_reference
+
+Check = Callable[[Connection], object]
 
 _USER = re.compile(rf"[^\x00-\x1f\x7f\ud800-\udfff]{{1,{USER_CHARACTERS}}}")
 
@@ -23,6 +27,10 @@ class ChosenBy(StrEnum):
     MODEL = "model"
     USER = "user"
     DEFAULT = "default"
+
+
+def _no_check(_: Connection) -> None:
+    """References that the caller knows to be good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +53,51 @@ def check_user(user: str) -> str:
     return user
 
 
+def check_unbound(connection: Connection, removed: Removed) -> None:
+    """Raise Conflict while a binding or the tenant's default refers to a version that this
+    transaction deleted: by its number, or by the bare name when that means nothing any more."""
+    tenant, name = removed.manifest.tenant, removed.manifest.name
+    column = bindings.c.reference
+    stored = select(column).where(
+        bindings.c.tenant == tenant,
+        or_(column == name, column.startswith(f"{name}@", autoescape=True)),
+    )
+    for reference in connection.execute(stored.distinct().order_by(column)).scalars():
+        if _refers_to(reference, removed):
+            users = select(func.min(bindings.c.user_id), func.count()).where(
+                bindings.c.tenant == tenant, column == reference
+            )
+            user, count = connection.execute(users).one()
+            who = f"the user {user!a} is" if count == 1 else f"{count} users, such as {user!a}, are"
+            raise _in_use(removed, f"{who} bound to {reference}")
+    default = connection.execute(
+        select(tenants.c.default_prefix).where(tenants.c.name == tenant)
+    ).scalar()
+    if default is not None and _refers_to(default, removed):
+        raise _in_use(removed, f"the tenant's default prefix is {default}")
+
+
+def _refers_to(reference: str, removed: Removed) -> bool:
+    parsed, manifest = parse_reference(reference), removed.manifest
+    if parsed.name != manifest.name:
+        return False
+    return parsed.version == manifest.version or (removed.ends_name and parsed.alias == LATEST)
+
+
+def _in_use(removed: Removed, what: str) -> Conflict:
+    manifest = removed.manifest
+    return Conflict(
+        f"{manifest.name}@{manifest.version} is in use: {what}; change that first",
+        code="version_in_use",
+    )
+
+
 class Bindings:
     """Blocking calls on the catalog; safe to share between threads. Finding a user's binding is one
     lookup of the primary key, for any number of users.
 
-    References are stored as text, to be resolved at each request: the caller checks them first.
+    References are stored as text, to be resolved at each request. The caller checks them with
+    ``check``, which runs first in the transaction; what it raises rolls the change back.
     """
 
     def __init__(self, engine: Engine, *, now: Callable[[], datetime] = utc_now) -> None:
@@ -96,10 +144,13 @@ class Bindings:
         page = [Binding(row.user_id, row.reference, row.updated_at) for row in rows[:limit]]
         return page, page[-1].user if len(rows) > limit else None
 
-    def bind(self, tenant: str, user: str, reference: str, *, actor: Actor) -> Binding:
+    def bind(
+        self, tenant: str, user: str, reference: str, *, actor: Actor, check: Check = _no_check
+    ) -> Binding:
         """Bind ``user`` to ``reference`` from the next request on. Raises BadRequest."""
         binding = Binding(check_user(user), reference, self._now())
         with writing(self._engine) as connection:
+            check(connection)
             connection.execute(
                 upsert(connection, bindings, update=("reference", "updated_at")),
                 _row(tenant, user, reference, binding.updated_at),
@@ -115,13 +166,16 @@ class Bindings:
             )
         return binding
 
-    def bind_many(self, tenant: str, pairs: Sequence[tuple[str, str]]) -> None:
+    def bind_many(
+        self, tenant: str, pairs: Sequence[tuple[str, str]], *, check: Check = _no_check
+    ) -> None:
         """Bind users to references, in one transaction; the last binding of a user counts.
         Raises BadRequest. The caller writes the audit entry of the whole import."""
         now = self._now()
         rows = [_row(tenant, check_user(user), ref, now) for user, ref in dict(pairs).items()]
         if rows:
             with writing(self._engine) as connection:
+                check(connection)
                 connection.execute(
                     upsert(connection, bindings, update=("reference", "updated_at")), rows
                 )
@@ -167,9 +221,12 @@ class Bindings:
             raise _no_default()
         return str(reference)
 
-    def set_default(self, tenant: str, reference: str | None, *, actor: Actor) -> None:
+    def set_default(
+        self, tenant: str, reference: str | None, *, actor: Actor, check: Check = _no_check
+    ) -> None:
         """Set the default, or with None remove it. Raises NotFound when there is none to remove."""
         with writing(self._engine) as connection:
+            check(connection)
             statement = update(tenants).where(tenants.c.name == tenant)
             if reference is None:
                 statement = statement.where(tenants.c.default_prefix.is_not(None))

@@ -19,11 +19,13 @@ from prefixd.server.api.prefixes.schemas import (
 )
 from prefixd.server.errors import BadRequest, RangeNotSatisfiable
 from prefixd.server.tenants.audit import Action, record
+from prefixd.server.tenants.bindings import check_unbound
 from prefixd.store.names import MAX_VERSION
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 
 Version = Annotated[str, Path(description="A version number, or an alias such as `latest`.")]
+VersionNumber = Annotated[int, Path(ge=1, le=MAX_VERSION)]
 Bases = Annotated[
     Literal["served", "all"], Query(description="Versions for the served base, or for every base.")
 ]
@@ -140,6 +142,31 @@ def list_versions(
     return VersionList(
         data=[PrefixShown.now(manifest, engine) for manifest in page[:limit]], next_before=more
     )
+
+
+@router.delete("/{name}/versions/{version}", status_code=204)
+def delete_version(
+    *,
+    name: str,
+    version: VersionNumber,
+    store: StoreDep,
+    served: ServedDep,
+    principal: Writer,
+    actor: Acting,
+) -> None:
+    """Delete one version that no alias, pin, binding or default refers to. Running requests keep
+    it."""
+    with store.change(principal.tenant) as tx:
+        removed = tx.delete_version(name, version, base=served.base)
+        check_unbound(tx.connection, removed)
+        record(
+            tx.connection,
+            Action.VERSION_DELETE,
+            actor=actor,
+            tenant=principal.tenant,
+            subject=name,
+            detail={"version": version, "digest": removed.manifest.digest},
+        )
 
 
 @router.get(

@@ -1,6 +1,7 @@
 """Bulk import of bindings: lines of JSON, read, checked and written a batch at a time."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
@@ -11,6 +12,7 @@ from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.bindings import Bindings, check_user
 from prefixd.server.tenants.principal import Actor
 from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.catalog.held import hold
 from prefixd.store.catalog.manifests import check_base
 from prefixd.store.errors import BaseMismatch, InvalidReference, UnknownPrefix
 from prefixd.store.store import PrefixStore
@@ -47,7 +49,7 @@ class BindingImport:
         self._max_bytes = max_bytes
         self._tenant = tenant
         self._actor = actor
-        self._known: set[str] = set()
+        self._known: dict[str, tuple[str, int]] = {}
         self._read = 0
         self._written = 0
 
@@ -72,12 +74,18 @@ class BindingImport:
         return self._written
 
     def _write(self, lines: list[bytes]) -> None:
-        pairs = []
+        pairs, meant = [], {}
         for line in lines:
             self._read += 1
             if line.strip():
-                pairs.append(self._parsed(line))
-        self._bindings.bind_many(self._tenant, pairs)
+                user, reference = self._parsed(line)
+                pairs.append((user, reference))
+                meant[reference] = self._known[reference]
+        check = partial(hold, tenant=self._tenant, meant=meant, base=self._base)
+        try:
+            self._bindings.bind_many(self._tenant, pairs, check=check)
+        except (BaseMismatch, UnknownPrefix) as error:  # deleted since its line was read
+            raise self._bad_line(error.message) from None
         self._written += len(pairs)
 
     def _parsed(self, line: bytes) -> tuple[str, str]:
@@ -91,14 +99,16 @@ class BindingImport:
                 check_base(manifest, self._base)
                 if len(self._known) >= _MOST_KNOWN:
                     self._known.clear()
-                self._known.add(binding.prefix)
+                self._known[binding.prefix] = (manifest.name, manifest.version)
         except (BadRequest, BaseMismatch, InvalidReference, UnknownPrefix) as error:
-            raise BadRequest(
-                f"line {self._read}: {error.message} ({self._written} bindings before it were "
-                "imported)",
-                code="invalid_line",
-            ) from None
+            raise self._bad_line(error.message) from None
         return binding.user, binding.prefix
+
+    def _bad_line(self, message: str) -> BadRequest:
+        return BadRequest(
+            f"line {self._read}: {message} ({self._written} bindings before it were imported)",
+            code="invalid_line",
+        )
 
 
 async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -1,10 +1,13 @@
 """/v1/users and /v1/default: the prefixes of a tenant's end users."""
 
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection
 
 from prefixd.server.api.body import StrictModel, json_body, json_request, media_type
 from prefixd.server.api.dependencies import (
@@ -16,9 +19,13 @@ from prefixd.server.api.dependencies import (
     StoreDep,
     Writer,
 )
+from prefixd.server.api.served import ServedModel
 from prefixd.server.api.users.importing import BindingImport
 from prefixd.server.errors import BadRequest
+from prefixd.server.tenants.principal import Principal
+from prefixd.store.catalog.held import hold
 from prefixd.store.catalog.manifests import check_base
+from prefixd.store.store import PrefixStore
 
 router = APIRouter(prefix="/v1", tags=["users"])
 
@@ -64,6 +71,18 @@ class ImportResponse(BaseModel):
 
     object: Literal["import"] = "import"
     imported: int
+
+
+def _check(
+    store: PrefixStore, served: ServedModel, principal: Principal, reference: str
+) -> Callable[[Connection], None]:
+    """Raise UnknownPrefix or BaseMismatch for a reference that means no version of the served base;
+    else return the check for the transaction that stores the reference."""
+    base, tenant = served.base, principal.tenant
+    manifest = store.resolve(tenant=tenant, reference=reference, base=base)
+    check_base(manifest, base)
+    meant = {reference: (manifest.name, manifest.version)}
+    return partial(hold, tenant=tenant, meant=meant, base=base)
 
 
 @router.get("/users", response_model=BindingList)
@@ -150,11 +169,8 @@ def put_binding(
     body: Annotated[BindingTarget, Depends(json_body(BindingTarget))],
 ) -> BindingShown:
     """Bind a user to a prefix, from the next request on."""
-    # Raises for an unknown one, and for one of another base.
-    check_base(
-        store.resolve(tenant=principal.tenant, reference=body.prefix, base=served.base), served.base
-    )
-    binding = bindings.bind(principal.tenant, user, body.prefix, actor=actor)
+    check = _check(store, served, principal, body.prefix)
+    binding = bindings.bind(principal.tenant, user, body.prefix, actor=actor, check=check)
     return BindingShown.model_validate(binding)
 
 
@@ -183,11 +199,8 @@ def put_default(
     body: Annotated[BindingTarget, Depends(json_body(BindingTarget))],
 ) -> DefaultShown:
     """Set the prefix of users without a binding, from the next request on."""
-    # Raises for an unknown one, and for one of another base.
-    check_base(
-        store.resolve(tenant=principal.tenant, reference=body.prefix, base=served.base), served.base
-    )
-    bindings.set_default(principal.tenant, body.prefix, actor=actor)
+    check = _check(store, served, principal, body.prefix)
+    bindings.set_default(principal.tenant, body.prefix, actor=actor, check=check)
     return DefaultShown(prefix=body.prefix)
 
 
