@@ -7,6 +7,7 @@ ARGS            ?=
 MODEL           ?= demo
 PIP_FLAGS       ?= --quiet
 SOAK_SECONDS    ?= 1200
+HOSTILE_SECONDS ?= 600
 SEED            ?=
 MODULES         ?=
 # A package index with CPU-only builds of torch saves gigabytes where no GPU is present.
@@ -23,7 +24,7 @@ SPLIT := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test check lint types imports words fast slow cover format docs \
-        audit mutate gpu-check bench soak lock clean
+        audit mutate gpu-check bench soak hostile lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -103,6 +104,11 @@ bench: install ## Measure throughput and time to first token on this machine
 soak: install ## Twenty minutes of mixed traffic with faults (SOAK_SECONDS, SEED)
 	@PREFIXD_SOAK_SECONDS=$(SOAK_SECONDS) PREFIXD_SOAK_SEED=$(SEED) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 	  $(BIN)/python -m pytest tests/faults/test_soak.py $(ARGS)
+
+hostile: install ## Ten minutes of a hostile tenant on a tiny model (HOSTILE_SECONDS, SEED)
+	@PREFIXD_TEST_HOSTILE_SECONDS=$(HOSTILE_SECONDS) PREFIXD_TEST_HOSTILE_SEED=$(SEED) \
+	  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+	  $(BIN)/python -m pytest tests/faults/test_hostile.py -k on_the_model $(ARGS)
 
 lock: install ## Write constraints.txt from the versions in .venv
 	@$(BIN)/python .ci/lock.py

@@ -9,6 +9,8 @@ import httpx2
 import pytest
 
 from prefixd.store.artifact.artifact import inspect_text
+from prefixd.store.errors import UnknownPrefix
+from prefixd.store.store import PrefixStore
 from tests.faults.faults_model import VOCAB
 from tests.faults.faults_server import RunningServer, running
 from tests.faults.faults_traffic import greedy
@@ -75,6 +77,19 @@ def test_text_prefix_stored_before_it_was_checked_is_the_tenants_error(
         answer = http.post("/v1/completions", json=greedy("old", [5, 7], 2))
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "prefix_refused")
         assert http.get("/health/ready").status_code == 200
+
+
+def test_prefix_deleted_while_a_request_waits_for_it_is_not_found(
+    http: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **key: object) -> Path:
+        raise UnknownPrefix(f"the artifact {key['digest']} is gone")
+
+    upload = http.put("/v1/prefixes/short-lived", json={"kind": "text", "text": GOOD})
+    assert upload.status_code == 201
+    monkeypatch.setattr(PrefixStore, "fetch", gone)
+    answer = http.post("/v1/completions", json=greedy("short-lived", [5, 7], 2))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "prefix_not_found")
 
 
 def test_end_of_text_beyond_the_logits_is_never_masked(
