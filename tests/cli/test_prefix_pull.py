@@ -1,7 +1,6 @@
 """``prefix pull`` and ``prefix push`` against the real application: every kind keeps its digest."""
 
 import json
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -9,52 +8,20 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner, Result
 
-from prefixd.client import Client, folders
+from prefixd.client import folders
 from prefixd.client.artifacts import read_artifact
 from prefixd.client.errors import ProtocolError
 from prefixd.client.folders import read_folder, write_version
 from prefixd.client.types import Prefix
-from prefixd.server.cli.main import app
 from prefixd.store.artifact.artifact import pack_peft
 from prefixd.store.artifact.config import MAX_CONFIG_BYTES
-from tests.api.api_world import World, make_world
 from tests.api.test_stored_file import KINDS, P
-from tests.clients.loopback import serving
+from tests.cli.served_shell import Shell, served, shell
 from tests.clients.samples import MANIFEST
 from tests.store.store_artifacts import config_bytes, soft, spool, tensors
 
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, str]]:
-    with make_world(tmp_path_factory.mktemp("world")) as world, serving(world.app) as url:
-        yield world, url
-
-
-class Shell:
-    """Runs ``prefixd`` as a tenant's user."""
-
-    def __init__(self, served: tuple[World, str]) -> None:
-        world, url = served
-        self.environment = {"PREFIXD_URL": url, "PREFIXD_API_KEY": world.keys["acme"]}
-        self.client = Client(url, api_key=world.keys["acme"])
-
-    def __call__(self, *arguments: str | Path, code: int = 0) -> Result:
-        result = CliRunner().invoke(app, [str(one) for one in arguments], env=self.environment)
-        assert result.exit_code == code, result.output
-        return result
-
-    def json(self, *arguments: str | Path) -> Any:
-        return json.loads(self(*arguments, "--json").stdout)
-
-
-@pytest.fixture
-def shell(served: tuple[World, str]) -> Iterator[Shell]:
-    shell = Shell(served)
-    with shell.client:
-        yield shell
-
+__all__ = ["served", "shell"]
 
 METADATA = {
     "by": "Zoë",

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.api.api_world import World, make_world, put_text
+from prefixd.client import Client
+from tests.api.api_world import BASE, World, make_world, put_text
 from tests.clients.loopback import serving
 from tests.packaging.wheel import ROOT, Environment
+from tests.store.store_artifacts import config_bytes, ramp, tensors
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +72,22 @@ def test_prefix_ls_lists_the_prefixes_of_a_server(
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert "pirate" in result.stdout
+
+
+def test_pull_push_and_diff_need_no_extra(core: Environment, served: tuple[World, str]) -> None:
+    world, url = served
+    with Client(url, api_key=world.keys["acme"]) as client:
+        put_peft(client, "pulled")
+    variables = {"PREFIXD_URL": url, "PREFIXD_API_KEY": world.keys["acme"]}
+    for verb in (("pull", "pulled", "new"), ("push", "copy", "new"), ("diff", "pulled", "copy")):
+        result = core.run("prefixd", "prefix", *verb, **variables)
+        assert (result.returncode, result.stderr) == (0, ""), verb
+    assert result.stdout == "pulled@1 and copy@1 are equal\n"
+
+
+def put_peft(client: Client, name: str) -> None:
+    values = {"prompt_embeddings": ramp(4, BASE.embedding_width)}
+    client.upload(name, config=config_bytes(), weights=tensors(values, "BF16"))
 
 
 @pytest.mark.parametrize(

@@ -164,11 +164,14 @@ def demo_model_packages() -> None:
 # -- verbs that talk to a server ------------------------------------------------------------------
 
 
-def connected(command: Callable[Concatenate[Client, P], None]) -> Callable[..., None]:
-    """Give a verb a client for the server that the connection options name."""
+def connected(
+    command: Callable[Concatenate[Client, P], None], *, error_status: int = 1
+) -> Callable[..., None]:
+    """Give a verb a client for the server that the connection options name. An error of the client
+    or of a file ends it with ``error_status``."""
 
     def run(*, url: str, api_key: str | None, timeout: float, **arguments: Any) -> None:
-        with client_errors(), Client(url, api_key=api_key, timeout=timeout) as client:
+        with client_errors(error_status), Client(url, api_key=api_key, timeout=timeout) as client:
             command(client, **arguments)  # type: ignore[call-arg]  # typer passes the verb's own
 
     _, *parameters = inspect.signature(command).parameters.values()

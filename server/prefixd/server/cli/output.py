@@ -69,21 +69,21 @@ def print_fields(values: dict[str, object]) -> None:
         typer.echo(f"{name:<24} {printable(str(value))}")
 
 
-def fail(message: str) -> NoReturn:
-    """End the verb with a message on standard error and status 1."""
+def fail(message: str, *, status: int = 1) -> NoReturn:
+    """End the verb with a message on standard error."""
     typer.echo(f"prefixd: {printable(message)}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(status)
 
 
 @contextmanager
-def client_errors() -> Iterator[None]:
-    """End the verb with the message of an error of the client or of a file."""
+def client_errors(status: int = 1) -> Iterator[None]:
+    """End the verb with the message of an error of the client or of a file, and ``status``."""
     try:
         yield
     except BrokenPipeError:
         raise
     except (ClientError, OSError) as error:
-        fail(_client_message(error))
+        fail(_client_message(error), status=status)
 
 
 def _client_message(error: Exception) -> str:

@@ -13,6 +13,7 @@ from prefixd.client.errors import FormatError
 from prefixd.client.folders import TextContent, decode_text
 from prefixd.client.sync import Client
 from prefixd.client.types import Prefix
+from prefixd.server.cli.diff import diff
 from prefixd.server.cli.options import JsonFlag, VerbGroup, connected
 from prefixd.server.cli.output import as_dict, print_columns, print_fields, print_json, printable
 from prefixd.server.cli.pull import pull
@@ -117,6 +118,7 @@ def _prefix(source: str | None, text: str | None, *, task_id: int | None) -> Sou
 
 
 prefix_app.command("pull")(connected(pull))
+prefix_app.command("diff")(connected(diff, error_status=2))
 
 
 @prefix_app.command("ls")
