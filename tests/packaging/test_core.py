@@ -78,9 +78,9 @@ def test_pull_push_and_diff_need_no_extra(core: Environment, served: tuple[World
     world, url = served
     with Client(url, api_key=world.keys["acme"]) as client:
         put_peft(client, "pulled")
-    variables = {"PREFIXD_URL": url, "PREFIXD_API_KEY": world.keys["acme"]}
+    key = world.keys["acme"]
     for verb in (("pull", "pulled", "new"), ("push", "copy", "new"), ("diff", "pulled", "copy")):
-        result = core.run("prefixd", "prefix", *verb, **variables)
+        result = core.run("prefixd", "prefix", *verb, PREFIXD_URL=url, PREFIXD_API_KEY=key)
         assert (result.returncode, result.stderr) == (0, ""), verb
     assert result.stdout == "pulled@1 and copy@1 are equal\n"
 
