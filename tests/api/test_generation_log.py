@@ -79,11 +79,11 @@ def test_internal_error_during_a_response_is_sent_and_logged(
 ) -> None:
     tokens: list[int] = []
 
-    def show(_: ByteTokenizer, token_id: int) -> str:
+    def show(_: ByteTokenizer, token_id: int, previous: int | None) -> bytes:
         tokens.append(token_id)
-        return str(1 // (4 - len(tokens)))
+        return bytes([1 // (4 - len(tokens))])
 
-    monkeypatch.setattr(ByteTokenizer, "token_text", show)
+    monkeypatch.setattr(ByteTokenizer, "token_bytes", show)
     caller = Caller(world, {"logprobs": 0, "max_tokens": 9, "stream": stream})
     with structlog.testing.capture_logs() as lines:
         run_with_engine(world, caller.run)

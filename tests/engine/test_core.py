@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -18,7 +18,7 @@ from prefixd.server.engine.request import (
     StopParams,
     TokenEvent,
 )
-from prefixd.server.engine.step import PrefixUnavailable, Step
+from prefixd.server.engine.step import PrefixUnavailable, Step, TokenText
 from prefixd.server.testing import ByteDetokenizer, FakeStaged
 from tests.engine.test_engine import PREFIX, PROMPT, Bench, answer, expected, fail_steps
 
@@ -74,20 +74,20 @@ def test_fetch_from_before_a_restart_is_ignored(
     assert bench.engine.stats().restarts == 1
 
 
-def broken_at(moment: str) -> Callable[[], ByteDetokenizer]:
+def broken_at(moment: str) -> Callable[[Sequence[int]], ByteDetokenizer]:
     """Detokenizers of which the first fails at one of its calls, and the others work."""
     has_failed = threading.Event()
 
     class Broken(ByteDetokenizer):
-        def __init__(self) -> None:
+        def __init__(self, prompt: Sequence[int]) -> None:
             self.fail("init")
-            super().__init__()
+            super().__init__(prompt)
 
-        def push(self, token_id: int) -> str:
+        def push(self, token_id: int) -> Sequence[TokenText]:
             self.fail("push")
             return super().push(token_id)
 
-        def flush(self) -> str:
+        def flush(self) -> Sequence[TokenText]:
             self.fail("flush")
             return super().flush()
 
@@ -216,7 +216,7 @@ def test_engine_that_ends_with_failing_calls_pending_aborts_all_requests(
 
 def test_step_time_excludes_detokenizers_and_handlers() -> None:
     class Slow(ByteDetokenizer):
-        def push(self, token_id: int) -> str:
+        def push(self, token_id: int) -> Sequence[TokenText]:
             time.sleep(0.1)
             return super().push(token_id)
 
@@ -233,17 +233,17 @@ def test_step_time_excludes_detokenizers_and_handlers() -> None:
 class LateDetokenizer(ByteDetokenizer):
     """Holds the last character back until the next one, or ``flush``."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._last = ""
+    def __init__(self, prompt: Sequence[int]) -> None:
+        super().__init__(prompt)
+        self._last: Sequence[TokenText] = ()
 
-    def push(self, token_id: int) -> str:
-        text, self._last = self._last, super().push(token_id)
-        return text
+    def push(self, token_id: int) -> Sequence[TokenText]:
+        tokens, self._last = self._last, super().push(token_id)
+        return tokens
 
-    def flush(self) -> str:
-        text, self._last = self._last, ""
-        return text
+    def flush(self) -> Sequence[TokenText]:
+        tokens, self._last = self._last, ()
+        return tokens
 
 
 def test_stop_string_completed_by_the_last_text_is_the_end() -> None:

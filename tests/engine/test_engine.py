@@ -3,7 +3,7 @@
 import json
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -44,7 +44,7 @@ class Bench:
         *,
         watchdog_s: float = 60.0,
         max_waiting_tokens: int | None = None,
-        detokenizer: Callable[[], Detokenizer] = ByteDetokenizer,
+        detokenizer: Callable[[Sequence[int]], Detokenizer] = ByteDetokenizer,
     ) -> None:
         self.runner = FakeRunner(block_size=4)
         self.source = FakeSource({PREFIX.key: 5})

@@ -10,7 +10,7 @@ import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ from prefixd.server.engine.request import (
     TokenEvent,
 )
 from prefixd.server.engine.stats import EngineStats
-from prefixd.server.engine.step import Step, StepOutput
+from prefixd.server.engine.step import Step, StepOutput, TokenText
 from prefixd.server.model.load import LoadedBase, prepare_base
 from prefixd.server.model.prefix import HardPrompt, Prefix, prefix_of
 from prefixd.server.model.runner import TorchRunner
@@ -321,8 +321,8 @@ def collect(events: "queue.Queue[Event]") -> list[int]:
 class EmptyDetokenizer(ByteDetokenizer):
     """Returns no text: token ids of a random model have no meaning."""
 
-    def push(self, token_id: int) -> str:
-        return ""
+    def push(self, token_id: int) -> Sequence[TokenText]:
+        return (TokenText(""),)
 
 
 def serve(

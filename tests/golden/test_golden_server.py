@@ -65,10 +65,18 @@ class ModelUnderTest:
         answer = httpx2.post(f"{self.url}/v1/completions", json=body, headers=headers, timeout=300)
         assert answer.status_code == 200, answer.text
         choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
-        return [choice["logprobs"]["tokens"] for choice in choices]
+        return [[decoded(token) for token in choice["logprobs"]["tokens"]] for choice in choices]
 
     def texts(self, tokens: list[int]) -> list[str]:
         return [self.tokenizer.decode([token]) for token in tokens]
+
+
+def decoded(token: str) -> str:
+    """What a tokenizer decodes a token to that is written as its bytes if they are no text."""
+    if not token.startswith("bytes:"):
+        return token
+    raw = token.removeprefix("bytes:").encode("ascii").decode("unicode_escape")
+    return raw.encode("latin-1").decode(errors="replace")
 
 
 def word_tokenizer(size: int) -> Any:
@@ -76,6 +84,7 @@ def word_tokenizer(size: int) -> Any:
     vocabulary = {f"w{i}": i for i in range(size)}
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    plain.decoder = tokenizers.decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=plain)
 
 

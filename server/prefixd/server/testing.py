@@ -16,9 +16,11 @@ from prefixd.server.engine.step import (
     StagedPrefix,
     Step,
     StepOutput,
+    TokenText,
 )
 
 EOS = 256
+EOS_TEXT = "<end>"
 VOCAB_SIZE = 257
 
 
@@ -147,9 +149,10 @@ class ByteTokenizer:
         """Text of the bytes, without the end of sequence."""
         return bytes(t for t in token_ids if t < EOS).decode(errors="replace")
 
-    def token_text(self, token_id: int) -> str:
-        """Text of one token."""
-        return self.decode([token_id])
+    def token_bytes(self, token_id: int, previous: int | None) -> bytes | None:
+        """The byte, whatever came before it."""
+        del previous
+        return bytes([token_id]) if token_id < EOS else EOS_TEXT.encode()
 
     def render_chat(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
@@ -162,22 +165,34 @@ class ByteTokenizer:
 class ByteDetokenizer:
     """Decodes bytes incrementally; returns a character only when it is complete."""
 
-    def __init__(self) -> None:
+    previous = None
+
+    def __init__(self, prompt: Sequence[int] = ()) -> None:
+        del prompt  # a byte depends on no other
         self._held = b""
 
-    def push(self, token_id: int) -> str:
-        """Text that this byte completes."""
+    def special(self, token_id: int) -> str:
+        """Text of the end of sequence."""
+        return EOS_TEXT if token_id == EOS else ""
+
+    def push(self, token_id: int) -> Sequence[TokenText]:
+        """The byte, with the character that it completes."""
         if token_id >= EOS:
-            return ""
+            return (TokenText("", EOS_TEXT),)
         self._held += bytes([token_id])
         try:
             text = self._held.decode()
         except UnicodeDecodeError:
-            return ""
+            return (TokenText(""),)
         self._held = b""
-        return text
+        return (TokenText(text),)
 
-    def flush(self) -> str:
+    def tentative(self, limit: int) -> Sequence[TokenText]:
+        """None: a complete character does not change."""
+        del limit
+        return ()
+
+    def flush(self) -> Sequence[TokenText]:
         """An incomplete last character as a replacement character."""
         text, self._held = self._held.decode(errors="replace"), b""
-        return text
+        return (TokenText(text, lead=len(text)),)

@@ -28,8 +28,9 @@ class Tokenizer(Protocol):
         """Text of ``token_ids``, special tokens skipped."""
         ...
 
-    def token_text(self, token_id: int) -> str:
-        """Text of one token, for log-probabilities."""
+    def token_bytes(self, token_id: int, previous: int | None) -> bytes | None:
+        """The bytes of a token after ``previous``, the token with text before it (None: the first
+        of a text); those of its name for a special token. None for an id without a token."""
         ...
 
     def render_chat(

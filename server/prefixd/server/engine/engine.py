@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -49,14 +49,14 @@ class Engine:
         config: SchedulerConfig,
         runner: ModelRunner,
         source: PrefixSource,
-        detokenizer: Callable[[], Detokenizer],
+        detokenizer: Callable[[Sequence[int]], Detokenizer],
         namespace: str = "",
         fetch_threads: int = 2,
         watchdog_s: float = 60.0,
     ) -> None:
-        """``detokenizer`` makes a new one for each sequence. ``namespace`` names what KV depends on
-        besides tokens: fingerprint and dtype. A step that takes longer than ``watchdog_s`` seconds
-        makes the engine not ready."""
+        """``detokenizer`` makes one from the prompt of each sequence. ``namespace`` names what KV
+        depends on besides tokens: fingerprint and dtype. A step that takes longer than
+        ``watchdog_s`` seconds makes the engine not ready."""
         self.config = config
         self._watchdog_s = watchdog_s
         self._queue_limiter = QueueLimiter(config)

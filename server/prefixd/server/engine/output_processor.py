@@ -4,12 +4,22 @@ An exception of a detokenizer or of a caller's handler ends that one sequence, a
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field, replace
 
-from prefixd.server.engine.request import Event, FinishEvent, FinishReason, TokenEvent, TokenLogprob
+from prefixd.server.engine.request import (
+    Event,
+    FinishEvent,
+    FinishReason,
+    PositionLogprobs,
+    TokenEvent,
+    TokenLogprob,
+)
 from prefixd.server.engine.sequence import End, Sequence
-from prefixd.server.engine.step import Detokenizer, Sampled
+from prefixd.server.engine.step import Detokenizer, Sampled, TokenText
+from prefixd.server.engine.stop_strings import StopStrings
 
 log = logging.getLogger(__name__)
 
@@ -17,41 +27,47 @@ _UNDELIVERED = End(FinishReason.ERROR, error="the engine could not deliver this 
 
 
 @dataclass(slots=True)
-class StopStrings:
-    """Watches a growing text for the first of several strings.
+class LogprobQueue:
+    """Log-probabilities of positions until their place in the text is final: a stop string that
+    comes later may cut the text before them.
 
-    Text that could still become a stop string is held back, so that no part of one is sent.
+    ``num_characters`` counts the text of the tokens placed so far.
     """
 
-    strings: tuple[str, ...]
-    include: bool = False
-    _held: str = ""
+    num_characters: int = 0
+    _waiting: deque[PositionLogprobs] = field(default_factory=deque)
+    _placed: deque[PositionLogprobs] = field(default_factory=deque)
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Add text. Returns the text that is final now, and the stop string that ended it."""
-        self._held += text
-        matches = [(self._held.find(s), len(s), s) for s in self.strings if s in self._held]
-        if matches:
-            start, length, string = min(matches)
-            final = self._held[: start + length if self.include else start]
-            self._held = ""
-            return final, string
-        split = len(self._held) - self._num_held_back()
-        final, self._held = self._held[:split], self._held[split:]
-        return final, None
+    def add(self, sampled: Sampled, previous: int | None) -> None:
+        """Add a position, if its log-probabilities are wanted."""
+        if sampled.logprob is not None:
+            token = TokenLogprob(sampled.token_id, sampled.logprob)
+            self._waiting.append(PositionLogprobs(token, sampled.top_logprobs, previous, 0))
 
-    def flush(self) -> str:
-        """The text held back, when no stop string came after all."""
-        text, self._held = self._held, ""
-        return text
+    def place(self, tokens: Items[TokenText]) -> None:
+        """Place the oldest positions where the texts of these tokens begin."""
+        for token in tokens:
+            if self._waiting:
+                offset = self.num_characters + token.lead
+                self._placed.append(replace(self._waiting.popleft(), offset=offset))
+            self.num_characters += len(token.text)
 
-    def _num_held_back(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        longest = min(len(self._held), max((len(s) for s in self.strings), default=1) - 1)
-        for size in range(longest, 0, -1):
-            if any(s.startswith(self._held[-size:]) for s in self.strings):
-                return size
-        return 0
+    def take(self, num_sent: int) -> tuple[PositionLogprobs, ...]:
+        """Remove the positions that are final when ``num_sent`` characters have been sent."""
+        final = []
+        while self._placed and self._placed[0].offset <= num_sent:
+            final.append(self._placed.popleft())
+        return tuple(final)
+
+    def take_rest(self, num_sent: int) -> tuple[PositionLogprobs, ...]:
+        """Remove all positions; the text ended after ``num_sent`` characters."""
+        rest = [
+            replace(position, offset=min(position.offset, num_sent)) for position in self._placed
+        ]
+        rest += [replace(position, offset=num_sent) for position in self._waiting]
+        self._placed.clear()
+        self._waiting.clear()
+        return tuple(rest)
 
 
 @dataclass(slots=True)
@@ -62,14 +78,16 @@ class _Stream:
     on_event: Callable[[Event], None]
     stop: StopStrings | None
     detokenizer: Detokenizer | None = None
+    logprobs: LogprobQueue = field(default_factory=LogprobQueue)
+    num_sent: int = 0
     failed: bool = False
 
 
 class OutputProcessor:
     """Sequences that are not closed, and the streams to their callers."""
 
-    def __init__(self, detokenizer: Callable[[], Detokenizer]) -> None:
-        """``detokenizer`` makes a new one for each sequence, at its first token."""
+    def __init__(self, detokenizer: Callable[[Items[int]], Detokenizer]) -> None:
+        """``detokenizer`` makes a new one from the prompt of each sequence, at its first token."""
         self._new_detokenizer = detokenizer
         self._by_request: dict[str, list[Sequence]] = {}
         self._streams: dict[int, _Stream] = {}
@@ -101,56 +119,56 @@ class OutputProcessor:
             if not token.finite:
                 continue
             end = stream.sequence.end_after(token.token_id)
-            if end is None or end.reason is not FinishReason.STOP:  # no text for a stop token
-                try:
-                    stop = self._send(stream, token)
-                except Exception as error:  # noqa: BLE001 - logged there
-                    _fail(stream, error)
-                    end = _UNDELIVERED
-                else:
-                    end = end if stop is None else End(FinishReason.STOP, stop=stop)
+            try:
+                stop = self._send(stream, token, end)
+            except Exception as error:  # noqa: BLE001 - logged there
+                _fail(stream, error)
+                end = _UNDELIVERED
+            else:
+                end = end if stop is None else End(FinishReason.STOP, stop=stop)
             if end is not None:
                 ends[seq_id] = end
         return ends
 
-    def _send(self, stream: _Stream, sampled: Sampled) -> str | None:
-        """Send the event of one token. Returns the stop string that it completed."""
-        if stream.detokenizer is None:
-            stream.detokenizer = self._new_detokenizer()
-        sequence, stop = stream.sequence, None
-        text = stream.detokenizer.push(sampled.token_id)
-        if stream.stop is not None and sequence.num_output >= sequence.request.stop.min_tokens:
-            text, stop = stream.stop.push(text)
-        logprobs: tuple[TokenLogprob, ...] = ()
+    def _send(self, stream: _Stream, sampled: Sampled, end: End | None) -> str | None:
+        """Send the event of one token, which may end its sequence. Returns the stop string that it
+        completed."""
+        sequence, token_id = stream.sequence, sampled.token_id
+        detokenizer = stream.detokenizer
+        if detokenizer is None:
+            detokenizer = stream.detokenizer = self._new_detokenizer(sequence.request.prompt)
         if sampled.logprob is not None:
-            logprobs = (TokenLogprob(sampled.token_id, sampled.logprob),)
-        stream.on_event(
-            TokenEvent(
-                index=sequence.index,
-                text=text,
-                token_ids=(sampled.token_id,),
-                logprobs=logprobs,
-                top_logprobs=(sampled.top_logprobs,) if logprobs else (),
-            )
+            stream.logprobs.add(sampled, detokenizer.previous)
+        tokens: Items[TokenText] = ()
+        # A stop token is no part of the text, but a special one may be part of a stop string.
+        if end is None or end.reason is not FinishReason.STOP or detokenizer.special(token_id):
+            tokens = detokenizer.push(token_id)
+        text, stop = _final_text(
+            stream, tokens, matches=sequence.num_output >= sequence.request.stop.min_tokens
         )
+        stream.num_sent += len(text)
+        logprobs = stream.logprobs.take(stream.num_sent) if sampled.logprob is not None else ()
+        stream.on_event(TokenEvent(sequence.index, text, (token_id,), logprobs))
         return stop
 
     def flush(self, sequence: Sequence, end: End) -> End:
         """Send the rest of the text of a sequence about to end. Returns its end: the text may
         complete a stop string, or fail to be delivered."""
         stream = self._streams[sequence.seq_id]
-        if stream.detokenizer is None or stream.failed or isinstance(end.stop, str):
+        if stream.detokenizer is None or stream.failed:
             return end
         try:
-            text = stream.detokenizer.flush()
-            if stream.stop is not None:
-                text, stop = stream.stop.push(text)
-                if stop is None:
-                    text += stream.stop.flush()
-                else:
+            text = ""
+            if not isinstance(end.stop, str):
+                text, stop = _final_text(stream, stream.detokenizer.flush(), matches=True)
+                if stop is not None:
                     end = End(FinishReason.STOP, stop=stop)
-            if text:
-                stream.on_event(TokenEvent(index=sequence.index, text=text, token_ids=()))
+                elif stream.stop is not None:
+                    text += stream.stop.flush()
+            stream.num_sent += len(text)
+            logprobs = stream.logprobs.take_rest(stream.num_sent)
+            if text or logprobs:
+                stream.on_event(TokenEvent(sequence.index, text, (), logprobs))
         except Exception as error:  # noqa: BLE001 - logged there
             _fail(stream, error)
             return _UNDELIVERED
@@ -180,6 +198,25 @@ class OutputProcessor:
             stream.on_event(event)
         except Exception as error:  # noqa: BLE001 - logged there
             _fail(stream, error)
+
+
+def _final_text(
+    stream: _Stream, tokens: Items[TokenText], *, matches: bool
+) -> tuple[str, str | None]:
+    """Text that is final with ``tokens``, and the stop string that ends it, where stop strings
+    count (``matches``)."""
+    stream.logprobs.place(tokens)
+    strings, detokenizer = stream.stop, stream.detokenizer
+    if strings is None or not matches:
+        return "".join([token.text for token in tokens]), None
+    assert detokenizer is not None
+    text, stop = strings.push_tokens(tokens)
+    if stop is None and strings.would_end(detokenizer.tentative(strings.reach)):
+        rest = detokenizer.flush()  # the sequence ends here, so this text cannot change any more
+        stream.logprobs.place(rest)
+        ending, stop = strings.push_tokens(rest)
+        text += ending
+    return text, stop
 
 
 def _fail(stream: _Stream, error: Exception) -> None:

@@ -112,15 +112,29 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """The sampled token of one position of the output, and the likeliest ones there.
+
+    ``previous`` is the token whose text comes before it, on which its own text depends (None at the
+    start of a text); ``offset`` is the number of characters of the answer before it.
+    """
+
+    sampled: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+    previous: int | None
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """New output of sequence ``index``: text that is final (stop strings already held back),
-    the token ids it came from (possibly none yet, or several) and their log-probabilities."""
+    """New output of sequence ``index``: text that is final (stop strings already held back), the
+    tokens sampled since the last event (possibly none), and the log-probabilities of the positions
+    whose place in the text is final. At its end a sequence has sent those of all its tokens."""
 
     index: int
     text: str
     token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] = ()
-    top_logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

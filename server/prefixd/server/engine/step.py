@@ -18,7 +18,7 @@ at position ``P + i``, in slot ``position % block_size`` of the block
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from prefixd.server.engine.request import PrefixKey, SamplingParams, TokenLogprob
 
@@ -202,13 +202,41 @@ class ModelRunner(Protocol):
         ...
 
 
-class Detokenizer(Protocol):
-    """Turns one sequence's growing token ids into text, incrementally."""
+class TokenText(NamedTuple):
+    """Text of one token that can no longer change.
 
-    def push(self, token_id: int) -> str:
-        """Text that became final with this token (often empty in the middle of a character)."""
+    ``special`` is the text of a special token: stop strings see it, after ``text``; the answer does
+    not contain it. The first ``lead`` characters of ``text`` belong to earlier tokens.
+    """
+
+    text: str
+    special: str = ""
+    lead: int = 0
+
+
+class Detokenizer(Protocol):
+    """Turns one sequence's growing token ids into text, incrementally.
+
+    ``previous`` is the last token with text, in the prompt or the output; None where the text
+    begins.
+    """
+
+    @property
+    def previous(self) -> int | None: ...
+
+    def push(self, token_id: int) -> Sequence[TokenText]:
+        """Add a token. Returns the tokens whose text is final now, oldest first: often this one,
+        none in the middle of a character."""
         ...
 
-    def flush(self) -> str:
-        """Text that is still held back, at the end."""
+    def tentative(self, limit: int) -> Sequence[TokenText]:
+        """The last ``limit`` of the tokens added whose text is complete but may still change."""
+        ...
+
+    def flush(self) -> Sequence[TokenText]:
+        """The tokens that were not returned yet, at the end of the text."""
+        ...
+
+    def special(self, token_id: int) -> str:
+        """Text of a special token; empty for any other."""
         ...

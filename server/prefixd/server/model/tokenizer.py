@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+from prefixd.server.engine.step import Detokenizer
+from prefixd.server.model.detokenizer import new_detokenizer
+from prefixd.server.model.token_table import TokenTable
 
 _PROBE = "a 1"
 _MAX_LEADING_TOKENS = 16
@@ -15,6 +17,7 @@ class Tokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._opening = _opening_tokens(tokenizer)
+        self._table = TokenTable(tokenizer.backend_tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens written out in it count as such.
@@ -56,10 +59,10 @@ class Tokenizer:
         )
         return text
 
-    def token_text(self, token_id: int) -> str:
-        """Text of one token alone, special or not."""
-        text: str = self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-        return text
+    def token_bytes(self, token_id: int, previous: int | None) -> bytes | None:
+        """The bytes of a token after ``previous``, the token with text before it (None: the first
+        of a text); those of its name for a special token. None for an id without a token."""
+        return self._table.raw(token_id, previous)
 
     def render_chat(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
@@ -80,9 +83,9 @@ class Tokenizer:
             raise ValueError(f"the model's chat template rejected the messages: {error}") from error
         return text
 
-    def detokenizer(self) -> "StreamDetokenizer":
-        """A new incremental detokenizer for one sequence."""
-        return StreamDetokenizer(self)
+    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+        """A new incremental detokenizer for one sequence, which continues ``prompt``."""
+        return new_detokenizer(self._table, prompt)
 
     @property
     def backend(self) -> Any:
@@ -97,47 +100,3 @@ def _opening_tokens(tokenizer: Any) -> list[int]:
     size = next((i for i, sequence in enumerate(sequence_ids) if sequence is not None), 0)
     opening: list[int] = encoded["input_ids"][:size]
     return opening
-
-
-class StreamDetokenizer:
-    """Decodes token ids incrementally; returns a character only when it is complete.
-
-    ``DecodeStream`` buffers an incomplete character and has no flush, so ``flush`` decodes all
-    tokens and returns the missing rest. ``DecodeStream`` also raises when a tokenizer with byte
-    fallback changes text it has already returned: a run of bytes that is not valid UTF-8 decodes
-    to replacement characters only, including its valid beginning. The buffered tokens are then
-    decoded by themselves.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._token_ids: list[int] = []
-        self._pending: list[int] = []
-        self._sent = ""
-
-    def push(self, token_id: int) -> str:
-        """Text that became final with this token."""
-        self._token_ids.append(token_id)
-        self._pending.append(token_id)
-        try:
-            text = self._stream.step(self._tokenizer.backend, token_id) or ""
-        except Exception:  # noqa: BLE001 - tokenizers raises a plain Exception
-            text = self._tokenizer.decode(self._pending)
-            self._stream = DecodeStream(skip_special_tokens=True)
-            self._stream.step(self._tokenizer.backend, token_id)
-        if text:
-            self._pending.clear()
-        self._sent += text
-        return text
-
-    def flush(self) -> str:
-        """The buffered rest, incomplete characters as replacement characters."""
-        full_text = self._tokenizer.decode(self._token_ids)
-        if full_text.startswith(self._sent):
-            text = full_text[len(self._sent) :]
-        else:
-            text = self._tokenizer.decode(self._pending)
-        self._pending.clear()
-        self._sent += text
-        return text

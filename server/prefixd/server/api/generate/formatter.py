@@ -1,19 +1,16 @@
 """Responses of the generating routes: OpenAI's, with the prefix that was used."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
+from prefixd.server.api.generate.logprobs import chat_logprobs, completion_logprobs
 from prefixd.server.api.metrics import Endpoint
 from prefixd.server.api.served import Tokenizer
-from prefixd.server.engine.request import FinishReason, TokenEvent, TokenLogprob
+from prefixd.server.engine.request import FinishReason, TokenEvent
 from prefixd.server.tenants.bindings import ChosenBy
-
-# JSON has no minus infinity; vLLM sends this number instead.
-_LOWEST_LOGPROB = -9999.0
 
 
 class PrefixUsed(BaseModel):
@@ -130,8 +127,6 @@ class CompletionFormatter:
 
     tokenizer: Tokenizer
     top_logprobs: int | None
-    # Choice to the characters of its tokens so far, for ``text_offset``.
-    _characters: dict[int, int] = field(default_factory=dict)
 
     def openings(self, num_choices: int) -> list[dict[str, Any]]:
         """Entries before the first text: a completion has none."""
@@ -140,8 +135,12 @@ class CompletionFormatter:
 
     def delta(self, choice: int, event: TokenEvent) -> dict[str, Any]:
         """New text."""
-        logprobs = self._logprobs(choice, [event])
-        return {"index": choice, "text": event.text, "logprobs": logprobs, "finish_reason": None}
+        return {
+            "index": choice,
+            "text": event.text,
+            "logprobs": self._logprobs([event]),
+            "finish_reason": None,
+        }
 
     def closing(self, choice: int, reason: FinishReason) -> dict[str, Any]:
         """The end of the text."""
@@ -154,31 +153,15 @@ class CompletionFormatter:
         return {
             "index": choice,
             "text": "".join([event.text for event in events]),
-            "logprobs": self._logprobs(choice, events),
+            "logprobs": self._logprobs(events),
             "finish_reason": reason.value,
         }
 
-    def _logprobs(self, choice: int, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
-        chosen = [token for event in events for token in event.logprobs]
-        if self.top_logprobs is None or not chosen:
+    def _logprobs(self, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
+        positions = [position for event in events for position in event.logprobs]
+        if not positions:
             return None
-        tokens = [self.tokenizer.token_text(token.token_id) for token in chosen]
-        offsets = []
-        characters = self._characters.get(choice, 0)
-        for token in tokens:
-            offsets.append(characters)
-            characters += len(token)
-        self._characters[choice] = characters
-        rows = chain.from_iterable(event.top_logprobs for event in events)
-        return {
-            "tokens": tokens,
-            "token_logprobs": [_finite(token) for token in chosen],
-            "top_logprobs": [self._table(row) for row in rows] if self.top_logprobs else None,
-            "text_offset": offsets,
-        }
-
-    def _table(self, row: tuple[TokenLogprob, ...]) -> dict[str, float]:
-        return {self.tokenizer.token_text(token.token_id): _finite(token) for token in row}
+        return completion_logprobs(positions, self.tokenizer, with_top=bool(self.top_logprobs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,25 +206,10 @@ class ChatFormatter:
         return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def _logprobs(self, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
-        chosen = [token for event in events for token in event.logprobs]
-        if self.top_logprobs is None or not chosen:
+        positions = [position for event in events for position in event.logprobs]
+        if not positions:
             return None
-        rows = [row for event in events for row in event.top_logprobs] or [()] * len(chosen)
-        content = [
-            {**self._entry(token), "top_logprobs": [self._entry(likely) for likely in row]}
-            for token, row in zip(chosen, rows, strict=True)
-        ]
-        return {"content": content, "refusal": None}
-
-    def _entry(self, token: TokenLogprob) -> dict[str, Any]:
-        text = self.tokenizer.token_text(token.token_id)
-        # Part of a character has no bytes to show: its token text is a replacement mark.
-        raw = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": _finite(token), "bytes": raw}
+        return chat_logprobs(positions, self.tokenizer, with_top=bool(self.top_logprobs))
 
 
 ResponseFormatter = CompletionFormatter | ChatFormatter
-
-
-def _finite(token: TokenLogprob) -> float:
-    return max(token.logprob, _LOWEST_LOGPROB)

@@ -1,0 +1,85 @@
+"""Log-probabilities in the two formats of OpenAI.
+
+Tokens are told apart by id: two that read alike are two entries. A token that is part of a
+character is written as its bytes, as OpenAI writes it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefixd.server.api.served import Tokenizer
+from prefixd.server.engine.request import PositionLogprobs, TokenLogprob
+
+# JSON has no minus infinity; vLLM sends this number instead.
+_LOWEST_LOGPROB = -9999.0
+
+
+def completion_logprobs(
+    positions: Sequence[PositionLogprobs], tokenizer: Tokenizer, *, with_top: bool
+) -> dict[str, Any]:
+    """The object ``logprobs`` of a completion: parallel lists, one entry for each position."""
+    tables = [_table(position, tokenizer) for position in positions]
+    return {
+        "tokens": [name for name, _ in tables],
+        "token_logprobs": [_finite(position.sampled) for position in positions],
+        "top_logprobs": [table for _, table in tables] if with_top else None,
+        "text_offset": [position.offset for position in positions],
+    }
+
+
+def chat_logprobs(
+    positions: Sequence[PositionLogprobs], tokenizer: Tokenizer, *, with_top: bool
+) -> dict[str, Any]:
+    """The object ``logprobs`` of a message."""
+    content = []
+    for position in positions:
+        likely = _with_sampled(position) if with_top else ()
+        entries = [_entry(token, position, tokenizer) for token in (position.sampled, *likely)]
+        content.append({**entries[0], "top_logprobs": entries[1:]})
+    return {"content": content, "refusal": None}
+
+
+def _with_sampled(position: PositionLogprobs) -> tuple[TokenLogprob, ...]:
+    """The likeliest tokens, and the sampled one where it is not among them."""
+    sampled, top = position.sampled, position.top
+    is_top = any(token.token_id == sampled.token_id for token in top)
+    return top if is_top else (*top, sampled)
+
+
+def _table(position: PositionLogprobs, tokenizer: Tokenizer) -> tuple[str, dict[str, float]]:
+    """The name of the sampled token, and the likely tokens by name. The sampled token keeps its
+    name; of others that read alike, all but the first are named by id, as vLLM does."""
+    likely = _with_sampled(position)
+    names: dict[int, str] = {}
+    taken: set[str] = set()
+    for token in (position.sampled, *likely):
+        if token.token_id not in names:
+            raw = tokenizer.token_bytes(token.token_id, position.previous)
+            name = _text(raw, undecodable="bytes:")
+            names[token.token_id] = f"token_id:{token.token_id}" if name in taken else name
+            taken.add(names[token.token_id])
+    table = {names[token.token_id]: _finite(token) for token in likely}
+    return names[position.sampled.token_id], table
+
+
+def _entry(token: TokenLogprob, position: PositionLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
+    raw = tokenizer.token_bytes(token.token_id, position.previous)
+    return {
+        "token": _text(raw),
+        "logprob": _finite(token),
+        "bytes": None if raw is None else list(raw),
+    }
+
+
+def _text(raw: bytes | None, *, undecodable: str = "") -> str:
+    """The text of a token's bytes; ``undecodable`` and the bytes where they are not a text."""
+    if raw is None:
+        return ""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return undecodable + raw.decode("ascii", "backslashreplace")
+
+
+def _finite(token: TokenLogprob) -> float:
+    return max(token.logprob, _LOWEST_LOGPROB)
