@@ -24,6 +24,7 @@ from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.step import PrefixUnavailable, Step, StepOutput
 from prefixd.server.errors import Conflict
+from prefixd.server.model.tokenizer import Tokenizer
 from prefixd.server.serve.lifespan import make_lifespan
 from prefixd.server.tenants.audit import AuditLog
 from prefixd.server.tenants.bindings import Bindings
@@ -205,9 +206,15 @@ class World:
 
 @contextmanager
 def make_world(
-    tmp_path: Path, *, database_url: str | None = None, base: BaseSpec = BASE
+    tmp_path: Path,
+    *,
+    database_url: str | None = None,
+    base: BaseSpec = BASE,
+    runner: GatedRunner | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[World]:
-    """A server of ``base``; two on one folder share the catalog and the blobs."""
+    """A server of ``base``; two on one folder share the catalog and the blobs. ``tokenizer``: that
+    of a vocabulary other than bytes, which ``runner`` must know."""
     url = database_url or f"sqlite:///{tmp_path / 'catalog.sqlite3'}"
     database: Database = open_database(url)
     upgrade(database)
@@ -221,12 +228,12 @@ def make_world(
         keys[name] = tenants.create_key(tenant=name).text
     for scope in Scope:
         keys[f"acme:{scope}"] = tenants.create_key(tenant="acme", scopes=[scope]).text
-    runner = GatedRunner()
+    runner = runner or GatedRunner()
     engine = Engine(
         config=SchedulerConfig(num_blocks=POOL_BLOCKS + 1, max_tokens_per_step=128),
         runner=runner,
         source=StoreBackedSource(store, base),
-        detokenizer=ByteDetokenizer,
+        detokenizer=tokenizer.detokenizer if tokenizer else ByteDetokenizer,
     )
     uploads = tmp_path / "uploads"
     uploads.mkdir(exist_ok=True)
@@ -246,7 +253,7 @@ def make_world(
             logits_size=VOCAB_SIZE,
             eos_token_ids=frozenset({EOS}),
             created=1_700_000_000,
-            tokenizer=ByteTokenizer(),
+            tokenizer=tokenizer or ByteTokenizer(),
         ),
         metrics=Metrics(engine.stats),
         drain_state=DrainState(),
