@@ -113,12 +113,10 @@ def test_convert_writes_a_folder_for_push(shell: Shell, server: Loopback, tmp_pa
     assert json.loads(server.seen[0].parts["metadata"]) == {"name": "Noir"}
 
 
-def test_convert_refuses_what_it_would_overwrite(tmp_path: Path) -> None:
+def test_convert_writes_new_folders_only(tmp_path: Path) -> None:
     folder = pickled_sentiment(tmp_path / "old")
-    result = run("convert", str(folder), str(folder), code=1)
-    assert (
-        result.stderr == f"prefixd: {folder} already has adapter_config.json: name another folder\n"
-    )
+    stderr = run("convert", str(folder), str(folder), code=1).stderr
+    assert f"{folder} is not empty" in stderr
     assert not (folder / "adapter_model.safetensors").exists()
 
 

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from prefixd.client.convert import hub
 from prefixd.client.convert.sources import Source, read_source
-from prefixd.client.errors import DownloadError
+from prefixd.client.errors import DownloadError, FormatError
 from prefixd.client.folders import PeftContent
 from tests.clients.loopback import serving
 
@@ -113,6 +113,12 @@ def test_a_pickled_adapter_is_converted(served: Hub, tmp_path: Path) -> None:
     assert isinstance(content, PeftContent)
     assert isinstance(content.weights, bytes)
     assert torch.equal(load(content.weights)["prompt_embeddings"], torch.ones(2, 3))
+
+
+def test_messages_name_the_repository(served: Hub) -> None:
+    served.repositories["org/name", "main"] = files(bin=b"\x80\x02cos\nsystem\n.")
+    with pytest.raises(FormatError, match=r"^org/name/adapter_model\.bin: .* 'os.system': refused"):
+        read("org/name")
 
 
 def test_the_token_opens_a_private_repository_and_stays_with_the_hub(

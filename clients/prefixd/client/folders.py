@@ -126,8 +126,17 @@ def check_new(folder: Path) -> None:
 def write_version(folder: Path, prefix: Prefix, artifact: Artifact) -> None:
     """Write a version into a new folder, so that its upload has the same digest.
 
-    The files get their names when all of them are complete, the one that ``read_folder`` needs
-    last. When it fails nothing remains. Raises ``FormatError`` as ``check_new``, and OSError.
+    Raises as ``write_new``.
+    """
+    write_new(folder, _files_of(prefix, artifact))
+
+
+def write_new(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files by name into a new folder.
+
+    They get their names when all of them are complete, in the order of ``contents``: the one that
+    ``read_folder`` needs is the last. When it fails nothing remains. Raises ``FormatError`` as
+    ``check_new``, and OSError.
     """
     check_new(folder)
     created = not folder.exists()
@@ -135,7 +144,6 @@ def write_version(folder: Path, prefix: Prefix, artifact: Artifact) -> None:
     written: list[Path] = []
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".pull-") as scratch:
-            contents = _files_of(prefix, artifact)
             for name, data in contents.items():
                 _write_durably(Path(scratch, name), data)
             for name in contents:

@@ -29,6 +29,7 @@ from prefixd.client.folders import (
     PeftContent,
     TextContent,
     read_folder,
+    write_new,
 )
 
 _MAGICS = (b"PK\x03\x04", b"\x93NUMPY", *(b"\x80" + bytes([version]) for version in range(2, 6)))
@@ -69,29 +70,31 @@ def read_source(source: str, *, task_id: int | None = None) -> Source | None:
         return None
     with tempfile.TemporaryDirectory() as scratch:
         download(source, Path(scratch))
-        return _loaded(_read_folder(Path(scratch), task_id))
+        try:
+            return _loaded(_read_folder(Path(scratch), task_id))
+        except FormatError as error:
+            raise FormatError(str(error).replace(scratch, source)) from None
 
 
 def write_folder(source: Source, folder: Path) -> None:
-    """Write PEFT's two files, and ``prefixd.json`` for a task id and metadata, into a folder that
-    has none of them. FormatError for a text, and for a folder that has one."""
+    """Write PEFT's two files, and ``prefixd.json`` for a task id and metadata, into a new folder.
+
+    Raises FormatError for a text, and as ``folders.write_new``.
+    """
     content = source.content
     if isinstance(content, TextContent):
         raise FormatError("expected a file or a folder to convert, found a text: push it as it is")
-    taken = [name for name in (CONFIG_FILE, WEIGHTS_FILE, INFO_FILE) if (folder / name).exists()]
-    if taken:
-        raise FormatError(f"{folder} already has {', '.join(taken)}: name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    info: dict[str, object] = {}
     task_id = content.task_id if source.task_id is None else source.task_id
-    if task_id is not None:
-        info["task_id"] = task_id
-    if content.metadata is not None:
-        info["metadata"] = dict(content.metadata)
-    if info:
-        (folder / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", "utf-8")
-    for name, part in ((CONFIG_FILE, content.config), (WEIGHTS_FILE, content.weights)):
-        (folder / name).write_bytes(part.read_bytes() if isinstance(part, Path) else part)
+    info = {"task_id": task_id, "metadata": content.metadata}
+    files = {} if info == dict.fromkeys(info) else {INFO_FILE: json.dumps(info, indent=2).encode()}
+    write_new(
+        folder,
+        files | {WEIGHTS_FILE: _bytes(content.weights), CONFIG_FILE: _bytes(content.config)},
+    )
+
+
+def _bytes(part: bytes | Path) -> bytes:
+    return part.read_bytes() if isinstance(part, Path) else part
 
 
 def _read_folder(folder: Path, task_id: int | None) -> Source:
@@ -132,11 +135,7 @@ def _loaded(source: Source) -> Source:
     """The same with its files in memory: the folder is about to be removed."""
     content = source.content
     if isinstance(content, PeftContent):
-        config, weights = (
-            part.read_bytes() if isinstance(part, Path) else part
-            for part in (content.config, content.weights)
-        )
-        content = replace(content, config=config, weights=weights)
+        content = replace(content, config=_bytes(content.config), weights=_bytes(content.weights))
     return replace(source, content=content)
 
 
