@@ -180,6 +180,9 @@ def test_an_alias_from_another_one_keeps_the_version_it_had(
     client.put("/v1/prefixes/voice/aliases/prod", json={"version": "latest"})
     newest, *_ = world.audit.page(tenant="acme", limit=1)[0]
     assert newest.detail == {"alias": "prod", "version": 2}
+    back = client.put("/v1/prefixes/voice/aliases/latest", json={"version": "staging"})
+    assert (back.status_code, back.json()["version"]) == (200, 1)
+    assert client.get("/v1/prefixes/voice").json()["version"] == 1
     put_text(client, "voice", "three", world.headers())
     assert client.get("/v1/prefixes/voice@prod").json()["version"] == 2
 

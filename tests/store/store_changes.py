@@ -22,6 +22,10 @@ def publish_text(store: PrefixStore, *, then: Then | None = None, **options: Any
     return _published(store.publish_text(**options), then)
 
 
+def publish_artifact(store: PrefixStore, *, then: Then | None = None, **options: Any) -> Published:
+    return _published(store.publish_artifact(**options), then)
+
+
 def _published(
     publish: AbstractContextManager[tuple[CatalogTransaction, Published]], then: Then | None
 ) -> Published:

@@ -2,7 +2,8 @@
 
 For each line ``way folder`` on standard input it forks a child, prints the child's process id, and
 lets it go with the next line; then it prints how the child ended. The child prints ``ack`` when its
-publish returned. ``way`` is ``sound``, or one of the mistakes a store could make.
+publish returned. ``way`` is ``sound``, ``stored-file`` (the same from a stored file), or one of the
+mistakes a store could make.
 """
 
 import ctypes
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from prefixd.store.artifact.artifact import pack_text
 from prefixd.store.blobs.blobs import LocalBlobs, open_blobs
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.db.database import open_database
@@ -73,6 +75,7 @@ def row_before_blob() -> None:
 
 WAYS = {
     "sound": lambda: None,
+    "stored-file": lambda: None,
     "no-file-fsync": no_file_fsync,
     "no-directory-fsync": no_directory_fsync,
     "row-before-blob": row_before_blob,
@@ -84,15 +87,19 @@ def publish(way: str, folder: Path) -> None:
     store = PrefixStore(
         open_database(f"sqlite:///{folder}/catalog.sqlite"), open_blobs(None, folder)
     )
-    changes.publish_text(
-        store,
-        tenant="acme",
-        name="style",
-        text=TEXT,
-        metadata={"marker": MARKER},
-        base=BASE,
-        count_tokens=len,
-    )
+    options: dict[str, Any] = {
+        "tenant": "acme",
+        "name": "style",
+        "metadata": {"marker": MARKER},
+        "base": BASE,
+        "count_tokens": len,
+    }
+    if way == "stored-file":
+        upload = folder / "upload"
+        pack_text(TEXT, upload)
+        changes.publish_artifact(store, artifact=upload, **options)
+    else:
+        changes.publish_text(store, text=TEXT, **options)
 
 
 def child(way: str, folder: str, gate: int) -> None:

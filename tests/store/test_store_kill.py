@@ -227,8 +227,9 @@ def check_after_kill(home: Path, *, acknowledged: bool) -> bool:
     return found is not None
 
 
-def test_a_publish_syncs_bytes_then_name_then_row(lab: Lab) -> None:
-    assert mistakes(lab.trace("sound")) == []
+@pytest.mark.parametrize("way", ["sound", "stored-file"])
+def test_a_publish_syncs_bytes_then_name_then_row(lab: Lab, way: str) -> None:
+    assert mistakes(lab.trace(way)) == []
 
 
 MUTANTS = {

@@ -121,6 +121,29 @@ class StoreMachine(RuleBasedStateMachine):
         published = self.put(tenant, name, text)
         assert (published.manifest.version, published.created) == (version, created)
 
+    @rule(owner=tenants, source=references, tenant=tenants, name=names)
+    def publish_the_content_of_a_version(
+        self, owner: str, source: str, tenant: str, name: str
+    ) -> None:
+        """The stored file of any version, published by any tenant: the digest stays."""
+        try:
+            manifest = self.store.resolve(tenant=owner, reference=source, base=BASE)
+        except UnknownPrefix:
+            return
+        content = self.home / "content"
+        content.write_bytes(self.store.fetch(tenant=owner, digest=manifest.digest).read_bytes())
+        text = self.text_of(owner, manifest.digest)
+        assert text is not None
+        version, created = self.name(tenant, name).publish(text)
+        self.idle.pop(self.key(tenant, text), None)
+        options: dict[str, Any] = {"tenant": tenant, "name": name, "metadata": None, "base": BASE}
+        published = changes.publish_artifact(
+            self.store, artifact=content, count_tokens=len, **options
+        )
+        again = published.manifest
+        assert (again.version, published.created) == (version, created)
+        assert (again.digest, again.size_bytes) == (manifest.digest, manifest.size_bytes)
+
     @rule(tenant=tenants, name=names, text=texts, again=st.booleans())
     def publish_overtaken(self, tenant: str, name: str, text: str, again: bool) -> None:
         """A publish takes longer than the grace, and a collection and another publish of the same
