@@ -79,11 +79,16 @@ class TorchRunner:
 
     @torch.inference_mode()
     def forward(
-        self, chunks: Sequence[Chunk], compiles: list[CompileChunk] | None = None
+        self,
+        chunks: Sequence[Chunk],
+        compiles: list[CompileChunk] | None = None,
+        *,
+        keep: list[int] | None = None,
     ) -> torch.Tensor:
         """Run chunks and compiles as one flat row.
 
-        Returns the logits [n, vocab] of the last token of each of the n chunks with ``sampling``.
+        Returns the logits [n, vocab] of the last token of each of the n chunks with ``sampling``,
+        or of the tokens at the flat positions ``keep``.
         """
         compiles = compiles or []
         rows = _lay_out(chunks, compiles)
@@ -101,16 +106,17 @@ class TorchRunner:
             context=self.base.context,
         )
         positions = [position for row in rows for position in range(row.start, row.end)]
-        ends = [
-            row.offset + row.length - 1
-            for row, chunk in zip(rows, chunks, strict=False)
-            if chunk.sampling is not None
-        ]
+        if keep is None:
+            keep = [
+                row.offset + row.length - 1
+                for row, chunk in zip(rows, chunks, strict=False)
+                if chunk.sampling is not None
+            ]
         output = self.base.module(
             inputs_embeds=self._embeddings(chunks, compiles)[None],
             position_ids=torch.tensor([positions], device=device),
             use_cache=False,
-            logits_to_keep=torch.tensor(ends, dtype=torch.long, device=device),
+            logits_to_keep=torch.tensor(keep, dtype=torch.long, device=device),
             paged_batch=batch,
         )
         self.layers_seen = batch.layers_seen

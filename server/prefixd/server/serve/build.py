@@ -96,7 +96,11 @@ def build_server(settings: Settings) -> Server:
         cache_dir=settings.root / "models",
         pool_tokens=_pool_tokens(config),
     )
-    served = _served_model(settings, base, self_check(base, block_size=config.block_size))
+    served = _served_model(
+        settings,
+        base,
+        self_check(base, block_size=config.block_size, prefill_chunk=config.max_prefill_chunk),
+    )
     engine = _engine(settings, config, base, catalog.store, served)
     trace = open_tracer()
     drain_state = DrainState()

@@ -1,0 +1,57 @@
+"""Free memory of a device, in bytes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_PROC = Path("/proc")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on ``device``; 0 where the system does not tell.
+
+    On the host this is the least of what is available without swapping and what each memory cgroup
+    of the process leaves (versions 1 and 2): in a container the host's free memory says little.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = (_PROC / "meminfo").read_text().splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        return max(0, min([int(available.split()[1]) * 1024, *_left_in_cgroups()]))
+    except (OSError, StopIteration):
+        return 0
+
+
+def _left_in_cgroups() -> Iterator[int]:
+    """What each cgroup around the process leaves, up to the root. Page cache counts as free."""
+    try:
+        lines = (_PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage, cache = _CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, cache = _CGROUPS / "memory", "total_inactive_file"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(root):
+                yield from _left(folder, limit=limit, usage=usage, cache=cache)
+
+
+def _left(folder: Path, *, limit: str, usage: str, cache: str) -> Iterator[int]:
+    try:
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:  # the root has no limit; a container sees its own group as the root
+        return
+    if most != "max":
+        yield int(most) - used + int(stat.get(cache, 0))

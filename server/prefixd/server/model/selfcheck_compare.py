@@ -1,0 +1,197 @@
+"""Compare the logits of texts over KV blocks with the model's own."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prefixd.server.model.architecture import UnsupportedModel
+from prefixd.server.model.attention import IMPLEMENTATION
+from prefixd.server.model.load import LoadedBase
+from prefixd.server.model.memory import free_bytes
+from prefixd.server.model.near_ties import near_ties
+from prefixd.server.model.runner import TorchRunner
+from prefixd.server.model.selfcheck_texts import Compared, Part, Text, run_in_blocks
+
+_TOLERANCE = (1e-4, 1e-3)
+"""Least and greatest bound of a logit's difference in float32, as a multiple of the standard
+deviation of all logits at its position. In between, the bound is ten times the difference between
+the model's own eager and SDPA attention: rounding, which grows with the depth of a model (5e-6 with
+three layers, 3e-5 with the demo model's thirty)."""
+
+_ALWAYS_EAGER = 512
+"""Tokens of a text whose eager attention is small for any model."""
+
+_FAILURES = (RuntimeError, TypeError, AttributeError, ValueError, LookupError)
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """The model's own logits [n, vocab] at the n compared positions of a text, alone and whole,
+    and the first position that a near tie of experts may have changed (None: there is none)."""
+
+    logits: torch.Tensor
+    first_tie: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Mismatch:
+    """The first position of a text with other logits, and the text's largest difference."""
+
+    text: Text
+    part: Part
+    position: int
+    error: float
+    near_tie: bool
+
+
+class Comparison:
+    """Compares texts over KV blocks with the model's own logits, in the dtype of ``base``."""
+
+    def __init__(self, base: LoadedBase, block_size: int) -> None:
+        self.base = base
+        self.block_size = block_size
+        self.max_abs_kv = 0.0
+        self._bound = 0.0  # measured on the first text
+
+    def require_equal(self, attempts: Iterable[list[Text]]) -> tuple[list[Text], list[Truth]]:
+        """Check the first of the attempts that no near tie of experts spoils. The first call, with
+        short texts, also measures the rounding of the model."""
+        mismatch = None
+        for texts in attempts:
+            try:
+                truths = [self.truth(text) for text in texts]
+            except UnsupportedModel:
+                list(self._run(texts))  # raises the reason with the name of the option, if any
+                raise
+            self._bound = self._bound or self._rounding(texts[1], truths[1])
+            mismatch = self.mismatch(texts, truths)
+            if mismatch is None:
+                return texts, truths
+            if not mismatch.near_tie:
+                break
+        assert mismatch is not None
+        raise UnsupportedModel(self._describe(mismatch))
+
+    def truth(self, text: Text) -> Truth:
+        """The model's own logits of a text."""
+        with near_ties(len(text.tokens)) as ties:
+            logits = self._own_logits(text.tokens, text.compared)
+        return Truth(logits, next(iter(ties.nonzero()[:, 0].tolist()), None))
+
+    def _own_logits(
+        self, tokens: Sequence[int], positions: list[int], *, attention: str | None = None
+    ) -> torch.Tensor:
+        """Logits [n, vocab] at n positions, all tokens in one forward pass of the bare model."""
+        module, device = self.base.module, self.base.device
+        try:
+            module.set_attn_implementation(attention or self._reference(len(tokens)))
+            logits: torch.Tensor = module(
+                input_ids=torch.tensor([tokens], device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(positions, device=device),
+            ).logits[0]
+        except _FAILURES as failure:
+            raise UnsupportedModel(f"{self.base.name} cannot be run: {failure}") from failure
+        finally:
+            module.set_attn_implementation(IMPLEMENTATION)
+        return logits.float()
+
+    def _reference(self, length: int) -> str:
+        """Eager attention, unless its three tensors [heads, length, length] exceed free memory."""
+        scores = 3 * 4 * self.base.shape.num_heads * length**2
+        fits = length <= _ALWAYS_EAGER or scores < free_bytes(self.base.device)
+        has_sdpa = getattr(self.base.module, "_supports_sdpa", False)
+        return "eager" if fits or not has_sdpa else "sdpa"
+
+    def _rounding(self, text: Text, truth: Truth) -> float:
+        """The largest difference that rounding explains, between the two tolerances."""
+        least, greatest = _TOLERANCE
+        try:
+            other = self._own_logits(text.tokens, text.compared, attention="sdpa")
+        except UnsupportedModel:
+            return greatest
+        return min(max(10 * max(_errors(other, truth.logits)), least), greatest)
+
+    def mismatch(self, texts: list[Text], truths: list[Truth]) -> _Mismatch | None:
+        """The first wrong position of the first wrong text."""
+        wrong = [row for row in self.differences(texts, truths) if not row[-1] <= self._bound]
+        if not wrong:
+            return None
+        part, position, _ = min(wrong, key=lambda row: (row[0].text, row[1]))
+        tie = truths[part.text].first_tie
+        return _Mismatch(
+            text=texts[part.text],
+            part=part,
+            position=position,
+            error=max(error for other, _, error in wrong if other.text == part.text),
+            near_tie=tie is not None and tie <= position,
+        )
+
+    def differences(
+        self, texts: list[Text], truths: list[Truth]
+    ) -> Iterator[tuple[Part, int, float]]:
+        """Part, position and largest difference of a logit, as a multiple of the standard deviation
+        of all logits there, for every compared position."""
+        for compared in self._run(texts):
+            own = torch.stack(
+                [
+                    truths[part.text].logits[texts[part.text].compared.index(position)]
+                    for part, position in compared.rows
+                ]
+            )
+            errors = _errors(compared.logits, own)
+            for (part, position), error in zip(compared.rows, errors, strict=True):
+                yield part, position, error
+
+    def _run(self, texts: Sequence[Text]) -> Iterator[Compared]:
+        """Run texts over KV blocks; raises UnsupportedModel when the model cannot be run so."""
+        name, layers = self.base.name, self.base.shape.num_layers
+        num_blocks = 1 + sum(text.num_blocks(self.block_size) for text in texts)
+        runner = TorchRunner(self.base, num_blocks=num_blocks, block_size=self.block_size)
+        try:
+            for compared in run_in_blocks(runner, texts):
+                if runner.layers_seen != layers:
+                    raise UnsupportedModel(
+                        f"{name} has {layers} layers but {runner.layers_seen} used the attention "
+                        "interface; prefixd serves models whose layers all use it"
+                    )
+                yield compared
+        except _FAILURES as failure:  # RuntimeError includes NotImplementedError
+            raise UnsupportedModel(f"{name} cannot be run over KV blocks: {failure}") from failure
+        largest = max(float(p.abs().max()) for p in (*runner.cache.keys, *runner.cache.values))
+        self.max_abs_kv = max(self.max_abs_kv, largest)
+
+    def _describe(self, mismatch: _Mismatch) -> str:
+        text, part = mismatch.text, mismatch.part
+        batch = f"with {part.sequences - 1} others" if part.sequences > 1 else "alone"
+        return (
+            f"{self.base.name} gives other logits over KV blocks than by itself: at position "
+            f"{mismatch.position} of a text of {len(text.tokens)} tokens, whose positions "
+            f"{part.start} to {part.stop - 1} ran {batch} in one pass. Largest difference "
+            f"{mismatch.error:.2g} of the logits' standard deviation, expected at most "
+            f"{self._bound:.2g}. {self._reason(text)}"
+        )
+
+    def _reason(self, text: Text) -> str:
+        """What the logits of a wrong text depend on, found by running it alone."""
+        half = list(range(-(-len(text.tokens) // 2)))
+        first_half = self._own_logits(text.tokens[: len(half)], half)
+        whole = self._own_logits(text.tokens, half)
+        if max(_errors(first_half, whole)) > self._bound:
+            return "Logits of earlier tokens depend on later tokens"
+        in_one_pass = Text(text.tokens, (len(text.tokens),))
+        if self.mismatch([in_one_pass], [self.truth(in_one_pass)]):
+            return "It needs a feature that prefixd does not support"
+        in_chunks = Text(text.tokens, text.ends)
+        if self.mismatch([in_chunks], [self.truth(in_chunks)]):
+            return "A token's logits depend on how its text is cut into chunks"
+        return "A token's logits depend on the other sequences of the batch"
+
+
+def _errors(logits: torch.Tensor, own: torch.Tensor) -> list[float]:
+    """The largest difference at each position [n], as a multiple of the standard deviation of
+    ``own`` [n, vocab] there."""
+    spread = own.std(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    errors: list[float] = ((logits.float() - own).abs().amax(-1) / spread).tolist()
+    return errors
