@@ -99,8 +99,10 @@ def envelope(payload: bytes, **changes: Any) -> bytes:
     return line.encode() + b"\n" + payload
 
 
-def peft_envelope(peft_type: str, *, task_id: Any = None, **values: Any) -> bytes:
-    config = {"peft_type": peft_type, "num_virtual_tokens": P}
+def peft_envelope(
+    peft_type: str, *, task_id: Any = None, config: Any = None, **values: Any
+) -> bytes:
+    config = {"peft_type": peft_type, "num_virtual_tokens": P} | (config or {})
     kind = "kv_prefix" if peft_type == "CARTRIDGE" else "soft_prompt"
     payload = tensors(values or KINDS[peft_type][0])
     return envelope(payload, config=config, kind=kind, peft_type=peft_type, task_id=task_id)
@@ -124,6 +126,7 @@ def peft_envelope(peft_type: str, *, task_id: Any = None, **values: Any) -> byte
         (envelope(b"\xff"), "malformed_text"),
         (envelope(b"x" * 65), "too_many_virtual_tokens"),
         (peft_envelope("LORA", a=ramp(1)), "malformed_artifact"),
+        (peft_envelope("CPT", config={"modules_to_save": ["lm_head"]}), "trained_elsewhere"),
         (peft_envelope("CPT", task_id=0), "unexpected_task_id"),
         (peft_envelope("MULTITASK_PROMPT_TUNING"), "task_id_required"),
         (peft_envelope("MULTITASK_PROMPT_TUNING", task_id=3), "task_id_out_of_range"),

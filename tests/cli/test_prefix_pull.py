@@ -148,15 +148,27 @@ def test_any_config_gives_the_same_digest_again(
     assert pack_peft(config, weights, tmp_path / "again").digest == prefix.digest
 
 
-def test_config_near_the_limit_stays_within_it(tmp_path: Path):
-    count = (MAX_CONFIG_BYTES - 200) // 2
-    config = json.dumps(json.loads(config_bytes(x=[1] * count)), separators=(",", ":")).encode()
-    prefix, data = stored(tmp_path, config)
+@pytest.mark.parametrize(
+    "filler",
+    ["1", "1e15", "-0.0", "0.1", "12345e-9", '"é"', '"1.50e2\\"1.50"', "[[[1.5]]]", "9" * 4000],
+)
+def test_config_near_the_limit_stays_within_it(tmp_path: Path, filler: str):
+    start = config_bytes()[:-1] + b',"x":['
+    count = (MAX_CONFIG_BYTES - len(start) - 2) // (len(filler.encode()) + 1)
+    prefix, data = stored(tmp_path, start + ",".join([filler] * count).encode() + b"]}")
     write_version(tmp_path / "folder", prefix, read_artifact(data, prefix))
     written = (tmp_path / "folder" / "adapter_config.json").read_bytes()
     assert len(written) <= MAX_CONFIG_BYTES
     weights = tmp_path / "folder" / "adapter_model.safetensors"
     assert pack_peft(written, weights, tmp_path / "again").digest == prefix.digest
+
+
+@given(value=JSON)
+def test_shortest_spelling_of_any_config_has_the_same_value(value: object):
+    spelled = folders._shortest_json({"x": value})
+    assert json.dumps(json.loads(spelled)) == json.dumps({"x": value})
+    plain = json.dumps({"x": value}, separators=(",", ":"), ensure_ascii=False)
+    assert len(spelled) <= len(plain.encode())
 
 
 @pytest.mark.parametrize("cut", [0, 10, 200, -1])

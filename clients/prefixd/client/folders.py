@@ -12,9 +12,11 @@ that the folder was pulled from; they are information, and no upload sends them.
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ INFORMATION = ("name", "version", "digest", "kind", "base", "fingerprint", "crea
 """Fields of ``prefixd.json`` that describe where the folder came from."""
 
 MAX_CONFIG_BYTES = 256 * 1024
-"""Largest config that a server accepts: one that is longer with indentation is written without."""
+"""Largest config that a server accepts: one that is longer when indented is written as short as
+possible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +177,30 @@ def _files_of(prefix: Prefix, artifact: Artifact) -> dict[str, bytes]:
         return files | {TEXT_FILE: artifact.payload}
     config = _json(artifact.config)
     if len(config) > MAX_CONFIG_BYTES:
-        config = _json(artifact.config, indent=None)
+        config = _shortest_json(artifact.config)
     return files | {WEIGHTS_FILE: artifact.payload, CONFIG_FILE: config}
 
 
-def _json(value: Mapping[str, object], *, indent: int | None = 2) -> bytes:
-    separators = (",", ":") if indent is None else None
-    return json.dumps(value, indent=indent, separators=separators, ensure_ascii=False).encode()
+def _json(value: Mapping[str, object]) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode()
+
+
+_STRING_OR_FLOAT = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+(?:e[+-]?\d+)?|e[+-]?\d+)')
+
+
+def _shortest_json(value: Mapping[str, object]) -> bytes:
+    """JSON that is no longer than any other of this value: an uploaded config fits again."""
+
+    def shorter(match: re.Match[str]) -> str:
+        text = match[0]
+        if text[0] == '"':
+            return text
+        sign, digits, exponent = Decimal(text).normalize().as_tuple()
+        scientific = f"{'-' * sign}{''.join(map(str, digits))}e{exponent}"
+        return min(text, scientific, key=len)
+
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return _STRING_OR_FLOAT.sub(shorter, text).encode()
 
 
 def _write_durably(path: Path, data: bytes) -> None:
