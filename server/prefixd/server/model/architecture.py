@@ -109,6 +109,11 @@ def shape_of(config: Any, *, embedding_width: int) -> Shape:
             f"{config.model_type}: its config lacks {error.name}; prefixd serves attention "
             "decoders with a fixed number of positions"
         ) from error
+    except RuntimeError as error:  # how transformers answers for a size that layers differ in
+        size = str(error).partition(" ")[0]
+        raise UnsupportedModel(
+            f"{config.model_type}: its layers differ in {size}; expected layers of one size"
+        ) from error
     if shape.num_layers < 1:
         raise UnsupportedModel(f"{config.model_type}: expected at least 1 layer, got none")
     return shape
