@@ -9,7 +9,7 @@ import pytest
 
 from prefixd.server.engine.request import FinishReason, PrefixHandle, PrefixKey
 from prefixd.server.engine.step import Step, StepOutput
-from tests.engine.test_engine import PREFIX, Bench, answer, expected, fail_steps
+from tests.engine.test_engine import PREFIX, PROMPT, Bench, answer, expected, fail_steps
 
 POISON = (66, 65, 68)
 LOST = RuntimeError("device lost")
@@ -116,6 +116,27 @@ def test_a_runner_that_always_fails_makes_the_engine_not_ready_after_three_reque
     assert bench.engine.trouble == "the last 3 steps failed"
     bench.engine.stop()
     bench.engine.core.scheduler.check_integrity()
+
+
+def test_a_device_that_stays_broken_makes_the_engine_not_ready(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an assertion on a CUDA device: every step after the poisoned one fails too."""
+    broken = False
+
+    def when(step: Step) -> Exception | None:
+        nonlocal broken
+        broken = broken or is_poisoned(step) is not None
+        return LOST if broken else None
+
+    fail_steps(bench, monkeypatch, when)
+    bench.engine.start()
+    assert answer(bench.submit()[1])[0] == expected(12)
+    for prompt in (POISON, PROMPT, PROMPT):
+        assert bench.engine.trouble is None
+        assert answer(bench.submit(prompt=prompt)[1])[1].reason is FinishReason.ERROR
+    assert bench.engine.trouble == "the last 3 steps failed"
+    bench.engine.stop()
 
 
 def test_requests_of_one_failed_step_count_once_each(

@@ -1,20 +1,19 @@
 """A hostile tenant: random valid and invalid requests over every route of the API.
 
-It may be refused, shed or timed out. An answer that says that the server failed is a defect, and so
-is an error that has not the documented shape.
+``faults_answers`` says which answers it may get.
 """
 
 import asyncio
 import json
 import random
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 import httpx2
 
+from tests.faults.faults_answers import Answers
 from tests.faults.faults_model import VOCAB, Content
 from tests.faults.faults_values import (
     ALIASES,
@@ -32,27 +31,17 @@ from tests.faults.faults_values import (
 _TIMEOUT_S = 2.0
 """The tenant disconnects after this time."""
 
-_REFUSALS = frozenset({"overloaded", "deadline_exceeded"})
-"""Codes of errors from 500 that say nothing is broken."""
-
-_NOT_HTTP = 400, b"Invalid HTTP request received."
-"""The answer of uvicorn's parser, before there is a request."""
-
 
 @dataclass
 class HostileTenant:
-    """Requests of one client, all determined by ``rng``. ``document`` is the OpenAPI page;
-    ``outcomes`` counts statuses, ``defects`` has a line for each answer that must not occur."""
+    """Requests of one client, all determined by ``rng``. ``document`` is the OpenAPI page."""
 
     http: httpx2.AsyncClient
     document: Mapping[str, Any]
     rng: random.Random
     contents: list[Content]
     base: str
-    outcomes: Counter[str]
-    defects: list[str]
-    label: str = ""
-    _last: str = field(default="", init=False)
+    answers: Answers
 
     async def act(self) -> None:
         """Send one request, and wait for the answer or disconnect."""
@@ -61,6 +50,8 @@ class HostileTenant:
             (15, self._operate),
             (12, self._upload),
             (10, self._change),
+            (3, self._import),
+            (3, self._return_file),
             (5, self._send_raw_body),
             (3, self._send_bytes),
         )
@@ -70,9 +61,9 @@ class HostileTenant:
             async with asyncio.timeout(timeout_s):
                 await way()
         except TimeoutError:
-            self.outcomes["disconnected"] += 1
+            self.answers.outcomes["disconnected"] += 1
         except (httpx2.TransportError, OSError) as error:
-            self.outcomes[type(error).__name__] += 1
+            self.answers.outcomes[type(error).__name__] += 1
 
     # -- requests ----
 
@@ -184,6 +175,30 @@ class HostileTenant:
         content = None if body is None else json.dumps(body).encode()
         await self._send(method, path, content=content)
 
+    async def _import(self) -> None:
+        """Bindings of many users, with a wrong line among them now and then."""
+        rng = self.rng
+        lines = [
+            json.dumps({"user": f"user {rng.randrange(99)}", "prefix": any_reference(rng)}).encode()
+            for _ in range(rng.randrange(20))
+        ]
+        if rng.random() < 0.3:
+            lines.insert(0, rng.choice((json.dumps(any_value(rng)).encode(), *RAW_BODIES)))
+        path, content = "/v1/users/bindings:import", b"\n".join(lines)
+        await self._send("POST", path, content=content, type="application/x-ndjson")
+
+    async def _return_file(self) -> None:
+        """Download a stored file, or a range of it, and upload it again, damaged or not."""
+        rng, path = self.rng, f"/v1/prefixes/{self.rng.choice(NAMES)}"
+        ranges = ("bytes=0-99", "bytes=5-1", "bytes=-1", "bytes=9999999-", "bytes=0-1,3-4", "x=1")
+        headers = {"range": rng.choice(ranges)} if rng.random() < 0.3 else {}
+        version = self._segment("version")
+        answer = await self._send("GET", f"{path}/versions/{version}/content", headers=headers)
+        data = bytearray(answer)
+        if rng.random() < 0.6:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        await self._send("PUT", path, content=bytes(data), type="application/octet-stream")
+
     async def _send_raw_body(self) -> None:
         paths = (
             "/v1/completions",
@@ -217,7 +232,7 @@ class HostileTenant:
                 await reader.read(65_536)
         finally:
             writer.close()
-        self.outcomes["raw bytes"] += 1
+        self.answers.outcomes["raw bytes"] += 1
 
     # -- parts of a request ----
 
@@ -259,22 +274,23 @@ class HostileTenant:
         headers: Mapping[str, str] | None = None,
         type: str | None = "application/json",  # noqa: A002 - as in Content-Type
         **options: Any,
-    ) -> None:
-        self._last = f"{method} {path} {str(options)[:1500]}"
+    ) -> bytes:
+        self.answers.request = f"{method} {path} {str(options)[:1500]}"
         sent = dict(headers or {})
         if type is not None:
             sent["content-type"] = type
         response = await self.http.request(method, path, headers=sent, **options)
-        self._check(response.status_code, response.content, method=method)
+        self.answers.check(response.status_code, response.content, method=method)
+        return response.content
 
     async def _stream(self, path: str, body: dict[str, Any]) -> None:
-        self._last = f"POST {path} {str(body)[:1500]}"
+        self.answers.request = f"POST {path} {str(body)[:1500]}"
         leaves_after = self.rng.choice((None, None, 0, 1, 5))
         content = json.dumps(body).encode()
         headers = {"content-type": "application/json"}
         async with self.http.stream("POST", path, content=content, headers=headers) as response:
             if response.status_code != 200:
-                self._check(response.status_code, await response.aread(), method="POST")
+                self.answers.check(response.status_code, await response.aread(), method="POST")
                 return
             events = 0
             async for line in response.aiter_lines():
@@ -282,27 +298,5 @@ class HostileTenant:
                     break
                 events += bool(line)
                 if '"error"' in line[:20]:
-                    self._check_error(500, json.loads(line.removeprefix("data: ")))
-        self.outcomes["stream"] += 1
-
-    def _check(self, status: int, body: bytes, *, method: str) -> None:
-        self.outcomes[str(status)] += 1
-        if status < 400 or method == "HEAD" or (status, body) == _NOT_HTTP:
-            return
-        try:
-            answer = json.loads(body)
-        except ValueError:
-            answer = None
-        if status == 503 and isinstance(answer, dict) and answer.get("status") == "not ready":
-            self.defects.append(f"{self.label}: not ready: {self._last}")
-            return
-        self._check_error(status, answer)
-
-    def _check_error(self, status: int, answer: Any) -> None:
-        error = answer.get("error") if isinstance(answer, dict) else None
-        if not isinstance(error, dict) or not error.get("message") or not error.get("code"):
-            self.defects.append(f"{self.label}: {status} {str(answer)[:300]}: {self._last}")
-        elif status >= 500 and error["code"] not in _REFUSALS:
-            self.defects.append(f"{self.label}: {status} {error}: {self._last}")
-        else:
-            self.outcomes[error["code"]] += 1
+                    self.answers.check_error(500, json.loads(line.removeprefix("data: ")))
+        self.answers.outcomes["stream"] += 1

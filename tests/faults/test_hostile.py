@@ -21,6 +21,7 @@ import pytest
 
 from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.testing import FakeRunner
+from tests.faults.faults_answers import Answers
 from tests.faults.faults_hostile import HostileTenant
 from tests.faults.faults_model import VOCAB, library, make_prompts
 from tests.faults.faults_server import RunningServer, running
@@ -128,13 +129,12 @@ class Scene:
                     random.Random(label),
                     CONTENTS,
                     self.server.base,
-                    self.outcomes,
-                    self.defects,
+                    Answers(self.outcomes, self.defects),
                 )
                 for action in range(100):
                     if self.over:
                         return
-                    tenant.label = f"{label} action {action}"
+                    tenant.answers.label = f"{label} action {action}"
                     await tenant.act()
 
 
