@@ -110,7 +110,8 @@ class PrefixStore:
 
         The version is written when the block begins; as with ``change``, it is committed, and
         durable, at its end. The same content again under the same name is the same version, and
-        ``latest`` points at it again. ``creator`` is the id of the key that publishes. Raises
+        ``latest`` points at it again; ``metadata`` replaces that version's, None leaves it.
+        ``creator`` is the id of the key that publishes. Raises
         ArtifactRefused, InvalidReference.
         """
         check_name(name)
@@ -121,6 +122,7 @@ class PrefixStore:
             tenant=tenant,
             name=name,
             metadata_json=metadata_json,
+            replaces_metadata=metadata is not None,
             base=base,
             creator=creator,
         )
@@ -145,6 +147,7 @@ class PrefixStore:
             tenant=tenant,
             name=name,
             metadata_json=metadata_json,
+            replaces_metadata=metadata is not None,
             base=base,
             creator=creator,
         )
@@ -161,7 +164,7 @@ class PrefixStore:
         creator: str | None = None,
     ) -> AbstractContextManager[tuple[CatalogTransaction, Published]]:
         """Publish the stored file of any prefix, such as another server's: its digest stays. As
-        ``publish_peft``."""
+        ``publish_peft``, but an existing version keeps its metadata."""
         check_name(name)
         metadata_json = encode_metadata(metadata, base=base)
         return self._publish(
@@ -224,15 +227,16 @@ class PrefixStore:
         *,
         tenant: str,
         base: BaseSpec | None = None,
+        labels: Collection[tuple[str, str]] = (),
         limit: int = 100,
         after: str | None = None,
     ) -> Page:
         """The latest version of each name for ``base``, or for each of its bases, by name: those of
-        at most ``limit`` names after the name ``after``."""
+        at most ``limit`` names after the name ``after``, and only those with all of ``labels``."""
         if limit < 1:
             raise ValueError(f"expected a limit from 1, got {limit}")
         with reading(self._engine) as connection:
-            return list_page(connection, tenant, base=base, limit=limit, after=after)
+            return list_page(connection, tenant, base=base, labels=labels, limit=limit, after=after)
 
     def pinned(self, *, fingerprint: str) -> tuple[Pinned, ...]:
         """Pinned prefixes of one base, of all tenants, the oldest pin first."""
@@ -313,6 +317,7 @@ class PrefixStore:
         metadata_json: str,
         base: BaseSpec,
         creator: str | None,
+        replaces_metadata: bool = False,
     ) -> Iterator[tuple[CatalogTransaction, Published]]:
         check_tenant(tenant)
         for _ in range(_PUBLISH_ATTEMPTS):
@@ -324,6 +329,7 @@ class PrefixStore:
                     packed=packed,
                     base=base,
                     metadata_json=metadata_json,
+                    replaces_metadata=replaces_metadata,
                     creator=creator,
                     created_at=self._clock(),
                     ticket=ticket,

@@ -222,8 +222,17 @@ def encode_metadata(metadata: Mapping[str, Any] | None, *, base: BaseSpec) -> st
 
     Raises ArtifactRefused ``malformed_metadata``, or ``wrong_base`` when it names another base.
     """
+    encoded = encode_fields(metadata or {})
+    declared = (metadata or {}).get("base_fingerprint")
+    if declared is not None:
+        _check_base(declared, base)
+    return encoded
+
+
+def encode_fields(metadata: Mapping[str, Any]) -> str:
+    """Metadata as one line of JSON; raises ArtifactRefused ``malformed_metadata``."""
     try:
-        fields = dict(metadata or {})
+        fields = dict(metadata)
         raw = canonical(fields)
         if len(raw) > MAX_METADATA_BYTES:
             raise _malformed_metadata(
@@ -238,8 +247,6 @@ def encode_metadata(metadata: Mapping[str, Any] | None, *, base: BaseSpec) -> st
     for name in METADATA_TEXTS:
         if not isinstance(fields.get(name), str | None):
             raise _malformed_metadata(f"expected {name} to be a string", param=f"metadata.{name}")
-    if fields.get("base_fingerprint") is not None:
-        _check_base(fields["base_fingerprint"], base)
     return raw.decode("ascii")
 
 

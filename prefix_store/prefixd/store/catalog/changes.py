@@ -12,12 +12,14 @@ from prefixd.store.names import BlobKey
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A version without its number. ``ticket`` is the one its blob was wanted with; see
-    ``prefixd.store.catalog.blob_rows``."""
+    ``prefixd.store.catalog.blob_rows``. ``replaces_metadata``: that of a version which these bytes
+    have already is replaced."""
 
     summary: Summary
     packed: Packed
     base: BaseSpec
     metadata_json: str
+    replaces_metadata: bool
     creator: str | None
     created_at: datetime
     ticket: str
@@ -25,10 +27,12 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The version of a publish; ``created`` is False when the same bytes had one already."""
+    """The version of a publish; ``created`` is False when the same bytes had one already, and
+    ``metadata_changed`` says whether its metadata was replaced by another."""
 
     manifest: Manifest
     created: bool
+    metadata_changed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Manifests: what the catalog records of a version, and the queries that read it."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -17,6 +17,7 @@ from prefixd.store.catalog.tables import (
     prefixes,
     versions,
 )
+from prefixd.store.catalog.version_rows import has_label
 from prefixd.store.errors import BaseMismatch, UnknownPrefix
 from prefixd.store.names import LATEST, MAX_VERSION, Reference
 
@@ -115,10 +116,24 @@ def _is_of(base: BaseSpec | None) -> ColumnElement[bool]:
 
 
 def list_page(
-    connection: Connection, tenant: str, *, base: BaseSpec | None, limit: int, after: str | None
+    connection: Connection,
+    tenant: str,
+    *,
+    base: BaseSpec | None,
+    labels: Collection[tuple[str, str]],
+    limit: int,
+    after: str | None,
 ) -> Page:
-    """The latest versions for a base, or for every base, of ``limit`` names after ``after``."""
+    """The latest versions for a base, or for every base, of ``limit`` names after ``after``; only
+    those with all of ``labels``."""
+    labelled = [has_label(connection, label, value) for label, value in labels]
     has_latest = exists().where(latest_versions.c.prefix_id == prefixes.c.id, _is_of(base))
+    if labelled:
+        has_latest = has_latest.where(
+            versions.c.prefix_id == latest_versions.c.prefix_id,
+            versions.c.version == latest_versions.c.version,
+            *labelled,
+        )
     names = select(prefixes.c.name).where(prefixes.c.tenant == tenant, has_latest)
     if after is not None:
         names = names.where(prefixes.c.name > after)
@@ -127,7 +142,8 @@ def list_page(
     if not selected:
         return Page((), next_after=None)
     last = selected[:limit][-1]
-    statement = latest_of(tenant, base).where(prefixes.c.name.between(selected[0], last))
+    in_page = prefixes.c.name.between(selected[0], last)
+    statement = latest_of(tenant, base).where(in_page, *labelled)
     page = manifests(connection, statement.order_by(prefixes.c.name, versions.c.version.desc()))
     return Page(page, next_after=last if len(selected) > limit else None)
 

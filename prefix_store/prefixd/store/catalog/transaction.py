@@ -5,8 +5,11 @@ the prefix, then those of blobs by digest, then all pins, then the rows that the
 statements lock.
 """
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Column, Connection, delete, insert, select, update
 
@@ -17,6 +20,7 @@ from prefixd.store.catalog.changes import Change, Draft, Published, Removed
 from prefixd.store.catalog.manifests import Manifest, check_base, find, numbered, unknown
 from prefixd.store.catalog.pins import drop_pin, orphans, pinned_version, put_pin
 from prefixd.store.catalog.tables import aliases, latest_versions, prefixes, versions
+from prefixd.store.catalog.version_rows import merge_metadata, replace_metadata
 from prefixd.store.db.database import insert_into
 from prefixd.store.errors import UnknownPrefix, VersionInUse
 from prefixd.store.names import (
@@ -48,8 +52,9 @@ class CatalogTransaction:
         """Give the draft's bytes a version under ``name`` and point the ``latest`` of its base at
         it.
 
-        The same bytes for the same base keep the version they have, with its first metadata.
-        Raises BlobCollected when a collection removed the blob since it was wanted.
+        The same bytes for the same base keep the version they have; the draft may replace its
+        metadata. Raises BlobCollected when a collection removed the blob since it was wanted, and
+        ArtifactRefused for metadata that names another task or base than the version's.
         """
         prefix_id, next_version = self._lock_or_create(name)
         claim(self.connection, BlobKey(self._tenant, draft.packed.digest), ticket=draft.ticket)
@@ -61,13 +66,30 @@ class CatalogTransaction:
             )
         ).scalar()
         version = next_version if existing is None else existing
+        metadata_changed = False
         if existing is None:
             self._insert_version(draft, prefix_id, version)
         else:
             self._name_base(prefix_id, version, draft.base)
+            if draft.replaces_metadata:
+                metadata = json.loads(draft.metadata_json)
+                metadata_changed = replace_metadata(self.connection, prefix_id, version, metadata)
         self._point(latest_versions.c.fingerprint, draft.base.fingerprint, prefix_id, version)
         manifest = numbered(self.connection, self._tenant, name, version)
-        return Published(manifest, created=existing is None)
+        return Published(manifest, created=existing is None, metadata_changed=metadata_changed)
+
+    def merge_metadata(
+        self, name: str, version: int | str, patch: Mapping[str, Any], *, base: BaseSpec
+    ) -> Manifest:
+        """Merge ``patch`` into the metadata of a version, by RFC 7396: null removes a field.
+
+        ``version`` is as for ``set_alias``. Raises ArtifactRefused.
+        """
+        wanted = selected(name, version)
+        prefix_id = self._lock(name, missing=unknown(wanted))
+        number = find(self.connection, self._tenant, wanted, base=base).version
+        merge_metadata(self.connection, prefix_id, number, patch)
+        return numbered(self.connection, self._tenant, name, number)
 
     def set_alias(self, name: str, alias: str, *, version: int | str, base: BaseSpec) -> Manifest:
         """Point ``alias`` at a version, from any other one, and return that version.

@@ -1,9 +1,33 @@
-"""The few columns of a version that may change after it was published."""
+"""The few columns of a version that may change after it was published; and its labels."""
 
-from sqlalchemy import ColumnElement, Connection, and_, select, update
+import json
+from collections.abc import Mapping
+from typing import Any
 
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Connection,
+    and_,
+    case,
+    cast,
+    exists,
+    func,
+    select,
+    update,
+)
+
+from prefixd.store.artifact.config import encode_fields
+from prefixd.store.artifact.strict import shown
 from prefixd.store.catalog.tables import versions
+from prefixd.store.errors import ArtifactRefused
 from prefixd.store.names import BlobKey
+
+_IDENTITY = ("task_id", "base_fingerprint")
+"""Fields of the metadata that say which version it is."""
+
+
+# -- virtual tokens -------------------------------------------------------------------------------
 
 
 def has_other_count(connection: Connection, key: BlobKey, fingerprint: str, count: int) -> bool:
@@ -24,4 +48,99 @@ def _other_count(key: BlobKey, fingerprint: str, count: int) -> ColumnElement[bo
         versions.c.digest == key.digest,
         versions.c.fingerprint == fingerprint,
         versions.c.num_virtual_tokens != count,
+    )
+
+
+# -- metadata -------------------------------------------------------------------------------------
+
+
+def replace_metadata(
+    connection: Connection, prefix_id: int, version: int, metadata: Mapping[str, Any]
+) -> bool:
+    """Replace the metadata of a version; whether it changed. The fields of its identity stay when
+    ``metadata`` omits them. The caller has locked the prefix. Raises ArtifactRefused."""
+    stored, fingerprint = _metadata(connection, prefix_id, version)
+    kept = {name: stored[name] for name in _IDENTITY if name in stored and name not in metadata}
+    merged = {**metadata, **kept}
+    _check_identity(merged, stored, fingerprint)
+    _write(connection, prefix_id, version, merged)
+    return merged != stored
+
+
+def merge_metadata(
+    connection: Connection, prefix_id: int, version: int, patch: Mapping[str, Any]
+) -> None:
+    """Merge ``patch`` into the metadata of a version, by RFC 7396. The caller has locked the
+    prefix. Raises ArtifactRefused."""
+    stored, fingerprint = _metadata(connection, prefix_id, version)
+    merged = merge_patch(stored, patch)
+    _check_identity(merged, stored, fingerprint)
+    _write(connection, prefix_id, version, merged)
+
+
+def merge_patch(target: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """RFC 7396 for two objects: null removes a member, an object is merged, any other value
+    replaces."""
+    merged = dict(target)
+    for name, value in patch.items():
+        if value is None:
+            merged.pop(name, None)
+        elif isinstance(value, dict):
+            inner = merged.get(name)
+            merged[name] = merge_patch(inner if isinstance(inner, dict) else {}, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _metadata(connection: Connection, prefix_id: int, version: int) -> tuple[dict[str, Any], str]:
+    """The metadata of a version, and the fingerprint of its base."""
+    row = connection.execute(
+        select(versions.c.metadata_json, versions.c.fingerprint).where(_is(prefix_id, version))
+    ).one()
+    return json.loads(row.metadata_json), row.fingerprint
+
+
+def _check_identity(merged: Mapping[str, Any], stored: Mapping[str, Any], fingerprint: str) -> None:
+    implied = {"base_fingerprint": fingerprint}
+    for name in _IDENTITY:
+        missing = name in stored and name not in merged
+        before = stored.get(name, implied.get(name))
+        if missing or (name in merged and json.dumps(merged[name]) != json.dumps(before)):
+            received = "its removal" if missing else shown(merged[name])
+            raise ArtifactRefused(
+                "immutable_metadata",
+                f"expected {name} to stay {shown(before)}, got {received}: it belongs to the "
+                "version; upload the prefix again for another one",
+                param=f"metadata.{name}",
+            )
+
+
+def _write(
+    connection: Connection, prefix_id: int, version: int, metadata: Mapping[str, Any]
+) -> None:
+    encoded = encode_fields(metadata)
+    connection.execute(
+        update(versions).where(_is(prefix_id, version)).values(metadata_json=encoded)
+    )
+
+
+def _is(prefix_id: int, version: int) -> ColumnElement[bool]:
+    return and_(versions.c.prefix_id == prefix_id, versions.c.version == version)
+
+
+# -- labels ---------------------------------------------------------------------------------------
+
+
+def has_label(connection: Connection, label: str, value: str) -> ColumnElement[bool]:
+    """The condition that a version has this label with this value."""
+    text = versions.c.metadata_json
+    if connection.dialect.name != "postgresql":
+        each = func.json_each(text, "$.labels").table_valued("key", "value")
+        return exists().select_from(each).where(each.c.key == label, each.c.value == value)
+    # PostgreSQL cannot read a JSON text with an escaped NUL anywhere in it; the text is canonical.
+    written = json.dumps(label) + ":" + json.dumps(value)
+    labels = cast(text, JSON).op("->")("labels").op("->>")(label)
+    return case(
+        (func.strpos(text, "\\u0000") > 0, func.strpos(text, written) > 0), else_=labels == value
     )

@@ -15,10 +15,12 @@ from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.resolver import PrefixResolver
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.middleware import RequestLayer
+from prefixd.server.api.prefixes import metadata as metadata_routes
 from prefixd.server.api.prefixes import models as model_routes
 from prefixd.server.api.prefixes import residency as residency_routes
 from prefixd.server.api.prefixes import routes as prefix_routes
 from prefixd.server.api.prefixes import uploads as upload_routes
+from prefixd.server.api.query import known_query
 from prefixd.server.api.request_record import Tracer
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.users import routes as user_routes
@@ -36,6 +38,7 @@ KEYED = (
     generate_routes.router,
     model_routes.router,
     prefix_routes.router,
+    metadata_routes.router,
     upload_routes.router,
     residency_routes.router,
     user_routes.router,
@@ -110,7 +113,11 @@ def create_app(
         app.include_router(router)
     # Deny by default: every route outside PUBLIC requires a key, before its body is read.
     for router in KEYED:
-        app.include_router(router, dependencies=[Depends(authenticated)], responses=openapi.ERRORS)
+        app.include_router(
+            router,
+            dependencies=[Depends(authenticated), Depends(known_query)],
+            responses=openapi.ERRORS,
+        )
     error_responses.install(app)
     openapi.install(app)
     app.add_middleware(

@@ -18,6 +18,7 @@ class Action(StrEnum):
     """An audited action."""
 
     PREFIX_PUBLISH = "prefix.publish"
+    PREFIX_METADATA = "prefix.metadata"
     PREFIX_DELETE = "prefix.delete"
     VERSION_DELETE = "version.delete"
     ALIAS_SET = "alias.set"

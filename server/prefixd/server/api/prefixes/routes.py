@@ -20,6 +20,7 @@ from prefixd.server.api.prefixes.schemas import (
 from prefixd.server.errors import BadRequest, RangeNotSatisfiable
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.bindings import check_unbound
+from prefixd.store.artifact.config import MAX_LABELS
 from prefixd.store.names import MAX_VERSION
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
@@ -29,6 +30,23 @@ VersionNumber = Annotated[int, Path(ge=1, le=MAX_VERSION)]
 Bases = Annotated[
     Literal["served", "all"], Query(description="Versions for the served base, or for every base.")
 ]
+
+
+Labels = Annotated[
+    tuple[str, ...],
+    Query(max_length=MAX_LABELS, description="NAME:VALUE. Several: all of them must match."),
+]
+
+
+def parse_label(text: str) -> tuple[str, str]:
+    """The name and the value in ``name:value``; raise BadRequest."""
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise BadRequest(
+            f"expected a label as NAME:VALUE, such as team:care; received {text[:80]!a}",
+            param="label",
+        )
+    return name, value
 
 
 def _number_or_alias(value: object) -> object:
@@ -80,13 +98,18 @@ def list_prefixes(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(max_length=128)] = None,
     base: Bases = "served",
+    label: Labels = (),
 ) -> PrefixList:
     """The caller's prefixes by name, each at its latest version for the served base.
 
-    With `base=all`, at the latest version for each of its bases; `limit` then counts names.
+    With `label=team:care`, only those that have this label; several must all match. With
+    `base=all`, at the latest version for each of its bases; `limit` then counts names.
     """
     of_base = served.base if base == "served" else None
-    page = store.list(tenant=principal.tenant, base=of_base, limit=limit, after=after)
+    labels = [parse_label(text) for text in label]
+    page = store.list(
+        tenant=principal.tenant, base=of_base, labels=labels, limit=limit, after=after
+    )
     return PrefixList(
         data=[PrefixShown.now(manifest, engine) for manifest in page.manifests],
         next_after=page.next_after,

@@ -16,7 +16,8 @@ def key_of(manifest: Manifest) -> PrefixKey:
 
 
 class PrefixManifest(BaseModel):
-    """One immutable version of a prefix; only ``aliases``, ``pinned`` and ``corrupt`` may change.
+    """One immutable version of a prefix; only its metadata, ``aliases``, ``pinned`` and
+    ``corrupt`` may change.
 
     ``base`` is the served name of the base it was uploaded for, or the first 12 digits of that
     base's ``fingerprint`` where the name was not recorded. ``pinned``: every server keeps it

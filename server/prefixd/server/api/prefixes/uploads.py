@@ -145,7 +145,12 @@ def _publish_once(
                 actor=actor,
                 tenant=tenant,
                 subject=name,
-                detail={"version": manifest.version, "digest": manifest.digest, "created": created},
+                detail={
+                    "version": manifest.version,
+                    "digest": manifest.digest,
+                    "created": created,
+                    **({"metadata": "replaced"} if published.metadata_changed else {}),
+                },
             )
             body = PrefixManifest.model_validate(manifest).model_dump(mode="json")
             replay = Replay(201 if created else 200, body)

@@ -1,0 +1,81 @@
+"""PATCH /v1/prefixes/{name}/versions/{version}: the metadata of a version, by RFC 7396."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+
+from prefixd.server.api.body import media_type, read_capped
+from prefixd.server.api.dependencies import (
+    Acting,
+    BodyLimitsDep,
+    ServedDep,
+    StoreDep,
+    Writer,
+    authenticated,
+)
+from prefixd.server.api.prefixes.routes import Version
+from prefixd.server.api.prefixes.schemas import PrefixManifest
+from prefixd.server.errors import BadRequest, Unprocessable
+from prefixd.server.tenants.audit import Action, record
+from prefixd.store.artifact.strict import StrictJsonError, parse_object
+
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
+
+MERGE_PATCH = "application/merge-patch+json"
+_TYPES = (MERGE_PATCH, "application/json")
+_SCHEMA = {"type": "object", "description": "Fields to set; null removes one."}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {media: {"schema": _SCHEMA} for media in _TYPES},
+    }
+}
+
+
+async def _patch(
+    request: Request, limits: BodyLimitsDep, _principal: Annotated[Any, Depends(authenticated)]
+) -> dict[str, Any]:
+    """The body. Raises BadRequest, TooLarge, Unprocessable."""
+    kind = media_type(request)
+    if kind not in _TYPES:
+        raise BadRequest(
+            f"expected the content type {' or '.join(_TYPES)}; received {kind[:80]!a}",
+            code="unsupported_media_type",
+        )
+    try:
+        return parse_object(await read_capped(request, limits.max_body_bytes))
+    except StrictJsonError as error:
+        raise Unprocessable(
+            f"expected metadata to be a JSON object: {error}",
+            code="malformed_metadata",
+            param="metadata",
+        ) from None
+
+
+@router.patch("/{name}/versions/{version}", response_model=PrefixManifest, openapi_extra=_BODY)
+def patch_metadata(
+    *,
+    name: str,
+    version: Version,
+    store: StoreDep,
+    served: ServedDep,
+    principal: Writer,
+    actor: Acting,
+    patch: Annotated[dict[str, Any], Depends(_patch)],
+) -> PrefixManifest:
+    """Merge an object into the metadata of a version: null removes a field.
+
+    `task_id` and `base_fingerprint` belong to the version and cannot change.
+    """
+    tenant = principal.tenant
+    with store.change(tenant) as tx:
+        manifest = tx.merge_metadata(name, version, patch, base=served.base)
+        record(
+            tx.connection,
+            Action.PREFIX_METADATA,
+            actor=actor,
+            tenant=tenant,
+            subject=name,
+            detail={"version": manifest.version, "fields": sorted(patch)},
+        )
+    return PrefixManifest.model_validate(manifest)
