@@ -32,6 +32,7 @@ BODIES: dict[str, Any] = {
     "/v1/completions": {"model": "voice", "prompt": "x"},
     "/v1/chat/completions": {"model": "voice", "messages": [{"role": "user", "content": "x"}]},
     "/v1/prefixes/{name}/aliases/{alias}": {"version": 1},
+    "/v1/prefixes/{name}/versions/{version}": {"note": "x"},
     "/v1/prefixes/{name}": {"kind": "text", "text": "theirs"},
     "/v1/users/{user:path}/prefix": {"prefix": "voice"},
     "/v1/default/prefix": {"prefix": "voice@prod"},
