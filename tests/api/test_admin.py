@@ -243,3 +243,13 @@ def test_a_text_with_nul_is_a_400(either_world: World) -> None:
                 assert answer.status_code == 400, path
                 assert error_of(answer)["code"] == "invalid_request"
                 assert "NUL" in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("path", ["keys", "audit"])
+def test_a_filter_by_an_unknown_tenant_is_404(client: TestClient, world: World, path: str) -> None:
+    world.add_tenant("operator")
+    headers = world.headers("operator:all")
+    assert client.get(f"/v1/admin/{path}?tenant=acme", headers=headers).status_code == 200
+    answer = client.get(f"/v1/admin/{path}?tenant=nosuch", headers=headers)
+    assert answer.status_code == 404
+    assert "nosuch" in error_of(answer)["message"]

@@ -139,3 +139,12 @@ def test_weight_and_kv_reuse_of_a_tenant() -> None:
     assert "from 0.01 to 100" in run("tenant", "set", "acme", "--weight", "0", code=1).stderr
     assert "no tenant" in run("tenant", "set", "unknown", "--weight", "2", code=1).stderr
     assert run_json("audit")[0]["detail"] == {"weight": 1.0}
+
+
+@pytest.mark.parametrize("verb", [("audit",), ("key", "ls")])
+def test_a_filter_by_an_unknown_tenant_is_an_error(verb: tuple[str, ...]) -> None:
+    run("tenant", "create", "acme")
+    run(*verb, "--tenant", "acme")
+    result = run(*verb, "--tenant", "nosuch", code=1)
+    assert "nosuch" in result.stderr
+    assert result.stdout == ""

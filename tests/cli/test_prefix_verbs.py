@@ -139,9 +139,9 @@ def test_ls_requests_every_page(shell: Shell, server: Loopback):
     server.reply({"data": [MANIFEST | {"name": "voice", "aliases": []}], "next_after": None})
     lines = shell("prefix", "ls").stdout.splitlines()
     assert lines == [
-        "PREFIX    KIND         TOKENS  BASE  ALIASES      DIGEST        CREATED",
-        "triage@3  soft_prompt  12      tiny  latest,prod  abababababab  2026-11-21 10:00",
-        "voice@3   soft_prompt  12      tiny  -            abababababab  2026-11-21 10:00",
+        "PREFIX    KIND         TOKENS  BASE  ALIASES      LABELS  DIGEST        CREATED",
+        "triage@3  soft_prompt  12      tiny  latest,prod  -       abababababab  2026-11-21 10:00",
+        "voice@3   soft_prompt  12      tiny  -            -       abababababab  2026-11-21 10:00",
     ]
     assert server.seen[1].query == {"after": "triage"}
 
@@ -341,3 +341,38 @@ def test_the_demo_without_examples_names_the_missing_file(shell: Shell, tmp_path
 
 def test_control_characters_are_removed_from_output():
     assert printable("a\x1b[31mb\x07\x9bc\r\td\n") == "a[31mbc\td\n"
+
+
+def test_ls_filters_by_label_and_prints_labels(shell: Shell, server: Loopback):
+    labelled = {**MANIFEST, "labels": {"team": "care", "lang": "de"}}
+    server.reply({"data": [labelled], "next_after": "triage"})
+    server.reply({"data": [], "next_after": None})
+    result = shell("prefix", "ls", "--label", "team:care", "--label", "lang:de")
+    assert result.exit_code == 0
+    assert "LABELS" in result.stdout
+    assert "lang:de,team:care" in result.stdout
+    assert [seen.query["label"] for seen in server.seen] == ["team:care,lang:de"] * 2
+    server.reply(labelled)
+    assert "lang:de,team:care" in shell("prefix", "show", "triage").stdout
+
+
+@pytest.mark.parametrize("labels", [["team"], ["team:a", "team:b"]])
+def test_ls_refuses_a_malformed_label(shell: Shell, server: Loopback, labels: list[str]):
+    options = [part for label in labels for part in ("--label", label)]
+    assert shell("prefix", "ls", *options).exit_code == 2
+    assert server.seen == []
+
+
+def test_metadata_merges_an_object_into_one_version(shell: Shell, server: Loopback):
+    server.reply(MANIFEST)
+    server.reply(MANIFEST)
+    patch = '{"labels": {"team": null}, "description": "new"}'
+    assert shell("prefix", "metadata", "triage@3", patch).stdout == "triage@3  metadata changed\n"
+    assert shell("prefix", "metadata", "triage", patch).exit_code == 0
+    targets = [(seen.method, seen.path) for seen in server.seen]
+    assert targets == [
+        ("PATCH", "/v1/prefixes/triage/versions/3"),
+        ("PATCH", "/v1/prefixes/triage/versions/latest"),
+    ]
+    assert server.seen[0].json == {"labels": {"team": None}, "description": "new"}
+    assert shell("prefix", "metadata", "triage", "[1]").exit_code == 2

@@ -102,7 +102,7 @@ async def _received(request: Request) -> ReceivedRequest:
     return ReceivedRequest(
         method=request.method,
         path=request.scope["raw_path"].decode(),
-        query=dict(request.query_params),
+        query={name: ",".join(request.query_params.getlist(name)) for name in request.query_params},
         headers=dict(request.headers),
         json=body,
         parts=parts,
@@ -141,7 +141,7 @@ def serving(app: Callable[..., Any]) -> Iterator[str]:
 def loopback() -> Iterator[Loopback]:
     """Run the scripted server while the block lasts."""
     state = Loopback()
-    methods = ["GET", "PUT", "POST", "DELETE"]
+    methods = ["GET", "PUT", "POST", "PATCH", "DELETE"]
     app = Starlette(routes=[Route("/{path:path}", state.handle, methods=methods)])
     with serving(app) as state.url:
         yield state

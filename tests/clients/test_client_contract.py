@@ -154,3 +154,12 @@ def test_health_and_step_metrics_of_a_running_server(client: Client):
     page = client.metrics()
     assert metric(page, "prefixd_steps_total") > before
     assert metric(page, "prefixd_distinct_prefixes_per_step_max") >= 1
+
+
+def test_metadata_is_merged_and_prefixes_are_found_by_label(client: Client):
+    client.upload_text("tagged", "Tag me.", metadata={"labels": {"team": "a&b=c"}, "by": "Zoë"})
+    changed = client.patch_metadata("tagged", {"labels": {"lang": "de"}, "by": None}, version=1)
+    assert (changed.labels, changed.metadata) == ({"team": "a&b=c", "lang": "de"}, {})
+    labels = {"team": "a&b=c", "lang": "de"}
+    assert [prefix.name for prefix in client.list_prefixes(labels=labels).prefixes] == ["tagged"]
+    assert client.list_prefixes(labels={"team": "a"}).prefixes == ()

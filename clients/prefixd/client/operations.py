@@ -78,6 +78,7 @@ class Operations:
     list_prefixes = _operation(protocol.list_prefixes)
     show_prefix = _operation(protocol.show_prefix)
     list_versions = _operation(protocol.list_versions)
+    patch_metadata = _operation(protocol.patch_metadata)
     set_alias = _operation(protocol.set_alias)
     rollback = _operation(protocol.rollback)
     remove_alias = _operation(protocol.remove_alias)

@@ -139,11 +139,17 @@ def _artifact(response: Response) -> bytes:
 
 
 def list_prefixes(
-    *, limit: int | None = None, after: str | None = None, base: Bases | None = None
+    *,
+    limit: int | None = None,
+    after: str | None = None,
+    base: Bases | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> Call[PrefixPage]:
     """The tenant's prefixes by name, the latest version of each for the served base, a page at a
-    time; with ``base="all"`` for each of its bases (``limit`` then counts names)."""
-    params = {"limit": limit, "after": after, "base": base}
+    time; with ``base="all"`` for each of its bases (``limit`` then counts names), with ``labels``
+    only those that have all of these."""
+    wanted = tuple(f"{name}:{value}" for name, value in (labels or {}).items())
+    params = {"limit": limit, "after": after, "base": base, "label": wanted or None}
     return Call(request_of("GET", "v1", "prefixes", params=params), parser(PrefixPage))
 
 
@@ -164,6 +170,15 @@ def list_versions(
     params = {"limit": limit, "before": before, "base": base}
     request = request_of("GET", "v1", "prefixes", name, "versions", params=params)
     return Call(request, parser(VersionPage))
+
+
+def patch_metadata(
+    name: str, patch: Mapping[str, object], *, version: int | str = "latest"
+) -> Call[Prefix]:
+    """Merge ``patch`` into the metadata of a version, given by its number or an alias: None removes
+    a field."""
+    request = request_of("PATCH", "v1", "prefixes", name, "versions", str(version), json=patch)
+    return Call(request, parser(Prefix))
 
 
 def set_alias(name: str, alias: str, *, version: int | str) -> Call[Prefix]:

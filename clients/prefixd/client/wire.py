@@ -34,7 +34,7 @@ class Request:
 
     method: str
     path: str
-    params: Mapping[str, str | int]
+    params: Mapping[str, str | int | tuple[str, ...]]
     json: Mapping[str, object] | None = None
     parts: tuple[Part, ...] = ()
     ndjson: bytes | None = None
@@ -69,7 +69,7 @@ class StreamCall:
 def request_of(
     method: str,
     *path: str,
-    params: Mapping[str, str | int | None] | None = None,
+    params: Mapping[str, str | int | tuple[str, ...] | None] | None = None,
     json: Mapping[str, object] | None = None,
     parts: tuple[Part, ...] = (),
     ndjson: bytes | None = None,

@@ -15,11 +15,13 @@ from prefixd.server.cli.convert import convert
 from prefixd.server.cli.demo import demo
 from prefixd.server.cli.doctor import doctor
 from prefixd.server.cli.options import VerbGroup
+from prefixd.server.cli.output import printable
 from prefixd.server.cli.prefixes import prefix_app
 from prefixd.server.cli.serve import serve
 from prefixd.server.cli.store import copy, gc, migrate
 from prefixd.server.cli.tenants import audit, key_app, tenant_app
 from prefixd.server.cli.users import user_app
+from prefixd.server.cli.variables import unknown_variables_warning
 
 # A server shares its cores: spinning OpenMP threads make a step 3 to 9 times slower next to one
 # busy process, sleeping ones 1.6 times. Read by the runtime when torch is imported.
@@ -56,7 +58,9 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    pass
+    warning = unknown_variables_warning()
+    if warning is not None:
+        typer.echo(f"prefixd: {printable(warning)}", err=True)
 
 
 def main() -> None:

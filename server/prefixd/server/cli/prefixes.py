@@ -69,11 +69,11 @@ def push(
     warm: Annotated[bool, typer.Option("--warm", help="Make it resident at once.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Upload a prefix as a new version of NAME; the same bytes again change nothing."""
+    """Upload a prefix as a new version of NAME; the same bytes again make none."""
     prefix = _prefix(source, text, task_id=task_id)
     for note in prefix.notes:
         typer.echo(f"prefixd: {printable(note)}", err=True)
-    fields = _metadata(metadata)
+    fields = None if metadata is None else _json_object(metadata, hint="--metadata")
     upload = client.upload_content(
         name, prefix.content, metadata=fields, task_id=prefix.task_id, warm=warm
     )
@@ -87,15 +87,13 @@ def push(
         )
 
 
-def _metadata(text: str | None) -> dict[str, object] | None:
-    if text is None:
-        return None
+def _json_object(text: str, *, hint: str) -> dict[str, object]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise typer.BadParameter(f"expected JSON: {error}", param_hint="--metadata") from None
+        raise typer.BadParameter(f"expected JSON: {error}", param_hint=hint) from None
     if not isinstance(value, dict):
-        raise typer.BadParameter("expected a JSON object", param_hint="--metadata")
+        raise typer.BadParameter("expected a JSON object", param_hint=hint)
     return value
 
 
@@ -124,15 +122,36 @@ prefix_app.command("diff")(connected(diff, error_status=2))
 @prefix_app.command("ls")
 @connected
 def list_prefixes(
-    client: Client, *, base: BasesOption = Bases.SERVED, as_json: JsonFlag = False
+    client: Client,
+    *,
+    base: BasesOption = Bases.SERVED,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME:VALUE, only those that have it; repeat: all of them."),
+    ] = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """List your prefixes, the latest version of each."""
-    page = client.list_prefixes(base=base.requested)
+    labels = _labels(label or [])
+    page = client.list_prefixes(base=base.requested, labels=labels)
     prefixes = list(page.prefixes)
     while page.next_after is not None:
-        page = client.list_prefixes(base=base.requested, after=page.next_after)
+        page = client.list_prefixes(base=base.requested, labels=labels, after=page.next_after)
         prefixes.extend(page.prefixes)
     _print_prefixes(prefixes, as_json=as_json)
+
+
+def _labels(texts: list[str]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for text in texts:
+        name, colon, value = text.partition(":")
+        if not colon or name in labels:
+            raise typer.BadParameter(
+                f"expected NAME:VALUE, each name once; got {printable(text)!r}",
+                param_hint="--label",
+            )
+        labels[name] = value
+    return labels
 
 
 @prefix_app.command("versions")
@@ -164,12 +183,14 @@ def _print_prefixes(prefixes: list[Prefix], *, as_json: bool) -> None:
             prefix.num_virtual_tokens,
             prefix.base or "-",
             ",".join(prefix.aliases) or "-",
+            _label_text(prefix) or "-",
             prefix.digest[:12],
             f"{prefix.created_at:%Y-%m-%d %H:%M}",
         )
         for prefix in prefixes
     ]
-    print_columns(("PREFIX", "KIND", "TOKENS", "BASE", "ALIASES", "DIGEST", "CREATED"), rows)
+    titles = ("PREFIX", "KIND", "TOKENS", "BASE", "ALIASES", "LABELS", "DIGEST", "CREATED")
+    print_columns(titles, rows)
 
 
 @prefix_app.command("show")
@@ -183,9 +204,34 @@ def show(client: Client, *, reference: ReferenceArgument, as_json: JsonFlag = Fa
     print_fields(
         {
             name: ", ".join(value) if isinstance(value, tuple) else value
-            for name, value in as_dict(prefix).items()
+            for name, value in (as_dict(prefix) | {"labels": _label_text(prefix)}).items()
         }
     )
+
+
+def _label_text(prefix: Prefix) -> str:
+    return ",".join(f"{name}:{value}" for name, value in sorted(prefix.labels.items()))
+
+
+@prefix_app.command("metadata")
+@connected
+def metadata(
+    client: Client,
+    *,
+    reference: ReferenceArgument,
+    patch: Annotated[
+        str, typer.Argument(help="A JSON object to merge into it; null removes a field.")
+    ],
+    as_json: JsonFlag = False,
+) -> None:
+    """Change the metadata of one version."""
+    name, _, version = reference.partition("@")
+    fields = _json_object(patch, hint="PATCH")
+    prefix = client.patch_metadata(name, fields, version=version or "latest")
+    if as_json:
+        print_json(prefix)
+    else:
+        typer.echo(f"{prefix.reference}  metadata changed")
 
 
 @prefix_app.command("rm")

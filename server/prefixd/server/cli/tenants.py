@@ -196,6 +196,8 @@ def list_keys(
 ) -> None:
     """List keys, without their secrets."""
     with opened_catalog(settings) as catalog:
+        if tenant is not None:
+            catalog.tenants.tenant(tenant)  # raises for an unknown one
         keys = catalog.tenants.list_keys(tenant)
     if as_json:
         print_json(keys)
@@ -265,6 +267,8 @@ def audit(
 ) -> None:
     """Show who did what to which prefix, key, binding and tenant, newest first."""
     with opened_catalog(settings) as catalog:
+        if tenant is not None:
+            catalog.tenants.tenant(tenant)  # raises for an unknown one
         entries, _ = catalog.audit.page(tenant=tenant, limit=limit, before=before)
     if as_json:
         print_json(entries)

@@ -30,7 +30,7 @@ from prefixd.server.api.dependencies import Acting, Admin, AuditDep, EngineDep, 
 from prefixd.server.errors import BadRequest, NotFound, Unavailable
 from prefixd.server.tenants.principal import DEFAULT_SCOPES, Principal
 from prefixd.server.tenants.quotas import SETTINGS
-from prefixd.server.tenants.registry import IssuedKey, KeyRecord
+from prefixd.server.tenants.registry import IssuedKey, KeyRecord, Tenants
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 
@@ -41,6 +41,14 @@ After = Annotated[str | None, Query(max_length=128)]
 def _owner(principal: Principal) -> str | None:
     """The only tenant a key may administer; None for the operator's, which may administer all."""
     return None if principal.is_operator else principal.tenant
+
+
+def _known_tenant(principal: Principal, requested: str | None, tenants: Tenants) -> str | None:
+    """As ``_tenant_for``; raises NotFound also for a tenant that does not exist."""
+    name = _tenant_for(principal, requested)
+    if name is not None:
+        tenants.tenant(name)
+    return name
 
 
 def _tenant_for(principal: Principal, requested: str | None) -> str | None:
@@ -139,7 +147,7 @@ def list_keys(
     after: After = None,
 ) -> KeyList:
     """Keys without their secrets, oldest first."""
-    owner = _tenant_for(principal, tenant)
+    owner = _known_tenant(principal, tenant, tenants)
     page = tenants.list_keys(owner, limit=limit + 1, after=after)
     more = page[limit - 1].key_id if len(page) > limit else None
     return KeyList(data=[KeyShown(**_with_state(key)) for key in page[:limit]], next_after=more)
@@ -203,14 +211,16 @@ def revoke_key(key_id: str, tenants: TenantsDep, principal: Admin, actor: Acting
 
 @router.get("/audit", response_model=AuditList)
 def read_audit(
+    *,
     audit: AuditDep,
+    tenants: TenantsDep,
     principal: Admin,
     tenant: After = None,
     limit: Limit = 100,
     before: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
 ) -> AuditList:
     """Audited actions, newest first; pass `next_before` as `before` for older ones."""
-    owner = _tenant_for(principal, tenant)
+    owner = _known_tenant(principal, tenant, tenants)
     page, more = audit.page(tenant=owner, limit=limit, before=before)
     data = [AuditEntryShown.model_validate(entry) for entry in page]
     return AuditList(data=data, next_before=more)
