@@ -116,7 +116,8 @@ def settings_page() -> str:
         MADE_BY,
         "",
         "Every setting is a flag of `prefixd serve` and an environment variable.",
-        "The flag takes precedence. Values are checked once, at start.",
+        "The flag takes precedence. Values are checked once, at start. A `PREFIXD_*` variable that",
+        "nothing reads is reported once, on standard error, with the nearest known name.",
     ]
     for group, rows in groups.items():
         lines += ["", f"## {group}", "", "| Flag | Variable | Default | Meaning |"]
