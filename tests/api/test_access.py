@@ -128,8 +128,9 @@ def ask(client: TestClient, method: str, path: str, headers: dict[str, str]) -> 
 def create_examples(client: TestClient, world: World, tenant: str) -> None:
     """Create the resources of EXAMPLES for ``tenant``."""
     headers = world.headers(tenant)
+    put_text(client, "voice", f"{tenant}'s first", headers)  # nothing refers to it
     put_text(client, "voice", f"{tenant}'s", headers)
-    client.put("/v1/prefixes/voice/aliases/prod", json={"version": 1}, headers=headers)
+    client.put("/v1/prefixes/voice/aliases/prod", json={"version": 2}, headers=headers)
     client.put("/v1/prefixes/voice/pin", headers=headers)
     client.put("/v1/users/ann/prefix", json={"prefix": "voice"}, headers=headers)
     client.put("/v1/default/prefix", json={"prefix": "voice"}, headers=headers)
