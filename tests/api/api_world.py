@@ -223,7 +223,7 @@ def make_world(
     clock = Clock()
     keys = {}
     for name in ("acme", "beta"):
-        with suppress(Conflict):  # a world beside this one created it
+        with suppress(Conflict):  # another world on this folder created it
             tenants.create_tenant(name)
         keys[name] = tenants.create_key(tenant=name).text
     for scope in Scope:

@@ -118,7 +118,7 @@ def test_a_version_of_another_base_is_a_409_that_names_both_models(
     for client, version in ((here, 2), (there, 1)):
         base = client.get("/v1/models").json()["data"][0]["id"]
         assert complete(client, base, user="ann").json()["prefix"]["version"] == version
-    assert complete(here, "nobody").status_code == 404
+    assert complete(here, "missing").status_code == 404
 
 
 def test_a_version_without_a_recorded_base_shows_its_fingerprint(

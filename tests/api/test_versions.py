@@ -66,7 +66,7 @@ def test_rollback_refuses_unknown_versions_and_those_of_another_base(
         answer = rollback(client, version)
         assert (answer.status_code, error_of(answer)["code"]) == (404, code)
     assert rollback(client, 0).status_code == 400
-    assert rollback(client, 1, name="nobody").status_code == 404
+    assert rollback(client, 1, name="missing").status_code == 404
     deleted = client.delete("/v1/prefixes/voice/aliases/latest")
     assert (deleted.status_code, error_of(deleted)["code"]) == (400, "invalid_reference")
     served = world.served.base
@@ -117,7 +117,7 @@ def test_a_deleted_latest_is_replaced_by_the_highest_version_left(
         assert remove(client, version).status_code == status
     answer = client.delete("/v1/prefixes/voice/versions/1", headers=world.headers("acme:read"))
     assert answer.status_code == 403
-    assert remove(client, 1, name="nobody").status_code == 404
+    assert remove(client, 1, name="missing").status_code == 404
     assert (
         client.delete("/v1/prefixes/voice/versions/1", headers=world.headers("beta")).json()[
             "error"

@@ -4,8 +4,7 @@ stacks, against plain dictionaries."""
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,20 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Engine
 
-from prefixd.server.tenants.bindings import Bindings, ChosenBy
+from prefixd.server.tenants.bindings import Bindings, ChosenBy, check_unbound
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.artifact.artifact import pack_text, read_artifact
+from prefixd.store.artifact.config import BaseSpec
 from prefixd.store.blobs.blobs import open_blobs
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.db.database import metadata, open_database, writing
 from prefixd.store.db.migrate import upgrade
-from prefixd.store.errors import UnknownPrefix
+from prefixd.store.errors import BaseMismatch, UnknownPrefix
 from prefixd.store.names import BlobKey
 from prefixd.store.store import Change, PrefixStore
 from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE
+from tests.store.store_model import OTHER, Meaning, Name, Selector
 
 TENANTS = ("acme", "umbrella")
 GRACE = timedelta(days=1)
@@ -44,7 +45,10 @@ names = st.sampled_from(["a", "b"])
 aliases = st.sampled_from(["prod", "next"])
 texts = st.sampled_from(["one", "two", "three"])
 users = st.sampled_from(["alice", "bob"])
-references = st.sampled_from(["a", "b", "a@prod", "b@1", "a@2"])
+references = st.sampled_from(["a", "b", "a@latest", "a@prod", "b@1", "a@2"])
+versions = st.integers(0, 4)
+bases = st.sampled_from([BASE, OTHER])
+selectors = st.one_of(versions, st.sampled_from(["latest", "prod"]))
 
 Stack = Callable[[], tuple[str, str | None]]
 """Gives database URL and blobs URL; None for blobs means files next to the database."""
@@ -54,28 +58,16 @@ class Crash(Exception):
     """The process is killed here."""
 
 
-@dataclass
-class Name:
-    """The expected state of a name."""
+End = type[Crash] | None
+ends = st.sampled_from([None, None, Crash])
+"""How a transaction ends: with a commit, or with a crash before it."""
 
-    texts: dict[int, str] = field(default_factory=dict)
-    aliases: dict[str, int] = field(default_factory=dict)
-    next_version: int = 1
-    pin: int | None = None
 
-    def meant(self) -> set[str]:
-        """Texts that an alias or the pin refers to."""
-        numbers = {*self.aliases.values(), *(() if self.pin is None else (self.pin,))}
-        return {self.texts[number] for number in numbers}
-
-    def publish(self, text: str) -> tuple[int, bool]:
-        """Version of the text from now on, and whether it is a new one."""
-        known = {held: version for version, held in self.texts.items()}
-        version = known.get(text, self.next_version)
-        self.texts[version] = text
-        self.next_version = max(self.next_version, version + 1)
-        self.aliases["latest"] = version
-        return version, text not in known
+@contextmanager
+def expected(outcome: Meaning | None) -> Iterator[None]:
+    """The block raises ``outcome`` if that is an error, and none otherwise."""
+    with pytest.raises(outcome) if isinstance(outcome, type) else nullcontext():
+        yield
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -114,29 +106,29 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.watch(self.told.append)
         self.bindings = Bindings(self.engine)
 
-    @rule(tenant=tenants, name=names, text=texts)
-    def publish(self, tenant: str, name: str, text: str) -> None:
-        version, created = self.name(tenant, name).publish(text)
+    @rule(tenant=tenants, name=names, text=texts, base=bases)
+    def publish(self, tenant: str, name: str, text: str, base: BaseSpec) -> None:
+        version, created = self.name(tenant, name).publish(text, base)
         self.idle.pop(self.key(tenant, text), None)
-        published = self.put(tenant, name, text)
+        published = self.put(tenant, name, text, base=base)
         assert (published.manifest.version, published.created) == (version, created)
 
-    @rule(owner=tenants, source=references, tenant=tenants, name=names)
+    @rule(owner=tenants, source=references, tenant=tenants, name=names, base=bases)
     def publish_the_content_of_a_version(
-        self, owner: str, source: str, tenant: str, name: str
+        self, owner: str, source: str, tenant: str, name: str, base: BaseSpec
     ) -> None:
         """The stored file of any version, published by any tenant: the digest stays."""
         try:
-            manifest = self.store.resolve(tenant=owner, reference=source, base=BASE)
-        except UnknownPrefix:
+            manifest = self.store.resolve(tenant=owner, reference=source, base=base)
+        except (BaseMismatch, UnknownPrefix):
             return
         content = self.home / "content"
         content.write_bytes(self.store.fetch(tenant=owner, digest=manifest.digest).read_bytes())
         text = self.text_of(owner, manifest.digest)
         assert text is not None
-        version, created = self.name(tenant, name).publish(text)
+        version, created = self.name(tenant, name).publish(text, base)
         self.idle.pop(self.key(tenant, text), None)
-        options: dict[str, Any] = {"tenant": tenant, "name": name, "metadata": None, "base": BASE}
+        options: dict[str, Any] = {"tenant": tenant, "name": name, "metadata": None, "base": base}
         published = changes.publish_artifact(
             self.store, artifact=content, count_tokens=len, **options
         )
@@ -144,8 +136,10 @@ class StoreMachine(RuleBasedStateMachine):
         assert (again.version, published.created) == (version, created)
         assert (again.digest, again.size_bytes) == (manifest.digest, manifest.size_bytes)
 
-    @rule(tenant=tenants, name=names, text=texts, again=st.booleans())
-    def publish_overtaken(self, tenant: str, name: str, text: str, again: bool) -> None:
+    @rule(tenant=tenants, name=names, text=texts, base=bases, again=st.booleans())
+    def publish_overtaken(
+        self, tenant: str, name: str, text: str, base: BaseSpec, again: bool
+    ) -> None:
         """A publish takes longer than the grace, and a collection and another publish of the same
         bytes, killed before it wrote them, come between its blob and its row."""
         key = self.key(tenant, text)
@@ -164,52 +158,78 @@ class StoreMachine(RuleBasedStateMachine):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.store, "change", late)
-            self.publish(tenant, name, text)
+            self.publish(tenant, name, text, base)
 
     @rule(
         tenant=tenants,
         name=names,
         text=texts,
+        base=bases,
         stage=st.sampled_from(["staged", "wanted", "written", "uncommitted", "committed"]),
     )
-    def crash_in_publish(self, tenant: str, name: str, text: str, stage: str) -> None:
+    def crash_in_publish(
+        self, tenant: str, name: str, text: str, base: BaseSpec, stage: str
+    ) -> None:
         """Before the commit nothing has happened; after it the version is there, acknowledged or
         not."""
         with self.crash_when(stage) as options, pytest.raises(Crash):
-            self.put(tenant, name, text, **options)
+            self.put(tenant, name, text, base=base, **options)
         leftover = self.blobs.staging().__enter__()
         leftover.write_bytes(b"half of a prefix")
         key = self.key(tenant, text)
         if stage == "committed":
-            self.name(tenant, name).publish(text)
+            self.name(tenant, name).publish(text, base)
             self.idle.pop(key, None)
         elif stage != "staged" and key not in self.referenced():
             self.idle[key] = self.now
         self.restart()
 
-    @rule(tenant=tenants, name=names, alias=aliases, version=st.integers(0, 4))
-    def set_alias(self, tenant: str, name: str, alias: str, version: int) -> None:
+    @rule(tenant=tenants, name=names, alias=aliases, selector=selectors, base=bases)
+    def set_alias(
+        self, tenant: str, name: str, alias: str, selector: Selector, base: BaseSpec
+    ) -> None:
         model = self.name(tenant, name)
-        try:
-            changes.set_alias(self.store, tenant=tenant, name=name, alias=alias, version=version)
-        except UnknownPrefix:
-            assert version not in model.texts
-        else:
-            assert version in model.texts
-            model.aliases[alias] = version
+        meaning = model.meaning(selector, base)
+        with expected(meaning), self.store.change(tenant) as tx:
+            target = tx.set_alias(name, alias, version=selector, base=base)
+            assert target.version == meaning
+        if isinstance(meaning, int):
+            model.aliases[alias] = meaning
 
-    @rule(tenant=tenants, name=names, alias=aliases, source=st.sampled_from(["latest", "prod"]))
-    def set_alias_from_another(self, tenant: str, name: str, alias: str, source: str) -> None:
+    @rule(tenant=tenants, name=names, version=versions, base=bases, end=ends)
+    def rollback(self, tenant: str, name: str, version: int, base: BaseSpec, end: End) -> None:
         model = self.name(tenant, name)
-        try:
-            target = changes.set_alias(
-                self.store, tenant=tenant, name=name, alias=alias, version=source
-            )
-        except UnknownPrefix:
-            assert source not in model.aliases
-        else:
-            assert target.version == model.aliases[source]
-            model.aliases[alias] = target.version
+        outcome = model.rollback(version, base)
+        failure = outcome if isinstance(outcome, type) else end
+        for _ in range(2):  # the second time nothing changes
+            with expected(failure), self.store.change(tenant) as tx:
+                target = tx.set_alias(name, "latest", version=version, base=base)
+                assert target.version == version
+                if end:
+                    raise end
+            if failure is None:
+                model.latest[base.fingerprint] = version
+
+    @rule(tenant=tenants, name=names, version=versions, base=bases, end=ends)
+    def delete_version(
+        self, tenant: str, name: str, version: int, base: BaseSpec, end: End
+    ) -> None:
+        model = self.name(tenant, name)
+        bound = [
+            selector or "latest"
+            for (owner, _), reference in self.bound.items()
+            for bound_name, _, selector in [reference.partition("@")]
+            if (owner, bound_name) == (tenant, name)
+        ]
+        outcome = model.obstacle(version, base, bound)
+        before = self.referenced()
+        with expected(outcome or end), self.store.change(tenant) as tx:
+            check_unbound(tx.connection, tx.delete_version(name, version, base=base))
+            if end:
+                raise end
+        if outcome is None and end is None:
+            model.delete_version(version)
+            self.idle |= dict.fromkeys(before - self.referenced(), self.now)
 
     @rule(tenant=tenants, name=names, alias=aliases)
     def remove_alias(self, tenant: str, name: str, alias: str) -> None:
@@ -221,18 +241,16 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             del model.aliases[alias]
 
-    @rule(tenant=tenants, reference=references)
-    def pin(self, tenant: str, reference: str) -> None:
+    @rule(tenant=tenants, reference=references, base=bases)
+    def pin(self, tenant: str, reference: str, base: BaseSpec) -> None:
         name, _, selector = reference.partition("@")
         model = self.name(tenant, name)
-        meant = int(selector) if selector.isdigit() else model.aliases.get(selector or "latest")
-        try:
-            pinned = changes.set_pin(self.store, tenant=tenant, reference=reference)
-        except UnknownPrefix:
-            assert meant not in model.texts
-        else:
-            assert (pinned.version, pinned.pinned) == (meant, True)
-            model.pin = pinned.version
+        meaning = model.meaning(selector or "latest", base)
+        with expected(meaning):
+            pinned = changes.set_pin(self.store, tenant=tenant, reference=reference, base=base)
+            assert (pinned.version, pinned.pinned) == (meaning, True)
+        if isinstance(meaning, int):
+            model.pin = meaning
 
     @rule(tenant=tenants, name=names)
     def unpin(self, tenant: str, name: str) -> None:
@@ -257,9 +275,7 @@ class StoreMachine(RuleBasedStateMachine):
         except UnknownPrefix:
             removed = 0
         assert removed == len(model.texts)
-        model.texts.clear()
-        model.aliases.clear()
-        model.pin = None
+        model.delete()
         self.idle |= dict.fromkeys(before - self.referenced(), self.now)
 
     @rule(hours=st.sampled_from([1, 12, 24, 25]))
@@ -281,21 +297,39 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def every_reference_means_what_it_should(self) -> None:
         for (tenant, name), model in self.names.items():
-            for alias, version in model.aliases.items():
-                found = self.store.resolve(tenant=tenant, reference=f"{name}@{alias}", base=BASE)
-                assert found.version == version
-                assert alias in found.aliases
-            manifests = self.store.versions(tenant=tenant, name=name) if model.texts else ()
-            assert {m.version: self.text_of(tenant, m.digest) for m in manifests} == model.texts
+            for base, selector in itertools.product((BASE, OTHER), ("latest", *model.aliases)):
+                meaning = model.meaning(selector, base)
+                with expected(meaning):
+                    reference = f"{name}@{selector}"
+                    target = self.store.resolve(tenant=tenant, reference=reference, base=base)
+                    assert target.version == meaning
+            shown = self.store.versions(tenant=tenant, name=name) if model.texts else ()
+            assert {m.version: self.text_of(tenant, m.digest) for m in shown} == model.texts
+            assert {m.version: m.fingerprint for m in shown} == model.fingerprints
+            for manifest in shown:
+                assert manifest.aliases == model.aliases_of(manifest.version)
+                assert manifest.base == {BASE.fingerprint: "tiny"}.get(
+                    manifest.fingerprint, "other"
+                )
+
+    @invariant()
+    def each_base_has_its_own_versions(self) -> None:
+        for (tenant, name), model in self.names.items():
+            for base in (BASE, OTHER):
+                meaning = model.meaning("latest", base)  # fails as the list does
+                with expected(meaning):
+                    shown = self.store.versions(tenant=tenant, name=name, base=base)
+                    assert [m.version for m in shown] == model.versions_of(base)
 
     @invariant()
     def what_is_pinned_is_known(self) -> None:
-        pinned = {
-            self.key(tenant, model.texts[model.pin])
-            for (tenant, _), model in self.names.items()
-            if model.pin is not None
-        }
-        assert {one.key for one in self.store.pinned(fingerprint=BASE.fingerprint)} == pinned
+        for base in (BASE, OTHER):
+            pinned = {
+                self.key(tenant, model.texts[model.pin])
+                for (tenant, _), model in self.names.items()
+                if model.pin is not None and model.fingerprints[model.pin] == base.fingerprint
+            }
+            assert {one.key for one in self.store.pinned(fingerprint=base.fingerprint)} == pinned
         for (tenant, name), model in self.names.items():
             for one in self.store.versions(tenant=tenant, name=name) if model.texts else ():
                 assert one.pinned == (one.version == model.pin)
@@ -316,9 +350,20 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def each_tenant_sees_its_own_names(self) -> None:
         for tenant in TENANTS:
-            listed = [manifest.name for manifest in self.store.list(tenant=tenant).manifests]
-            owned = sorted(n for (t, n), model in self.names.items() if t == tenant and model.texts)
-            assert listed == owned
+            owned = sorted((n, model) for (t, n), model in self.names.items() if t == tenant)
+            for base in (BASE, OTHER):
+                page = self.store.list(tenant=tenant, base=base)
+                assert [(m.name, m.version) for m in page.manifests] == [
+                    (name, model.latest[base.fingerprint])
+                    for name, model in owned
+                    if base.fingerprint in model.latest
+                ]
+            listed = [(m.name, m.version) for m in self.store.list(tenant=tenant).manifests]
+            assert listed == [
+                (name, version)
+                for name, model in owned
+                for version in sorted(model.latest.values(), reverse=True)
+            ]
 
     @invariant()
     def users_have_what_they_were_bound_to(self) -> None:
@@ -351,14 +396,14 @@ class StoreMachine(RuleBasedStateMachine):
             self.digests[text] = pack_text(text, self.home / "packed").digest
         return BlobKey(tenant, self.digests[text])
 
-    def put(self, tenant: str, name: str, text: str, **options: Any) -> Any:
+    def put(self, tenant: str, name: str, text: str, *, base: BaseSpec, **options: Any) -> Any:
         return changes.publish_text(
             self.store,
             tenant=tenant,
             name=name,
             text=text,
             metadata=None,
-            base=BASE,
+            base=base,
             count_tokens=len,
             **options,
         )
