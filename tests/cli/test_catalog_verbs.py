@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import typer
+from alembic import command
+from sqlalchemy import text
 
 from prefixd.server.cli.serve import load_server
 from prefixd.server.serve.settings import Settings
 from prefixd.server.tenants import keyring as keys
 from prefixd.server.tenants.registry import Tenants
-from prefixd.store.db.database import open_database
+from prefixd.store.db.database import open_database, writing
+from prefixd.store.db.migrate import HEAD, configured, revision
 from tests.cli.cli_runner import run, run_json
 
 NO_DATABASE = "postgresql://postgres@127.0.0.1:1/none"
@@ -95,6 +98,38 @@ def test_a_catalog_that_cannot_be_opened_gives_a_one_line_message(
     with pytest.raises(typer.Exit):
         load_server(Settings(**fields))
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["migrate", "doctor", "copy"])
+def test_an_older_catalog_is_migrated_before_it_is_used(tmp_path: Path, verb: str) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    database = open_database(f"sqlite:///{old}/catalog.sqlite3")
+    with writing(database) as connection:
+        command.upgrade(configured(connection), "0004")
+        connection.execute(text("INSERT INTO prefixes VALUES (1, 'acme', 'style', 2, 1)"))
+        connection.execute(
+            text(
+                "INSERT INTO versions (prefix_id, version, tenant, digest, fingerprint, kind,"
+                " num_virtual_tokens, size_bytes, metadata_json, created_at) VALUES (1, 1, 'acme',"
+                f" '{'a' * 64}', 'f', 'hard_prompt', 9, 113, '{{}}', '2026-01-01')"
+            )
+        )
+    database.dispose()
+    place = ["--data-dir", str(old)]
+    if verb == "migrate":
+        assert run_json("migrate", *place) == {"from": "0004", "to": HEAD}
+    elif verb == "doctor":
+        results = run_json("doctor", *place, "--model", "org/model", "--device", "cpu")
+        assert results["catalog"]["ok"]
+    else:
+        assert run_json("copy", *place, "--to-data-dir", str(new))["rows"]["latest_versions"] == 1
+    for folder in (old, new) if verb == "copy" else (old,):
+        database = open_database(f"sqlite:///{folder}/catalog.sqlite3")
+        with database.connect() as connection:
+            rows = connection.execute(text("SELECT fingerprint, version FROM latest_versions"))
+            assert rows.all() == [("f", 1)]
+        assert revision(database) == HEAD
+        database.dispose()
 
 
 def test_lifetimes_beyond_the_calendar_are_rejected() -> None:

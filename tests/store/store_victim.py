@@ -1,9 +1,9 @@
-"""A process that forks one publish after another, each to be traced or killed by a test.
+"""A process that forks one change after another, each to be traced or killed by a test.
 
 For each line ``way folder`` on standard input it forks a child, prints the child's process id, and
 lets it go with the next line; then it prints how the child ended. The child prints ``ack`` when its
-publish returned. ``way`` is ``sound``, ``stored-file`` (the same from a stored file), or one of the
-mistakes a store could make.
+change returned. ``way`` is ``sound`` for a publish, ``stored-file`` for one of a stored file, one of
+the mistakes a store could make in a publish, or one of ``CHANGES``.
 """
 
 import ctypes
@@ -27,6 +27,7 @@ from tests.store.store_artifacts import BASE
 
 MARKER = "the row of the version"
 TEXT = "Answer in one line."
+HISTORY = "history"
 _ANY_TRACER = (0x59616D61, ctypes.c_ulong(-1))  # PR_SET_PTRACER, where only parents may trace
 
 
@@ -82,11 +83,26 @@ WAYS = {
 }
 
 
-def publish(way: str, folder: Path) -> None:
-    WAYS[way]()
+def rollback(store: PrefixStore) -> None:
+    changes.set_alias(store, tenant="acme", name=HISTORY, alias="latest", version=1)
+
+
+def delete_version(store: PrefixStore) -> None:
+    changes.delete_version(store, tenant="acme", name=HISTORY, version=3)
+
+
+CHANGES = {"rollback": rollback, "delete-version": delete_version}
+"""Changes of a prefix that has the versions 1 to 3."""
+
+
+def act(way: str, folder: Path) -> None:
     store = PrefixStore(
         open_database(f"sqlite:///{folder}/catalog.sqlite"), open_blobs(None, folder)
     )
+    if way in CHANGES:
+        CHANGES[way](store)
+        return
+    WAYS[way]()
     options: dict[str, Any] = {
         "tenant": "acme",
         "name": "style",
@@ -107,7 +123,7 @@ def child(way: str, folder: str, gate: int) -> None:
     os.read(gate, 1)
     status = 1
     try:
-        publish(way, Path(folder))
+        act(way, Path(folder))
         os.write(1, b"ack\n")
         status = 0
     except Exception:  # noqa: BLE001 - the test reports every error

@@ -1,4 +1,5 @@
-"""A publish killed at any system call, and the order in which it makes things durable."""
+"""A publish, a rollback or a delete of a version, killed at any system call; and the order in which
+a publish makes things durable."""
 
 import itertools
 import re
@@ -14,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Engine, text
 
 from prefixd.store.artifact.artifact import read_artifact
 from prefixd.store.blobs.blobs import Blobs, open_blobs
@@ -25,10 +27,13 @@ from prefixd.store.store import Manifest, PrefixStore
 from tests.real_services import install
 from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE
-from tests.store.store_victim import MARKER, TEXT
+from tests.store.store_victim import CHANGES, HISTORY, MARKER, TEXT
 
 KILLED = -signal.SIGKILL
 HERE = Path(__file__).parent
+OLD_TEXTS = ("first", "second", "third")
+WRITING = {"write", "pwrite64", "fsync", "fdatasync", "unlink", "ftruncate"}
+"""Calls that change the database, or print the acknowledgement."""
 LATE = "the publish returns before all is durable"
 
 
@@ -134,6 +139,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("kill")
     with open_store(folder / "template") as store:
         publish(store, name="before", text="was there before")
+        for text in OLD_TEXTS:
+            publish(store, name=HISTORY, text=text)
     victims = subprocess.Popen(
         [sys.executable, HERE / "store_victim.py"],
         stdin=subprocess.PIPE,
@@ -153,6 +160,7 @@ class Opened:
 
     store: PrefixStore
     blobs: Blobs
+    engine: Engine
 
 
 @contextmanager
@@ -161,7 +169,7 @@ def open_store(folder: Path) -> Iterator[Opened]:
     engine = open_database(f"sqlite:///{folder}/catalog.sqlite")
     upgrade(engine)
     blobs = open_blobs(None, folder)
-    yield Opened(PrefixStore(engine, blobs), blobs)
+    yield Opened(PrefixStore(engine, blobs), blobs, engine)
     engine.dispose()
 
 
@@ -219,12 +227,63 @@ def check_after_kill(home: Path, *, acknowledged: bool) -> bool:
         assert publish(opened).version == 1
         assert text_of(opened, "style") == TEXT
         opened.store.collect(grace=timedelta(seconds=-60), adopt=True)
-        manifests = opened.store.list(tenant="acme").manifests
-        held = {key for key, _ in opened.blobs.walk()}
-        assert held == {BlobKey("acme", manifest.digest) for manifest in manifests}
+        check_blobs(opened)
         opened.blobs.tidy(before=datetime.now(UTC) + timedelta(minutes=1))
         assert not list((home / "blobs" / ".tmp").iterdir())
     return found is not None
+
+
+def check_blobs(opened: Opened) -> None:
+    """Every version has its blob, and no other blob is left."""
+    digests = {
+        manifest.digest
+        for latest in opened.store.list(tenant="acme").manifests
+        for manifest in opened.store.versions(tenant="acme", name=latest.name)
+    }
+    assert {key for key, _ in opened.blobs.walk()} == {BlobKey("acme", one) for one in digests}
+
+
+State = tuple[int, tuple[int, ...]]
+"""The latest version of the changed prefix, and all of its versions."""
+
+BEFORE: State = (3, (3, 2, 1))
+AFTER: dict[str, State] = {"rollback": (1, (3, 2, 1)), "delete-version": (2, (2, 1))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", CHANGES)
+def test_a_change_killed_at_any_writing_call_is_absent_or_complete(lab: Lab, way: str) -> None:
+    calls = Counter(call.name for call in lab.trace(way) if call.name in WRITING)
+    states: set[State] = set()
+    points = 0
+    for name, count in calls.items():
+        for number in range(1, count + 1):
+            inject = f"inject={name}:signal=KILL:when={number}"
+            home, acknowledged, ended = lab.run(way, "-e", f"trace={name}", "-e", inject)
+            points += ended == KILLED
+            state = state_after_kill(home)
+            assert state == AFTER[way] or (state == BEFORE and not acknowledged)
+            states.add(state)
+            shutil.rmtree(home)
+    assert points >= sum(calls.values()) * 0.9
+    assert states == {BEFORE, AFTER[way]}
+
+
+def state_after_kill(home: Path) -> State:
+    """The state after a killed change: every version is readable, and no reference dangles."""
+    with open_store(home) as opened:
+        with opened.engine.connect() as connection:
+            assert connection.execute(text("PRAGMA foreign_key_check")).all() == []
+        versions = [
+            one.version for one in opened.store.versions(tenant="acme", name=HISTORY, base=BASE)
+        ]
+        for version in versions:
+            assert text_of(opened, f"{HISTORY}@{version}") == OLD_TEXTS[version - 1]
+        latest = opened.store.resolve(tenant="acme", reference=HISTORY, base=BASE)
+        opened.store.collect(grace=timedelta(seconds=-60), adopt=True)
+        check_blobs(opened)
+        assert publish(opened, name=HISTORY, text="next").version == 4
+    return latest.version, tuple(versions)
 
 
 @pytest.mark.parametrize("way", ["sound", "stored-file"])
