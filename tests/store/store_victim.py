@@ -2,8 +2,8 @@
 
 For each line ``way folder`` on standard input it forks a child, prints the child's process id, and
 lets it go with the next line; then it prints how the child ended. The child prints ``ack`` when its
-change returned. ``way`` is ``sound`` for a publish, ``stored-file`` for one of a stored file, one of
-the mistakes a store could make in a publish, or one of ``CHANGES``.
+change returned. ``way`` is ``sound`` for a publish, ``stored-file`` for that of a stored file, one
+of the mistakes a store could make in a publish, or one of ``CHANGES``.
 """
 
 import ctypes

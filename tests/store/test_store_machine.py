@@ -95,9 +95,6 @@ class StoreMachine(RuleBasedStateMachine):
             Tenants(self.engine).create_tenant(tenant)
 
     @rule()
-    def restart_any_time(self) -> None:
-        self.restart()
-
     def restart(self) -> None:
         if self.engine is not None:
             self.engine.dispose()
@@ -459,23 +456,8 @@ class StoreMachine(RuleBasedStateMachine):
         return read_artifact(path, base=BASE, count_tokens=len).text
 
 
-class VersionsMachine(StoreMachine):
-    """Only what points at the versions of one name: its cases need many versions at once."""
-
-    publish_overtaken = crash_in_publish = None  # type: ignore[assignment]
-    delete = wait = collect = restart_any_time = None  # type: ignore[assignment]
-
-    @rule(text=texts, base=bases)
-    def publish_a(self, text: str, base: BaseSpec) -> None:
-        self.publish("acme", "a", text, base)
-
-    @rule(text=texts, base=bases)
-    def publish_a_again(self, text: str, base: BaseSpec) -> None:
-        self.publish("acme", "a", text, base)
-
-
-def run_machine(stack: Stack, *, examples: int, machine: type[StoreMachine] = StoreMachine) -> None:
-    class Machine(machine):  # type: ignore[misc,valid-type]
+def run_machine(stack: Stack, *, examples: int) -> None:
+    class Machine(StoreMachine):
         pass
 
     Machine.stack = staticmethod(stack)
@@ -496,20 +478,8 @@ def test_random_operations_match_the_model_on_sqlite_and_files() -> None:
 
 
 @pytest.mark.slow
-def test_random_versions_match_the_model_on_sqlite_and_files() -> None:
-    run_machine(
-        lambda: ("sqlite:///HOME/catalog.sqlite", None), examples=15, machine=VersionsMachine
-    )
-
-
-@pytest.mark.slow
 def test_random_operations_match_the_model_on_postgres_and_s3(
     postgres_url: str, s3_url: str
 ) -> None:
     number = itertools.count()
     run_machine(lambda: (postgres_url, f"{s3_url}/{next(number)}"), examples=20)
-
-
-@pytest.mark.slow
-def test_random_versions_match_the_model_on_postgres_and_files(postgres_url: str) -> None:
-    run_machine(lambda: (postgres_url, None), examples=15, machine=VersionsMachine)
