@@ -138,6 +138,16 @@ def test_a_special_token_in_a_stop_string_ends_the_text(
     assert written == expected + stop
 
 
+def test_a_stop_string_matches_a_word_after_a_special_token(scripted: Any) -> None:
+    """SentencePiece puts a space before it, which is not in the stop string."""
+    inner = sentencepiece(added=("<|im_start|>",))
+    complete = scripted(inner, output_of(inner, " dog<|im_start|>user what"))
+    for stop in ("<|im_start|>user", "<|im_start|> user", "dog<|im_start|>user"):
+        choice = choice_of(complete(stop=stop))
+        assert choice["text"] == " dog".removesuffix(stop.partition("<")[0])
+        assert choice["finish_reason"] == "stop"
+
+
 def test_the_end_of_text_is_a_stop_string_where_it_is_ignored(scripted: Any) -> None:
     inner = sentencepiece()
     dog, end = inner.convert_tokens_to_ids(["\u2581dog", "</s>"])

@@ -154,6 +154,10 @@ class ByteTokenizer:
         del previous
         return bytes([token_id]) if token_id < EOS else EOS_TEXT.encode()
 
+    def spellings(self, text: str) -> Sequence[str]:
+        """The text alone: it decodes to itself."""
+        return (text,)
+
     def render_chat(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> str:

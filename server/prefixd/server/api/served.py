@@ -33,6 +33,11 @@ class Tokenizer(Protocol):
         of a text); those of its name for a special token. None for an id without a token."""
         ...
 
+    def spellings(self, text: str) -> Sequence[str]:
+        """``text``, and what its tokens decode to with special tokens written out: there may be a
+        space after a special token."""
+        ...
+
     def render_chat(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> str:

@@ -64,6 +64,17 @@ class Tokenizer:
         of a text); those of its name for a special token. None for an id without a token."""
         return self._table.raw(token_id, previous)
 
+    def spellings(self, text: str) -> Sequence[str]:
+        """``text``, and what its tokens decode to with special tokens written out.
+
+        They differ where a tokenizer puts a space before the first word after a special token.
+        """
+        token_ids = self.encode(text, add_special_tokens=False)
+        if not any(map(self._table.special, token_ids)):
+            return (text,)
+        written: str = self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+        return (text,) if written == text else (text, written)
+
     def render_chat(
         self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
     ) -> str:

@@ -240,7 +240,11 @@ class Admission:
             max_tokens=max_tokens,
             min_tokens=min_tokens,
             token_ids=token_ids,
-            strings=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+            strings=tuple(
+                spelling
+                for text in ([body.stop] if isinstance(body.stop, str) else body.stop or ())
+                for spelling in self.served.tokenizer.spellings(text)
+            ),
             include_stop_string=bool(body.include_stop_str_in_output),
         )
 
