@@ -54,7 +54,8 @@ def test_any_tokens_agree_with_transformers(kind: str) -> None:
         ):
             if token not in special and not text.startswith("bytes:"):
                 shown = answer.text[offset : offset + len(text)]
-                assert shown == text or shown[:1] == "\ufffd"
+                name = inner.convert_ids_to_tokens(token) or ""
+                assert shown == text or (shown[:1] == "\ufffd" and name.startswith("<0x"))
         if "\ufffd" not in answer.text + decode(inner, prompt):
             raw = [entry["bytes"] or [] for entry in answer.message_logprobs()]
             parts = zip(output, raw, strict=True)
