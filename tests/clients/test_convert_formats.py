@@ -80,6 +80,13 @@ def test_views_of_one_storage(zipped: bool, tmp_path: Path) -> None:
         assert prefix.notes == ("left out 1 tensors that are not of the prefix encoder",)
 
 
+def test_a_state_dict_with_its_metadata(tmp_path: Path) -> None:
+    encoder = PrefixEncoder(tokens=2, width=24, hidden=3)
+    torch.save(encoder.state_dict(), tmp_path / "pytorch_model.bin")
+    converted = embeddings(read(tmp_path))
+    assert torch.allclose(converted, encoder().detach(), atol=1e-6)
+
+
 def test_float64_is_rounded_to_float32(tmp_path: Path) -> None:
     values = torch.tensor([[0.1, 1e300]], dtype=torch.float64)
     torch.save(values, tmp_path / "decoder.pt")

@@ -194,22 +194,23 @@ LEVELS = 100_000
 
 
 @pytest.mark.parametrize(
-    "pickled",
+    ("pickled", "message"),
     [
-        b"]" * LEVELS + b"a" * (LEVELS - 1) + b".",
-        b"(" * LEVELS + b"t" * LEVELS + b".",
-        b")" + b"\x85" * LEVELS + b".",  # (((),),)
-        b"}" + text("a") + b"]q\x00" + b"0]h\x00a" * 9 + b")" + b"\x85" * LEVELS + b"s.",
-        b"K\x01" + b"2\x86" * LEVELS + b".",  # doubles: 2 ** LEVELS leaves
-        b"K\x01" * LEVELS + b".",
-        b"(" * 65 + b"t" * 65 + b".",
+        (b"]" * LEVELS + b"a" * (LEVELS - 1) + b".", "at most 8192 values on the stack"),
+        (b"(" * LEVELS + b"t" * LEVELS + b".", "at most 64 nested values"),
+        (b"(" * 65 + b"t" * 65 + b".", "at most 64 nested values"),
+        (b"K\x01" * LEVELS + b".", "at most 8192 values on the stack"),
+        (b")" + b"\x85" * LEVELS + b".", "expected tensors, found a tuple"),  # (((),),)
+        (b"K\x01" + b"2\x86" * LEVELS + b".", "found a tuple"),  # 2 ** LEVELS leaves
+        (b"})" + b"\x85" * LEVELS + b"Ns.", "keys that are not names"),
+        (b"}" + text("a") + b")" + b"\x85" * LEVELS + b"s.", "found the names 'a'"),
     ],
-    ids=["lists", "tuples", "tuples-of-one", "in-a-dict", "doubled", "stack", "marks"],
+    ids=["lists", "tuples", "marks", "stack", "tuples-of-one", "doubled", "key", "value"],
 )
-def test_deep_nests_are_refused(pickled: bytes, tmp_path: Path) -> None:
+def test_deep_nests_are_refused(pickled: bytes, message: str, tmp_path: Path) -> None:
     file = tmp_path / "decoder.pt"
     file.write_bytes(zip_of(pickled))
-    with pytest.raises(FormatError):
+    with pytest.raises(FormatError, match=message):
         read(file)
 
 
@@ -273,6 +274,28 @@ def test_storages_of_the_older_container_are_compared_with_the_file(
     data[-40:-32] = struct.pack("<Q", claimed)
     file.write_bytes(data)
     with memory_below(4 * MIB), pytest.raises(FormatError, match="expected 8 elements"):
+        read(file)
+
+
+def test_a_checkpoint_of_two_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "decoder.pt"
+    pickled = tensor_pickle(size=2**29, shape=f"(1,{2**29})", stride="(1,1)")
+    listed = pickle.dumps(["0"], protocol=2)
+    data = legacy_of(pickled).removesuffix(pickle.dumps([], protocol=2)) + listed
+    file.write_bytes(data + struct.pack("<Q", 2**29))
+    with file.open("r+b") as sparse:
+        sparse.truncate(len(data) + 8 + 2**31)
+    with memory_below(4 * MIB), pytest.raises(FormatError, match="at most 1073741824 bytes"):
+        read(file)
+
+
+def test_a_damaged_storage_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "decoder.pt"
+    data = zip_of(tensor_pickle(size=8, shape="(2,4)", stride="(4,1)"), _0=FLOATS.tobytes())
+    file.write_bytes(data)
+    assert embeddings(read(file)).tolist() == FLOATS.reshape(2, 4).tolist()
+    file.write_bytes(data.replace(FLOATS.tobytes(), FLOATS[::-1].tobytes()))
+    with pytest.raises(FormatError, match="damaged entry"):
         read(file)
 
 

@@ -57,6 +57,16 @@ def test_other_arrays_are_refused(data: bytes, tmp_path: Path) -> None:
         read(file)
 
 
+def test_a_table_of_two_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "table.npy"
+    head = npy(header("'<f4'", "(65536, 8192)"))
+    file.write_bytes(head)
+    with file.open("r+b") as sparse:
+        sparse.truncate(len(head) + 2**31)
+    with memory_below(4 * MIB), pytest.raises(FormatError, match="at most 1073741824 bytes"):
+        read(file)
+
+
 # -- archives -------------------------------------------------------------------------------------
 
 

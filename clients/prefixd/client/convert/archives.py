@@ -56,9 +56,8 @@ def _compressed(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     file = archive.fp
     assert file is not None
     size = file.seek(0, os.SEEK_END)
-    stored = info.compress_type == zipfile.ZIP_STORED
     begin, end = info.header_offset, info.header_offset + info.compress_size
-    if begin < 0 or end > size or (stored and info.compress_size != info.file_size):
+    if begin < 0 or end > size:
         raise FormatError(f"{info.filename[:80]!a}: it states bytes that the file does not have")
     file.seek(begin)
     header = file.read(_LOCAL_HEADER_BYTES)

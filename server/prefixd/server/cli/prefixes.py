@@ -64,7 +64,7 @@ def push(
         str | None, typer.Option("--metadata", help="A JSON object to keep.")
     ] = None,
     task_id: Annotated[
-        int | None, typer.Option("--task-id", help="Task of a multi-task prefix.")
+        int | None, typer.Option("--task-id", help="Task of a multi-task prefix or table.")
     ] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Make it resident at once.")] = False,
     as_json: JsonFlag = False,
