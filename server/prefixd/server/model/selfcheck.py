@@ -32,7 +32,7 @@ running a model in bfloat16 differ by 0.1; a wrong position or a missing prefix 
 _MAX_LENGTH = 4096
 """Longest text that is checked."""
 
-_LARGE, _LARGE_CHUNK = 50_000_000, 128
+_LARGE, _LARGE_CHUNK = 50_000_000, 64
 """A model of more parameters than the first runs no chunk longer than the second on a CPU: one of
 256 tokens would add a fifth to the demo model's start."""
 

@@ -64,7 +64,7 @@ class Comparison:
             except UnsupportedModel:
                 list(self._run(texts))  # raises the reason with the name of the option, if any
                 raise
-            self._bound = self._bound or self._rounding(texts[1], truths[1])
+            self._bound = self._bound or self._rounding(texts[0], truths[0])
             mismatch = self.mismatch(texts, truths)
             if mismatch is None:
                 return texts, truths

@@ -21,7 +21,7 @@ from prefixd.server.engine.step import BlockCopy, Chunk, CompileChunk
 from prefixd.server.model.prefix import HardPrompt
 from prefixd.server.model.runner import TorchRunner
 
-_COMPARED = 48
+_COMPARED = 16
 """Positions of a long text whose logits are compared: the head costs as much as several layers."""
 
 _COPIES = 16
