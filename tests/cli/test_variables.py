@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from prefixd.server.cli.options import REMOVED_VARIABLES
 from prefixd.server.cli.variables import known_variables, unknown_variables
 from tests.cli.cli_runner import run
 
@@ -23,7 +22,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_an_unknown_variable_is_reported_with_the_nearest_name(name: str, nearest: str) -> None:
-    assert unknown_variables([name, "HOME", "MY_PREFIXD_X"]) == {name: f"nearest: {nearest}"}
+    assert unknown_variables([name, "HOME", "MY_PREFIXD_X"]) == {name: nearest}
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,7 @@ def test_variables_of_ours_and_of_kubernetes_are_known(name: str) -> None:
 
 
 def test_every_variable_that_the_repository_names_is_known() -> None:
-    """In code, Compose, the Makefile and the pages; the removed ones are reported as such."""
+    """In code, Compose, the Makefile and the pages."""
     files = [
         ROOT / "docker-compose.yml",
         ROOT / "Makefile",
@@ -58,9 +57,8 @@ def test_every_variable_that_the_repository_names_is_known() -> None:
     ]
     text = "\n".join(path.read_text("utf-8", "ignore") for path in files)
     named = set(re.findall(r"\bPREFIXD_[A-Z0-9_]*[A-Z0-9]\b", text))
-    removed = {name for variables in REMOVED_VARIABLES.values() for name in variables}
     assert len(named) > 40
-    assert set(unknown_variables(named - removed)) == set()
+    assert set(unknown_variables(named)) == set()
     assert len(known_variables()) == len(set(known_variables()))
 
 
@@ -81,9 +79,3 @@ def test_a_verb_warns_once_on_standard_error_without_the_value(
 def test_no_warning_without_an_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFIXD_SERVICE_HOST", "10.0.0.1")
     assert run("tenant", "ls").stderr == ""
-
-
-def test_a_removed_variable_of_another_verb_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREFIXD_GC_DRY_RUN", "1")
-    assert "PREFIXD_GC_DRY_RUN (removed: `prefixd gc --dry-run`)" in run("tenant", "ls").stderr
-    assert "unset it" in run("gc", code=2).stderr

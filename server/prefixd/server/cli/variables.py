@@ -30,11 +30,8 @@ _FOREIGN = ("PREFIXD_TEST_", "PREFIXD_SERVICE_", "PREFIXD_PORT")
 """Beginnings of names that others set: our tests, and Kubernetes for a service named prefixd."""
 
 
-_REMOVED = {
-    variable: f"removed: `prefixd {verb} {replacement}`"
-    for verb, variables in REMOVED_VARIABLES.items()
-    for variable, replacement in variables.items()
-}
+_REMOVED = frozenset(name for variables in REMOVED_VARIABLES.values() for name in variables)
+"""Their verbs fail and name what replaced them."""
 
 
 def known_variables() -> list[str]:
@@ -45,14 +42,14 @@ def known_variables() -> list[str]:
 
 def unknown_variables(names: Iterable[str]) -> dict[str, str]:
     """Those of ``names`` that begin as ours do and that nothing reads, each with the nearest known
-    one, or with the flag that replaced it. Upper and lower case are the same, as for settings.
-    """
+    one. Upper and lower case are the same, as for settings."""
     known = known_variables()
     return {
-        name: _REMOVED.get(name.upper()) or f"nearest: {_nearest(name, known)}"
+        name: _nearest(name, known)
         for name in sorted(names)
         if (upper := name.upper()).startswith(ENV_PREFIX)
         and upper not in known
+        and upper not in _REMOVED
         and not upper.startswith(_FOREIGN)
     }
 
@@ -66,5 +63,5 @@ def unknown_variables_warning() -> str | None:
     unknown = unknown_variables(os.environ)
     if not unknown:
         return None
-    listed = ", ".join(f"{name} ({hint})" for name, hint in unknown.items())
+    listed = ", ".join(f"{name} (nearest: {nearest})" for name, nearest in unknown.items())
     return f"ignored, because no such variable is known: {listed}"
