@@ -44,6 +44,9 @@ def walk(stack: Stack, *, seed: int, steps: int) -> Counter[str]:
         machine.each_base_has_its_own_versions()
         machine.the_watcher_receives_each_blob_without_references()
         machine.no_blob_is_missing_and_none_is_there_for_nothing()
+    machine.wait(25)
+    machine.collect("acme", [], adopt=False)  # the blobs of deleted versions are gone
+    machine.no_blob_is_missing_and_none_is_there_for_nothing()
     machine.teardown()
     return counts
 
