@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 
 from prefixd.server.tenants.bindings import Bindings
+from prefixd.store.catalog.tables import prefixes
 from prefixd.store.names import BlobKey
 from tests.api.api_world import BASE, World, error_of, fake_text, put_text
 
@@ -244,6 +247,10 @@ def test_a_binding_and_a_delete_at_once_never_leave_a_binding_to_nothing(
         def during_a_delete(*arguments: Any, check: Any, **options: Any) -> Any:
             def check_and_delete(connection: Any) -> None:
                 check(connection)
+                if connection.dialect.name == "postgresql":  # SQLite has one writer
+                    row = select(prefixes).with_for_update(nowait=True)
+                    with world.database.connect() as other, pytest.raises(OperationalError):
+                        other.execute(row)
                 deletes.append(pool.submit(remove, client, 2))
 
             return write(*arguments, check=check_and_delete, **options)
