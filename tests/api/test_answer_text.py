@@ -15,7 +15,7 @@ from prefixd.server.model.tokenizer import Tokenizer
 from tests.api.api_world import GatedRunner, make_world
 from tests.model.tokenizer_kinds import byte_level, decode, expected_text, sentencepiece
 
-PROMPT = "Once upon"
+PROMPT = "One day"
 
 
 class ScriptedRunner(GatedRunner):
@@ -117,9 +117,9 @@ def test_a_completion_keeps_its_indentation(scripted: Any) -> None:
 
 def test_a_completion_of_no_text_begins_without_a_space(scripted: Any) -> None:
     inner = sentencepiece()
-    complete = scripted(inner, inner.encode("Once upon a time", add_special_tokens=False))
+    complete = scripted(inner, inner.encode("One day in winter", add_special_tokens=False))
     choice = choice_of(complete("", logprobs=0))
-    assert choice["text"] == "".join(choice["logprobs"]["tokens"]) == "Once upon a time"
+    assert choice["text"] == "".join(choice["logprobs"]["tokens"]) == "One day in winter"
 
 
 @pytest.mark.parametrize("stop", ["<|im_start|>", "<|im_start|>user", "d<|im_start|>us"])
@@ -184,7 +184,7 @@ def test_every_generated_token_has_log_probabilities(scripted: Any) -> None:
     assert complete(logprobs=1).json()["choices"][0]["logprobs"]["tokens"][-1] == "<|endoftext|>"
 
 
-def test_tokens_that_read_alike_are_all_in_the_table(scripted: Any) -> None:
+def test_tokens_with_the_same_text_are_all_in_the_table(scripted: Any) -> None:
     inner = byte_level()
     halves = inner.convert_tokens_to_ids(["\u00f0", "\u0141", "\u0142", "\u0143"])
     assert {decode(inner, [half]) for half in halves} == {"\ufffd"}

@@ -1,6 +1,6 @@
 """How each family is served: the table of docs/models.md.
 
-``python -m tests.golden.families_table`` writes it anew.
+``python -m tests.golden.families_table`` writes it.
 """
 
 import re

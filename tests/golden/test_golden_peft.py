@@ -67,7 +67,7 @@ def test_greedy_tokens_of_the_base_equal_those_of_transformers(
 def test_a_prefix_has_the_width_of_the_input_embeddings(
     peft_type: str, token_dim: int | None, tmp_path: Path, serving: Callable[..., Served]
 ) -> None:
-    """PEFT takes the hidden size (64) as the width unless told, and then fails to run it."""
+    """PEFT takes the hidden size (64) as the width by default, and then fails to run it."""
     model = random_model(narrow_config())
     served = serving(model)
     assert served.base.shape.embedding_width == 32

@@ -231,7 +231,11 @@ FILES: dict[str, tuple[str, Change | None, str]] = {
         write("tokenizer_config.json", b"{"),
         "tokenizer_config.json is not JSON",
     ),
-    "an adapter beside": ("llama", write("adapter_config.json", b"{}"), "holds a PEFT adapter"),
+    "an adapter in the folder": (
+        "llama",
+        write("adapter_config.json", b"{}"),
+        "holds a PEFT adapter",
+    ),
     "an encoder": ("encoder", None, "lacks weights of BertLMHeadModel .*ForSequenceClassific"),
     "a vision model": ("vision", None, "type vit, which predicts no text"),
     "an encoder-decoder": ("translator", None, "t5 .* is an encoder-decoder"),
@@ -282,7 +286,7 @@ def test_every_quantization_method_of_transformers_is_refused_or_plain(
     folder = copied("llama")
     for method in transformers.utils.quantization_config.QuantizationMethod:
         edit_json(folder / "config.json", quantization_config={"quant_method": method.value})
-        if method.value == "gguf":  # what transformers writes beside weights it read from GGUF
+        if method.value == "gguf":  # what transformers writes with weights it read from GGUF
             assert load(folder).module.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
         else:
             assert f"quantized with {method.value}" in refusal(folder)
@@ -382,7 +386,7 @@ def test_weights_in_a_pickle_are_loaded_and_code_in_it_is_not_run(
     ],
     ids=["tied", "sharded", "rotary", "mask", "no architecture"],
 )
-def test_what_transformers_leaves_out_is_no_fault(
+def test_tensors_that_transformers_computes_are_ignored(
     name: str, change: Change | None, copied: Callable[..., Path]
 ) -> None:
     folder = copied(name, change)

@@ -19,7 +19,7 @@ from tokenizers import (
 )
 
 CORPUS = (
-    "Once upon a time there was a small house in the forest and a dog lived in it. "
+    "One day in winter there was a small house in the forest and a dog lived in it. "
     "The quick brown fox jumps over the lazy dog. It doesn't, isn't and won't bark! "
     "def main(args):\n    return [x for x in args if x > 0]\n\n"
     "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd \u0645\u0631\u062d\u0628\u0627 "
@@ -163,7 +163,7 @@ def with_template(tokenizer: Any, template: str) -> Any:
 @cache
 def kinds() -> dict[str, Kind]:
     """The tokenizers by kind."""
-    tale, code = "Once upon a time", "def main(args):\n"
+    tale, code = "One day in winter", "def main(args):\n"
     family = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
     return {
         "byte-level": Kind(with_template(byte_level(), CHATML), tale, " there was a  dog.\n"),
@@ -175,7 +175,7 @@ def kinds() -> dict[str, Kind]:
         "added tokens beyond the embeddings": Kind(
             byte_level(words=("<think>", "\u00e9", "two words")), tale, "<think>two words</think>"
         ),
-        "no BOS": Kind(sentencepiece(template="$A"), "", "Once upon a time"),
+        "no BOS": Kind(sentencepiece(template="$A"), "", "One day in winter"),
         "add_eos_token": Kind(sentencepiece(template="<s> $A </s>"), tale, " there was"),
         "no template": Kind(byte_level(added=()), tale, " there\twas"),
         "template with BOS": Kind(

@@ -150,7 +150,7 @@ class ByteTokenizer:
         return bytes(t for t in token_ids if t < EOS).decode(errors="replace")
 
     def token_bytes(self, token_id: int, previous: int | None) -> bytes | None:
-        """The byte, whatever came before it."""
+        """The byte, after any token."""
         del previous
         return bytes([token_id]) if token_id < EOS else EOS_TEXT.encode()
 

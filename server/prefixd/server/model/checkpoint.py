@@ -1,7 +1,7 @@
 """Read a base model's files with transformers, or refuse them in one sentence.
 
-transformers draws missing weights at random, runs a repository's own code after a question, and
-raises whatever its libraries raise. Here each of these is an UnsupportedModel that names its cause.
+transformers initializes missing weights at random, runs a repository's own code after a prompt, and
+raises the exceptions of its libraries. Here each of these is an UnsupportedModel with its cause.
 """
 
 import json
@@ -57,7 +57,7 @@ _ADVICE = re.compile(r"trust_remote_code|pip install|weights_only|You (can|may|s
 """Marks the sentences of transformers that advise what cannot be done here."""
 
 _BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.|causal_mask$|position_ids$")
-"""Tensors of old checkpoints that transformers computes by itself."""
+"""Tensors in earlier checkpoints that transformers now computes."""
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the class names of models that predict tokens end."""
@@ -202,8 +202,8 @@ def _refuse_incomplete(source: str, module: Any, info: dict[str, Any]) -> None:
 
 
 def _unused(module: Any, unexpected: set[str]) -> list[str]:
-    """Tensors without which the model differs from the one that was saved: beside weights that are
-    used (a bias), in a layer or beyond the last one, or of another task's head."""
+    """Tensors without which the model differs from the one that was saved: the bias of a weight
+    that is used, a tensor in a layer or beyond the last layer, or of another task's head."""
     classes = module.config.architectures or [type(module).__name__]
     other_task = not any(name.endswith(_LANGUAGE_MODELS) for name in classes)
     owners = {name.rpartition(".")[0] for name, _ in module.named_parameters()}
@@ -225,7 +225,7 @@ def _named(names: list[str]) -> str:
 
 @contextmanager
 def _reported(source: str, what: str, report: Sequence[str] = ()) -> Iterator[None]:
-    """Raise UnsupportedModel for whatever transformers raises on files that it cannot use."""
+    """Raise UnsupportedModel for any error of transformers on files that it cannot use."""
     try:
         yield
     except UnsupportedModel:

@@ -1,7 +1,7 @@
 """Log-probabilities in the two formats of OpenAI.
 
-Tokens are told apart by id: two that read alike are two entries. A token that is part of a
-character is written as its bytes, as OpenAI writes it.
+Tokens are distinguished by id: two tokens with the same text are two entries. A token that is part
+of a character is written as its bytes, as OpenAI writes it.
 """
 
 from collections.abc import Sequence
@@ -48,7 +48,8 @@ def _with_sampled(position: PositionLogprobs) -> tuple[TokenLogprob, ...]:
 
 def _table(position: PositionLogprobs, tokenizer: Tokenizer) -> tuple[str, dict[str, float]]:
     """The name of the sampled token, and the likely tokens by name. The sampled token keeps its
-    name; of others that read alike, all but the first are named by id, as vLLM does."""
+    name; of several with the same text, only the first has it as its name and the rest are named by
+    id, as in vLLM."""
     likely = _with_sampled(position)
     names: dict[int, str] = {}
     taken: set[str] = set()
