@@ -70,7 +70,7 @@ def test_text_prefix_stored_before_it_was_checked_is_the_tenants_error(
         return inspect_text(text, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("prefixd.store.store.inspect_text", unchecked)
+        patch.setattr("prefixd.store.publisher.inspect_text", unchecked)
         upload = http.put("/v1/prefixes/old", json={"kind": "text", "text": BEYOND})
         assert upload.status_code == 201
     for _ in range(4):

@@ -211,7 +211,7 @@ def test_concurrent_publishes_deletes_and_collections_never_lose_a_blob(
 ) -> None:
     """Each delete has a collection follow it, and a publish may begin again after every one."""
     names, times = ("a", "b", "c"), 8
-    monkeypatch.setattr("prefixd.store.store._PUBLISH_ATTEMPTS", len(names) * times + 1)
+    monkeypatch.setattr("prefixd.store.publisher._PUBLISH_ATTEMPTS", len(names) * times + 1)
     stop, deleted = threading.Event(), threading.Semaphore(0)
 
     def collect() -> int:

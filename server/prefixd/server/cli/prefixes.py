@@ -13,14 +13,20 @@ from prefixd.client.errors import FormatError
 from prefixd.client.folders import TextContent, decode_text
 from prefixd.client.sync import Client
 from prefixd.client.types import Prefix
+from prefixd.server.cli.aliases import (
+    NameArgument,
+    ReferenceArgument,
+    alias,
+    pin,
+    unalias,
+    unpin,
+    warm,
+)
 from prefixd.server.cli.diff import diff
 from prefixd.server.cli.options import JsonFlag, VerbGroup, connected
 from prefixd.server.cli.output import as_dict, print_columns, print_fields, print_json, printable
 from prefixd.server.cli.pull import pull
 from prefixd.server.cli.rollback import rollback
-
-NameArgument = Annotated[str, typer.Argument(help="The prefix.", show_default=False)]
-ReferenceArgument = Annotated[str, typer.Argument(help="NAME, NAME@3 or NAME@alias.")]
 
 
 class Bases(StrEnum):
@@ -264,68 +270,5 @@ def remove(
     typer.echo(f"{reference} deleted")
 
 
-prefix_app.command("rollback")(connected(rollback))
-
-
-@prefix_app.command("alias")
-@connected
-def alias(
-    client: Client,
-    *,
-    name: NameArgument,
-    alias: Annotated[str, typer.Argument(help="Such as prod.")],
-    version: Annotated[
-        str,
-        typer.Argument(
-            help="Its version: a number, or another alias, such as latest, for the version that it "
-            "names now."
-        ),
-    ],
-) -> None:
-    """Point NAME@ALIAS to a version, from the next request on."""
-    is_number = version.isascii() and version.isdigit()
-    target = client.set_alias(name, alias, version=int(version) if is_number else version)
-    typer.echo(f"{name}@{alias} is {target.reference}")
-
-
-@prefix_app.command("unalias")
-@connected
-def unalias(
-    client: Client,
-    *,
-    name: NameArgument,
-    alias: Annotated[str, typer.Argument(help="The alias to remove; its version stays.")],
-) -> None:
-    """Remove an alias."""
-    client.remove_alias(name, alias)
-    typer.echo(f"{name}@{alias} removed")
-
-
-@prefix_app.command("warm")
-@connected
-def warm(client: Client, *, reference: ReferenceArgument, as_json: JsonFlag = False) -> None:
-    """Make a version resident before the first request for it. Does not wait until it is."""
-    residency = client.warm(reference)
-    if as_json:
-        print_json(residency)
-    else:
-        typer.echo(f"{residency.reference}  {residency.state}")
-
-
-@prefix_app.command("pin")
-@connected
-def pin(client: Client, *, reference: ReferenceArgument, as_json: JsonFlag = False) -> None:
-    """Keep a version resident, in place of any other version of its prefix."""
-    prefix = client.pin(reference)
-    if as_json:
-        print_json(prefix)
-    else:
-        typer.echo(f"{prefix.reference}  pinned  {prefix.num_virtual_tokens} virtual tokens")
-
-
-@prefix_app.command("unpin")
-@connected
-def unpin(client: Client, *, name: NameArgument) -> None:
-    """Allow a pinned prefix to be evicted again."""
-    client.unpin(name)
-    typer.echo(f"{name} unpinned")
+for verb in (rollback, alias, unalias, warm, pin, unpin):
+    prefix_app.command(verb.__name__)(connected(verb))
