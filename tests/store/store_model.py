@@ -1,11 +1,12 @@
 """What a store should hold, as plain dictionaries."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from prefixd.server.errors import Conflict
 from prefixd.store.artifact.config import BaseSpec
-from prefixd.store.errors import BaseMismatch, UnknownPrefix, VersionInUse
+from prefixd.store.errors import ArtifactRefused, BaseMismatch, UnknownPrefix, VersionInUse
 from prefixd.store.names import LATEST
 from tests.store.store_artifacts import BASE
 
@@ -27,6 +28,7 @@ class Name:
     fingerprints: dict[int, str] = field(default_factory=dict)
     latest: dict[str, int] = field(default_factory=dict)
     aliases: dict[str, int] = field(default_factory=dict)
+    metadata: dict[int, dict[str, Any]] = field(default_factory=dict)  # flat: "labels.team"
     next_version: int = 1
     pin: int | None = None
 
@@ -87,9 +89,48 @@ class Name:
         used = {str(version), *([LATEST] if ends_name else [])}
         return None if used.isdisjoint(bound) else Conflict
 
+    def refusal(self, version: int, patch: Mapping[str, Any]) -> type[Exception] | None:
+        """Why metadata cannot be changed."""
+        if version not in self.texts:
+            return UnknownPrefix
+        other_base = patch.get("base_fingerprint") not in {None, self.fingerprints[version]}
+        return ArtifactRefused if other_base or "task_id" in patch else None
+
+    def patch(self, version: int, patch: Mapping[str, Any]) -> None:
+        """With the patch merged into the metadata of a version."""
+        fields = self.metadata.setdefault(version, {})
+        for name, value in patch.items():
+            if name == "labels" and value is None:
+                for key in [key for key in fields if key.startswith("labels.")]:
+                    del fields[key]
+            elif name == "labels":
+                fields.update({f"labels.{label}": text for label, text in value.items()})
+            else:
+                fields[name] = value
+
+    def replace_metadata(self, version: int, metadata: Mapping[str, Any]) -> None:
+        """With this metadata in place of the version's."""
+        self.metadata.pop(version, None)
+        self.patch(version, metadata)
+
+    def described(self, version: int) -> tuple[dict[str, str], Any]:
+        """Labels of a version, and the field ``note``."""
+        fields = self.metadata.get(version, {})
+        labels = {
+            key.removeprefix("labels."): value
+            for key, value in fields.items()
+            if key.startswith("labels.") and value is not None
+        }
+        return labels, fields.get("note")
+
+    def has_label(self, label: str, value: str, version: int | None) -> bool:
+        """Whether there is this version and it has the label."""
+        return version is not None and self.described(version)[0].get(label) == value
+
     def delete_version(self, version: int) -> None:
         """Without the version; ``latest`` of its base moves to the highest one left."""
         del self.texts[version]
+        self.metadata.pop(version, None)
         own = self.fingerprints.pop(version)
         if self.latest[own] == version:
             remaining = [v for v, held in self.fingerprints.items() if held == own]
@@ -99,6 +140,6 @@ class Name:
 
     def delete(self) -> None:
         """Without any version."""
-        for held in (self.texts, self.fingerprints, self.latest, self.aliases):
+        for held in (self.texts, self.fingerprints, self.latest, self.aliases, self.metadata):
             held.clear()
         self.pin = None

@@ -49,6 +49,17 @@ references = st.sampled_from(["a", "b", "a@latest", "a@prod", "b@1", "a@2"])
 versions = st.integers(0, 4)
 bases = st.sampled_from([BASE, OTHER])
 selectors = st.one_of(versions, st.sampled_from(["latest", "prod"]))
+patches = st.sampled_from(
+    [
+        {"labels": {"team": "care"}},
+        {"labels": {"team": None, "area": "eu"}},
+        {"labels": None, "note": 1},
+        {"note": None},
+        {"base_fingerprint": BASE.fingerprint},
+        {"task_id": 1},
+    ]
+)
+uploaded = st.sampled_from([None, None, {"labels": {"team": "care"}}, {"note": 2}])
 
 Stack = Callable[[], tuple[str, str | None]]
 """Gives database URL and blobs URL; None for blobs means files next to the database."""
@@ -106,11 +117,21 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.watch(self.told.append)
         self.bindings = Bindings(self.engine)
 
-    @rule(tenant=tenants, name=names, text=texts, base=bases)
-    def publish(self, tenant: str, name: str, text: str, base: BaseSpec) -> None:
-        version, created = self.name(tenant, name).publish(text, base)
+    @rule(tenant=tenants, name=names, text=texts, base=bases, metadata=uploaded)
+    def publish(
+        self,
+        tenant: str,
+        name: str,
+        text: str,
+        base: BaseSpec,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        model = self.name(tenant, name)
+        version, created = model.publish(text, base)
+        if metadata is not None:
+            model.replace_metadata(version, metadata)
         self.idle.pop(self.key(tenant, text), None)
-        published = self.put(tenant, name, text, base=base)
+        published = self.put(tenant, name, text, base=base, metadata=metadata)
         assert (published.manifest.version, published.created) == (version, created)
 
     @rule(owner=tenants, source=references, tenant=tenants, name=names, base=bases)
@@ -231,6 +252,19 @@ class StoreMachine(RuleBasedStateMachine):
             model.delete_version(version)
             self.idle |= dict.fromkeys(before - self.referenced(), self.now)
 
+    @rule(choice=st.integers(0, 100), patch=patches, base=bases, end=ends)
+    def patch_metadata(self, choice: int, patch: dict[str, Any], base: BaseSpec, end: End) -> None:
+        tenant, name, version = self.a_version(choice)
+        model = self.name(tenant, name)
+        outcome = model.refusal(version, patch)
+        with expected(outcome or end), self.store.change(tenant) as tx:
+            changed = tx.merge_metadata(name, version, patch, base=base)
+            assert changed.version == version
+            if end:
+                raise end
+        if outcome is None and end is None:
+            model.patch(version, patch)
+
     @rule(tenant=tenants, name=names, alias=aliases)
     def remove_alias(self, tenant: str, name: str, alias: str) -> None:
         model = self.name(tenant, name)
@@ -307,6 +341,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert {m.version: self.text_of(tenant, m.digest) for m in shown} == model.texts
             assert {m.version: m.fingerprint for m in shown} == model.fingerprints
             for manifest in shown:
+                labels, note = model.described(manifest.version)
+                assert (manifest.labels, manifest.metadata.get("note")) == (labels, note)
                 assert manifest.aliases == model.aliases_of(manifest.version)
                 assert manifest.base == {BASE.fingerprint: "tiny"}.get(
                     manifest.fingerprint, "other"
@@ -357,6 +393,13 @@ class StoreMachine(RuleBasedStateMachine):
                     (name, model.latest[base.fingerprint])
                     for name, model in owned
                     if base.fingerprint in model.latest
+                ]
+                care = [("team", "care")]
+                page = self.store.list(tenant=tenant, base=base, labels=care)
+                assert [m.name for m in page.manifests] == [
+                    name
+                    for name, model in owned
+                    if model.has_label("team", "care", model.latest.get(base.fingerprint))
                 ]
             listed = [(m.name, m.version) for m in self.store.list(tenant=tenant).manifests]
             assert listed == [
@@ -412,10 +455,9 @@ class StoreMachine(RuleBasedStateMachine):
             tenant=tenant,
             name=name,
             text=text,
-            metadata=None,
             base=base,
             count_tokens=len,
-            **options,
+            **{"metadata": None, **options},
         )
 
     @contextmanager
