@@ -42,6 +42,16 @@ def test_unsupported_configs_are_rejected_by_name(config: Any, message: str) -> 
         refuse_unsupported(config, context=served_context(config, pool_tokens=16384))
 
 
+def test_attention_scaled_by_the_place_in_the_pass_is_rejected_from_its_floor_on() -> None:
+    layers = {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2}
+    config = transformers.Llama4TextConfig(**layers, floor_scale=8192)
+    refuse_unsupported(config, context=8191)
+    with pytest.raises(UnsupportedModel, match="llama4_text.*position 8191.*floor_scale"):
+        refuse_unsupported(config, context=8192)
+    config.attn_temperature_tuning = False
+    refuse_unsupported(config, context=16384)
+
+
 def test_a_disabled_sliding_window_is_accepted() -> None:
     refuse_unsupported(transformers.MistralConfig(sliding_window=None), context=16384)
     refuse_unsupported(transformers.Qwen2Config(use_sliding_window=False), context=16384)

@@ -52,6 +52,12 @@ def refuse_unsupported(config: Any, *, context: int) -> None:
             f"{name} uses {kind.pop()} rotary embeddings, which change with the longest sequence "
             "of a batch: one request would change another's output"
         )
+    if getattr(text, "attn_temperature_tuning", False) and text.floor_scale <= context:
+        raise UnsupportedModel(
+            f"{name} scales attention by a token's place in the forward pass, which changes with "
+            f"the batch, from position {text.floor_scale - 1} on (floor_scale of its config); "
+            f"expected to serve fewer than {text.floor_scale} positions, received {context}"
+        )
 
 
 def _refuse_layers(name: str, text: Any, context: int) -> None:
