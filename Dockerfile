@@ -24,7 +24,7 @@ COPY clients clients
 COPY server server
 COPY examples examples
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --constraint constraints.txt '.[serve,demo,postgres,s3,otel]' \
+    pip install --constraint constraints.txt '.[serve,convert,demo,postgres,s3,otel]' \
     && python -m compileall -q /opt/prefixd/lib
 
 FROM python:3.11-slim-bookworm AS runtime

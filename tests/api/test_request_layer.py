@@ -26,10 +26,9 @@ def test_request_id_is_generated_or_taken_from_the_header(client: TestClient) ->
 def test_one_log_line_for_each_request_without_secrets(client: TestClient, world: World) -> None:
     with structlog.testing.capture_logs() as lines:
         client.put(f"/v1/prefixes/{CANARY}", json={"kind": "text", "text": CANARY})
-        client.post(
-            "/v1/completions?q=" + CANARY,
-            json={"model": CANARY, "prompt": CANARY, "user": CANARY},
-        )
+        body = {"model": CANARY, "prompt": CANARY, "user": CANARY}
+        client.post("/v1/completions", json=body)
+        client.post(f"/v1/completions?q={CANARY}", json=body)
         client.post("/v1/completions", json={"prompt": CANARY, CANARY: CANARY})
         client.get("/v1/models", headers={"authorization": f"Bearer {CANARY}"})
         client.get(f"/{CANARY}")
@@ -38,10 +37,11 @@ def test_one_log_line_for_each_request_without_secrets(client: TestClient, world
         ("PUT", "/v1/prefixes/{name}", 201),
         ("POST", "/v1/completions", 200),
         ("POST", "/v1/completions", 400),
+        ("POST", "/v1/completions", 400),
         ("GET", "/v1/models", 401),
         ("GET", "unknown", 404),
     ]
-    assert [line.get("tenant") for line in requests] == ["acme", "acme", "acme", None, None]
+    assert [line.get("tenant") for line in requests] == ["acme"] * 4 + [None, None]
     assert CANARY not in repr(lines)
     assert world.keys["acme"] not in repr(lines)
     assert CANARY not in client.get("/metrics").text

@@ -46,7 +46,7 @@ def test_attention_scaled_by_the_place_in_the_pass_is_rejected_from_its_floor_on
     layers = {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2}
     config = transformers.Llama4TextConfig(**layers, floor_scale=8192)
     refuse_unsupported(config, context=8191)
-    with pytest.raises(UnsupportedModel, match="llama4_text.*position 8191.*floor_scale"):
+    with pytest.raises(UnsupportedModel, match=r"llama4_text.*position 8191.*floor_scale"):
         refuse_unsupported(config, context=8192)
     config.attn_temperature_tuning = False
     refuse_unsupported(config, context=16384)

@@ -95,7 +95,7 @@ EXTRAS = {
     "sqlalchemy": "serve",
     "starlette": "serve",
     "structlog": "serve",
-    "tokenizers": "serve",
+    "safetensors": "serve",
     "torch": "serve",
     "transformers": "serve",
     "uvicorn": "serve",
