@@ -37,7 +37,7 @@ ROOMS = {
     "prefixd.server.errors": "the errors of the server",
     "prefixd.store": "artifacts, blobs, catalog",
     "prefixd.store.db": "the database and the migrations of all tables",
-    "prefixd.client": "the sync and the async Python client",
+    "prefixd.client": "the sync and the async Python client; prefixes in files and folders",
 }
 PACKAGES = ("prefixd.server", "prefixd.store", "prefixd.client")
 

@@ -128,7 +128,8 @@ def test_convert_refuses_a_text_and_a_missing_path(tmp_path: Path) -> None:
         "expected a format that docs/formats.md lists"
         in run("convert", str(text), target, code=1).stderr
     )
-    assert "No such file" in run("convert", str(tmp_path / "none"), target, code=1).stderr
+    missing = run("convert", str(tmp_path / "none"), target, code=1)
+    assert f"{tmp_path / 'none'}: No such file" in missing.stderr
     assert not (tmp_path / "out").exists()
 
 

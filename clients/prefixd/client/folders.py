@@ -6,8 +6,8 @@
     prefix.txt                                        or the text of a hard prompt in UTF-8
     prefixd.json                                      optional: {"task_id": 1, "metadata": {…}}
 
-``prefixd.json`` has what an upload needs besides the content. Its other fields describe the version
-that the folder was pulled from; they are information, and no upload sends them.
+``prefixd.json`` has what an upload needs in addition to the content. Its other fields describe the
+version that the folder was pulled from; they are information, and no upload sends them.
 """
 
 import json

@@ -148,8 +148,8 @@ def list_prefixes(
     """The tenant's prefixes by name, the latest version of each for the served base, a page at a
     time; with ``base="all"`` for each of its bases (``limit`` then counts names), with ``labels``
     only those that have all of these."""
-    wanted = tuple(f"{name}:{value}" for name, value in (labels or {}).items())
-    params = {"limit": limit, "after": after, "base": base, "label": wanted or None}
+    pairs = tuple(f"{name}:{value}" for name, value in (labels or {}).items())
+    params = {"limit": limit, "after": after, "base": base, "label": pairs or None}
     return Call(request_of("GET", "v1", "prefixes", params=params), parser(PrefixPage))
 
 

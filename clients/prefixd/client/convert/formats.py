@@ -186,8 +186,8 @@ def prefix_encoder(checkpoint: Mapping[Any, Any], read: Read) -> Converted:
             "embedding.weight: expected [tokens, layers * 2 * KV width], found the shape "
             f"{list(embeddings.shape)}"
         )
-    others = len(checkpoint) - len(weights)
-    notes = (f"left out {others} tensors that are not of the prefix encoder",) if others else ()
+    unused = len(checkpoint) - len(weights)
+    notes = (f"left out {unused} tensors that are not of the prefix encoder",) if unused else ()
     config = _config("PREFIX_TUNING", tokens=embeddings.shape[0], token_dim=None)
     return Converted("P-tuning v2", config, embeddings, notes=notes)
 

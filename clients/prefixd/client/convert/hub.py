@@ -9,7 +9,7 @@ import httpx2
 
 from prefixd.client.convert.search import PICKLED_WEIGHTS_FILE
 from prefixd.client.errors import DownloadError
-from prefixd.client.folders import CONFIG_FILE, WEIGHTS_FILE
+from prefixd.client.folders import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
 
 HUB_ID = re.compile(
     r"(?P<repository>[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95})(?:@(?P<revision>[\w.-][\w./-]{0,127}))?",
@@ -21,7 +21,6 @@ DEFAULT_ENDPOINT = "https://huggingface.co"
 TIMEOUT = 30.0
 """Seconds without an answer or without data."""
 
-MAX_CONFIG_BYTES = 256 * 1024
 MAX_WEIGHTS_BYTES = 1024**3
 
 
@@ -48,7 +47,10 @@ def download(source: str, folder: Path) -> None:
             _fetch_adapter(_Repository(client, url, source), folder)
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
         reason = str(error) or type(error).__name__
-        raise DownloadError(f"cannot download {source} from {endpoint}: {reason}") from None
+        raise DownloadError(
+            f"there is no path {source}, and the repository of that name cannot be downloaded from "
+            f"{endpoint}: {reason}"
+        ) from None
 
 
 def _fetch_adapter(repository: "_Repository", folder: Path) -> None:

@@ -102,7 +102,7 @@ class _Machine:
         return value
 
     def mark(self, _: Any) -> None:
-        """MARK."""
+        """MARK: remember the height of the stack."""
         if len(self._marks) >= MAX_MARKS:
             raise FormatError(f"expected at most {MAX_MARKS} nested values in a pickle")
         self._marks.append(len(self._stack))
@@ -136,11 +136,11 @@ class _Machine:
         target.update(pairs_of(items))
 
     def remember(self, index: int | None) -> None:
-        """PUT and its kin: the top of the stack under a number, by default the next one."""
+        """PUT, MEMOIZE: store the top of the stack under a number, by default the next one."""
         self._memo[len(self._memo) if index is None else index] = self.top()
 
     def recall(self, index: int) -> None:
-        """GET and its kin."""
+        """GET: push the value stored under a number."""
         if index not in self._memo:
             raise FormatError("damaged pickle: it refers to a value that it does not have")
         self.push(self._memo[index])

@@ -56,8 +56,8 @@ def _places(folder: Path) -> list[Path]:
         return [folder]
     if ENCODER_FILE in names:
         return [folder / ENCODER_FILE]
-    others = sorted(name for name in names - _TRAINER_FILES if Path(name).suffix in _SUFFIXES)
-    return [folder / name for name in others]
+    files = sorted(name for name in names - _TRAINER_FILES if Path(name).suffix in _SUFFIXES)
+    return [folder / name for name in files]
 
 
 def _search(folder: Path, depth: int) -> Iterator[Path]:

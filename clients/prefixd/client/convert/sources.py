@@ -100,8 +100,8 @@ def _bytes(part: bytes | Path) -> bytes:
 def _read_folder(folder: Path, task_id: int | None) -> Source:
     place, notes = find_prefix(folder)
     if place.is_file():
-        found = _read_file(place, task_id)
-        return replace(found, notes=(*notes, *found.notes))
+        prefix = _read_file(place, task_id)
+        return replace(prefix, notes=(*notes, *prefix.notes))
     content = read_folder(place)
     if isinstance(content, TextContent):
         return Source(content, "text", task_id, notes)

@@ -56,14 +56,14 @@ def read_array(file: BinaryIO, *, size: int, name: str) -> Tensor:
         raise FormatError(f"{name}: expected numpy's header of a table, found {header[:80]!a}")
     code = match["kind"] + match["size"]
     if code not in _DTYPES:
-        found = "Python objects, which are a pickle" if match["kind"] == "O" else code
-        raise FormatError(f"{name}: expected floating-point numbers, found {found}")
+        dtype_name = "Python objects, which are a pickle" if match["kind"] == "O" else code
+        raise FormatError(f"{name}: expected floating-point numbers, found {dtype_name}")
     shape = tuple(int(number) for number in re.findall(r"\d+", match["shape"]))
     check_size(shape, name=name, itemsize=int(match["size"]))
-    expected, found_bytes = math.prod(shape) * int(match["size"]), size - 8 - width - length
-    if expected != found_bytes:
+    expected, received = math.prod(shape) * int(match["size"]), size - 8 - width - length
+    if expected != received:
         raise FormatError(
-            f"{name}: expected {expected} bytes for the shape {list(shape)}, found {found_bytes}"
+            f"{name}: expected {expected} bytes for the shape {list(shape)}, found {received}"
         )
     dtype = np.dtype((match["order"] if match["order"] in "<>" else "<") + code.replace("V", "u"))
     values = np.frombuffer(file.read(expected), dtype=dtype)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from prefixd.client.convert.symbols import StoredTensor
 from prefixd.client.errors import FormatError
+from prefixd.client.tensors import DTYPES
 
 Array = npt.NDArray[Any]
 
@@ -20,7 +21,7 @@ MAX_BYTES = 1024**3
 NUMPY_DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float64": "<f8"}
 """How the elements of a float dtype are read; those of bfloat16 as words."""
 
-_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)

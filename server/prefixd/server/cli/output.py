@@ -93,4 +93,6 @@ def _client_message(error: Exception) -> str:
         return f"{error} (is the server running? set PREFIXD_URL or pass --url)"
     if isinstance(error, ApiError) and error.request_id and error.status >= 500:
         return f"{error} (request {error.request_id})"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     return str(error)

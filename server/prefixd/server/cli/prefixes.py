@@ -67,7 +67,8 @@ def push(
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="The text of a hard prompt.")] = None,
     metadata: Annotated[
-        str | None, typer.Option("--metadata", help="A JSON object to keep.")
+        str | None,
+        typer.Option("--metadata", help="A JSON object; replaces the metadata of prefixd.json."),
     ] = None,
     task_id: Annotated[
         int | None, typer.Option("--task-id", help="Task of a multi-task prefix or table.")
@@ -133,7 +134,9 @@ def list_prefixes(
     base: BasesOption = Bases.SERVED,
     label: Annotated[
         list[str] | None,
-        typer.Option(help="NAME:VALUE, only those that have it; repeat: all of them."),
+        typer.Option(
+            help="NAME:VALUE: only prefixes with this label; repeat it to require several."
+        ),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

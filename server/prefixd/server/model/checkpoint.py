@@ -190,7 +190,8 @@ def _refuse_incomplete(source: str, module: Any, info: dict[str, Any]) -> None:
         model += f" (the folder was saved by {saved_as})"
     if missing := sorted(info["missing_keys"]):
         raise UnsupportedModel(
-            f"{source} lacks weights of {model}, which would be drawn at random: {_named(missing)}"
+            f"{source} lacks weights of {model}, which would be initialized at random: "
+            f"{_named(missing)}"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         shapes = [f"{name} {list(want)}, got {list(got)}" for name, got, want in mismatched]

@@ -10,7 +10,7 @@ _PROC = Path("/proc")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on ``device``; 0 where the system does not tell.
+    """Bytes that can be allocated on ``device``; 0 where the system does not report them.
 
     On the host this is the least of what is available without swapping and what each memory cgroup
     of the process leaves (versions 1 and 2): in a container the host's free memory says little.

@@ -1,4 +1,4 @@
-"""What each token of a tokenizer reads as: text, bytes, or the name of a special token."""
+"""What each token of a tokenizer decodes to: text, bytes, or the name of a special token."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ _ALPHABET = _byte_level_alphabet()
 
 
 class TokenTable:
-    """What each token of a tokenizer reads as. Shared by all sequences and threads.
+    """What each token of a tokenizer decodes to. Shared by all sequences and threads.
 
     ``is_byte_level``: tokens are bytes, in the alphabet of GPT-2.
     """
