@@ -261,6 +261,23 @@ def test_half_precision_that_overflows_is_refused() -> None:
     self_check(prepare_base(model, None, name="m", dtype="bfloat16", device="cpu"), block_size=16)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float, dtype: str) -> None:
+    model = random_model(right_models()["llama"])
+    table = model.get_input_embeddings().weight.data
+    model.model.norm.weight.data[3] = value
+    with pytest.raises(UnsupportedModel, match="logits that are not finite in float32"):
+        self_check(
+            prepare_base(copy.deepcopy(model), None, name="m", dtype=dtype, device="cpu"),
+            block_size=16,
+        )
+    model.model.norm.weight.data[3] = 1.0
+    table[-1] = value  # a token that no text of the check may have
+    with pytest.raises(UnsupportedModel, match="input embeddings that are not finite"):
+        self_check(prepare_base(model, None, name="m", dtype=dtype, device="cpu"), block_size=16)
+
+
 MEMINFO = "MemTotal: 1000 kB\nMemAvailable: 800 kB\n"
 
 

@@ -44,6 +44,10 @@ def refuse_unsupported(config: Any, *, context: int) -> None:
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{name} is an encoder-decoder; prefixd serves decoder-only models")
     text = config.get_text_config(decoder=True)
+    if context < 1:
+        raise UnsupportedModel(
+            f"{name}: expected max_position_embeddings of at least 1, got {context}"
+        )
     if getattr(text, "add_cross_attention", False):
         raise UnsupportedModel(f"{name} has cross-attention; prefixd serves decoder-only models")
     _refuse_layers(name, text, context)

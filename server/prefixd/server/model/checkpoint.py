@@ -4,18 +4,15 @@ transformers initializes missing weights at random, runs a repository's own code
 raises the exceptions of its libraries. Here each of these is an UnsupportedModel with its cause.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch.nn import ModuleList
 from transformers import (
     CONFIG_MAPPING,
@@ -27,6 +24,15 @@ from transformers import (
 )
 
 from prefixd.server.model.architecture import UnsupportedModel
+from prefixd.server.model.checkpoint_files import (
+    COMPUTED,
+    damaged_file,
+    lacks_tokenizer_file,
+    named,
+    names_python_tokenizer,
+    refuse_unreadable_files,
+    snapshot,
+)
 
 _PACKAGES = {
     "aqlm": "aqlm",
@@ -56,16 +62,11 @@ _PACKAGES = {
 _ADVICE = re.compile(r"trust_remote_code|pip install|weights_only|You (can|may|should)|[Pp]lease ")
 """Marks the sentences of transformers that advise what cannot be done here."""
 
-_BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.|causal_mask$|position_ids$")
-"""Tensors in earlier checkpoints that transformers now computes."""
+_QUANTIZED = ("quantization_config", "compression_config")
+"""Config keys that describe quantized weights."""
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the class names of models that predict tokens end."""
-
-_LFS = b"version https://git-lfs"
-
-_SHOWN = 3
-"""How many tensors a message names."""
 
 
 def read_config(source: str) -> Any:
@@ -97,6 +98,7 @@ def read_weights(source: str, config: Any) -> Any:
 
     Raises UnsupportedModel when a weight is missing, has another shape or would be left out.
     """
+    refuse_unreadable_files(source)
     with _load_report() as lines, _reported(source, "weights", lines):
         module, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -106,6 +108,9 @@ def read_weights(source: str, config: Any) -> Any:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    if not Path(source).is_dir():  # downloaded meanwhile
+        with _reported(source, "weights"):
+            refuse_unreadable_files(snapshot(source), source=source)
     _refuse_incomplete(source, module, info)
     return module
 
@@ -115,25 +120,42 @@ def read_tokenizer(source: str) -> Any:
     with _reported(source, "tokenizer"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except ValueError as error:
-            if "backend tokenizer" in str(error):
+        except Exception as error:
+            if name := names_python_tokenizer(source):
+                raise UnsupportedModel(_in_python(source, name)) from error
+            if lacks_tokenizer_file(source) and "trust_remote_code" not in str(error):
                 raise UnsupportedModel(f"{source} holds no tokenizer.json; expected one") from error
             raise
     if not hasattr(tokenizer, "backend_tokenizer"):
-        raise UnsupportedModel(
-            f"{source} has the tokenizer {type(tokenizer).__name__}, which runs in Python only; "
-            "expected a tokenizer.json, which the tokenizers package reads"
-        )
+        raise UnsupportedModel(_in_python(source, type(tokenizer).__name__))
     # Some classes without their files are a tokenizer of no words.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UnsupportedModel(f"{source} holds no tokenizer; expected a tokenizer.json")
     return tokenizer
 
 
+def _in_python(source: str, name: str) -> str:
+    return (
+        f"{source} has the tokenizer {name}, which runs in Python only; expected a tokenizer.json, "
+        "which the tokenizers package reads"
+    )
+
+
 def _refuse_unknown_type(source: str, fields: Any) -> None:
     kind = fields.get("model_type") if isinstance(fields, dict) else None
     if not isinstance(kind, str):
         raise UnsupportedModel(f"{source}: expected a model_type in config.json, got {kind!r}")
+    classes = fields.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UnsupportedModel(
+            f"{source}: expected a list of class names as architectures in config.json, got "
+            f"{classes!r}"
+        )
+    for field in _QUANTIZED:
+        if not isinstance(fields.get(field, {}), dict | None):
+            raise UnsupportedModel(
+                f"{source}: expected an object as {field} in config.json, got {fields[field]!r}"
+            )
     if kind not in CONFIG_MAPPING:
         raise UnsupportedModel(
             _own_code(source)
@@ -147,8 +169,13 @@ def _refuse_own_code(source: str, config: Any) -> None:
     """Refuse a model whose class only its repository has: transformers would run its own class of
     the same model type instead."""
     classes = config.architectures or []
-    known = any(hasattr(transformers, name) for name in classes)
-    if getattr(config, "auto_map", None) and classes and not known:
+    auto_map = getattr(config, "auto_map", None)
+    if not auto_map:
+        return
+    own = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    if isinstance(own, str):
+        classes = [*classes, own.rpartition(".")[2]]
+    if not all(hasattr(transformers, name) for name in classes):
         raise UnsupportedModel(_own_code(source))
 
 
@@ -161,9 +188,9 @@ def _own_code(source: str) -> str:
 
 def _refuse_quantized(source: str, config: Any) -> None:
     for holder in (config, config.get_text_config(decoder=True)):
-        for field in ("quantization_config", "compression_config"):
+        for field in _QUANTIZED:
             value = getattr(holder, field, None)
-            if not value:
+            if value is None:
                 continue
             fields = value if isinstance(value, dict) else value.to_dict()
             method = fields.get("quant_method") or "an unnamed method"
@@ -191,14 +218,14 @@ def _refuse_incomplete(source: str, module: Any, info: dict[str, Any]) -> None:
     if missing := sorted(info["missing_keys"]):
         raise UnsupportedModel(
             f"{source} lacks weights of {model}, which would be initialized at random: "
-            f"{_named(missing)}"
+            f"{named(missing)}"
         )
     if mismatched := sorted(info["mismatched_keys"]):
         shapes = [f"{name} {list(want)}, got {list(got)}" for name, got, want in mismatched]
-        raise UnsupportedModel(f"{source} has weights of other shapes: expected {_named(shapes)}")
+        raise UnsupportedModel(f"{source} has weights of other shapes: expected {named(shapes)}")
     if unused := _unused(module, info["unexpected_keys"]):
         raise UnsupportedModel(
-            f"{source} has weights that {model} would leave out: {_named(unused)}"
+            f"{source} has weights that {model} would leave out: {named(unused)}"
         )
 
 
@@ -214,14 +241,7 @@ def _unused(module: Any, unexpected: set[str]) -> list[str]:
         in_layer = any(name[: at.start()] in lists for at in re.finditer(r"\.\d+\.", name))
         return other_task or in_layer or name.rpartition(".")[0] in owners
 
-    return sorted(name for name in unexpected if not _BUFFERS.search(name) and is_used(name))
-
-
-def _named(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (
-        f" and {more} more ({len(names)} tensors)" if more > 0 else ""
-    )
+    return sorted(name for name in unexpected if not COMPUTED.search(name) and is_used(name))
 
 
 @contextmanager
@@ -234,7 +254,7 @@ def _reported(source: str, what: str, report: Sequence[str] = ()) -> Iterator[No
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UnsupportedModel(_own_code(source)) from error
-        reason = _unmerged(report) or _damaged_file(source, error) or _first_sentence(error)
+        reason = _unmerged(report) or damaged_file(source, error) or _first_sentence(error)
         raise UnsupportedModel(f"{source}: its {what} cannot be loaded: {reason}") from error
 
 
@@ -258,37 +278,7 @@ def _load_report() -> Iterator[list[str]]:
 def _unmerged(report: Sequence[str]) -> str:
     """The weights that transformers could not put together from a checkpoint's parts."""
     names = [line.partition("|")[0].strip() for line in report if "| CONVERSION" in line]
-    return f"the parts of {_named(names)} are incomplete or differ in shape" if names else ""
-
-
-def _damaged_file(source: str, error: Exception) -> str:
-    """The file of a folder that is missing or damaged, when that is the cause of ``error``."""
-    if isinstance(error, FileNotFoundError):
-        return f"the file {Path(str(error).rpartition(': ')[2].strip(chr(39))).name} is missing"
-    if isinstance(error, UnpicklingError):
-        return "a .bin file is damaged or holds more than tensors"
-    if isinstance(error, SafetensorError | ValueError | OSError):
-        for path in sorted(Path(source).glob("*")):
-            if path.suffix in {".json", ".safetensors"} and (damage := _damage(path)):
-                return f"{path.name} {damage}"
-    return ""
-
-
-def _damage(path: Path) -> str:
-    with path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            return "is a Git LFS pointer, not the file itself"
-    try:
-        if path.suffix == ".json":
-            json.loads(path.read_bytes())
-        else:
-            with safe_open(path, "pt"):
-                pass
-    except ValueError:
-        return "is not JSON"
-    except SafetensorError as error:
-        return f"is damaged or incomplete ({error})"
-    return ""
+    return f"the parts of {named(names)} are incomplete or differ in shape" if names else ""
 
 
 def _first_sentence(error: Exception) -> str:

@@ -18,6 +18,7 @@ from prefixd.server.model.architecture import (
 )
 from prefixd.server.model.attention import IMPLEMENTATION
 from prefixd.server.model.checkpoint import read_config, read_tokenizer, read_weights
+from prefixd.server.model.checkpoint_files import refuse_unreadable_files
 from prefixd.server.model.demo import MODEL_ID, demo_model
 
 log = logging.getLogger(__name__)
@@ -83,13 +84,15 @@ def is_folder(model: str) -> bool:
 
 
 def check_folder(folder: str, *, pool_tokens: int) -> None:
-    """Check a model's config and tokenizer as ``load_base`` does; weights are not read.
+    """Check a model's config, tokenizer and files as ``load_base`` does; of the weights only names
+    and types are read.
 
     Raises UnsupportedModel.
     """
     config = read_config(folder)
     refuse_unsupported(config, context=served_context(config, pool_tokens=pool_tokens))
     read_tokenizer(folder)
+    refuse_unreadable_files(folder)
 
 
 def load_base(
@@ -148,7 +151,7 @@ def prepare_base(
         dtype=DTYPES[dtype],
         device=target,
         fingerprint=fingerprint,
-        eos_token_ids=_eos_token_ids(module, tokenizer),
+        eos_token_ids=_eos_token_ids(name, module, tokenizer),
     )
 
 
@@ -188,11 +191,17 @@ def fingerprint_of(module: Any, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def _eos_token_ids(module: Any, tokenizer: Any) -> frozenset[int]:
+def _eos_token_ids(name: str, module: Any, tokenizer: Any) -> frozenset[int]:
     """Ids that end a sequence, from the generation config, the config and the tokenizer."""
     token_ids: set[int] = set()
     for holder in (module.generation_config, module.config, tokenizer):
         value = getattr(holder, "eos_token_id", None)
-        if value is not None:
-            token_ids.update([value] if isinstance(value, int) else value)
+        if value is None:
+            continue
+        ids = [value] if isinstance(value, int) else value
+        if not isinstance(ids, list) or not all(isinstance(token_id, int) for token_id in ids):
+            raise UnsupportedModel(
+                f"{name}: expected a token id or a list of them as eos_token_id, got {value!r}"
+            )
+        token_ids.update(ids)
     return frozenset(token_ids)

@@ -59,6 +59,9 @@ def self_check(base: LoadedBase, *, block_size: int, prefill_chunk: int = 256) -
     the config begin beyond the longest text that is checked. Raises UnsupportedModel with the
     reason.
     """
+    max_abs_embedding = float(base.module.get_input_embeddings().weight.abs().max())
+    if not isfinite(max_abs_embedding):
+        raise UnsupportedModel(f"{base.name} has input embeddings that are not finite")
     context, vocab_size = base.context, base.shape.vocab_size
     chunk = _chunk(base, prefill_chunk)
     lengths = _lengths(base, onsets_of(base.module.config, context=context))
@@ -82,7 +85,7 @@ def self_check(base: LoadedBase, *, block_size: int, prefill_chunk: int = 256) -
     if base.dtype is not torch.float32:
         _check_serving_dtype(Comparison(base, block_size), texts[:2], truths[:2])
     return Limits(
-        max_abs_embedding=_MARGIN * float(base.module.get_input_embeddings().weight.abs().max()),
+        max_abs_embedding=_MARGIN * max_abs_embedding,
         max_abs_kv=_MARGIN * comparison.max_abs_kv,
     )
 

@@ -77,6 +77,11 @@ class Comparison:
         """The model's own logits of a text."""
         with near_ties(len(text.tokens)) as ties:
             logits = self._own_logits(text.tokens, text.compared)
+        if not logits.isfinite().all():
+            raise UnsupportedModel(
+                f"{self.base.name} gives logits that are not finite in float32; expected weights "
+                "without NaN or infinity"
+            )
         return Truth(logits, next(iter(ties.nonzero()[:, 0].tolist()), None))
 
     def _own_logits(
