@@ -116,8 +116,8 @@ def test_a_deleted_latest_is_replaced_by_the_highest_version_left(
     rollback(client, 1)
     assert remove(client, 2).status_code == 204  # not the latest, which stays
     assert latest(client) == 1
-    for version, status in (("0", 400), ("latest", 400), (str(2**31), 400)):
-        assert remove(client, version).status_code == status
+    for version in ("0", "latest", str(2**31), "+1", "1.0", "%201", "²", "1_0"):
+        assert remove(client, version).status_code == 400
     answer = client.delete("/v1/prefixes/voice/versions/1", headers=world.headers("acme:read"))
     assert answer.status_code == 403
     assert remove(client, 1, name="missing").status_code == 404

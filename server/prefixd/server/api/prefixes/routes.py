@@ -25,8 +25,16 @@ from prefixd.store.names import MAX_VERSION
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 
+
+def _digits(text: str) -> str:
+    """``text`` when it is a number as references have it: pydantic also reads +1 and 1.0."""
+    if text.isascii() and text.isdigit():
+        return text
+    raise ValueError("'version': expected a version number; an alias is removed under aliases/")
+
+
 Version = Annotated[str, Path(description="A version number, or an alias such as `latest`.")]
-VersionNumber = Annotated[int, Path(ge=1, le=MAX_VERSION)]
+VersionNumber = Annotated[int, BeforeValidator(_digits), Path(ge=1, le=MAX_VERSION)]
 Bases = Annotated[
     Literal["served", "all"], Query(description="Versions for the served base, or for every base.")
 ]
