@@ -97,7 +97,7 @@ def test_seed_beyond_64_bits_is_refused(client: TestClient, send: Any, seed: Any
 
 
 @pytest.mark.parametrize("seed", [None, 0, -1, 2**63 - 1, -(2**63)])
-def test_seed_of_64_bits_is_taken(client: TestClient, seed: int | None) -> None:
+def test_seed_of_64_bits_is_accepted(client: TestClient, seed: int | None) -> None:
     assert complete(client, seed=seed, n=2, temperature=1.0).status_code == 200
 
 

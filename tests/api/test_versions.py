@@ -208,7 +208,7 @@ def test_a_running_request_keeps_the_version_that_is_deleted(world: World) -> No
 
 
 @pytest.mark.parametrize("kind", ["user", "default", "import"])
-def test_a_binding_and_a_delete_at_once_never_leave_a_binding_to_nothing(
+def test_concurrent_binding_and_delete_leave_no_dangling_binding(
     either_client: TestClient,
     either_world: World,
     monkeypatch: pytest.MonkeyPatch,

@@ -122,7 +122,7 @@ def test_half_an_adapter(names: list[str], message: str, tmp_path: Path) -> None
     assert message.format(tmp_path) in str(raised.value)
 
 
-def test_the_weights_of_a_folder_stand_for_it(tmp_path: Path) -> None:
+def test_a_weights_file_selects_its_folder(tmp_path: Path) -> None:
     make(tmp_path, *CHECKPOINT)
     for source in (tmp_path, tmp_path / "adapter_model.safetensors"):
         prefix = read_source(str(source))

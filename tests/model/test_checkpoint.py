@@ -164,7 +164,7 @@ def own_tokenizer(folder: Path) -> None:
     ],
     ids=["config", "model", "known class", "no class", "tokenizer"],
 )
-def test_code_of_a_repository_is_neither_run_nor_asked_about(
+def test_code_of_a_repository_is_not_run_and_causes_no_prompt(
     change: Change,
     copied: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,

@@ -201,7 +201,7 @@ def test_an_onset_beyond_the_longest_text_is_named_at_start(
     )
 
 
-def test_only_one_layer_is_wide_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_layer_at_a_time_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float32, "free_bytes", lambda _: 0)
     model = random_model(right_models()["llama"]).bfloat16()
     wide: list[set[str]] = []

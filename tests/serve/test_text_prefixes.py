@@ -112,13 +112,13 @@ def test_a_chat_under_a_text_prefix_has_one_opening_token_at_its_start(base: Bas
     manifest = put_text(base.client, "dog", TEXT, base.headers)
     assert manifest["num_virtual_tokens"] == 1 + len(TEXT)
     body = base.ask("chat/completions", model="dog", messages=MESSAGES, logprobs=True)
-    given = body["choices"][0]["logprobs"]["content"][0]["logprob"]
+    received = body["choices"][0]["logprobs"]["content"][0]["logprob"]
     bos = base.tokenizer.bos_token_id
     chat = base.ids("\n[user] hello world ")
     once = base.logprob([bos, *base.ids(TEXT), *chat])
     twice = base.logprob([bos, *base.ids(TEXT), *base.ids("\n<s>[user] hello world ")])
     assert abs(once - twice) > 1e-3
-    assert given == pytest.approx(once, abs=1e-4)
+    assert received == pytest.approx(once, abs=1e-4)
     assert body["usage"]["prompt_tokens"] == len(chat)
 
 
@@ -130,8 +130,8 @@ def test_a_completion_under_a_text_prefix_has_one_opening_token(
     put_text(base.client, "cat", text, base.headers)
     body = base.ask("completions", model="cat", prompt=prompt, logprobs=1)
     expected = base.logprob([base.tokenizer.bos_token_id, *base.ids(TEXT + "hello")])
-    given = body["choices"][0]["logprobs"]["token_logprobs"][0]
-    assert given == pytest.approx(expected, abs=1e-4)
+    received = body["choices"][0]["logprobs"]["token_logprobs"][0]
+    assert received == pytest.approx(expected, abs=1e-4)
     assert body["usage"]["prompt_tokens"] == len("hello")
 
 
@@ -140,8 +140,8 @@ def test_no_closing_token_is_appended_to_a_prompt(base: Base) -> None:
     body = base.ask("completions", model=name, prompt="hello", logprobs=1)
     assert body["usage"]["prompt_tokens"] == 1 + len("hello")
     expected = base.logprob([base.tokenizer.bos_token_id, *base.ids("hello")])
-    given = body["choices"][0]["logprobs"]["token_logprobs"][0]
-    assert given == pytest.approx(expected, abs=1e-4)
+    received = body["choices"][0]["logprobs"]["token_logprobs"][0]
+    assert received == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_stored_count_is_corrected_when_the_text_is_loaded(base: Base) -> None:
@@ -157,8 +157,8 @@ def test_a_stored_count_is_corrected_when_the_text_is_loaded(base: Base) -> None
     resident = base.server.engine.stats().resident_tokens
     body = base.ask("completions", model="old", prompt="hello", logprobs=1)
     expected = base.logprob([base.tokenizer.bos_token_id, *base.ids(text + "hello")])
-    given = body["choices"][0]["logprobs"]["token_logprobs"][0]
-    assert given == pytest.approx(expected, abs=1e-4)
+    received = body["choices"][0]["logprobs"]["token_logprobs"][0]
+    assert received == pytest.approx(expected, abs=1e-4)
     assert base.server.engine.stats().resident_tokens == resident + right
     corrected = base.client.get("/v1/prefixes/old").json()
     assert corrected["num_virtual_tokens"] == right

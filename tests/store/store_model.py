@@ -50,8 +50,8 @@ class Name:
 
     def versions_of(self, base: BaseSpec) -> list[int]:
         """The versions of one base, newest first."""
-        found = [v for v, held in self.fingerprints.items() if held == base.fingerprint]
-        return sorted(found, reverse=True)
+        versions = [v for v, held in self.fingerprints.items() if held == base.fingerprint]
+        return sorted(versions, reverse=True)
 
     def aliases_of(self, version: int) -> tuple[str, ...]:
         """All names that point at a version."""

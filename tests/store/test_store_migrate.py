@@ -89,11 +89,15 @@ def test_a_catalog_of_the_first_release_is_migrated(database: Engine, tmp_path: 
     upgrade(database)
     store = PrefixStore(database, None)  # type: ignore[arg-type]  # no blob is touched
     one, two = (replace(BASE, fingerprint=fingerprint) for fingerprint in ("one", "two"))
-    found = store.resolve(tenant="acme", reference="style@prod", base=two)
-    assert (found.version, found.metadata, found.labels) == (1, {"labels": []}, {})
-    assert (found.creator, found.corrupt, found.base) == (None, False, "one")
-    found = store.resolve(tenant="acme", reference="style", base=two)
-    assert (found.version, found.metadata, found.labels) == (2, {"labels": {"stage": 2}}, {})
+    manifest = store.resolve(tenant="acme", reference="style@prod", base=two)
+    assert (manifest.version, manifest.metadata, manifest.labels) == (1, {"labels": []}, {})
+    assert (manifest.creator, manifest.corrupt, manifest.base) == (None, False, "one")
+    manifest = store.resolve(tenant="acme", reference="style", base=two)
+    assert (manifest.version, manifest.metadata, manifest.labels) == (
+        2,
+        {"labels": {"stage": 2}},
+        {},
+    )
     assert store.resolve(tenant="acme", reference="style", base=one).version == 1
     with database.connect() as connection:
         rows = connection.execute(text("SELECT tenant, size_bytes, unreferenced_at FROM blobs"))

@@ -85,9 +85,9 @@ class CatalogTransaction:
 
         ``version`` is as for ``set_alias``. Raises ArtifactRefused.
         """
-        wanted = selected(name, version)
-        prefix_id = self._lock(name, missing=unknown(wanted))
-        number = find(self.connection, self._tenant, wanted, base=base).version
+        reference = selected(name, version)
+        prefix_id = self._lock(name, missing=unknown(reference))
+        number = find(self.connection, self._tenant, reference, base=base).version
         merge_metadata(self.connection, prefix_id, number, patch)
         return numbered(self.connection, self._tenant, name, number)
 
@@ -101,10 +101,10 @@ class CatalogTransaction:
         """
         if alias != LATEST:
             check_alias(alias)
-        wanted = selected(name, version)
-        prefix_id = self._lock(name, missing=unknown(wanted))
+        reference = selected(name, version)
+        prefix_id = self._lock(name, missing=unknown(reference))
         # Raises before the alias of a missing version is set.
-        manifest = find(self.connection, self._tenant, wanted, base=base)
+        manifest = find(self.connection, self._tenant, reference, base=base)
         if alias == LATEST:
             check_base(manifest, base)
             key, value = latest_versions.c.fingerprint, base.fingerprint

@@ -12,8 +12,8 @@ from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.bindings import Bindings, check_user
 from prefixd.server.tenants.principal import Actor
 from prefixd.store.artifact.config import BaseSpec
-from prefixd.store.catalog.held import hold
 from prefixd.store.catalog.manifests import check_base
+from prefixd.store.catalog.reference_locks import lock_references
 from prefixd.store.errors import BaseMismatch, InvalidReference, UnknownPrefix
 from prefixd.store.store import PrefixStore
 
@@ -74,14 +74,14 @@ class BindingImport:
         return self._written
 
     def _write(self, lines: list[bytes]) -> None:
-        pairs, meant = [], {}
+        pairs, resolved = [], {}
         for line in lines:
             self._read += 1
             if line.strip():
                 user, reference = self._parsed(line)
                 pairs.append((user, reference))
-                meant[reference] = self._known[reference]
-        check = partial(hold, tenant=self._tenant, meant=meant, base=self._base)
+                resolved[reference] = self._known[reference]
+        check = partial(lock_references, tenant=self._tenant, resolved=resolved, base=self._base)
         try:
             self._bindings.bind_many(self._tenant, pairs, check=check)
         except (BaseMismatch, UnknownPrefix) as error:  # deleted since its line was read

@@ -23,8 +23,8 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.api.users.importing import BindingImport
 from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.principal import Principal
-from prefixd.store.catalog.held import hold
 from prefixd.store.catalog.manifests import check_base
+from prefixd.store.catalog.reference_locks import lock_references
 from prefixd.store.store import PrefixStore
 
 router = APIRouter(prefix="/v1", tags=["users"])
@@ -81,8 +81,8 @@ def _check(
     base, tenant = served.base, principal.tenant
     manifest = store.resolve(tenant=tenant, reference=reference, base=base)
     check_base(manifest, base)
-    meant = {reference: (manifest.name, manifest.version)}
-    return partial(hold, tenant=tenant, meant=meant, base=base)
+    resolved = {reference: (manifest.name, manifest.version)}
+    return partial(lock_references, tenant=tenant, resolved=resolved, base=base)
 
 
 @router.get("/users", response_model=BindingList)

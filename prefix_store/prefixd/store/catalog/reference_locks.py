@@ -1,4 +1,4 @@
-"""References that are about to be stored: none of their versions is deleted meanwhile."""
+"""Locks for references that are about to be stored: none of their versions is deleted meanwhile."""
 
 from collections.abc import Mapping
 
@@ -12,17 +12,17 @@ from prefixd.store.names import parse_reference
 _PAGE = 500
 
 
-def hold(
-    connection: Connection, tenant: str, meant: Mapping[str, tuple[str, int]], *, base: BaseSpec
+def lock_references(
+    connection: Connection, tenant: str, resolved: Mapping[str, tuple[str, int]], *, base: BaseSpec
 ) -> None:
     """Lock the prefixes of references until the end of the transaction, so that no version of them
     is deleted before it.
 
-    ``meant`` has the name and the version that each reference meant before. Raises UnknownPrefix or
-    BaseMismatch for a reference that means no version of ``base`` any more.
+    ``resolved`` has the name and the version that each reference meant before. Raises UnknownPrefix
+    or BaseMismatch for a reference that means no version of ``base`` any more.
     """
     existing: set[tuple[str, int]] = set()
-    pairs = sorted(set(meant.values()))
+    pairs = sorted(set(resolved.values()))
     for begin in range(0, len(pairs), _PAGE):
         page = pairs[begin : begin + _PAGE]
         _lock(connection, tenant, {name for name, _ in page})
@@ -33,7 +33,7 @@ def hold(
             .where(tuple_(prefixes.c.name, versions.c.version).in_(page))
         )
         existing.update((row.name, row.version) for row in connection.execute(statement))
-    for reference, version in meant.items():
+    for reference, version in resolved.items():
         if version not in existing:
             check_base(find(connection, tenant, parse_reference(reference), base=base), base)
 
