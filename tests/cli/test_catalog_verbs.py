@@ -176,6 +176,12 @@ def test_weight_and_kv_reuse_of_a_tenant() -> None:
     assert run_json("audit")[0]["detail"] == {"weight": 1.0}
 
 
+@pytest.mark.parametrize("option", ["--limit", "--before"])
+@pytest.mark.parametrize("number", ["0", "-1", str(2**63)])
+def test_numbers_that_no_entry_can_have_are_an_error(option: str, number: str) -> None:
+    assert "Invalid value" in run("audit", option, number, code=2).stderr
+
+
 @pytest.mark.parametrize("verb", [("audit",), ("key", "ls")])
 def test_a_filter_by_an_unknown_tenant_is_an_error(verb: tuple[str, ...]) -> None:
     run("tenant", "create", "acme")

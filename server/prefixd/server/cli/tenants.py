@@ -261,8 +261,10 @@ def revoke_key(
 def audit(
     settings: Settings,
     tenant: Annotated[str | None, typer.Option(help="Only entries about this tenant.")] = None,
-    limit: Annotated[int, typer.Option(help="Most entries.", min=1)] = 50,
-    before: Annotated[int | None, typer.Option(help="Only entries older than this id.")] = None,
+    limit: Annotated[int, typer.Option(help="Most entries.", min=1, max=2**31 - 1)] = 50,
+    before: Annotated[
+        int | None, typer.Option(help="Only entries older than this id.", min=1, max=2**63 - 1)
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Show who did what to which prefix, key, binding and tenant, newest first."""
