@@ -140,6 +140,14 @@ def test_a_patch_has_the_limits_of_an_upload(
     assert client.get("/v1/prefixes/voice").json()["metadata"] == {"owner": "ann"}
 
 
+def test_a_patch_is_short_where_other_bodies_may_be_long(client: TestClient, world: World) -> None:
+    object.__setattr__(world.body_limits, "max_body_bytes", 2**20)
+    upload(client, {})
+    assert patch(client, dict.fromkeys(map(str, range(5_000)))).status_code == 200
+    answer = patch(client, dict.fromkeys(map(str, range(10_000))))
+    assert (answer.status_code, error_of(answer)["code"]) == (413, "request_too_large")
+
+
 def test_a_patch_needs_the_content_type_the_scope_and_a_version(
     client: TestClient, world: World
 ) -> None:
@@ -186,10 +194,12 @@ def test_prefixes_are_filtered_by_label(either_client: TestClient) -> None:
     labelled(client, "d", team="care", note='"team":"care"')
     labelled(client, "e", labels={"team": "care"}, note="a \0 in it")
     labelled(client, "f")
+    labelled(client, "g", free={"team": "care"}, note="a \0 in it", labels={"a:b": "c"})
     assert names(client, "label=team:care") == ["a", "b", "e"]
     assert names(client, "label=team:care&label=lang:de") == ["a"]
     assert names(client, "label=team:care&label=team:Care") == []
     assert names(client, "label=odd%20%22key%22:x:y") == ["b"]
+    assert names(client, "label=a:b:c") == ["g"]
     assert names(client, "label=note:a") == names(client, "label=team:") == []
     assert names(client, "label=team:care&base=all") == ["a", "b", "e"]
     first = client.get("/v1/prefixes?label=team:care&limit=2").json()

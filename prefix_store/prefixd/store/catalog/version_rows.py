@@ -13,6 +13,7 @@ from sqlalchemy import (
     cast,
     exists,
     func,
+    literal_column,
     select,
     update,
 )
@@ -133,14 +134,16 @@ def _is(prefix_id: int, version: int) -> ColumnElement[bool]:
 
 
 def has_label(connection: Connection, label: str, value: str) -> ColumnElement[bool]:
-    """The condition that a version has this label with this value."""
+    """The condition that a version has this label with this value. Names and values may hold
+    colons: a label is compared as the text ``label:value``."""
     text = versions.c.metadata_json
-    if connection.dialect.name != "postgresql":
-        each = func.json_each(text, "$.labels").table_valued("key", "value")
-        return exists().select_from(each).where(each.c.key == label, each.c.value == value)
-    # PostgreSQL cannot read a JSON text with an escaped NUL anywhere in it; the text is canonical.
-    written = json.dumps(label) + ":" + json.dumps(value)
-    labels = cast(text, JSON).op("->")("labels").op("->>")(label)
-    return case(
-        (func.strpos(text, "\\u0000") > 0, func.strpos(text, written) > 0), else_=labels == value
-    )
+    if connection.dialect.name == "postgresql":
+        # PostgreSQL cannot read a JSON text with an escaped NUL anywhere in it.
+        labels = cast(func.replace(text, "\\u0000", "\\ufffd"), JSON).op("->")("labels")
+        is_object = func.json_typeof(labels) == "object"
+        each = func.json_each_text(case((is_object, labels), else_=literal_column("'{}'::json")))
+    else:
+        each = func.json_each(text, "$.labels")
+    rows = each.table_valued("key", "value")
+    written = rows.c.key.op("||")(":").op("||")(rows.c.value)
+    return exists().select_from(rows).where(written == f"{label}:{value}")

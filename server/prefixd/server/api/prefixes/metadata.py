@@ -17,11 +17,16 @@ from prefixd.server.api.prefixes.routes import Version
 from prefixd.server.api.prefixes.schemas import PrefixManifest
 from prefixd.server.errors import BadRequest, Unprocessable
 from prefixd.server.tenants.audit import Action, record
+from prefixd.store.artifact.config import MAX_METADATA_BYTES
 from prefixd.store.artifact.strict import StrictJsonError, parse_object
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 
 MERGE_PATCH = "application/merge-patch+json"
+MAX_PATCH_BYTES = 4 * MAX_METADATA_BYTES
+"""A patch may remove all of the stored metadata and set as much again, with spaces between. Its
+field names are kept in the audit log."""
+
 _TYPES = (MERGE_PATCH, "application/json")
 _SCHEMA = {"type": "object", "description": "Fields to set; null removes one."}
 _BODY = {
@@ -43,7 +48,7 @@ async def _patch(
             code="unsupported_media_type",
         )
     try:
-        return parse_object(await read_capped(request, limits.max_body_bytes))
+        return parse_object(await read_capped(request, min(limits.max_body_bytes, MAX_PATCH_BYTES)))
     except StrictJsonError as error:
         raise Unprocessable(
             f"expected metadata to be a JSON object: {error}",
