@@ -96,6 +96,7 @@ EXTRAS = {
     "starlette": "serve",
     "structlog": "serve",
     "safetensors": "serve",
+    "tokenizers": "serve",
     "torch": "serve",
     "transformers": "serve",
     "uvicorn": "serve",
