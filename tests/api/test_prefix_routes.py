@@ -207,6 +207,9 @@ def test_an_alias_of_an_unknown_or_malformed_version_is_refused(
     put_text(client, "voice", "one", world.headers())
     answer = client.put("/v1/prefixes/voice/aliases/prod", json={"version": version})
     assert (answer.status_code, error_of(answer)["code"]) == (status, code)
+    if code == "invalid_request":
+        assert "expected a version number from 1, or an alias" in error_of(answer)["message"]
+        assert "; received " in error_of(answer)["message"]
     assert client.get("/v1/prefixes/voice@prod").status_code == 404
 
 

@@ -42,6 +42,7 @@ from prefixd.server.model.selfcheck import self_check
 from prefixd.server.testing import ByteDetokenizer
 from prefixd.store.artifact.artifact import Artifact, pack_peft, read_artifact
 from prefixd.store.artifact.config import BaseSpec
+from tests.model import broken_models
 
 DEVICE = os.environ.get("PREFIXD_TEST_DEVICE", "cpu")
 """The device of the reference and the engine; ``make gpu-check`` sets it to cuda."""
@@ -85,12 +86,7 @@ def tiny_model(name: str, seed: int = 0) -> Any:
 
 def random_model(config: Any, seed: int = 0) -> Any:
     """A random model whose logits differ enough that rounding does not change the greedy token."""
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            weight.data.mul_(4.0)
-    return model.to(DEVICE)
+    return broken_models.random_model(config, seed=seed).to(DEVICE)
 
 
 def peft_configs(num_virtual_tokens: int) -> dict[str, Any]:

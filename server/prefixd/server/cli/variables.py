@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from prefixd.server.cli.options import REMOVED_VARIABLES
 from prefixd.server.serve.settings import ENV_PREFIX, Settings
 
-_OTHERS = (
+_OTHER_VARIABLES = (
     # the client and the output of verbs
     "PREFIXD_API_KEY",
     "PREFIXD_JSON",
@@ -29,7 +29,6 @@ _OTHERS = (
 _FOREIGN = ("PREFIXD_TEST_", "PREFIXD_SERVICE_", "PREFIXD_PORT")
 """Beginnings of names that others set: our tests, and Kubernetes for a service named prefixd."""
 
-
 _REMOVED = frozenset(name for variables in REMOVED_VARIABLES.values() for name in variables)
 """Their verbs fail and name what replaced them."""
 
@@ -37,7 +36,7 @@ _REMOVED = frozenset(name for variables in REMOVED_VARIABLES.values() for name i
 def known_variables() -> list[str]:
     """The variables that prefixd reads, those of its tests by prefix excepted."""
     settings = [f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields]
-    return sorted([*settings, *_OTHERS])
+    return sorted([*settings, *_OTHER_VARIABLES])
 
 
 def unknown_variables(names: Iterable[str]) -> dict[str, str]:

@@ -70,11 +70,11 @@ def _refuse_layers(name: str, text: Any, context: int) -> None:
         "sliding_attention": getattr(text, "sliding_window", None),
         "chunked_attention": getattr(text, "attention_chunk_size", None),
     }
-    moot = {kind for kind, window in windows.items() if window and window >= context}
+    ineffective = {kind for kind, window in windows.items() if window and window >= context}
     kinds = getattr(text, "layer_types", None)
     if kinds is None and windows["sliding_attention"] and getattr(text, "use_sliding_window", True):
         kinds = ["sliding_attention"]
-    unsupported = sorted(set(kinds or ()) - {"full_attention"} - moot)
+    unsupported = sorted(set(kinds or ()) - {"full_attention"} - ineffective)
     if unsupported:
         described = [
             f"{kind} (a {_NOUNS[kind]} of {windows[kind]} tokens in a context of {context})"

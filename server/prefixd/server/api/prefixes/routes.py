@@ -21,6 +21,7 @@ from prefixd.server.errors import BadRequest, RangeNotSatisfiable
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.bindings import check_unbound
 from prefixd.store.artifact.config import MAX_LABELS
+from prefixd.store.artifact.strict import shown
 from prefixd.store.names import MAX_VERSION
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
@@ -62,7 +63,10 @@ def _number_or_alias(value: object) -> object:
         return value
     if isinstance(value, str) and not value.isdigit():
         return value
-    raise ValueError("'version': expected a version number from 1, or an alias such as \"latest\"")
+    raise ValueError(
+        "'version': expected a version number from 1, or an alias such as \"latest\"; "
+        f"received {shown(value)}"
+    )
 
 
 class AliasTarget(StrictModel):

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from prefixd.server.api.dependencies import (
@@ -40,6 +41,7 @@ from prefixd.server.tenants.idempotency import Idempotency, Replay, check_key
 from prefixd.server.tenants.principal import Actor, Principal
 from prefixd.server.tenants.quotas import check_stored
 from prefixd.store.files import sha256_of
+from prefixd.store.store import Published
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 
@@ -136,24 +138,11 @@ def _publish_once(
             return earlier, True
     try:
         with begin() as (tx, published):
-            manifest, created = published.manifest, published.created
-            if created:
+            if published.created:
                 check_stored(tx.connection, tenant, principal.quota)
-            record(
-                tx.connection,
-                Action.PREFIX_PUBLISH,
-                actor=actor,
-                tenant=tenant,
-                subject=name,
-                detail={
-                    "version": manifest.version,
-                    "digest": manifest.digest,
-                    "created": created,
-                    **({"metadata": "replaced"} if published.metadata_changed else {}),
-                },
-            )
-            body = PrefixManifest.model_validate(manifest).model_dump(mode="json")
-            replay = Replay(201 if created else 200, body)
+            _record(tx.connection, published, actor=actor, tenant=tenant, name=name)
+            body = PrefixManifest.model_validate(published.manifest).model_dump(mode="json")
+            replay = Replay(201 if published.created else 200, body)
             if key is not None:
                 idempotency.keep(tx.connection, tenant, key, request_digest=digest, replay=replay)
     except IntegrityError:
@@ -165,6 +154,21 @@ def _publish_once(
             raise
         return earlier, True
     return replay, False
+
+
+def _record(
+    connection: Connection, published: Published, *, actor: Actor, tenant: str, name: str
+) -> None:
+    detail: dict[str, Any] = {
+        "version": published.manifest.version,
+        "digest": published.manifest.digest,
+        "created": published.created,
+    }
+    if published.metadata_changed:
+        detail["metadata"] = "replaced"
+    record(
+        connection, Action.PREFIX_PUBLISH, actor=actor, tenant=tenant, subject=name, detail=detail
+    )
 
 
 def _request_digest(*parts: str | bytes | Path | Mapping[str, Any] | None) -> str:
