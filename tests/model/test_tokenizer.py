@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
+from prefixd.server.model.detokenizer import MAX_HELD_BYTES
 from prefixd.server.model.tokenizer import Tokenizer
-from tests.model.tokenizer_kinds import byte_level, sentencepiece
+from tests.model.answers import Answer
+from tests.model.tokenizer_kinds import byte_level, decode, sentencepiece
 
 TOKENIZER = Tokenizer(byte_level())
 FALLBACK = Tokenizer(sentencepiece())
@@ -44,3 +46,26 @@ def test_the_error_of_a_chat_template_is_reported(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(inner, "chat_template", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ValueError, match="roles must alternate"):
         TOKENIZER.render_chat([{"role": "user", "content": "hi"}])
+
+
+def byte_tokens(text: str) -> list[int]:
+    return ids(FALLBACK, *(f"<0x{byte:02X}>" for byte in text.encode()))
+
+
+def test_a_text_in_byte_tokens_alone_is_streamed_by_characters() -> None:
+    text = "\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22" * 30
+    output = byte_tokens(text)
+    pieces = [event.text for event in Answer(FALLBACK, [], output).events if event.text]
+    assert "".join(pieces) == text == decode(FALLBACK._tokenizer, output)
+    assert len(pieces[0]) <= MAX_HELD_BYTES // 3 + 1
+    assert set(map(len, pieces[1:])) == {1}
+
+
+def test_an_invalid_byte_in_a_long_run_leaves_the_characters_before_it() -> None:
+    text = "\u0e20" * (MAX_HELD_BYTES // 3 + 5)
+    for rest in ([], byte_tokens("a")):
+        answer = Answer(FALLBACK, [], [*byte_tokens(text + "\u0e20")[:-1], *rest])
+        assert answer.text == text + "\ufffd" * (2 + len(rest))
+        assert len(answer.completion()["logprobs"]["tokens"]) == answer.num_tokens
+    short = byte_tokens("\u0e20\u0e20")[:-1]
+    assert Answer(FALLBACK, [], short).text == "\ufffd" * 5 == decode(FALLBACK._tokenizer, short)

@@ -4,7 +4,8 @@ A token's text depends on what comes before it: SentencePiece tokenizers drop th
 the first word of a text, WordPiece puts one between words. So a text is decoded as the continuation
 of its prompt. Characters that are split over tokens have no text until they are complete; in a
 tokenizer with byte fallback a run of byte tokens becomes text only as a whole, because one invalid
-byte turns all of them into replacement characters.
+byte turns all of them into replacement characters. A long run becomes text by its characters once
+it has ``MAX_HELD_BYTES``: an answer written in bytes alone has to be streamed.
 """
 
 import codecs
@@ -12,6 +13,9 @@ from collections.abc import Callable, Sequence
 
 from prefixd.server.engine.step import TokenText
 from prefixd.server.model.token_table import TokenTable
+
+# 21 characters of three bytes. An invalid byte behind them leaves those before it as they are.
+MAX_HELD_BYTES = 64
 
 _REPLACEMENT = "\ufffd"
 
@@ -95,11 +99,13 @@ class _ByteRun:
     """A run of byte tokens, which the special tokens in it do not interrupt.
 
     It is text if all of its bytes are valid UTF-8, otherwise each becomes a replacement character.
+    From ``MAX_HELD_BYTES`` on, the characters that are complete are final.
     """
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        # Its tokens, as text and as invalid bytes.
+        self._num_bytes = 0
+        # Its tokens that are not final, as text and as invalid bytes.
         self._valid: list[TokenText] = []
         self._invalid: list[TokenText] = []
         self._is_valid = True
@@ -136,12 +142,16 @@ class _ByteRun:
         if not self._is_valid:
             return (token,)
         self._invalid.append(token)
+        self._num_bytes += 1
         try:
             self._valid.append(TokenText(text(self._decoder.decode(bytes([byte])))))
         except UnicodeDecodeError:
             self._is_valid = False
             return self._invalid
-        return ()
+        if self._num_bytes < MAX_HELD_BYTES or self._is_open:
+            return ()
+        final, self._valid, self._invalid = self._valid, [], []
+        return final
 
     def tentative(self, limit: int) -> Sequence[TokenText]:
         """The last ``limit`` tokens that are not final but have a text."""
