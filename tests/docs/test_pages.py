@@ -124,3 +124,14 @@ def test_every_dependency_is_pinned_exactly_once():
     assert len(pinned) == len(set(pinned))
     assert names - {project["name"]} <= set(pinned)
     assert not [line for line in lines if "+" in line and not line.startswith("#")]
+
+
+def test_the_architecture_page_lists_every_decision_by_number():
+    page = (ROOT / "docs/architecture.md").read_text("utf-8")
+    listed = re.findall(r"^\| (\d{4}) \| \[(.+)\]\(decisions/(.+)\) \|$", page, re.MULTILINE)
+    records = []
+    for path in sorted((ROOT / "docs/decisions").glob("*.md")):
+        number, title = path.read_text("utf-8").splitlines()[0].removeprefix("# ").split(". ", 1)
+        records.append((f"{int(number):04}", title, path.name))
+    assert listed == records
+    assert [number for number, *_ in records] == [f"{i + 1:04}" for i in range(len(records))]
