@@ -191,5 +191,9 @@ BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: changed(wrong_past_500, max_position_embeddings=640, floor_scale=500),
         "cut into chunks",
     ),
+    "past_an_onset_of_another_name": (
+        lambda: changed(wrong_past_500, max_position_embeddings=640, mixing_onset=500),
+        "cut into chunks",
+    ),
 }
 """Models that must be refused, and what the message says of them."""

@@ -1,5 +1,6 @@
 """Models that cannot be served correctly are rejected by name, by config or by self-check."""
 
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from prefixd.server.model.architecture import (
 )
 from prefixd.server.model.load import fingerprint_of, prepare_base
 from prefixd.server.model.selfcheck import Limits, self_check
+from tests.golden.families import family_model
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
@@ -119,8 +121,34 @@ def test_the_self_check_rejects_layers_without_attention() -> None:
 
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GATED))
     model.model.layers[1].self_attn.__class__ = SkippedAttention
-    with pytest.raises(UnsupportedModel, match="has 2 layers but 1 used the attention interface"):
+    with pytest.raises(UnsupportedModel, match="1 of its 2 layers use"):
         check(model)
+
+
+REASONS = {
+    "bloom": "BloomAttention computes attention with ALiBi, a bias by distance, in code of its own",
+    "mpt": "MptAttention computes attention with ALiBi, a bias by distance, in code of its own",
+    "falcon": "FalconAttention computes attention in code of its own",
+    "gpt_neo": "GPTNeoSelfAttention computes attention in code of its own",
+    "xglm": "XGLMAttention computes attention in code of its own",
+    "diffllama": "DiffLlamaAttention computes attention 2 times in each layer",
+    "nemotron": "NemotronAttention drops the keyword arguments that the model was called with",
+    "stablelm": "StableLmAttention drops the keyword arguments that the model was called with",
+}
+
+
+@pytest.mark.parametrize("family", REASONS)
+def test_a_family_is_refused_by_what_its_attention_does(family: str) -> None:
+    with pytest.raises(UnsupportedModel, match=re.escape(REASONS[family])):
+        check(family_model(family))
+
+
+def test_alibi_is_named_where_the_config_turns_it_on() -> None:
+    config = transformers.FalconConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    )
+    with pytest.raises(UnsupportedModel, match="with ALiBi"):
+        check(transformers.FalconForCausalLM(config))
 
 
 def model_with_option(**option: Any) -> Any:

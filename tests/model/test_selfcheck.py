@@ -182,21 +182,28 @@ def test_onsets_are_the_positions_that_the_config_names() -> None:
         Onset("rope_parameters.original_max_position_embeddings", 5000),
         Onset("attention_chunk_size", 8192),
     ]
+    for key in ("mixing_onset", "long_context_threshold", "scale_after", "attn_switch_position"):
+        named = transformers.LlamaConfig(**{**GATED, key: 400})
+        assert onsets_of(named, context=512) == [Onset(key, 400)]
+    other = transformers.LlamaConfig(**GATED, num_position_groups=4, moe_layer_start_index=3)
+    assert onsets_of(other, context=512) == []
     assert onsets_of(config, context=301) == [Onset("sliding_window", 300)]
     assert onsets_of(config, context=300) == []
 
 
+@pytest.mark.parametrize("onset", [4090, 4096])
 def test_an_onset_beyond_the_longest_text_is_named_at_start(
+    onset: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = transformers.LlamaConfig(**{**GATED, "max_position_embeddings": 8192})
-    config.floor_scale = 4096
+    config.floor_scale = onset
     base = prepare_base(random_model(config), None, name="m", dtype="float32", device="cpu")
     with caplog.at_level(logging.WARNING):
         self_check(base, block_size=16)
     (record,) = caplog.records
     assert record.getMessage() == (
-        "m was not checked from position 4096 on, where floor_scale of its config changes the "
+        f"m was not checked from position {onset} on, where floor_scale of its config changes the "
         "output: the longest text of the self-check has 4096 tokens"
     )
 

@@ -87,7 +87,10 @@ def paged_attention(  # noqa: PLR0917  # the order of arguments is given by tran
     """
     del attention_mask, dropout
     if paged_batch is None:
-        raise NotImplementedError(f"{type(module).__name__} does not pass the batch to attention")
+        raise NotImplementedError(
+            f"{type(module).__name__} drops the keyword arguments that the model was called with, "
+            "and with them the KV blocks; expected them to reach attention"
+        )
     _refuse_options(module, extra, paged_batch.context)
     cache = paged_batch.cache
     _refuse_heads(module, key, value, cache)

@@ -7,9 +7,12 @@ from typing import Any
 
 _NAMES = re.compile(
     r"window(?!.*(layers|pattern))|chunk_size|floor|original_max_position|index_topk|dense_len"
+    r"|^(?!num_|n_)(?!.*(token|layer|embed))"
+    r".*(onset|threshold|cutoff|switch|begin|start|after|until|position|limit|horizon)"
 )
 """Config keys that hold such a position: windows, attention chunks, floors of a scaling with the
-position, the length from which rotary embeddings are scaled, sparse attention."""
+position, the length from which rotary embeddings are scaled, sparse attention, and what names a
+start or a limit without counting layers or tokens."""
 
 
 @dataclass(frozen=True, slots=True)

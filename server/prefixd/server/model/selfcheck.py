@@ -32,6 +32,9 @@ running a model in bfloat16 differ by 0.1; a wrong position or a missing prefix 
 _MAX_LENGTH = 4096
 """Longest text that is checked."""
 
+_PAST = 16
+"""Fewest positions that a text has past an onset."""
+
 _LARGE, _LARGE_CHUNK = 50_000_000, 64
 """A model of more parameters than the first runs no chunk longer than the second on a CPU: one of
 256 tokens would add a fifth to the demo model's start."""
@@ -102,7 +105,7 @@ def _lengths(base: LoadedBase, onsets: list[Onset]) -> list[int]:
     """Lengths of texts that reach past the onsets; those beyond the limit are logged."""
     lengths = []
     for onset in onsets:
-        if onset.position >= _MAX_LENGTH:
+        if onset.position > _MAX_LENGTH - _PAST:
             log.warning(
                 "%s was not checked from position %d on, where %s of its config changes the "
                 "output: the longest text of the self-check has %d tokens",
@@ -112,7 +115,7 @@ def _lengths(base: LoadedBase, onsets: list[Onset]) -> list[int]:
                 _MAX_LENGTH,
             )
         else:
-            past = onset.position + onset.position // 8 + 16
+            past = onset.position + onset.position // 8 + _PAST
             lengths.append(min(past, _MAX_LENGTH, base.context))
     return lengths
 

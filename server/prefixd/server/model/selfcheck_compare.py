@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -157,10 +158,8 @@ class Comparison:
         try:
             for compared in run_in_blocks(runner, texts):
                 if runner.layers_seen != layers:
-                    raise UnsupportedModel(
-                        f"{name} has {layers} layers but {runner.layers_seen} used the attention "
-                        "interface; prefixd serves models whose layers all use it"
-                    )
+                    reason = _calls(self.base.module, layers, runner.layers_seen)
+                    raise UnsupportedModel(f"{name} cannot be run over KV blocks: {reason}")
                 yield compared
         except _FAILURES as failure:  # RuntimeError includes NotImplementedError
             raise UnsupportedModel(f"{name} cannot be run over KV blocks: {failure}") from failure
@@ -200,3 +199,30 @@ def _errors(logits: torch.Tensor, own: torch.Tensor) -> list[float]:
     spread = own.std(-1).clamp_min(torch.finfo(torch.float32).tiny)
     errors: list[float] = ((logits.float() - own).abs().amax(-1) / spread).tolist()
     return errors
+
+
+def _calls(module: Any, layers: int, calls: int) -> str:
+    """Why ``calls`` of attention through transformers' interface are not one for each layer."""
+    names = [type(part).__name__ for part in module.modules()]
+    kinds = dict.fromkeys(name for name in names if name.endswith("Attention"))
+    attention = list(kinds)[-1] if kinds else "its attention"
+    if calls > layers and calls % layers == 0:
+        return (
+            f"{attention} computes attention {calls // layers} times in each layer, with different "
+            "values; expected one set of keys and values for each layer"
+        )
+    if calls:
+        return f"{calls} of its {layers} layers use transformers' attention interface; expected all"
+    alibi = " with ALiBi, a bias by distance," if _has_alibi(module) else ""
+    return (
+        f"{attention} computes attention{alibi} in code of its own, which cannot read KV blocks; "
+        "expected a model that uses transformers' attention interface"
+    )
+
+
+def _has_alibi(module: Any) -> bool:
+    """Whether the config turns ALiBi on, or the model always builds it (BLOOM)."""
+    config = module.config
+    nested = getattr(config, "attn_config", None)
+    configured = [getattr(config, "alibi", False), getattr(nested, "alibi", False)]
+    return any(configured) or any(hasattr(part, "build_alibi_tensor") for part in module.modules())
