@@ -45,6 +45,15 @@ def test_an_argument_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) 
     assert Settings(port=1).port == 1
 
 
+def test_the_address_of_a_kubernetes_service_is_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFIXD_PORT", "tcp://10.0.0.1:8000")
+    assert Settings().port == 8000
+    assert Settings(port=9000).port == 9000
+    monkeypatch.setenv("PREFIXD_PORT", "http://10.0.0.1")
+    with pytest.raises(ValidationError):
+        Settings()
+
+
 def test_settings_are_frozen_and_validated() -> None:
     settings = Settings()
     with pytest.raises(ValidationError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "PREFIXD_"
@@ -211,6 +211,14 @@ class Settings(BaseSettings):
     log_format: LogFormat = Field(
         default="console", description="Log lines for people (`console`) or machines (`json`)."
     )
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _ignore_service_links(cls, value: object) -> object:
+        # Kubernetes sets PREFIXD_PORT=tcp://10.0.0.1:8000 where a Service is named prefixd.
+        if isinstance(value, str) and value.startswith(("tcp://", "udp://", "sctp://")):
+            return cls.model_fields["port"].default
+        return value
 
     @property
     def root(self) -> Path:
