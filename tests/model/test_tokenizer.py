@@ -69,3 +69,11 @@ def test_an_invalid_byte_in_a_long_run_leaves_the_characters_before_it() -> None
         assert len(answer.completion()["logprobs"]["tokens"]) == answer.num_tokens
     short = byte_tokens("\u0e20\u0e20")[:-1]
     assert Answer(FALLBACK, [], short).text == "\ufffd" * 5 == decode(FALLBACK._tokenizer, short)
+
+
+@pytest.mark.parametrize("split", [0, 1, 2, 3])
+def test_half_of_a_surrogate_is_two_broken_characters(split: int) -> None:
+    tokens = ids(TOKENIZER, "\u00ed", "\u0142", "!")  # the bytes ED A0 21
+    answer = Answer(TOKENIZER, tokens[:split], [*tokens[split:], *tokens])
+    assert answer.text == ("\ufffd\ufffd!" * 2)[split:]
+    assert answer.completion()["logprobs"]["text_offset"] == list(range(6 - split))

@@ -37,7 +37,7 @@ class ByteLevelDetokenizer:
                 break
             if not table.special(token_id):
                 end = table.byte_level(token_id) + end
-        self._decoder.decode(end)
+        self._decode(end)
         # The prompt's text ends with a replacement character, unless the output completes it.
         self._is_prompt_open = self._is_open
 
@@ -45,6 +45,15 @@ class ByteLevelDetokenizer:
     def _is_open(self) -> bool:
         """Whether the last character is incomplete."""
         return bool(self._decoder.getstate()[0])
+
+    def _decode(self, raw: bytes) -> str:
+        text = self._decoder.decode(raw)
+        pending = self._decoder.getstate()[0]
+        if pending[:1] == b"\xed" and pending[1:] >= b"\xa0":
+            # Half of a surrogate is no character. The codec waits for the rest only for the sake of
+            # its error handler surrogatepass.
+            text += self._decoder.decode(b"", final=True)
+        return text
 
     def push(self, token_id: int) -> Sequence[TokenText]:
         """See Detokenizer."""
@@ -56,7 +65,7 @@ class ByteLevelDetokenizer:
             return ()
         raw = self._table.byte_level(token_id)
         if not self._is_open:
-            return (TokenText(self._decoder.decode(raw)),)
+            return (TokenText(self._decode(raw)),)
         text, lead = self._continue(raw)
         tokens = [TokenText("", special) for special in self._specials]
         self._specials.clear()
@@ -65,10 +74,10 @@ class ByteLevelDetokenizer:
     def _continue(self, raw: bytes) -> tuple[str, int]:
         """Decode bytes after an incomplete character. Returns their text, and its length in front
         of them: 1 if they do not continue that character."""
-        text = self._decoder.decode(raw[:1])
+        text = self._decode(raw[:1])
         # A complete character is one, and leaves nothing open; a broken one is followed by more.
         lead = int(text[:1] == _REPLACEMENT and (len(text) > 1 or self._is_open))
-        text += self._decoder.decode(raw[1:])
+        text += self._decode(raw[1:])
         if text and self._is_prompt_open:
             self._is_prompt_open = False
             if text[0] == _REPLACEMENT:  # it is in the prompt's text already
