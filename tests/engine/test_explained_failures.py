@@ -189,3 +189,23 @@ def test_the_fake_runner_refuses_ids_beyond_its_vocabulary(
     assert answer(events)[1].reason is FinishReason.ERROR
     assert bench.engine.ready
     bench.engine.stop()
+
+
+def test_poisoned_requests_in_a_full_pool_leave_the_engine_ready(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probe runs in the blocks that the failed request has freed."""
+    fail_steps(bench, monkeypatch, is_poisoned)
+    pinned = PrefixHandle(PrefixKey("t", "pinned"), 248)  # 62 of 63 blocks of 4
+    bench.source.lengths[pinned.key] = 248
+    bench.engine.core.set_pins((pinned,), None)
+    bench.engine.start()
+    assert answer(bench.submit(prefix=pinned, prompt=(65,), max_tokens=2)[1])[1].reason is (
+        FinishReason.LENGTH
+    )
+    for _ in range(10):
+        failed = bench.submit(prompt=POISON, max_tokens=1)[1]
+        assert answer(failed)[1].reason is FinishReason.ERROR
+        assert bench.engine.trouble is None
+    bench.engine.stop()
+    assert bench.engine.stats().step_failures == 10
