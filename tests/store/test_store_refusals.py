@@ -366,8 +366,11 @@ def test_a_multitask_product_that_overflows_is_rejected(tmp_path: Path) -> None:
 def test_a_kv_prefix_with_equal_width_but_another_layout_is_rejected(
     tmp_path: Path, field: str, value: int
 ) -> None:
-    config = config_bytes("PREFIX_TUNING", **{field: value})
-    with pytest.raises(ArtifactRefused, match="trained on another model") as refusal:
+    fields: dict[str, int | str] = {field: value, "base_model_name_or_path": "org/other"}
+    config = config_bytes("PREFIX_TUNING", **fields)
+    with pytest.raises(
+        ArtifactRefused, match=r"base tiny .* another model, 'org/other'$"
+    ) as refusal:
         inspect_peft(config, spool(tmp_path, kv()), base=BASE)
     assert (refusal.value.code, refusal.value.param) == ("base_mismatch", field)
 

@@ -174,6 +174,8 @@ def check_against_base(config: PeftConfig, base: BaseSpec) -> None:
             f"got {shown(config.num_virtual_tokens)}",
             param="num_virtual_tokens",
         )
+    name = config.base_model_name_or_path
+    trained_on = f", {quoted(name)}" if name else ""
     expected = {"num_layers": base.num_layers, "token_dim": base.embedding_width}
     if config.kind is Kind.KV_PREFIX:
         # PEFT saves the KV heads and the KV width here, also under grouped-query attention.
@@ -185,7 +187,7 @@ def check_against_base(config: PeftConfig, base: BaseSpec) -> None:
             raise ArtifactRefused(
                 "base_mismatch",
                 f"the config says {field} {shown(got)}, but {config.peft_type} for the base "
-                f"{base.name} needs {want}: this prefix was trained on another model",
+                f"{base.name} needs {want}: this prefix was trained on another model{trained_on}",
                 param=field,
             )
     submodules = config.fields.get("num_transformer_submodules")
