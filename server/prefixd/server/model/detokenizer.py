@@ -88,8 +88,9 @@ class ByteLevelDetokenizer:
         """See Detokenizer."""
         if not self._specials:
             return ()
+        specials = [TokenText("", special) for special in self._specials[-limit:]]
         broken = TokenText("" if self._is_prompt_open else _REPLACEMENT)
-        return [broken, *(TokenText("", special) for special in self._specials)][-limit:]
+        return [broken, *specials][-limit:]
 
     def flush(self) -> Sequence[TokenText]:
         """See Detokenizer."""
