@@ -16,8 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = tuple(ROOT / folder for folder in ("server", "prefix_store", "clients"))
 TESTS = ("tests/golden", "tests/engine", "tests/machines", "tests/model")
-EXCLUDED = ("tests/golden/test_golden_server.py", "tests/model/test_demo.py")
-"""These need the HTTP server and the demo model."""
+EXCLUDED = (
+    *("tests/golden/test_golden_server.py", "tests/model/test_demo.py"),
+    *("tests/golden/test_golden_convert.py", "tests/golden/test_golden_pull.py"),
+    *("tests/model/test_tokenizer.py", "tests/model/test_tokenizer_sweep.py"),
+    "tests/golden/test_golden_families.py",
+)
+"""These need the HTTP server, the demo model or the client, or take minutes on a CPU."""
 
 REQUESTS, PROMPT, OUTPUT, VIRTUAL = 32, 64, 64, 20
 BLOCKS = 1024

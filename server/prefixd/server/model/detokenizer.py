@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from prefixd.server.engine.step import TokenText
 from prefixd.server.model.token_table import TokenTable
 
-# 21 characters of three bytes. An invalid byte behind them leaves those before it as they are.
-MAX_HELD_BYTES = 64
+# 85 characters of three bytes. An invalid byte behind them leaves those before it as they are.
+MAX_HELD_BYTES = 256
 
 _REPLACEMENT = "\ufffd"
 
