@@ -185,11 +185,33 @@ def test_an_unknown_repository_and_a_failing_hub(
         read("org/none")
 
 
-def test_offline_no_request_is_made(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("endpoint", ["https://hub.invalid", "http://127.0.0.1.invalid", ""])
+def test_offline_no_other_machine_is_asked(
+    endpoint: str, served: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE forbids a download"):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(DownloadError, match="no path org/name, and HF_HUB_OFFLINE forbids a down"):
         read("org/name")
     assert served.requests == []
+
+
+def test_offline_a_server_on_this_machine_is_asked(
+    served: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    served.repositories["org/name", "main"] = files(safetensors=WEIGHTS)
+    assert read("org/name").content == PeftContent(CONFIG, WEIGHTS)
+
+
+def test_offline_a_redirect_to_another_machine_is_not_followed(
+    served: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    served.repositories["org/name", "main"] = files(safetensors=WEIGHTS)
+    served.url = "https://cdn.invalid"
+    with pytest.raises(DownloadError, match=r"HF_HUB_OFFLINE forbids a download from cdn\.invalid"):
+        read("org/name")
 
 
 def test_a_local_path_comes_first(

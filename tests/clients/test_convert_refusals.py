@@ -37,10 +37,10 @@ TRANS = {
         ([WIDE], "expected tensors, found a list"),
         ({}, "found the names $"),
         ({"lm_head.weight": WIDE}, "found the names 'lm_head.weight'"),
-        ({"prompt_embeddings": WIDE}, r"expected adapter_config\.json next to adapter_model\.bin"),
+        ({"prompt_embeddings": WIDE}, r"expected adapter_config\.json next to them"),
         ({"prefix_encoder.embedding.weight": "x"}, "expected a tensor, found 'x'"),
         (
-            {"trainable_keys": PL, "trainable_values": PL},
+            {"trainable_keys": PL, "trainable_values": PL, "frozen_keys": PL},
             "expected a cartridge with frozen_keys, frozen_values, trainable_keys",
         ),
         (

@@ -112,7 +112,9 @@ def test_names_of_entries_are_never_paths(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["in", "prompt.zip"]
 
 
-@pytest.mark.parametrize("meta", [b"[1]", b"{", b"[" * 9000, b"\xff", b"x" * 20_000])
+@pytest.mark.parametrize(
+    "meta", [b"[1]", b"{", b'{"name": NaN}', b"[" * 9000, b"\xff", b"x" * 20_000]
+)
 def test_other_descriptions_are_refused(meta: bytes, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:

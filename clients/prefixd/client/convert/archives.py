@@ -27,6 +27,8 @@ def opened_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise FormatError(f"damaged ZIP archive: {str(error)[:80]!a}") from None
     with archive:
+        if len(archive.NameToInfo) != len(archive.filelist):
+            raise FormatError("expected entries of different names in the archive, found two alike")
         yield archive
 
 

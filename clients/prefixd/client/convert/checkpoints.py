@@ -1,4 +1,5 @@
 """Files of ``torch.save``: the ZIP container of PyTorch 1.6 and later, and the one before it.
+The tensors of a safetensors file are read in the same way.
 
 ::
 
@@ -24,6 +25,7 @@ import numpy as np
 
 from prefixd.client.convert.archives import opened_archive, read_entry
 from prefixd.client.convert.pickles import MAX_PICKLE_BYTES, read_pickle
+from prefixd.client.convert.plain import is_safetensors, read_header
 from prefixd.client.convert.symbols import Storage, StoredTensor, shown
 from prefixd.client.convert.tensors import (
     MAX_BYTES,
@@ -64,12 +66,16 @@ class Checkpoint:
 
 @contextmanager
 def opened_checkpoint(path: Path) -> Iterator[Checkpoint]:
-    """A file of ``torch.save`` while the block lasts; FormatError when it is damaged or holds
-    anything but tensors in lists and dicts."""
+    """A file of ``torch.save`` or safetensors while the block lasts; FormatError when it is damaged
+    or holds anything but tensors in lists and dicts."""
     with path.open("rb") as file:
-        if file.read(2) == b"PK":
+        head = file.read(9)
+        if head.startswith(b"PK"):
             with _opened_zip(path) as checkpoint:
                 yield checkpoint
+        elif is_safetensors(head):
+            value, offsets = read_header(file)
+            yield Checkpoint(value, _reader(file, offsets))
         else:
             yield _read_legacy(file)
 
@@ -134,6 +140,12 @@ def _read_legacy(file: BinaryIO) -> Checkpoint:
         raise FormatError("damaged file of torch.save: it does not list its storages by name")
     offsets = _offsets(file, [pickled.storages.get(key) for key in keys], begin=head.tell())
 
+    return Checkpoint(pickled.value, _reader(file, offsets))
+
+
+def _reader(file: BinaryIO, offsets: dict[str, int]) -> Callable[[Storage], Array]:
+    """What reads a storage from an open file in which it begins at the offset of its key."""
+
     def read(storage: Storage) -> Array:
         if storage.key not in offsets:
             raise FormatError(f"expected the storage {shown(storage.key)} in the file, found none")
@@ -142,7 +154,7 @@ def _read_legacy(file: BinaryIO) -> Checkpoint:
         file.seek(offsets[storage.key])
         return _array_of(file.read(size), storage)
 
-    return Checkpoint(pickled.value, read)
+    return read
 
 
 def _offsets(file: BinaryIO, storages: list[Storage | None], *, begin: int) -> dict[str, int]:

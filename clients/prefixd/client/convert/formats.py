@@ -105,7 +105,7 @@ def cartridge(checkpoint: Mapping[Any, Any], read: Read) -> Converted:
     """A checkpoint of Cartridges' TrainableCache. Early versions say fixed instead of frozen."""
     frozen = "fixed" if "fixed_keys" in checkpoint else "frozen"
     names = {f"{part}_{kind}" for part in (frozen, "trainable") for kind in ("keys", "values")}
-    if set(checkpoint) != names:
+    if set(checkpoint) not in (names, {"trainable_keys", "trainable_values"}):
         raise FormatError(
             f"expected a cartridge with {', '.join(sorted(names))}; found {listed(checkpoint)}"
         )
@@ -126,11 +126,11 @@ def cartridge(checkpoint: Mapping[Any, Any], read: Read) -> Converted:
 
 def _cache(checkpoint: Mapping[Any, Any], part: str, read: Read) -> Tensor | None:
     """Keys and values of all layers, [tokens, layers, 2, KV heads, head_dim]; None without any."""
-    kinds = [checkpoint[f"{part}_{kind}"] for kind in ("keys", "values")]
-    if all(layers is None or layers == [] for layers in kinds):
+    kinds = [checkpoint.get(f"{part}_{kind}") for kind in ("keys", "values")]
+    if all(layers is None or layers in ([], ()) for layers in kinds):
         return None
-    keys, values = kinds
-    if not isinstance(keys, list) or not isinstance(values, list) or len(keys) != len(values):
+    keys, values = (list(layers) if isinstance(layers, list | tuple) else None for layers in kinds)
+    if keys is None or values is None or len(keys) != len(values):
         raise FormatError(f"expected {part}_keys and {part}_values to list the same layers")
     pairs = list(zip(keys, values, strict=True))
     shape: tuple[int, ...] = getattr(keys[0], "shape", ())

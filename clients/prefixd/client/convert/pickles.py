@@ -34,6 +34,9 @@ MAX_STACK = 8192
 MAX_MARKS = 64
 """Marks open at once: six in the deepest checkpoint read here."""
 
+MAX_COPIED = 128 * 1024
+"""Values that calls may copy in all: one list in a pickle can be the argument of 100,000 calls."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pickled:
@@ -71,6 +74,7 @@ class _Machine:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._copied = 0
 
     def run(self, name: str, argument: Any) -> None:
         """Interpret one opcode."""
@@ -160,6 +164,9 @@ class _Machine:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, Builder) or type(arguments) is not tuple:
             raise FormatError(f"expected a pickle of tensors, found a call of {shown(function)}")
+        self._count_copied(arguments)
+        for argument in arguments:
+            self._count_copied(argument)
         self.push(function.build(arguments))
 
     def new_object(self, _: Any) -> None:
@@ -174,16 +181,30 @@ class _Machine:
         dict, which is not needed."""
         state, target = self.pop(), self.top()
         if isinstance(target, ParameterList) and type(state) is dict:
+            self._count_copied(state.get("_parameters"))
             target.extend(parameters_of(state))
         elif type(target) is not dict:
             raise FormatError(f"expected a pickle of tensors, found the state of {shown(target)}")
 
     def storage(self, _: Any) -> None:
-        """BINPERSID: a storage; one key stands for one storage."""
-        storage = storage_of(self.pop())
+        """BINPERSID: a storage; one key stands for one storage. Before PyTorch 1.6 also the class
+        of a module, with its source text, which is left out."""
+        identity = self.pop()
+        if type(identity) is tuple and identity[:1] == ("module",):
+            if len(identity) != 4 or identity[1] is not ParameterList:
+                raise FormatError("expected a pickle of tensors, found another module: refused")
+            self.push(ParameterList)
+            return
+        storage = storage_of(identity)
         if self.storages.setdefault(storage.key, storage) != storage:
             raise FormatError(f"damaged pickle: the storage {shown(storage.key)} has two types")
         self.push(storage)
+
+    def _count_copied(self, values: object) -> None:
+        if isinstance(values, list | tuple | dict):
+            self._copied += len(values)
+        if self._copied > MAX_COPIED:
+            raise FormatError(f"expected at most {MAX_COPIED} values in the calls of a pickle")
 
 
 _PUSH_ARGUMENT = frozenset(

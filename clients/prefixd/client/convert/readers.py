@@ -66,7 +66,7 @@ def _of_checkpoint(checkpoint: Checkpoint, path: Path) -> Converted:
     if not isinstance(value, dict):
         raise FormatError(f"expected tensors, found {shown(value)}")
     if EMBEDDINGS in value:
-        raise FormatError("PEFT's weights: expected adapter_config.json next to adapter_model.bin")
+        raise FormatError("PEFT's weights: expected adapter_config.json next to them")
     if "trainable_keys" in value:
         return cartridge(value, read)
     if any(map(is_of_prefix_encoder, value)):

@@ -9,6 +9,8 @@ from prefixd.client.folders import CONFIG_FILE, TEXT_FILE, WEIGHTS_FILE
 
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 ENCODER_FILE = "encoder.pt"
+TRAINED_WEIGHTS_FILE = "model.safetensors"
+"""The Trainer's checkpoint of a model that is not PEFT's."""
 
 MAX_DEPTH = 2
 """Sub-folders that are searched: run/checkpoint-50, and outputs/run/checkpoint-50."""
@@ -56,7 +58,11 @@ def _places(folder: Path) -> list[Path]:
         return [folder]
     if ENCODER_FILE in names:
         return [folder / ENCODER_FILE]
-    files = sorted(name for name in names - _TRAINER_FILES if Path(name).suffix in _SUFFIXES)
+    files = sorted(
+        name
+        for name in names - _TRAINER_FILES
+        if Path(name).suffix in _SUFFIXES or name == TRAINED_WEIGHTS_FILE
+    )
     return [folder / name for name in files]
 
 

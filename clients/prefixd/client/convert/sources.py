@@ -7,6 +7,7 @@
              one other file         as below
              sub-folders            the one of them with a prefix; of checkpoint-N the last
     file     ZIP or pickle          torch.save: Cartridges, P-tuning v2, text-generation-inference
+             safetensors            P-tuning v2
              ZIP with tensor.npy    KoboldAI
              .npy                   TensorRT-LLM
              anything else          a text
@@ -31,6 +32,9 @@ from prefixd.client.folders import (
     read_folder,
     write_new,
 )
+
+_SUFFIXES = {".pt", ".pth", ".bin", ".npy", ".zip", ".safetensors"}
+"""Names of files that are never a text."""
 
 _MAGICS = (b"PK\x03\x04", b"\x93NUMPY", *(b"\x80" + bytes([version]) for version in range(2, 6)))
 
@@ -65,7 +69,8 @@ def read_source(source: str, *, task_id: int | None = None) -> Source | None:
         ):
             return _read_folder(path.parent, task_id)
         with path.open("rb") as file:
-            return _read_file(path, task_id) if file.read(8).startswith(_MAGICS) else None
+            is_text = path.suffix not in _SUFFIXES and not file.read(8).startswith(_MAGICS)
+        return None if is_text else _read_file(path, task_id)
     if not HUB_ID.fullmatch(source):
         return None
     with tempfile.TemporaryDirectory() as scratch:

@@ -3,6 +3,7 @@
 The table is fixed. An entry builds data from arguments that it checks; none is PyTorch's function.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from prefixd.client.errors import FormatError
 
 MAX_RANK = 8
+
+MAX_ELEMENTS = 2**40
+"""Product of the counts other than 0 of a shape: numpy refuses the shape of an empty array too."""
 
 STORAGES = {
     "FloatStorage": "float32",
@@ -131,6 +135,10 @@ def _tensor(arguments: tuple[Any, ...]) -> StoredTensor:
 def _check_extent(
     storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> None:
+    if math.prod(filter(None, shape)) > MAX_ELEMENTS:
+        raise FormatError(
+            f"expected at most {MAX_ELEMENTS} elements, found the shape {list(shape)}"
+        )
     elements, last = 1, offset
     for count, stride in zip(shape, strides, strict=True):
         elements *= count

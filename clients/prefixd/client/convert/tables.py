@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from prefixd.client.convert.archives import opened_archive, read_entry
+from prefixd.client.convert.symbols import MAX_ELEMENTS, MAX_RANK
 from prefixd.client.convert.tensors import Tensor, check_size, tensor_of
 from prefixd.client.errors import FormatError
 
@@ -59,6 +60,8 @@ def read_array(file: BinaryIO, *, size: int, name: str) -> Tensor:
         dtype_name = "Python objects, which are a pickle" if match["kind"] == "O" else code
         raise FormatError(f"{name}: expected floating-point numbers, found {dtype_name}")
     shape = tuple(int(number) for number in re.findall(r"\d+", match["shape"]))
+    if len(shape) > MAX_RANK or math.prod(filter(None, shape)) > MAX_ELEMENTS:
+        raise FormatError(f"{name}: expected a table, found {len(shape)} axes: {str(shape)[:80]}")
     check_size(shape, name=name, itemsize=int(match["size"]))
     expected, received = math.prod(shape) * int(match["size"]), size - 8 - width - length
     if expected != received:
@@ -87,10 +90,17 @@ def read_kobold(path: Path) -> tuple[Tensor, dict[str, object]]:
         meta: object = {}
         if "meta.json" in archive.NameToInfo:
             try:
-                meta = json.loads(read_entry(archive, "meta.json", limit=MAX_META_BYTES))
+                meta = json.loads(
+                    read_entry(archive, "meta.json", limit=MAX_META_BYTES),
+                    parse_constant=_refuse_constant,
+                )
             except (ValueError, RecursionError):
                 raise FormatError("meta.json is not valid JSON") from None
     if not isinstance(meta, dict):
         raise FormatError("expected meta.json to be a JSON object")
     tensor = read_array(io.BytesIO(data), size=len(data), name="tensor.npy")
     return tensor, {key: meta[key] for key in META_FIELDS if meta.get(key) not in (None, "", [])}
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
