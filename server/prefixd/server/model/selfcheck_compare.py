@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,11 +54,12 @@ class Comparison:
         self.base = base
         self.block_size = block_size
         self.max_abs_kv = 0.0
-        self._bound = 0.0  # measured on the first text
+        self._bound = _TOLERANCE[0]
+        self._first: tuple[Text, Truth] | None = None  # the rounding is measured on this text
 
     def require_equal(self, attempts: Iterable[list[Text]]) -> tuple[list[Text], list[Truth]]:
-        """Check the first of the attempts that no near tie of experts spoils. The first call, with
-        short texts, also measures the rounding of the model."""
+        """Check the first of the attempts that no near tie of experts spoils. The first text of all
+        is short: the rounding of the model is measured on it, where that decides."""
         mismatch = None
         for texts in attempts:
             try:
@@ -65,7 +67,7 @@ class Comparison:
             except UnsupportedModel:
                 list(self._run(texts))  # raises the reason with the name of the option, if any
                 raise
-            self._bound = self._bound or self._rounding(texts[0], truths[0])
+            self._first = self._first or (texts[0], truths[0])
             mismatch = self.mismatch(texts, truths)
             if mismatch is None:
                 return texts, truths
@@ -110,9 +112,12 @@ class Comparison:
         has_sdpa = getattr(self.base.module, "_supports_sdpa", False)
         return "eager" if fits or not has_sdpa else "sdpa"
 
-    def _rounding(self, text: Text, truth: Truth) -> float:
+    @cached_property
+    def _rounding(self) -> float:
         """The largest difference that rounding explains, between the two tolerances."""
         least, greatest = _TOLERANCE
+        assert self._first is not None
+        text, truth = self._first
         try:
             other = self._own_logits(text.tokens, text.compared, attention="sdpa")
         except UnsupportedModel:
@@ -121,7 +126,11 @@ class Comparison:
 
     def mismatch(self, texts: list[Text], truths: list[Truth]) -> _Mismatch | None:
         """The first wrong position of the first wrong text."""
-        wrong = [row for row in self.differences(texts, truths) if not row[-1] <= self._bound]
+        rows = list(self.differences(texts, truths))
+        if all(error <= self._bound for *_, error in rows):
+            return None
+        self._bound = self._rounding
+        wrong = [row for row in rows if not row[-1] <= self._bound]
         if not wrong:
             return None
         part, position, _ = min(wrong, key=lambda row: (row[0].text, row[1]))

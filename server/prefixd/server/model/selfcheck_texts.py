@@ -2,12 +2,12 @@
 
 ::
 
-    pass        0    1          2           3           4
-    five      | a  | b        | c         | d         | e e e e .. e   copies share the KV of a..d
-    block     |    | 0 .. 7   | 8         | 9 .. 20   |
-    chunk     |    | prefix   | one chunk | the rest  |                the prefix is compiled
+    pass        0          1           2           3
+    five      | a b      | c         | d         | e e e e .. e   copies share the KV of a..d
+    block     | 0 .. 7   | 8         | 9 .. 20   |
+    chunk     | prefix   | one chunk | the rest  |                the prefix is compiled
 
-Every pass but the first and last mixes texts, and every text is cut in several places.
+Every pass but the last mixes texts, and every text is cut in several places.
 """
 
 import itertools
@@ -77,9 +77,9 @@ def short_texts(
     size = block_size
     prefix = size // 2 + 1
     plans: list[tuple[tuple[int, ...], int, int]] = [
-        ((1, 2, 3, 4, 5), 4, _COPIES),
-        ((0, size // 2, size // 2 + 1, size + 5), 0, 1),
-        ((0, prefix, prefix + chunk, prefix + chunk + size // 2 + 5), prefix, 1),
+        ((2, 3, 4, 5), 4, _COPIES),
+        ((size // 2, size // 2 + 1, size + 5), 0, 1),
+        ((prefix, prefix + chunk, prefix + chunk + size // 2 + 5), prefix, 1),
     ]
     generator = torch.Generator().manual_seed(seed)
     texts = []
