@@ -101,13 +101,27 @@ def test_push_keeps_the_line_ends_of_a_text(
 
 @pytest.mark.parametrize("kind", ["file", "stdin"])
 def test_push_of_binary_data_suggests_the_folder(kind: str, shell: Shell, tmp_path: Path):
-    file = tmp_path / "adapter_model.safetensors"
+    file = tmp_path / "prefix.dat"
     file.write_bytes(b"\x90\xf6\x00")
     source = str(file) if kind == "file" else "-"
     result = shell("prefix", "push", "voice", source, stdin=file.read_bytes())
     assert result.exit_code == 2
     message = " ".join(result.stderr.replace("│", " ").split())
     assert "is not text in UTF-8, from byte 0; to upload a prefix that PEFT wrote" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_model.safetensors", "damaged safetensors: the file does not begin with a header"),
+        ("adapter_model.bin", "damaged pickle"),
+    ],
+)
+def test_push_of_damaged_weights_says_so(name: str, message: str, shell: Shell, tmp_path: Path):
+    (tmp_path / name).write_bytes(b"\x90\xf6\x00")
+    result = shell("prefix", "push", "voice", str(tmp_path / name))
+    assert result.exit_code == 1
+    assert f"{name}: {message}" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ def opened_checkpoint(path: Path) -> Iterator[Checkpoint]:
         elif is_safetensors(head):
             value, offsets = read_header(file)
             yield Checkpoint(value, _reader(file, offsets))
+        elif path.suffix == ".safetensors":
+            raise FormatError("damaged safetensors: the file does not begin with a header")
         else:
             yield _read_legacy(file)
 
