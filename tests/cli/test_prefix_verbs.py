@@ -117,7 +117,9 @@ def test_push_of_binary_data_suggests_the_folder(kind: str, shell: Shell, tmp_pa
         ("adapter_model.bin", "damaged pickle"),
     ],
 )
-def test_push_of_damaged_weights_says_so(name: str, message: str, shell: Shell, tmp_path: Path):
+def test_push_of_damaged_weights_names_their_format(
+    name: str, message: str, shell: Shell, tmp_path: Path
+):
     (tmp_path / name).write_bytes(b"\x90\xf6\x00")
     result = shell("prefix", "push", "voice", str(tmp_path / name))
     assert result.exit_code == 1
