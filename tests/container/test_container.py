@@ -1,6 +1,7 @@
 """The container's files, checked without a container engine."""
 
 import http.server
+import importlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from prefixd.server.serve.settings import ENV_PREFIX, Settings
 from prefixd.server.serve.shutdown import LONGEST_CLOSING_S
 
 ROOT = Path(__file__).parents[2]
+LOCKS = {path.name: path.read_text("utf-8") for path in (ROOT / "docker").glob("*.lock")}
 VARIABLE = re.compile(rf"\b{ENV_PREFIX}([A-Z_]+)\b")
 # Read by docker-compose.yml itself, not by the server.
 OF_COMPOSE = {"TARGET", "PUBLISHED_PORT", "MEMORY", "SHUTDOWN_TIMEOUT"}
@@ -42,7 +44,7 @@ def _stages() -> dict[str, tuple[str, list[tuple[str, str]]]]:
         if word == "FROM":
             source, _, name = rest.partition(" AS ")
             stages[name] = (source, [])
-        else:
+        elif stages:  # arguments of FROM come before the first stage
             stages[next(reversed(stages))][1].append((word, rest))
     return stages
 
@@ -127,7 +129,7 @@ def test_the_image_copies_every_source_folder_of_the_wheel():
 
 def test_image_holds_every_extra_but_the_tools():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    installed = re.findall(r"'\.\[([a-z0-9,]+)\]'", " ".join(_all("build", "RUN")))
+    installed = re.findall(r"'prefixd\[([a-z0-9,]+)\]'", " ".join(_all("build", "RUN")))
     assert [set(names.split(",")) for names in installed] == [
         set(project["optional-dependencies"]) - {"dev"}
     ]
@@ -142,10 +144,62 @@ def test_container_files_name_no_host_and_no_floating_tag(name: str):
     assert not re.search(r"curl|wget|sudo", text)
 
 
-def test_base_images_have_a_version():
-    sources = [source for source, _ in _stages().values() if source not in _stages()]
-    assert sources
-    assert all(re.fullmatch(r"[\w/.-]+:\d[\w.-]+", source) for source in sources), sources
+def test_every_stage_builds_on_one_base_image_that_an_argument_sets():
+    (default,) = (rest for word, rest in _instructions() if word == "ARG" and "BASE_IMAGE" in rest)
+    name, _, image = default.partition("=")
+    assert name == "BASE_IMAGE"
+    assert re.fullmatch(r"[\w/.-]+:\d[\w.-]+", image), image
+    assert {source for source, _ in _stages().values()} - set(_stages()) == {"${BASE_IMAGE}"}
+    assert _default(_compose()["build"]["args"]["BASE_IMAGE"]) == image
+
+
+# ── Lock files ───────────────────────────────────────────────────────────────────────────────
+
+
+def _locked(name: str) -> dict[str, list[str]]:
+    """Hashes by pin."""
+    entries = re.split(r"\n(?=\S)", LOCKS[name].partition("\n")[2].strip())
+    return {
+        entry.split()[0]: re.findall(r"--hash=sha256:([0-9a-f]{64})", entry) for entry in entries
+    }
+
+
+def test_the_lock_files_pin_the_tested_versions_with_hashes():
+    tested = set((ROOT / "constraints.txt").read_text("utf-8").splitlines())
+    assert set(LOCKS) == {"build.lock", "runtime.lock"}
+    for name in LOCKS:
+        locked = _locked(name)
+        assert set(locked) <= tested
+        assert all(locked.values()), name
+
+
+def test_the_lock_files_hold_all_that_the_image_installs_but_torch():
+    sys.path.insert(0, str(ROOT / ".ci"))
+    try:
+        lock = importlib.import_module("lock")
+    finally:
+        sys.path.remove(str(ROOT / ".ci"))
+    for name, versions in lock.image_pins().items():
+        names = {pin.partition("==")[0] for pin in _locked(name)}
+        assert names == set(versions), f"{name} is old: make lock"
+    assert "torch" not in {pin.partition("==")[0] for pin in _locked("runtime.lock")}
+
+
+def test_the_image_installs_nothing_unchecked_but_torch():
+    commands = [
+        shlex.split(command.replace('${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}', ""))
+        for word, rest in _instructions()
+        if word == "RUN"
+        for command in re.sub(r"--mount=\S+", "", rest).split("&&")
+    ]
+    downloads = [
+        words
+        for words in commands
+        if words[0] == "pip" and not {"--require-hashes", "--no-index"} & set(words)
+    ]
+    assert downloads == [["pip", "install", "--constraint", "constraints.txt", "torch"]]
+    checked = {words[-1] for words in commands if "--require-hashes" in words}
+    assert checked == {f"docker/{name}" for name in LOCKS}
 
 
 # ── Compose ──────────────────────────────────────────────────────────────────────────────────
@@ -175,6 +229,15 @@ def test_the_example_of_variables_names_those_that_compose_passes():
 def test_compose_publishes_the_port_on_loopback_only():
     (port,) = _compose()["ports"]
     assert _default(port) == f"127.0.0.1:8000:{_environment('cpu')['PREFIXD_PORT']}"
+
+
+def test_compose_bounds_processes_logs_and_temporary_files():
+    service = _compose()
+    assert service["pids_limit"] > 0
+    assert service["logging"]["driver"] == "json-file"
+    assert set(service["logging"]["options"]) == {"max-size", "max-file"}
+    (temporary,) = service["tmpfs"]
+    assert re.fullmatch(r"/tmp:size=\d+m,mode=1777", temporary)
 
 
 def test_compose_mounts_a_data_volume_and_a_read_only_root():
