@@ -5,7 +5,8 @@ from collections.abc import Awaitable, Callable
 
 import uvicorn
 
-from prefixd.server.serve.http import MAX_HEADER_BYTES, bind, uvicorn_config
+from prefixd.server.serve.http import bind, uvicorn_config
+from prefixd.server.serve.http_refusals import MAX_HEADER_BYTES
 from tests.api.api_world import World
 
 HEAD = b"GET /health/live HTTP/1.1\r\nhost: x\r\n"

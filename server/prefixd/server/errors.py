@@ -16,7 +16,9 @@
     ├── Unprocessable             422 invalid_prefix
     ├── RateLimited               429 rate_limit_exceeded
     │   └── QuotaExceeded         429 insufficient_quota
+    ├── HeadTooLarge              431 request_head_too_large
     ├── EngineFailure             500 engine_error
+    ├── UnsupportedTransferCoding 501 unsupported_transfer_coding
     ├── Unavailable               503 unavailable
     └── DeadlineExceeded          504 deadline_exceeded
 
@@ -152,12 +154,28 @@ class QuotaExceeded(RateLimited):
     default_code = "insufficient_quota"
 
 
+class HeadTooLarge(PrefixdError):
+    """The request line and the headers exceed the limit."""
+
+    status = 431
+    type = "invalid_request_error"
+    default_code = "request_head_too_large"
+
+
 class EngineFailure(PrefixdError):
     """The engine failed on this request."""
 
     status = 500
     type = "server_error"
     default_code = "engine_error"
+
+
+class UnsupportedTransferCoding(PrefixdError):
+    """The body comes in a transfer coding other than chunked."""
+
+    status = 501
+    type = "invalid_request_error"
+    default_code = "unsupported_transfer_coding"
 
 
 class Unavailable(PrefixdError):

@@ -4,11 +4,12 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,6 +25,14 @@ REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Values of the label; all other methods, which clients may make up, count as one.
 _METHODS = frozenset({"GET", "PUT", "POST", "DELETE", "HEAD", "OPTIONS", "PATCH"})
+
+
+def request_id_for(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The id of a request: the one that its headers (names in lower case) offer, if it is fit to be
+    shown and logged, else a new one."""
+    wanted = REQUEST_ID_HEADER.encode()
+    offered = next((value.decode("latin-1") for name, value in headers if name == wanted), "")
+    return offered if _REQUEST_ID.fullmatch(offered) else f"req-{uuid.uuid4().hex}"
 
 
 class RequestLayer:
@@ -53,8 +62,7 @@ class RequestLayer:
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        offered = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        request_id = offered if _REQUEST_ID.fullmatch(offered) else f"req-{uuid.uuid4().hex}"
+        request_id = request_id_for(scope["headers"])
         state = scope.setdefault("state", {})
         state |= {"request_id": request_id, "status": None}
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEADER_BYTES = 64 * 1024
+from prefixd.server.errors import PrefixdError
+from prefixd.server.serve.http_refusals import MAX_HEADER_BYTES, RefusingProtocol, head_too_large
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -49,13 +49,13 @@ def uvicorn_config(app: Callable[..., Any], *, header_timeout_s: float) -> uvico
     )
 
 
-class HeaderTimeoutProtocol(HttpToolsProtocol):
+class HeaderTimeoutProtocol(RefusingProtocol):
     """uvicorn's protocol, which alone would wait without limit for the end of a request head and
     keep all of it in memory.
 
     Closes a connection that has not sent a whole head ``header_timeout_s`` after it opened or began
-    one, or has sent MAX_HEADER_BYTES without its end. Between requests uvicorn's own keep-alive
-    limit applies.
+    one, and refuses one that has sent MAX_HEADER_BYTES without its end. Between requests uvicorn's
+    own keep-alive limit applies.
     """
 
     header_timeout_s: ClassVar[float]
@@ -78,7 +78,7 @@ class HeaderTimeoutProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Count the bytes of a head that has not ended."""
         if self._header_timer is not None and self._header_bytes > MAX_HEADER_BYTES:
-            self.transport.close()
+            self.refuse(head_too_large(self._header_bytes))
             return
         self._header_bytes += len(data)
         super().data_received(data)
@@ -92,6 +92,11 @@ class HeaderTimeoutProtocol(HttpToolsProtocol):
         """Stop the timer."""
         self._stop_timer()
         super().on_headers_complete()
+
+    def refuse(self, error: PrefixdError) -> None:
+        """Stop the timer: a response in progress may take longer than a head."""
+        self._stop_timer()
+        super().refuse(error)
 
     def _start_timer(self) -> None:
         if self._header_timer is None:
