@@ -84,7 +84,9 @@ def open_database(url: str) -> Engine:
     if parsed.get_backend_name() == "postgresql":
         # Not SQLAlchemy's default driver, but the one that is tested.
         parsed = parsed.set(drivername="postgresql+psycopg")
-        return create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
+        engine = create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
+        event.listen(engine, "begin", _begin_postgresql)
+        return engine
     if parsed.get_backend_name() != "sqlite":
         raise ValueError(f"expected a database of sqlite or postgresql, got {parsed.drivername}")
     make_directories(_sqlite_file(parsed).parent)
@@ -111,6 +113,20 @@ def writing(engine: Engine) -> Iterator[Connection]:
     writes fails, without the busy timeout, when another one wrote in between.
     """
     with engine.execution_options(prefixd_write=True).begin() as connection:
+        yield connection
+
+
+@contextmanager
+def writing_relaxed(engine: Engine) -> Iterator[Connection]:
+    """As ``writing``, but its commit does not wait for the disk: a power failure may undo the last
+    of them, a killed process or server none. For counts, never for what a caller is told is stored.
+
+    The commit of a later ``writing`` makes those before it durable too, as both share one log.
+    """
+    options: dict[str, Any] = {"prefixd_write": True, "prefixd_relaxed": True}
+    if engine.dialect.name == "postgresql":
+        options["isolation_level"] = "AUTOCOMMIT"  # ``_begin_postgresql`` begins the transaction
+    with engine.execution_options(**options).begin() as connection:
         yield connection
 
 
@@ -167,5 +183,18 @@ def _switch_to_wal(cursor: DBAPICursor) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    write = connection.get_execution_options().get("prefixd_write", False)
+    options = connection.get_execution_options()
+    # In WAL mode NORMAL leaves out only the fsync of a commit, not those of a checkpoint. It cannot
+    # be set within a transaction, so each one sets what it needs, if the last one needed other.
+    synchronous = "NORMAL" if options.get("prefixd_relaxed", False) else "FULL"
+    if connection.info.get("synchronous") != synchronous:
+        connection.exec_driver_sql(f"PRAGMA synchronous={synchronous}")
+        connection.info["synchronous"] = synchronous
+    write = options.get("prefixd_write", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    if connection.get_execution_options().get("prefixd_relaxed", False):
+        # In one message: as many round trips as the BEGIN of the driver takes.
+        connection.exec_driver_sql("BEGIN; SET LOCAL synchronous_commit = off")

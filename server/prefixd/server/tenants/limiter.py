@@ -3,11 +3,13 @@
 Two token buckets share one row, and one UPDATE refills, tests and takes from both. What a request
 costs is known in two parts: at admission one request and its prompt, at its end its output. The
 token bucket may therefore fall below zero; no request is admitted until it is full enough again.
+
+The replicas share one clock: the database's, read within the statements, on PostgreSQL, and the
+host's on SQLite. It may be set, so a row can carry a time from the future.
 """
 
 import math
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,29 +17,31 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Double,
     Engine,
     case,
-    delete,
     func,
-    insert,
     literal,
+    or_,
     select,
     update,
 )
+from sqlalchemy import cast as sql_cast
 
 from prefixd.server.errors import RateLimited
+from prefixd.server.tenants.leases import LEASE_S, RENEW_EVERY_S, Leases, delete_leases
 from prefixd.server.tenants.quotas import Quota
-from prefixd.server.tenants.tables import rate_limits, request_leases
-from prefixd.store.db.database import upsert, writing
+from prefixd.server.tenants.tables import rate_limits
+from prefixd.store.db.database import upsert, writing_relaxed
 
-LEASE_S = 60.0
-"""How long a request counts as running after its lease was last renewed, in seconds."""
+__all__ = ["LEASE_S", "RENEW_EVERY_S", "Bucket", "Grant", "Limiter", "duration", "headers_of"]
 
-RENEW_EVERY_S = LEASE_S / 3
+MAX_LEAD_S = 60.0
+"""How far a bucket's time may be ahead of the clock, in seconds. Beyond that the clock was set back
+and the bucket's time is reset to it; up to that it is another process that is ahead."""
 
 # More than any limit: the bucket of a new limit begins full.
 _FULL = 1e18
-_CONCURRENCY_RETRY_S = 1.0
 # A client that waited as long as Retry-After said is not refused for a rounding error.
 _ROUNDING = 1e-6
 
@@ -68,54 +72,61 @@ class Grant:
 
 class Limiter:
     """Blocking calls on the catalog; safe to share between threads. A tenant without limits costs
-    no query. The replicas' clocks should agree: one that is a minute ahead grants that minute's
-    refill early, once."""
+    no query.
 
-    def __init__(self, engine: Engine, *, now: Callable[[], float] = time.time) -> None:
+    ``now`` replaces the shared clock, in seconds since 1970.
+    """
+
+    def __init__(self, engine: Engine, *, now: Callable[[], float] | None = None) -> None:
         self._engine = engine
-        self._now = now
-        self._holder = uuid.uuid4().hex
-        self._running: set[str] = set()  # leases of requests that run in this process
+        self._clock = now
+        self._leases = Leases()
 
     def admit(self, tenant: str, quota: Quota, *, tokens: int) -> Grant:
         """Take one request and ``tokens`` of prompt. Raises RateLimited."""
         if not quota.is_metered:
             return Grant(tenant, quota)
-        now = self._now()
-        with writing(self._engine) as connection:
+        lease, now = None, self._now()
+        with writing_relaxed(self._engine) as connection:
             # The update locks the tenant's row, so that leases are counted one after the other.
-            buckets = self._take(connection, tenant, quota, now=now, tokens=tokens)
-            lease = self._lease(connection, tenant, quota, now=now)
+            taken = _take(connection, tenant, quota, now=now, tokens=tokens)
+            limit = quota.max_concurrent_requests
+            if limit is not None and not isinstance(taken, RateLimited):
+                lease = self._leases.take(connection, tenant, limit=limit, now=now)
+        if isinstance(taken, RateLimited):
+            raise taken
         if lease is not None:
-            self._running.add(lease)
-        return Grant(tenant, quota, headers_of(buckets), lease)
+            self._leases.add(lease, tenant)
+        return Grant(tenant, quota, headers_of(taken), lease)
 
     def count(self, tenant: str, quota: Quota) -> Mapping[str, str]:
         """Take one request that generates no tokens; headers with the remaining rates. Raises
         RateLimited."""
         if quota.requests_per_minute is None:
             return {}
-        with writing(self._engine) as connection:
-            buckets = self._take(connection, tenant, quota, now=self._now(), tokens=None)
-        return headers_of(buckets)
+        with writing_relaxed(self._engine) as connection:
+            taken = _take(connection, tenant, quota, now=self._now(), tokens=None)
+        if isinstance(taken, RateLimited):
+            raise taken
+        return headers_of(taken)
 
     def settle(self, grant: Grant, *, output_tokens: int) -> None:
         """The request has ended: charge its output and free its place."""
-        self._forget(grant)
+        self._leases.forget(grant.lease)
         charge = grant.quota.tokens_per_minute is not None and output_tokens > 0
         if not charge and grant.lease is None:
             return
-        with writing(self._engine) as connection:
+        with writing_relaxed(self._engine) as connection:
             if charge:
-                self._charge(connection, grant, tokens=output_tokens)
+                _charge(connection, grant, now=self._now(), tokens=output_tokens)
             _free(connection, grant)
 
     def give_back(self, grant: Grant, *, tokens: int) -> None:
         """The server did not serve the request: return it and its ``tokens`` of prompt, and free
         its place."""
-        self._forget(grant)
-        with writing(self._engine) as connection:
-            self._charge(connection, grant, tokens=-tokens, requests=-1)
+        self._leases.forget(grant.lease)
+        with writing_relaxed(self._engine) as connection:
+            _charge(connection, grant, now=self._now(), tokens=-tokens, requests=-1)
             _free(connection, grant)
 
     def renew(self) -> None:
@@ -124,98 +135,94 @@ class Limiter:
 
         Leases of ended requests, kept because the database was unavailable, expire by themselves.
         """
-        running = self._running.copy()
-        if not running:
-            return
-        with writing(self._engine) as connection:
-            mine = request_leases.c.id.in_(running)
-            later = self._now() + LEASE_S
-            connection.execute(update(request_leases).where(mine).values(expires_at=later))
+        self._leases.renew(self._engine, now=self._now())
 
-    def _forget(self, grant: Grant) -> None:
-        if grant.lease is not None:
-            self._running.discard(grant.lease)
+    def _now(self) -> ColumnElement[float]:
+        if self._clock is None and self._engine.dialect.name == "postgresql":
+            # One reading for each statement, in whose places it then is.
+            epoch = sql_cast(func.extract("epoch", func.clock_timestamp()), Double)
+            clock = select(epoch.label("now")).cte("clock")
+            return select(clock.c.now).scalar_subquery()
+        return literal((self._clock or time.time)(), Double)
 
-    def _take(
-        self, connection: Connection, tenant: str, quota: Quota, *, now: float, tokens: int | None
-    ) -> tuple[Bucket, ...]:
-        """Take one request and ``tokens``; None needs no tokens to remain."""
-        requests, remaining = _levels(quota, now)
-        cost = tokens or 0
-        needs = (1.0, float(min(cost, quota.tokens_per_minute or cost)))
-        if tokens is None:
-            needs = (1.0, -_FULL)
-        taking = (
-            update(rate_limits)
-            .where(rate_limits.c.tenant == tenant, requests >= needs[0] - _ROUNDING)
-            .where(remaining >= needs[1] - _ROUNDING)
-            .values(requests=requests - 1.0, tokens=remaining - float(cost), at=_later(now))
-            .returning(rate_limits.c.requests, rate_limits.c.tokens)
-        )
+
+def _take(
+    connection: Connection,
+    tenant: str,
+    quota: Quota,
+    *,
+    now: ColumnElement[float],
+    tokens: int | None,
+) -> tuple[Bucket, ...] | RateLimited:
+    """Take one request and ``tokens``; None needs no tokens to remain. A refusal is returned, so
+    that the transaction is committed: it may have reset the time of the buckets."""
+    requests, remaining = _levels(quota, now)
+    cost = tokens or 0
+    needs = (1.0, float(min(cost, quota.tokens_per_minute or cost)))
+    if tokens is None:
+        needs = (1.0, -_FULL)
+    mine = rate_limits.c.tenant == tenant
+    taking = (
+        update(rate_limits)
+        .where(mine, requests >= needs[0] - _ROUNDING, remaining >= needs[1] - _ROUNDING)
+        .values(requests=requests - 1.0, tokens=remaining - float(cost), at=_later(now))
+        .returning(rate_limits.c.requests, rate_limits.c.tokens)
+    )
+    row = connection.execute(taking).first()
+    if row is None:
+        begin = {"tenant": tenant, "requests": _FULL, "tokens": _FULL, "at": now}
+        connection.execute(upsert(connection, rate_limits, update=()).values(begin))
         row = connection.execute(taking).first()
-        if row is None:
-            begin = {"tenant": tenant, "requests": _FULL, "tokens": _FULL, "at": now}
-            connection.execute(upsert(connection, rate_limits, update=()), begin)
-            row = connection.execute(taking).first()
-        if row is not None:
-            return _buckets(quota, row)
-        levels = select(requests.label("requests"), remaining.label("tokens"))
-        row = connection.execute(levels.where(rate_limits.c.tenant == tenant)).one()
-        raise _refusal(_buckets(quota, row), needs)
+    if row is not None:
+        return _buckets(quota, row)
+    ahead = _is_ahead(now)
+    levels = select(requests.label("requests"), remaining.label("tokens"), ahead.label("ahead"))
+    row = connection.execute(levels.where(mine)).one()
+    if row.ahead:
+        connection.execute(update(rate_limits).where(mine, ahead).values(at=now))
+    return _refusal(_buckets(quota, row), needs)
 
-    def _lease(
-        self, connection: Connection, tenant: str, quota: Quota, *, now: float
-    ) -> str | None:
-        if quota.max_concurrent_requests is None:
-            return None
-        mine = request_leases.c.tenant == tenant
-        connection.execute(delete(request_leases).where(mine, request_leases.c.expires_at <= now))
-        running = connection.execute(
-            select(func.count()).select_from(request_leases).where(mine)
-        ).scalar_one()
-        if running >= quota.max_concurrent_requests:
-            raise RateLimited(
-                f"the tenant may run {quota.max_concurrent_requests} requests at once, "
-                f"and {running} are running",
-                code="concurrency_limit_exceeded",
-                retry_after=_CONCURRENCY_RETRY_S,
-            )
-        lease = uuid.uuid4().hex
-        connection.execute(
-            insert(request_leases).values(
-                id=lease, tenant=tenant, holder=self._holder, expires_at=now + LEASE_S
-            )
-        )
-        return lease
 
-    def _charge(
-        self, connection: Connection, grant: Grant, *, tokens: int, requests: int = 0
-    ) -> None:
-        now = self._now()
-        requests_level, tokens_level = _levels(grant.quota, now)
-        connection.execute(
-            update(rate_limits)
-            .where(rate_limits.c.tenant == grant.tenant)
-            .values(
-                requests=requests_level - float(requests),
-                tokens=tokens_level - float(tokens),
-                at=_later(now),
-            )
+def _charge(
+    connection: Connection,
+    grant: Grant,
+    *,
+    now: ColumnElement[float],
+    tokens: int,
+    requests: int = 0,
+) -> None:
+    requests_level, tokens_level = _levels(grant.quota, now)
+    connection.execute(
+        update(rate_limits)
+        .where(rate_limits.c.tenant == grant.tenant)
+        .values(
+            requests=requests_level - float(requests),
+            tokens=tokens_level - float(tokens),
+            at=_later(now),
         )
+    )
 
 
 def _free(connection: Connection, grant: Grant) -> None:
     if grant.lease is not None:
-        connection.execute(delete(request_leases).where(request_leases.c.id == grant.lease))
+        delete_leases(connection, [grant.lease])
 
 
-def _later(now: float) -> ColumnElement[float]:
-    return case((rate_limits.c.at < now, literal(now)), else_=rate_limits.c.at)
+def _is_ahead(now: ColumnElement[float]) -> ColumnElement[bool]:
+    return rate_limits.c.at > now + MAX_LEAD_S
 
 
-def _levels(quota: Quota, now: float) -> tuple[ColumnElement[float], ColumnElement[float]]:
+def _later(now: ColumnElement[float]) -> ColumnElement[float]:
+    """The time of the buckets after a change ``now``: it does not go back, or two processes whose
+    clocks differ would refill them twice; unless it is too far ahead."""
+    return case((or_(rate_limits.c.at < now, _is_ahead(now)), now), else_=rate_limits.c.at)
+
+
+def _levels(
+    quota: Quota, now: ColumnElement[float]
+) -> tuple[ColumnElement[float], ColumnElement[float]]:
     """The levels of the two buckets ``now``: refilled since ``at``, up to the limit."""
-    elapsed = _later(now) - rate_limits.c.at
+    elapsed = case((rate_limits.c.at < now, now - rate_limits.c.at), else_=0.0)
 
     def level(column: ColumnElement[float], limit: int | None) -> ColumnElement[float]:
         if limit is None:
