@@ -45,6 +45,7 @@ from prefixd.store.artifact.config import BaseSpec
 from prefixd.store.blobs.blobs import LocalBlobs
 from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import upgrade
+from prefixd.store.disk import DiskGuard
 from prefixd.store.store import PrefixStore
 
 # Through the standard library, whose level hides the access log from the tests' output. Plain
@@ -149,6 +150,7 @@ class World:
     metrics: Metrics
     drain_state: DrainState
     body_limits: BodyLimits
+    disk: DiskGuard
     runner: GatedRunner
     keys: dict[str, str]
     clock: Clock
@@ -177,12 +179,14 @@ class World:
             drain_state=self.drain_state,
             pin_room=room,
             body_limits=self.body_limits,
+            disk=self.disk,
             trace=trace,
             lifespan=make_lifespan(
                 engine=engine,
                 store=self.store,
                 tenants=self.tenants,
                 limiter=self.limiter,
+                disk=self.disk,
                 fingerprint=self.served.base.fingerprint,
                 pin_room=room,
                 trace=trace,
@@ -237,6 +241,7 @@ def make_world(
     )
     uploads = tmp_path / "uploads"
     uploads.mkdir(exist_ok=True)
+    disk = DiskGuard({"data": tmp_path}, min_free=0, reserve=None)
     yield World(
         store=store,
         tenants=tenants,
@@ -255,9 +260,10 @@ def make_world(
             created=1_700_000_000,
             tokenizer=tokenizer or ByteTokenizer(),
         ),
-        metrics=Metrics(engine.stats),
+        metrics=Metrics(engine.stats, disk),
         drain_state=DrainState(),
         body_limits=BodyLimits(upload_dir=uploads, **BODY_LIMITS),
+        disk=disk,
         runner=runner,
         keys=keys,
         clock=clock,

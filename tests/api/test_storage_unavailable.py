@@ -119,7 +119,7 @@ def test_unavailable_storage_is_reported_to_the_engine_as_prefix_unavailable(
     manifest = put_text(client, "voice", "hello", world.headers())
     key = PrefixKey("acme", manifest["digest"])
     store = world.store
-    opened = _Artifacts(store, world.served)
+    opened = _Artifacts(store, world.served, world.disk)
     assert opened(key).text == "hello"
     for error, message in (
         (BlobsUnavailable(BLOBS_UNAVAILABLE), BLOBS_UNAVAILABLE),

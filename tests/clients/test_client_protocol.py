@@ -281,6 +281,7 @@ def test_prefix_of_a_stream_is_read_from_its_headers(
         (502, errors.ServerError),
         (503, errors.UnavailableError),
         (504, errors.DeadlineError),
+        (507, errors.StorageFullError),
     ],
 )
 def test_each_error_status_raises_its_class_with_all_fields(

@@ -121,6 +121,7 @@ def test_error_event_raises_server_error_with_request_id():
         ("shutting_down", errors.UnavailableError, 503),
         ("overloaded", errors.UnavailableError, 503),
         ("deadline_exceeded", errors.DeadlineError, 504),
+        ("storage_full", errors.StorageFullError, 507),
         ("engine_error", errors.ServerError, 500),
         (None, errors.ServerError, 500),
     ],

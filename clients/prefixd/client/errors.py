@@ -21,7 +21,8 @@
         ├── RateLimitError        429
         └── ServerError           5xx
             ├── UnavailableError  503
-            └── DeadlineError     504
+            ├── DeadlineError     504
+            └── StorageFullError  507
 """
 
 
@@ -128,6 +129,10 @@ class DeadlineError(ServerError):
     """The request did not end within its own ``timeout``, or the server's maximum."""
 
 
+class StorageFullError(ServerError):
+    """The server's disk, or its database's, is full; deleting prefixes makes room."""
+
+
 BY_STATUS: dict[int, type[ApiError]] = {
     400: BadRequestError,
     401: AuthenticationError,
@@ -139,6 +144,7 @@ BY_STATUS: dict[int, type[ApiError]] = {
     429: RateLimitError,
     503: UnavailableError,
     504: DeadlineError,
+    507: StorageFullError,
 }
 
 
@@ -147,6 +153,7 @@ BY_CODE = {
     "overloaded": 503,
     "unavailable": 503,
     "storage_unavailable": 503,
+    "storage_full": 507,
     "deadline_exceeded": 504,
 }
 """The status of a failure during a stream, by its code: the status line was sent as 200."""

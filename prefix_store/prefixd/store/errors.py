@@ -10,7 +10,9 @@
     ├── VersionInUse         an alias or a pin refers to the version
     ├── CorruptArtifact      stored bytes no longer have the digest they were stored under
     ├── BlobsUnavailable     the place for blobs cannot be reached now
+    ├── StorageFull          the disk has no room for an upload
     ├── BlobStoreRefused     the configured place for blobs cannot be used safely
+    ├── DataFolderRefused    the data folder cannot be used
     ├── SchemaRefused        the database was changed by a later version of prefixd
     └── CopyRefused          the place to copy to is not empty
 
@@ -68,8 +70,16 @@ class BlobsUnavailable(StoreError):
     """The place for blobs cannot be reached now; the same may work later."""
 
 
+class StorageFull(StoreError):
+    """The disk has no room for an upload; removing prefixes helps."""
+
+
 class BlobStoreRefused(StoreError):
     """The configured place for blobs cannot be used safely. For the operator, at start."""
+
+
+class DataFolderRefused(StoreError):
+    """The data folder cannot be used. For the operator, at start."""
 
 
 class SchemaRefused(StoreError):

@@ -20,7 +20,8 @@
     ├── EngineFailure             500 engine_error
     ├── UnsupportedTransferCoding 501 unsupported_transfer_coding
     ├── Unavailable               503 unavailable
-    └── DeadlineExceeded          504 deadline_exceeded
+    ├── DeadlineExceeded          504 deadline_exceeded
+    └── InsufficientStorage       507 storage_full
 
 ``str(error)`` is the message for the caller, with the expected and the received value.
 """
@@ -192,3 +193,11 @@ class DeadlineExceeded(PrefixdError):
     status = 504
     type = "timeout_error"
     default_code = "deadline_exceeded"
+
+
+class InsufficientStorage(PrefixdError):
+    """The server's disk, or its database's, has no room for this."""
+
+    status = 507
+    type = "server_error"
+    default_code = "storage_full"

@@ -31,6 +31,7 @@ from prefixd.server.tenants.idempotency import Idempotency
 from prefixd.server.tenants.limiter import Limiter
 from prefixd.server.tenants.quotas import PinRoom
 from prefixd.server.tenants.registry import Tenants
+from prefixd.store.disk import DiskGuard
 from prefixd.store.store import PrefixStore
 
 PUBLIC = (health.router,)
@@ -60,6 +61,7 @@ def create_app(
     drain_state: DrainState,
     pin_room: PinRoom,
     body_limits: BodyLimits,
+    disk: DiskGuard,
     body_timeout: float,
     min_body_rate: int,
     max_choices: int,
@@ -91,6 +93,7 @@ def create_app(
         ),
         engine=engine,
         limiter=limiter,
+        disk=disk,
         drain_state=drain_state,
         served=served,
         metrics=metrics,
@@ -99,6 +102,7 @@ def create_app(
     app.state.audit = audit
     app.state.bindings = bindings
     app.state.body_limits = body_limits
+    app.state.disk = disk
     app.state.drain_state = drain_state
     app.state.engine = engine
     app.state.generation = generation

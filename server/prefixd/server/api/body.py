@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
@@ -18,8 +18,10 @@ from prefixd.server.api.dependencies import BodyLimitsDep, authenticated
 from prefixd.server.api.error_responses import from_validation
 from prefixd.server.errors import BadRequest, TooLarge
 from prefixd.server.tenants.registry import Principal
+from prefixd.store.disk import DiskGuard
 
-_FLUSH_BYTES = 1024 * 1024
+FLUSH_BYTES = 1024 * 1024
+"""A body is written to its file in pieces of about this size."""
 
 
 class StrictModel(BaseModel):
@@ -54,20 +56,57 @@ async def read_capped(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
+class Spool:
+    """A file under ``folder``, which must exist, for a body that is being received; removed at the
+    end of the block. Raises StorageFull when the disk has too little room."""
+
+    def __init__(self, folder: Path, disk: DiskGuard) -> None:
+        self._disk = disk
+        self._folder = folder
+
+    async def __aenter__(self) -> Self:
+        await run_in_threadpool(self._open)
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        self._file.close()
+
+    async def take(self, pending: bytearray, *, at_least: int = 0) -> None:
+        """Write ``pending`` and empty it, when it has ``at_least`` bytes."""
+        if len(pending) >= at_least:
+            await run_in_threadpool(self._write, pending)
+            pending.clear()
+
+    def _open(self) -> None:
+        self._file = tempfile.NamedTemporaryFile(dir=self._folder, prefix="upload-")  # noqa: SIM115 - closed by __aexit__
+        self.path = Path(self._file.name)
+
+    def _write(self, data: bytearray) -> None:
+        # Checked at each write: several uploads may have begun while there was room for one.
+        self._disk.check(len(data))
+        self._file.write(data)
+        self._file.flush()
+
+
 @asynccontextmanager
-async def spooled(request: Request, limit: int, *, folder: Path) -> AsyncIterator[Path]:
+async def spooled(
+    request: Request, limit: int, *, folder: Path, disk: DiskGuard
+) -> AsyncIterator[Path]:
     """The body in a file under ``folder``, which must exist; removed at the end of the block.
-    Raises TooLarge past ``limit`` bytes."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="upload-") as target:
+    Raises TooLarge past ``limit`` bytes, StorageFull."""
+    async with Spool(folder, disk) as spool:
         pending = bytearray()
         async for chunk in capped(request, limit):
             pending += chunk
-            if len(pending) >= _FLUSH_BYTES:
-                await run_in_threadpool(target.write, pending)
-                pending.clear()
-        await run_in_threadpool(target.write, pending)
-        target.flush()
-        yield Path(target.name)
+            await spool.take(pending, at_least=FLUSH_BYTES)
+        await spool.take(pending)
+        yield spool.path
+
+
+def declared_bytes(request: Request) -> int:
+    """The length of the body as its head declares it; 0 without one."""
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isdigit() else 0
 
 
 def parse_json(model: type[Model], body: bytes) -> Model:

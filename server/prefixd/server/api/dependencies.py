@@ -24,6 +24,7 @@ from prefixd.server.tenants.limiter import Limiter
 from prefixd.server.tenants.principal import OPERATOR_TENANT, Actor, Principal, Scope
 from prefixd.server.tenants.quotas import PinRoom
 from prefixd.server.tenants.registry import Tenants
+from prefixd.store.disk import DiskGuard
 from prefixd.store.store import PrefixStore
 
 
@@ -49,6 +50,7 @@ def part(name: str) -> Any:
 AuditDep = Annotated[AuditLog, part("audit")]
 BindingsDep = Annotated[Bindings, part("bindings")]
 BodyLimitsDep = Annotated[BodyLimits, part("body_limits")]
+DiskDep = Annotated[DiskGuard, part("disk")]
 DrainStateDep = Annotated[DrainState, part("drain_state")]
 EngineDep = Annotated[Engine, part("engine")]
 IdempotencyDep = Annotated[Idempotency, part("idempotency")]

@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -23,32 +24,43 @@ from starlette.exceptions import HTTPException
 
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.engine.request import FinishEvent, FinishReason, QueueFull
-from prefixd.server.engine.step import PREFIX_NOT_FOUND, PREFIX_REFUSED, STORAGE_UNAVAILABLE
+from prefixd.server.engine.step import (
+    PREFIX_NOT_FOUND,
+    PREFIX_REFUSED,
+    STORAGE_FULL,
+    STORAGE_UNAVAILABLE,
+)
 from prefixd.server.errors import (
     BadRequest,
     Conflict,
     DeadlineExceeded,
     EngineFailure,
+    InsufficientStorage,
     MethodNotAllowed,
     NotFound,
     PrefixdError,
     Unavailable,
     Unprocessable,
 )
+from prefixd.store.disk import DiskGuard
 from prefixd.store.errors import (
     ArtifactRefused,
     BaseMismatch,
     BlobsUnavailable,
     CorruptArtifact,
     InvalidReference,
+    StorageFull,
     StoreError,
     UnknownPrefix,
     VersionInUse,
 )
+from prefixd.store.faults import StorageFault, storage_fault
 
 log = structlog.get_logger("prefixd")
 
 CATALOG_UNAVAILABLE = "the catalog cannot be reached; try again later"
+DISK_FULL = "the server's storage is full: delete what is not needed, or try again later"
+DISK_FAILED = "the server's storage cannot be used now; try again later"
 _OVERLOADED = "overloaded"
 _STORAGE_RETRY_S = 5.0
 _SHED_RETRY_S = 1.0
@@ -116,6 +128,13 @@ def storage_unavailable(message: str) -> Unavailable:
     return Unavailable(message, code="storage_unavailable", retry_after=_STORAGE_RETRY_S)
 
 
+def from_fault(fault: StorageFault) -> PrefixdError:
+    """The error for a failure of the disk, or of the database's."""
+    if fault is StorageFault.FULL:
+        return InsufficientStorage(DISK_FULL)
+    return storage_unavailable(DISK_FAILED)
+
+
 def from_store(error: StoreError) -> PrefixdError:
     """The error for an exception of the store."""
     match error:
@@ -123,6 +142,8 @@ def from_store(error: StoreError) -> PrefixdError:
             return Unprocessable(error.message, code=error.code, param=error.param)
         case BlobsUnavailable():
             return storage_unavailable(error.message)
+        case StorageFull():
+            return InsufficientStorage(error.message)
         case _ if type(error) in _REPORTED:
             reported, code = _REPORTED[type(error)]
             return reported(error.message, code=code)
@@ -196,6 +217,8 @@ def _from_failure(message: str, event: FinishEvent) -> PrefixdError:
     match event.error_code:
         case code if code == STORAGE_UNAVAILABLE:
             return storage_unavailable(message)
+        case code if code == STORAGE_FULL:
+            return InsufficientStorage(message)
         case code if code == PREFIX_NOT_FOUND:
             return NotFound(message, code=code)
         case code if code == PREFIX_REFUSED:
@@ -227,12 +250,24 @@ def install(app: FastAPI) -> None:
     async def on_store(request: Request, error: StoreError) -> JSONResponse:
         return error_response(from_store(error), request_id_of(request))
 
+    @app.exception_handler(OSError)
+    @app.exception_handler(DBAPIError)
+    async def on_storage(request: Request, error: OSError | DBAPIError) -> JSONResponse:
+        disk: DiskGuard = request.app.state.disk
+        fault = await run_in_threadpool(disk.fault_of, error)
+        if fault is None:
+            raise error
+        log.error("the storage failed", fault=fault.value, why=str(error).partition("\n")[0])
+        return error_response(from_fault(fault), request_id_of(request))
+
     @app.exception_handler(OperationalError)
     @app.exception_handler(InterfaceError)
     @app.exception_handler(PoolTimeout)
     async def on_database(request: Request, error: SQLAlchemyError) -> JSONResponse:
         if _is_bad_query(error):
             raise error
+        if isinstance(error, DBAPIError) and storage_fault(error) is not None:
+            return await on_storage(request, error)
         # The reason, which may name the database's address, is for the log.
         log.error("the catalog failed", why=str(error).partition("\n")[0])
         return error_response(storage_unavailable(CATALOG_UNAVAILABLE), request_id_of(request))

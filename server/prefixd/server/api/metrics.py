@@ -18,8 +18,10 @@ from prometheus_client import (
     generate_latest,
 )
 
+from prefixd.server.api.disk_metrics import DiskCollector
 from prefixd.server.api.engine_metrics import EngineCollector
 from prefixd.server.engine.stats import EngineStats
+from prefixd.store.disk import DiskGuard
 
 # The creation time of each series: 50 % more lines, and unused.
 disable_created_metrics()  # type: ignore[no-untyped-call]  # untyped
@@ -65,9 +67,10 @@ class TenantClass(StrEnum):
 class Metrics:
     """The metrics of one application, in its own registry."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], disk: DiskGuard) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(stats))
+        self.registry.register(DiskCollector(disk))
         self.http = Counter(
             "prefixd_http_requests",
             "HTTP requests answered.",

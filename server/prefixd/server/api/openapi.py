@@ -51,6 +51,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (500, "The server failed."),
         (503, "The server is starting, full or stopping."),
         (504, "The request's own timeout passed."),
+        (507, "The server's storage is full."),
     )
 }
 """Declared on every route with a key."""

@@ -14,7 +14,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.api.metrics import Endpoint, Metrics, Outcome, TenantClass
 from prefixd.server.engine.request import AdmittedRequest, FinishEvent, TokenEvent
-from prefixd.server.errors import DeadlineExceeded, PrefixdError, Unavailable
+from prefixd.server.errors import (
+    DeadlineExceeded,
+    InsufficientStorage,
+    PrefixdError,
+    Unavailable,
+)
 from prefixd.server.tenants.bindings import ChosenBy
 from prefixd.server.tenants.limiter import Grant, Limiter
 from prefixd.store.errors import BlobsUnavailable, CorruptArtifact, StoreError
@@ -60,7 +65,7 @@ def outcome_of(error: BaseException) -> Outcome:
     match error:
         case ClientGone() | asyncio.CancelledError() | GeneratorExit():
             return Outcome.ABORTED
-        case Unavailable() | BlobsUnavailable() | SQLAlchemyError():
+        case Unavailable() | InsufficientStorage() | BlobsUnavailable() | SQLAlchemyError():
             return Outcome.UNAVAILABLE
         case DeadlineExceeded():
             return Outcome.TIMEOUT

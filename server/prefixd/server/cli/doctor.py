@@ -1,6 +1,5 @@
 """``prefixd doctor``: whether this machine has what a server needs."""
 
-import tempfile
 from collections.abc import Callable
 
 import typer
@@ -38,9 +37,10 @@ def _result(check: Callable[[Settings], str], settings: Settings) -> dict[str, o
 
 
 def _check_data(settings: Settings) -> str:
-    settings.root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=settings.root):
-        return f"{settings.root} is writable"
+    from prefixd.server.serve.data_folder import check_data_folder
+
+    check_data_folder(settings.root)
+    return f"{settings.root} is writable"
 
 
 def _check_catalog(settings: Settings) -> str:

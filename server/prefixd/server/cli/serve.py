@@ -21,12 +21,14 @@ def serve(settings: Settings) -> None:
     import structlog
 
     from prefixd.server.serve import logging
+    from prefixd.server.serve.data_folder import check_data_folder
     from prefixd.server.serve.http import bind
     from prefixd.server.serve.shutdown import exit_on_sigterm, exit_process
 
     logging.configure(settings.log_level, settings.log_format)
     exit_on_sigterm()
     with reported_errors():
+        check_data_folder(settings.root)  # before torch is imported: that takes seconds
         listener = bind(settings.host, settings.port)
     with listener:
         structlog.get_logger("prefixd").info(

@@ -170,6 +170,9 @@ class OutOfMemory(Exception):
 STORAGE_UNAVAILABLE = "storage_unavailable"
 """The code of a failure that a retry may cure: the store or the catalog cannot be reached now."""
 
+STORAGE_FULL = "storage_full"
+"""The code of a failure by a full disk: the local copy of a prefix could not be written."""
+
 PREFIX_NOT_FOUND = "prefix_not_found"
 """The code of a failure of a prefix that was deleted since its request was admitted."""
 

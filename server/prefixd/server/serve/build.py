@@ -13,12 +13,12 @@ from pathlib import Path
 import structlog
 import torch
 from fastapi import FastAPI
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from prefixd.server.api.app import create_app
 from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.drain_state import DrainState
-from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE
+from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE, DISK_FAILED, DISK_FULL
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.prefixes.residency import pin_room
 from prefixd.server.api.served import ServedModel
@@ -28,6 +28,7 @@ from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.step import (
     PREFIX_NOT_FOUND,
     PREFIX_REFUSED,
+    STORAGE_FULL,
     STORAGE_UNAVAILABLE,
     PrefixUnavailable,
 )
@@ -44,14 +45,16 @@ from prefixd.server.model.prefix import StorePrefixSource
 from prefixd.server.model.runner import TorchRunner
 from prefixd.server.model.selfcheck import Limits, self_check
 from prefixd.server.model.tokenizer import Tokenizer
-from prefixd.server.serve.catalog import open_catalog
+from prefixd.server.serve.catalog import CatalogParts, open_catalog
 from prefixd.server.serve.lifespan import make_lifespan
 from prefixd.server.serve.settings import Settings
 from prefixd.server.serve.telemetry import open_tracer
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.artifact.artifact import Artifact, read_artifact
 from prefixd.store.artifact.config import BaseSpec, Kind
+from prefixd.store.disk import DiskGuard
 from prefixd.store.errors import ArtifactRefused, BlobsUnavailable, StoreError, UnknownPrefix
+from prefixd.store.faults import StorageFault
 from prefixd.store.gc import GcResult, Sweeper
 from prefixd.store.names import BlobKey
 from prefixd.store.store import PrefixStore
@@ -101,7 +104,7 @@ def build_server(settings: Settings) -> Server:
         base,
         self_check(base, block_size=config.block_size, prefill_chunk=config.max_prefill_chunk),
     )
-    engine = _engine(settings, config, base, catalog.store, served)
+    engine = _engine(settings, config, base, catalog, served)
     trace = open_tracer()
     drain_state = DrainState()
     room = pin_room(config, settings.max_pinned_tokens)
@@ -114,7 +117,8 @@ def build_server(settings: Settings) -> Server:
         idempotency=catalog.idempotency,
         engine=engine,
         served=served,
-        metrics=Metrics(engine.stats),
+        metrics=Metrics(engine.stats, catalog.disk),
+        disk=catalog.disk,
         drain_state=drain_state,
         pin_room=room,
         body_limits=BodyLimits(
@@ -134,6 +138,7 @@ def build_server(settings: Settings) -> Server:
             store=catalog.store,
             tenants=catalog.tenants,
             limiter=catalog.limiter,
+            disk=catalog.disk,
             fingerprint=base.fingerprint,
             pin_room=room,
             sweeper=_make_sweeper(settings, catalog.store, engine),
@@ -161,7 +166,7 @@ def _engine(
     settings: Settings,
     config: SchedulerConfig,
     base: LoadedBase,
-    store: PrefixStore,
+    catalog: CatalogParts,
     served: ServedModel,
 ) -> Engine:
     tokenizer = Tokenizer(base.tokenizer)
@@ -169,7 +174,9 @@ def _engine(
         config=config,
         runner=TorchRunner(base, num_blocks=config.num_blocks, block_size=config.block_size),
         source=StorePrefixSource(
-            open_artifact=_Artifacts(store, served), base=base, tokenizer=tokenizer
+            open_artifact=_Artifacts(catalog.store, served, catalog.disk),
+            base=base,
+            tokenizer=tokenizer,
         ),
         detokenizer=tokenizer.detokenizer,
         namespace=f"{base.fingerprint}:{settings.dtype}",
@@ -266,27 +273,42 @@ class _Artifacts:
     """Opens a stored artifact and validates it again, against the base served now. The tokens of a
     text are counted again: an earlier version of the server may have counted others."""
 
-    def __init__(self, store: PrefixStore, served: ServedModel) -> None:
+    def __init__(self, store: PrefixStore, served: ServedModel, disk: DiskGuard) -> None:
         self._store = store
         self._served = served
+        self._disk = disk
 
     def __call__(self, key: PrefixKey) -> Artifact:
         try:
             return self._read(key)
         except StoreError as error:
             raise PrefixUnavailable(error.message, code=_code_of(error)) from error
-        except SQLAlchemyError as error:
-            log.exception("the catalog failed")
-            raise PrefixUnavailable(CATALOG_UNAVAILABLE, code=STORAGE_UNAVAILABLE) from error
+        except (OSError, SQLAlchemyError) as error:
+            log.exception("the storage failed")
+            match self._disk.fault_of(error):
+                case StorageFault.FULL:
+                    raise PrefixUnavailable(DISK_FULL, code=STORAGE_FULL) from error
+                case StorageFault.FAILED:
+                    raise PrefixUnavailable(DISK_FAILED, code=STORAGE_UNAVAILABLE) from error
+                case None if isinstance(error, SQLAlchemyError):
+                    raise PrefixUnavailable(
+                        CATALOG_UNAVAILABLE, code=STORAGE_UNAVAILABLE
+                    ) from error
+            raise
 
     def _read(self, key: PrefixKey) -> Artifact:
         base = self._served.base
         path = self._store.fetch(tenant=key.tenant, digest=key.digest)
         artifact = read_artifact(path, base=base, count_tokens=self._served.count_prefix_tokens)
         if artifact.kind is Kind.HARD_PROMPT:
-            self._store.correct_count(
-                BlobKey(key.tenant, key.digest),
-                fingerprint=base.fingerprint,
-                num_virtual_tokens=artifact.num_virtual_tokens,
-            )
+            try:
+                self._store.correct_count(
+                    BlobKey(key.tenant, key.digest),
+                    fingerprint=base.fingerprint,
+                    num_virtual_tokens=artifact.num_virtual_tokens,
+                )
+            except DBAPIError as error:
+                if self._disk.fault_of(error) is None:
+                    raise
+                log.warning("a manifest was not corrected: the storage failed")
         return artifact

@@ -6,10 +6,14 @@ Imports neither torch nor FastAPI, so the command line opens it without a server
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+from sqlalchemy import Connection, event, make_url
 from sqlalchemy import Engine as Database
 
 from prefixd.server.errors import PrefixdError
+from prefixd.server.serve.data_folder import check_data_folder
 from prefixd.server.serve.settings import Settings
 from prefixd.server.tenants.audit import AuditLog
 from prefixd.server.tenants.bindings import Bindings
@@ -20,6 +24,7 @@ from prefixd.store.blobs.blobs import open_blobs
 from prefixd.store.copying import CopyResult, Place, copy_store
 from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import revision, upgrade
+from prefixd.store.disk import DiskGuard
 from prefixd.store.errors import StoreError
 from prefixd.store.store import PrefixStore
 
@@ -38,11 +43,19 @@ class CatalogParts:
     limiter: Limiter
     audit: AuditLog
     idempotency: Idempotency
+    disk: DiskGuard
 
 
 def open_catalog(settings: Settings) -> CatalogParts:
-    """Open the catalog and the blobs; create the tables and folders that are missing."""
+    """Open the catalog and the blobs; create the tables and folders that are missing.
+
+    Raises DataFolderRefused.
+    """
+    check_data_folder(settings.root)
+    disk = disk_guard(settings)
+    disk.make_room()
     database = open_database(settings.catalog_url)
+    event.listen(database, "begin", partial(_before_writing, disk))
     upgrade(database)
     return CatalogParts(
         database=database,
@@ -52,7 +65,28 @@ def open_catalog(settings: Settings) -> CatalogParts:
         limiter=Limiter(database),
         audit=AuditLog(database),
         idempotency=Idempotency(database),
+        disk=disk,
     )
+
+
+def disk_guard(settings: Settings) -> DiskGuard:
+    """The guard of the disks that the settings write to. A catalog on PostgreSQL is on none of
+    them, and needs no reserve here."""
+    folders = {"data": settings.root}
+    blobs = settings.root / "blobs"
+    if blobs.is_dir():  # it may be another disk, mounted there
+        folders["blobs"] = blobs
+    file = make_url(settings.catalog_url)
+    local = file.get_backend_name() == "sqlite" and file.database
+    reserve = Path(file.database).parent if local and file.database else None
+    if reserve is not None and reserve != settings.root:
+        folders["catalog"] = reserve
+    return DiskGuard(folders, min_free=settings.min_free_bytes, reserve=reserve)
+
+
+def _before_writing(disk: DiskGuard, connection: Connection) -> None:
+    if connection.get_execution_options().get("prefixd_write"):
+        disk.make_room()
 
 
 def parse_scopes(words: Sequence[str]) -> Collection[Scope]:

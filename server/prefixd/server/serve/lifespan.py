@@ -16,6 +16,7 @@ from prefixd.server.serve.pin_sync import PinSync
 from prefixd.server.tenants.limiter import RENEW_EVERY_S, Limiter
 from prefixd.server.tenants.quotas import PinRoom
 from prefixd.server.tenants.registry import Tenants
+from prefixd.store.disk import DiskGuard, DiskWatch
 from prefixd.store.gc import Sweeper
 from prefixd.store.store import PrefixStore
 
@@ -28,13 +29,15 @@ def make_lifespan(
     store: PrefixStore,
     tenants: Tenants,
     limiter: Limiter,
+    disk: DiskGuard,
     fingerprint: str,
     pin_room: PinRoom,
     sweeper: Sweeper | None = None,
     trace: Tracer | None = None,
     database: Database | None = None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    """A lifespan that runs the engine, pin sync, lease renewal and ``sweeper``, and at the end
+    """A lifespan that runs the engine, pin sync, lease renewal, the watch over the disk and
+    ``sweeper``, and at the end
     closes ``trace`` and ``database``. ``fingerprint`` is the served base's."""
 
     @asynccontextmanager
@@ -49,6 +52,8 @@ def make_lifespan(
             resident_caps=tenants.resident_caps,
         )
         pin_sync.start()
+        disk_watch = DiskWatch(disk)
+        disk_watch.start()
         renewing = asyncio.create_task(_renew_leases(limiter))
         if sweeper is not None:
             sweeper.start()
@@ -59,6 +64,7 @@ def make_lifespan(
             if sweeper is not None:
                 sweeper.stop()
             pin_sync.stop()
+            disk_watch.stop()
             engine.stop()
             if trace is not None:
                 trace.close()

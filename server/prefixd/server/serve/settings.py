@@ -21,7 +21,14 @@ LogFormat = Literal["console", "json"]
 
 SETTING_GROUPS = {
     "Model": ("device", "dtype", "model", "served_model_name", "threads"),
-    "Storage": ("blobs_url", "data_dir", "database_url", "gc_grace", "gc_interval"),
+    "Storage": (
+        "blobs_url",
+        "data_dir",
+        "database_url",
+        "gc_grace",
+        "gc_interval",
+        "min_free_bytes",
+    ),
     "KV memory": (
         "block_size",
         "host_kv_tokens",
@@ -59,6 +66,7 @@ COMPUTED_DEFAULTS = {
     "max_request_seconds": "no limit",
     "max_resident_tokens": "as many as fit",
     "max_waiting_tokens": "eight times kv_tokens",
+    "min_free_bytes": "256 MiB, or 5 % of the disk where that is less",
     "served_model_name": "taken from the model",
     "threads": "torch's choice",
 }
@@ -112,6 +120,12 @@ class Settings(BaseSettings):
     )
     gc_interval: float = Field(
         default=3600.0, gt=0, description="Seconds between two background collections."
+    )
+    min_free_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="Bytes to keep free on the disk of the data folder: with less, uploads and "
+        "imports are refused, and everything else works. 0 is no limit.",
     )
     block_size: int = Field(
         default=16, ge=1, le=1024, description="Token positions in one KV block."

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
+import structlog
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError
 from starlette.responses import Response
 
 from prefixd.server.api.body import json_body, json_request
@@ -39,10 +41,15 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import Event, FinishEvent, FinishReason, QueueFull, TokenEvent
 from prefixd.server.errors import Unavailable
-from prefixd.server.tenants.limiter import Limiter
+from prefixd.server.tenants.limiter import Grant, Limiter
 from prefixd.server.tenants.principal import Principal
+from prefixd.server.tenants.quotas import Quota
+from prefixd.store.disk import DiskGuard
+from prefixd.store.faults import StorageFault, storage_fault
 
 router = APIRouter(prefix="/v1", tags=["generation"])
+
+log = structlog.get_logger("prefixd")
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnected first. It is only logged."""
@@ -58,6 +65,7 @@ class GenerationService:
     admission: Admission
     engine: Engine
     limiter: Limiter
+    disk: DiskGuard
     drain_state: DrainState
     served: ServedModel
     metrics: Metrics
@@ -139,11 +147,26 @@ class GenerationService:
     ) -> Admitted:
         """Admit a request and charge its prompt. Blocking."""
         admitted = admit()
-        recorder.grant = self.limiter.admit(
-            principal.tenant, principal.quota, tokens=admitted.prompt_tokens
-        )
+        recorder.grant = self._grant(principal, tokens=admitted.prompt_tokens)
         recorder.record.admitted = admitted
         return admitted
+
+    def _grant(self, principal: Principal, *, tokens: int) -> Grant:
+        """Take a request and its prompt from the tenant's limits. Raises RateLimited.
+
+        On a full disk they cannot be counted: the request runs, as generation needs no room.
+        """
+        for _ in range(2):  # the first failure frees the reserve, with which the second has room
+            try:
+                return self.limiter.admit(principal.tenant, principal.quota, tokens=tokens)
+            except DBAPIError as error:
+                if (
+                    storage_fault(error) is None
+                    or self.disk.fault_of(error) is not StorageFault.FULL
+                ):
+                    raise
+        log.warning("the disk is full: a request was not counted", tenant=principal.tenant)
+        return Grant(principal.tenant, Quota())
 
 
 def _headers(admitted: Admitted, recorder: RequestRecorder) -> dict[str, str]:

@@ -5,27 +5,25 @@ refused there and not after gigabytes.
 """
 
 import re
-import tempfile
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import Request
-from fastapi.concurrency import run_in_threadpool
 from python_multipart import MultipartParser
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import parse_options_header
 
-from prefixd.server.api.body import capped
+from prefixd.server.api.body import FLUSH_BYTES, Spool, capped
 from prefixd.server.errors import BadRequest, TooLarge
 from prefixd.store.artifact.config import MAX_CONFIG_BYTES
+from prefixd.store.disk import DiskGuard
 
 SMALL_PART_BYTES = MAX_CONFIG_BYTES
 """Most bytes of a part that is kept in memory."""
 
 _FRAMING_BYTES = 64 * 1024
-_FLUSH_BYTES = 1024 * 1024
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{1,70}")
 
 
@@ -43,17 +41,24 @@ class Upload:
 
 @asynccontextmanager
 async def received(
-    request: Request, *, small: tuple[str, ...], file: str, folder: Path, limit: int
+    request: Request,
+    *,
+    small: tuple[str, ...],
+    file: str,
+    folder: Path,
+    disk: DiskGuard,
+    limit: int,
 ) -> AsyncIterator[Upload]:
     """Receive the parts named ``small`` and the part ``file`` of at most ``limit`` bytes.
 
-    ``folder`` must exist. Raises BadRequest for another upload, TooLarge for one over a limit.
+    ``folder`` must exist. Raises BadRequest for another upload, TooLarge for one over a limit,
+    StorageFull.
     """
     _, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary", b"")
     if _BOUNDARY.fullmatch(boundary) is None:
         raise BadRequest("expected a multipart body with a boundary of 1 to 70 characters")
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="upload-") as target:
+    async with Spool(folder, disk) as spool:
         parts = _Parts(small, file, limit)
         parser = parts.parser(boundary)
         total = limit + len(small) * SMALL_PART_BYTES + _FRAMING_BYTES
@@ -62,15 +67,12 @@ async def received(
                 parser.write(chunk)
             except MultipartParseError as error:
                 raise BadRequest(f"the multipart body is malformed: {error}") from error
-            if len(parts.pending) >= _FLUSH_BYTES:
-                await run_in_threadpool(target.write, parts.pending)
-                parts.pending.clear()
+            await spool.take(parts.pending, at_least=FLUSH_BYTES)
         if not parts.complete:
             raise BadRequest("the multipart body ends before its closing boundary")
-        await run_in_threadpool(target.write, parts.pending)
-        target.flush()
+        await spool.take(parts.pending)
         small_parts = {name: bytes(data) for name, data in parts.received.items() if name != file}
-        yield Upload(parts=small_parts, file=Path(target.name), names=frozenset(parts.received))
+        yield Upload(parts=small_parts, file=spool.path, names=frozenset(parts.received))
 
 
 @dataclass(slots=True)

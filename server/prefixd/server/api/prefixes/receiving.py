@@ -34,6 +34,7 @@ from prefixd.server.errors import BadRequest, TooLarge, Unprocessable
 from prefixd.server.tenants.principal import Principal
 from prefixd.store.artifact.artifact import MAX_LINE_BYTES, read_envelope
 from prefixd.store.catalog.transaction import CatalogTransaction
+from prefixd.store.disk import DiskGuard
 from prefixd.store.store import PrefixStore, Published
 
 Begin = Callable[[], AbstractContextManager[tuple[CatalogTransaction, Published]]]
@@ -96,6 +97,7 @@ class Target:
     store: PrefixStore
     served: ServedModel
     limits: BodyLimits
+    disk: DiskGuard
     principal: Principal
 
     def options(self) -> dict[str, Any]:
@@ -133,6 +135,7 @@ async def _receive_parts(request: Request, target: Target) -> AsyncIterator[Rece
         small=("config", "metadata"),
         file="weights",
         folder=limits.upload_dir,
+        disk=target.disk,
         limit=limits.max_prefix_bytes,
     ) as upload:
         config, metadata, task_id = _parse_parts(upload)
@@ -164,7 +167,7 @@ async def _receive_text(request: Request, target: Target) -> AsyncIterator[Recei
 async def _receive_artifact(request: Request, target: Target) -> AsyncIterator[Received]:
     limits = target.limits
     limit = limits.max_prefix_bytes + MAX_LINE_BYTES
-    async with spooled(request, limit, folder=limits.upload_dir) as file:
+    async with spooled(request, limit, folder=limits.upload_dir, disk=target.disk) as file:
         envelope = await run_in_threadpool(read_envelope, file)
         if envelope.payload_bytes > limits.max_prefix_bytes:
             raise TooLarge(

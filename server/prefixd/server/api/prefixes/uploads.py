@@ -16,9 +16,11 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
+from prefixd.server.api.body import declared_bytes
 from prefixd.server.api.dependencies import (
     Acting,
     BodyLimitsDep,
+    DiskDep,
     DrainStateDep,
     EngineDep,
     IdempotencyDep,
@@ -76,6 +78,7 @@ async def put_prefix(
     idempotency: IdempotencyDep,
     limiter: LimiterDep,
     limits: BodyLimitsDep,
+    disk: DiskDep,
     drain_state: DrainStateDep,
     principal: Writer,
     actor: Acting,
@@ -96,7 +99,10 @@ async def put_prefix(
         actor=actor,
         key=idempotency_key,
     )
-    target = Target(name=name, store=store, served=served, limits=limits, principal=principal)
+    await run_in_threadpool(disk.check, declared_bytes(request))
+    target = Target(
+        name=name, store=store, served=served, limits=limits, disk=disk, principal=principal
+    )
     async with receive(request, target) as (begin, content):
         replay, replayed = await run_in_threadpool(publish, begin, content)
     response.status_code = replay.status

@@ -7,13 +7,14 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
-from prefixd.server.api.body import StrictModel, capped, parse_json
+from prefixd.server.api.body import StrictModel, capped, declared_bytes, parse_json
 from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.bindings import Bindings, check_user
 from prefixd.server.tenants.principal import Actor
 from prefixd.store.artifact.config import BaseSpec
 from prefixd.store.catalog.manifests import check_base
 from prefixd.store.catalog.reference_locks import lock_references
+from prefixd.store.disk import DiskGuard
 from prefixd.store.errors import BaseMismatch, InvalidReference, UnknownPrefix
 from prefixd.store.store import PrefixStore
 
@@ -40,6 +41,7 @@ class BindingImport:
         base: BaseSpec,
         bindings: Bindings,
         max_bytes: int,
+        disk: DiskGuard,
         tenant: str,
         actor: Actor,
     ) -> None:
@@ -47,6 +49,7 @@ class BindingImport:
         self._base = base
         self._bindings = bindings
         self._max_bytes = max_bytes
+        self._disk = disk
         self._tenant = tenant
         self._actor = actor
         self._known: dict[str, tuple[str, int]] = {}
@@ -54,7 +57,9 @@ class BindingImport:
         self._written = 0
 
     async def run(self, request: Request) -> int:
-        """Import the body; the number of its bindings. Raises BadRequest naming the bad line."""
+        """Import the body; the number of its bindings. Raises BadRequest naming the bad line,
+        StorageFull."""
+        await run_in_threadpool(self._disk.check, declared_bytes(request))
         batch: list[bytes] = []
         try:
             async for line in _lines(capped(request, self._max_bytes)):
@@ -74,6 +79,7 @@ class BindingImport:
         return self._written
 
     def _write(self, lines: list[bytes]) -> None:
+        self._disk.check()
         pairs, resolved = [], {}
         for line in lines:
             self._read += 1

@@ -14,6 +14,7 @@ from prefixd.server.api.dependencies import (
     Acting,
     BindingsDep,
     BodyLimitsDep,
+    DiskDep,
     Reader,
     ServedDep,
     StoreDep,
@@ -122,6 +123,7 @@ async def import_bindings(
     served: ServedDep,
     bindings: BindingsDep,
     limits: BodyLimitsDep,
+    disk: DiskDep,
     principal: Writer,
     actor: Acting,
 ) -> ImportResponse:
@@ -141,6 +143,7 @@ async def import_bindings(
         base=served.base,
         bindings=bindings,
         max_bytes=limits.max_import_bytes,
+        disk=disk,
         tenant=principal.tenant,
         actor=actor,
     )

@@ -1,0 +1,76 @@
+"""The data folder: checked before anything is loaded, with a message for each way it can fail."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefixd.store.errors import DataFolderRefused
+from prefixd.store.faults import StorageFault, storage_fault
+from prefixd.store.files import make_directories
+
+_WRITTEN = ("catalog.sqlite3", "catalog.sqlite3-wal", "catalog.sqlite3-shm", "blobs", "uploads")
+
+
+def check_data_folder(root: Path) -> None:
+    """Make the data folder where it is missing, in a folder that exists. A full disk is accepted.
+
+    Raises DataFolderRefused with what was expected and what was found.
+    """
+    if not root.is_dir():
+        _make(root)
+    try:
+        with tempfile.TemporaryFile(dir=root, prefix=".check-"):
+            pass
+    except OSError as error:
+        if storage_fault(error) is not StorageFault.FULL:
+            raise DataFolderRefused(_expected(root, _found(root, error))) from error
+    for path in _unwritable(root):
+        owned = f"{path.name} in it belongs to user {path.stat().st_uid}"
+        raise DataFolderRefused(_expected(root, f"{owned}, and this is user {os.geteuid()}"))
+
+
+def _make(root: Path) -> None:
+    if root.exists():
+        raise DataFolderRefused(_expected(root, "it is a file"))
+    if root.is_symlink():
+        raise DataFolderRefused(
+            _expected(root, f"it is a link to {root.readlink()}, which is gone")
+        )
+    if not root.parent.is_dir():
+        # Not made: where a disk is not mounted, an empty store would take the place of its own.
+        found = f"there is no folder {root.parent} to make it in (is its disk mounted?)"
+        raise DataFolderRefused(_expected(root, found))
+    try:
+        make_directories(root)
+    except OSError as error:
+        raise DataFolderRefused(_expected(root, _found(root.parent, error))) from error
+
+
+def _unwritable(root: Path) -> Iterator[Path]:
+    for name in _WRITTEN:
+        path = root / name
+        if path.exists() and not os.access(path, os.W_OK):
+            yield path
+
+
+def _expected(root: Path, found: str) -> str:
+    return f"expected the data folder {root} (PREFIXD_DATA_DIR) to be writable; {found}"
+
+
+def _found(folder: Path, error: OSError) -> str:
+    match error.errno:
+        case errno.EROFS:
+            return f"the disk of {folder} is mounted read-only"
+        case errno.EACCES | errno.EPERM:
+            return f"{folder} belongs to user {_owner(folder)}, and this is user {os.geteuid()}"
+        case _:
+            return f"{folder}: {error.strerror}"
+
+
+def _owner(folder: Path) -> str:
+    try:
+        return str(folder.stat().st_uid)
+    except OSError:
+        return "unknown"
