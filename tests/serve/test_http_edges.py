@@ -167,3 +167,40 @@ def test_both_framings_are_refused_even_if_the_parser_accepts_them(version: str)
         assert error.code == "invalid_http"
     check_head(b"/", [(b"transfer-encoding", b"\tChunked ")], "1.1")
     check_head(b"/", [(b"content-length", b"3")], version)
+
+
+def test_dot_segments_are_no_route_and_need_a_key(world: World) -> None:
+    key = b"authorization: Bearer " + world.keys["acme"].encode() + b"\r\n"
+    targets = (
+        b"/v1/./models",
+        b"/v1/users/../models",
+        b"/v1/users/./prefix",
+        b"/./v1/models",
+        b"/v1/../v1/models",
+        b"/v1/../health/live",
+        b"/health/../v1/models",
+        b"http://other/v1/models/",
+    )
+
+    async def scenario(port: int) -> None:
+        for target in targets:
+            head = b"GET " + target + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+            check_refusal(await answer_to(port, head + b"\r\n"), 401, "missing_api_key")
+            check_refusal(await answer_to(port, head + key + b"\r\n"), 404, "unknown_route")
+
+    serve(world, 30, scenario)
+
+
+def test_head_has_no_body(world: World) -> None:
+    async def scenario(port: int) -> None:
+        for path in (b"/health/live", b"/health/ready", b"/metrics", b"/openapi.json"):
+            head = b"HEAD " + path + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+            status, headers, body = await answer_to(port, head)
+            assert (status, body) == (200, b""), path
+            assert int(headers["content-length"]) > 0
+
+    world.engine.start()
+    try:
+        serve(world, 30, scenario)
+    finally:
+        world.engine.stop()

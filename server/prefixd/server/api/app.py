@@ -20,8 +20,9 @@ from prefixd.server.api.prefixes import models as model_routes
 from prefixd.server.api.prefixes import residency as residency_routes
 from prefixd.server.api.prefixes import routes as prefix_routes
 from prefixd.server.api.prefixes import uploads as upload_routes
-from prefixd.server.api.query import known_query
+from prefixd.server.api.query import check_url
 from prefixd.server.api.request_record import Tracer
+from prefixd.server.api.routing import Unrouted
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.users import routes as user_routes
 from prefixd.server.engine.engine import Engine
@@ -78,6 +79,7 @@ def create_app(
         description="One frozen base model, many swappable prefixes. OpenAI-compatible.",
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,
         swagger_ui_oauth2_redirect_url=None,
         # FastAPI's own traces hold paths, and with them users and prefixes.
         telemetry={"tracing": False, "metrics": False, "logs": False},
@@ -119,9 +121,13 @@ def create_app(
     for router in KEYED:
         app.include_router(
             router,
-            dependencies=[Depends(authenticated), Depends(known_query)],
+            dependencies=[Depends(authenticated), Depends(check_url)],
             responses=openapi.ERRORS,
         )
+    routers = (*PUBLIC, *KEYED)
+    app.router.routes.append(
+        Unrouted([*app.routes, *(route for router in routers for route in router.routes)])
+    )
     error_responses.install(app)
     openapi.install(app)
     app.add_middleware(

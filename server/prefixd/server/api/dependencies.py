@@ -79,6 +79,11 @@ async def authenticated(
     return principal
 
 
+async def authenticate_request(request: Request) -> Principal:
+    """``authenticated``, of a request that no route takes."""
+    return await authenticated(request, request.app.state.tenants, await _bearer(request))
+
+
 def requires(scope: Scope) -> Callable[[Principal], Awaitable[Principal]]:
     """A dependency that raises Forbidden for a key without ``scope``."""
 

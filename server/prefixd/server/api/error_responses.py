@@ -20,7 +20,6 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from starlette.exceptions import HTTPException
 
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.engine.request import FinishEvent, FinishReason, QueueFull
@@ -36,7 +35,6 @@ from prefixd.server.errors import (
     DeadlineExceeded,
     EngineFailure,
     InsufficientStorage,
-    MethodNotAllowed,
     NotFound,
     PrefixdError,
     Unavailable,
@@ -284,10 +282,6 @@ def install(app: FastAPI) -> None:
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         return error_response(from_validation(error.errors()), request_id_of(request))
 
-    @app.exception_handler(HTTPException)
-    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
-        return error_response(_from_http(error, request), request_id_of(request), error.headers)
-
 
 def _is_bad_query(error: SQLAlchemyError) -> bool:
     """Whether the query is wrong and not the database unavailable: SQLite has one class for a bad
@@ -295,14 +289,3 @@ def _is_bad_query(error: SQLAlchemyError) -> bool:
     cause = error.orig if isinstance(error, DBAPIError) else None
     name = getattr(cause, "sqlite_errorname", None)  # absent where Python itself raised
     return isinstance(cause, sqlite3.Error) and name == "SQLITE_ERROR"
-
-
-def _from_http(error: HTTPException, request: Request) -> PrefixdError:
-    """Routing's own errors: unknown path, wrong method."""
-    match error.status_code:
-        case HTTPStatus.NOT_FOUND:
-            return NotFound("no such route; see /docs", code="unknown_route")
-        case HTTPStatus.METHOD_NOT_ALLOWED:
-            return MethodNotAllowed(f"the method {request.method} is not allowed here; see /docs")
-        case _:
-            return BadRequest(str(error.detail))

@@ -36,8 +36,8 @@ def request_id_for(headers: Iterable[tuple[bytes, bytes]]) -> str:
 
 
 class RequestLayer:
-    """Gives each request an id, ends requests whose body arrives too slowly, logs one line, and
-    responds to an uncaught exception with a 500 without its details."""
+    """Gives each request an id, answers HEAD as GET, ends requests whose body arrives too slowly,
+    logs one line, and responds to an uncaught exception with a 500 without its details."""
 
     def __init__(
         self,
@@ -64,12 +64,17 @@ class RequestLayer:
         start = time.perf_counter()
         request_id = request_id_for(scope["headers"])
         state = scope.setdefault("state", {})
-        state |= {"request_id": request_id, "status": None}
+        is_head = scope["method"] == "HEAD"
+        state |= {"request_id": request_id, "status": None, "is_head": is_head}
+        if is_head:  # answered as GET; a copy, since the server skips the body by its own
+            scope = {**scope, "method": "GET"}
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 state["status"] = message["status"]
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            elif is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         body = ReceiveTimeout(self._body_timeout, self._min_body_rate, receive)
@@ -99,7 +104,9 @@ class RequestLayer:
     def _report(self, scope: Scope, seconds: float) -> None:
         state = scope["state"]
         route = getattr(scope.get("route"), "path", None) or "unknown"
-        method = scope["method"] if scope["method"] in _METHODS else "OTHER"
+        method = "HEAD" if state["is_head"] else scope["method"]
+        if method not in _METHODS:
+            method = "OTHER"
         # No status: the client disconnected before the response began.
         status = state["status"] or 499
         self._metrics.http.labels(method, route, str(status)).inc()

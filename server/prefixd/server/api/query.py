@@ -1,4 +1,4 @@
-"""Query parameters: a route takes those that it declares, each once, and no others."""
+"""Paths as the route has them, and query parameters as it declares them, each once."""
 
 from collections.abc import Iterator
 from typing import get_origin
@@ -6,16 +6,19 @@ from typing import get_origin
 from fastapi import Request
 from fastapi.dependencies.models import Dependant
 
+from prefixd.server.api.routing import check_path, check_query
 from prefixd.server.errors import BadRequest
 
 _SHOWN = 80
 
 
-async def known_query(request: Request) -> None:
-    """A dependency that raises BadRequest for a parameter that the route does not declare, and for
-    one that came several times unless it is declared as a list."""
+async def check_url(request: Request) -> None:
+    """A dependency that checks the path, and raises BadRequest for a query parameter that the route
+    does not declare, and for one that came several times unless it is declared as a list."""
+    check_path(request.scope)
     if not request.query_params:
         return
+    check_query(request.scope)
     declared = dict(_declared(request.scope["route"].dependant))
     received = [name for name, _ in request.query_params.multi_items()]
     for name in received:

@@ -1,9 +1,12 @@
 """/v1/prefixes: listing, versions, stored artifacts, aliases and delete."""
 
+import os
 from http import HTTPStatus
+from pathlib import Path as FilePath
+from stat import S_IFREG
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Path, Query
+from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import FileResponse
 from pydantic import BeforeValidator
 from starlette.datastructures import Headers
@@ -11,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from prefixd.server.api.body import StrictModel, json_body, json_request
 from prefixd.server.api.dependencies import Acting, EngineDep, Reader, ServedDep, StoreDep, Writer
+from prefixd.server.api.generate.resolver import check_intact
 from prefixd.server.api.prefixes.schemas import (
     PrefixList,
     PrefixManifest,
@@ -23,6 +27,7 @@ from prefixd.server.tenants.bindings import check_unbound
 from prefixd.store.artifact.config import MAX_LABELS
 from prefixd.store.artifact.strict import shown
 from prefixd.store.names import MAX_VERSION
+from prefixd.store.store import Manifest
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 
@@ -77,10 +82,13 @@ class AliasTarget(StrictModel):
 
 
 class StoredFile(FileResponse):
-    """Starlette's, but an invalid Range is refused with our error body, not in plain text."""
+    """Starlette's, but an invalid Range is refused with our error body, not in plain text. For HEAD
+    nothing is read: ``path`` may be missing if ``stat_result`` is there."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the file. Raises BadRequest and RangeNotSatisfiable before anything is sent."""
+        if scope["state"]["is_head"]:
+            scope = {**scope, "method": "HEAD"}
 
         async def refuse_or_send(message: Message) -> None:
             match message.get("status"):
@@ -128,9 +136,13 @@ def list_prefixes(
     )
 
 
-@router.get("/{reference}", response_model=PrefixShown)
+@router.get("/{name}", response_model=PrefixShown)
 def get_prefix(
-    reference: str, store: StoreDep, engine: EngineDep, served: ServedDep, principal: Reader
+    reference: Annotated[str, Path(alias="name", description="`name`, `name@3` or `name@alias`.")],
+    store: StoreDep,
+    engine: EngineDep,
+    served: ServedDep,
+    principal: Reader,
 ) -> PrefixShown:
     """The version that `name`, `name@3` or `name@alias` means now.
 
@@ -210,17 +222,34 @@ def delete_version(
     responses={200: {"content": {"application/octet-stream": {}}}},
 )
 def get_content(
-    name: str, version: Version, store: StoreDep, served: ServedDep, principal: Reader
+    *,
+    request: Request,
+    name: str,
+    version: Version,
+    store: StoreDep,
+    served: ServedDep,
+    principal: Reader,
 ) -> StoredFile:
     """The stored artifact, byte for byte; its SHA-256 is the digest."""
     manifest = store.manifest(tenant=principal.tenant, name=name, version=version, base=served.base)
-    path = store.fetch(tenant=principal.tenant, digest=manifest.digest)
+    path = FilePath()
+    if request.state.is_head:
+        check_intact(manifest)
+    else:
+        path = store.fetch(tenant=principal.tenant, digest=manifest.digest)
     return StoredFile(
         path,
         media_type="application/octet-stream",
         filename=f"{manifest.name}-{manifest.version}.prefix",
         headers={"x-prefixd-prefix-digest": manifest.digest},
+        stat_result=_stat(manifest),
     )
+
+
+def _stat(manifest: Manifest) -> os.stat_result:
+    """The headers of a stored file, from the catalog: equal for every copy of it."""
+    at = int(manifest.created_at.timestamp())
+    return os.stat_result((S_IFREG, 0, 0, 1, 0, 0, manifest.size_bytes, at, at, at))
 
 
 @router.put(
