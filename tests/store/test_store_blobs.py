@@ -140,20 +140,35 @@ def test_a_deleted_blob_is_not_found_and_can_be_uploaded_again(place: Place, blo
 
 
 def test_files_of_interrupted_uploads_are_removed_and_blobs_are_kept(
-    place: Place, blobs: Blobs
+    place: Place, blobs: Blobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(blobs)
-    left = blobs.staging()
-    staged = left.__enter__()
-    staged.write_bytes(b"half")
-    if place.url:
-        place.write(".staging/1f", b"half")
-    blobs.tidy(before=datetime.now(UTC) - timedelta(minutes=1))
-    assert staged.exists()
-    blobs.tidy(before=datetime.now(UTC) + timedelta(minutes=1))
-    assert not staged.exists()
+    with blobs.staging() as running:
+        running.write_bytes(b"half")
+        names = [str(running.with_name("left"))]
+        Path(names[0]).write_bytes(b"half")
+        if place.url:
+            place.write(".staging/1f", b"half")
+            assert list(blobs.interrupted()) == names  # it may still get its name
+            monkeypatch.setattr(s3_blobs, "STAGED_LIFETIME", timedelta(minutes=-1))
+            names += [f"{place.url}/.staging/1f"]
+        assert list(blobs.interrupted()) == names
+        blobs.tidy(before=datetime.now(UTC) - timedelta(minutes=1))
+        assert list(blobs.interrupted()) == []
+        assert running.exists()
+        assert not Path(names[0]).exists()
     assert place.names() == [KEY.place]
     assert blobs.fetch(tenant="acme", digest=DIGEST).read_bytes() == CONTENT
+
+
+def test_local_copies_that_were_not_used_are_removed(s3_url: str, tmp_path: Path) -> None:
+    blobs = open_blobs(s3_url, tmp_path)
+    put(blobs)
+    copy = blobs.fetch(tenant="acme", digest=DIGEST)
+    blobs.tidy(before=datetime.now(UTC) - timedelta(minutes=1))
+    assert copy.exists()
+    blobs.tidy(before=datetime.now(UTC) + timedelta(minutes=1))
+    assert not copy.exists()
 
 
 @pytest.mark.parametrize("tenant", ["", ".", "..", ".tmp", "a/b", "../x", "a\0b", "a\n", "é"])

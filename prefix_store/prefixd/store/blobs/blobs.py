@@ -5,21 +5,28 @@ each tenant what the other has.
 
 ``LocalBlobs`` lays them out as::
 
-    root/.tmp/4f1c…               being written; after a crash it is an upload never acknowledged
+    root/.tmp/4f1c…               being written, locked; unlocked: an interrupted upload
     root/acme/3a/3a7bd3e2…        a blob of tenant acme: link of a temporary file, never overwritten
     root/.quarantine/acme/3a/3a…  the bytes of a blob that no longer had its digest
 """
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from prefixd.store.errors import BlobStoreRefused
-from prefixd.store.files import fsync_directory, make_directories, remove_older, sha256_of
+from prefixd.store.errors import BlobStoreRefused, CorruptArtifact
+from prefixd.store.files import (
+    IrregularFile,
+    file_in_progress,
+    fsync_directory,
+    interrupted,
+    make_directories,
+    remove_interrupted,
+    sha256_of,
+)
 from prefixd.store.names import BlobKey, corrupt, missing
 
 
@@ -58,9 +65,21 @@ class Blobs(Protocol):
     def walk(self) -> Iterator[tuple[BlobKey, int]]:
         """Every blob and its size in bytes, in no order."""
 
+    def measure(self, *, tenant: str, digest: str) -> tuple[int, str]:
+        """The size in bytes and the digest of what is stored as this blob, read now, no copy.
+
+        Raises UnknownPrefix when there is none, CorruptArtifact when it is not a regular file.
+        """
+
+    def quarantined(self) -> Iterator[BlobKey]:
+        """The blobs of which corrupt bytes are kept."""
+
+    def interrupted(self) -> Iterator[str]:
+        """The names of uploads and downloads in progress whose process has ended."""
+
     def tidy(self, *, before: datetime) -> None:
-        """Remove what no upload or load has used since ``before``: interrupted uploads, local
-        copies of remote blobs."""
+        """Remove interrupted uploads and downloads, and the local copies of remote blobs that were
+        not used since ``before``."""
 
 
 def open_blobs(url: str | None, root: Path) -> Blobs:
@@ -94,11 +113,8 @@ class LocalBlobs:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        path = self._staging / secrets.token_hex(16)
-        try:
+        with file_in_progress(self._staging) as (path, _):
             yield path
-        finally:
-            path.unlink(missing_ok=True)
 
     def put(self, source: Path, *, tenant: str, digest: str) -> None:
         target = self._root / BlobKey(tenant, digest).place
@@ -142,8 +158,29 @@ class LocalBlobs:
                 if key is not None:
                     yield key, path.stat().st_size
 
+    def measure(self, *, tenant: str, digest: str) -> tuple[int, str]:
+        path = self._root / BlobKey(tenant, digest).place
+        try:
+            return path.stat().st_size, sha256_of(path)
+        except FileNotFoundError:
+            raise missing(digest) from None
+        except IrregularFile as error:
+            raise CorruptArtifact(str(error)) from error
+
+    def quarantined(self) -> Iterator[BlobKey]:
+        folder = self._root / ".quarantine"
+        for path in folder.glob("*/*/*"):
+            key = BlobKey.at(path.relative_to(folder).as_posix())
+            if key is not None:
+                yield key
+
+    def interrupted(self) -> Iterator[str]:
+        for path in interrupted(self._staging):
+            yield str(path)
+
     def tidy(self, *, before: datetime) -> None:
-        remove_older(self._staging, before=before)
+        del before  # it has no copies
+        remove_interrupted(self._staging)
 
 
 def _linked(source: Path, target: Path) -> bool:

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from logging import getLogger
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
@@ -28,11 +29,24 @@ from prefixd.store.errors import (
     BlobsUnavailable,
     CorruptArtifact,
 )
-from prefixd.store.files import make_directories, remove_older, sha256_of
+from prefixd.store.files import (
+    file_in_progress,
+    interrupted,
+    make_directories,
+    remove_interrupted,
+    remove_older,
+    sha256_of,
+)
 from prefixd.store.names import BlobKey, corrupt, missing
+
+if TYPE_CHECKING:  # its stubs only
+    from obstore import Bytes, ObjectMeta
 
 SINGLE_PUT_BYTES = 8 * 1024 * 1024
 """Larger blobs are uploaded in parts, so that none is in memory as a whole."""
+
+STAGED_LIFETIME = timedelta(hours=1)
+"""An upload names its staged object within seconds; an older one belongs to an interrupted one."""
 
 _READ_BYTES = 1024 * 1024
 _PARTS = 2  # in memory at once, of 5 MiB each
@@ -76,11 +90,8 @@ class S3Blobs:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        path = self._staging / secrets.token_hex(16)
-        try:
+        with file_in_progress(self._staging) as (path, _):
             yield path
-        finally:
-            path.unlink(missing_ok=True)
 
     @_reached()
     def put(self, source: Path, *, tenant: str, digest: str) -> None:
@@ -118,21 +129,54 @@ class S3Blobs:
         (self._local / place).unlink(missing_ok=True)
 
     def walk(self) -> Iterator[tuple[BlobKey, int]]:
-        with _reached():
-            for page in obstore.list(self._store):
-                for entry in page:
-                    key = BlobKey.at(entry["path"])
-                    if key is not None:
-                        yield key, entry["size"]
+        for entry in self._list():
+            key = BlobKey.at(entry["path"])
+            if key is not None:
+                yield key, entry["size"]
+
+    @_reached()
+    def measure(self, *, tenant: str, digest: str) -> tuple[int, str]:
+        hashed, size = hashlib.sha256(), 0
+        try:
+            for chunk in self._chunks(BlobKey(tenant, digest).place):
+                hashed.update(chunk)
+                size += len(chunk)
+        except FileNotFoundError:
+            raise missing(digest) from None
+        return size, hashed.hexdigest()
+
+    def quarantined(self) -> Iterator[BlobKey]:
+        for entry in self._list(_QUARANTINE):
+            key = BlobKey.at(entry["path"].removeprefix(f"{_QUARANTINE}/"))
+            if key is not None:
+                yield key
+
+    def interrupted(self) -> Iterator[str]:
+        for path in interrupted(self._staging):
+            yield str(path)
+        for entry in self._interrupted_objects():
+            yield f"{self._url}/{entry['path']}"
 
     @_reached()
     def tidy(self, *, before: datetime) -> None:
-        remove_older(self._local, before=before)
-        for page in obstore.list(self._store, prefix=_STAGING):
-            for entry in page:
-                if entry["last_modified"] < before.astimezone(UTC):
-                    with suppress(FileNotFoundError):
-                        obstore.delete(self._store, entry["path"])
+        remove_interrupted(self._staging)
+        remove_older(self._local, before=before, skipped=self._staging)
+        for entry in self._interrupted_objects():
+            with suppress(FileNotFoundError):
+                obstore.delete(self._store, entry["path"])
+
+    def _interrupted_objects(self) -> "Iterator[ObjectMeta]":
+        """Staged objects whose upload has ended without removing them."""
+        oldest = datetime.now(UTC) - STAGED_LIFETIME
+        return (entry for entry in self._list(_STAGING) if entry["last_modified"] < oldest)
+
+    def _list(self, prefix: str | None = None) -> "Iterator[ObjectMeta]":
+        with _reached():
+            for page in obstore.list(self._store, prefix=prefix):
+                yield from page
+
+    def _chunks(self, place: str) -> "Iterator[Bytes]":
+        yield from obstore.get(self._store, place).stream(min_chunk_size=_READ_BYTES)
 
     def _create(self, source: Path, place: str) -> None:
         """Upload ``source`` unless there is such a blob already."""
@@ -153,9 +197,8 @@ class S3Blobs:
         hashed = hashlib.sha256()
         with self.staging() as staged:
             try:
-                chunks = obstore.get(self._store, place).stream(min_chunk_size=_READ_BYTES)
                 with staged.open("wb") as file:
-                    for chunk in chunks:
+                    for chunk in self._chunks(place):
                         hashed.update(chunk)
                         file.write(chunk)
             except FileNotFoundError:

@@ -147,6 +147,16 @@ class BlobRows:
                 kept.update(BlobKey(row.tenant, row.digest) for row in rows)
         return tuple(key for key in candidates if key not in kept)
 
+    def unknown(self, keys: Collection[BlobKey]) -> tuple[BlobKey, ...]:
+        """Those of ``keys``, at most a page of them, that have no row."""
+        pairs = [(key.tenant, key.digest) for key in keys]
+        statement = select(blobs.c.tenant, blobs.c.digest).where(
+            tuple_(blobs.c.tenant, blobs.c.digest).in_(pairs)
+        )
+        with reading(self._engine) as connection:
+            known = {BlobKey(row.tenant, row.digest) for row in connection.execute(statement)}
+        return tuple(key for key in keys if key not in known)
+
     def is_corrupt(self, key: BlobKey) -> bool:
         """Whether the blob was marked corrupt and not uploaded again since."""
         with reading(self._engine) as connection:

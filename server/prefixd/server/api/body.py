@@ -4,7 +4,6 @@ FastAPI would read the whole body before it runs the authentication dependency, 
 wrong types. Here the body is a dependency of its own, which depends on the principal.
 """
 
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from prefixd.server.api.error_responses import from_validation
 from prefixd.server.errors import BadRequest, TooLarge
 from prefixd.server.tenants.registry import Principal
 from prefixd.store.disk import DiskGuard
+from prefixd.store.files import UPLOAD_PREFIX, file_in_progress
 
 FLUSH_BYTES = 1024 * 1024
 """A body is written to its file in pieces of about this size."""
@@ -62,14 +62,14 @@ class Spool:
 
     def __init__(self, folder: Path, disk: DiskGuard) -> None:
         self._disk = disk
-        self._folder = folder
+        self._in_progress = file_in_progress(folder, prefix=UPLOAD_PREFIX)
 
     async def __aenter__(self) -> Self:
         await run_in_threadpool(self._open)
         return self
 
     async def __aexit__(self, *_error: object) -> None:
-        self._file.close()
+        self._in_progress.__exit__(None, None, None)
 
     async def take(self, pending: bytearray, *, at_least: int = 0) -> None:
         """Write ``pending`` and empty it, when it has ``at_least`` bytes."""
@@ -78,8 +78,7 @@ class Spool:
             pending.clear()
 
     def _open(self) -> None:
-        self._file = tempfile.NamedTemporaryFile(dir=self._folder, prefix="upload-")  # noqa: SIM115 - closed by __aexit__
-        self.path = Path(self._file.name)
+        self.path, self._file = self._in_progress.__enter__()
 
     def _write(self, data: bytearray) -> None:
         # Checked at each write: several uploads may have begun while there was room for one.

@@ -1,22 +1,40 @@
 """``prefixd doctor``: whether this machine has what a server needs."""
 
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
 from prefixd.server.cli.options import (
+    CATALOG_SETTINGS,
     JsonFlag,
     demo_model_packages,
     missing_extra,
+    reported_errors,
     with_settings,
 )
-from prefixd.server.cli.output import print_json
+from prefixd.server.cli.output import json_text, print_json, printable
 from prefixd.server.serve.settings import Settings
 
 
-@with_settings("data_dir", "database_url", "model", "device")
-def doctor(settings: Settings, as_json: JsonFlag = False) -> None:
+@with_settings(*CATALOG_SETTINGS, "model", "device")
+def doctor(
+    settings: Settings,
+    integrity: Annotated[
+        bool,
+        typer.Option(
+            "--integrity",
+            help="Check the stored data instead: every version has its blob with the right digest "
+            "and size, every alias, pin and binding its target; nothing is left over. Reads all "
+            "blobs; servers may run.",
+        ),
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Check what a server needs: data folder, catalog, torch, device and model."""
+    if integrity:
+        _check_integrity(settings, as_json=as_json)
+        return
     results = {name: _result(check, settings) for name, check in _CHECKS.items()}
     if as_json:
         print_json(results)
@@ -34,6 +52,32 @@ def _result(check: Callable[[Settings], str], settings: Settings) -> dict[str, o
         return {"ok": False, "detail": missing_extra(error)}
     except Exception as error:  # noqa: BLE001 - any failure of a check is its result
         return {"ok": False, "detail": str(error) or type(error).__name__}
+
+
+def _check_integrity(settings: Settings, *, as_json: bool) -> None:
+    """Print each finding at once: there may be as many as rows. Exit 1 when there is one."""
+    count = 0
+    with reported_errors():
+        from prefixd.server.serve.catalog import open_integrity
+
+        with open_integrity(settings) as integrity:
+            if as_json:
+                typer.echo('{"findings": [', nl=False)
+            for count, finding in enumerate(integrity.findings(), start=1):
+                if as_json:
+                    typer.echo((",\n" if count > 1 else "\n") + json_text(finding), nl=False)
+                else:
+                    typer.echo(printable(f"FAIL {finding}"))
+            checked = integrity.counts()
+    if as_json:
+        typer.echo(f'],\n"checked": {json_text(checked)},\n"ok": {json_text(count == 0)}}}')
+    else:
+        summary = ", ".join(
+            f"{number} {noun.replace('_', ' ')}" for noun, number in checked.items()
+        )
+        typer.echo(f"{'FAIL' if count else 'ok  '} integrity {count} findings; checked {summary}")
+    if count:
+        raise typer.Exit(1)
 
 
 def _check_data(settings: Settings) -> str:

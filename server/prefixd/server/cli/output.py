@@ -32,8 +32,13 @@ def console() -> Console:
 def print_json(value: object) -> None:
     """Print plain values, dataclasses, pydantic models or lists of them, as JSON. Times are
     ISO 8601."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, default=_plain)
-    typer.echo(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+    typer.echo(json_text(value, indent=2))
+
+
+def json_text(value: object, *, indent: int | None = None) -> str:
+    """What ``print_json`` prints, without ``indent`` on one line."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, default=_plain)
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def as_dict(record: object) -> dict[str, object]:

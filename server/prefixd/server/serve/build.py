@@ -5,7 +5,6 @@ server starts and not before.
 """
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -45,7 +44,7 @@ from prefixd.server.model.prefix import StorePrefixSource
 from prefixd.server.model.runner import TorchRunner
 from prefixd.server.model.selfcheck import Limits, self_check
 from prefixd.server.model.tokenizer import Tokenizer
-from prefixd.server.serve.catalog import CatalogParts, open_catalog
+from prefixd.server.serve.catalog import CatalogParts, open_catalog, upload_dir
 from prefixd.server.serve.lifespan import make_lifespan
 from prefixd.server.serve.settings import Settings
 from prefixd.server.serve.telemetry import open_tracer
@@ -55,6 +54,7 @@ from prefixd.store.artifact.config import BaseSpec, Kind
 from prefixd.store.disk import DiskGuard
 from prefixd.store.errors import ArtifactRefused, BlobsUnavailable, StoreError, UnknownPrefix
 from prefixd.store.faults import StorageFault
+from prefixd.store.files import UPLOAD_PREFIX, remove_interrupted
 from prefixd.store.gc import GcResult, Sweeper
 from prefixd.store.names import BlobKey
 from prefixd.store.store import PrefixStore
@@ -66,8 +66,6 @@ MODEL_ERRORS = (UnsupportedModel, DemoModelMissing)
 
 _QUEUED_POOLS = 8
 """How many times the pool's size may wait, unless the operator says otherwise."""
-
-_UPLOAD_LIFETIME_S = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +148,11 @@ def build_server(settings: Settings) -> Server:
 
 
 def prepare_upload_folder(root: Path) -> Path:
-    """Create the folder for uploads in flight and delete interrupted uploads from it. Another
-    server may share the folder, so only files too old for a running upload are deleted."""
-    folder = root / "uploads"
+    """Create the folder for uploads in flight and remove interrupted uploads from it. Another
+    server may share the folder: its uploads are locked, and stay."""
+    folder = upload_dir(root)
     folder.mkdir(parents=True, exist_ok=True)
-    oldest = time.time() - _UPLOAD_LIFETIME_S
-    for upload in folder.glob("upload-*"):
-        with suppress(FileNotFoundError):  # the other server deleted it first
-            if upload.stat().st_mtime < oldest:
-                upload.unlink()
+    remove_interrupted(folder, prefix=UPLOAD_PREFIX)
     return folder
 
 

@@ -18,6 +18,7 @@ from prefixd.server.serve.settings import Settings
 from prefixd.server.tenants.audit import AuditLog
 from prefixd.server.tenants.bindings import Bindings
 from prefixd.server.tenants.idempotency import Idempotency
+from prefixd.server.tenants.integrity import BindingIntegrity
 from prefixd.server.tenants.limiter import Limiter
 from prefixd.server.tenants.registry import DEFAULT_SCOPES, Scope, Tenants
 from prefixd.store.blobs.blobs import open_blobs
@@ -26,6 +27,7 @@ from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import revision, upgrade
 from prefixd.store.disk import DiskGuard
 from prefixd.store.errors import StoreError
+from prefixd.store.integrity import Finding, StoreIntegrity
 from prefixd.store.store import PrefixStore
 
 REPORTED_ERRORS = (PrefixdError, StoreError, OSError, ValueError)
@@ -115,6 +117,36 @@ def copy_catalog(source: Settings, target: Settings) -> CopyResult:
     """Copy database and blobs of the configured catalog to an empty one."""
     with _place(source) as full, _place(target) as empty:
         return copy_store(full, empty)
+
+
+class Integrity:
+    """Checks everything durable that is configured, while servers use it or not."""
+
+    def __init__(self, place: Place, *, upload_dir: Path) -> None:
+        self._store = StoreIntegrity(place.database, place.blobs, upload_dir=upload_dir)
+        self._bindings = BindingIntegrity(place.database)
+
+    def findings(self) -> Iterator[Finding]:
+        """Everything that is wrong, as it is found."""
+        yield from self._store.findings()
+        yield from self._bindings.findings()
+
+    def counts(self) -> dict[str, int]:
+        """How many versions, blobs and so on were checked."""
+        return {**self._store.counts, **self._bindings.counts}
+
+
+@contextmanager
+def open_integrity(settings: Settings) -> Iterator[Integrity]:
+    """The check of the configured catalog and blobs."""
+    with _place(settings) as place:
+        upgrade(place.database)
+        yield Integrity(place, upload_dir=upload_dir(settings.root))
+
+
+def upload_dir(root: Path) -> Path:
+    """The folder for uploads in flight."""
+    return root / "uploads"
 
 
 @contextmanager
