@@ -13,7 +13,7 @@ from pathlib import Path
 import structlog
 
 from prefixd.server.engine.step import Step, StepOutput
-from prefixd.server.serve.http import bind, uvicorn_config
+from prefixd.server.serve.http import ConnectionTimeouts, bind, uvicorn_config
 from prefixd.server.serve.logging import configure
 from prefixd.server.serve.shutdown import DrainingServer
 from tests.api.api_world import make_world
@@ -37,7 +37,9 @@ def main() -> None:
         ready = {"port": listener.getsockname()[1], "key": world.keys["acme"]}
         print(json.dumps(ready), flush=True)
         DrainingServer(
-            uvicorn_config(world.app, header_timeout_s=30),
+            uvicorn_config(
+                world.app, timeouts=ConnectionTimeouts(30.0, 30.0), metrics=world.metrics
+            ),
             drain_state=world.drain_state,
             engine=world.engine,
             drain_timeout_s=drain_timeout_s,

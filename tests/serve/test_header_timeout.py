@@ -1,32 +1,12 @@
 """Connections that never finish the head of a request, on real sockets."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
-import uvicorn
-
-from prefixd.server.serve.http import bind, uvicorn_config
 from prefixd.server.serve.http_refusals import MAX_HEADER_BYTES
 from tests.api.api_world import World
+from tests.serve.listening import Listening, serve
 
 HEAD = b"GET /health/live HTTP/1.1\r\nhost: x\r\n"
-
-
-def serve(world: World, seconds: float, scenario: Callable[[int], Awaitable[None]]) -> None:
-    async def main() -> None:
-        config = uvicorn_config(world.app, header_timeout_s=seconds)
-        config.lifespan = "off"
-        server = uvicorn.Server(config)
-        running = asyncio.create_task(server.serve(sockets=[bind("127.0.0.1", 0)]))
-        while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-            await asyncio.sleep(0.001)
-        try:
-            await scenario(server.servers[0].sockets[0].getsockname()[1])
-        finally:
-            server.should_exit = True
-            await running
-
-    asyncio.run(main())
 
 
 def test_a_stalled_or_slow_head_closes_the_connection(world: World) -> None:
@@ -39,19 +19,20 @@ def test_a_stalled_or_slow_head_closes_the_connection(world: World) -> None:
         writer.close()
         return response
 
-    async def scenario(port: int) -> None:
+    async def scenario(server: Listening) -> None:
+        port = server.port
         slow = [b"x: 1\r\n"] * 20
         responses = await asyncio.gather(
             stall(port), stall(port, HEAD), stall(port, HEAD, *slow), return_exceptions=True
         )
         assert all(not response or isinstance(response, ConnectionError) for response in responses)
 
-    serve(world, 0.2, scenario)
+    serve(world, scenario, header_s=0.2)
 
 
 def test_several_requests_on_one_connection_are_answered(world: World) -> None:
-    async def scenario(port: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    async def scenario(server: Listening) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         for _ in range(3):
             writer.write(HEAD + b"\r\n")
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
@@ -62,12 +43,12 @@ def test_several_requests_on_one_connection_are_answered(world: World) -> None:
             )  # longer than the timeout, which does not apply between requests
         writer.close()
 
-    serve(world, 0.5, scenario)
+    serve(world, scenario, header_s=0.5)
 
 
 def test_a_head_that_is_too_long_closes_the_connection(world: World) -> None:
-    async def scenario(port: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    async def scenario(server: Listening) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         sent = 0
         writer.write(HEAD)
         try:
@@ -81,4 +62,4 @@ def test_a_head_that_is_too_long_closes_the_connection(world: World) -> None:
         del reader
         writer.close()
 
-    serve(world, 30, scenario)
+    serve(world, scenario)

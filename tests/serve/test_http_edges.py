@@ -9,7 +9,7 @@ import pytest
 from prefixd.server.errors import BadRequest, PrefixdError
 from prefixd.server.serve.http_refusals import MAX_HEADER_BYTES, check_head
 from tests.api.api_world import World
-from tests.serve.test_header_timeout import serve
+from tests.serve.listening import serve_port as serve
 
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
 GET = b"GET /health/live HTTP/1.1\r\nhost: x\r\n"

@@ -77,6 +77,11 @@ class Metrics:
             ["method", "route", "status"],
             registry=self.registry,
         )
+        self.write_timeouts = Counter(
+            "prefixd_write_timeouts",
+            "Clients disconnected because they stopped reading.",
+            registry=self.registry,
+        )
         self._generations = Counter(
             "prefixd_generation_requests",
             "Requests for generation, by how they ended.",

@@ -22,6 +22,9 @@ log = structlog.get_logger("prefixd.http")
 
 REQUEST_ID_HEADER = "x-request-id"
 
+BODY_PENDING = "body_pending"
+"""In a request's state: a function that tells whether a part of its body has not arrived."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Values of the label; all other methods, which clients may make up, count as one.
 _METHODS = frozenset({"GET", "PUT", "POST", "DELETE", "HEAD", "OPTIONS", "PATCH"})
@@ -65,6 +68,8 @@ class RequestLayer:
         request_id = request_id_for(scope["headers"])
         state = scope.setdefault("state", {})
         is_head = scope["method"] == "HEAD"
+        # Out of the state: it would keep itself alive through this function.
+        body_pending = state.pop(BODY_PENDING, lambda: False)
         state |= {"request_id": request_id, "status": None, "is_head": is_head}
         if is_head:  # answered as GET; a copy, since the server skips the body by its own
             scope = {**scope, "method": "GET"}
@@ -72,7 +77,11 @@ class RequestLayer:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 state["status"] = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = request_id
+                # The rest of the body would have to be received before the next request.
+                if body_pending():
+                    headers["connection"] = "close"
             elif is_head and message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             await send(message)

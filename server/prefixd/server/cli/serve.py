@@ -44,7 +44,7 @@ def _run(server: "Server", settings: Settings, listener: socket.socket) -> None:
     """Serve on a bound socket until a signal ends the server."""
     import structlog
 
-    from prefixd.server.serve.http import address, uvicorn_config
+    from prefixd.server.serve.http import ConnectionTimeouts, address, uvicorn_config
     from prefixd.server.serve.shutdown import DrainingServer
 
     host, port = listener.getsockname()[:2]
@@ -58,7 +58,11 @@ def _run(server: "Server", settings: Settings, listener: socket.socket) -> None:
         max_positions=server.served.max_positions,
     )
     DrainingServer(
-        uvicorn_config(server.app, header_timeout_s=settings.body_timeout),
+        uvicorn_config(
+            server.app,
+            timeouts=ConnectionTimeouts(settings.body_timeout, settings.write_timeout),
+            metrics=server.metrics,
+        ),
         drain_state=server.drain_state,
         engine=server.engine,
         drain_timeout_s=settings.shutdown_timeout,

@@ -77,6 +77,7 @@ class Server:
     tenants: Tenants
     served: ServedModel
     drain_state: DrainState
+    metrics: Metrics
     device: str
 
 
@@ -105,6 +106,7 @@ def build_server(settings: Settings) -> Server:
     engine = _engine(settings, config, base, catalog, served)
     trace = open_tracer()
     drain_state = DrainState()
+    metrics = Metrics(engine.stats, catalog.disk)
     room = pin_room(config, settings.max_pinned_tokens)
     app = create_app(
         store=catalog.store,
@@ -115,7 +117,7 @@ def build_server(settings: Settings) -> Server:
         idempotency=catalog.idempotency,
         engine=engine,
         served=served,
-        metrics=Metrics(engine.stats, catalog.disk),
+        metrics=metrics,
         disk=catalog.disk,
         drain_state=drain_state,
         pin_room=room,
@@ -144,7 +146,7 @@ def build_server(settings: Settings) -> Server:
             database=catalog.database,
         ),
     )
-    return Server(app, engine, catalog.tenants, served, drain_state, device)
+    return Server(app, engine, catalog.tenants, served, drain_state, metrics, device)
 
 
 def prepare_upload_folder(root: Path) -> Path:

@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import time
+from typing import Any
 
 import structlog
 
@@ -16,6 +18,8 @@ _QUIET = (
     "urllib3",
     "alembic.runtime.plugins",
 )
+
+_WARNING_INTERVAL_S = 1.0
 
 
 def configure(level: LogLevel, log_format: LogFormat) -> None:
@@ -57,3 +61,21 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
     root.setLevel(level.upper())
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class LimitedWarning:
+    """A warning that is logged at most once a second, however often its cause occurs."""
+
+    def __init__(self, event: str) -> None:
+        self._event = event
+        self._next = 0.0
+        self._count = 0
+
+    def log(self, **fields: Any) -> None:
+        """Log ``fields`` and how often this was called since the last line, or only count."""
+        self._count += 1
+        now = time.monotonic()
+        if now < self._next:
+            return
+        structlog.get_logger("prefixd").warning(self._event, **fields, count=self._count)
+        self._next, self._count = now + _WARNING_INTERVAL_S, 0

@@ -46,7 +46,7 @@ SETTING_GROUPS = {
         "max_waiting_tokens",
         "watchdog",
     ),
-    "HTTP": ("body_timeout", "host", "min_body_rate", "port", "shutdown_timeout"),
+    "HTTP": ("body_timeout", "host", "min_body_rate", "port", "shutdown_timeout", "write_timeout"),
     "Limits": (
         "max_body_bytes",
         "max_choices",
@@ -214,6 +214,12 @@ class Settings(BaseSettings):
         ge=1,
         description="Slowest a client may send a body, in bytes per second, once body_timeout "
         "has passed.",
+    )
+    write_timeout: float = Field(
+        default=30.0,
+        gt=0,
+        description="Seconds after which a client that takes nothing of its response is "
+        "disconnected, and its request ended.",
     )
     max_import_bytes: int = Field(
         default=256 * MIB, ge=1024, description="Largest import of bindings, in bytes."
