@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +41,49 @@ def test_tenants_and_keys_are_created_listed_and_revoked() -> None:
     assert Tenants(database).authenticate(made["key"]).tenant == "acme"
     database.dispose()
     assert run_json("key", "revoke", made["key_id"])["revoked_at"]
+
+
+def test_a_new_tenant_has_limits_and_one_from_before_is_marked() -> None:
+    run("tenant", "create", "new")
+    database = open_database(Settings().catalog_url)
+    with writing(database) as connection:
+        statement = "INSERT INTO tenants (name, created_at) VALUES ('old', '2026-01-01 00:00:00')"
+        connection.execute(text(statement))
+    database.dispose()
+    run("tenant", "quota", "new", "max_users=7", "max-keys=none")
+    new, old = run("tenant", "ls").stdout.splitlines()
+    assert new.endswith("max_users=7 max_keys=none")
+    assert old.endswith("no-limits")
+    by_name = {tenant["name"]: tenant for tenant in run_json("tenant", "ls")}
+    assert by_name["new"]["unlimited"] == ["max_keys"]
+    assert by_name["old"]["unlimited"] == list(by_name["old"]["quota"])
+    run("key", "create", "--tenant", "new")
+    shown = run_json("tenant", "show", "new")
+    assert (shown["keys"], shown["used"]["max_keys"], shown["quota"]["max_users"]) == (1, 1, 7)
+    lines = [line.split() for line in run("tenant", "show", "new").stdout.splitlines()]
+    assert ["no", "limit", "of", "max_keys"] in lines
+    assert ["max_users", "7", "0"] in lines
+    assert ["max_keys", "none", "1"] in lines
+    assert "no tenant" in run("tenant", "show", "missing", code=1).stderr
+
+
+def test_the_default_limits_are_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quota = run_json("tenant", "create", "a", "--default-quota", "max_users=9,max_keys=none")
+    assert (quota["quota"]["max_users"], quota["unlimited"]) == (9, ["max_keys"])
+    monkeypatch.setenv("PREFIXD_DEFAULT_QUOTA", "none")
+    unlimited = run_json("tenant", "create", "b")
+    assert unlimited["unlimited"] == list(unlimited["quota"])
+    monkeypatch.setenv("PREFIXD_DEFAULT_QUOTA", "max_cats=1")
+    message = run("tenant", "create", "c", code=1).stderr
+    assert "PREFIXD_DEFAULT_QUOTA" in message
+    assert "expected one of max_prefixes" in message
+
+
+def test_a_tenant_may_store_a_quarter_of_a_small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=4000))
+    assert run_json("tenant", "create", "a")["quota"]["max_bytes"] == 1000
+    chosen = run_json("tenant", "create", "b", "--default-quota", "max_bytes=5000")
+    assert chosen["quota"]["max_bytes"] == 5000
 
 
 def test_a_key_is_printed_alone_on_standard_output(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy.exc import OperationalError
 
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
 from prefixd.server.serve.pin_sync import PinSync
-from prefixd.server.tenants.quotas import PinRoom
+from prefixd.server.tenants.pin_room import PinRoom
 from prefixd.store.catalog.pins import Pinned
 from prefixd.store.names import BlobKey
 from prefixd.store.store import Change, PrefixStore

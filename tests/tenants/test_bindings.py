@@ -9,9 +9,10 @@ from sqlalchemy.exc import IntegrityError
 from prefixd.server.errors import BadRequest, Conflict, NotFound
 from prefixd.server.tenants.audit import Action, AuditLog, record
 from prefixd.server.tenants.bindings import Bindings, ChosenBy
-from prefixd.server.tenants.idempotency import KEPT_FOR, Idempotency, Replay
+from prefixd.server.tenants.idempotency import Idempotency, Replay
 from prefixd.server.tenants.principal import Actor
 from prefixd.server.tenants.registry import Tenants
+from prefixd.server.tenants.tables import KEPT_FOR
 from prefixd.store.db.database import reading, writing
 from tests.tenants.tenants_clock import Clock
 

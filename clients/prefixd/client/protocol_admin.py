@@ -32,7 +32,7 @@ def create_tenant(
 
 
 def show_tenant(name: str) -> Call[Tenant]:
-    """One tenant, its settings and limits."""
+    """One tenant, its settings and limits, and what it has of each."""
     return Call(request_of("GET", *_ADMIN, "tenants", name), parser(Tenant))
 
 

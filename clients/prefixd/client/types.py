@@ -237,7 +237,8 @@ class Completion(ResponseModel):
 
 
 class Tenant(ResponseModel):
-    """A tenant; ``quota`` holds its limits by name, None for no limit."""
+    """A tenant; ``quota`` holds its limits by name, None for no limit, and ``unlimited`` the names
+    of those. ``used`` and ``keys`` are what it has; only ``show_tenant`` returns them."""
 
     name: str
     created_at: AwareDatetime
@@ -245,6 +246,9 @@ class Tenant(ResponseModel):
     weight: float
     kv_reuse: bool
     quota: Mapping[str, object]
+    unlimited: Annotated[tuple[str, ...], Field(strict=False), NullIsDefault] = ()
+    used: Mapping[str, object] | None = None
+    keys: int | None = None
 
 
 class Key(ResponseModel):

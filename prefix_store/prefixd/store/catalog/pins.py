@@ -67,6 +67,14 @@ def drop_pin(connection: Connection, tenant: str, prefix_id: int) -> bool:
     return connection.execute(statement).rowcount > 0
 
 
+def pinned_tokens(connection: Connection, tenant: str) -> int:
+    """Virtual tokens of the versions that ``tenant`` has pinned, for all bases."""
+    same = and_(versions.c.prefix_id == pins.c.prefix_id, versions.c.version == pins.c.version)
+    total = select(func.coalesce(func.sum(versions.c.num_virtual_tokens), 0))
+    statement = total.join_from(pins, versions, same).where(pins.c.tenant == tenant)
+    return int(connection.execute(statement).scalar_one())
+
+
 def pinned_version(connection: Connection, tenant: str, prefix_id: int) -> int | None:
     """The pinned version of a prefix."""
     statement = select(pins.c.version).where(pins.c.tenant == tenant, pins.c.prefix_id == prefix_id)

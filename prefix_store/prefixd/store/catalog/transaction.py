@@ -47,6 +47,7 @@ class CatalogTransaction:
     _now: datetime
     _unnamed: set[str] = field(default_factory=set)  # digests that lost a name, alias or pin
     _pins_changed: bool = False
+    num_aliases_added: int = 0
 
     def publish(self, draft: Draft, *, name: str) -> Published:
         """Give the draft's bytes a version under ``name`` and point the ``latest`` of its base at
@@ -281,6 +282,7 @@ class CatalogTransaction:
 
     def _point(self, key: Column[str], value: str, prefix_id: int, version: int) -> None:
         before = point(self.connection, key, value, prefix_id=prefix_id, version=version)
+        self.num_aliases_added += before is None and key.table is aliases
         self._note_unnamed(prefix_id, before)
 
     def _note_unnamed(self, prefix_id: int, version: int | None) -> None:

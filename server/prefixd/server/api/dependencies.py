@@ -21,8 +21,8 @@ from prefixd.server.tenants.audit import AuditLog
 from prefixd.server.tenants.bindings import Bindings
 from prefixd.server.tenants.idempotency import Idempotency
 from prefixd.server.tenants.limiter import Limiter
+from prefixd.server.tenants.pin_room import PinRoom
 from prefixd.server.tenants.principal import OPERATOR_TENANT, Actor, Principal, Scope
-from prefixd.server.tenants.quotas import PinRoom
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.disk import DiskGuard
 from prefixd.store.store import PrefixStore

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from prefixd.server import version
+from prefixd.server.cli.audit import audit
 from prefixd.server.cli.chat import chat
 from prefixd.server.cli.convert import convert
 from prefixd.server.cli.demo import demo
@@ -19,7 +20,7 @@ from prefixd.server.cli.output import printable
 from prefixd.server.cli.prefixes import prefix_app
 from prefixd.server.cli.serve import serve
 from prefixd.server.cli.store import copy, gc, migrate
-from prefixd.server.cli.tenants import audit, key_app, tenant_app
+from prefixd.server.cli.tenants import key_app, tenant_app
 from prefixd.server.cli.users import user_app
 from prefixd.server.cli.variables import unknown_variables_warning
 

@@ -1,4 +1,4 @@
-"""Verbs on the configured catalog, with or without a running server: tenants, keys, audit."""
+"""Verbs on the configured catalog, with or without a running server: tenants and keys."""
 
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
@@ -13,7 +13,7 @@ from prefixd.server.cli.options import (
     opened_catalog,
     with_settings,
 )
-from prefixd.server.cli.output import fail, print_fields, print_json, printable
+from prefixd.server.cli.output import fail, print_columns, print_fields, print_json, printable
 from prefixd.server.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ ReuseOption = Annotated[
 
 
 @tenant_app.command("create")
-@with_settings(*CATALOG_SETTINGS)
+@with_settings(*CATALOG_SETTINGS, "default_quota")
 def create_tenant(
     settings: Settings,
     name: Annotated[str, typer.Argument(help="1 to 64 of A-Z a-z 0-9 . _ -")],
@@ -55,7 +55,7 @@ def create_tenant(
     kv_reuse: ReuseOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Add a tenant."""
+    """Add a tenant, with the default limits."""
     changes = _settings(weight, kv_reuse)
     with opened_catalog(settings) as catalog:
         tenant = catalog.tenants.create_tenant(name, settings=changes)
@@ -93,15 +93,54 @@ def _settings(weight: float | None, kv_reuse: bool | None) -> dict[str, float | 
 @tenant_app.command("ls")
 @with_settings(*CATALOG_SETTINGS)
 def list_tenants(settings: Settings, as_json: JsonFlag = False) -> None:
-    """List tenants with their limits, and with those settings that are not the default."""
+    """List tenants, with the limits and settings that are not the default and the limits that they
+    do not have."""
     with opened_catalog(settings) as catalog:
         tenants = catalog.tenants.list_tenants()
     if as_json:
         print_json(tenants)
         return
+    from prefixd.server.serve.catalog import changed_limits
+
     for tenant in tenants:
         created = f"{tenant.created_at:%Y-%m-%d %H:%M}"
-        typer.echo(f"{tenant.name:<32} {created}  {_limits(tenant)}".rstrip())
+        typer.echo(
+            f"{tenant.name:<32} {created}  {_marks(tenant, changed_limits(tenant.quota))}".rstrip()
+        )
+
+
+@tenant_app.command("show")
+@with_settings(*CATALOG_SETTINGS)
+def show_tenant(
+    settings: Settings,
+    name: Annotated[str, typer.Argument(help="The tenant.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show a tenant: its limits and what it uses of each, its settings and its keys."""
+    with opened_catalog(settings) as catalog:
+        usage = catalog.tenants.used(name)
+    tenant = usage.tenant
+    if as_json:
+        print_json({**asdict(tenant), "used": dict(usage.used), "keys": usage.keys})
+        return
+    print_fields(
+        {
+            "name": tenant.name,
+            "created": f"{tenant.created_at:%Y-%m-%d %H:%M}",
+            "default_prefix": tenant.default_prefix or "none",
+            "weight": f"{tenant.weight:g}",
+            "kv_reuse": "on" if tenant.kv_reuse else "off",
+            "keys": usage.keys,
+        }
+    )
+    if tenant.unlimited:
+        print_fields({"no limit of": ", ".join(tenant.unlimited)})
+    typer.echo()
+    rows = [
+        (limit, "none" if value is None else value, usage.used.get(limit, "-"))
+        for limit, value in asdict(tenant.quota).items()
+    ]
+    print_columns(("QUOTA", "LIMIT", "USED"), rows)
 
 
 @tenant_app.command("quota")
@@ -116,7 +155,7 @@ def quota(
     as_json: JsonFlag = False,
 ) -> None:
     """Show or change a tenant's limits, from its next request on."""
-    limits = dict(_parse_limit(change) for change in changes or [])
+    limits = _parse_limits(changes or [])
     with opened_catalog(settings) as catalog:
         tenants = catalog.tenants
         tenant = tenants.set_quota(name, limits) if limits else tenants.tenant(name)
@@ -127,19 +166,21 @@ def quota(
     print_fields({limit: "none" if value is None else value for limit, value in quota})
 
 
-def _parse_limit(text: str) -> tuple[str, int | None]:
-    name, _, value = text.partition("=")
-    if value == "none":
-        return name.replace("-", "_"), None
-    if not value.isdecimal():
-        fail(f"expected LIMIT=NUMBER or LIMIT=none, such as max_prefixes=100; got {text!a}")
-    return name.replace("-", "_"), int(value)
+def _parse_limits(words: list[str]) -> dict[str, int | None]:
+    from prefixd.server.serve.catalog import parse_limits
+
+    try:
+        return parse_limits(words)
+    except ValueError as error:
+        fail(str(error))
 
 
-def _limits(tenant: "TenantRecord") -> str:
-    shown = [
-        f"{limit}={value}" for limit, value in asdict(tenant.quota).items() if value is not None
-    ]
+def _marks(tenant: "TenantRecord", changed: dict[str, int]) -> str:
+    shown = [f"{limit}={value}" for limit, value in changed.items()]
+    if len(tenant.unlimited) == len(asdict(tenant.quota)):
+        shown.append("no-limits")
+    else:
+        shown += [f"{limit}=none" for limit in tenant.unlimited]
     if tenant.weight != 1.0:
         shown.append(f"weight={tenant.weight:g}")
     if not tenant.kv_reuse:
@@ -252,34 +293,3 @@ def revoke_key(
         print_json(record)
     else:
         typer.echo(f"key {record.key_id} of {record.tenant} revoked")
-
-
-# -- audit ----------------------------------------------------------------------------------------
-
-
-@with_settings(*CATALOG_SETTINGS)
-def audit(
-    settings: Settings,
-    tenant: Annotated[str | None, typer.Option(help="Only entries about this tenant.")] = None,
-    limit: Annotated[int, typer.Option(help="Most entries.", min=1, max=2**31 - 1)] = 50,
-    before: Annotated[
-        int | None, typer.Option(help="Only entries older than this id.", min=1, max=2**63 - 1)
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Show who did what to which prefix, key, binding and tenant, newest first."""
-    with opened_catalog(settings) as catalog:
-        if tenant is not None:
-            catalog.tenants.tenant(tenant)  # raises for an unknown one
-        entries, _ = catalog.audit.page(tenant=tenant, limit=limit, before=before)
-    if as_json:
-        print_json(entries)
-        return
-    for entry in entries:
-        actor = entry.actor_key or "command line"
-        detail = " ".join(f"{name}={value}" for name, value in entry.detail.items())
-        line = (
-            f"{entry.id:<8} {entry.at:%Y-%m-%d %H:%M:%S}  {actor:<12}  {entry.tenant:<20} "
-            f"{entry.action:<16} {entry.subject}  {detail}"
-        )
-        typer.echo(printable(line).rstrip())

@@ -5,7 +5,7 @@ server starts and not before.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,6 +49,7 @@ from prefixd.server.serve.lifespan import make_lifespan
 from prefixd.server.serve.settings import Settings
 from prefixd.server.serve.telemetry import open_tracer
 from prefixd.server.tenants.registry import Tenants
+from prefixd.server.tenants.retention import Expired, remove_expired
 from prefixd.store.artifact.artifact import Artifact, read_artifact
 from prefixd.store.artifact.config import BaseSpec, Kind
 from prefixd.store.disk import DiskGuard
@@ -141,7 +142,7 @@ def build_server(settings: Settings) -> Server:
             disk=catalog.disk,
             fingerprint=base.fingerprint,
             pin_room=room,
-            sweeper=_make_sweeper(settings, catalog.store, engine),
+            sweeper=_make_sweeper(settings, catalog, engine),
             trace=trace,
             database=catalog.database,
         ),
@@ -180,13 +181,18 @@ def _engine(
     )
 
 
-def _make_sweeper(settings: Settings, store: PrefixStore, engine: Engine) -> Sweeper:
-    """Collects deleted prefixes in the background, except those that the engine holds."""
-    grace = timedelta(seconds=settings.gc_grace)
+def _make_sweeper(settings: Settings, catalog: CatalogParts, engine: Engine) -> Sweeper:
+    """Removes expired rows and deleted prefixes in the background, except those that the engine
+    holds."""
+    grace, days = timedelta(seconds=settings.gc_grace), settings.audit_days
+    audit_kept = None if days is None else timedelta(days=days)
 
     def sweep() -> GcResult:
+        expired = remove_expired(catalog.database, audit_kept=audit_kept)
+        if expired != Expired():
+            log.info("removed expired rows", **asdict(expired))
         resident = [BlobKey(key.tenant, key.digest) for key in engine.stats().prefixes_held]
-        return store.collect(grace=grace, resident=resident)
+        return catalog.store.collect(grace=grace, resident=resident)
 
     return Sweeper(sweep, interval_s=settings.gc_interval)
 

@@ -3,9 +3,10 @@
 Imports neither torch nor FastAPI, so the command line opens it without a server.
 """
 
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from prefixd.server.tenants.bindings import Bindings
 from prefixd.server.tenants.idempotency import Idempotency
 from prefixd.server.tenants.integrity import BindingIntegrity
 from prefixd.server.tenants.limiter import Limiter
+from prefixd.server.tenants.quotas import DEFAULT_QUOTA, Quota, parse_limit, parse_quota
 from prefixd.server.tenants.registry import DEFAULT_SCOPES, Scope, Tenants
 from prefixd.store.blobs.blobs import open_blobs
 from prefixd.store.copying import CopyResult, Place, copy_store
@@ -62,7 +64,7 @@ def open_catalog(settings: Settings) -> CatalogParts:
     return CatalogParts(
         database=database,
         store=PrefixStore(database, open_blobs(settings.blobs_url, settings.root)),
-        tenants=Tenants(database),
+        tenants=Tenants(database, default_quota=default_quota(settings)),
         bindings=Bindings(database),
         limiter=Limiter(database),
         audit=AuditLog(database),
@@ -91,6 +93,16 @@ def _before_writing(disk: DiskGuard, connection: Connection) -> None:
         disk.make_room()
 
 
+def default_quota(settings: Settings) -> Quota:
+    """The limits of a tenant that is created. Unless the operator sets ``max_bytes``, a tenant may
+    store a quarter of the disk at most."""
+    chosen, blobs = parse_quota(settings.default_quota or ""), settings.root / "blobs"
+    if settings.blobs_url is None and "max_bytes" not in chosen:
+        quarter = shutil.disk_usage(blobs if blobs.is_dir() else settings.root).total // 4
+        chosen["max_bytes"] = min(quarter, DEFAULT_QUOTA.max_bytes or quarter)
+    return replace(DEFAULT_QUOTA, **chosen)
+
+
 def parse_scopes(words: Sequence[str]) -> Collection[Scope]:
     """The scopes that ``words`` name; no word means those of an ordinary key.
 
@@ -100,6 +112,21 @@ def parse_scopes(words: Sequence[str]) -> Collection[Scope]:
         return [Scope(word) for word in words] or DEFAULT_SCOPES
     except ValueError as error:
         raise ValueError(f"{error}; expected one of {', '.join(Scope)}") from None
+
+
+def parse_limits(words: Sequence[str]) -> dict[str, int | None]:
+    """The limits in words such as ``max_users=1000``. Raises ValueError."""
+    return dict(map(parse_limit, words))
+
+
+def changed_limits(quota: Quota) -> dict[str, int]:
+    """The limits that differ from the built-in ones."""
+    default = asdict(DEFAULT_QUOTA)
+    return {
+        name: limit
+        for name, limit in asdict(quota).items()
+        if limit is not None and limit != default[name]
+    }
 
 
 def migrate_database(settings: Settings) -> tuple[str | None, str | None]:

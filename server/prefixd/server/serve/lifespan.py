@@ -14,7 +14,7 @@ from prefixd.server.api.request_record import Tracer
 from prefixd.server.engine.engine import Engine
 from prefixd.server.serve.pin_sync import PinSync
 from prefixd.server.tenants.limiter import RENEW_EVERY_S, Limiter
-from prefixd.server.tenants.quotas import PinRoom
+from prefixd.server.tenants.pin_room import PinRoom
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.disk import DiskGuard, DiskWatch
 from prefixd.store.gc import Sweeper

@@ -12,7 +12,7 @@ from typing import Protocol
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
-from prefixd.server.tenants.quotas import PinRoom, pins_that_fit
+from prefixd.server.tenants.pin_room import PinRoom, pins_that_fit
 from prefixd.store.names import BlobKey
 from prefixd.store.store import Change, PrefixStore
 

@@ -11,6 +11,8 @@ from typing import Any, Literal, Self, get_args, get_origin
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from prefixd.server.tenants.quotas import parse_quota
+
 ENV_PREFIX = "PREFIXD_"
 
 MIB = 1024 * 1024
@@ -22,6 +24,7 @@ LogFormat = Literal["console", "json"]
 SETTING_GROUPS = {
     "Model": ("device", "dtype", "model", "served_model_name", "threads"),
     "Storage": (
+        "audit_days",
         "blobs_url",
         "data_dir",
         "database_url",
@@ -48,6 +51,7 @@ SETTING_GROUPS = {
     ),
     "HTTP": ("body_timeout", "host", "min_body_rate", "port", "shutdown_timeout", "write_timeout"),
     "Limits": (
+        "default_quota",
         "max_body_bytes",
         "max_choices",
         "max_import_bytes",
@@ -60,8 +64,10 @@ SETTING_GROUPS = {
 """The settings by theme, as help and reference list them; sorted within a theme."""
 
 COMPUTED_DEFAULTS = {
+    "audit_days": "kept without limit",
     "blobs_url": "files in data_dir",
     "database_url": "an SQLite file in data_dir",
+    "default_quota": "docs/api.md, Limits of a tenant",
     "max_pinned_tokens": "a quarter of the pool",
     "max_request_seconds": "no limit",
     "max_resident_tokens": "as many as fit",
@@ -112,6 +118,12 @@ class Settings(BaseSettings):
         default=None,
         description="Where uploaded prefixes are kept: s3://bucket/prefix, with the usual AWS_* "
         "variables for endpoint and credentials.",
+    )
+    audit_days: float | None = Field(
+        default=None,
+        gt=0,
+        le=36_500,
+        description="Days for which entries of the audit log are kept.",
     )
     gc_grace: float = Field(
         default=86400.0,
@@ -224,6 +236,11 @@ class Settings(BaseSettings):
     max_import_bytes: int = Field(
         default=256 * MIB, ge=1024, description="Largest import of bindings, in bytes."
     )
+    default_quota: str | None = Field(
+        default=None,
+        description="Limits of tenants created from now on, in place of the built-in ones: "
+        "max_users=1000,max_keys=none; `none` alone is no limit at all.",
+    )
     shutdown_timeout: float = Field(
         default=30.0, ge=0, description="Seconds that running requests get to finish at shutdown."
     )
@@ -238,6 +255,13 @@ class Settings(BaseSettings):
         # Kubernetes sets PREFIXD_PORT=tcp://10.0.0.1:8000 where a Service is named prefixd.
         if isinstance(value, str) and value.startswith(("tcp://", "udp://", "sctp://")):
             return cls.model_fields["port"].default
+        return value
+
+    @field_validator("default_quota")
+    @classmethod
+    def _check_default_quota(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_quota(value)
         return value
 
     @property

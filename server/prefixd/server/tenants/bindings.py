@@ -12,6 +12,7 @@ from prefixd.server.errors import BadRequest, Conflict, NotFound
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.principal import Actor
 from prefixd.server.tenants.tables import USER_CHARACTERS, bindings, tenants
+from prefixd.server.tenants.usage import check_quota
 from prefixd.store.catalog.changes import Removed
 from prefixd.store.db.database import reading, upsert, utc_now, writing
 from prefixd.store.names import LATEST, parse_reference
@@ -147,14 +148,13 @@ class Bindings:
     def bind(
         self, tenant: str, user: str, reference: str, *, actor: Actor, check: Check = _no_check
     ) -> Binding:
-        """Bind ``user`` to ``reference`` from the next request on. Raises BadRequest."""
+        """Bind ``user`` to ``reference`` from the next request on. Raises BadRequest,
+        QuotaExceeded for a user that was not bound."""
         binding = Binding(check_user(user), reference, self._now())
         with writing(self._engine) as connection:
             check(connection)
-            connection.execute(
-                upsert(connection, bindings, update=("reference", "updated_at")),
-                _row(tenant, user, reference, binding.updated_at),
-            )
+            row = _row(tenant, user, reference, binding.updated_at)
+            _put(connection, tenant, [row])
             record(
                 connection,
                 Action.BINDING_SET,
@@ -170,15 +170,13 @@ class Bindings:
         self, tenant: str, pairs: Sequence[tuple[str, str]], *, check: Check = _no_check
     ) -> None:
         """Bind users to references, in one transaction; the last binding of a user counts.
-        Raises BadRequest. The caller writes the audit entry of the whole import."""
+        Raises BadRequest, QuotaExceeded. The caller writes the audit entry of the whole import."""
         now = self._now()
         rows = [_row(tenant, check_user(user), ref, now) for user, ref in dict(pairs).items()]
         if rows:
             with writing(self._engine) as connection:
                 check(connection)
-                connection.execute(
-                    upsert(connection, bindings, update=("reference", "updated_at")), rows
-                )
+                _put(connection, tenant, rows)
 
     def note_import(self, tenant: str, count: int, *, actor: Actor) -> None:
         """The audit entry of an import."""
@@ -245,6 +243,15 @@ class Bindings:
 
 def _row(tenant: str, user: str, reference: str, now: datetime) -> dict[str, str | datetime]:
     return {"tenant": tenant, "user_id": user, "reference": reference, "updated_at": now}
+
+
+def _put(connection: Connection, tenant: str, rows: list[dict[str, str | datetime]]) -> None:
+    """Write bindings of different users, within the tenant's quota. Raises QuotaExceeded."""
+    users = [row["user_id"] for row in rows]
+    known = select(func.count()).where(bindings.c.tenant == tenant, bindings.c.user_id.in_(users))
+    num_known = connection.execute(known.select_from(bindings)).scalar_one()
+    connection.execute(upsert(connection, bindings, update=("reference", "updated_at")), rows)
+    check_quota(connection, tenant, {"max_users": len(rows) - num_known})
 
 
 def _unbound() -> NotFound:

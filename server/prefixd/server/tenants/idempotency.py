@@ -4,16 +4,15 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Engine, delete, insert, select
 
 from prefixd.server.errors import BadRequest, Conflict
-from prefixd.server.tenants.tables import idempotency_keys
+from prefixd.server.tenants.tables import KEPT_FOR, idempotency_keys
+from prefixd.server.tenants.usage import check_quota
 from prefixd.store.db.database import reading, utc_now
-
-KEPT_FOR = timedelta(hours=24)
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
@@ -74,6 +73,7 @@ class Idempotency:
         """Store the response in the transaction of the request; delete the tenant's old responses.
 
         Raises IntegrityError when a request under the same key was first: call ``find`` again.
+        Raises QuotaExceeded.
         """
         now = self._now()
         expired = idempotency_keys.c.created_at <= now - KEPT_FOR
@@ -90,3 +90,4 @@ class Idempotency:
                 created_at=now,
             )
         )
+        check_quota(connection, tenant, {"max_idempotency_keys": 1}, now=now)

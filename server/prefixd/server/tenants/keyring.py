@@ -38,6 +38,7 @@ from prefixd.server.tenants.principal import (
 )
 from prefixd.server.tenants.quotas import Quota
 from prefixd.server.tenants.tables import api_keys, tenants
+from prefixd.server.tenants.usage import check_quota
 from prefixd.store.db.database import reading, upsert, writing
 
 MARK = "pfx"
@@ -108,9 +109,12 @@ class Keyring:
     """The part of ``Tenants`` for keys. ``owner`` restricts a call to one tenant's keys: another
     tenant's key then raises the same NotFound as a missing one."""
 
-    def __init__(self, engine: Engine, *, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self, engine: Engine, *, now: Callable[[], datetime], default_quota: Quota
+    ) -> None:
         self._engine = engine
         self._now = now
+        self._default_quota = default_quota
 
     def create_key(
         self,
@@ -121,7 +125,8 @@ class Keyring:
         expires_at: datetime | None = None,
         actor: Actor = COMMAND_LINE,
     ) -> IssuedKey:
-        """Issue a key. Raises NotFound for an unknown tenant, BadRequest without scopes."""
+        """Issue a key. Raises NotFound for an unknown tenant, BadRequest without scopes,
+        QuotaExceeded."""
         granted = frozenset(scopes)
         if not granted:
             raise BadRequest("a key needs at least one scope", param="scopes")
@@ -136,6 +141,7 @@ class Keyring:
             if connection.execute(known).first() is None:
                 raise NotFound(f"no tenant {tenant[:80]!a}", param="tenant")
             issued = self._issue(connection, tenant, granted, label=label, expires_at=expires_at)
+            check_quota(connection, tenant, {"max_keys": 1}, now=self._now())
             self._audit(connection, Action.KEY_CREATE, issued.record, actor)
         return issued
 
@@ -145,7 +151,11 @@ class Keyring:
         Of several processes that start at once, one receives it.
         """
         with writing(self._engine) as connection:
-            row = {"name": OPERATOR_TENANT, "created_at": self._now()}
+            row = {
+                "name": OPERATOR_TENANT,
+                "created_at": self._now(),
+                **asdict(self._default_quota),
+            }
             connection.execute(upsert(connection, tenants, update=()), row)
             locked = select(tenants.c.name).where(tenants.c.name == OPERATOR_TENANT)
             connection.execute(locked.with_for_update())

@@ -1,15 +1,13 @@
-"""Quotas and settings of a tenant, and the checks of stored and pinned prefixes."""
+"""Quotas and settings of a tenant: their names, values and defaults.
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+Without SQLAlchemy, so that the settings can check the defaults on any installation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from sqlalchemy import Connection, Row, exists, func, select
-
-from prefixd.server.errors import BadRequest, Conflict, QuotaExceeded
-from prefixd.server.tenants.tables import tenants
-from prefixd.store.catalog.pins import Pinned
-from prefixd.store.catalog.tables import prefixes, versions
+from prefixd.server.errors import BadRequest
 
 LEAST_WEIGHT = 0.01
 MOST_WEIGHT = 100.0
@@ -22,15 +20,21 @@ class Quota:
     """Limits of one tenant; None is no limit. The fields are columns of the table ``tenants``."""
 
     max_prefixes: int | None = None
+    max_versions: int | None = None
+    max_aliases: int | None = None
     max_bytes: int | None = None
+    max_users: int | None = None
+    max_keys: int | None = None
+    max_idempotency_keys: int | None = None
     max_virtual_tokens: int | None = None
     max_resident_tokens: int | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    other_requests_per_minute: int | None = None
     max_concurrent_requests: int | None = None
 
     @classmethod
-    def of(cls, row: Row[Any]) -> Self:
+    def of(cls, row: Any) -> Self:
         """From a row that has the columns of ``tenants``."""
         return cls(**{field.name: getattr(row, field.name) for field in fields(cls)})
 
@@ -40,9 +44,69 @@ class Quota:
         rates = (self.requests_per_minute, self.tokens_per_minute, self.max_concurrent_requests)
         return any(rate is not None for rate in rates)
 
+    @property
+    def unlimited(self) -> tuple[str, ...]:
+        """The quotas without a limit, by name."""
+        return tuple(name for name, limit in asdict(self).items() if limit is None)
 
+
+NO_LIMITS = Quota()
 QUOTAS = tuple(field.name for field in fields(Quota))
-_RATES = frozenset({"requests_per_minute", "tokens_per_minute", "max_concurrent_requests"})
+_RATES = frozenset(
+    {
+        "requests_per_minute",
+        "tokens_per_minute",
+        "other_requests_per_minute",
+        "max_concurrent_requests",
+    }
+)
+
+DEFAULT_QUOTA = Quota(
+    max_prefixes=10_000,
+    max_versions=50_000,
+    max_aliases=50_000,
+    max_bytes=10 * 2**30,
+    max_users=100_000,
+    max_keys=1_000,
+    max_idempotency_keys=50_000,
+    max_virtual_tokens=65_536,
+    max_resident_tokens=1_048_576,
+    requests_per_minute=10_000,
+    tokens_per_minute=10_000_000,
+    other_requests_per_minute=10_000,
+    max_concurrent_requests=512,
+)
+"""Limits of a tenant that is created, unless the operator says otherwise: far above ordinary use,
+and low enough that one tenant cannot fill a database or a disk."""
+
+
+def parse_quota(text: str) -> dict[str, int | None]:
+    """The limits in ``max_users=1000,max_keys=none``; ``none`` alone lifts all of them. Raises
+    ValueError, with one sentence."""
+    if text.strip() == "none":
+        return dict.fromkeys(QUOTAS)
+    changes: dict[str, int | None] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, value = parse_limit(part)
+        if name in changes:
+            raise ValueError(f"expected each limit once; received {name} twice")
+        changes[name] = value
+    try:
+        return checked_quota(changes)
+    except BadRequest as error:
+        raise ValueError(error.message) from None
+
+
+def parse_limit(text: str) -> tuple[str, int | None]:
+    """The name and the value in ``max_users=1000`` or ``max_users=none``. Raises ValueError."""
+    name, _, value = text.partition("=")
+    if value == "none":
+        return name.replace("-", "_"), None
+    if not (value.isascii() and value.isdigit()):
+        raise ValueError(
+            f"expected LIMIT=NUMBER or LIMIT=none, such as max_prefixes=100; received {text[:80]!a}"
+        )
+    return name.replace("-", "_"), int(value)
 
 
 def checked_quota(changes: Mapping[str, int | None]) -> dict[str, int | None]:
@@ -91,89 +155,3 @@ def checked_settings(changes: Mapping[str, float | bool]) -> dict[str, float | b
 def _is_weight(value: float) -> bool:
     # JSON's true is Python's 1, and NaN is in no range.
     return not isinstance(value, bool) and LEAST_WEIGHT <= value <= MOST_WEIGHT
-
-
-def check_stored(connection: Connection, tenant: str, quota: Quota) -> None:
-    """Raise QuotaExceeded when ``tenant`` has more prefixes or bytes than its quota.
-
-    To be called at the end of the transaction that added them: it locks the tenant's row, so that
-    the second of two concurrent publishes counts what the first added.
-    """
-    if quota.max_prefixes is None and quota.max_bytes is None:
-        return
-    row = select(tenants.c.name).where(tenants.c.name == tenant)
-    connection.execute(row.with_for_update())
-    if quota.max_prefixes is not None:
-        names = select(func.count()).select_from(prefixes)
-        has_version = exists().where(versions.c.prefix_id == prefixes.c.id)
-        existing = (prefixes.c.tenant == tenant, has_version)
-        count = connection.execute(names.where(*existing)).scalar_one()
-        if count > quota.max_prefixes:
-            raise QuotaExceeded(
-                f"the tenant may have {quota.max_prefixes} prefixes and has them; delete one first",
-                param="max_prefixes",
-            )
-    if quota.max_bytes is not None:
-        blobs = (
-            select(versions.c.digest, func.max(versions.c.size_bytes).label("size"))
-            .where(versions.c.tenant == tenant)
-            .group_by(versions.c.digest)
-            .subquery()
-        )
-        total = connection.execute(select(func.coalesce(func.sum(blobs.c.size), 0))).scalar_one()
-        if total > quota.max_bytes:
-            raise QuotaExceeded(
-                f"the tenant may store {quota.max_bytes} bytes and would store {total}; "
-                "delete a prefix first",
-                param="max_bytes",
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class PinRoom:
-    """The part of a pool for pins of all tenants: ``tokens`` positions, in whole blocks."""
-
-    tokens: int
-    block_size: int
-
-    def taken_by(self, num_virtual_tokens: int) -> int:
-        """Positions of the blocks that hold so many virtual tokens."""
-        return -(-num_virtual_tokens // self.block_size) * self.block_size
-
-
-def check_pinned(pinned: Iterable[Pinned], tenant: str, quota: Quota, *, room: PinRoom) -> None:
-    """Check the pins of all tenants, with the new one of ``tenant``. Raise QuotaExceeded when the
-    tenant's own exceed its quota, Conflict when all together exceed ``room``."""
-    pins = tuple(pinned)
-    own = sum(pin.num_virtual_tokens for pin in pins if pin.key.tenant == tenant)
-    if quota.max_resident_tokens is not None and own > quota.max_resident_tokens:
-        raise QuotaExceeded(
-            f"the tenant may keep {quota.max_resident_tokens} virtual tokens resident and would "
-            f"have {own} pinned; unpin a prefix first",
-            param="max_resident_tokens",
-        )
-    total = sum(room.taken_by(pin.num_virtual_tokens) for pin in pins)
-    if total > room.tokens:
-        raise Conflict(
-            f"the server keeps {room.tokens} positions for pinned prefixes and would need "
-            f"{total}; unpin a prefix first",
-            code="pins_full",
-        )
-
-
-def pins_that_fit(
-    pinned: Iterable[Pinned], caps: Mapping[str, int], room: PinRoom
-) -> tuple[Pinned, ...]:
-    """As many of ``pinned``, in that order, as fit now: limits may be lower than when they were
-    pinned, or differ between servers. ``caps`` are the limits of tenants that have one."""
-    kept: list[Pinned] = []
-    free, remaining = room.tokens, dict(caps)
-    for pin in pinned:
-        needed, cap = room.taken_by(pin.num_virtual_tokens), remaining.get(pin.key.tenant)
-        if needed > free or (cap is not None and pin.num_virtual_tokens > cap):
-            continue
-        kept.append(pin)
-        free -= needed
-        if cap is not None:
-            remaining[pin.key.tenant] = cap - pin.num_virtual_tokens
-    return tuple(kept)

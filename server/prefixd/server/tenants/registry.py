@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Engine, Row, insert, select, update
+from sqlalchemy import Engine, Row, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from prefixd.server.errors import BadRequest, Conflict, NotFound
@@ -22,8 +22,15 @@ from prefixd.server.tenants.principal import (
     Principal,
     Scope,
 )
-from prefixd.server.tenants.quotas import Quota, TenantSettings, checked_quota, checked_settings
-from prefixd.server.tenants.tables import tenants
+from prefixd.server.tenants.quotas import (
+    NO_LIMITS,
+    Quota,
+    TenantSettings,
+    checked_quota,
+    checked_settings,
+)
+from prefixd.server.tenants.tables import api_keys, tenants
+from prefixd.server.tenants.usage import check_kept, used_by
 from prefixd.store.db.database import reading, utc_now, writing
 
 __all__ = [
@@ -42,7 +49,8 @@ _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class TenantRecord:
-    """A tenant as listed."""
+    """A tenant as listed. ``unlimited`` names the quotas that it has no limit for: all of them for
+    a tenant from before new ones got defaults."""
 
     name: str
     created_at: datetime
@@ -50,17 +58,36 @@ class TenantRecord:
     quota: Quota = field(default_factory=Quota)
     weight: float = 1.0
     kv_reuse: bool = True
+    unlimited: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unlimited", self.quota.unlimited)
+
+
+@dataclass(frozen=True, slots=True)
+class TenantUsage:
+    """A tenant and what it has: ``used`` by the name of the quota; ``keys`` ever issued."""
+
+    tenant: TenantRecord
+    used: Mapping[str, int]
+    keys: int
 
 
 class Tenants(Keyring):
     """Blocking calls on the catalog; safe to share between threads.
 
     Nothing is cached: a revoked key and a new quota apply from the next request on, on every
-    replica.
+    replica. ``default_quota`` are the limits of a tenant that is created without others.
     """
 
-    def __init__(self, engine: Engine, *, now: Callable[[], datetime] = utc_now) -> None:
-        super().__init__(engine, now=now)
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        now: Callable[[], datetime] = utc_now,
+        default_quota: Quota = NO_LIMITS,
+    ) -> None:
+        super().__init__(engine, now=now, default_quota=default_quota)
 
     def create_tenant(
         self,
@@ -78,7 +105,7 @@ class Tenants(Keyring):
                 f"digit; got {name[:80]!a}",
                 param="name",
             )
-        limits = Quota(**checked_quota(quota or {}))
+        limits = replace(self._default_quota, **checked_quota(quota or {}))
         chosen = checked_settings(settings or {})
         complete = asdict(TenantSettings(**chosen))  # type: ignore[arg-type]  # checked by name
         tenant = TenantRecord(name=name, created_at=self._now(), quota=limits, **complete)
@@ -106,6 +133,20 @@ class Tenants(Keyring):
         if row is None:
             raise NotFound(f"no tenant {name[:80]!a}", param="tenant")
         return _tenant_record(row)
+
+    def used(self, name: str) -> TenantUsage:
+        """What a tenant has of each quota, and its keys, now. Raises NotFound."""
+        tenant, now = self.tenant(name), self._now()
+        with reading(self._engine) as connection:
+            used = used_by(connection, name, now=now)
+            keys = select(func.count()).where(api_keys.c.tenant == name)
+            num_keys = connection.execute(keys.select_from(api_keys)).scalar_one()
+        return TenantUsage(tenant, used, num_keys)
+
+    def check_kept(self, name: str, quota: Quota) -> None:
+        """Raise QuotaExceeded when the tenant's blobs leave no room for an upload."""
+        with reading(self._engine) as connection:
+            check_kept(connection, name, quota)
 
     def list_tenants(
         self, *, limit: int | None = None, after: str | None = None

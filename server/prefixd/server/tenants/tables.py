@@ -10,6 +10,8 @@
     audit_log                       audited actions; kept when their subjects are deleted
 """
 
+from datetime import timedelta
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -29,6 +31,9 @@ from prefixd.store.db.database import UtcDateTime, metadata
 
 _Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up INTEGER keys only
 
+KEPT_FOR = timedelta(hours=24)
+"""How long the response under an idempotency key is repeated."""
+
 USER_CHARACTERS = 256
 REFERENCE_CHARACTERS = 257  # name@alias
 
@@ -41,11 +46,17 @@ tenants = Table(
     Column("default_prefix", String(REFERENCE_CHARACTERS)),
     # Quotas; null is no limit.
     Column("max_prefixes", BigInteger),
+    Column("max_versions", BigInteger),
+    Column("max_aliases", BigInteger),
     Column("max_bytes", BigInteger),
+    Column("max_users", BigInteger),
+    Column("max_keys", BigInteger),
+    Column("max_idempotency_keys", BigInteger),
     Column("max_virtual_tokens", BigInteger),
     Column("max_resident_tokens", BigInteger),
     Column("requests_per_minute", BigInteger),
     Column("tokens_per_minute", BigInteger),
+    Column("other_requests_per_minute", BigInteger),
     Column("max_concurrent_requests", BigInteger),
     # See TenantSettings.
     Column("weight", Double, nullable=False, server_default=text("1")),
@@ -93,6 +104,7 @@ audit_log = Table(
     Column("request_id", String(64)),
     Column("detail_json", Text, nullable=False),
     Index("ix_audit_log_tenant_id", "tenant", "id"),
+    Index("ix_audit_log_at", "at"),
 )
 
 idempotency_keys = Table(

@@ -4,7 +4,7 @@ An admin key administers its own tenant; one of the operator's tenant administer
 the former, another tenant's resource gives the same error as one that does not exist.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ from prefixd.server.api.admin.schemas import (
     QuotaChange,
     Rotation,
     TenantChange,
+    TenantDetails,
     TenantList,
     TenantShown,
 )
@@ -101,11 +102,13 @@ def create_tenant(
     return TenantShown.model_validate(tenant)
 
 
-@router.get("/tenants/{tenant}", response_model=TenantShown)
-def get_tenant(tenant: str, tenants: TenantsDep, principal: Admin) -> TenantShown:
-    """One tenant and its quotas."""
+@router.get("/tenants/{tenant}", response_model=TenantDetails)
+def get_tenant(tenant: str, tenants: TenantsDep, principal: Admin) -> TenantDetails:
+    """One tenant, its quotas and what it has of each."""
     name = _tenant_for(principal, tenant) or tenant
-    return TenantShown.model_validate(tenants.tenant(name))
+    usage = tenants.used(name)
+    shown = {field.name: getattr(usage.tenant, field.name) for field in fields(usage.tenant)}
+    return TenantDetails.model_validate({**shown, "used": usage.used, "keys": usage.keys})
 
 
 @router.patch(

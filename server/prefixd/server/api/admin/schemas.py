@@ -21,11 +21,19 @@ class QuotaChange(StrictModel):
     """Limits of a tenant. An omitted limit is unchanged; null means no limit."""
 
     max_prefixes: Amount = None
+    max_versions: Amount = None
+    max_aliases: Amount = None
     max_bytes: Amount = None
+    max_users: Amount = None
+    max_keys: Amount = None
+    max_idempotency_keys: Amount = None
     max_virtual_tokens: Amount = Field(default=None, description="Of one prefix.")
     max_resident_tokens: Amount = None
     requests_per_minute: Rate = None
     tokens_per_minute: Rate = None
+    other_requests_per_minute: Rate = Field(
+        default=None, description="That neither generate, upload nor warm; by each server."
+    )
     max_concurrent_requests: Rate = None
 
 
@@ -68,7 +76,7 @@ class Rotation(StrictModel):
 
 
 class TenantShown(BaseModel):
-    """A tenant; a null in ``quota`` means no limit."""
+    """A tenant; a null in ``quota`` means no limit, and ``unlimited`` names these."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -77,8 +85,16 @@ class TenantShown(BaseModel):
     created_at: datetime
     default_prefix: str | None
     quota: Annotated[dict[str, int | None], BeforeValidator(asdict)]
+    unlimited: list[str]
     weight: float
     kv_reuse: bool
+
+
+class TenantDetails(TenantShown):
+    """A tenant with what it has now: ``used`` by the name of the quota, and all its keys."""
+
+    used: dict[str, int]
+    keys: int
 
 
 class TenantList(BaseModel):

@@ -30,8 +30,8 @@ from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import QueueFull
 from prefixd.server.errors import BadRequest, DoesNotFit, PrefixdError, Unavailable
 from prefixd.server.tenants.audit import Action, record
+from prefixd.server.tenants.pin_room import PinRoom, check_pinned
 from prefixd.server.tenants.principal import Principal
-from prefixd.server.tenants.quotas import PinRoom, check_pinned
 from prefixd.store.catalog.manifests import check_base
 from prefixd.store.catalog.pins import pinned
 from prefixd.store.errors import StoreError

@@ -24,6 +24,7 @@ from prefixd.server.api.prefixes.schemas import (
 from prefixd.server.errors import BadRequest, RangeNotSatisfiable
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.bindings import check_unbound
+from prefixd.server.tenants.usage import check_quota
 from prefixd.store.artifact.config import MAX_LABELS
 from prefixd.store.artifact.strict import shown
 from prefixd.store.names import MAX_VERSION
@@ -274,6 +275,7 @@ def put_alias(
     tenant = principal.tenant
     with store.change(tenant) as tx:
         manifest = tx.set_alias(name, alias, version=body.version, base=served.base)
+        check_quota(tx.connection, tenant, {"max_aliases": tx.num_aliases_added})
         record(
             tx.connection,
             Action.ALIAS_SET,

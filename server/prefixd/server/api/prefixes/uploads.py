@@ -27,6 +27,7 @@ from prefixd.server.api.dependencies import (
     LimiterDep,
     ServedDep,
     StoreDep,
+    TenantsDep,
     Writer,
 )
 from prefixd.server.api.prefixes.receiving import (
@@ -41,7 +42,7 @@ from prefixd.server.api.prefixes.schemas import PrefixManifest
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.idempotency import Idempotency, Replay, check_key
 from prefixd.server.tenants.principal import Actor, Principal
-from prefixd.server.tenants.quotas import check_stored
+from prefixd.server.tenants.usage import added_by_publish, check_quota
 from prefixd.store.files import sha256_of
 from prefixd.store.store import Published
 
@@ -77,6 +78,7 @@ async def put_prefix(
     served: ServedDep,
     idempotency: IdempotencyDep,
     limiter: LimiterDep,
+    tenants: TenantsDep,
     limits: BodyLimitsDep,
     disk: DiskDep,
     drain_state: DrainStateDep,
@@ -91,6 +93,7 @@ async def put_prefix(
     """
     headers = await run_in_threadpool(limiter.count, principal.tenant, principal.quota)
     response.headers.update(headers)
+    await run_in_threadpool(tenants.check_kept, principal.tenant, principal.quota)
     publish = partial(
         _publish_once,
         name,
@@ -145,7 +148,9 @@ def _publish_once(
     try:
         with begin() as (tx, published):
             if published.created:
-                check_stored(tx.connection, tenant, principal.quota)
+                digest_of_blob = published.manifest.digest
+                added = added_by_publish(tx.connection, tenant, name, digest_of_blob)
+                check_quota(tx.connection, tenant, added)
             _record(tx.connection, published, actor=actor, tenant=tenant, name=name)
             body = PrefixManifest.model_validate(published.manifest).model_dump(mode="json")
             replay = Replay(201 if published.created else 200, body)

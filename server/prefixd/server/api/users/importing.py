@@ -8,7 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from prefixd.server.api.body import StrictModel, capped, declared_bytes, parse_json
-from prefixd.server.errors import BadRequest
+from prefixd.server.errors import BadRequest, QuotaExceeded
 from prefixd.server.tenants.bindings import Bindings, check_user
 from prefixd.server.tenants.principal import Actor
 from prefixd.store.artifact.config import BaseSpec
@@ -58,7 +58,8 @@ class BindingImport:
 
     async def run(self, request: Request) -> int:
         """Import the body; the number of its bindings. Raises BadRequest naming the bad line,
-        StorageFull."""
+        StorageFull, and QuotaExceeded naming the first batch over the quota, of which no line is
+        imported."""
         await run_in_threadpool(self._disk.check, declared_bytes(request))
         batch: list[bytes] = []
         try:
@@ -92,6 +93,13 @@ class BindingImport:
             self._bindings.bind_many(self._tenant, pairs, check=check)
         except (BaseMismatch, UnknownPrefix) as error:  # deleted since its line was read
             raise self._bad_line(error.message) from None
+        except QuotaExceeded as error:
+            first = self._read - len(lines) + 1
+            raise QuotaExceeded(
+                f"lines {first} to {self._read}: {error.message} "
+                f"({self._written} bindings before them were imported)",
+                param=error.param,
+            ) from None
         self._written += len(pairs)
 
     def _parsed(self, line: bytes) -> tuple[str, str]:

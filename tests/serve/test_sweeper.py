@@ -1,0 +1,34 @@
+"""The background collection of a server: deleted prefixes and expired rows."""
+
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from prefixd.server.serve.build import _make_sweeper
+from prefixd.server.serve.catalog import open_catalog
+from prefixd.server.serve.settings import Settings
+from prefixd.server.tenants.audit import Action, record
+from prefixd.server.tenants.idempotency import Replay
+from prefixd.server.tenants.principal import COMMAND_LINE
+from prefixd.store.db.database import utc_now, writing
+
+
+def test_a_sweep_removes_expired_rows(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, audit_days=0.5)
+    catalog = open_catalog(settings)
+    catalog.tenants.create_tenant("acme")  # an entry of the audit log, and young
+    catalog.idempotency._now = lambda: utc_now() - timedelta(days=2)
+    with writing(catalog.database) as connection:
+        actor: dict[str, Any] = {"actor": COMMAND_LINE, "tenant": "acme", "subject": ""}
+        record(connection, Action.PIN_SET, at=utc_now() - timedelta(days=1), **actor)
+        replay = Replay(201, {})
+        catalog.idempotency.keep(connection, "acme", "k", request_digest="d", replay=replay)
+    engine: Any = SimpleNamespace(stats=lambda: SimpleNamespace(prefixes_held=()))
+    _make_sweeper(settings, catalog, engine)._sweep()
+    entries, _ = catalog.audit.page(tenant="acme", limit=9)
+    assert [entry.action for entry in entries] == [Action.TENANT_CREATE]
+    with catalog.database.connect() as connection:
+        rows = connection.exec_driver_sql("SELECT count(*) FROM idempotency_keys")
+        assert rows.scalar() == 0
+    catalog.database.dispose()
