@@ -4,10 +4,9 @@
 
     free bytes   twice the floor     the log warns
                  the floor           uploads and imports are refused; everything else works
-                 LOW_BYTES           the reserve file is freed, so that deletes, the audit log and
-                                     the collector can write
-                 RESERVE_BYTES
-                   and the floor     there is room again: the reserve file is allocated again
+                 reserve / 4         the reserve file is freed, so that deletes, the audit log and
+                                     the collector can write; uploads never get its room
+                 reserve and floor   there is room again: the reserve file is allocated again
 """
 
 import os
@@ -24,10 +23,9 @@ from prefixd.store.faults import StorageFault, hides_errno, storage_fault
 from prefixd.store.files import fsync_directory
 
 MIB = 1024 * 1024
-RESERVE_BYTES = 16 * MIB
 RESERVE_FILE = "reserve"
-LOW_BYTES = 4 * MIB
-"""With less than this free, the reserve is given to those that may write on a full disk."""
+RESERVE_BYTES = 16 * MIB
+"""Size of the reserve; a quarter of the disk where that is less."""
 
 MAX_FLOOR_BYTES = 256 * MIB
 FLOOR_SHARE = 0.05
@@ -68,7 +66,7 @@ class DiskGuard:
         written twice: as it is received, and as it is stored."""
         for folder in self._folders.values():
             free, floor = self._room(folder)
-            if free - 2 * need < floor:
+            if free - 2 * need < floor + self._missing_reserve(folder):
                 self._count("floor")
                 raise StorageFull(
                     "the server's disk is nearly full, so that it takes no uploads: delete "
@@ -98,7 +96,8 @@ class DiskGuard:
         succeed on a full disk. Costs one statvfs."""
         if self._reserve is not None:
             with suppress(OSError):
-                if _free(self._reserve.parent) < LOW_BYTES:
+                disk = os.statvfs(self._reserve.parent)
+                if _free(disk) < _reserve_of(disk) // 4:
                     self.release()
 
     def release(self) -> None:
@@ -108,7 +107,7 @@ class DiskGuard:
         with suppress(OSError):  # not held, or a folder that cannot be used: nothing to free
             self._reserve.unlink()
             self.reserved = 0
-            _log.error("the disk is full: freed the reserve of %d bytes for deletes", RESERVE_BYTES)
+            _log.error("the disk is full: freed the reserve, which deletes may use")
 
     def sample(self) -> None:
         """Measure the free bytes, warn of a disk that is nearly full, and allocate the reserve when
@@ -131,9 +130,10 @@ class DiskGuard:
                 return
             self.reserved = 0
             free, floor = self._room(path.parent)
-            if free < RESERVE_BYTES + max(floor, 2 * LOW_BYTES):
+            size = _reserve_of(os.statvfs(path.parent))
+            if free < size + max(floor, size // 2):
                 return
-            _allocate(path)
+            _allocate(path, size)
             self.reserved = path.stat().st_blocks * 512
 
     # -- measuring ----
@@ -144,7 +144,14 @@ class DiskGuard:
         floor = self._min_free
         if floor is None:
             floor = min(MAX_FLOOR_BYTES, int(disk.f_blocks * disk.f_frsize * FLOOR_SHARE))
-        return disk.f_bavail * disk.f_frsize, floor
+        return _free(disk), floor
+
+    def _missing_reserve(self, folder: Path) -> int:
+        """Bytes of the disk with ``folder`` that are kept for the reserve while it is not held."""
+        if self._reserve is None or self._reserve.exists():
+            return 0
+        same = folder.stat().st_dev == self._reserve.parent.stat().st_dev
+        return _reserve_of(os.statvfs(folder)) if same else 0
 
     def _warn(self, folder: Path, free: int, floor: int) -> None:
         now = time.monotonic()
@@ -198,12 +205,15 @@ class DiskWatch:
                 return
 
 
-def _free(folder: Path) -> int:
-    disk = os.statvfs(folder)
+def _free(disk: os.statvfs_result) -> int:
     return disk.f_bavail * disk.f_frsize
 
 
-def _allocate(path: Path) -> None:
+def _reserve_of(disk: os.statvfs_result) -> int:
+    return min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // 4)
+
+
+def _allocate(path: Path, size: int) -> None:
     """Make the reserve file, of real blocks: a sparse file would reserve nothing.
 
     More is allocated first and cut off again, so that a reserve freed by a quota, which statvfs may
@@ -213,8 +223,8 @@ def _allocate(path: Path) -> None:
     try:
         descriptor = os.open(making, os.O_WRONLY | os.O_CREAT, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, RESERVE_BYTES + 2 * LOW_BYTES)
-            os.ftruncate(descriptor, RESERVE_BYTES)
+            os.posix_fallocate(descriptor, 0, size + size // 2)
+            os.ftruncate(descriptor, size)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
