@@ -8,7 +8,12 @@ from fastapi import Depends, FastAPI
 from prefixd.server import version
 from prefixd.server.api import error_responses, health, openapi
 from prefixd.server.api.admin import routes as admin_routes
-from prefixd.server.api.dependencies import BodyLimits, authenticated
+from prefixd.server.api.dependencies import (
+    BodyLimits,
+    authenticated,
+    within_bounds,
+    within_rate,
+)
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.generate import routes as generate_routes
 from prefixd.server.api.generate.admission import Admission
@@ -24,6 +29,7 @@ from prefixd.server.api.query import check_url
 from prefixd.server.api.request_record import Tracer
 from prefixd.server.api.routing import Unrouted
 from prefixd.server.api.served import ServedModel
+from prefixd.server.api.tenant_bounds import TenantBounds
 from prefixd.server.api.users import routes as user_routes
 from prefixd.server.engine.engine import Engine
 from prefixd.server.tenants.audit import AuditLog
@@ -36,12 +42,14 @@ from prefixd.store.disk import DiskGuard
 from prefixd.store.store import PrefixStore
 
 PUBLIC = (health.router,)
+METERED = (generate_routes.router, upload_routes.router)
+"""Counted by the limiter, in the catalog; the others by each server for itself."""
+
 KEYED = (
-    generate_routes.router,
+    *METERED,
     model_routes.router,
     prefix_routes.router,
     metadata_routes.router,
-    upload_routes.router,
     residency_routes.router,
     user_routes.router,
     admin_routes.router,
@@ -63,6 +71,7 @@ def create_app(
     pin_room: PinRoom,
     body_limits: BodyLimits,
     disk: DiskGuard,
+    bounds: TenantBounds | None = None,
     body_timeout: float,
     min_body_rate: int,
     max_choices: int,
@@ -104,6 +113,7 @@ def create_app(
     app.state.audit = audit
     app.state.bindings = bindings
     app.state.body_limits = body_limits
+    app.state.bounds = bounds or TenantBounds()
     app.state.disk = disk
     app.state.drain_state = drain_state
     app.state.engine = engine
@@ -119,9 +129,10 @@ def create_app(
         app.include_router(router)
     # Deny by default: every route outside PUBLIC requires a key, before its body is read.
     for router in KEYED:
+        bounded = within_bounds if router in METERED else within_rate
         app.include_router(
             router,
-            dependencies=[Depends(authenticated), Depends(check_url)],
+            dependencies=[Depends(authenticated), Depends(bounded), Depends(check_url)],
             responses=openapi.ERRORS,
         )
     routers = (*PUBLIC, *KEYED)

@@ -13,7 +13,7 @@ from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from prefixd.server.api.dependencies import BodyLimitsDep, authenticated
+from prefixd.server.api.dependencies import BodyLimitsDep, BoundsDep, authenticated
 from prefixd.server.api.error_responses import from_validation
 from prefixd.server.errors import BadRequest, TooLarge
 from prefixd.server.tenants.registry import Principal
@@ -123,18 +123,22 @@ def json_body(model: type[Model], *, optional: bool = False) -> Callable[..., Aw
     async def read(
         request: Request,
         limits: BodyLimitsDep,
-        _principal: Annotated[Principal, Depends(authenticated)],
+        bounds: BoundsDep,
+        principal: Annotated[Principal, Depends(authenticated)],
     ) -> Model:
-        body = await read_capped(request, limits.max_body_bytes)
-        if optional and not body:
-            return model()
-        received = media_type(request)
-        if received != "application/json" and not received.endswith("+json"):
-            raise BadRequest(
-                f"expected the content type application/json; received {received[:80]!a}",
-                code="unsupported_media_type",
-            )
-        return parse_json(model, body)
+        # A body of unknown length may be as long as any.
+        size = declared_bytes(request) or limits.max_body_bytes
+        async with bounds.bodies.hold(principal.tenant, min(size, limits.max_body_bytes)):
+            body = await read_capped(request, limits.max_body_bytes)
+            if optional and not body:
+                return model()
+            received = media_type(request)
+            if received != "application/json" and not received.endswith("+json"):
+                raise BadRequest(
+                    f"expected the content type application/json; received {received[:80]!a}",
+                    code="unsupported_media_type",
+                )
+            return parse_json(model, body)
 
     return read
 

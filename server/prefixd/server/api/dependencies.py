@@ -4,7 +4,7 @@ A route's signature names the parts that it uses; ``create_app`` stores each on 
 state under the name given here. Every router except the public ones depends on ``authenticated``.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.served import ServedModel
+from prefixd.server.api.tenant_bounds import TenantBounds
 from prefixd.server.engine.engine import Engine
 from prefixd.server.errors import Forbidden, NotAuthenticated
 from prefixd.server.tenants.audit import AuditLog
@@ -49,6 +50,7 @@ def part(name: str) -> Any:
 
 AuditDep = Annotated[AuditLog, part("audit")]
 BindingsDep = Annotated[Bindings, part("bindings")]
+BoundsDep = Annotated[TenantBounds, part("bounds")]
 BodyLimitsDep = Annotated[BodyLimits, part("body_limits")]
 DiskDep = Annotated[DiskGuard, part("disk")]
 DrainStateDep = Annotated[DrainState, part("drain_state")]
@@ -66,6 +68,7 @@ _bearer = HTTPBearer(auto_error=False, description="An API key: `prefixd key cre
 async def authenticated(
     request: Request,
     tenants: TenantsDep,
+    bounds: BoundsDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Principal:
     """The principal behind the bearer key. Raises NotAuthenticated."""
@@ -74,14 +77,31 @@ async def authenticated(
             "an API key is needed: send the header 'Authorization: Bearer <key>'",
             code="missing_api_key",
         )
-    principal = await run_in_threadpool(tenants.authenticate, credentials.credentials)
+    async with bounds.lookup(credentials.credentials, request.client):
+        principal = await run_in_threadpool(tenants.authenticate, credentials.credentials)
     request.state.principal = principal
     return principal
 
 
 async def authenticate_request(request: Request) -> Principal:
     """``authenticated``, of a request that no route takes."""
-    return await authenticated(request, request.app.state.tenants, await _bearer(request))
+    state = request.app.state
+    return await authenticated(request, state.tenants, state.bounds, await _bearer(request))
+
+
+Authenticated = Annotated[Principal, Depends(authenticated)]
+
+
+async def within_bounds(bounds: BoundsDep, principal: Authenticated) -> AsyncIterator[None]:
+    """Count the request as in progress, until its response has been sent. Raises RateLimited."""
+    with bounds.request(principal, rated=False):
+        yield
+
+
+async def within_rate(bounds: BoundsDep, principal: Authenticated) -> AsyncIterator[None]:
+    """As ``within_bounds``, for a request that the limiter does not count."""
+    with bounds.request(principal, rated=True):
+        yield
 
 
 def requires(scope: Scope) -> Callable[[Principal], Awaitable[Principal]]:

@@ -21,6 +21,7 @@ from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE, DISK_FAILED,
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.prefixes.residency import pin_room
 from prefixd.server.api.served import ServedModel
+from prefixd.server.api.tenant_bounds import TenantBounds
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixKey
@@ -127,6 +128,11 @@ def build_server(settings: Settings) -> Server:
             max_body_bytes=settings.max_body_bytes,
             max_prefix_bytes=settings.max_prefix_bytes,
             max_import_bytes=settings.max_import_bytes,
+        ),
+        bounds=TenantBounds(
+            max_requests=settings.max_tenant_requests,
+            max_uploads=settings.max_tenant_uploads,
+            max_body_bytes=settings.max_tenant_body_bytes,
         ),
         body_timeout=settings.body_timeout,
         min_body_rate=settings.min_body_rate,

@@ -57,6 +57,9 @@ SETTING_GROUPS = {
         "max_import_bytes",
         "max_prefix_bytes",
         "max_request_seconds",
+        "max_tenant_body_bytes",
+        "max_tenant_requests",
+        "max_tenant_uploads",
         "max_virtual_tokens",
     ),
     "Logging": ("log_format", "log_level"),
@@ -217,6 +220,23 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(
         default=8 * MIB, ge=1024, description="Largest JSON request body, in bytes."
+    )
+    max_tenant_requests: int = Field(
+        default=1024,
+        ge=1,
+        description="Most requests of one tenant in progress on this server; more get 429.",
+    )
+    max_tenant_uploads: int = Field(
+        default=4,
+        ge=1,
+        description="Most uploads and imports of one tenant that this server receives at a time; "
+        "more wait.",
+    )
+    max_tenant_body_bytes: int = Field(
+        default=64 * MIB,
+        ge=1024,
+        description="Most bytes of one tenant's JSON bodies that this server receives at a time; "
+        "more wait.",
     )
     body_timeout: float = Field(
         default=30.0, gt=0, description="Seconds a client may pause while sending a body."

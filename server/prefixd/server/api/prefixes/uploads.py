@@ -20,6 +20,7 @@ from prefixd.server.api.body import declared_bytes
 from prefixd.server.api.dependencies import (
     Acting,
     BodyLimitsDep,
+    BoundsDep,
     DiskDep,
     DrainStateDep,
     EngineDep,
@@ -80,6 +81,7 @@ async def put_prefix(
     limiter: LimiterDep,
     tenants: TenantsDep,
     limits: BodyLimitsDep,
+    bounds: BoundsDep,
     disk: DiskDep,
     drain_state: DrainStateDep,
     principal: Writer,
@@ -93,7 +95,6 @@ async def put_prefix(
     """
     headers = await run_in_threadpool(limiter.count, principal.tenant, principal.quota)
     response.headers.update(headers)
-    await run_in_threadpool(tenants.check_kept, principal.tenant, principal.quota)
     publish = partial(
         _publish_once,
         name,
@@ -102,12 +103,14 @@ async def put_prefix(
         actor=actor,
         key=idempotency_key,
     )
-    await run_in_threadpool(disk.check, declared_bytes(request))
     target = Target(
         name=name, store=store, served=served, limits=limits, disk=disk, principal=principal
     )
-    async with receive(request, target) as (begin, content):
-        replay, replayed = await run_in_threadpool(publish, begin, content)
+    async with bounds.uploads.hold(principal.tenant):
+        await run_in_threadpool(tenants.check_kept, principal.tenant, principal.quota)
+        await run_in_threadpool(disk.check, declared_bytes(request))
+        async with receive(request, target) as (begin, content):
+            replay, replayed = await run_in_threadpool(publish, begin, content)
     response.status_code = replay.status
     if replayed:
         response.headers["idempotency-replayed"] = "true"

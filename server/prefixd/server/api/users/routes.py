@@ -14,6 +14,7 @@ from prefixd.server.api.dependencies import (
     Acting,
     BindingsDep,
     BodyLimitsDep,
+    BoundsDep,
     DiskDep,
     Reader,
     ServedDep,
@@ -123,6 +124,7 @@ async def import_bindings(
     served: ServedDep,
     bindings: BindingsDep,
     limits: BodyLimitsDep,
+    bounds: BoundsDep,
     disk: DiskDep,
     principal: Writer,
     actor: Acting,
@@ -147,7 +149,8 @@ async def import_bindings(
         tenant=principal.tenant,
         actor=actor,
     )
-    return ImportResponse(imported=await importing.run(request))
+    async with bounds.uploads.hold(principal.tenant):
+        return ImportResponse(imported=await importing.run(request))
 
 
 @router.get("/users/{user:path}/prefix", response_model=BindingShown)

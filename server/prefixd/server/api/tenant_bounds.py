@@ -1,0 +1,192 @@
+"""What one tenant, one key or one address may take of a server at a time, counted in this process.
+
+Everything runs on the event loop: nothing waits for a lock or for the catalog. Bounds that hold
+across replicas are quotas of the tenant, which the catalog counts.
+
+::
+
+    request --> authentication   at most so many lookups of one key, and from one address, at a time
+            --> requests         in progress: one more is refused
+            --> rate             of requests that no bucket of the catalog counts
+            --> bodies           bytes of JSON that are received: more of them wait
+            --> uploads          received at a time: more of them wait
+            --> calls            on the catalog at a time: more of them wait
+"""
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Address
+
+from prefixd.server.errors import RateLimited
+from prefixd.server.tenants.keyring import parse
+from prefixd.server.tenants.principal import Principal
+
+LOOKUPS_OF_KEY = 4
+LOOKUPS_FROM_ADDRESS = 8
+CALLS_OF_TENANT = 6
+"""Half of the threads that call the catalog, so that one tenant never has all of them."""
+
+WAIT_S = 30.0
+_RETRY_S = 1.0
+_MOST_BUCKETS = 4096
+
+
+class KeyedSemaphore:
+    """For each key at most ``capacity`` at a time; more wait in order of arrival, for at most
+    ``wait_s`` seconds. ``noun`` says in the error what there is too much of."""
+
+    def __init__(self, capacity: int, noun: str, *, wait_s: float = WAIT_S) -> None:
+        self.capacity = capacity
+        self._noun = noun
+        self._wait_s = wait_s
+        self._held: Counter[str] = Counter()
+        self._waiting: dict[str, deque[tuple[asyncio.Future[None], int]]] = {}
+
+    @asynccontextmanager
+    async def hold(self, key: str, amount: int = 1) -> AsyncIterator[None]:
+        """Hold ``amount`` of the key's capacity inside the block. Raises RateLimited."""
+        amount = min(amount, self.capacity)
+        if key in self._waiting or self._held[key] + amount > self.capacity:
+            await self._wait(key, amount)
+        else:
+            self._held[key] += amount
+        try:
+            yield
+        finally:
+            self._release(key, amount)
+
+    async def _wait(self, key: str, amount: int) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (turn, amount)
+        self._waiting.setdefault(key, deque()).append(entry)
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await turn
+        except BaseException as error:
+            if turn.done() and not turn.cancelled():  # it came at the same moment
+                self._release(key, amount)
+            else:
+                with suppress(KeyError, ValueError):  # passed over as done
+                    self._waiting[key].remove(entry)
+                self._wake(key)
+            if isinstance(error, TimeoutError):
+                raise RateLimited(
+                    f"expected at most {self.capacity} {self._noun} at a time; this one waited "
+                    f"{self._wait_s:g} s for the others",
+                    code="concurrency_limit_exceeded",
+                    retry_after=_RETRY_S,
+                ) from None
+            raise
+
+    def _release(self, key: str, amount: int) -> None:
+        self._held[key] -= amount
+        self._wake(key)
+
+    def _wake(self, key: str) -> None:
+        """Give what is free to those that wait, in order; forget a key that nothing holds."""
+        waiting = self._waiting.get(key)
+        while waiting and self._held[key] + waiting[0][1] <= self.capacity:
+            turn, amount = waiting.popleft()
+            if not turn.done():
+                self._held[key] += amount
+                turn.set_result(None)
+        if waiting is not None and not waiting:
+            del self._waiting[key]
+        if not self._held[key]:
+            del self._held[key]
+
+    def __len__(self) -> int:
+        """Keys that hold or wait for something."""
+        return len(self._held.keys() | self._waiting.keys())
+
+
+class RequestRates:
+    """A token bucket for each tenant, which holds the amount of one minute: it costs no query, and
+    each server counts for itself. ``now`` is in seconds on a clock that does not go back."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._levels: dict[str, tuple[float, float]] = {}
+
+    def take(self, tenant: str, per_minute: int) -> None:
+        """Take one request. Raises RateLimited."""
+        now = self._now()
+        level, at = self._levels.get(tenant, (float(per_minute), now))
+        level = min(float(per_minute), level + (now - at) * per_minute / 60.0)
+        if level < 1.0:
+            wait = (1.0 - level) * 60.0 / per_minute
+            raise RateLimited(
+                f"the tenant's limit is {per_minute} requests per minute that neither generate nor "
+                f"upload (other_requests_per_minute); try again in {wait:.1f} s",
+                retry_after=wait,
+            )
+        self._levels[tenant] = (level - 1.0, now)
+        if len(self._levels) > _MOST_BUCKETS:
+            # A bucket that nothing took from for a minute is full again.
+            kept = {name: value for name, value in self._levels.items() if now - value[1] < 60.0}
+            self._levels = kept
+
+
+@dataclass(slots=True)
+class TenantBounds:
+    """The bounds of one server process: of one tenant, how many requests may be in progress, how
+    many uploads and imports are received, and how many bytes of other bodies."""
+
+    max_requests: int = 1024
+    max_uploads: int = 4
+    max_body_bytes: int = 64 * 1024 * 1024
+    lookups_of_key: KeyedSemaphore = field(init=False)
+    lookups_from_address: KeyedSemaphore = field(init=False)
+    bodies: KeyedSemaphore = field(init=False)
+    uploads: KeyedSemaphore = field(init=False)
+    calls: KeyedSemaphore = field(init=False)
+    rates: RequestRates = field(default_factory=RequestRates)
+    requests: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.lookups_of_key = KeyedSemaphore(LOOKUPS_OF_KEY, "lookups of one key")
+        self.lookups_from_address = KeyedSemaphore(
+            LOOKUPS_FROM_ADDRESS, "lookups of keys from one address"
+        )
+        self.bodies = KeyedSemaphore(self.max_body_bytes, "bytes of the tenant's request bodies")
+        self.uploads = KeyedSemaphore(self.max_uploads, "uploads and imports of the tenant")
+        self.calls = KeyedSemaphore(CALLS_OF_TENANT, "of the tenant's calls on the catalog")
+
+    @asynccontextmanager
+    async def lookup(self, key: str, client: Address | None) -> AsyncIterator[None]:
+        """Look up a key from an address inside the block. Raises RateLimited."""
+        parsed = parse(key)  # None costs no lookup: the key is malformed
+        address = "" if client is None else client.host
+        async with (
+            self.lookups_of_key.hold("" if parsed is None else parsed.key_id),
+            self.lookups_from_address.hold(address),
+        ):
+            yield
+
+    @contextmanager
+    def request(self, principal: Principal, *, rated: bool) -> Iterator[None]:
+        """Count a request as in progress inside the block; ``rated``: take it from the tenant's
+        ``other_requests_per_minute``. Raises RateLimited."""
+        tenant = principal.tenant
+        limit = principal.quota.other_requests_per_minute
+        if rated and limit is not None:
+            self.rates.take(tenant, limit)
+        if self.requests[tenant] >= self.max_requests:
+            raise RateLimited(
+                f"the tenant may have {self.max_requests} requests in progress on a server, "
+                "and has them",
+                code="concurrency_limit_exceeded",
+                retry_after=_RETRY_S,
+            )
+        self.requests[tenant] += 1
+        try:
+            yield
+        finally:
+            self.requests[tenant] -= 1
+            if not self.requests[tenant]:
+                del self.requests[tenant]

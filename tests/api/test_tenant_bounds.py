@@ -1,0 +1,211 @@
+"""What one tenant, key or address may take of a server process at a time."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from starlette.datastructures import Address
+
+from prefixd.server.api.tenant_bounds import (
+    LOOKUPS_FROM_ADDRESS,
+    LOOKUPS_OF_KEY,
+    KeyedSemaphore,
+    RequestRates,
+    TenantBounds,
+)
+from prefixd.server.errors import RateLimited
+from prefixd.server.tenants.keyring import generate
+from prefixd.server.tenants.principal import Principal
+from prefixd.server.tenants.quotas import Quota
+from tests.api.api_world import World, error_of, put_text
+
+
+class Holders:
+    """Tasks that hold a semaphore until they are told to end, in the order in which they began."""
+
+    def __init__(self, semaphore: KeyedSemaphore) -> None:
+        self.semaphore = semaphore
+        self.began: list[str] = []
+        self.ends: dict[str, asyncio.Event] = {}
+
+    def add(self, name: str, key: str, amount: int = 1) -> asyncio.Task[None]:
+        self.ends[name] = asyncio.Event()
+
+        async def hold() -> None:
+            async with self.semaphore.hold(key, amount):
+                self.began.append(name)
+                await self.ends[name].wait()
+
+        return asyncio.create_task(hold())
+
+
+async def settle() -> None:
+    """Let every task run that can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def test_a_key_waits_in_order_and_no_other_key_waits_for_it() -> None:
+    async def scenario() -> None:
+        holders = Holders(KeyedSemaphore(4, "bytes"))
+        tasks = [holders.add("a1", "a", 3), holders.add("a2", "a", 2), holders.add("a3", "a", 1)]
+        tasks.append(holders.add("b1", "b", 9))  # more than there is: it gets all
+        await settle()
+        assert holders.began == ["a1", "b1"]  # a3 would fit, and does not overtake a2
+        holders.ends["a1"].set()
+        await settle()
+        assert holders.began == ["a1", "b1", "a2", "a3"]
+        for end in holders.ends.values():
+            end.set()
+        await asyncio.gather(*tasks)
+        assert len(holders.semaphore) == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_wait_leaves_its_place_to_the_next() -> None:
+    async def scenario() -> None:
+        holders = Holders(KeyedSemaphore(2, "calls"))
+        tasks = [holders.add("first", "a", 2), holders.add("wide", "a", 2)]
+        tasks += [holders.add("small", "a", 1)]
+        await settle()
+        tasks[1].cancel()
+        holders.ends["first"].set()
+        await settle()
+        assert holders.began == ["first", "small"]
+        holders.ends["small"].set()
+        await asyncio.wait(tasks)
+        assert len(holders.semaphore) == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_wait_ends_with_429() -> None:
+    async def scenario() -> None:
+        semaphore = KeyedSemaphore(1, "uploads of the tenant", wait_s=0.01)
+        async with semaphore.hold("a"):
+            with pytest.raises(RateLimited, match="at most 1 uploads of the tenant") as caught:
+                async with semaphore.hold("a"):
+                    pass
+        assert caught.value.code == "concurrency_limit_exceeded"
+        assert len(semaphore) == 0
+
+    asyncio.run(scenario())
+
+
+def test_lookups_of_one_key_and_from_one_address_leave_threads_for_others() -> None:
+    """A hundred requests with one key, then as many with other keys from one address."""
+    bounds, one_key = TenantBounds(), generate().text
+
+    async def lookup(key: str, host: str, began: list[str], end: asyncio.Event) -> None:
+        async with bounds.lookup(key, Address(host, 1)):
+            began.append(host)
+            await end.wait()
+
+    async def scenario(callers: list[tuple[str, str]]) -> list[str]:
+        end, began = asyncio.Event(), list[str]()
+        tasks = [asyncio.create_task(lookup(*caller, began, end)) for caller in callers]
+        await settle()
+        before_end = list(began)
+        end.set()
+        await asyncio.gather(*tasks)
+        assert (len(bounds.lookups_of_key), len(bounds.lookups_from_address)) == (0, 0)
+        return before_end
+
+    other = (generate().text, "10.0.0.9")
+    began = asyncio.run(scenario([(one_key, f"10.0.1.{n}") for n in range(100)] + [other]))
+    assert (len(began), began[-1]) == (LOOKUPS_OF_KEY + 1, "10.0.0.9")
+    began = asyncio.run(scenario([(generate().text, "10.0.0.1") for _ in range(100)] + [other]))
+    assert (len(began), began[-1]) == (LOOKUPS_FROM_ADDRESS + 1, "10.0.0.9")
+
+
+def test_a_rate_is_refilled_by_a_clock_that_does_not_go_back() -> None:
+    now = [100.0]
+    rates = RequestRates(now=lambda: now[0])
+    for _ in range(60):
+        rates.take("acme", 60)
+    with pytest.raises(RateLimited, match="60 requests per minute") as caught:
+        rates.take("acme", 60)
+    assert caught.value.retry_after == pytest.approx(1.0)
+    rates.take("beta", 60)
+    now[0] += 1.0
+    rates.take("acme", 60)
+    with pytest.raises(RateLimited):
+        rates.take("acme", 60)
+
+
+def test_requests_that_do_not_generate_have_a_rate_of_their_own(
+    client: TestClient, world: World
+) -> None:
+    world.tenants.set_quota("acme", {"other_requests_per_minute": 2})
+    statuses = [client.get("/v1/models").status_code for _ in range(3)]
+    assert statuses == [200, 200, 429]
+    refused = client.get("/v1/users")
+    assert error_of(refused)["code"] == "rate_limit_exceeded"
+    assert "other_requests_per_minute" in error_of(refused)["message"]
+    assert int(refused.headers["retry-after"]) >= 1
+    assert client.get("/v1/models", headers=world.headers("beta")).status_code == 200
+    body = {"model": "tiny", "prompt": "Hi", "max_tokens": 1}
+    assert client.post("/v1/completions", json=body).status_code == 200
+    put_text(client, "voice", "one", world.headers())
+
+
+def test_requests_in_progress_are_bounded_streams_included(world: World) -> None:
+    bounds = TenantBounds(max_requests=2)
+    world.runner.gate.clear()
+    body = {"model": "tiny", "prompt": "Hi", "max_tokens": 4, "stream": True}
+
+    with TestClient(world.make_app(bounds=bounds), headers=world.headers()) as client:
+
+        def stream(_: int) -> str:
+            return client.post("/v1/completions", json=body).text
+
+        with ThreadPoolExecutor(2) as pool:
+            streams = pool.map(stream, range(2))
+            pause = threading.Event()
+            while bounds.requests["acme"] < 2:
+                pause.wait(0.01)
+            refused = client.get("/v1/models")
+            assert error_of(refused)["code"] == "concurrency_limit_exceeded"
+            assert client.get("/v1/models", headers=world.headers("beta")).status_code == 200
+            world.runner.gate.set()
+            assert all(text.endswith("data: [DONE]\n\n") for text in streams)
+        assert client.get("/v1/models").status_code == 200
+        assert bounds.requests == {}
+
+
+def test_bodies_and_uploads_of_one_tenant_wait_for_each_other(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body that is not complete holds its declared length; another tenant is not affected."""
+    held: dict[str, Any] = {}
+    original = KeyedSemaphore.hold
+
+    def spy(self: KeyedSemaphore, key: str, amount: int = 1) -> Any:
+        held.setdefault(key, []).append((self, amount))
+        return original(self, key, amount)
+
+    monkeypatch.setattr(KeyedSemaphore, "hold", spy)
+    bounds = TenantBounds(max_body_bytes=1024, max_uploads=1)
+    with TestClient(world.make_app(bounds=bounds), headers=world.headers()) as client:
+        put_text(client, "voice", "one", world.headers())
+        assert (bounds.uploads, 1) in held["acme"]
+        answer = client.put("/v1/users/ann/prefix", json={"prefix": "voice"})
+        assert answer.status_code == 200
+        assert (bounds.bodies, len(answer.request.content)) in held["acme"]
+        kind = {"content-type": "application/x-ndjson"}
+        client.post("/v1/users/bindings:import", content=b"", headers=kind)
+    assert held["acme"].count((bounds.uploads, 1)) == 2
+    assert len(bounds.bodies) == len(bounds.uploads) == 0
+
+
+def test_a_principal_without_limits_has_no_rate() -> None:
+    bounds = TenantBounds()
+    principal = Principal("acme", "K", frozenset(), quota=Quota())
+    for _ in range(1000):
+        with bounds.request(principal, rated=True):
+            pass
+    assert bounds.requests == {}
