@@ -2,17 +2,26 @@
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from prefixd.server.cli.demo.child import ServerProcess
+from prefixd.server.cli.demo.child import PROGRAM, ServerProcess
 
 
 class KillableServer(ServerProcess):
-    """A ``prefixd serve`` with additional flags, to which tests send signals."""
+    """A ``prefixd serve`` with additional flags and variables, to which tests send signals."""
 
-    def __init__(self, *, data_dir: Path, model: Path, flags: Sequence[str] = ()) -> None:
-        super().__init__(data_dir=data_dir, port=0, model=str(model))
+    def __init__(
+        self,
+        *,
+        data_dir: Path,
+        model: Path,
+        flags: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        variables = [f"{name}={value}" for name, value in (environment or {}).items()]
+        program = ("/usr/bin/env", *variables, *PROGRAM)  # replaced by the server: one process
+        super().__init__(data_dir=data_dir, port=0, model=str(model), program=program)
         self._command += flags
 
     def ready(self) -> str:
