@@ -27,7 +27,6 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]
 def waits_for_the_disk(connection: Connection) -> bool:
     if connection.dialect.name == "sqlite":
         return bool(connection.scalar(text("PRAGMA synchronous")) == FULL)
-    # The tests' PostgreSQL has it off; a transaction of its own says so before it reads it.
     return bool(connection.scalar(text("SHOW synchronous_commit")) != "off")
 
 

@@ -119,7 +119,8 @@ def writing(engine: Engine) -> Iterator[Connection]:
 @contextmanager
 def writing_relaxed(engine: Engine) -> Iterator[Connection]:
     """As ``writing``, but its commit does not wait for the disk: a power failure may undo the last
-    of them, a killed process or server none. For counts, never for what a caller is told is stored.
+    of them, a killed process or server none. For counts, never for what a response
+    acknowledges.
 
     The commit of a later ``writing`` makes those before it durable too, as both share one log.
     """
