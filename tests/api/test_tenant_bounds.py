@@ -24,7 +24,7 @@ from tests.api.api_world import World, error_of, put_text
 
 
 class Holders:
-    """Tasks that hold a semaphore until they are told to end, in the order in which they began."""
+    """Tasks that hold a semaphore until their event is set, in the order in which they began."""
 
     def __init__(self, semaphore: KeyedSemaphore) -> None:
         self.semaphore = semaphore

@@ -11,6 +11,8 @@ class SchedulerConfig:
     - ``max_resident_tokens``: virtual tokens of all prefixes in the pool (None: the whole pool).
     - ``host_tokens``: virtual tokens of compiled prefixes kept in host memory for a quick return.
     - ``max_prefix_wait_s``: a sequence that waits longer for its prefix alone forces it in.
+    - ``max_tenant_wait_s``: a tenant of which nothing runs waits no longer before another tenant's
+      sequence is preempted for it (None: until one ends).
     - ``failed_prefix_memory_s``: how long a prefix that failed to load is not fetched again.
     - ``max_waiting_tokens``: prompt and output tokens that may wait (None: no bound).
     - ``max_queue_wait_s``: a sequence that has not started by then is shed (None: never).
@@ -25,6 +27,7 @@ class SchedulerConfig:
     max_resident_tokens: int | None = None
     host_tokens: int = 0
     max_prefix_wait_s: float = 0.5
+    max_tenant_wait_s: float | None = 1.0
     failed_prefix_memory_s: float = 5.0
     max_waiting_tokens: int | None = None
     max_queue_wait_s: float | None = None

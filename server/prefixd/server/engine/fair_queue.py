@@ -106,6 +106,10 @@ class FairQueue:
         queue = self._queues.get(tenant)
         return list(queue.sequences) if queue else []
 
+    def first(self, tenant: str) -> Sequence:
+        """The tenant's first waiting sequence; there is one."""
+        return self._queues[tenant].sequences[0]
+
     def first_under(self, key: PrefixKey) -> Sequence:
         """The first sequence in its tenant's order that waits for the prefix; there is one."""
         return self._queues[key.tenant].by_prefix[key][0]

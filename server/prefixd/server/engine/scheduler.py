@@ -8,8 +8,8 @@ Order of service within the token budget of a step (``step_builder`` has the par
    is fetched, placed and compiled (``prefix_loader``), all compiles of a step together one chunk;
 4. prefixes that are pinned or preloaded.
 
-``eviction`` has the rules for when blocks run out, ``recovery`` those for failed steps. The oldest
-running sequence always advances.
+``eviction`` has the rules for when blocks run out, ``starvation`` those for a tenant of which
+nothing runs, ``recovery`` those for failed steps. The oldest running sequence always advances.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +22,7 @@ from prefixd.server.engine.prefix_loader import PrefixLoader
 from prefixd.server.engine.recovery import Recovery
 from prefixd.server.engine.request import FinishReason, PrefixKey
 from prefixd.server.engine.sequence import Deadlines, End, Sequence, State
+from prefixd.server.engine.starvation import StarvationPolicy
 from prefixd.server.engine.step import Sampled, StagedPrefix, Step, StepOutput
 from prefixd.server.engine.step_builder import StepBuilder
 
@@ -56,6 +57,9 @@ class Scheduler:
         self.deadlines = Deadlines()
         self.num_preemptions = 0
         self._flush = flush
+        self._starvation = StarvationPolicy(
+            config, waiting=self.waiting, running=self.running, memory=self.memory
+        )
         self._builder = StepBuilder(
             waiting=self.waiting,
             running=self.running,
@@ -182,6 +186,11 @@ class Scheduler:
         self.prefix_loader.start_step(now=now)
         if self.recovery.suspects and self._builder.run_suspect(step, now):
             return step
+        if self.waiting.num_sequences:
+            victim = self._starvation.victim(now=now)
+            if victim is not None:
+                victim.num_yields += 1
+                self.preempt(victim)
         self._builder.continue_decodes(step)
         if len(step.chunks) < len(self.running):
             self._builder.continue_prefills(step)

@@ -49,7 +49,8 @@ class Sequence:
     ``tokens`` is prompt then output. ``num_computed`` counts the tokens whose KV is in the pool,
     virtual tokens not included. ``block_table`` begins with the shared blocks of the prefix.
     ``num_cached`` tokens were reused at the first start, ``num_remembered`` own blocks are
-    registered for reuse. ``end`` is set once, by ``finish``.
+    registered for reuse, ``num_yields`` times it was preempted for another tenant. ``end`` is set
+    once, by ``finish``.
 
     Times are in seconds on the engine's clock: ``arrived``, ``started`` (first run; None before)
     and ``due_since`` (since when only its prefix was missing).
@@ -68,6 +69,7 @@ class Sequence:
     started: float | None = None
     num_cached: int = 0
     num_remembered: int = 0
+    num_yields: int = 0
     block_names: list[bytes] = field(default_factory=list)
     end: End | None = None
     # Copied from the request, because every step reads them.
