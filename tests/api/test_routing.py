@@ -162,3 +162,11 @@ def test_bytes_that_are_not_utf8_are_refused(client: TestClient, world: World) -
         answer = raw(client, "GET", target, world.headers())
         assert answer.status_code == 400, target
         assert "UTF-8" in error_of(answer)["message"]
+
+
+def test_control_characters_in_paths_are_refused(anonymous: TestClient, world: World) -> None:
+    for target in ("/v1/models%0A", "/v1/prefixes/a%0Ab", "/v1/users/a%0Ab/prefix", "/v1/%00"):
+        assert raw(anonymous, "GET", target, {}).status_code == 401, target
+        answer = raw(anonymous, "GET", target, world.headers())
+        assert answer.status_code == 400, target
+        assert "control character" in error_of(answer)["message"]

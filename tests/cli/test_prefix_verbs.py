@@ -301,7 +301,7 @@ def test_chat_with_a_message_prints_one_answer(shell: Shell, server: Loopback):
     server.stream(CHAT_EVENTS[:70], CHAT_EVENTS[70:])
     result = shell("chat", "Hello", "--model", "bob@prod", "--system", "Be brief.")
     assert result.exit_code == 0
-    assert result.stdout == "Ahoy,[2J 🦜!\n"
+    assert result.stdout == "Ahoy,\\u001b[2J 🦜!\n"
     sent = server.seen[0].json
     assert isinstance(sent, dict)
     assert sent["model"] == "bob@prod"
@@ -355,8 +355,9 @@ def test_the_demo_without_examples_names_the_missing_file(shell: Shell, tmp_path
     assert "prefixes.json" in result.stderr
 
 
-def test_control_characters_are_removed_from_output():
-    assert printable("a\x1b[31mb\x07\x9bc\r\td\n") == "a[31mbc\td\n"
+def test_control_characters_are_escaped_in_output():
+    assert printable("a\x1b[31mb\x07\x9bc\r\td\n") == "a\\u001b[31mb\\u0007\\u009bc\\u000d\td\n"
+    assert printable("ann\u202e\u2066\ud800 \u200d") == "ann\\u202e\\u2066\\ud800 \u200d"
 
 
 def test_ls_filters_by_label_and_prints_labels(shell: Shell, server: Loopback):

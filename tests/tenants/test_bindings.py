@@ -58,7 +58,8 @@ def test_malformed_users_are_rejected(bindings: Bindings, user: str) -> None:
         bindings.bind("acme", user, "voice", actor=ANN)
     with pytest.raises(BadRequest):
         bindings.bind_many("acme", [(user, "voice")])
-    assert bindings.chosen("acme", user) is None
+    with pytest.raises(BadRequest):
+        bindings.chosen("acme", user)
 
 
 def test_bindings_are_imported_and_listed_in_pages(bindings: Bindings) -> None:

@@ -4,6 +4,7 @@ FastAPI would read the whole body before it runs the authentication dependency, 
 wrong types. Here the body is a dependency of its own, which depends on the principal.
 """
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -108,8 +109,34 @@ def declared_bytes(request: Request) -> int:
     return int(declared) if declared.isdigit() else 0
 
 
+def check_keys(body: bytes) -> None:
+    """Raise BadRequest for JSON in which an object has a key twice, or that is nested too deep. Of
+    other faults nothing is said: the parser that follows refuses them.
+
+    pydantic keeps the last of two values. This pass costs a third of pydantic's for a small body,
+    and about as much as pydantic's for the largest.
+    """
+    try:
+        json.loads(body, object_pairs_hook=_check_object)
+    except RecursionError:
+        raise BadRequest("expected less deeply nested JSON", code="invalid_json") from None
+    except ValueError:
+        return
+
+
+def _check_object(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRequest(
+            f"expected each key of a JSON object once; received {twice[:80]!a} several times",
+            code="invalid_json",
+        )
+
+
 def parse_json(model: type[Model], body: bytes) -> Model:
     """``body`` as a strict ``model``. Raises BadRequest with one sentence."""
+    check_keys(body)
     try:
         return model.model_validate_json(body)
     except ValidationError as error:

@@ -40,6 +40,7 @@ from prefixd.server.errors import (
     Unavailable,
     Unprocessable,
 )
+from prefixd.server.tenants.keyring import redacted
 from prefixd.store.disk import DiskGuard
 from prefixd.store.errors import (
     ArtifactRefused,
@@ -92,12 +93,12 @@ class ErrorBody(BaseModel):
 
 
 def error_body(error: PrefixdError, request_id: str | None) -> dict[str, Any]:
-    """The JSON body for ``error``."""
+    """The JSON body for ``error``. A key that was sent in the wrong place is not repeated."""
     detail = ErrorDetail(
-        message=error.message,
+        message=redacted(error.message),
         type=error.type,
         code=error.code,
-        param=error.param,
+        param=None if error.param is None else redacted(error.param),
         request_id=request_id,
     )
     return ErrorBody(error=detail).model_dump()

@@ -6,6 +6,7 @@ first route with that path.
 """
 
 import posixpath
+import re
 from collections.abc import Iterable
 from urllib.parse import unquote_to_bytes
 
@@ -16,18 +17,26 @@ from starlette.types import Receive, Scope, Send
 from prefixd.server.api.dependencies import authenticate_request
 from prefixd.server.errors import BadRequest, MethodNotAllowed, NotFound
 
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 _NOT_SEGMENTS = frozenset({b"", b".", b".."})
 
 
 def check_path(scope: Scope) -> None:
     """Raise NotFound for a path that another server may read as that of another route: empty or dot
     segments, a slash at the end, or ``%2F`` where the route has a slash. Raise BadRequest for one
-    that is not UTF-8."""
+    that is not UTF-8 or has control characters."""
     raw = scope.get("raw_path") or scope["path"].encode()
     if not _is_exact(raw, scope["route"].path):
         raise unknown_route()
     if b"%" in raw:
         _check_utf8(raw, "path")
+        _check_controls(scope["path"])
+
+
+def _check_controls(path: str) -> None:
+    # To a router's regular expressions, a path with a line feed at its end equals one without.
+    if _CONTROLS.search(path) is not None:
+        raise BadRequest("expected no control characters in the path; received one")
 
 
 def check_query(scope: Scope) -> None:
@@ -87,6 +96,7 @@ class Unrouted(BaseRoute):
         ]
         if _is_keyed(scope["path"]):
             await authenticate_request(Request(scope, receive))
+        _check_controls(scope["path"])
         if not same_path:
             raise unknown_route()
         scope["route"] = same_path[0]

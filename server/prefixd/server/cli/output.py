@@ -15,13 +15,14 @@ from rich.console import Console
 
 from prefixd.client.errors import ApiError, AuthenticationError, ClientError, ConnectError
 
-# C0 and C1 controls except tab and newline: an answer must not control the terminal.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# C0 and C1 controls except tab and newline, direction overrides and lone surrogates: an answer must
+# neither control the terminal nor show text in another order.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """``text`` without control characters other than tab and newline."""
-    return _CONTROLS.sub("", text)
+    """``text`` with control characters other than tab and newline escaped, as ``\\u001b``."""
+    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def console() -> Console:
@@ -37,8 +38,7 @@ def print_json(value: object) -> None:
 
 def json_text(value: object, *, indent: int | None = None) -> str:
     """What ``print_json`` prints, without ``indent`` on one line."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False, default=_plain)
-    return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return printable(json.dumps(value, indent=indent, ensure_ascii=False, default=_plain))
 
 
 def as_dict(record: object) -> dict[str, object]:

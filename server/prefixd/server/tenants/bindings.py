@@ -1,6 +1,5 @@
 """Prefixes of a tenant's end users: bindings, and the tenant's default."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -8,18 +7,17 @@ from enum import StrEnum
 
 from sqlalchemy import Connection, Engine, delete, func, or_, select, update
 
-from prefixd.server.errors import BadRequest, Conflict, NotFound
+from prefixd.server.errors import Conflict, NotFound
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.principal import Actor
-from prefixd.server.tenants.tables import USER_CHARACTERS, bindings, tenants
+from prefixd.server.tenants.tables import bindings, tenants
 from prefixd.server.tenants.usage import check_quota
+from prefixd.server.tenants.users import check_user
 from prefixd.store.catalog.changes import Removed
 from prefixd.store.db.database import reading, upsert, utc_now, writing
 from prefixd.store.names import LATEST, parse_reference
 
 Check = Callable[[Connection], object]
-
-_USER = re.compile(rf"[^\x00-\x1f\x7f\ud800-\udfff]{{1,{USER_CHARACTERS}}}")
 
 
 class ChosenBy(StrEnum):
@@ -41,17 +39,6 @@ class Binding:
     user: str
     prefix: str
     updated_at: datetime
-
-
-def check_user(user: str) -> str:
-    """Return ``user`` or raise BadRequest."""
-    if _USER.fullmatch(user) is None:
-        raise BadRequest(
-            f"expected a user of 1 to {USER_CHARACTERS} characters, none of them a control "
-            f"character; received {len(user)} characters",
-            param="user",
-        )
-    return user
 
 
 def check_unbound(connection: Connection, removed: Removed) -> None:
@@ -108,14 +95,13 @@ class Bindings:
     def chosen(self, tenant: str, user: str) -> tuple[str, ChosenBy] | None:
         """The reference for a request by ``user``: bound, else the default, else None."""
         with reading(self._engine) as connection:
-            if _USER.fullmatch(user) is not None:
-                bound = connection.execute(
-                    select(bindings.c.reference).where(
-                        bindings.c.tenant == tenant, bindings.c.user_id == user
-                    )
-                ).scalar()
-                if bound is not None:
-                    return bound, ChosenBy.USER
+            bound = connection.execute(
+                select(bindings.c.reference).where(
+                    bindings.c.tenant == tenant, bindings.c.user_id == check_user(user)
+                )
+            ).scalar()
+            if bound is not None:
+                return bound, ChosenBy.USER
             default = connection.execute(
                 select(tenants.c.default_prefix).where(tenants.c.name == tenant)
             ).scalar()

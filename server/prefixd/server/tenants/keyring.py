@@ -49,6 +49,7 @@ CHECK_LENGTH = 6
 _ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _DIGITS = frozenset(_ALPHABET)
 
+_LIKE_A_KEY = re.compile(rf"{MARK}_[0-9A-Za-z]{{6,}}_[0-9A-Za-z]{{8,}}")
 _LABEL = re.compile(r"[^\x00-\x1f\x7f]{0,128}")
 # Compared with when the key id is unknown, so that both cases do the same work.
 _NO_DIGEST = "0" * 64
@@ -91,6 +92,11 @@ def parse(text: str) -> ParsedKey | None:
     ):
         return None
     return ParsedKey(key_id=key_id, digest=hashlib.sha256(text.encode("ascii")).hexdigest())
+
+
+def redacted(text: str) -> str:
+    """``text`` without what looks like a key, whole or cut, correct or mistyped."""
+    return _LIKE_A_KEY.sub(f"{MARK}_…", text)
 
 
 def _checksum(body: str) -> str:

@@ -28,6 +28,7 @@ from prefixd.server.api.admin.schemas import (
 )
 from prefixd.server.api.body import json_body, json_request
 from prefixd.server.api.dependencies import Acting, Admin, AuditDep, EngineDep, Operator, TenantsDep
+from prefixd.server.api.values import WholeNumber
 from prefixd.server.errors import BadRequest, NotFound, Unavailable
 from prefixd.server.tenants.principal import DEFAULT_SCOPES, Principal
 from prefixd.server.tenants.quotas import SETTINGS
@@ -35,7 +36,7 @@ from prefixd.server.tenants.registry import IssuedKey, KeyRecord, Tenants
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 
-Limit = Annotated[int, Query(ge=1, le=1000)]
+Limit = Annotated[WholeNumber, Query(ge=1, le=1000)]
 After = Annotated[str | None, Query(max_length=128)]
 
 
@@ -220,7 +221,7 @@ def read_audit(
     principal: Admin,
     tenant: After = None,
     limit: Limit = 100,
-    before: Annotated[int | None, Query(ge=1, le=2**63 - 1)] = None,
+    before: Annotated[WholeNumber | None, Query(ge=1, le=2**63 - 1)] = None,
 ) -> AuditList:
     """Audited actions, newest first; pass `next_before` as `before` for older ones."""
     owner = _known_tenant(principal, tenant, tenants)

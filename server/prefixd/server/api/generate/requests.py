@@ -19,6 +19,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from prefixd.server.api.body import StrictModel
+from prefixd.server.api.values import User
 
 
 def one_of(expected: str) -> WrapValidator:
@@ -120,9 +121,8 @@ class GenerationFields(StrictModel):
         "requests. Default: true, if your tenant allows it.",
     )
 
-    user: str | None = Field(
+    user: User | None = Field(
         default=None,
-        max_length=512,
         description="Your end user. With the base as `model`, the prefix "
         "the user is bound to answers, else your default prefix, else the base.",
     )

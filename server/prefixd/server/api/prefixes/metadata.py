@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
-from prefixd.server.api.body import media_type, read_capped
+from prefixd.server.api.body import check_keys, media_type, read_capped
 from prefixd.server.api.dependencies import (
     Acting,
     BodyLimitsDep,
@@ -47,8 +47,10 @@ async def _patch(
             f"expected the content type {' or '.join(_TYPES)}; received {kind[:80]!a}",
             code="unsupported_media_type",
         )
+    body = await read_capped(request, min(limits.max_body_bytes, MAX_PATCH_BYTES))
+    check_keys(body)
     try:
-        return parse_object(await read_capped(request, min(limits.max_body_bytes, MAX_PATCH_BYTES)))
+        return parse_object(body)
     except StrictJsonError as error:
         raise Unprocessable(
             f"expected metadata to be a JSON object: {error}",

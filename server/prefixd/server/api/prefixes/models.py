@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from prefixd.server.api.dependencies import Reader, ServedDep, StoreDep
 from prefixd.server.api.served import ServedModel
+from prefixd.server.api.values import Reference
 from prefixd.server.errors import DoesNotFit, NotFound
 from prefixd.store.catalog.manifests import check_base
 from prefixd.store.errors import InvalidReference, UnknownPrefix
@@ -66,7 +67,7 @@ def list_models(store: StoreDep, served: ServedDep, principal: Reader) -> ModelL
 
 
 @router.get("/{model:path}", response_model=Model)
-def get_model(model: str, store: StoreDep, served: ServedDep, principal: Reader) -> Model:
+def get_model(model: Reference, store: StoreDep, served: ServedDep, principal: Reader) -> Model:
     """One model: the base's name, a prefix reference, or `base:reference`."""
     if model == served.name:
         return _base(served)

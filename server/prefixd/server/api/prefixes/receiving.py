@@ -21,6 +21,7 @@ from pydantic import Field
 
 from prefixd.server.api.body import (
     StrictModel,
+    check_keys,
     json_request,
     media_type,
     parse_json,
@@ -198,8 +199,10 @@ def _parse_parts(upload: Upload) -> tuple[bytes, dict[str, Any] | None, int | No
         if part not in upload.names:
             raise BadRequest(f"the part '{part}' is missing", code="missing_part", param=part)
     config, raw = upload.parts["config"], upload.parts.get("metadata")
+    check_keys(config)
     if raw is None:
         return config, None, None
+    check_keys(raw)
     try:
         metadata = json.loads(raw)
     except (ValueError, RecursionError):

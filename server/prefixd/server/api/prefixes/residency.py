@@ -25,6 +25,7 @@ from prefixd.server.api.generate.admission import check_resident, handle_of
 from prefixd.server.api.generate.resolver import check_intact
 from prefixd.server.api.prefixes.schemas import PrefixManifest, key_of
 from prefixd.server.api.served import ServedModel
+from prefixd.server.api.values import Reference
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import QueueFull
@@ -78,7 +79,7 @@ _BODY = json_request(ChosenVersion, required=False)
 )
 def warm_prefix(
     *,
-    reference: str,
+    reference: Reference,
     response: Response,
     store: StoreDep,
     engine: EngineDep,
@@ -106,7 +107,7 @@ def warm_prefix(
 @router.put("/{reference}/pin", response_model=PrefixManifest, openapi_extra=_BODY)
 def pin_prefix(
     *,
-    reference: str,
+    reference: Reference,
     store: StoreDep,
     engine: EngineDep,
     served: ServedDep,
@@ -136,7 +137,7 @@ def pin_prefix(
 
 
 @router.delete("/{reference}/pin", status_code=204)
-def unpin_prefix(reference: str, store: StoreDep, principal: Writer, actor: Acting) -> None:
+def unpin_prefix(reference: Reference, store: StoreDep, principal: Writer, actor: Acting) -> None:
     """Unpin a prefix, by its name: it may be evicted as others are."""
     with store.change(principal.tenant) as tx:
         tx.remove_pin(reference)

@@ -21,6 +21,7 @@ from prefixd.server.api.prefixes.schemas import (
     PrefixShown,
     VersionList,
 )
+from prefixd.server.api.values import Reference, WholeNumber
 from prefixd.server.errors import BadRequest, RangeNotSatisfiable
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.bindings import check_unbound
@@ -33,15 +34,8 @@ from prefixd.store.store import Manifest
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 
 
-def _digits(text: str) -> str:
-    """``text`` when it is a number as references have it: pydantic also reads +1 and 1.0."""
-    if text.isascii() and text.isdigit():
-        return text
-    raise ValueError("'version': expected a version number; an alias is removed under aliases/")
-
-
-Version = Annotated[str, Path(description="A version number, or an alias such as `latest`.")]
-VersionNumber = Annotated[int, BeforeValidator(_digits), Path(ge=1, le=MAX_VERSION)]
+Version = Annotated[Reference, Path(description="A version number, or an alias such as `latest`.")]
+VersionNumber = Annotated[WholeNumber, Path(ge=1, le=MAX_VERSION)]
 Bases = Annotated[
     Literal["served", "all"], Query(description="Versions for the served base, or for every base.")
 ]
@@ -116,7 +110,7 @@ def list_prefixes(
     engine: EngineDep,
     served: ServedDep,
     principal: Reader,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    limit: Annotated[WholeNumber, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(max_length=128)] = None,
     base: Bases = "served",
     label: Labels = (),
@@ -139,7 +133,9 @@ def list_prefixes(
 
 @router.get("/{name}", response_model=PrefixShown)
 def get_prefix(
-    reference: Annotated[str, Path(alias="name", description="`name`, `name@3` or `name@alias`.")],
+    reference: Annotated[
+        Reference, Path(alias="name", description="`name`, `name@3` or `name@alias`.")
+    ],
     store: StoreDep,
     engine: EngineDep,
     served: ServedDep,
@@ -176,8 +172,8 @@ def list_versions(
     engine: EngineDep,
     served: ServedDep,
     principal: Reader,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    before: Annotated[int | None, Query(ge=1, le=2**31 - 1)] = None,
+    limit: Annotated[WholeNumber, Query(ge=1, le=1000)] = 100,
+    before: Annotated[WholeNumber | None, Query(ge=1, le=2**31 - 1)] = None,
     base: Bases = "served",
 ) -> VersionList:
     """Versions for the served base, or with `base=all` for any, newest first; `next_before` is what

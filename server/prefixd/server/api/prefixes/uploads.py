@@ -40,6 +40,7 @@ from prefixd.server.api.prefixes.receiving import (
 )
 from prefixd.server.api.prefixes.residency import try_warm
 from prefixd.server.api.prefixes.schemas import PrefixManifest
+from prefixd.server.api.values import Flag
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.idempotency import Idempotency, Replay, check_key
 from prefixd.server.tenants.principal import Actor, Principal
@@ -51,7 +52,7 @@ router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 
 
 Warm = Annotated[
-    bool,
+    Flag,
     Query(description="Load it into this server's KV pool at once; the upload never fails by it."),
 ]
 IdempotencyKey = Annotated[

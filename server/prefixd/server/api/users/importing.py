@@ -8,8 +8,9 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from prefixd.server.api.body import StrictModel, capped, declared_bytes, parse_json
+from prefixd.server.api.values import User
 from prefixd.server.errors import BadRequest, QuotaExceeded
-from prefixd.server.tenants.bindings import Bindings, check_user
+from prefixd.server.tenants.bindings import Bindings
 from prefixd.server.tenants.principal import Actor
 from prefixd.store.artifact.config import BaseSpec
 from prefixd.store.catalog.manifests import check_base
@@ -27,7 +28,7 @@ _MOST_KNOWN = 10_000
 class ImportLine(StrictModel):
     """One line."""
 
-    user: str = Field(min_length=1, max_length=256)
+    user: User
     prefix: str = Field(min_length=1, max_length=257)
 
 
@@ -105,7 +106,6 @@ class BindingImport:
     def _parsed(self, line: bytes) -> tuple[str, str]:
         try:
             binding = parse_json(ImportLine, line)
-            check_user(binding.user)
             if binding.prefix not in self._known:
                 manifest = self._store.resolve(
                     tenant=self._tenant, reference=binding.prefix, base=self._base

@@ -23,6 +23,7 @@ from prefixd.server.api.dependencies import (
 )
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.users.importing import BindingImport
+from prefixd.server.api.values import User, WholeNumber
 from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.principal import Principal
 from prefixd.store.catalog.manifests import check_base
@@ -91,8 +92,8 @@ def _check(
 def list_bindings(
     bindings: BindingsDep,
     principal: Reader,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    after: Annotated[str | None, Query(max_length=256)] = None,
+    limit: Annotated[WholeNumber, Query(ge=1, le=1000)] = 100,
+    after: Annotated[User | None, Query()] = None,
 ) -> BindingList:
     """The users that are bound, in order."""
     page, more = bindings.page(principal.tenant, limit=limit, after=after)
@@ -154,7 +155,7 @@ async def import_bindings(
 
 
 @router.get("/users/{user:path}/prefix", response_model=BindingShown)
-def get_binding(user: str, bindings: BindingsDep, principal: Reader) -> BindingShown:
+def get_binding(user: User, bindings: BindingsDep, principal: Reader) -> BindingShown:
     """The prefix a user is bound to."""
     return BindingShown.model_validate(bindings.get(principal.tenant, user))
 
@@ -166,7 +167,7 @@ def get_binding(user: str, bindings: BindingsDep, principal: Reader) -> BindingS
 )
 def put_binding(
     *,
-    user: str,
+    user: User,
     store: StoreDep,
     served: ServedDep,
     bindings: BindingsDep,
@@ -181,7 +182,7 @@ def put_binding(
 
 
 @router.delete("/users/{user:path}/prefix", status_code=204)
-def delete_binding(user: str, bindings: BindingsDep, principal: Writer, actor: Acting) -> None:
+def delete_binding(user: User, bindings: BindingsDep, principal: Writer, actor: Acting) -> None:
     """Delete a user's binding: the tenant's default applies then."""
     bindings.unbind(principal.tenant, user, actor=actor)
 
