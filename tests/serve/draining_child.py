@@ -13,6 +13,7 @@ from pathlib import Path
 import structlog
 
 from prefixd.server.engine.step import Step, StepOutput
+from prefixd.server.serve.connection_limits import ConnectionLimits
 from prefixd.server.serve.http import ConnectionTimeouts, bind, uvicorn_config
 from prefixd.server.serve.logging import configure
 from prefixd.server.serve.shutdown import DrainingServer
@@ -38,7 +39,10 @@ def main() -> None:
         print(json.dumps(ready), flush=True)
         DrainingServer(
             uvicorn_config(
-                world.app, timeouts=ConnectionTimeouts(30.0, 30.0), metrics=world.metrics
+                world.app,
+                timeouts=ConnectionTimeouts(30.0, 30.0),
+                limits=ConnectionLimits(100, 100),
+                metrics=world.metrics,
             ),
             drain_state=world.drain_state,
             engine=world.engine,

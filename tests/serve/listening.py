@@ -6,16 +6,17 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
-import uvicorn
-
-from prefixd.server.serve.http import ConnectionTimeouts, bind, uvicorn_config
+from prefixd.server.serve.connection_limits import ConnectionLimits
+from prefixd.server.serve.http import ConnectionTimeouts, HttpServer, bind, uvicorn_config
 from tests.api.api_world import World
+
+MANY = ConnectionLimits(100, 100)
 
 SOON_S = 30.0
 """More than any step of a test takes, in seconds."""
 
 
-class Listening(uvicorn.Server):
+class Listening(HttpServer):
     """A server, for scenarios that look at its connections."""
 
     @property
@@ -36,13 +37,14 @@ def serve(
     *,
     header_s: float = SOON_S,
     write_s: float = SOON_S,
+    limits: ConnectionLimits = MANY,
     lifespan: Literal["on", "off"] = "on",
 ) -> None:
     """Run ``scenario`` while the server listens. With ``lifespan``, the engine runs too."""
 
     async def main() -> None:
         timeouts = ConnectionTimeouts(header_s, write_s)
-        config = uvicorn_config(world.app, timeouts=timeouts, metrics=world.metrics)
+        config = uvicorn_config(world.app, timeouts=timeouts, limits=limits, metrics=world.metrics)
         config.lifespan = lifespan
         server = Listening(config)
         running = asyncio.create_task(server.serve(sockets=[bind("127.0.0.1", 0)]))

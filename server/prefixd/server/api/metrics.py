@@ -13,6 +13,7 @@ from typing import Self
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     disable_created_metrics,
     generate_latest,
@@ -64,6 +65,13 @@ class TenantClass(StrEnum):
         return cls.LOW if weight < 1 else cls.HIGH
 
 
+class ConnectionLimit(StrEnum):
+    """Which limit refused a connection."""
+
+    TOTAL = "total"
+    ADDRESS = "address"
+
+
 class Metrics:
     """The metrics of one application, in its own registry."""
 
@@ -75,6 +83,27 @@ class Metrics:
             "prefixd_http_requests",
             "HTTP requests answered.",
             ["method", "route", "status"],
+            registry=self.registry,
+        )
+        self.connections = Gauge(
+            "prefixd_connections", "Open connections of clients.", registry=self.registry
+        )
+        self.refused_connections = Counter(
+            "prefixd_connections_refused",
+            "Connections over a limit.",
+            ["limit"],
+            registry=self.registry,
+        )
+        for limit in ConnectionLimit:
+            self.refused_connections.labels(limit)
+        self.evicted_connections = Counter(
+            "prefixd_connections_evicted",
+            "Idle connections closed for new ones at the total limit.",
+            registry=self.registry,
+        )
+        self.accept_failures = Counter(
+            "prefixd_accept_failures",
+            "Failed attempts to accept a connection.",
             registry=self.registry,
         )
         self.write_timeouts = Counter(

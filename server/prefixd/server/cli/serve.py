@@ -44,9 +44,16 @@ def _run(server: "Server", settings: Settings, listener: socket.socket) -> None:
     """Serve on a bound socket until a signal ends the server."""
     import structlog
 
+    from prefixd.server.serve.connection_limits import ConnectionLimits, raise_descriptor_limit
     from prefixd.server.serve.http import ConnectionTimeouts, address, uvicorn_config
     from prefixd.server.serve.shutdown import DrainingServer
 
+    limits = ConnectionLimits.of(
+        descriptors=raise_descriptor_limit(),
+        total=settings.max_connections,
+        per_address=settings.max_connections_per_address,
+        trusted=settings.trusted_proxies or "",
+    )
     host, port = listener.getsockname()[:2]
     structlog.get_logger("prefixd").info(
         "serving",
@@ -56,11 +63,13 @@ def _run(server: "Server", settings: Settings, listener: socket.socket) -> None:
         device=server.device,
         kv_tokens=settings.kv_tokens,
         max_positions=server.served.max_positions,
+        max_connections=limits.total,
     )
     DrainingServer(
         uvicorn_config(
             server.app,
             timeouts=ConnectionTimeouts(settings.body_timeout, settings.write_timeout),
+            limits=limits,
             metrics=server.metrics,
         ),
         drain_state=server.drain_state,

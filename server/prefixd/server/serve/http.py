@@ -1,18 +1,23 @@
 """The HTTP socket and uvicorn's configuration: how long a request head may take to arrive, and how
 a connection ends."""
 
+import asyncio
 import socket
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import uvicorn
 
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.middleware import BODY_PENDING
 from prefixd.server.errors import PrefixdError
+from prefixd.server.serve.connection_limits import ConnectionLimits
+from prefixd.server.serve.connections import Connections
 from prefixd.server.serve.http_refusals import MAX_HEADER_BYTES, RefusingProtocol, head_too_large
+from prefixd.server.serve.listener import Listener
 from prefixd.server.serve.logging import LimitedWarning
 from prefixd.server.serve.transport import LingeringTransport
 
@@ -50,11 +55,16 @@ class ConnectionTimeouts:
 
 
 def uvicorn_config(
-    app: Callable[..., Any], *, timeouts: ConnectionTimeouts, metrics: Metrics
+    app: Callable[..., Any],
+    *,
+    timeouts: ConnectionTimeouts,
+    limits: ConnectionLimits,
+    metrics: Metrics,
 ) -> uvicorn.Config:
-    """Configuration for one process behind a socket that is bound already."""
+    """Configuration for one HttpServer."""
     shared = {
         "timeouts": timeouts,
+        "open_connections": Connections(limits, metrics),
         "metrics": metrics,
         "stall_warning": LimitedWarning("disconnected a client that stopped reading"),
     }
@@ -70,6 +80,25 @@ def uvicorn_config(
     )
 
 
+class HttpServer(uvicorn.Server):
+    """uvicorn's server behind sockets that are bound already, which accepts connections within
+    their limits."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application and listen."""
+        await super().startup(sockets=[])
+        protocol = cast("type[HttpProtocol]", self.config.http_protocol_class)
+        for listening in sockets or ():
+            listener = Listener(
+                listening,
+                partial(protocol, self.config, self.server_state, self.lifespan.state),
+                connections=protocol.open_connections,
+                metrics=protocol.metrics,
+            )
+            listener.start()
+            self.servers.append(cast("asyncio.Server", listener))
+
+
 class HttpProtocol(RefusingProtocol):
     """uvicorn's protocol, which alone would wait without limit for the end of a request head, keep
     all of it in memory, and stay connected to a client that sends no more or reads no more.
@@ -80,6 +109,7 @@ class HttpProtocol(RefusingProtocol):
     """
 
     timeouts: ClassVar[ConnectionTimeouts]
+    open_connections: ClassVar[Connections]
     metrics: ClassVar[Metrics]
     stall_warning: ClassVar[LimitedWarning]
     transport: LingeringTransport
@@ -95,13 +125,21 @@ class HttpProtocol(RefusingProtocol):
             transport, self.loop, write_timeout_s=self.timeouts.write_s, on_stall=self._on_stall
         )
         super().connection_made(lingering)
+        self.open_connections.waits(self)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""
         self._stop_timer()
         self.transport.stop()
+        self.open_connections.works(self)
+        if self.client is not None:
+            self.open_connections.release(self.client[0])
         super().connection_lost(exc)
+
+    def evict(self) -> None:
+        """Close the connection at once: it waits for a request and another one needs its place."""
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Count the bytes of a head that has not ended."""
@@ -123,8 +161,15 @@ class HttpProtocol(RefusingProtocol):
         """Stop the timer, and let the application ask whether the body is complete."""
         self._stop_timer()
         super().on_headers_complete()
+        self.open_connections.works(self)
         cycle = self.cycle
         self.scope["state"][BODY_PENDING] = lambda: cycle.more_body
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, unless it has arrived already."""
+        super().on_response_complete()
+        if self.cycle.response_complete:
+            self.open_connections.waits(self)
 
     def _on_stall(self) -> None:
         self.metrics.write_timeouts.inc()

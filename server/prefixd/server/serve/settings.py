@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, get_args, get_origin
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from prefixd.server.serve.connection_limits import parse_networks
 from prefixd.server.tenants.quotas import parse_quota
 
 ENV_PREFIX = "PREFIXD_"
@@ -49,7 +50,17 @@ SETTING_GROUPS = {
         "max_waiting_tokens",
         "watchdog",
     ),
-    "HTTP": ("body_timeout", "host", "min_body_rate", "port", "shutdown_timeout", "write_timeout"),
+    "HTTP": (
+        "body_timeout",
+        "host",
+        "max_connections",
+        "max_connections_per_address",
+        "min_body_rate",
+        "port",
+        "shutdown_timeout",
+        "trusted_proxies",
+        "write_timeout",
+    ),
     "Limits": (
         "default_quota",
         "max_body_bytes",
@@ -71,6 +82,8 @@ COMPUTED_DEFAULTS = {
     "blobs_url": "files in data_dir",
     "database_url": "an SQLite file in data_dir",
     "default_quota": "docs/api.md, Limits of a tenant",
+    "max_connections": "three quarters of the descriptors",
+    "max_connections_per_address": "half of max_connections",
     "max_pinned_tokens": "a quarter of the pool",
     "max_request_seconds": "no limit",
     "max_resident_tokens": "as many as fit",
@@ -78,6 +91,7 @@ COMPUTED_DEFAULTS = {
     "min_free_bytes": "256 MiB, or 5 % of the disk where that is less",
     "served_model_name": "taken from the model",
     "threads": "torch's choice",
+    "trusted_proxies": "none",
 }
 """What a setting without a fixed default does, in words."""
 
@@ -247,6 +261,22 @@ class Settings(BaseSettings):
         description="Slowest a client may send a body, in bytes per second, once body_timeout "
         "has passed.",
     )
+    max_connections: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most connections at the same time; at this limit idle ones are closed for new "
+        "ones. The limit of descriptors is raised as far as the process may.",
+    )
+    max_connections_per_address: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most connections at the same time from one address, or one IPv6 /64.",
+    )
+    trusted_proxies: str | None = Field(
+        default=None,
+        description="Addresses and networks, separated by commas, to which "
+        "max_connections_per_address does not apply, such as 10.0.0.0/8.",
+    )
     write_timeout: float = Field(
         default=30.0,
         gt=0,
@@ -282,6 +312,12 @@ class Settings(BaseSettings):
     def _check_default_quota(cls, value: str | None) -> str | None:
         if value is not None:
             parse_quota(value)
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_networks(cls, value: str | None) -> str | None:
+        parse_networks(value or "")
         return value
 
     @property

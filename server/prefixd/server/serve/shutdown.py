@@ -26,6 +26,7 @@ import uvicorn
 
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.engine.engine import Engine
+from prefixd.server.serve.http import HttpServer
 
 log = structlog.get_logger("prefixd")
 
@@ -39,7 +40,7 @@ _POLL_S = 0.05
 _REFRESH_S = 1.0
 
 
-class DrainingServer(uvicorn.Server):
+class DrainingServer(HttpServer):
     """uvicorn's server with a drain before its own shutdown. Runs in the main thread of a process
     that exits afterwards."""
 
