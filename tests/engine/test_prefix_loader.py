@@ -18,7 +18,7 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import End, Sequence
-from prefixd.server.engine.step import Step
+from prefixd.server.engine.step import CORRUPT_PREFIX, STORAGE_UNAVAILABLE, Step
 from prefixd.server.testing import FakeRunner, FakeStaged
 
 
@@ -407,6 +407,18 @@ def test_request_for_a_prefix_that_recently_failed_fails_at_once() -> None:
     for _ in range(5):
         sim.step()
     assert sim.served["gone-8"] == 1
+
+
+@pytest.mark.parametrize("code", [STORAGE_UNAVAILABLE, CORRUPT_PREFIX])
+def test_failure_that_may_end_soon_is_remembered_for_a_second(code: str) -> None:
+    sim = Simulation(failed_prefix_memory_s=5.0)
+    handle = prefix("t", "away")
+    sim.scheduler.prefix_failed(handle.key, "away", code=code, now=sim.now)
+    sim.now += 0.9
+    assert sim.add_request(handle).end is not None
+    sim.now += 0.2
+    sim.add_request(handle)
+    assert sim.scheduler.schedule(now=sim.now).fetches == [handle.key]
 
 
 def test_compiles_of_a_step_share_one_chunk_and_decodes_continue() -> None:

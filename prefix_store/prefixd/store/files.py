@@ -94,6 +94,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def replace(source: Path, target: Path) -> None:
+    """Move ``source`` to ``target``, in place of anything there. A folder is kept next to it."""
+    try:
+        source.replace(target)
+    except IsADirectoryError:
+        set_aside(target)
+        source.replace(target)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a folder that is in the place of a file: what is in it is not ours to remove."""
+    folder.rename(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}"))
+
+
 @contextmanager
 def file_in_progress(directory: Path, *, prefix: str = "") -> Iterator[tuple[Path, BinaryIO]]:
     """A new file, locked and open for reading and writing; removed at the end of the block."""

@@ -57,6 +57,13 @@ def corrupt(digest: str, actual: str) -> CorruptArtifact:
     )
 
 
+def irregular(digest: str) -> CorruptArtifact:
+    """The error for something else than a regular file in the place of a blob."""
+    return CorruptArtifact(
+        f"the artifact stored as {digest} is no regular file any more; upload it again"
+    )
+
+
 def missing(digest: str) -> UnknownPrefix:
     """The error for a digest without bytes."""
     return UnknownPrefix(f"no artifact has the digest {digest}")

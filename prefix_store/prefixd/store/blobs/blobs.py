@@ -17,17 +17,24 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from prefixd.store.errors import BlobStoreRefused, CorruptArtifact
+from prefixd.store.errors import BlobStoreRefused
 from prefixd.store.files import (
     IrregularFile,
     file_in_progress,
     fsync_directory,
     interrupted,
     make_directories,
+    open_regular,
     remove_interrupted,
+    replace,
+    set_aside,
     sha256_of,
 )
-from prefixd.store.names import BlobKey, corrupt, missing
+from prefixd.store.names import BlobKey, corrupt, irregular, missing
+
+DEFAULT_TIMEOUT_S = 3.0
+"""How long a bucket may take to connect, to respond to a request or a part of an upload, and to
+continue a download."""
 
 
 class Blobs(Protocol):
@@ -82,11 +89,12 @@ class Blobs(Protocol):
         not used since ``before``."""
 
 
-def open_blobs(url: str | None, root: Path) -> Blobs:
+def open_blobs(url: str | None, root: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Blobs:
     """The blobs at ``url``: None for files under ``root``, or ``s3://bucket/prefix``.
 
-    S3 takes endpoint, region and credentials from the usual ``AWS_*`` variables, and keeps its
-    local copies under ``root``. Raises BlobStoreRefused for a place that cannot be used.
+    A bucket that makes no progress for ``timeout_s`` counts as unavailable. S3 takes endpoint,
+    region and credentials from the usual ``AWS_*`` variables, and keeps its local copies under
+    ``root``. Raises BlobStoreRefused for a place that cannot be used.
     """
     if url is None:
         return LocalBlobs(root / "blobs")
@@ -97,7 +105,7 @@ def open_blobs(url: str | None, root: Path) -> Blobs:
         from prefixd.store.blobs.s3 import S3Blobs  # noqa: PLC0415
     except ImportError as error:
         raise BlobStoreRefused("S3 needs the package obstore: pip install 'prefixd[s3]'") from error
-    return S3Blobs(url, local=root / "blob-copies")
+    return S3Blobs(url, local=root / "blob-copies", timeout_s=timeout_s)
 
 
 class LocalBlobs:
@@ -122,8 +130,8 @@ class LocalBlobs:
         while not _linked(source, target):
             # A blob that is deleted while it is read counts as absent: link again.
             with suppress(FileNotFoundError):
-                if sha256_of(target) != digest:
-                    source.replace(target)
+                if not _holds(target, digest):
+                    replace(source, target)
                 break
         # Also when another publisher linked it: that one may not have called fsync yet.
         fsync_directory(target.parent)
@@ -134,6 +142,8 @@ class LocalBlobs:
             actual = sha256_of(path)
         except FileNotFoundError:
             raise missing(digest) from None
+        except IrregularFile as error:
+            raise irregular(digest) from error
         if actual != digest:
             raise corrupt(digest, actual)
         return path
@@ -142,13 +152,16 @@ class LocalBlobs:
         place = BlobKey(tenant, digest).place
         copy = self._root / ".quarantine" / place
         make_directories(copy.parent)
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, IrregularFile), open_regular(self._root / place):
             _linked(self._root / place, copy)
 
     def delete(self, *, tenant: str, digest: str) -> None:
         path = self._root / BlobKey(tenant, digest).place
         with suppress(FileNotFoundError):
-            path.unlink()
+            try:
+                path.unlink()
+            except IsADirectoryError:
+                set_aside(path)
             fsync_directory(path.parent)
 
     def walk(self) -> Iterator[tuple[BlobKey, int]]:
@@ -156,16 +169,17 @@ class LocalBlobs:
             key = BlobKey.at(path.relative_to(self._root).as_posix())
             with suppress(FileNotFoundError):
                 if key is not None:
-                    yield key, path.stat().st_size
+                    yield key, path.lstat().st_size
 
     def measure(self, *, tenant: str, digest: str) -> tuple[int, str]:
         path = self._root / BlobKey(tenant, digest).place
         try:
-            return path.stat().st_size, sha256_of(path)
+            actual = sha256_of(path)
+            return path.lstat().st_size, actual
         except FileNotFoundError:
             raise missing(digest) from None
         except IrregularFile as error:
-            raise CorruptArtifact(str(error)) from error
+            raise irregular(digest) from error
 
     def quarantined(self) -> Iterator[BlobKey]:
         folder = self._root / ".quarantine"
@@ -181,6 +195,14 @@ class LocalBlobs:
     def tidy(self, *, before: datetime) -> None:
         del before  # it has no copies
         remove_interrupted(self._staging)
+
+
+def _holds(path: Path, digest: str) -> bool:
+    """Whether there is a regular file with this digest."""
+    try:
+        return sha256_of(path) == digest
+    except IrregularFile:
+        return False
 
 
 def _linked(source: Path, target: Path) -> bool:

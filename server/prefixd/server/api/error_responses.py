@@ -24,6 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.engine.request import FinishEvent, FinishReason, QueueFull
 from prefixd.server.engine.step import (
+    CORRUPT_PREFIX,
     PREFIX_NOT_FOUND,
     PREFIX_REFUSED,
     STORAGE_FULL,
@@ -220,6 +221,8 @@ def _from_failure(message: str, event: FinishEvent) -> PrefixdError:
             return InsufficientStorage(message)
         case code if code == PREFIX_NOT_FOUND:
             return NotFound(message, code=code)
+        case code if code == CORRUPT_PREFIX:
+            return EngineFailure(message, code=code, param="model")
         case code if code == PREFIX_REFUSED:
             return Unprocessable(message, code=code, param="model")
         case _:

@@ -296,6 +296,10 @@ class EngineCore:
 
     # -- fetches ----
 
+    def forget_failure(self, key: PrefixKey) -> None:
+        """Let a prefix that failed be fetched again at once."""
+        self.scheduler.prefix_loader.failures.pop(key, None)
+
     def _fetch(self, scheduler: Scheduler, key: PrefixKey) -> None:
         """On a fetch thread: load a prefix from the store, and post the result."""
         result: StagedPrefix | PrefixUnavailable

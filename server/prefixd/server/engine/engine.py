@@ -123,6 +123,11 @@ class Engine:
         retired = tuple(keys)
         self._post(lambda: self.core.scheduler.prefix_loader.retire(retired))
 
+    def forget_failure(self, key: PrefixKey) -> None:
+        """Fetch a prefix at its next request although it recently failed to load: its content was
+        uploaded again."""
+        self._post(lambda: self.core.forget_failure(key))
+
     def tier(self, key: PrefixKey) -> str | None:
         """How far a prefix is: fetching, staged, compiling, resident, or in host memory."""
         return self.core.tiers.get(key)

@@ -20,8 +20,15 @@ from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
 from prefixd.server.engine.residency import Entry, Stage
 from prefixd.server.engine.sequence import Sequence
-from prefixd.server.engine.step import CompileChunk, StagedPrefix, Step
+from prefixd.server.engine.step import (
+    CORRUPT_PREFIX,
+    STORAGE_UNAVAILABLE,
+    CompileChunk,
+    StagedPrefix,
+    Step,
+)
 
+_SHORT_MEMORY_S = 1.0
 _REMEMBERED_FAILURES = 1024
 MAX_PRELOADS = 256
 _PRELOAD_TIMEOUT_S = 30.0
@@ -155,7 +162,10 @@ class PrefixLoader:
         if entry is not None:
             self._residency.drop(entry)
         self.preloads.drop(key)
-        self.failures[key] = message, code, now + self._config.failed_prefix_memory_s
+        memory_s = self._config.failed_prefix_memory_s
+        if code in {CORRUPT_PREFIX, STORAGE_UNAVAILABLE}:  # the store refuses both at once
+            memory_s = min(memory_s, _SHORT_MEMORY_S)
+        self.failures[key] = message, code, now + memory_s
         self.failures.move_to_end(key)
         while len(self.failures) > _REMEMBERED_FAILURES:
             self.failures.popitem(last=False)

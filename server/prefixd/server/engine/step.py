@@ -179,6 +179,9 @@ PREFIX_NOT_FOUND = "prefix_not_found"
 PREFIX_REFUSED = "prefix_refused"
 """The code of a failure of a stored prefix that the served base does not accept."""
 
+CORRUPT_PREFIX = "corrupt_prefix"
+"""The code of a failure of a prefix whose stored bytes are damaged: upload them again."""
+
 
 class PrefixUnavailable(Exception):
     """A prefix failed to load. The message is for the tenant whose request needs it; ``code`` is a

@@ -26,6 +26,7 @@ from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.step import (
+    CORRUPT_PREFIX,
     PREFIX_NOT_FOUND,
     PREFIX_REFUSED,
     STORAGE_FULL,
@@ -54,7 +55,13 @@ from prefixd.server.tenants.retention import Expired, remove_expired
 from prefixd.store.artifact.artifact import Artifact, read_artifact
 from prefixd.store.artifact.config import BaseSpec, Kind
 from prefixd.store.disk import DiskGuard
-from prefixd.store.errors import ArtifactRefused, BlobsUnavailable, StoreError, UnknownPrefix
+from prefixd.store.errors import (
+    ArtifactRefused,
+    BlobsUnavailable,
+    CorruptArtifact,
+    StoreError,
+    UnknownPrefix,
+)
 from prefixd.store.faults import StorageFault
 from prefixd.store.files import UPLOAD_PREFIX, remove_interrupted
 from prefixd.store.gc import GcResult, Sweeper
@@ -271,6 +278,8 @@ def _code_of(error: StoreError) -> str | None:
             return STORAGE_UNAVAILABLE
         case UnknownPrefix():  # deleted since the request was admitted
             return PREFIX_NOT_FOUND
+        case CorruptArtifact():
+            return CORRUPT_PREFIX
         case ArtifactRefused():  # the base or its limits have changed since the upload
             return PREFIX_REFUSED
         case _:

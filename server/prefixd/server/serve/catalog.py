@@ -23,7 +23,7 @@ from prefixd.server.tenants.integrity import BindingIntegrity
 from prefixd.server.tenants.limiter import Limiter
 from prefixd.server.tenants.quotas import DEFAULT_QUOTA, Quota, parse_limit, parse_quota
 from prefixd.server.tenants.registry import DEFAULT_SCOPES, Scope, Tenants
-from prefixd.store.blobs.blobs import open_blobs
+from prefixd.store.blobs.blobs import Blobs, open_blobs
 from prefixd.store.copying import CopyResult, Place, copy_store
 from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import revision, upgrade
@@ -63,7 +63,7 @@ def open_catalog(settings: Settings) -> CatalogParts:
     upgrade(database)
     return CatalogParts(
         database=database,
-        store=PrefixStore(database, open_blobs(settings.blobs_url, settings.root)),
+        store=PrefixStore(database, _open_blobs(settings)),
         tenants=Tenants(database, default_quota=default_quota(settings)),
         bindings=Bindings(database),
         limiter=Limiter(database),
@@ -101,6 +101,10 @@ def default_quota(settings: Settings) -> Quota:
         quarter = shutil.disk_usage(blobs if blobs.is_dir() else settings.root).total // 4
         chosen["max_bytes"] = min(quarter, DEFAULT_QUOTA.max_bytes or quarter)
     return replace(DEFAULT_QUOTA, **chosen)
+
+
+def _open_blobs(settings: Settings) -> Blobs:
+    return open_blobs(settings.blobs_url, settings.root, timeout_s=settings.blobs_timeout)
 
 
 def parse_scopes(words: Sequence[str]) -> Collection[Scope]:
@@ -180,6 +184,6 @@ def upload_dir(root: Path) -> Path:
 def _place(settings: Settings) -> Iterator[Place]:
     database = open_database(settings.catalog_url)
     try:
-        yield Place(database, open_blobs(settings.blobs_url, settings.root))
+        yield Place(database, _open_blobs(settings))
     finally:
         database.dispose()

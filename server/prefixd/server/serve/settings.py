@@ -142,6 +142,13 @@ class Settings(BaseSettings):
         le=36_500,
         description="Days for which entries of the audit log are kept.",
     )
+    blobs_timeout: float = Field(
+        default=3.0,
+        gt=0,
+        description="Seconds after which a bucket that makes no progress counts as unavailable: to "
+        "connect, to respond to a request or to a part of an upload (5 MiB), to continue a "
+        "download.",
+    )
     gc_grace: float = Field(
         default=86400.0,
         ge=0,

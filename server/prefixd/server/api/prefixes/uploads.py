@@ -41,6 +41,7 @@ from prefixd.server.api.prefixes.receiving import (
 from prefixd.server.api.prefixes.residency import try_warm
 from prefixd.server.api.prefixes.schemas import PrefixManifest
 from prefixd.server.api.values import Flag
+from prefixd.server.engine.request import PrefixKey
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.idempotency import Idempotency, Replay, check_key
 from prefixd.server.tenants.principal import Actor, Principal
@@ -116,6 +117,7 @@ async def put_prefix(
     if replayed:
         response.headers["idempotency-replayed"] = "true"
     manifest = PrefixManifest.model_validate(replay.body)
+    engine.forget_failure(PrefixKey(principal.tenant, manifest.digest))
     if warm:
         await run_in_threadpool(
             try_warm,
