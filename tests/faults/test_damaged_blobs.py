@@ -1,5 +1,5 @@
-"""Damaged blobs, and other things than files in their place: the first request says so, and an
-upload of the same content repairs them at once."""
+"""Damaged blobs, and other things than files in their place: the first request gets
+`corrupt_prefix`, and an upload of the same content repairs them at once."""
 
 import os
 import socket
@@ -60,7 +60,7 @@ def listening_socket(path: Path) -> None:
 def folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
-    (path / "kept").write_bytes(b"of somebody")
+    (path / "kept").write_bytes(b"of an operator")
 
 
 def link(path: Path) -> None:
@@ -111,6 +111,6 @@ def test_upload_repairs_a_damaged_blob_at_once(
     assert not blob.is_symlink()
     if damage is folder:
         (kept,) = blob.parent.glob(f"{digest}.*/kept")
-        assert kept.read_bytes() == b"of somebody"
+        assert kept.read_bytes() == b"of an operator"
     with open_integrity(Settings(data_dir=data)) as integrity:
         assert list(integrity.findings()) == []

@@ -247,7 +247,11 @@ def test_files_of_a_running_upload_are_not_removed(home: Home) -> None:
         assert staged.exists()
         home.clock.ahead = 2 * DAY
         home.store.collect(grace=NOW)
-        assert not staged.exists()
+        assert staged.exists()
+        left = staged.with_name("left")
+        left.write_bytes(b"half")
+        home.store.collect(grace=DAY)
+        assert not left.exists()
 
 
 def test_a_sweeper_continues_after_errors_until_it_is_stopped(

@@ -120,7 +120,7 @@ class Bucket:
             obstore.copy(self._store, path, target, overwrite=overwrite)
 
     def delete(self, path: str) -> None:
-        """Delete an object. Raises FileNotFoundError, where the bucket says so."""
+        """Delete an object. Raises FileNotFoundError with some buckets."""
         with self._request():
             obstore.delete(self._store, path)
 

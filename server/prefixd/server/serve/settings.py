@@ -26,6 +26,7 @@ SETTING_GROUPS = {
     "Model": ("device", "dtype", "model", "served_model_name", "threads"),
     "Storage": (
         "audit_days",
+        "blobs_timeout",
         "blobs_url",
         "data_dir",
         "database_url",
