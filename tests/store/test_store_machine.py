@@ -21,7 +21,10 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import Engine
 
-from prefixd.server.tenants.bindings import Bindings, ChosenBy, check_unbound
+from prefixd.server.errors import NotFound
+from prefixd.server.tenants.bindings import Bindings, ChosenBy
+from prefixd.server.tenants.principal import COMMAND_LINE
+from prefixd.server.tenants.references import check_unbound
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.artifact.artifact import pack_text, read_artifact
 from prefixd.store.artifact.config import BaseSpec
@@ -31,7 +34,7 @@ from prefixd.store.db.database import metadata, open_database, writing
 from prefixd.store.db.migrate import upgrade
 from prefixd.store.errors import BaseMismatch, UnknownPrefix
 from prefixd.store.names import BlobKey
-from prefixd.store.store import Change, PrefixStore
+from prefixd.store.store import Change, Manifest, PrefixStore
 from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE
 from tests.store.store_model import OTHER, Meaning, Name, Selector
@@ -96,6 +99,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.digests: dict[str, str] = {}
         self.told: list[Change] = []
         self.meant: set[BlobKey] = set()
+        self.shown: dict[tuple[str, str], tuple[int, tuple[Manifest, ...]]] = {}
+        self.bound_at: dict[str, int] = {}  # the highest revision of a tenant's bindings
         self.urls = self.stack()
         self.restart()
         assert self.engine is not None
@@ -131,8 +136,10 @@ class StoreMachine(RuleBasedStateMachine):
         if metadata is not None:
             model.replace_metadata(version, metadata)
         self.idle.pop(self.key(tenant, text), None)
+        before, _ = self.shown.get((tenant, name), (0, ()))
         published = self.put(tenant, name, text, base=base, metadata=metadata)
         assert (published.manifest.version, published.created) == (version, created)
+        assert published.manifest.prefix_revision > before
 
     @rule(owner=tenants, source=references, tenant=tenants, name=names, base=bases)
     def publish_the_content_of_a_version(
@@ -299,6 +306,15 @@ class StoreMachine(RuleBasedStateMachine):
     def bind(self, tenant: str, user: str, reference: str) -> None:
         self.bindings.bind_many(tenant, [(user, reference)])
         self.bound[tenant, user] = reference
+        revision = self.bindings.get(tenant, user).revision
+        assert revision > self.bound_at.get(tenant, 0)
+        self.bound_at[tenant] = revision
+
+    @rule(tenant=tenants, user=users)
+    def unbind(self, tenant: str, user: str) -> None:
+        with expected(None if (tenant, user) in self.bound else NotFound):
+            self.bindings.unbind(tenant, user, actor=COMMAND_LINE)
+        self.bound.pop((tenant, user), None)
 
     @rule(tenant=tenants, name=names)
     def delete(self, tenant: str, name: str) -> None:
@@ -347,6 +363,23 @@ class StoreMachine(RuleBasedStateMachine):
                 assert manifest.base == {BASE.fingerprint: "tiny"}.get(
                     manifest.fingerprint, "other"
                 )
+
+    @invariant()
+    def what_changed_has_a_revision_that_was_never_used(self) -> None:
+        for (tenant, name), model in self.names.items():
+            if not model.texts:
+                continue
+            now = self.store.versions(tenant=tenant, name=name)
+            revision = now[0].prefix_revision
+            before, earlier = self.shown.get((tenant, name), (0, ()))
+            assert revision > before or now == earlier
+            assert revision >= before
+            known = {manifest.version: manifest for manifest in earlier}
+            for manifest in now:
+                assert before < manifest.revision <= revision or manifest == known.get(
+                    manifest.version
+                )
+            self.shown[tenant, name] = (revision, now)
 
     @invariant()
     def each_base_has_its_own_versions(self) -> None:

@@ -126,7 +126,7 @@ def test_latest_stays_for_its_base_and_is_the_highest_version_of_the_others(
     upgrade(database)
     with database.connect() as connection:
         rows = connection.execute(select(latest_versions).order_by(latest_versions.c.version))
-        assert rows.all() == [(1, "a" * 64, 2), (1, "b" * 64, 5)]
+        assert rows.all() == [(1, "a" * 64, 2, 1), (1, "b" * 64, 5, 1)]
     listed = PrefixStore(database, None).list(tenant="acme")  # type: ignore[arg-type]
     assert [(one.version, one.base, one.aliases) for one in listed.manifests] == [
         (5, "b" * 12, ("latest",)),

@@ -37,7 +37,7 @@ def test_a_user_gets_the_bound_prefix_or_the_default_or_none(bindings: Bindings)
     bindings.bind("acme", "ann", "other", actor=ANN)
     assert bindings.get("acme", "ann").prefix == "other"
     bindings.unbind("acme", "ann", actor=ANN)
-    bindings.set_default("acme", None, actor=ANN)
+    bindings.remove_default("acme", actor=ANN)
     assert bindings.chosen("acme", "ann") is None
 
 
@@ -46,7 +46,7 @@ def test_a_missing_binding_or_default_is_not_found(bindings: Bindings) -> None:
         lambda: bindings.get("acme", "ann"),
         lambda: bindings.unbind("acme", "ann", actor=ANN),
         lambda: bindings.default("acme"),
-        lambda: bindings.set_default("acme", None, actor=ANN),
+        lambda: bindings.remove_default("acme", actor=ANN),
     ):
         with pytest.raises(NotFound):
             act()

@@ -27,7 +27,7 @@ from prefixd.store.artifact.artifact import (
 from prefixd.store.artifact.config import BaseSpec, encode_metadata
 from prefixd.store.blobs.blobs import Blobs
 from prefixd.store.catalog.blob_rows import BlobCollected, BlobRows
-from prefixd.store.catalog.changes import Change, Draft, Published
+from prefixd.store.catalog.changes import Change, Draft, Precondition, Published, unconditional
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.db.database import utc_now, writing
 from prefixd.store.errors import UnknownPrefix
@@ -76,14 +76,15 @@ class Publisher:
         base: BaseSpec,
         task_id: int | None = None,
         creator: str | None = None,
+        precondition: Precondition = unconditional,
     ) -> AbstractContextManager[tuple[CatalogTransaction, Published]]:
         """Publish ``adapter_config.json`` and a spooled ``adapter_model.safetensors``.
 
         The version is written when the block begins; as with ``change``, it is committed, and
         durable, at its end. The same content again under the same name is the same version, and
         ``latest`` points at it again; ``metadata`` replaces that version's, None leaves it.
-        ``creator`` is the id of the key that publishes. Raises
-        ArtifactRefused, InvalidReference.
+        ``creator`` is the id of the key that publishes, ``precondition`` is on the prefix.
+        Raises ArtifactRefused, InvalidReference.
         """
         check_name(name)
         metadata_json = encode_metadata(metadata, base=base)
@@ -96,6 +97,7 @@ class Publisher:
             replaces_metadata=metadata is not None,
             base=base,
             creator=creator,
+            precondition=precondition,
         )
 
     def publish_text(
@@ -108,6 +110,7 @@ class Publisher:
         base: BaseSpec,
         count_tokens: Callable[[str], int],
         creator: str | None = None,
+        precondition: Precondition = unconditional,
     ) -> AbstractContextManager[tuple[CatalogTransaction, Published]]:
         """Publish a hard prompt; ``count_tokens`` is the base's tokenizer. As ``publish_peft``."""
         check_name(name)
@@ -121,6 +124,7 @@ class Publisher:
             replaces_metadata=metadata is not None,
             base=base,
             creator=creator,
+            precondition=precondition,
         )
 
     def publish_artifact(
@@ -133,6 +137,7 @@ class Publisher:
         base: BaseSpec,
         count_tokens: Callable[[str], int],
         creator: str | None = None,
+        precondition: Precondition = unconditional,
     ) -> AbstractContextManager[tuple[CatalogTransaction, Published]]:
         """Publish the stored file of any prefix, such as another server's: its digest stays. As
         ``publish_peft``, but an existing version keeps its metadata."""
@@ -146,6 +151,7 @@ class Publisher:
             metadata_json=metadata_json,
             base=base,
             creator=creator,
+            precondition=precondition,
         )
 
     @contextmanager
@@ -159,6 +165,7 @@ class Publisher:
         metadata_json: str,
         base: BaseSpec,
         creator: str | None,
+        precondition: Precondition,
         replaces_metadata: bool = False,
     ) -> Iterator[tuple[CatalogTransaction, Published]]:
         check_tenant(tenant)
@@ -177,7 +184,7 @@ class Publisher:
                     ticket=ticket,
                 )
                 with self.change(tenant) as tx:
-                    yield tx, tx.publish(draft, name=name)
+                    yield tx, tx.publish(draft, name=name, precondition=precondition)
                 return
         raise RuntimeError("blobs are collected faster than they are published: the grace is 0")
 

@@ -11,6 +11,7 @@
     ├── MethodNotAllowed          405 method_not_allowed
     ├── SlowBody                  408 request_timeout
     ├── Conflict                  409 conflict
+    ├── PreconditionFailed        412 precondition_failed
     ├── TooLarge                  413 request_too_large
     ├── RangeNotSatisfiable       416 range_not_satisfiable
     ├── Unprocessable             422 invalid_prefix
@@ -114,6 +115,14 @@ class Conflict(PrefixdError):
     status = 409
     type = "invalid_request_error"
     default_code = "conflict"
+
+
+class PreconditionFailed(PrefixdError):
+    """The resource is not in the state that If-Match or If-None-Match requires."""
+
+    status = 412
+    type = "invalid_request_error"
+    default_code = "precondition_failed"
 
 
 class TooLarge(PrefixdError):

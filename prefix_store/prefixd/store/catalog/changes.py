@@ -1,5 +1,6 @@
 """What a catalog transaction takes and returns."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -7,6 +8,15 @@ from prefixd.store.artifact.artifact import Packed, Summary
 from prefixd.store.artifact.config import BaseSpec
 from prefixd.store.catalog.manifests import Manifest
 from prefixd.store.names import BlobKey
+
+Precondition = Callable[[Collection[int]], object]
+"""Called in the transaction, under the lock and before the change, with the revisions that stand
+for the present state of the resource; with none when it does not exist. What it raises rolls the
+transaction back."""
+
+
+def unconditional(_: Collection[int]) -> None:
+    """The precondition of a change that has none."""
 
 
 @dataclass(frozen=True, slots=True)

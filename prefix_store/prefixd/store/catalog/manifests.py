@@ -34,7 +34,8 @@ class Manifest:
     served under (the first 12 digits of the fingerprint where the name was not recorded),
     ``base_model_name_or_path`` the one its config states, ``creator`` the id of the key that
     published it. ``metadata`` is the upload's without the fields that have their own attribute
-    here.
+    here. ``revision`` is raised by every write that changes this manifest, ``prefix_revision`` by
+    every write to the prefix; neither is ever used again, and neither counts in a comparison.
     """
 
     tenant: str
@@ -58,6 +59,8 @@ class Manifest:
     prompt_template: str | None = None
     corrupt: bool = False
     pinned: bool = False
+    revision: int = field(default=1, kw_only=True, compare=False)
+    prefix_revision: int = field(default=1, kw_only=True, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ def versions_of(tenant: str) -> Select[Any]:
     return (
         select(
             prefixes.c.name,
+            prefixes.c.revision.label("prefix_revision"),
             latest_versions.c.version.label("latest_version"),
             versions,
             blobs.c.corrupt_at,
@@ -260,6 +264,7 @@ def _manifest(row: Row[Any], *, aliases_of: Iterable[str]) -> Manifest:
     return Manifest(
         **fields | {"kind": Kind(row.kind)},
         name=row.name,
+        prefix_revision=row.prefix_revision,
         metadata=free,
         aliases=tuple(sorted((*latest, *aliases_of))),
         corrupt=row.corrupt_at is not None,

@@ -11,9 +11,13 @@
                        blobs ──<┘     one row for every blob that exists, or may exist
 
 A deleted prefix keeps its row: it holds the next version number, and a used number never refers to
-other bytes. A blob's row is created before the blob and removed after it, so collecting needs no
-listing of the blobs; ``unreferenced_at`` is null while a version has it, and otherwise the time it
-was last wanted.
+other bytes. It also holds ``revision``, the number of writes to the prefix; a version, ``latest``
+or alias has that number as of the last write that changed it. So no revision is used twice, even
+when something is deleted and created again.
+
+A blob's row is created before the blob and removed after it, so collecting needs no listing of the
+blobs; ``unreferenced_at`` is null while a version has it, and otherwise the time it was last
+wanted.
 """
 
 from sqlalchemy import (
@@ -27,6 +31,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 from prefixd.store.db.database import UtcDateTime, metadata
@@ -36,6 +41,11 @@ _Id = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up INTEGER k
 # Sorted by bytes, regardless of the language of the database, as in all other places.
 _Name = String(128).with_variant(String(128, collation="C"), "postgresql")
 
+
+def _revision() -> Column[int]:
+    return Column("revision", BigInteger, nullable=False, server_default=text("1"))
+
+
 prefixes = Table(
     "prefixes",
     metadata,
@@ -43,6 +53,7 @@ prefixes = Table(
     Column("tenant", String(128), nullable=False),
     Column("name", _Name, nullable=False),
     Column("next_version", Integer, nullable=False),
+    _revision(),
     UniqueConstraint("tenant", "name"),
 )
 
@@ -66,6 +77,7 @@ versions = Table(
     # The key that published it; null for versions from before keys were recorded.
     Column("creator", String(64)),
     Column("created_at", UtcDateTime, nullable=False),
+    _revision(),
     # The same bytes for another base are another version: its manifest names another fingerprint.
     UniqueConstraint("prefix_id", "digest", "fingerprint"),
     Index("ix_versions_tenant_digest", "tenant", "digest"),
@@ -77,6 +89,7 @@ latest_versions = Table(
     Column("prefix_id", _Id, primary_key=True),
     Column("fingerprint", Text, primary_key=True),
     Column("version", Integer, nullable=False),
+    _revision(),
     ForeignKeyConstraint(["prefix_id", "version"], ["versions.prefix_id", "versions.version"]),
 )
 
@@ -86,6 +99,7 @@ aliases = Table(
     Column("prefix_id", _Id, primary_key=True),
     Column("alias", String(128), primary_key=True),
     Column("version", Integer, nullable=False),
+    _revision(),
     ForeignKeyConstraint(["prefix_id", "version"], ["versions.prefix_id", "versions.version"]),
 )
 

@@ -20,7 +20,8 @@ from sqlalchemy import (
 
 from prefixd.store.artifact.config import encode_fields
 from prefixd.store.artifact.strict import shown
-from prefixd.store.catalog.tables import versions
+from prefixd.store.catalog.revisions import raise_revision
+from prefixd.store.catalog.tables import prefixes, versions
 from prefixd.store.errors import ArtifactRefused
 from prefixd.store.names import BlobKey
 
@@ -40,7 +41,17 @@ def has_other_count(connection: Connection, key: BlobKey, fingerprint: str, coun
 def set_count(connection: Connection, key: BlobKey, fingerprint: str, count: int) -> None:
     """Set the number of virtual tokens of the versions with these bytes, for this base."""
     where = _other_count(key, fingerprint, count)
-    connection.execute(update(versions).where(where).values(num_virtual_tokens=count))
+    # In the order of names, as reference_locks: writers that lock several prefixes never deadlock.
+    affected = (
+        select(prefixes.c.id)
+        .where(prefixes.c.id.in_(select(versions.c.prefix_id).where(where)))
+        .order_by(prefixes.c.name)
+        .with_for_update()
+    )
+    for prefix_id in connection.execute(affected).scalars().all():
+        values = {"num_virtual_tokens": count, "revision": raise_revision(connection, prefix_id)}
+        in_prefix = versions.c.prefix_id == prefix_id
+        connection.execute(update(versions).where(where, in_prefix).values(values))
 
 
 def _other_count(key: BlobKey, fingerprint: str, count: int) -> ColumnElement[bool]:

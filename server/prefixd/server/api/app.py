@@ -20,6 +20,8 @@ from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.resolver import PrefixResolver
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.middleware import RequestLayer
+from prefixd.server.api.prefixes import aliases as alias_routes
+from prefixd.server.api.prefixes import content as content_routes
 from prefixd.server.api.prefixes import metadata as metadata_routes
 from prefixd.server.api.prefixes import models as model_routes
 from prefixd.server.api.prefixes import residency as residency_routes
@@ -49,6 +51,8 @@ KEYED = (
     *METERED,
     model_routes.router,
     prefix_routes.router,
+    alias_routes.router,
+    content_routes.router,
     metadata_routes.router,
     residency_routes.router,
     user_routes.router,

@@ -15,9 +15,9 @@ from prefixd.server.api.admin.schemas import (
 from prefixd.server.api.body import StrictModel
 from prefixd.server.api.error_responses import ErrorBody
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
+from prefixd.server.api.prefixes.aliases import AliasTarget
 from prefixd.server.api.prefixes.receiving import TextPrefix
 from prefixd.server.api.prefixes.residency import ChosenVersion
-from prefixd.server.api.prefixes.routes import AliasTarget
 from prefixd.server.api.users.routes import BindingTarget
 
 _BODIES: tuple[type[StrictModel], ...] = (
@@ -44,6 +44,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         (404, "Not found for this tenant."),
         (408, "The body stalled."),
         (409, "Not allowed in the present state."),
+        (412, "The resource is not in the state that If-Match or If-None-Match requires."),
         (413, "The body is too large."),
         (416, "The file has no such part."),
         (422, "The uploaded prefix is refused."),

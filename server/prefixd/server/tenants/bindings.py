@@ -4,20 +4,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 
-from sqlalchemy import Connection, Engine, delete, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Row,
+    and_,
+    delete,
+    func,
+    select,
+    update,
+)
 
-from prefixd.server.errors import Conflict, NotFound
+from prefixd.server.errors import NotFound
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.principal import Actor
 from prefixd.server.tenants.tables import bindings, tenants
 from prefixd.server.tenants.usage import check_quota
 from prefixd.server.tenants.users import check_user
-from prefixd.store.catalog.changes import Removed
+from prefixd.store.catalog.changes import Precondition, unconditional
 from prefixd.store.db.database import reading, upsert, utc_now, writing
-from prefixd.store.names import LATEST, parse_reference
 
 Check = Callable[[Connection], object]
+BindingHook = Callable[[Connection, "Binding"], object]
+DefaultHook = Callable[[Connection, "DefaultPrefix"], object]
+"""Runs at the end of the transaction of a change, with what it wrote."""
 
 
 class ChosenBy(StrEnum):
@@ -32,6 +45,10 @@ def _no_check(_: Connection) -> None:
     """References that the caller knows to be good."""
 
 
+def _nothing(*_: object) -> None:
+    """The hook of a change that stores no response."""
+
+
 @dataclass(frozen=True, slots=True)
 class Binding:
     """An end user and the prefix reference that is resolved at each of the user's requests."""
@@ -39,45 +56,15 @@ class Binding:
     user: str
     prefix: str
     updated_at: datetime
+    revision: int = 1
 
 
-def check_unbound(connection: Connection, removed: Removed) -> None:
-    """Raise Conflict while a binding or the tenant's default refers to a version that this
-    transaction deleted: by its number, or by the bare name when that means nothing any more."""
-    tenant, name = removed.manifest.tenant, removed.manifest.name
-    column = bindings.c.reference
-    stored = select(column).where(
-        bindings.c.tenant == tenant,
-        or_(column == name, column.startswith(f"{name}@", autoescape=True)),
-    )
-    for reference in connection.execute(stored.distinct().order_by(column)).scalars():
-        if _refers_to(reference, removed):
-            users = select(func.min(bindings.c.user_id), func.count()).where(
-                bindings.c.tenant == tenant, column == reference
-            )
-            user, count = connection.execute(users).one()
-            who = f"the user {user!a} is" if count == 1 else f"{count} users, such as {user!a}, are"
-            raise _in_use(removed, f"{who} bound to {reference}")
-    default = connection.execute(
-        select(tenants.c.default_prefix).where(tenants.c.name == tenant)
-    ).scalar()
-    if default is not None and _refers_to(default, removed):
-        raise _in_use(removed, f"the tenant's default prefix is {default}")
+@dataclass(frozen=True, slots=True)
+class DefaultPrefix:
+    """The prefix reference of users without a binding."""
 
-
-def _refers_to(reference: str, removed: Removed) -> bool:
-    parsed, manifest = parse_reference(reference), removed.manifest
-    if parsed.name != manifest.name:
-        return False
-    return parsed.version == manifest.version or (removed.ends_name and parsed.alias == LATEST)
-
-
-def _in_use(removed: Removed, what: str) -> Conflict:
-    manifest = removed.manifest
-    return Conflict(
-        f"{manifest.name}@{manifest.version} is in use: {what}; change that first",
-        code="version_in_use",
-    )
+    prefix: str
+    revision: int
 
 
 class Bindings:
@@ -116,7 +103,7 @@ class Bindings:
             row = connection.execute(query).first()
         if row is None:
             raise _unbound()
-        return Binding(row.user_id, row.reference, row.updated_at)
+        return _binding(row)
 
     def page(
         self, tenant: str, *, limit: int, after: str | None = None
@@ -128,28 +115,40 @@ class Bindings:
         query = query.order_by(bindings.c.user_id).limit(limit + 1)
         with reading(self._engine) as connection:
             rows = connection.execute(query).all()
-        page = [Binding(row.user_id, row.reference, row.updated_at) for row in rows[:limit]]
+        page = [_binding(row) for row in rows[:limit]]
         return page, page[-1].user if len(rows) > limit else None
 
     def bind(
-        self, tenant: str, user: str, reference: str, *, actor: Actor, check: Check = _no_check
+        self,
+        tenant: str,
+        user: str,
+        reference: str,
+        *,
+        actor: Actor,
+        check: Check = _no_check,
+        precondition: Precondition = unconditional,
+        at_end: BindingHook = _nothing,
     ) -> Binding:
         """Bind ``user`` to ``reference`` from the next request on. Raises BadRequest,
         QuotaExceeded for a user that was not bound."""
-        binding = Binding(check_user(user), reference, self._now())
+        now, of_user = self._now(), _is(tenant, check_user(user))
         with writing(self._engine) as connection:
             check(connection)
-            row = _row(tenant, user, reference, binding.updated_at)
-            _put(connection, tenant, [row])
+            revision = _next_revision(connection, tenant).last_revision
+            current = connection.execute(select(bindings.c.revision).where(of_user)).scalars()
+            precondition(current.all())
+            binding = Binding(user, reference, now, revision)
+            _put(connection, tenant, [binding])
             record(
                 connection,
                 Action.BINDING_SET,
-                at=binding.updated_at,
+                at=now,
                 actor=actor,
                 tenant=tenant,
                 subject=user,
                 detail={"prefix": reference},
             )
+            at_end(connection, binding)
         return binding
 
     def bind_many(
@@ -157,12 +156,14 @@ class Bindings:
     ) -> None:
         """Bind users to references, in one transaction; the last binding of a user counts.
         Raises BadRequest, QuotaExceeded. The caller writes the audit entry of the whole import."""
-        now = self._now()
-        rows = [_row(tenant, check_user(user), ref, now) for user, ref in dict(pairs).items()]
-        if rows:
-            with writing(self._engine) as connection:
-                check(connection)
-                _put(connection, tenant, rows)
+        now, references = self._now(), {check_user(user): ref for user, ref in pairs}
+        if not references:
+            return
+        with writing(self._engine) as connection:
+            check(connection)
+            revision = _next_revision(connection, tenant).last_revision
+            written = [Binding(user, ref, now, revision) for user, ref in references.items()]
+            _put(connection, tenant, written)
 
     def note_import(self, tenant: str, count: int, *, actor: Actor) -> None:
         """The audit entry of an import."""
@@ -177,16 +178,18 @@ class Bindings:
                 detail={"count": count},
             )
 
-    def unbind(self, tenant: str, user: str, *, actor: Actor) -> None:
+    def unbind(
+        self, tenant: str, user: str, *, actor: Actor, precondition: Precondition = unconditional
+    ) -> None:
         """Delete a binding. Raises BadRequest, NotFound."""
+        of_user = _is(tenant, check_user(user))
         with writing(self._engine) as connection:
-            result = connection.execute(
-                delete(bindings).where(
-                    bindings.c.tenant == tenant, bindings.c.user_id == check_user(user)
-                )
-            )
-            if result.rowcount == 0:
+            _next_revision(connection, tenant)
+            removed = delete(bindings).where(of_user).returning(bindings.c.revision)
+            revision = connection.execute(removed).scalar()
+            if revision is None:
                 raise _unbound()
+            precondition((revision,))
             record(
                 connection,
                 Action.BINDING_REMOVE,
@@ -196,47 +199,104 @@ class Bindings:
                 subject=user,
             )
 
-    def default(self, tenant: str) -> str:
+    def default(self, tenant: str) -> DefaultPrefix:
         """The reference of users without a binding. Raises NotFound."""
-        query = select(tenants.c.default_prefix).where(tenants.c.name == tenant)
+        query = select(tenants.c.default_prefix, tenants.c.default_revision)
         with reading(self._engine) as connection:
-            reference = connection.execute(query).scalar()
-        if reference is None:
+            row = connection.execute(query.where(tenants.c.name == tenant)).first()
+        if row is None or row.default_prefix is None:
             raise _no_default()
-        return str(reference)
+        return DefaultPrefix(row.default_prefix, row.default_revision)
 
     def set_default(
-        self, tenant: str, reference: str | None, *, actor: Actor, check: Check = _no_check
-    ) -> None:
-        """Set the default, or with None remove it. Raises NotFound when there is none to remove."""
+        self,
+        tenant: str,
+        reference: str,
+        *,
+        actor: Actor,
+        check: Check = _no_check,
+        precondition: Precondition = unconditional,
+        at_end: DefaultHook = _nothing,
+    ) -> DefaultPrefix:
+        """Set the default."""
         with writing(self._engine) as connection:
             check(connection)
-            statement = update(tenants).where(tenants.c.name == tenant)
-            if reference is None:
-                statement = statement.where(tenants.c.default_prefix.is_not(None))
-            result = connection.execute(statement.values(default_prefix=reference))
-            if result.rowcount == 0:
+            before = _next_revision(connection, tenant)
+            precondition(() if before.default_prefix is None else (before.default_revision,))
+            default = DefaultPrefix(reference, before.last_revision)
+            self._write_default(connection, tenant, reference, before.last_revision, actor=actor)
+            at_end(connection, default)
+        return default
+
+    def remove_default(
+        self, tenant: str, *, actor: Actor, precondition: Precondition = unconditional
+    ) -> None:
+        """Remove the default. Raises NotFound when there is none."""
+        with writing(self._engine) as connection:
+            before = _next_revision(connection, tenant)
+            if before.default_prefix is None:
                 raise _no_default()
-            record(
-                connection,
-                Action.DEFAULT_REMOVE if reference is None else Action.DEFAULT_SET,
-                at=self._now(),
-                actor=actor,
-                tenant=tenant,
-                subject="" if reference is None else reference,
-            )
+            precondition((before.default_revision,))
+            self._write_default(connection, tenant, None, before.last_revision, actor=actor)
+
+    def _write_default(
+        self,
+        connection: Connection,
+        tenant: str,
+        reference: str | None,
+        revision: int,
+        *,
+        actor: Actor,
+    ) -> None:
+        values = {"default_prefix": reference, "default_revision": revision}
+        connection.execute(update(tenants).where(tenants.c.name == tenant).values(values))
+        record(
+            connection,
+            Action.DEFAULT_REMOVE if reference is None else Action.DEFAULT_SET,
+            at=self._now(),
+            actor=actor,
+            tenant=tenant,
+            subject=reference or "",
+        )
 
 
-def _row(tenant: str, user: str, reference: str, now: datetime) -> dict[str, str | datetime]:
-    return {"tenant": tenant, "user_id": user, "reference": reference, "updated_at": now}
+def _next_revision(connection: Connection, tenant: str) -> Row[Any]:
+    """Count one more write to a tenant's bindings and default. The row of the tenant, locked until
+    the end of the transaction, has the new ``last_revision`` and the present default."""
+    statement = (
+        update(tenants)
+        .where(tenants.c.name == tenant)
+        .values(last_revision=tenants.c.last_revision + 1)
+        .returning(tenants.c.last_revision, tenants.c.default_prefix, tenants.c.default_revision)
+    )
+    return connection.execute(statement).one()
 
 
-def _put(connection: Connection, tenant: str, rows: list[dict[str, str | datetime]]) -> None:
+def _is(tenant: str, user: str) -> ColumnElement[bool]:
+    return and_(bindings.c.tenant == tenant, bindings.c.user_id == user)
+
+
+def _binding(row: Row[Any]) -> Binding:
+    return Binding(row.user_id, row.reference, row.updated_at, row.revision)
+
+
+def _put(connection: Connection, tenant: str, written: Sequence[Binding]) -> None:
     """Write bindings of different users, within the tenant's quota. Raises QuotaExceeded."""
-    users = [row["user_id"] for row in rows]
+    rows = [
+        {
+            "tenant": tenant,
+            "user_id": binding.user,
+            "reference": binding.prefix,
+            "updated_at": binding.updated_at,
+            "revision": binding.revision,
+        }
+        for binding in written
+    ]
+    users = [binding.user for binding in written]
     known = select(func.count()).where(bindings.c.tenant == tenant, bindings.c.user_id.in_(users))
     num_known = connection.execute(known.select_from(bindings)).scalar_one()
-    connection.execute(upsert(connection, bindings, update=("reference", "updated_at")), rows)
+    columns = ("reference", "updated_at", "revision")
+    connection.execute(upsert(connection, bindings, update=columns), rows)
     check_quota(connection, tenant, {"max_users": len(rows) - num_known})
 
 

@@ -23,6 +23,7 @@ class Replay:
 
     status: int
     body: Mapping[str, Any]
+    etag: str | None = None
 
 
 def check_key(key: str) -> str:
@@ -59,7 +60,7 @@ class Idempotency:
                 code="idempotency_key_reused",
                 param="Idempotency-Key",
             )
-        return Replay(status=row.status, body=json.loads(row.body_json))
+        return Replay(status=row.status, body=json.loads(row.body_json), etag=row.etag)
 
     def keep(
         self,
@@ -87,6 +88,7 @@ class Idempotency:
                 request_digest=request_digest,
                 status=replay.status,
                 body_json=json.dumps(dict(replay.body)),
+                etag=replay.etag,
                 created_at=now,
             )
         )

@@ -44,6 +44,10 @@ tenants = Table(
     Column("created_at", UtcDateTime, nullable=False),
     # The prefix of users without a binding.
     Column("default_prefix", String(REFERENCE_CHARACTERS)),
+    # Counts the writes to the tenant's bindings and default. Each of these has the number of its
+    # last write as its revision, so that no revision is used twice, even after a deletion.
+    Column("last_revision", BigInteger, nullable=False, server_default=text("1")),
+    Column("default_revision", BigInteger, nullable=False, server_default=text("1")),
     # Quotas; null is no limit.
     Column("max_prefixes", BigInteger),
     Column("max_versions", BigInteger),
@@ -87,6 +91,7 @@ bindings = Table(
     Column("user_id", String(USER_CHARACTERS), primary_key=True),
     Column("reference", String(REFERENCE_CHARACTERS), nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
+    Column("revision", BigInteger, nullable=False, server_default=text("1")),
 )
 
 audit_log = Table(
@@ -116,6 +121,7 @@ idempotency_keys = Table(
     Column("request_digest", String(64), nullable=False),
     Column("status", Integer, nullable=False),
     Column("body_json", Text, nullable=False),
+    Column("etag", String(64)),
     Column("created_at", UtcDateTime, nullable=False, index=True),
 )
 

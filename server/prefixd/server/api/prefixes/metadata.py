@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 
 from prefixd.server.api.body import check_keys, media_type, read_capped
+from prefixd.server.api.conditions import WITH_TAG, ConditionsDep, version_tag
 from prefixd.server.api.dependencies import (
     Acting,
     BodyLimitsDep,
@@ -59,15 +60,22 @@ async def _patch(
         ) from None
 
 
-@router.patch("/{name}/versions/{version}", response_model=PrefixManifest, openapi_extra=_BODY)
+@router.patch(
+    "/{name}/versions/{version}",
+    response_model=PrefixManifest,
+    responses=WITH_TAG,
+    openapi_extra=_BODY,
+)
 def patch_metadata(
     *,
     name: str,
     version: Version,
+    response: Response,
     store: StoreDep,
     served: ServedDep,
     principal: Writer,
     actor: Acting,
+    conditions: ConditionsDep,
     patch: Annotated[dict[str, Any], Depends(_patch)],
 ) -> PrefixManifest:
     """Merge an object into the metadata of a version: null removes a field.
@@ -76,7 +84,9 @@ def patch_metadata(
     """
     tenant = principal.tenant
     with store.change(tenant) as tx:
-        manifest = tx.merge_metadata(name, version, patch, base=served.base)
+        manifest = tx.merge_metadata(
+            name, version, patch, base=served.base, precondition=conditions.check
+        )
         record(
             tx.connection,
             Action.PREFIX_METADATA,
@@ -85,4 +95,5 @@ def patch_metadata(
             subject=name,
             detail={"version": manifest.version, "fields": sorted(patch)},
         )
+    response.headers["ETag"] = version_tag(manifest)
     return PrefixManifest.model_validate(manifest)

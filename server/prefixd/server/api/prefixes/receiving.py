@@ -34,6 +34,7 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import BadRequest, TooLarge, Unprocessable
 from prefixd.server.tenants.principal import Principal
 from prefixd.store.artifact.artifact import MAX_LINE_BYTES, read_envelope
+from prefixd.store.catalog.changes import Precondition
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.disk import DiskGuard
 from prefixd.store.store import PrefixStore, Published
@@ -92,7 +93,8 @@ UPLOAD_BODY = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where an upload goes: a name of the caller's tenant, and the base that is served."""
+    """Where an upload goes: a name of the caller's tenant, and the base that is served.
+    ``precondition`` is on the prefix."""
 
     name: str
     store: PrefixStore
@@ -100,6 +102,7 @@ class Target:
     limits: BodyLimits
     disk: DiskGuard
     principal: Principal
+    precondition: Precondition
 
     def options(self) -> dict[str, Any]:
         """Arguments that every publish of the store takes."""
@@ -111,6 +114,7 @@ class Target:
             "name": self.name,
             "base": base,
             "creator": self.principal.key_id,
+            "precondition": self.precondition,
         }
 
 

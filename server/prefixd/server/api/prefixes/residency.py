@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.api.body import StrictModel, json_body, json_request
+from prefixd.server.api.conditions import WITH_TAG, ConditionsDep, version_tag
 from prefixd.server.api.dependencies import (
     Acting,
     DrainStateDep,
@@ -104,23 +105,30 @@ def warm_prefix(
     )
 
 
-@router.put("/{reference}/pin", response_model=PrefixManifest, openapi_extra=_BODY)
+@router.put(
+    "/{reference}/pin", response_model=PrefixManifest, responses=WITH_TAG, openapi_extra=_BODY
+)
 def pin_prefix(
     *,
     reference: Reference,
+    response: Response,
     store: StoreDep,
     engine: EngineDep,
     served: ServedDep,
     room: PinRoomDep,
     principal: Writer,
     actor: Acting,
+    conditions: ConditionsDep,
     chosen: Chosen,
 ) -> PrefixManifest:
     """Have every server keep a version resident, in place of any other pinned version of it."""
     tenant = principal.tenant
     with store.change(tenant) as tx:
         manifest = tx.set_pin(
-            _with_version(reference, chosen.version), base=served.base, creator=principal.key_id
+            _with_version(reference, chosen.version),
+            base=served.base,
+            creator=principal.key_id,
+            precondition=conditions.check,
         )
         check_fits(manifest, principal, engine=engine, served=served)
         pins = pinned(tx.connection, fingerprint=served.base.fingerprint)
@@ -133,14 +141,21 @@ def pin_prefix(
             subject=manifest.name,
             detail={"version": manifest.version},
         )
+    response.headers["ETag"] = version_tag(manifest)
     return PrefixManifest.model_validate(manifest)
 
 
 @router.delete("/{reference}/pin", status_code=204)
-def unpin_prefix(reference: Reference, store: StoreDep, principal: Writer, actor: Acting) -> None:
+def unpin_prefix(
+    reference: Reference,
+    store: StoreDep,
+    principal: Writer,
+    actor: Acting,
+    conditions: ConditionsDep,
+) -> None:
     """Unpin a prefix, by its name: it may be evicted as others are."""
     with store.change(principal.tenant) as tx:
-        tx.remove_pin(reference)
+        tx.remove_pin(reference, precondition=conditions.check)
         record(
             tx.connection,
             Action.PIN_REMOVE,

@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from prefixd.server.api.body import declared_bytes
+from prefixd.server.api.conditions import WITH_TAG, ConditionsDep, prefix_tag
 from prefixd.server.api.dependencies import (
     Acting,
     BodyLimitsDep,
@@ -66,8 +67,8 @@ IdempotencyKey = Annotated[
     "/{name}",
     response_model=PrefixManifest,
     responses={
-        200: {"description": "The same bytes were there already, as this version."},
-        201: {"description": "A new version.", "model": PrefixManifest},
+        200: WITH_TAG[200] | {"description": "The same bytes were there already, as this version."},
+        201: WITH_TAG[200] | {"description": "A new version.", "model": PrefixManifest},
     },
     openapi_extra=UPLOAD_BODY,
 )
@@ -88,6 +89,7 @@ async def put_prefix(
     drain_state: DrainStateDep,
     principal: Writer,
     actor: Acting,
+    conditions: ConditionsDep,
     warm: Warm = False,
     idempotency_key: IdempotencyKey = None,
 ) -> PrefixManifest:
@@ -106,7 +108,13 @@ async def put_prefix(
         key=idempotency_key,
     )
     target = Target(
-        name=name, store=store, served=served, limits=limits, disk=disk, principal=principal
+        name=name,
+        store=store,
+        served=served,
+        limits=limits,
+        disk=disk,
+        principal=principal,
+        precondition=conditions.check,
     )
     async with bounds.uploads.hold(principal.tenant):
         await run_in_threadpool(tenants.check_kept, principal.tenant, principal.quota)
@@ -114,6 +122,8 @@ async def put_prefix(
         async with receive(request, target) as (begin, content):
             replay, replayed = await run_in_threadpool(publish, begin, content)
     response.status_code = replay.status
+    if replay.etag is not None:
+        response.headers["ETag"] = replay.etag
     if replayed:
         response.headers["idempotency-replayed"] = "true"
     manifest = PrefixManifest.model_validate(replay.body)
@@ -159,7 +169,8 @@ def _publish_once(
                 check_quota(tx.connection, tenant, added)
             _record(tx.connection, published, actor=actor, tenant=tenant, name=name)
             body = PrefixManifest.model_validate(published.manifest).model_dump(mode="json")
-            replay = Replay(201 if published.created else 200, body)
+            status = 201 if published.created else 200
+            replay = Replay(status, body, prefix_tag(published.manifest))
             if key is not None:
                 idempotency.keep(tx.connection, tenant, key, request_digest=digest, replay=replay)
     except IntegrityError:

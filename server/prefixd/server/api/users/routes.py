@@ -5,11 +5,18 @@ from datetime import datetime
 from functools import partial
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
 from prefixd.server.api.body import StrictModel, json_body, json_request, media_type
+from prefixd.server.api.conditions import (
+    READ,
+    WITH_TAG,
+    ConditionsDep,
+    not_modified,
+    tag_of,
+)
 from prefixd.server.api.dependencies import (
     Acting,
     BindingsDep,
@@ -64,6 +71,8 @@ class BindingList(BaseModel):
 
 class DefaultShown(BaseModel):
     """The prefix of users without a binding."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     object: Literal["default"] = "default"
     prefix: str
@@ -154,64 +163,116 @@ async def import_bindings(
         return ImportResponse(imported=await importing.run(request))
 
 
-@router.get("/users/{user:path}/prefix", response_model=BindingShown)
-def get_binding(user: User, bindings: BindingsDep, principal: Reader) -> BindingShown:
+@router.get("/users/{user:path}/prefix", response_model=BindingShown, responses=READ)
+def get_binding(
+    *,
+    user: User,
+    response: Response,
+    bindings: BindingsDep,
+    principal: Reader,
+    conditions: ConditionsDep,
+) -> BindingShown | Response:
     """The prefix a user is bound to."""
-    return BindingShown.model_validate(bindings.get(principal.tenant, user))
+    binding = bindings.get(principal.tenant, user)
+    tag = tag_of(binding.revision)
+    if conditions.unchanged(tag):
+        return not_modified(tag)
+    response.headers["ETag"] = tag
+    return BindingShown.model_validate(binding)
 
 
 @router.put(
     "/users/{user:path}/prefix",
     response_model=BindingShown,
+    responses=WITH_TAG,
     openapi_extra=json_request(BindingTarget),
 )
 def put_binding(
     *,
     user: User,
+    response: Response,
     store: StoreDep,
     served: ServedDep,
     bindings: BindingsDep,
     principal: Writer,
     actor: Acting,
+    conditions: ConditionsDep,
     body: Annotated[BindingTarget, Depends(json_body(BindingTarget))],
 ) -> BindingShown:
     """Bind a user to a prefix, from the next request on."""
-    check = _check(store, served, principal, body.prefix)
-    binding = bindings.bind(principal.tenant, user, body.prefix, actor=actor, check=check)
+    binding = bindings.bind(
+        principal.tenant,
+        user,
+        body.prefix,
+        actor=actor,
+        check=_check(store, served, principal, body.prefix),
+        precondition=conditions.check,
+    )
+    response.headers["ETag"] = tag_of(binding.revision)
     return BindingShown.model_validate(binding)
 
 
 @router.delete("/users/{user:path}/prefix", status_code=204)
-def delete_binding(user: User, bindings: BindingsDep, principal: Writer, actor: Acting) -> None:
+def delete_binding(
+    user: User,
+    bindings: BindingsDep,
+    principal: Writer,
+    actor: Acting,
+    conditions: ConditionsDep,
+) -> None:
     """Delete a user's binding: the tenant's default applies then."""
-    bindings.unbind(principal.tenant, user, actor=actor)
+    bindings.unbind(principal.tenant, user, actor=actor, precondition=conditions.check)
 
 
-@router.get("/default/prefix", response_model=DefaultShown)
-def get_default(bindings: BindingsDep, principal: Reader) -> DefaultShown:
+@router.get("/default/prefix", response_model=DefaultShown, responses=READ)
+def get_default(
+    *,
+    response: Response,
+    bindings: BindingsDep,
+    principal: Reader,
+    conditions: ConditionsDep,
+) -> DefaultShown | Response:
     """The prefix of users without a binding."""
-    return DefaultShown(prefix=bindings.default(principal.tenant))
+    default = bindings.default(principal.tenant)
+    tag = tag_of(default.revision)
+    if conditions.unchanged(tag):
+        return not_modified(tag)
+    response.headers["ETag"] = tag
+    return DefaultShown.model_validate(default)
 
 
 @router.put(
-    "/default/prefix", response_model=DefaultShown, openapi_extra=json_request(BindingTarget)
+    "/default/prefix",
+    response_model=DefaultShown,
+    responses=WITH_TAG,
+    openapi_extra=json_request(BindingTarget),
 )
 def put_default(
     *,
+    response: Response,
     store: StoreDep,
     served: ServedDep,
     bindings: BindingsDep,
     principal: Writer,
     actor: Acting,
+    conditions: ConditionsDep,
     body: Annotated[BindingTarget, Depends(json_body(BindingTarget))],
 ) -> DefaultShown:
     """Set the prefix of users without a binding, from the next request on."""
-    check = _check(store, served, principal, body.prefix)
-    bindings.set_default(principal.tenant, body.prefix, actor=actor, check=check)
-    return DefaultShown(prefix=body.prefix)
+    default = bindings.set_default(
+        principal.tenant,
+        body.prefix,
+        actor=actor,
+        check=_check(store, served, principal, body.prefix),
+        precondition=conditions.check,
+    )
+    response.headers["ETag"] = tag_of(default.revision)
+    return DefaultShown.model_validate(default)
 
 
 @router.delete("/default/prefix", status_code=204)
-def delete_default(bindings: BindingsDep, principal: Writer, actor: Acting) -> None:
+def delete_default(
+    bindings: BindingsDep, principal: Writer, actor: Acting, conditions: ConditionsDep
+) -> None:
     """Delete the default: users without a binding get the base."""
-    bindings.set_default(principal.tenant, None, actor=actor)
+    bindings.remove_default(principal.tenant, actor=actor, precondition=conditions.check)
