@@ -114,12 +114,12 @@ def test_a_prefix_in_unavailable_storage_is_a_503(
 def test_unavailable_storage_is_reported_to_the_engine_as_prefix_unavailable(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefixd.server.serve.build import _Artifacts  # with torch, which this alone needs
+    from prefixd.server.serve.artifacts import Artifacts  # with torch, which this alone needs
 
     manifest = put_text(client, "voice", "hello", world.headers())
     key = PrefixKey("acme", manifest["digest"])
     store = world.store
-    opened = _Artifacts(store, world.served, world.disk)
+    opened = Artifacts(store, world.served, world.disk)
     assert opened(key).text == "hello"
     for error, message in (
         (BlobsUnavailable(BLOBS_UNAVAILABLE), BLOBS_UNAVAILABLE),

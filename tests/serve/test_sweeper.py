@@ -12,6 +12,7 @@ from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.idempotency import Replay
 from prefixd.server.tenants.principal import COMMAND_LINE
 from prefixd.store.db.database import utc_now, writing
+from prefixd.store.files import UPLOAD_PREFIX, file_in_progress
 
 
 def test_a_sweep_removes_expired_rows(tmp_path: Path) -> None:
@@ -31,4 +32,22 @@ def test_a_sweep_removes_expired_rows(tmp_path: Path) -> None:
     with catalog.database.connect() as connection:
         rows = connection.exec_driver_sql("SELECT count(*) FROM idempotency_keys")
         assert rows.scalar() == 0
+    catalog.database.dispose()
+
+
+def test_interrupted_uploads_of_all_folders_are_removed(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    catalog = open_catalog(settings)
+    folders = [tmp_path / "uploads", tmp_path / "blobs" / ".tmp"]
+    engine: Any = None
+    sweeper = _make_sweeper(settings, catalog, engine)
+    sweeper._tidy()  # also without the folder for uploads
+    folders[0].mkdir()
+    left = [folder / "upload-1" for folder in folders]
+    for path in left:
+        path.write_bytes(b"half")
+    with file_in_progress(folders[0], prefix=UPLOAD_PREFIX) as (running, _):
+        sweeper._tidy()
+        assert running.exists()
+    assert not any(path.exists() for path in left)
     catalog.database.dispose()

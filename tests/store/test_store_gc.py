@@ -254,6 +254,31 @@ def test_files_of_a_running_upload_are_not_removed(home: Home) -> None:
         assert not left.exists()
 
 
+def test_interrupted_uploads_are_removed_long_before_a_sweep(
+    home: Home, caplog: pytest.LogCaptureFixture
+) -> None:
+    tidied = threading.Semaphore(0)
+    failures = [OSError("read-only")] * 2
+
+    def tidy() -> None:
+        tidied.release()
+        if failures:
+            raise failures.pop()
+        home.store.remove_interrupted()
+
+    sweeper = Sweeper(lambda: pytest.fail("swept"), interval_s=600, tidy=tidy, tidy_every_s=0.001)
+    with home.blobs.staging() as running:
+        left = running.with_name("left")
+        left.write_bytes(b"half")
+        sweeper.start()
+        for _ in range(4):
+            assert tidied.acquire(timeout=30)
+        sweeper.stop()
+        assert running.exists()
+    assert not left.exists()
+    assert caplog.text.count("interrupted uploads were not removed") == 1
+
+
 def test_a_sweeper_continues_after_errors_until_it_is_stopped(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

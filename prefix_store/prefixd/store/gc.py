@@ -1,6 +1,7 @@
 """Garbage collection: the second phase of a delete removes the blobs that no version has."""
 
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -17,6 +18,9 @@ admitted just before a delete, and than the difference between the clocks of rep
 
 _IN_FLIGHT = timedelta(days=1)
 """No upload takes as long, regardless of the grace: an older file is an interrupted upload."""
+
+TIDY_EVERY_S = 5.0
+"""How soon what an interrupted upload has left is removed."""
 
 _BATCH = 500
 _log = getLogger("prefixd.store")
@@ -84,14 +88,25 @@ def _batches(
 
 
 class Sweeper:
-    """Runs ``sweep`` every ``interval_s`` seconds in its own thread, until it is stopped.
+    """Runs ``sweep`` every ``interval_s`` seconds, and ``tidy``, which is cheap, at once and every
+    ``tidy_every_s``, in its own thread, until it is stopped.
 
-    A sweep that fails is logged; the next one runs as usual.
+    One that fails is logged; the next one runs as usual.
     """
 
-    def __init__(self, sweep: Callable[[], GcResult], *, interval_s: float) -> None:
+    def __init__(
+        self,
+        sweep: Callable[[], GcResult],
+        *,
+        interval_s: float,
+        tidy: Callable[[], object] = lambda: None,
+        tidy_every_s: float = TIDY_EVERY_S,
+    ) -> None:
         self._sweep = sweep
+        self._tidy = tidy
         self._interval_s = interval_s
+        self._tidy_every_s = tidy_every_s
+        self._is_tidy = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prefixd-sweep", daemon=True)
 
@@ -105,11 +120,32 @@ class Sweeper:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._interval_s):
-            try:
-                result = self._sweep()
-            except Exception:  # noqa: BLE001 - the sweeper survives an unavailable database
-                _log.exception("collecting blobs failed")
-            else:
-                if result.blobs:
-                    _log.info("collected %d blobs of %d bytes", result.blobs, result.bytes)
+        next_sweep = time.monotonic() + self._interval_s
+        while True:
+            self._tidy_now()
+            pause_s = min(self._tidy_every_s, next_sweep - time.monotonic())
+            if self._stop.wait(max(0.0, pause_s)):
+                return
+            if time.monotonic() >= next_sweep:
+                self._sweep_now()
+                next_sweep = time.monotonic() + self._interval_s
+
+    def _tidy_now(self) -> None:
+        """Logs the first failure in a row."""
+        try:
+            self._tidy()
+        except Exception:  # noqa: BLE001 - as for a sweep
+            if self._is_tidy:
+                _log.exception("interrupted uploads were not removed")
+            self._is_tidy = False
+        else:
+            self._is_tidy = True
+
+    def _sweep_now(self) -> None:
+        try:
+            result = self._sweep()
+        except Exception:  # noqa: BLE001 - the sweeper survives an unavailable database
+            _log.exception("collecting blobs failed")
+        else:
+            if result.blobs:
+                _log.info("collected %d blobs of %d bytes", result.blobs, result.bytes)

@@ -163,6 +163,10 @@ class PrefixStore(Publisher):
             dry_run=dry_run,
         )
 
+    def remove_interrupted(self) -> None:
+        """Remove the local files of interrupted uploads and downloads."""
+        self._blobs.remove_interrupted()
+
     def _report_corrupt(self, key: BlobKey, message: str) -> None:
         self._rows.mark_corrupt(key, now=self._clock())
         _log.error("quarantined a blob of tenant %s: %s", key.tenant, message)

@@ -84,9 +84,12 @@ class Blobs(Protocol):
     def interrupted(self) -> Iterator[str]:
         """The names of uploads and downloads in progress whose process has ended."""
 
+    def remove_interrupted(self) -> None:
+        """Remove the local files of interrupted uploads and downloads."""
+
     def tidy(self, *, before: datetime) -> None:
-        """Remove interrupted uploads and downloads, and the local copies of remote blobs that were
-        not used since ``before``."""
+        """Remove all that interrupted uploads and downloads have left, and the local copies of
+        remote blobs that were not used since ``before``."""
 
 
 def open_blobs(url: str | None, root: Path, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Blobs:
@@ -192,9 +195,12 @@ class LocalBlobs:
         for path in interrupted(self._staging):
             yield str(path)
 
+    def remove_interrupted(self) -> None:
+        remove_interrupted(self._staging)
+
     def tidy(self, *, before: datetime) -> None:
         del before  # it has no copies
-        remove_interrupted(self._staging)
+        self.remove_interrupted()
 
 
 def _holds(path: Path, digest: str) -> bool:

@@ -130,8 +130,11 @@ class S3Blobs:
         for entry in self._interrupted_objects():
             yield f"{self._url}/{entry['path']}"
 
-    def tidy(self, *, before: datetime) -> None:
+    def remove_interrupted(self) -> None:
         remove_interrupted(self._staging)
+
+    def tidy(self, *, before: datetime) -> None:
+        self.remove_interrupted()
         remove_older(self._local, before=before, skipped=self._staging)
         for entry in self._interrupted_objects():
             with suppress(FileNotFoundError):

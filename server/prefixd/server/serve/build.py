@@ -12,27 +12,16 @@ from pathlib import Path
 import structlog
 import torch
 from fastapi import FastAPI
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from prefixd.server.api.app import create_app
 from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.drain_state import DrainState
-from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE, DISK_FAILED, DISK_FULL
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.prefixes.residency import pin_room
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.tenant_bounds import TenantBounds
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
-from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.step import (
-    CORRUPT_PREFIX,
-    PREFIX_NOT_FOUND,
-    PREFIX_REFUSED,
-    STORAGE_FULL,
-    STORAGE_UNAVAILABLE,
-    PrefixUnavailable,
-)
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.demo import DemoModelMissing
 from prefixd.server.model.load import (
@@ -46,27 +35,17 @@ from prefixd.server.model.prefix import StorePrefixSource
 from prefixd.server.model.runner import TorchRunner
 from prefixd.server.model.selfcheck import Limits, self_check
 from prefixd.server.model.tokenizer import Tokenizer
+from prefixd.server.serve.artifacts import Artifacts
 from prefixd.server.serve.catalog import CatalogParts, open_catalog, upload_dir
 from prefixd.server.serve.lifespan import make_lifespan
 from prefixd.server.serve.settings import Settings
 from prefixd.server.serve.telemetry import open_tracer
 from prefixd.server.tenants.registry import Tenants
 from prefixd.server.tenants.retention import Expired, remove_expired
-from prefixd.store.artifact.artifact import Artifact, read_artifact
-from prefixd.store.artifact.config import BaseSpec, Kind
-from prefixd.store.disk import DiskGuard
-from prefixd.store.errors import (
-    ArtifactRefused,
-    BlobsUnavailable,
-    CorruptArtifact,
-    StoreError,
-    UnknownPrefix,
-)
-from prefixd.store.faults import StorageFault
+from prefixd.store.artifact.config import BaseSpec
 from prefixd.store.files import UPLOAD_PREFIX, remove_interrupted
 from prefixd.store.gc import GcResult, Sweeper
 from prefixd.store.names import BlobKey
-from prefixd.store.store import PrefixStore
 
 log = structlog.get_logger("prefixd")
 
@@ -184,7 +163,7 @@ def _engine(
         config=config,
         runner=TorchRunner(base, num_blocks=config.num_blocks, block_size=config.block_size),
         source=StorePrefixSource(
-            open_artifact=_Artifacts(catalog.store, served, catalog.disk),
+            open_artifact=Artifacts(catalog.store, served, catalog.disk),
             base=base,
             tokenizer=tokenizer,
         ),
@@ -195,8 +174,8 @@ def _engine(
 
 
 def _make_sweeper(settings: Settings, catalog: CatalogParts, engine: Engine) -> Sweeper:
-    """Removes expired rows and deleted prefixes in the background, except those that the engine
-    holds."""
+    """Removes expired rows, interrupted uploads and deleted prefixes in the background, except
+    those that the engine holds."""
     grace, days = timedelta(seconds=settings.gc_grace), settings.audit_days
     audit_kept = None if days is None else timedelta(days=days)
 
@@ -207,7 +186,11 @@ def _make_sweeper(settings: Settings, catalog: CatalogParts, engine: Engine) -> 
         resident = [BlobKey(key.tenant, key.digest) for key in engine.stats().prefixes_held]
         return catalog.store.collect(grace=grace, resident=resident)
 
-    return Sweeper(sweep, interval_s=settings.gc_interval)
+    def tidy() -> None:
+        catalog.store.remove_interrupted()
+        remove_interrupted(upload_dir(settings.root), prefix=UPLOAD_PREFIX)
+
+    return Sweeper(sweep, interval_s=settings.gc_interval, tidy=tidy)
 
 
 def device_of(settings: Settings) -> str:
@@ -270,62 +253,3 @@ def _served_model(settings: Settings, base: LoadedBase, limits: Limits) -> Serve
         created=int(time.time()),
         tokenizer=Tokenizer(base.tokenizer),
     )
-
-
-def _code_of(error: StoreError) -> str | None:
-    match error:
-        case BlobsUnavailable():
-            return STORAGE_UNAVAILABLE
-        case UnknownPrefix():  # deleted since the request was admitted
-            return PREFIX_NOT_FOUND
-        case CorruptArtifact():
-            return CORRUPT_PREFIX
-        case ArtifactRefused():  # the base or its limits have changed since the upload
-            return PREFIX_REFUSED
-        case _:
-            return None
-
-
-class _Artifacts:
-    """Opens a stored artifact and validates it again, against the base served now. The tokens of a
-    text are counted again: an earlier version of the server may have counted others."""
-
-    def __init__(self, store: PrefixStore, served: ServedModel, disk: DiskGuard) -> None:
-        self._store = store
-        self._served = served
-        self._disk = disk
-
-    def __call__(self, key: PrefixKey) -> Artifact:
-        try:
-            return self._read(key)
-        except StoreError as error:
-            raise PrefixUnavailable(error.message, code=_code_of(error)) from error
-        except (OSError, SQLAlchemyError) as error:
-            log.exception("the storage failed")
-            match self._disk.fault_of(error):
-                case StorageFault.FULL:
-                    raise PrefixUnavailable(DISK_FULL, code=STORAGE_FULL) from error
-                case StorageFault.FAILED:
-                    raise PrefixUnavailable(DISK_FAILED, code=STORAGE_UNAVAILABLE) from error
-                case None if isinstance(error, SQLAlchemyError):
-                    raise PrefixUnavailable(
-                        CATALOG_UNAVAILABLE, code=STORAGE_UNAVAILABLE
-                    ) from error
-            raise
-
-    def _read(self, key: PrefixKey) -> Artifact:
-        base = self._served.base
-        path = self._store.fetch(tenant=key.tenant, digest=key.digest)
-        artifact = read_artifact(path, base=base, count_tokens=self._served.count_prefix_tokens)
-        if artifact.kind is Kind.HARD_PROMPT:
-            try:
-                self._store.correct_count(
-                    BlobKey(key.tenant, key.digest),
-                    fingerprint=base.fingerprint,
-                    num_virtual_tokens=artifact.num_virtual_tokens,
-                )
-            except DBAPIError as error:
-                if self._disk.fault_of(error) is None:
-                    raise
-                log.warning("a manifest was not corrected: the storage failed")
-        return artifact
