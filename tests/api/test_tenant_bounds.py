@@ -196,10 +196,17 @@ def test_bodies_and_uploads_of_one_tenant_wait_for_each_other(
         answer = client.put("/v1/users/ann/prefix", json={"prefix": "voice"})
         assert answer.status_code == 200
         assert (bounds.bodies, len(answer.request.content)) in held["acme"]
+        assert held["acme"].count((bounds.changes, 1)) == 2  # the upload and the binding
+        client.get("/v1/users")
+        client.delete("/v1/users/ann/prefix")
+        assert held["acme"].count((bounds.reads, 1)) == 1
+        assert held["acme"].count((bounds.changes, 1)) == 3
         kind = {"content-type": "application/x-ndjson"}
         client.post("/v1/users/bindings:import", content=b"", headers=kind)
     assert held["acme"].count((bounds.uploads, 1)) == 2
-    assert len(bounds.bodies) == len(bounds.uploads) == 0
+    assert (
+        len(bounds.bodies) == len(bounds.uploads) == len(bounds.reads) == len(bounds.changes) == 0
+    )
 
 
 def test_a_principal_without_limits_has_no_rate() -> None:

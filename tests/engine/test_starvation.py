@@ -64,7 +64,7 @@ class Bench:
 
 
 @pytest.mark.parametrize("prompt", [8, 32], ids=["all rows", "all blocks"])
-def test_the_youngest_sequence_of_a_tenant_with_everything_gives_way(prompt: int) -> None:
+def test_the_youngest_sequence_of_a_tenant_with_everything_yields(prompt: int) -> None:
     bench = Bench()
     greedy = [sequence("a", prompt=prompt, max_tokens=40) for _ in range(ROWS)]
     greedy += [sequence("a", prompt=prompt, max_tokens=40) for _ in range(4 * ROWS)]
@@ -90,7 +90,7 @@ def test_without_the_rule_it_waits_until_a_sequence_ends() -> None:
     assert other.started is None
 
 
-def test_one_sequence_that_holds_the_pool_gives_way_and_still_ends() -> None:
+def test_one_sequence_that_holds_the_pool_yields_and_still_ends() -> None:
     """Two tenants whose sequences need all blocks: both advance, and both end."""
     bench = Bench()
     greedy = [sequence(tenant, prompt=60, max_tokens=90) for tenant in "ab"]

@@ -12,6 +12,7 @@ from prefixd.server.api.dependencies import (
     BodyLimits,
     authenticated,
     within_bounds,
+    within_calls,
     within_rate,
 )
 from prefixd.server.api.drain_state import DrainState
@@ -133,10 +134,12 @@ def create_app(
         app.include_router(router)
     # Deny by default: every route outside PUBLIC requires a key, before its body is read.
     for router in KEYED:
-        bounded = within_bounds if router in METERED else within_rate
+        bounds_of = [Depends(within_bounds)]
+        if router not in METERED:
+            bounds_of = [Depends(within_rate), Depends(within_calls, scope="function")]
         app.include_router(
             router,
-            dependencies=[Depends(authenticated), Depends(bounded), Depends(check_url)],
+            dependencies=[Depends(authenticated), *bounds_of, Depends(check_url)],
             responses=openapi.ERRORS,
         )
     routers = (*PUBLIC, *KEYED)

@@ -6,7 +6,7 @@ wrong types. Here the body is a dependency of its own, which depends on the prin
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -157,17 +157,23 @@ def json_body(model: type[Model], *, optional: bool = False) -> Callable[..., Aw
         size = declared_bytes(request) or limits.max_body_bytes
         async with bounds.bodies.hold(principal.tenant, min(size, limits.max_body_bytes)):
             body = await read_capped(request, limits.max_body_bytes)
-            if optional and not body:
-                return model()
-            received = media_type(request)
-            if received != "application/json" and not received.endswith("+json"):
-                raise BadRequest(
-                    f"expected the content type application/json; received {received[:80]!a}",
-                    code="unsupported_media_type",
-                )
-            return parse_json(model, body)
+            parsed = model() if optional and not body else _parse(model, request, body)
+        holds: AsyncExitStack | None = getattr(request.state, "holds", None)
+        if holds is not None:  # see ``within_calls``
+            await holds.enter_async_context(bounds.changes.hold(principal.tenant))
+        return parsed
 
     return read
+
+
+def _parse(model: type[Model], request: Request, body: bytes) -> Model:
+    received = media_type(request)
+    if received != "application/json" and not received.endswith("+json"):
+        raise BadRequest(
+            f"expected the content type application/json; received {received[:80]!a}",
+            code="unsupported_media_type",
+        )
+    return parse_json(model, body)
 
 
 def media_type(request: Request) -> str:

@@ -5,6 +5,7 @@ state under the name given here. Every router except the public ones depends on 
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,6 +102,21 @@ async def within_bounds(bounds: BoundsDep, principal: Authenticated) -> AsyncIte
 async def within_rate(bounds: BoundsDep, principal: Authenticated) -> AsyncIterator[None]:
     """As ``within_bounds``, for a request that the limiter does not count."""
     with bounds.request(principal, rated=True):
+        yield
+
+
+async def within_calls(
+    request: Request, bounds: BoundsDep, principal: Authenticated
+) -> AsyncIterator[None]:
+    """Wait for the tenant's other requests, and hold a place while the endpoint runs. A request
+    with a body holds none while it is received: ``json_body`` takes it, for ``request.state.holds``
+    to return. Raises RateLimited."""
+    async with AsyncExitStack() as holds:
+        if request.method in {"GET", "HEAD"}:
+            await holds.enter_async_context(bounds.reads.hold(principal.tenant))
+        elif request.method == "DELETE":
+            await holds.enter_async_context(bounds.changes.hold(principal.tenant))
+        request.state.holds = holds
         yield
 
 

@@ -10,7 +10,7 @@ across replicas are quotas of the tenant, which the catalog counts.
             --> rate             of requests that no bucket of the catalog counts
             --> bodies           bytes of JSON that are received: more of them wait
             --> uploads          received at a time: more of them wait
-            --> calls            on the catalog at a time: more of them wait
+            --> reads, changes   of the catalog at a time: more of them wait
 """
 
 import asyncio
@@ -28,8 +28,10 @@ from prefixd.server.tenants.principal import Principal
 
 LOOKUPS_OF_KEY = 4
 LOOKUPS_FROM_ADDRESS = 8
-CALLS_OF_TENANT = 6
-"""Half of the threads that call the catalog, so that one tenant never has all of them."""
+READS_OF_TENANT = 6
+CHANGES_OF_TENANT = 2
+"""Fewer than the threads that call the catalog, so that one tenant never has all of them. Changes
+wait for each other in the catalog anyway: on SQLite all of them, elsewhere those of one tenant."""
 
 WAIT_S = 30.0
 _RETRY_S = 1.0
@@ -144,7 +146,8 @@ class TenantBounds:
     lookups_from_address: KeyedSemaphore = field(init=False)
     bodies: KeyedSemaphore = field(init=False)
     uploads: KeyedSemaphore = field(init=False)
-    calls: KeyedSemaphore = field(init=False)
+    reads: KeyedSemaphore = field(init=False)
+    changes: KeyedSemaphore = field(init=False)
     rates: RequestRates = field(default_factory=RequestRates)
     requests: Counter[str] = field(default_factory=Counter)
 
@@ -155,7 +158,8 @@ class TenantBounds:
         )
         self.bodies = KeyedSemaphore(self.max_body_bytes, "bytes of the tenant's request bodies")
         self.uploads = KeyedSemaphore(self.max_uploads, "uploads and imports of the tenant")
-        self.calls = KeyedSemaphore(CALLS_OF_TENANT, "of the tenant's calls on the catalog")
+        self.reads = KeyedSemaphore(READS_OF_TENANT, "reads by the tenant")
+        self.changes = KeyedSemaphore(CHANGES_OF_TENANT, "changes by the tenant")
 
     @asynccontextmanager
     async def lookup(self, key: str, client: Address | None) -> AsyncIterator[None]:

@@ -19,11 +19,11 @@ from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.sequence import Sequence
 
 _LEAST_PROGRESS = 64
-"""Output tokens of a tenant's only sequence between two times that it gives way."""
+"""Output tokens of a tenant's only sequence between two times that it yields."""
 
 
 class StarvationPolicy:
-    """Chooses the sequence that gives way. It reads the scheduler's queue and running list."""
+    """Chooses the sequence that yields. It reads the scheduler's queue and running list."""
 
     def __init__(
         self,
@@ -72,10 +72,10 @@ class StarvationPolicy:
         }
         for tenant in sorted(held, key=lambda tenant: held[tenant], reverse=True):
             sequences = [s for s in self._running if s.tenant == tenant]
-            if len(sequences) > 1 or self._may_give_way(sequences[0]):
+            if len(sequences) > 1 or self._may_yield(sequences[0]):
                 return sequences[-1]
         return None
 
-    def _may_give_way(self, sequence: Sequence) -> bool:
+    def _may_yield(self, sequence: Sequence) -> bool:
         takes_most = 2 * len(sequence.block_table) > self._config.num_usable_blocks
         return takes_most and sequence.num_output >= _LEAST_PROGRESS * (sequence.num_yields + 1)
