@@ -20,7 +20,7 @@ def requests(number: int) -> dict[str, Request]:
     """A request that creates one of each thing, by the quota that limits it."""
     text = {"json": {"kind": "text", "text": f"text {number}"}}
     keyed = {
-        "json": {"kind": "text", "text": "the same"},
+        "json": {"kind": "text", "text": "one"},
         "headers": {"idempotency-key": f"k{number}"},
     }
     return {
