@@ -19,7 +19,6 @@ from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.prefixes.residency import pin_room
 from prefixd.server.api.served import ServedModel
-from prefixd.server.api.tenant_bounds import TenantBounds
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.model.architecture import UnsupportedModel
@@ -36,6 +35,7 @@ from prefixd.server.model.runner import TorchRunner
 from prefixd.server.model.selfcheck import Limits, self_check
 from prefixd.server.model.tokenizer import Tokenizer
 from prefixd.server.serve.artifacts import Artifacts
+from prefixd.server.serve.bounds import tenant_bounds
 from prefixd.server.serve.catalog import CatalogParts, open_catalog, upload_dir
 from prefixd.server.serve.lifespan import make_lifespan
 from prefixd.server.serve.settings import Settings
@@ -115,11 +115,7 @@ def build_server(settings: Settings) -> Server:
             max_prefix_bytes=settings.max_prefix_bytes,
             max_import_bytes=settings.max_import_bytes,
         ),
-        bounds=TenantBounds(
-            max_requests=settings.max_tenant_requests,
-            max_uploads=settings.max_tenant_uploads,
-            max_body_bytes=settings.max_tenant_body_bytes,
-        ),
+        bounds=tenant_bounds(settings),
         body_timeout=settings.body_timeout,
         min_body_rate=settings.min_body_rate,
         max_choices=settings.max_choices,

@@ -88,6 +88,7 @@ COMPUTED_DEFAULTS = {
     "max_pinned_tokens": "a quarter of the pool",
     "max_request_seconds": "no limit",
     "max_resident_tokens": "as many as fit",
+    "max_tenant_requests": "half of max_connections, at most 1024",
     "max_waiting_tokens": "eight times kv_tokens",
     "min_free_bytes": "256 MiB, or 5 % of the disk where that is less",
     "served_model_name": "taken from the model",
@@ -243,8 +244,8 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=8 * MIB, ge=1024, description="Largest JSON request body, in bytes."
     )
-    max_tenant_requests: int = Field(
-        default=1024,
+    max_tenant_requests: int | None = Field(
+        default=None,
         ge=1,
         description="Most requests of one tenant in progress on this server; more get 429.",
     )
