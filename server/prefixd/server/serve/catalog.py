@@ -135,6 +135,7 @@ def changed_limits(quota: Quota) -> dict[str, int]:
 
 def migrate_database(settings: Settings) -> tuple[str | None, str | None]:
     """Upgrade the database to the tables of this version; its revision before and after."""
+    check_data_folder(settings.root)
     database = open_database(settings.catalog_url)
     try:
         before = revision(database)
@@ -182,6 +183,7 @@ def upload_dir(root: Path) -> Path:
 
 @contextmanager
 def _place(settings: Settings) -> Iterator[Place]:
+    check_data_folder(settings.root)
     database = open_database(settings.catalog_url)
     try:
         yield Place(database, _open_blobs(settings))

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,7 @@ def check_data_folder(root: Path) -> None:
         if storage_fault(error) is not StorageFault.FULL:
             raise DataFolderRefused(_expected(root, _found(root, error))) from error
     for path in _unwritable(root):
-        owned = f"{path.name} in it belongs to user {path.stat().st_uid}"
-        raise DataFolderRefused(_expected(root, f"{owned}, and this is user {os.geteuid()}"))
+        raise DataFolderRefused(_expected(root, f"{_owned(path)}, and this is user {os.geteuid()}"))
 
 
 def _make(root: Path) -> None:
@@ -56,7 +56,7 @@ def _unwritable(root: Path) -> Iterator[Path]:
 
 
 def _expected(root: Path, found: str) -> str:
-    return f"expected the data folder {root} (PREFIXD_DATA_DIR) to be writable; {found}"
+    return f"expected the data folder {root} to be writable; {found}"
 
 
 def _found(folder: Path, error: OSError) -> str:
@@ -64,13 +64,14 @@ def _found(folder: Path, error: OSError) -> str:
         case errno.EROFS:
             return f"the disk of {folder} is mounted read-only"
         case errno.EACCES | errno.EPERM:
-            return f"{folder} belongs to user {_owner(folder)}, and this is user {os.geteuid()}"
+            return f"{_owned(folder)}, and this is user {os.geteuid()}"
         case _:
             return f"{folder}: {error.strerror}"
 
 
-def _owner(folder: Path) -> str:
+def _owned(path: Path) -> str:
     try:
-        return str(folder.stat().st_uid)
+        status = path.stat()
     except OSError:
-        return "unknown"
+        return f"{path} is in a folder without permission"
+    return f"{path} belongs to user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):04o}"
