@@ -52,7 +52,7 @@ def suppress_full() -> Iterator[None]:
 def small_disk(root: Path, *, size: int, options: str = "") -> Iterator[SmallDisk]:
     """A tmpfs of ``size`` bytes at ``root``; the test is skipped where none may be mounted."""
     root.mkdir(exist_ok=True)
-    mounted = _mount("-t", "tmpfs", "-o", f"size={size}{options}", "tmpfs", str(root))
+    mounted = mount("-t", "tmpfs", "-o", f"size={size}{options}", "tmpfs", str(root))
     if mounted.returncode != 0:
         pytest.skip(f"needs to mount a tmpfs, which takes root: {mounted.stderr.strip()}")
     try:
@@ -64,11 +64,12 @@ def small_disk(root: Path, *, size: int, options: str = "") -> Iterator[SmallDis
 
 def remount(root: Path, option: str) -> None:
     """Remount the disk at ``root`` with ``option``: ro or rw."""
-    changed = _mount("-o", f"remount,{option}", str(root))
+    changed = mount("-o", f"remount,{option}", str(root))
     assert changed.returncode == 0, changed.stderr
 
 
-def _mount(*arguments: str) -> "subprocess.CompletedProcess[str]":
+def mount(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the program mount; the test is skipped where there is none."""
     try:
         return subprocess.run(
             ["mount", *arguments],

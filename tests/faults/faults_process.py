@@ -28,6 +28,11 @@ class KillableServer(ServerProcess):
         """Wait until the server is ready and return its URL."""
         return self.wait_until_ready(timeout=120, on_event=lambda _: None)
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def send(self, number: int) -> None:
         """Send a signal to the process, if it still runs."""
         self._process.send_signal(number)
