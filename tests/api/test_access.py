@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import update
 
 from prefixd.server.api.app import KEYED, PUBLIC
-from prefixd.server.tenants import keyring as keys
+from prefixd.server.tenants import key_text as keys
 from prefixd.server.tenants.registry import Scope
 from prefixd.server.tenants.tables import api_keys
 from prefixd.store.db.database import writing

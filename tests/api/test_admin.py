@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from prefixd.server.tenants import keyring as keys
+from prefixd.server.tenants import key_text as keys
 from tests.api.api_world import World, error_of, put_text
 
 

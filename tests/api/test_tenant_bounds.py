@@ -17,7 +17,7 @@ from prefixd.server.api.tenant_bounds import (
     TenantBounds,
 )
 from prefixd.server.errors import RateLimited
-from prefixd.server.tenants.keyring import generate
+from prefixd.server.tenants.key_text import generate
 from prefixd.server.tenants.principal import Principal
 from prefixd.server.tenants.quotas import Quota
 from tests.api.api_world import World, error_of, put_text

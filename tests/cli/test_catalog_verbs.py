@@ -12,7 +12,7 @@ from sqlalchemy import text
 
 from prefixd.server.cli.serve import load_server
 from prefixd.server.serve.settings import Settings
-from prefixd.server.tenants import keyring as keys
+from prefixd.server.tenants import key_text as keys
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.db.database import open_database, writing
 from prefixd.store.db.migrate import HEAD, configured, revision

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import Engine
 
 from prefixd.server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
+from prefixd.server.tenants.audit import AuditLog
 from prefixd.server.tenants.registry import OPERATOR_TENANT, Scope, Tenants
 from tests.tenants.tenants_clock import Clock
 
@@ -127,3 +128,17 @@ def test_of_concurrent_bootstraps_exactly_one_issues_a_key(
         results = list(pool.map(lambda one: one.bootstrap(), replicas))
     assert sum(issued is not None for issued in results) == 1
     assert len(replicas[0].list_keys()) == 1
+
+
+def test_a_key_of_the_operator_makes_that_tenant_and_no_other(tenants: Tenants) -> None:
+    with pytest.raises(NotFound, match=r"no tenant 'other': create it first"):
+        tenants.create_key(tenant="other")
+    assert "other" not in {tenant.name for tenant in tenants.list_tenants()}
+    assert "operator" not in {tenant.name for tenant in tenants.list_tenants()}
+    for _ in range(2):
+        issued = tenants.create_key(tenant="operator", scopes=[Scope.ADMIN])
+        assert tenants.authenticate(issued.text).is_operator
+    assert [tenant.name for tenant in tenants.list_tenants()].count("operator") == 1
+    entries, _ = AuditLog(tenants._engine).page(tenant="operator", limit=10)
+    actions = [entry.action for entry in reversed(entries)]
+    assert actions == ["tenant.create", "key.create", "key.create"]

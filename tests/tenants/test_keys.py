@@ -5,7 +5,7 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixd.server.tenants import keyring as keys
+from prefixd.server.tenants import key_text as keys
 
 
 def test_a_generated_key_parses_to_its_id_and_digest() -> None:

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from prefixd.server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
-from prefixd.server.tenants import keyring as keys
+from prefixd.server.tenants import key_text as keys
 from prefixd.server.tenants.registry import Principal, Scope, Tenants
 from prefixd.store.db.database import reading
 from tests.tenants.tenants_clock import Clock

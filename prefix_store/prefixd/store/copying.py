@@ -1,10 +1,9 @@
 """Copying a whole store, tables and blobs, to another place: a backup, or a move.
 
-From any driver to any other. The rows are one snapshot, read while other processes write; the blobs
-are copied first, so that the copy never has a version without its blob.
+From any driver to any other. The rows are one snapshot, read while other processes write; they are
+committed after the blobs were copied, so that the copy never has a version without its blob.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from sqlalchemy import Column, Connection, Engine, Integer, Table, func, insert, select, text
@@ -39,9 +38,7 @@ class CopyResult:
     corrupt: tuple[BlobKey, ...]
 
 
-def copy_store(
-    source: Place, target: Place, *, progress: Callable[[BlobKey], None] = lambda _: None
-) -> CopyResult:
+def copy_store(source: Place, target: Place) -> CopyResult:
     """Copy every table of ``metadata`` and every referenced blob to an empty target.
 
     The digest of each blob is verified. A corrupt one is left out and reported; its versions are
@@ -51,33 +48,28 @@ def copy_store(
     """
     upgrade(source.database)
     upgrade(target.database)
-    _check_empty(target.database)
     count, size, lost = 0, 0, []
-    with reading(source.database) as moment:
-        for key, size_bytes in _referenced(moment):
-            progress(key)
-            if _copy_blob(source.blobs, target.blobs, key):
-                count, size = count + 1, size + size_bytes
-            else:
-                lost.append(key)
-        # One transaction: an interrupted copy leaves an empty catalog, and can be started again.
-        with writing(target.database) as connection:
-            _check_empty_on(connection)
+    # One transaction: an interrupted copy leaves an empty catalog, and can be started again.
+    with writing(target.database) as connection:
+        _check_empty(connection)
+        # The rows first and at once: while a snapshot is open, SQLite's log and PostgreSQL's tables
+        # only grow. Blobs are only added, so those of the snapshot still exist afterwards.
+        with reading(source.database) as moment:
             rows = {
                 table.name: _copy_rows(moment, connection, table)
                 for table in metadata.sorted_tables
             }
-            # Blobs that were not copied are not collected at the target; missing ones are corrupt.
-            _settle_blobs(connection, lost)
+        for key, size_bytes in referenced(connection):
+            if _copy_blob(source.blobs, target.blobs, key):
+                count, size = count + 1, size + size_bytes
+            else:
+                lost.append(key)
+        # Blobs that were not copied are not collected at the target; missing ones are corrupt.
+        _settle_blobs(connection, lost)
     return CopyResult(rows=rows, blobs=count, bytes=size, corrupt=tuple(lost))
 
 
-def _check_empty(engine: Engine) -> None:
-    with reading(engine) as connection:
-        _check_empty_on(connection)
-
-
-def _check_empty_on(connection: Connection) -> None:
+def _check_empty(connection: Connection) -> None:
     for table in metadata.sorted_tables:
         if connection.execute(select(table).limit(1)).first() is not None:
             raise CopyRefused(
@@ -85,14 +77,15 @@ def _check_empty_on(connection: Connection) -> None:
             )
 
 
-def _referenced(connection: Connection) -> Iterator[tuple[BlobKey, int]]:
+def referenced(connection: Connection) -> list[tuple[BlobKey, int]]:
+    """The blobs of all versions, and their sizes in bytes."""
     statement = (
         select(versions.c.tenant, versions.c.digest, func.max(versions.c.size_bytes))
         .group_by(versions.c.tenant, versions.c.digest)
         .order_by(versions.c.tenant, versions.c.digest)
     )
-    for tenant, digest, size_bytes in connection.execute(statement):
-        yield BlobKey(tenant, digest), size_bytes
+    rows = connection.execute(statement)
+    return [(BlobKey(tenant, digest), size_bytes) for tenant, digest, size_bytes in rows]
 
 
 def _copy_blob(source: Blobs, target: Blobs, key: BlobKey) -> bool:

@@ -14,6 +14,7 @@
     ├── BlobStoreRefused     the configured place for blobs cannot be used safely
     ├── DataFolderRefused    the data folder cannot be used
     ├── SchemaRefused        the database was changed by a later version of prefixd
+    ├── BackupRefused        a backup that is damaged, or that cannot be made there
     └── CopyRefused          the place to copy to is not empty
 
 ``str(error)`` is a message for the caller. It never depends on another tenant's data.
@@ -84,6 +85,10 @@ class DataFolderRefused(StoreError):
 
 class SchemaRefused(StoreError):
     """The database was changed by a later version of prefixd. For the operator, at start."""
+
+
+class BackupRefused(StoreError):
+    """A backup that is damaged or incomplete, or that cannot be made there. For the operator."""
 
 
 class CopyRefused(StoreError):

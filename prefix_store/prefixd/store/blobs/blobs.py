@@ -117,13 +117,13 @@ class LocalBlobs:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._staging = root / ".tmp"
-        make_directories(self._staging)
 
     def __repr__(self) -> str:
         return f"LocalBlobs({str(self._root)!r})"
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
+        make_directories(self._staging)
         with file_in_progress(self._staging) as (path, _):
             yield path
 

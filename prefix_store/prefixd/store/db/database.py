@@ -25,10 +25,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
+from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor, ExceptionContext
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
 
+from prefixd.store.faults import StorageFault, storage_fault
 from prefixd.store.files import make_directories
 
 BUSY_TIMEOUT_S = 30.0
@@ -94,6 +95,7 @@ def open_database(url: str) -> Engine:
     engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
+    event.listen(engine, "handle_error", _replace_failed)
     return engine
 
 
@@ -168,6 +170,13 @@ def _prepare_sqlite(dbapi_connection: DBAPIConnection, record: ConnectionPoolEnt
         cursor.close()
 
 
+def _replace_failed(context: ExceptionContext) -> None:
+    """Open new connections after the disk failed: SQLite opens a file of a read-only disk for
+    reading, and that connection cannot write when the disk can be written again."""
+    if storage_fault(context.original_exception) is StorageFault.FAILED:
+        context.is_disconnect = True
+
+
 def _switch_to_wal(cursor: DBAPICursor) -> None:
     """Switch to WAL, and retry until BUSY_TIMEOUT_S: switching a new file ignores the busy timeout,
     so processes that start together would fail."""
@@ -175,8 +184,8 @@ def _switch_to_wal(cursor: DBAPICursor) -> None:
     while True:
         try:
             cursor.execute("PRAGMA journal_mode=WAL")
-        except sqlite3.OperationalError:
-            if time.monotonic() > deadline:
+        except sqlite3.OperationalError as error:
+            if storage_fault(error) is not None or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
         else:

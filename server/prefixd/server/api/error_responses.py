@@ -41,7 +41,7 @@ from prefixd.server.errors import (
     Unavailable,
     Unprocessable,
 )
-from prefixd.server.tenants.keyring import redacted
+from prefixd.server.tenants.key_text import redacted
 from prefixd.store.disk import DiskGuard
 from prefixd.store.errors import (
     ArtifactRefused,

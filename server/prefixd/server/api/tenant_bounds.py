@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Address
 
 from prefixd.server.errors import RateLimited
-from prefixd.server.tenants.keyring import parse
+from prefixd.server.tenants.key_text import parse
 from prefixd.server.tenants.principal import Principal
 
 LOOKUPS_OF_KEY = 4

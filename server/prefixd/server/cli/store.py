@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import SecretStr
@@ -17,6 +17,9 @@ from prefixd.server.cli.options import (
 )
 from prefixd.server.cli.output import fail, print_json
 from prefixd.server.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from prefixd.store.copying import CopyResult
 
 
 @with_settings(*CATALOG_SETTINGS)
@@ -78,7 +81,7 @@ def copy(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Copy the whole store to an empty one: a backup, or a move to PostgreSQL and S3."""
+    """Copy the whole store to an empty one: a move, such as to PostgreSQL and S3."""
     if to_data_dir is None and (to_database_url is None or to_blobs_url is None):
         fail("expected --to-data-dir, or both --to-database-url and --to-blobs-url")
     target = settings.model_copy(
@@ -92,6 +95,11 @@ def copy(
         from prefixd.server.serve.catalog import copy_catalog
 
         result = copy_catalog(settings, target)
+    print_copied(result, as_json=as_json)
+
+
+def print_copied(result: "CopyResult", *, as_json: bool) -> None:
+    """Print what was copied, and on standard error each blob that was corrupt."""
     if as_json:
         print_json(result)
     else:

@@ -23,6 +23,7 @@ from prefixd.server.tenants.integrity import BindingIntegrity
 from prefixd.server.tenants.limiter import Limiter
 from prefixd.server.tenants.quotas import DEFAULT_QUOTA, Quota, parse_limit, parse_quota
 from prefixd.server.tenants.registry import DEFAULT_SCOPES, Scope, Tenants
+from prefixd.store.backup import back_up, restore
 from prefixd.store.blobs.blobs import Blobs, open_blobs
 from prefixd.store.copying import CopyResult, Place, copy_store
 from prefixd.store.db.database import open_database
@@ -149,6 +150,19 @@ def copy_catalog(source: Settings, target: Settings) -> CopyResult:
     """Copy database and blobs of the configured catalog to an empty one."""
     with _place(source) as full, _place(target) as empty:
         return copy_store(full, empty)
+
+
+def back_up_catalog(source: Settings, folder: Path) -> CopyResult:
+    """Copy database and blobs of the configured catalog to a new folder. Raises BackupRefused."""
+    with _place(source) as full:
+        return back_up(full, folder.absolute())
+
+
+def restore_catalog(folder: Path, target: Settings) -> CopyResult:
+    """Copy a backup to the configured catalog, which must be empty. Raises BackupRefused,
+    CopyRefused."""
+    with _place(target) as empty:
+        return restore(folder.absolute(), empty, scratch=target.root)
 
 
 class Integrity:

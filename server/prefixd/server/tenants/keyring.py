@@ -1,24 +1,9 @@
-"""API keys: their format, and issuing, listing, rotating, revoking and authenticating them.
+"""API keys: issuing, listing, rotating, revoking and authenticating them."""
 
-::
-
-    pfx_4f9c2hT8kQzL_<43 characters: 256 random bits><6 characters: CRC-32>
-     |        |
-     |        +-- key id: stored, shown in listings and logs
-     +-- recognisable by secret scanners
-
-A typing mistake fails the checksum and costs no lookup. The catalog stores the SHA-256 of the
-whole text: the secret has 256 random bits, so a slow password hash would add cost and no safety.
-"""
-
-import hashlib
 import hmac
 import re
-import secrets
-import string
-import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -26,6 +11,7 @@ from sqlalchemy import Connection, Engine, Row, insert, select, tuple_, update
 
 from prefixd.server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
 from prefixd.server.tenants.audit import Action, record
+from prefixd.server.tenants.key_text import generate, parse
 from prefixd.server.tenants.principal import (
     COMMAND_LINE,
     DEFAULT_SCOPES,
@@ -41,74 +27,9 @@ from prefixd.server.tenants.tables import api_keys, tenants
 from prefixd.server.tenants.usage import check_quota
 from prefixd.store.db.database import reading, upsert, writing
 
-MARK = "pfx"
-ID_LENGTH = 12
-SECRET_LENGTH = 43
-CHECK_LENGTH = 6
-
-_ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
-_DIGITS = frozenset(_ALPHABET)
-
-_LIKE_A_KEY = re.compile(rf"{MARK}_[0-9A-Za-z]{{6,}}_[0-9A-Za-z]{{8,}}")
 _LABEL = re.compile(r"[^\x00-\x1f\x7f]{0,128}")
 # Compared with when the key id is unknown, so that both cases do the same work.
 _NO_DIGEST = "0" * 64
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedKey:
-    """The stored parts of a key: its id and the SHA-256 of its text (hex)."""
-
-    key_id: str
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class GeneratedKey:
-    """A new key. ``text`` is the secret: shown once, never stored, left out of ``repr``."""
-
-    text: str = field(repr=False)
-    parsed: ParsedKey
-
-
-def generate() -> GeneratedKey:
-    """Make a key from 256 bits of the operating system's randomness."""
-    key_id = "".join(secrets.choice(_ALPHABET) for _ in range(ID_LENGTH))
-    body = f"{MARK}_{key_id}_{_base62(secrets.randbits(256), SECRET_LENGTH)}"
-    text = body + _checksum(body)
-    digest = hashlib.sha256(text.encode("ascii")).hexdigest()
-    return GeneratedKey(text=text, parsed=ParsedKey(key_id=key_id, digest=digest))
-
-
-def parse(text: str) -> ParsedKey | None:
-    """Read a key as a client sent it; None when it cannot be one (shape or checksum)."""
-    mark, _, rest = text.partition("_")
-    key_id, _, tail = rest.partition("_")
-    if mark != MARK or len(key_id) != ID_LENGTH or len(tail) != SECRET_LENGTH + CHECK_LENGTH:
-        return None
-    if (
-        not _DIGITS.issuperset(key_id + tail)
-        or _checksum(text[:-CHECK_LENGTH]) != text[-CHECK_LENGTH:]
-    ):
-        return None
-    return ParsedKey(key_id=key_id, digest=hashlib.sha256(text.encode("ascii")).hexdigest())
-
-
-def redacted(text: str) -> str:
-    """``text`` without what looks like a key, whole or cut, correct or mistyped."""
-    return _LIKE_A_KEY.sub(f"{MARK}_…", text)
-
-
-def _checksum(body: str) -> str:
-    return _base62(zlib.crc32(body.encode("ascii")), CHECK_LENGTH)
-
-
-def _base62(number: int, length: int) -> str:
-    digits = []
-    for _ in range(length):
-        number, digit = divmod(number, len(_ALPHABET))
-        digits.append(_ALPHABET[digit])
-    return "".join(reversed(digits))
 
 
 class Keyring:
@@ -131,8 +52,8 @@ class Keyring:
         expires_at: datetime | None = None,
         actor: Actor = COMMAND_LINE,
     ) -> IssuedKey:
-        """Issue a key. Raises NotFound for an unknown tenant, BadRequest without scopes,
-        QuotaExceeded."""
+        """Issue a key. The operator's tenant is made where it is missing. Raises NotFound for
+        another tenant that does not exist, BadRequest without scopes, QuotaExceeded."""
         granted = frozenset(scopes)
         if not granted:
             raise BadRequest("a key needs at least one scope", param="scopes")
@@ -144,8 +65,14 @@ class Keyring:
             )
         with writing(self._engine) as connection:
             known = select(tenants.c.name).where(tenants.c.name == tenant)
-            if connection.execute(known).first() is None:
-                raise NotFound(f"no tenant {tenant[:80]!a}", param="tenant")
+            if tenant == OPERATOR_TENANT:
+                self._make_operator(connection, actor)
+            elif connection.execute(known).first() is None:
+                raise NotFound(
+                    f"no tenant {tenant[:80]!a}: create it first, such as with `prefixd tenant "
+                    "create`",
+                    param="tenant",
+                )
             issued = self._issue(connection, tenant, granted, label=label, expires_at=expires_at)
             check_quota(connection, tenant, {"max_keys": 1}, now=self._now())
             self._audit(connection, Action.KEY_CREATE, issued.record, actor)
@@ -157,12 +84,7 @@ class Keyring:
         Of several processes that start at once, one receives it.
         """
         with writing(self._engine) as connection:
-            row = {
-                "name": OPERATOR_TENANT,
-                "created_at": self._now(),
-                **asdict(self._default_quota),
-            }
-            connection.execute(upsert(connection, tenants, update=()), row)
+            self._make_operator(connection, COMMAND_LINE)
             locked = select(tenants.c.name).where(tenants.c.name == OPERATOR_TENANT)
             connection.execute(locked.with_for_update())
             if connection.execute(select(api_keys.c.key_id).limit(1)).first() is not None:
@@ -172,6 +94,22 @@ class Keyring:
             )
             self._audit(connection, Action.KEY_CREATE, issued.record, COMMAND_LINE)
         return issued
+
+    def _make_operator(self, connection: Connection, actor: Actor) -> None:
+        """Add the operator's tenant, unless it exists."""
+        now = self._now()
+        row = {"name": OPERATOR_TENANT, "created_at": now, **asdict(self._default_quota)}
+        statement: Any = upsert(connection, tenants, update=())
+        added = connection.execute(statement.values(row).returning(tenants.c.name))
+        if added.first() is not None:
+            record(
+                connection,
+                Action.TENANT_CREATE,
+                at=now,
+                actor=actor,
+                tenant=OPERATOR_TENANT,
+                subject=OPERATOR_TENANT,
+            )
 
     def list_keys(
         self, tenant: str | None = None, *, limit: int | None = None, after: str | None = None
