@@ -24,7 +24,7 @@ SPLIT := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test check lint types imports words fast slow cover format docs \
-        audit mutate gpu-check bench soak hostile lock clean
+        audit mutate gpu-check bench soak hostile clients lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -109,6 +109,10 @@ hostile: install ## Ten minutes of a hostile tenant on a tiny model (HOSTILE_SEC
 	@PREFIXD_TEST_HOSTILE_SECONDS=$(HOSTILE_SECONDS) PREFIXD_TEST_HOSTILE_SEED=$(SEED) \
 	  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 	  $(BIN)/python -m pytest tests/faults/test_hostile.py -k on_the_model $(ARGS)
+
+clients: install ## A good client among a thousand bad ones of each kind, three rounds
+	@PREFIXD_TEST_CLIENT_ROUNDS=3 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -s tests/faults/test_bad_clients.py $(ARGS)
 
 lock: install ## Write constraints.txt and the hashed docker/*.lock from the versions in .venv
 	@$(BIN)/python .ci/lock.py

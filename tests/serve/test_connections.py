@@ -5,6 +5,7 @@ import errno
 import itertools
 import resource
 import socket
+import struct
 from contextlib import ExitStack, suppress
 from typing import Any
 from unittest.mock import Mock
@@ -151,6 +152,22 @@ def test_failures_to_accept_pause_and_are_logged_once_a_second(
     ]
     assert all(later - earlier > 0.05 for earlier, later in itertools.pairwise(calls[:5]))
     broken.assert_not_called()
+
+
+def test_connections_that_are_reset_before_they_are_accepted_are_not_counted(
+    world: World,
+) -> None:
+    async def scenario(server: Listening) -> None:
+        for _ in range(20):
+            client = connect(server.port, "127.0.0.2")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()  # a reset; the server accepts after this scenario waits
+        with connect(server.port, "127.0.0.2") as other:
+            assert (await call(other))[0] == 200
+            await server.until_connected(1)
+            assert sample(world, "connections") == 1
+
+    serve(world, scenario)
 
 
 @pytest.fixture

@@ -46,6 +46,10 @@ def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+MAX_READ_BYTES = 64 * 1024
+"""Most bytes that are received at once, and so the memory of a client that is refused."""
+
+
 @dataclass(frozen=True, slots=True)
 class ConnectionTimeouts:
     """Seconds for a request head to arrive, and for a client to take something of its answer."""
@@ -91,12 +95,15 @@ class HttpServer(uvicorn.Server):
         for listening in sockets or ():
             listener = Listener(
                 listening,
-                partial(protocol, self.config, self.server_state, self.lifespan.state),
+                partial(self._protocol_of, protocol),
                 connections=protocol.open_connections,
                 metrics=protocol.metrics,
             )
             listener.start()
             self.servers.append(cast("asyncio.Server", listener))
+
+    def _protocol_of(self, protocol: type["HttpProtocol"], address: str) -> "HttpProtocol":
+        return protocol(self.config, self.server_state, self.lifespan.state, accepted_from=address)
 
 
 class HttpProtocol(RefusingProtocol):
@@ -114,13 +121,18 @@ class HttpProtocol(RefusingProtocol):
     stall_warning: ClassVar[LimitedWarning]
     transport: LingeringTransport
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, accepted_from: str | None = None, **kwargs: Any) -> None:
+        """``accepted_from``: the address by which the connection was counted. That of the socket is
+        unknown once the client has reset it."""
         super().__init__(*args, **kwargs)
+        self._accepted_from = accepted_from
         self._header_timer: TimerHandle | None = None
         self._header_bytes = 0
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Expect the first head."""
+        if hasattr(transport, "max_size"):  # asyncio's own; it would read 256 KiB at a time
+            transport.max_size = MAX_READ_BYTES
         lingering = LingeringTransport(
             transport, self.loop, write_timeout_s=self.timeouts.write_s, on_stall=self._on_stall
         )
@@ -133,8 +145,8 @@ class HttpProtocol(RefusingProtocol):
         self._stop_timer()
         self.transport.stop()
         self.open_connections.works(self)
-        if self.client is not None:
-            self.open_connections.release(self.client[0])
+        if self._accepted_from is not None:
+            self.open_connections.release(self._accepted_from)
         super().connection_lost(exc)
 
     def evict(self) -> None:
@@ -169,11 +181,12 @@ class HttpProtocol(RefusingProtocol):
         """Wait for the next request, unless it has arrived already."""
         super().on_response_complete()
         if self.cycle.response_complete:
+            self.cycle.body = bytearray()  # what the application did not read
             self.open_connections.waits(self)
 
     def _on_stall(self) -> None:
         self.metrics.write_timeouts.inc()
-        self.stall_warning.log(client=self.client[0] if self.client else None)
+        self.stall_warning.log(client=self._accepted_from)
 
     def refuse(self, error: PrefixdError) -> None:
         """Stop the timer: a response in progress may take longer than a head."""

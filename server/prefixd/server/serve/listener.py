@@ -9,6 +9,7 @@ import json
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from prefixd.server.api.error_responses import error_body
 from prefixd.server.api.metrics import Metrics
@@ -25,6 +26,9 @@ that many."""
 _PAUSE_S = 0.1
 """Between two attempts to accept after one failed, in seconds."""
 
+_UNSENT_BYTES = 128 * 1024
+"""Most bytes that the kernel keeps for a client that does not read; its own limit is megabytes."""
+
 _DISCARDED_BYTES = 64 * 1024
 _RETRY_AFTER_S = 1
 
@@ -40,7 +44,7 @@ class Listener:
     def __init__(
         self,
         listening: socket.socket,
-        make_protocol: Callable[[], asyncio.BaseProtocol],
+        make_protocol: Callable[[str], asyncio.BaseProtocol],
         *,
         connections: Connections,
         metrics: Metrics,
@@ -89,13 +93,17 @@ class Listener:
             if self._connections.admit(peer[0]) is not None:
                 self._refuse(connection)
                 continue
+            with suppress(OSError, AttributeError):  # the client is gone; macOS names it otherwise
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
             task = self._loop.create_task(self._serve(connection, peer[0]))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, connection: socket.socket, address: str) -> None:
         try:
-            await self._loop.connect_accepted_socket(self._make_protocol, connection)
+            await self._loop.connect_accepted_socket(
+                partial(self._make_protocol, address), connection
+            )
         except OSError:
             connection.close()
             self._connections.release(address)
