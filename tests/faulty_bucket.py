@@ -21,12 +21,14 @@ class Fault(StrEnum):
     CUT_RESPONSE = auto()
     CUT_REQUEST = auto()
     SLOW = auto()
+    SLOW_REQUEST = auto()
 
 
 @dataclass
 class FaultyBucket:
     """The proxy. ``limit`` bytes of a request or response pass before it is cut or stops; a SLOW
-    response has pieces of ``piece`` bytes, one each ``pause_s``."""
+    response or request has pieces of ``piece`` bytes, one each ``pause_s``; a
+    shorter one passes at once."""
 
     upstream: tuple[str, int]
     port: int = 0
@@ -61,10 +63,11 @@ class FaultyBucket:
                     target.sendall(data[: self.limit - passed])
                     break
                 while self.fault is Fault.HANG and passed + len(data) > self.limit:
+                    self.limit = 0  # now all connections hang
                     if self._ended.wait(0.01):
                         return
                 passed += len(data)
-                if self.fault is Fault.SLOW and not is_request:
+                if self.fault is (Fault.SLOW_REQUEST if is_request else Fault.SLOW):
                     self._send_slowly(target, data)
                 else:
                     target.sendall(data)
@@ -77,8 +80,9 @@ class FaultyBucket:
 
     def _send_slowly(self, target: socket.socket, data: bytes) -> None:
         for begin in range(0, len(data), self.piece):
-            target.sendall(data[begin : begin + self.piece])
-            if self.fault is Fault.SLOW:
+            part = data[begin : begin + self.piece]
+            target.sendall(part)
+            if len(part) == self.piece and self.fault is not Fault.NONE:
                 self._ended.wait(self.pause_s)
 
     def end(self) -> None:

@@ -128,6 +128,21 @@ def test_slow_download_goes_on_while_it_makes_progress(bucket: FaultyBucket, blo
     assert time.monotonic() - start > TIMEOUT_S
 
 
+@pytest.mark.parametrize(
+    ("content", "pause_s"), [(LARGE[:300_000], 0.4), (LARGE, 0.015)], ids=["one request", "parts"]
+)
+def test_slow_upload_goes_on_while_the_bucket_responds(
+    bucket: FaultyBucket, s3_url: str, tmp_path: Path, content: bytes, pause_s: float
+) -> None:
+    blobs = open_blobs(s3_url, tmp_path, timeout_s=1.0)
+    bucket.piece, bucket.pause_s, bucket.fault = 32 * 1024, pause_s, Fault.SLOW_REQUEST
+    start = time.monotonic()
+    digest = put(blobs, content)
+    assert time.monotonic() - start > 1.0
+    bucket.fault = Fault.NONE
+    assert fetch_again(blobs, digest) == content
+
+
 def test_download_in_trickles_ends(bucket: FaultyBucket, blobs: Blobs) -> None:
     """No read of it takes long, but all together would take minutes."""
     digest = put(blobs)

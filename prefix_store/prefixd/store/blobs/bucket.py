@@ -10,18 +10,19 @@ While the circuit is open, one request at a time is a trial, at most one in ``_T
 others fail at once, so that threads are free for what needs no bucket.
 """
 
+import asyncio
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError
 from obstore.store import S3Store
 
 from prefixd.store.errors import BLOBS_UNAVAILABLE, BlobStoreRefused, BlobsUnavailable
@@ -32,7 +33,13 @@ if TYPE_CHECKING:  # its stubs only
 MIN_BYTES_PER_S = 64 * 1024
 """A download that is slower than this, after the timeout, counts as one without progress."""
 
-_PARTS = 1  # at a time, of 5 MiB: on a slow line, two would take twice as long each
+MIN_UPLOAD_BYTES_PER_S = 512 * 1024
+"""The same for a part of an upload."""
+
+_PARTS = 1  # at a time: on a slow line, two would take twice as long each
+_PART_BYTES = 5 * 1024 * 1024
+_SMALL_BYTES = 64 * 1024  # sent within the timeout on any line
+_ABSENT = ".staging/absent"
 _TRIAL_EVERY_S = 0.5
 _NO_LIMIT = timedelta(days=1)  # of a whole transfer: it lasts while it makes progress
 _log = getLogger("prefixd.store")
@@ -100,18 +107,23 @@ class Bucket:
 
     def __init__(self, url: str, *, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._store = _open(url, timedelta(seconds=timeout_s))
+        self._store = _open(url, timeout_s)
+        # The timeout covers sending the body too, so that of a long body allows for a slow line.
+        self._uploads = _open(url, timeout_s + _PART_BYTES / MIN_UPLOAD_BYTES_PER_S)
         self.circuit = Circuit()
 
     def create(self, path: str, content: bytes) -> None:
         """Create an object. Raises AlreadyExistsError."""
         with self._request():
-            obstore.put(self._store, path, content, mode="create")
+            if len(content) <= _SMALL_BYTES:
+                obstore.put(self._store, path, content, mode="create")
+            else:
+                self._upload(path, content, mode="create")
 
     def put(self, path: str, source: Path) -> None:
         """Create or replace an object; a large one in parts, so that it is not in memory."""
         with self._request():
-            obstore.put(self._store, path, source, max_concurrency=_PARTS)
+            self._upload(path, source, chunk_size=_PART_BYTES, max_concurrency=_PARTS)
 
     def copy(self, path: str, target: str, *, overwrite: bool = True) -> None:
         """Copy an object. Raises FileNotFoundError, and without ``overwrite``
@@ -144,6 +156,20 @@ class Bucket:
                     raise BlobsUnavailable(BLOBS_UNAVAILABLE)
                 yield chunk
 
+    def _upload(self, path: str, content: bytes | Path, **options: Any) -> None:
+        """Upload while the bucket responds to other requests: the client does not say how much of
+        a body has been sent."""
+
+        async def watched() -> None:
+            upload = obstore.put_async(self._uploads, path, content, **options)
+            task = asyncio.ensure_future(upload)
+            while not (await asyncio.wait({task}, timeout=self._timeout_s / 4))[0]:
+                with suppress(FileNotFoundError, PermissionDeniedError):
+                    await obstore.head_async(self._store, _ABSENT)
+            task.result()
+
+        asyncio.run(watched())
+
     @contextmanager
     def _request(self) -> Iterator[None]:
         """The reason of a failure, which names the endpoint, is logged only."""
@@ -162,7 +188,8 @@ def first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def _open(url: str, timeout: timedelta) -> S3Store:
+def _open(url: str, timeout_s: float) -> S3Store:
+    timeout = timedelta(seconds=timeout_s)
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     try:
         return S3Store.from_url(

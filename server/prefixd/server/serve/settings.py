@@ -148,8 +148,7 @@ class Settings(BaseSettings):
         default=3.0,
         gt=0,
         description="Seconds after which a bucket that makes no progress counts as unavailable: to "
-        "connect, to respond to a request or to a part of an upload (5 MiB), to continue a "
-        "download.",
+        "connect, to respond to a request, to continue a download.",
     )
     gc_grace: float = Field(
         default=86400.0,
