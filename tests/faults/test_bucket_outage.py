@@ -3,6 +3,7 @@ and recovery without a restart."""
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from prefixd.server.engine.step import Step, StepOutput
 from tests.faults.faults_outage import (
     HealthProber,
     call_all,
@@ -28,6 +30,9 @@ pytestmark = pytest.mark.slow
 NUM_COLD = 6
 TEXT = " ".join(["a"] * 8)
 LONG = {"prompt": [5, 6, 7], "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+STEP_S = 0.02
+"""A stream of ``LONG`` lasts over a second, so that a fault begins while it runs."""
+
 FAULTS = {Fault.HANG: 0, Fault.UNAVAILABLE: 0, Fault.CUT_RESPONSE: 10}
 
 
@@ -53,7 +58,7 @@ def server(
     bucket: FaultyBucket, s3_url: str, tiny_folder: Path, tmp_path: Path
 ) -> Iterator[RunningServer]:
     del bucket
-    with running(tiny_folder, tmp_path / "data", blobs_url=s3_url) as server:
+    with running(tiny_folder, tmp_path / "data", blobs_url=s3_url, wrap=PacedRunner) as server:
         yield server
 
 
@@ -90,6 +95,22 @@ def test_bucket_that_fails(
     health.check_live()
     assert {status for status, _ in health.ready} == {200}
     check_integrity(tmp_path / "data", "--blobs-url", s3_url)
+
+
+class PacedRunner:
+    """A runner whose steps take at least ``STEP_S``."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._never = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def run(self, step: Step) -> StepOutput:
+        self._never.wait(STEP_S)
+        output: StepOutput = self._inner.run(step)
+        return output
 
 
 class Caller:
