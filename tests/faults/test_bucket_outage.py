@@ -88,7 +88,7 @@ def test_bucket_that_fails(
 
             def works(names: list[str] = names) -> None:
                 for name in names:
-                    assert http.generate(name).status_code == 200
+                    assert http.generate(name, max_tokens=1).status_code == 200
                 assert http.upload(f"new-{names[0]}").status_code in {200, 201}
 
             check_recovers(works)
@@ -125,8 +125,8 @@ class Caller:
     def upload(self, name: str) -> httpx2.Response:
         return self._http.put(f"/v1/prefixes/{name}", json=text_of(name))
 
-    def generate(self, name: str) -> httpx2.Response:
-        return self._http.post("/v1/completions", json={"model": name, **LONG})
+    def generate(self, name: str, **changes: int) -> httpx2.Response:
+        return self._http.post("/v1/completions", json={"model": name, **LONG, **changes})
 
     def delete_alias(self, name: str) -> httpx2.Response:
         """Set an alias and remove it again: changes of the catalog alone."""
