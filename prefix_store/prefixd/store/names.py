@@ -11,7 +11,13 @@ LATEST = "latest"
 MAX_VERSION = 2**31 - 1
 """Largest version number a catalog column holds."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+"""The regular expression of names, aliases and tenants."""
+
+REFERENCE = rf"^{NAME}(@{NAME})?$"
+"""The pattern of prefix references."""
+
+_NAME = re.compile(NAME)
 _RULE = "1 to 128 of A-Z a-z 0-9 . _ - and begin with a letter or digit"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 

@@ -131,7 +131,7 @@ def create_app(
     app.state.store = store
     app.state.tenants = tenants
     for router in PUBLIC:
-        app.include_router(router)
+        app.include_router(router, responses=openapi.NO_METHOD)
     # Deny by default: every route outside PUBLIC requires a key, before its body is read.
     for router in KEYED:
         bounds_of = [Depends(within_bounds)]

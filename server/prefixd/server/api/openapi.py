@@ -19,6 +19,8 @@ from prefixd.server.api.prefixes.aliases import AliasTarget
 from prefixd.server.api.prefixes.receiving import TextPrefix
 from prefixd.server.api.prefixes.residency import ChosenVersion
 from prefixd.server.api.users.routes import BindingTarget
+from prefixd.server.tenants.idempotency import KEY
+from prefixd.store.names import NAME, REFERENCE
 
 _BODIES: tuple[type[StrictModel], ...] = (
     CompletionRequest,
@@ -35,26 +37,64 @@ _BODIES: tuple[type[StrictModel], ...] = (
 )
 _REFERENCE = "#/components/schemas/{model}"
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in (
-        (400, "The request is malformed or can never fit."),
-        (401, "No valid API key."),
-        (403, "The key's scopes do not cover this."),
-        (404, "Not found for this tenant."),
-        (408, "The body stalled."),
-        (409, "Not allowed in the present state."),
-        (412, "The resource is not in the state that If-Match or If-None-Match requires."),
-        (413, "The body is too large."),
-        (416, "The file has no such part."),
-        (422, "The uploaded prefix is refused."),
-        (429, "The tenant is over one of its limits."),
-        (500, "The server failed."),
-        (503, "The server is starting, full or stopping."),
-        (504, "The request's own timeout passed."),
-        (507, "The server's storage is full."),
-    )
+_NAME = f"^{NAME}$"
+_PARAMETERS = {
+    "name": _NAME,
+    "alias": _NAME,
+    "version": _NAME,
+    "tenant": _NAME,
+    "reference": REFERENCE,
+    "key_id": "^[0-9A-Za-z]{1,128}$",
+    "idempotency-key": f"^{KEY}$",
 }
+"""Patterns of text parameters of paths and headers, which the routes check themselves."""
+
+_FIELDS = {
+    ("BindingTarget", "prefix"): REFERENCE,
+    ("NewTenantRequest", "name"): _NAME,
+    ("NewKeyRequest", "tenant"): _NAME,
+}
+"""The same of body fields."""
+
+
+def _header(text: str, *, required: bool = False) -> dict[str, Any]:
+    return {"description": text, "required": required, "schema": {"type": "string"}}
+
+
+_RETRY_AFTER = {"Retry-After": _header("Seconds after which to try again.")}
+_ALLOW = {"Allow": _header("The methods of this path.", required=True)}
+_CHALLENGE = {"WWW-Authenticate": _header("Bearer", required=True)}
+_REQUEST_ID = _header("The id of the request, also in the log.", required=True)
+
+
+def _errors(*errors: tuple[int, str, dict[str, Any]]) -> dict[int | str, dict[str, Any]]:
+    return {
+        status: {"model": ErrorBody, "description": text, "headers": headers}
+        for status, text, headers in errors
+    }
+
+
+NO_METHOD = _errors((405, "The path has other methods.", _ALLOW))
+"""Declared on every route."""
+
+ERRORS = NO_METHOD | _errors(
+    (400, "The request is malformed or can never fit.", {}),
+    (401, "No valid API key.", _CHALLENGE),
+    (403, "The key's scopes do not cover this.", {}),
+    (404, "Not found for this tenant.", {}),
+    (408, "The body stalled.", {}),
+    (409, "Not allowed in the present state.", {}),
+    (412, "The resource is not in the state that If-Match or If-None-Match requires.", {}),
+    (413, "The body is too large.", {}),
+    (422, "The uploaded prefix is refused.", {}),
+    (429, "The tenant is over one of its limits.", _RETRY_AFTER),
+    (431, "The request head is too large.", {}),
+    (500, "The server failed.", {}),
+    (501, "The body has a transfer coding other than chunked.", {}),
+    (503, "The server is starting, full or stopping, or its storage is unavailable.", _RETRY_AFTER),
+    (504, "The request's own timeout passed.", {}),
+    (507, "The server's storage is full.", _RETRY_AFTER),
+)
 """Declared on every route with a key."""
 
 
@@ -78,4 +118,25 @@ def _document(app: FastAPI) -> dict[str, Any]:
         schema = model.model_json_schema(ref_template=_REFERENCE)
         schemas.update(schema.pop("$defs", {}))
         schemas[model.__name__] = schema
+    for (model_name, field), pattern in _FIELDS.items():
+        _add_pattern(schemas[model_name]["properties"][field], pattern)
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            _complete(operation)
     return document
+
+
+def _complete(operation: dict[str, Any]) -> None:
+    """Add the patterns of an operation's parameters and the headers of all its responses."""
+    for parameter in operation.get("parameters", ()):
+        pattern = _PARAMETERS.get(parameter["name"].lower())
+        if pattern is not None and parameter["in"] != "query":
+            _add_pattern(parameter["schema"], pattern)
+    for response in operation["responses"].values():
+        response.setdefault("headers", {})["x-request-id"] = _REQUEST_ID
+
+
+def _add_pattern(schema: dict[str, Any], pattern: str) -> None:
+    for one in (schema, *schema.get("anyOf", ())):
+        if one.get("type") == "string":
+            one.setdefault("pattern", pattern)

@@ -14,7 +14,10 @@ from prefixd.server.tenants.tables import KEPT_FOR, idempotency_keys
 from prefixd.server.tenants.usage import check_quota
 from prefixd.store.db.database import reading, utc_now
 
-_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+KEY = r"[\x21-\x7e]{1,255}"
+"""The regular expression of an Idempotency-Key."""
+
+_KEY = re.compile(KEY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,12 +246,20 @@ def _envelope(admitted: Admitted, kind: str) -> dict[str, Any]:
     }
 
 
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The response, or with `stream` the events `data: {chunk}`.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
 GenerationDep = Annotated[GenerationService, part("generation")]
 
 
 @router.post(
     "/completions",
     response_model=CompletionAnswer,
+    responses=_RESPONSES,
     openapi_extra=json_request(CompletionRequest),
 )
 async def create_completion(
@@ -269,6 +277,7 @@ async def create_completion(
 @router.post(
     "/chat/completions",
     response_model=ChatAnswer,
+    responses=_RESPONSES,
     openapi_extra=json_request(ChatRequest),
 )
 async def create_chat_completion(

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path as FilePath
 from stat import S_IFREG
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Request, Response
 from fastapi.responses import FileResponse
@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from prefixd.server.api.conditions import READ, ConditionsDep, not_modified
 from prefixd.server.api.dependencies import Reader, ServedDep, StoreDep
+from prefixd.server.api.error_responses import ErrorBody
 from prefixd.server.api.generate.resolver import check_intact
 from prefixd.server.api.prefixes.routes import Version
 from prefixd.server.errors import BadRequest, RangeNotSatisfiable
@@ -104,14 +105,36 @@ def _begins_within(part: str, size: int) -> bool:
     return int(first) < size if first else int(last) > 0
 
 
+def _header(text: str) -> dict[str, Any]:
+    return {"description": text, "schema": {"type": "string"}}
+
+
+_BYTES = {"schema": {"type": "string", "format": "binary"}}
+_FILE_HEADERS = READ[200]["headers"] | {
+    "Accept-Ranges": _header("bytes"),
+    "x-prefixd-prefix-digest": _header("The SHA-256 of the file."),
+}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": _BYTES}, "headers": _FILE_HEADERS},
+    206: {
+        "description": "The parts in Range.",
+        "content": {"application/octet-stream": _BYTES, "multipart/byteranges": _BYTES},
+        "headers": _FILE_HEADERS
+        | {"Content-Range": _header("Of a single part: bytes FIRST-LAST/SIZE.")},
+    },
+    304: READ[304],
+    416: {
+        "model": ErrorBody,
+        "description": "The file has no such part.",
+        "headers": {"Content-Range": _header("bytes */SIZE")},
+    },
+}
+
+
 @router.get(
     "/{name}/versions/{version}/content",
     response_class=StoredFile,
-    responses={
-        200: READ[200] | {"content": {"application/octet-stream": {}}},
-        206: {"description": "The parts in Range.", "content": {"application/octet-stream": {}}},
-        304: READ[304],
-    },
+    responses=_RESPONSES,
 )
 def get_content(
     *,

@@ -24,7 +24,7 @@ from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.references import check_unbound
 from prefixd.store.artifact.config import MAX_LABELS
-from prefixd.store.names import LATEST, MAX_VERSION, parse_reference
+from prefixd.store.names import LATEST, MAX_VERSION, REFERENCE, parse_reference
 from prefixd.store.store import Manifest
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
@@ -86,7 +86,12 @@ def list_prefixes(
 def get_prefix(
     *,
     reference: Annotated[
-        Reference, Path(alias="name", description="`name`, `name@3` or `name@alias`.")
+        Reference,
+        Path(
+            alias="name",
+            description="`name`, `name@3` or `name@alias`.",
+            json_schema_extra={"pattern": REFERENCE},
+        ),
     ],
     response: Response,
     store: StoreDep,
