@@ -95,6 +95,7 @@ def test_the_methods_of_a_prefix_are_those_of_three_routers(client: TestClient) 
 
 def test_head_is_get_without_a_body_on_every_route(client: TestClient, world: World) -> None:
     put_text(client, "x", "hello", world.headers())
+    client.put("/v1/prefixes/x/aliases/x", json={"version": 1})
     client.put("/v1/users/x/prefix", json={"prefix": "x"})
     client.put("/v1/default/prefix", json={"prefix": "x"})
     world.add_tenant("acme")

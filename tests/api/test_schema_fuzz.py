@@ -112,7 +112,7 @@ class Fuzzer:
 
         try:
             send()
-        except Unsatisfiable:  # nothing but the path's parameters can be invalid, or nothing at all
+        except Unsatisfiable:  # no valid or no invalid request exists
             assert mode.is_negative
 
 
