@@ -8,6 +8,7 @@ MODEL           ?= demo
 PIP_FLAGS       ?= --quiet
 SOAK_SECONDS    ?= 1200
 HOSTILE_SECONDS ?= 600
+CHAOS_SECONDS   ?= 600
 SEED            ?=
 MODULES         ?=
 # A package index with CPU-only builds of torch saves gigabytes where no GPU is present.
@@ -24,7 +25,7 @@ SPLIT := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test check lint types imports words fast slow cover format docs \
-        audit mutate gpu-check bench soak hostile clients lock clean
+        audit mutate gpu-check bench soak hostile chaos clients lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -113,6 +114,11 @@ hostile: install ## Ten minutes of a hostile tenant on a tiny model (HOSTILE_SEC
 clients: install ## A good client among a thousand bad ones of each kind, three rounds
 	@PREFIXD_TEST_CLIENT_ROUNDS=3 OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -s tests/faults/test_bad_clients.py $(ARGS)
+
+chaos: install ## Ten minutes of faults, alone and in pairs, under traffic (CHAOS_SECONDS, SEED)
+	@PREFIXD_TEST_CHAOS_SECONDS=$(CHAOS_SECONDS) PREFIXD_TEST_CHAOS_SEED=$(SEED) \
+	  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+	  $(BIN)/python -m pytest tests/faults/test_chaos.py $(ARGS)
 
 lock: install ## Write constraints.txt and the hashed docker/*.lock from the versions in .venv
 	@$(BIN)/python .ci/lock.py
