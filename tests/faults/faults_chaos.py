@@ -30,7 +30,8 @@ _PAUSE_S = 0.25
 
 @dataclass
 class Report:
-    """What all clients saw. ``broken`` is true while connections may break."""
+    """What all clients saw. ``standing`` names the faults that stand or stood
+    last; ``broken`` is true while connections may break."""
 
     answers: int = 0
     writes: int = 0
@@ -38,6 +39,7 @@ class Report:
     wrong: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     defects: list[str] = field(default_factory=list)
+    standing: str = "none"
     broken: bool = False
     over: bool = False
 
@@ -168,11 +170,12 @@ class Tenant:
     def _refused(self, answer: Answer, seconds: float) -> None:
         self.report.refusals[str(answer.code)] += 1
         if answer.code not in REFUSALS or any(answer.texts):
-            self.report.defects.append(f"{self.name}: {answer}")
+            self.report.defects.append(f"{self.report.standing}: {self.name}: {answer}")
         if seconds > within(REFUSED_WITHIN_S):
-            self.report.defects.append(f"{self.name}: refused after {seconds:.1f} s: {answer}")
+            late = f"{self.report.standing}: {self.name}: refused after {seconds:.1f} s: {answer}"
+            self.report.defects.append(late)
 
     def _disconnected(self, error: str) -> None:
         self.report.refusals["disconnected"] += 1
         if not self.report.broken:
-            self.report.defects.append(f"{self.name}: {error}")
+            self.report.defects.append(f"{self.report.standing}: {self.name}: {error}")

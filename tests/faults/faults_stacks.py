@@ -78,7 +78,7 @@ class Stack:
             Fault(
                 "idle connections",
                 "connections",
-                lambda: connections(url, sources=CROWD, each=150, sent=b""),
+                lambda: connections(url, sources=CROWD[:1], each=150, sent=b""),
             ),
             Fault(
                 "dribbling writers", "writers", lambda: dribblers(url, source=CROWD[0], count=30)

@@ -35,7 +35,14 @@ from tests.faults.faults_traffic import caller
 SECONDS = float(os.environ.get("PREFIXD_TEST_CHAOS_SECONDS") or "60")
 SEED = os.environ.get("PREFIXD_TEST_CHAOS_SEED") or "2026-11"
 CONTENTS = library(2 * len(NAMES), lengths=(5, 16, 20), seed=9)
-FLAGS: tuple[str, ...] = ("--max-connections", "96", "--max-connections-per-address", "48", "--block-size", "8")
+FLAGS: tuple[str, ...] = (
+    "--max-connections",
+    "96",
+    "--max-connections-per-address",
+    "48",
+    "--block-size",
+    "8",
+)
 FLAGS += ("--max-running", "32", "--kv-tokens", "8192")
 HOLD_S = (2.0, 5.0)
 WARM_UP = 40
@@ -119,6 +126,7 @@ class Run:
     async def _inject(self, faults: tuple[Fault, ...], prober: HealthProber) -> None:
         name = " + ".join(sorted(fault.name for fault in faults))
         row = self.rows.setdefault(name, Row())
+        self.report.standing = name
         refusals, probes = self.report.refusals.total(), len(prober.live)
         lost, wrong = len(self.report.lost), len(self.report.wrong)
         with ExitStack() as standing_faults:
