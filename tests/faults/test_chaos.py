@@ -26,6 +26,7 @@ from tests.faults.faults_outage import (
     RECOVERED_WITHIN_S,
     HealthProber,
     check_integrity,
+    check_recovers,
     within,
 )
 from tests.faults.faults_process import KillableServer
@@ -43,9 +44,10 @@ FLAGS: tuple[str, ...] = (
     "--block-size",
     "8",
 )
-FLAGS += ("--max-running", "32", "--kv-tokens", "8192")
+FLAGS += ("--max-running", "32", "--kv-tokens", "8192", "--gc-interval", "2")
 HOLD_S = (2.0, 5.0)
 WARM_UP = 40
+MAX_DEFECTS = 50
 POOLED = 12
 """Descriptors of database connections and threads that a pool may have kept in addition."""
 
@@ -116,7 +118,7 @@ class Run:
                 try:
                     faults = self.stack.faults + self.stack.client_faults(self.url)
                     for chosen in plan(faults, self.rng):
-                        if time.monotonic() > ends or self.report.defects:
+                        if time.monotonic() > ends or len(self.report.defects) > MAX_DEFECTS:
                             break
                         await self._inject(chosen, prober)
                 finally:
@@ -194,8 +196,7 @@ class Run:
             self.report.over = True
 
 
-def run_on(stack: Stack, model: Path, log: Path, *, seconds: float) -> dict[str, Row]:
-    rows: dict[str, Row] = {}
+def run_on(stack: Stack, model: Path, log: Path, rows: dict[str, Row], *, seconds: float) -> None:
     stack.make_keys()
 
     def server() -> KillableServer:
@@ -217,14 +218,13 @@ def run_on(stack: Stack, model: Path, log: Path, *, seconds: float) -> dict[str,
         url = second.ready()
         recovery = time.monotonic() - started
         asyncio.run(run.check_restarted(url))
+        check_recovers(lambda: check_integrity(stack.data, *stack.flags))
     lost, wrong = len(run.report.lost), len(run.report.wrong)
     rows["kill -9 and restart"] = Row(1, 0, lost, wrong, 0.0, recovery)
     rows[
         f"in all: {run.report.answers} answers, {run.report.writes} writes, refusals "
         f"{dict(run.report.refusals)}"
     ] = Row()
-    check_integrity(stack.data, *stack.flags)
-    return rows
 
 
 def table(rows: dict[str, Row]) -> str:
@@ -238,14 +238,22 @@ def table(rows: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
+def run_and_show(
+    stack: Stack, model: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: dict[str, Row] = {}
+    try:
+        run_on(stack, model, folder / "log", rows, seconds=SECONDS / 2)
+    finally:
+        with capsys.disabled():
+            print(f"\nchaos seed {SEED}, {stack.name}\n{table(rows)}")
+
+
 def test_chaos_on_sqlite_and_files(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = ServerClock.make(tmp_path / "offset")
-    with embedded(tmp_path, clock) as stack:
-        rows = run_on(stack, tiny_folder, tmp_path / "log", seconds=SECONDS / 2)
-    with capsys.disabled():
-        print(f"\nchaos seed {SEED}, {stack.name}\n{table(rows)}")
+    with embedded(tmp_path, ServerClock.make(tmp_path / "offset")) as stack:
+        run_and_show(stack, tiny_folder, tmp_path, capsys)
 
 
 @pytest.mark.usefixtures("s3_url")  # sets the credentials
@@ -258,6 +266,4 @@ def test_chaos_on_postgres_and_a_bucket(
 ) -> None:
     clock = ServerClock.make(tmp_path / "offset")
     with shared(tmp_path, clock, s3_endpoint, monkeypatch) as stack:
-        rows = run_on(stack, tiny_folder, tmp_path / "log", seconds=SECONDS / 2)
-    with capsys.disabled():
-        print(f"\nchaos seed {SEED}, {stack.name}\n{table(rows)}")
+        run_and_show(stack, tiny_folder, tmp_path, capsys)
