@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-_DRIBBLE_S = 0.5
+_PAUSE_S = 0.5
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def dribblers(url: str, *, source: str, count: int) -> Iterator[None]:
     ended = threading.Event()
 
     def send(sockets: list[socket.socket]) -> None:
-        while not ended.wait(_DRIBBLE_S):
+        while not ended.wait(_PAUSE_S):
             for one in sockets:
                 with suppress(OSError):  # closed by the server
                     one.sendall(b" ")
