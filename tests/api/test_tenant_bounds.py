@@ -16,11 +16,15 @@ from prefixd.server.api.tenant_bounds import (
     RequestRates,
     TenantBounds,
 )
-from prefixd.server.errors import RateLimited
+from prefixd.server.errors import PrefixdError, RateLimited
 from prefixd.server.tenants.key_text import generate
 from prefixd.server.tenants.principal import Principal
 from prefixd.server.tenants.quotas import Quota
 from tests.api.api_world import World, error_of, put_text
+
+
+def semaphore(capacity: int, *, wait_s: float = 5.0) -> KeyedSemaphore:
+    return KeyedSemaphore(capacity, lambda: RateLimited("no place"), wait_s=wait_s)
 
 
 class Holders:
@@ -50,7 +54,7 @@ async def settle() -> None:
 
 def test_a_key_waits_in_order_and_no_other_key_waits_for_it() -> None:
     async def scenario() -> None:
-        holders = Holders(KeyedSemaphore(4, "bytes"))
+        holders = Holders(semaphore(4))
         tasks = [holders.add("a1", "a", 3), holders.add("a2", "a", 2), holders.add("a3", "a", 1)]
         tasks.append(holders.add("b1", "b", 9))  # more than there is: it gets all
         await settle()
@@ -68,7 +72,7 @@ def test_a_key_waits_in_order_and_no_other_key_waits_for_it() -> None:
 
 def test_a_cancelled_wait_leaves_its_place_to_the_next() -> None:
     async def scenario() -> None:
-        holders = Holders(KeyedSemaphore(2, "calls"))
+        holders = Holders(semaphore(2))
         tasks = [holders.add("first", "a", 2), holders.add("wide", "a", 2)]
         tasks += [holders.add("small", "a", 1)]
         await settle()
@@ -83,17 +87,41 @@ def test_a_cancelled_wait_leaves_its_place_to_the_next() -> None:
     asyncio.run(scenario())
 
 
-def test_a_wait_ends_with_429() -> None:
+def test_a_wait_ends_with_the_refusal() -> None:
     async def scenario() -> None:
-        semaphore = KeyedSemaphore(1, "uploads of the tenant", wait_s=0.01)
-        async with semaphore.hold("a"):
-            with pytest.raises(RateLimited, match="at most 1 uploads of the tenant") as caught:
-                async with semaphore.hold("a"):
-                    pass
-        assert caught.value.code == "concurrency_limit_exceeded"
-        assert len(semaphore) == 0
+        places = semaphore(1, wait_s=0.01)
+        async with places.hold("a"):
+            for waited in (0.0, 9.0):
+                with pytest.raises(RateLimited, match="no place"):
+                    async with places.hold("a", waited=waited):
+                        pass
+        assert len(places) == 0
 
     asyncio.run(scenario())
+
+
+def test_who_waits_for_the_catalog_too_long_gets_503_and_for_own_uploads_429(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("prefixd.server.api.tenant_bounds.CATALOG_WAIT_S", 0.01)
+    monkeypatch.setattr("prefixd.server.api.tenant_bounds._WAIT_S", 0.01)
+    bounds = TenantBounds(max_uploads=1)
+
+    async def refusal(places: KeyedSemaphore) -> PrefixdError:
+        async with places.hold("a", places.capacity):
+            with pytest.raises(PrefixdError) as caught:
+                async with places.hold("a"):
+                    pass
+        return caught.value
+
+    for places in (bounds.lookups_of_key, bounds.reads, bounds.changes):
+        error = asyncio.run(refusal(places))
+        assert (error.status, error.code) == (503, "storage_unavailable")
+        assert error.retry_after is not None
+    for places in (bounds.uploads, bounds.bodies):
+        error = asyncio.run(refusal(places))
+        assert (error.status, error.code) == (429, "concurrency_limit_exceeded")
+        assert error.retry_after is not None
 
 
 def test_lookups_of_one_key_and_from_one_address_leave_threads_for_others() -> None:
@@ -184,9 +212,9 @@ def test_bodies_and_uploads_of_one_tenant_wait_for_each_other(
     held: dict[str, Any] = {}
     original = KeyedSemaphore.hold
 
-    def spy(self: KeyedSemaphore, key: str, amount: int = 1) -> Any:
+    def spy(self: KeyedSemaphore, key: str, amount: int = 1, **waited: float) -> Any:
         held.setdefault(key, []).append((self, amount))
-        return original(self, key, amount)
+        return original(self, key, amount, **waited)
 
     monkeypatch.setattr(KeyedSemaphore, "hold", spy)
     bounds = TenantBounds(max_body_bytes=1024, max_uploads=1)
@@ -196,11 +224,11 @@ def test_bodies_and_uploads_of_one_tenant_wait_for_each_other(
         answer = client.put("/v1/users/ann/prefix", json={"prefix": "voice"})
         assert answer.status_code == 200
         assert (bounds.bodies, len(answer.request.content)) in held["acme"]
-        assert held["acme"].count((bounds.changes, 1)) == 2  # the upload and the binding
+        assert held["acme"].count((bounds.changes, 1)) == 1
         client.get("/v1/users")
         client.delete("/v1/users/ann/prefix")
         assert held["acme"].count((bounds.reads, 1)) == 1
-        assert held["acme"].count((bounds.changes, 1)) == 3
+        assert held["acme"].count((bounds.changes, 1)) == 2
         kind = {"content-type": "application/x-ndjson"}
         client.post("/v1/users/bindings:import", content=b"", headers=kind)
     assert held["acme"].count((bounds.uploads, 1)) == 2

@@ -6,7 +6,7 @@ wrong types. Here the body is a dependency of its own, which depends on the prin
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -14,7 +14,7 @@ from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from prefixd.server.api.dependencies import BodyLimitsDep, BoundsDep, authenticated
+from prefixd.server.api.dependencies import BodyLimitsDep, BoundsDep, authenticated, hold_call
 from prefixd.server.api.error_responses import from_validation
 from prefixd.server.errors import BadRequest, TooLarge
 from prefixd.server.tenants.registry import Principal
@@ -158,9 +158,7 @@ def json_body(model: type[Model], *, optional: bool = False) -> Callable[..., Aw
         async with bounds.bodies.hold(principal.tenant, min(size, limits.max_body_bytes)):
             body = await read_capped(request, limits.max_body_bytes)
             parsed = model() if optional and not body else _parse(model, request, body)
-        holds: AsyncExitStack | None = getattr(request.state, "holds", None)
-        if holds is not None:  # see ``within_calls``
-            await holds.enter_async_context(bounds.changes.hold(principal.tenant))
+        await hold_call(request, bounds.changes, principal)
         return parsed
 
     return read

@@ -4,6 +4,7 @@ A route's signature names the parts that it uses; ``create_app`` stores each on 
 state under the name given here. Every router except the public ones depends on ``authenticated``.
 """
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.served import ServedModel
-from prefixd.server.api.tenant_bounds import TenantBounds
+from prefixd.server.api.tenant_bounds import KeyedSemaphore, TenantBounds
 from prefixd.server.engine.engine import Engine
 from prefixd.server.errors import Forbidden, NotAuthenticated
 from prefixd.server.tenants.audit import AuditLog
@@ -110,14 +111,25 @@ async def within_calls(
 ) -> AsyncIterator[None]:
     """Wait for the tenant's other requests, and hold a place while the endpoint runs. A request
     with a body holds none while it is received: ``json_body`` takes it, for ``request.state.holds``
-    to return. Raises RateLimited."""
+    to return. Raises Unavailable."""
     async with AsyncExitStack() as holds:
-        if request.method in {"GET", "HEAD"}:
-            await holds.enter_async_context(bounds.reads.hold(principal.tenant))
-        elif request.method == "DELETE":
-            await holds.enter_async_context(bounds.changes.hold(principal.tenant))
         request.state.holds = holds
+        if request.method in {"GET", "HEAD"}:
+            await hold_call(request, bounds.reads, principal)
+        elif request.method == "DELETE":
+            await hold_call(request, bounds.changes, principal)
         yield
+
+
+async def hold_call(request: Request, calls: KeyedSemaphore, principal: Principal) -> None:
+    """Wait for a place among the tenant's ``calls`` until the endpoint has run, if ``within_calls``
+    applies to the route. Raises Unavailable."""
+    state = request.state
+    if not hasattr(state, "holds"):
+        return
+    waited, begun = getattr(state, "catalog_waited", 0.0), time.monotonic()
+    await state.holds.enter_async_context(calls.hold(principal.tenant, waited=waited))
+    state.catalog_waited = waited + time.monotonic() - begun
 
 
 def requires(scope: Scope) -> Callable[[Principal], Awaitable[Principal]]:

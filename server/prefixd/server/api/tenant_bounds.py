@@ -19,42 +19,50 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from starlette.datastructures import Address
 
-from prefixd.server.errors import RateLimited
+from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE, storage_unavailable
+from prefixd.server.errors import PrefixdError, RateLimited
 from prefixd.server.tenants.key_text import parse
 from prefixd.server.tenants.principal import Principal
 
-LOOKUPS_OF_KEY = 4
+LOOKUPS_OF_KEY = 3
 LOOKUPS_FROM_ADDRESS = 8
-READS_OF_TENANT = 6
-CHANGES_OF_TENANT = 2
+READS_OF_TENANT = 4
+CHANGES_OF_TENANT = 1
 """Fewer than the threads that call the catalog, so that one tenant never has all of them. Changes
 wait for each other in the catalog anyway: on SQLite all of them, elsewhere those of one tenant."""
 
-WAIT_S = 30.0
+CATALOG_WAIT_S = 4.0
+"""The longest wait of a request for the catalog, in seconds, calls on it included."""
+
+_WAIT_S = 1.0
 _RETRY_S = 1.0
 _MOST_BUCKETS = 4096
 
 
 class KeyedSemaphore:
     """For each key at most ``capacity`` at a time; more wait in order of arrival, for at most
-    ``wait_s`` seconds. ``noun`` says in the error what there is too much of."""
+    ``wait_s`` seconds, and then get the error that ``refusal`` makes."""
 
-    def __init__(self, capacity: int, noun: str, *, wait_s: float = WAIT_S) -> None:
+    def __init__(
+        self, capacity: int, refusal: Callable[[], PrefixdError], *, wait_s: float
+    ) -> None:
         self.capacity = capacity
-        self._noun = noun
+        self._refusal = refusal
         self._wait_s = wait_s
         self._held: Counter[str] = Counter()
         self._waiting: dict[str, deque[tuple[asyncio.Future[None], int]]] = {}
 
     @asynccontextmanager
-    async def hold(self, key: str, amount: int = 1) -> AsyncIterator[None]:
-        """Hold ``amount`` of the key's capacity inside the block. Raises RateLimited."""
+    async def hold(self, key: str, amount: int = 1, *, waited: float = 0.0) -> AsyncIterator[None]:
+        """Hold ``amount`` of the key's capacity inside the block. ``waited``: seconds to wait
+        less. Raises the refusal."""
         amount = min(amount, self.capacity)
         if key in self._waiting or self._held[key] + amount > self.capacity:
-            await self._wait(key, amount)
+            await self._wait(key, amount, max(0.0, self._wait_s - waited))
         else:
             self._held[key] += amount
         try:
@@ -62,12 +70,12 @@ class KeyedSemaphore:
         finally:
             self._release(key, amount)
 
-    async def _wait(self, key: str, amount: int) -> None:
+    async def _wait(self, key: str, amount: int, wait_s: float) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry = (turn, amount)
         self._waiting.setdefault(key, deque()).append(entry)
         try:
-            async with asyncio.timeout(self._wait_s):
+            async with asyncio.timeout(wait_s):
                 await turn
         except BaseException as error:
             if turn.done() and not turn.cancelled():  # it came at the same moment
@@ -77,12 +85,7 @@ class KeyedSemaphore:
                     self._waiting[key].remove(entry)
                 self._wake(key)
             if isinstance(error, TimeoutError):
-                raise RateLimited(
-                    f"expected at most {self.capacity} {self._noun} at a time; this one waited "
-                    f"{self._wait_s:g} s for the others",
-                    code="concurrency_limit_exceeded",
-                    retry_after=_RETRY_S,
-                ) from None
+                raise self._refusal() from None
             raise
 
     def _release(self, key: str, amount: int) -> None:
@@ -134,13 +137,25 @@ class RequestRates:
             self._levels = kept
 
 
+def _of_catalog(capacity: int) -> KeyedSemaphore:
+    """Who waits as long waits for calls that do not end: the catalog is slow or hangs."""
+    refusal = partial(storage_unavailable, CATALOG_UNAVAILABLE)
+    return KeyedSemaphore(capacity, refusal, wait_s=CATALOG_WAIT_S)
+
+
+def _of_tenant(capacity: int, noun: str) -> KeyedSemaphore:
+    message = f"the tenant may send {capacity} {noun} at a time to a server, and does; try again"
+    refusal = partial(RateLimited, message, code="concurrency_limit_exceeded", retry_after=_RETRY_S)
+    return KeyedSemaphore(capacity, refusal, wait_s=_WAIT_S)
+
+
 @dataclass(slots=True)
 class TenantBounds:
     """The bounds of one server process: of one tenant, how many requests may be in progress, how
     many uploads and imports are received, and how many bytes of other bodies."""
 
     max_requests: int = 1024
-    max_uploads: int = 4
+    max_uploads: int = 8
     max_body_bytes: int = 64 * 1024 * 1024
     lookups_of_key: KeyedSemaphore = field(init=False)
     lookups_from_address: KeyedSemaphore = field(init=False)
@@ -152,18 +167,16 @@ class TenantBounds:
     requests: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.lookups_of_key = KeyedSemaphore(LOOKUPS_OF_KEY, "lookups of one key")
-        self.lookups_from_address = KeyedSemaphore(
-            LOOKUPS_FROM_ADDRESS, "lookups of keys from one address"
-        )
-        self.bodies = KeyedSemaphore(self.max_body_bytes, "bytes of the tenant's request bodies")
-        self.uploads = KeyedSemaphore(self.max_uploads, "uploads and imports of the tenant")
-        self.reads = KeyedSemaphore(READS_OF_TENANT, "reads by the tenant")
-        self.changes = KeyedSemaphore(CHANGES_OF_TENANT, "changes by the tenant")
+        self.lookups_of_key = _of_catalog(LOOKUPS_OF_KEY)
+        self.lookups_from_address = _of_catalog(LOOKUPS_FROM_ADDRESS)
+        self.reads = _of_catalog(READS_OF_TENANT)
+        self.changes = _of_catalog(CHANGES_OF_TENANT)
+        self.bodies = _of_tenant(self.max_body_bytes, "bytes of request bodies")
+        self.uploads = _of_tenant(self.max_uploads, "uploads and imports")
 
     @asynccontextmanager
     async def lookup(self, key: str, client: Address | None) -> AsyncIterator[None]:
-        """Look up a key from an address inside the block. Raises RateLimited."""
+        """Look up a key from an address inside the block. Raises Unavailable."""
         parsed = parse(key)  # None costs no lookup: the key is malformed
         address = "" if client is None else client.host
         async with (

@@ -249,7 +249,7 @@ class Settings(BaseSettings):
         description="Most requests of one tenant in progress on this server; more get 429.",
     )
     max_tenant_uploads: int = Field(
-        default=4,
+        default=8,
         ge=1,
         description="Most uploads and imports of one tenant that this server receives at a time; "
         "more wait.",

@@ -119,7 +119,7 @@ async def put_prefix(
     async with bounds.uploads.hold(principal.tenant):
         await run_in_threadpool(tenants.check_kept, principal.tenant, principal.quota)
         await run_in_threadpool(disk.check, declared_bytes(request))
-        async with receive(request, target) as received, bounds.changes.hold(principal.tenant):
+        async with receive(request, target) as received:
             replay, replayed = await run_in_threadpool(publish, *received)
     response.status_code = replay.status
     if replay.etag is not None:
