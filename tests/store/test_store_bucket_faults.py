@@ -164,6 +164,7 @@ def test_calls_fail_at_once_while_the_bucket_is_known_to_fail(
         return blobs.fetch(tenant="acme", digest=digest)
 
     ends_unavailable(fetch)
+    assert blobs.num_failures == 1
     connections = bucket.num_connections
     ends_unavailable(*[fetch] * 20)
     for _ in range(20):

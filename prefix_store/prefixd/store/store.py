@@ -163,6 +163,11 @@ class PrefixStore(Publisher):
             dry_run=dry_run,
         )
 
+    @property
+    def num_blob_failures(self) -> int:
+        """Requests to a remote store of blobs that failed."""
+        return self._blobs.num_failures
+
     def remove_interrupted(self) -> None:
         """Remove the local files of interrupted uploads and downloads."""
         self._blobs.remove_interrupted()

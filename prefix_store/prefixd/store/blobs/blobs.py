@@ -44,6 +44,10 @@ class Blobs(Protocol):
     method raises BlobsUnavailable when the place cannot be reached.
     """
 
+    @property
+    def num_failures(self) -> int:
+        """Requests to a remote place that failed; 0 for a local one."""
+
     def staging(self) -> AbstractContextManager[Path]:
         """A fresh local path to write a blob to before ``put``; removed at the end of the block."""
 
@@ -120,6 +124,10 @@ class LocalBlobs:
 
     def __repr__(self) -> str:
         return f"LocalBlobs({str(self._root)!r})"
+
+    @property
+    def num_failures(self) -> int:
+        return 0
 
     @contextmanager
     def staging(self) -> Iterator[Path]:

@@ -66,6 +66,10 @@ class S3Blobs:
     def __repr__(self) -> str:
         return f"S3Blobs({self._url!r})"
 
+    @property
+    def num_failures(self) -> int:
+        return self._bucket.circuit.failures
+
     @contextmanager
     def staging(self) -> Iterator[Path]:
         with file_in_progress(self._staging) as (path, _):

@@ -15,6 +15,7 @@ from prefixd.server.api.dependencies import (
     within_calls,
     within_rate,
 )
+from prefixd.server.api.disk_metrics import BucketCollector
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.generate import routes as generate_routes
 from prefixd.server.api.generate.admission import Admission
@@ -115,6 +116,7 @@ def create_app(
         metrics=metrics,
         trace=trace,
     )
+    metrics.registry.register(BucketCollector(lambda: store.num_blob_failures))
     app.state.audit = audit
     app.state.bindings = bindings
     app.state.body_limits = body_limits

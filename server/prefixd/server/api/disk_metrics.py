@@ -1,6 +1,6 @@
-"""The disk's metrics, read from the last sample of its guard: a scrape touches no disk."""
+"""Metrics of the storage, read from memory: a scrape touches neither a disk nor a bucket."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -33,3 +33,18 @@ class DiskCollector(Collector):
         for reason, count in sorted(self._disk.refusals.copy().items()):
             refusals.add_metric([reason], count)
         yield refusals
+
+
+class BucketCollector(Collector):
+    """Collects the number of requests that the bucket failed, read by ``failures``."""
+
+    def __init__(self, failures: Callable[[], int]) -> None:
+        self._failures = failures
+
+    def collect(self) -> Iterable[Metric]:
+        """The one family."""
+        yield CounterMetricFamily(
+            "prefixd_bucket_failures",
+            "Requests to the bucket that failed or made no progress.",
+            value=self._failures(),
+        )
