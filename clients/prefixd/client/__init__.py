@@ -7,7 +7,7 @@
 """
 
 from prefixd.client.aio import AsyncClient, AsyncStream
-from prefixd.client.errors import ApiError, ClientError
+from prefixd.client.errors import ApiError, ClientError, PreconditionFailedError
 from prefixd.client.sync import Client, Stream
 from prefixd.client.transport import RetryPolicy
 from prefixd.client.types import (
@@ -46,6 +46,7 @@ __all__ = [
     "Key",
     "KeyPage",
     "Model",
+    "PreconditionFailedError",
     "Prefix",
     "PrefixPage",
     "PrefixUsed",

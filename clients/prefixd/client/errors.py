@@ -16,6 +16,7 @@
         ├── PermissionDeniedError 403
         ├── NotFoundError         404
         ├── ConflictError         409
+        ├── PreconditionFailedError 412
         ├── TooLargeError         413
         ├── InvalidPrefixError    422
         ├── RateLimitError        429
@@ -105,6 +106,10 @@ class ConflictError(ApiError):
     """The state of the resource does not allow this now."""
 
 
+class PreconditionFailedError(ApiError):
+    """The resource is not in the state that ``if_match`` or ``if_none_match`` requires."""
+
+
 class TooLargeError(ApiError):
     """The body exceeds the server's limit."""
 
@@ -139,6 +144,7 @@ BY_STATUS: dict[int, type[ApiError]] = {
     403: PermissionDeniedError,
     404: NotFoundError,
     409: ConflictError,
+    412: PreconditionFailedError,
     413: TooLargeError,
     422: InvalidPrefixError,
     429: RateLimitError,

@@ -18,13 +18,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from prefixd.client import protocol
 from prefixd.client.artifacts import Artifact
 from prefixd.client.errors import FormatError
 from prefixd.client.types import Prefix, Uploaded
-from prefixd.client.wire import Call
+from prefixd.client.wire import Call, Preconditions
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -71,6 +71,7 @@ def upload_folder(
     metadata: Mapping[str, object] | None = None,
     task_id: int | None = None,
     warm: bool = False,
+    **conditions: Unpack[Preconditions],
 ) -> Call[Uploaded]:
     """Upload a folder as a new version of ``name``: PEFT's files, or ``prefix.txt``.
 
@@ -78,7 +79,9 @@ def upload_folder(
     folder that ``read_folder`` refuses; a missing file raises OSError when the call is sent.
     """
     content = read_folder(folder)
-    return upload_content(name, content, metadata=metadata, task_id=task_id, warm=warm)
+    return upload_content(
+        name, content, metadata=metadata, task_id=task_id, warm=warm, **conditions
+    )
 
 
 def upload_content(
@@ -88,6 +91,7 @@ def upload_content(
     metadata: Mapping[str, object] | None = None,
     task_id: int | None = None,
     warm: bool = False,
+    **conditions: Unpack[Preconditions],
 ) -> Call[Uploaded]:
     """Upload what was read from a folder; ``metadata`` and ``task_id`` replace its own."""
     fields = dict(metadata if metadata is not None else content.metadata or {})
@@ -96,9 +100,14 @@ def upload_content(
         fields["task_id"] = task
     sent = None if metadata is None and content.metadata is None and not fields else fields
     if isinstance(content, TextContent):
-        return protocol.upload_text(name, content.text, metadata=sent, warm=warm)
+        return protocol.upload_text(name, content.text, metadata=sent, warm=warm, **conditions)
     return protocol.upload(
-        name, config=content.config, weights=content.weights, metadata=sent, warm=warm
+        name,
+        config=content.config,
+        weights=content.weights,
+        metadata=sent,
+        warm=warm,
+        **conditions,
     )
 
 

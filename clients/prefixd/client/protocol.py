@@ -24,10 +24,13 @@ from prefixd.client.types import (
 from prefixd.client.wire import (
     Call,
     Part,
+    Preconditions,
     Response,
     StreamCall,
     accepted,
+    creating,
     dump,
+    guarded,
     no_content,
     parse_body,
     parser,
@@ -77,6 +80,7 @@ def upload(
     weights: bytes | Path,
     metadata: Mapping[str, object] | None = None,
     warm: bool = False,
+    **conditions: Unpack[Preconditions],
 ) -> Call[Uploaded]:
     """Upload a PEFT prefix as a new version of ``name``: its config (JSON) and safetensors.
 
@@ -91,7 +95,7 @@ def upload(
         parts.append(Part("metadata", "metadata.json", encoded, "application/json"))
     params = {"warm": "true" if warm else None}
     request = request_of("PUT", "v1", "prefixes", name, params=params, parts=tuple(parts))
-    return Call(request, _uploaded)
+    return creating(Call(request, _uploaded), conditions)
 
 
 def _uploaded(response: Response) -> Uploaded:
@@ -104,21 +108,27 @@ def upload_text(
     *,
     metadata: Mapping[str, object] | None = None,
     warm: bool = False,
+    **conditions: Unpack[Preconditions],
 ) -> Call[Uploaded]:
     """Upload a text as a new version of ``name``: a hard prompt."""
     body: dict[str, object] = {"kind": "text", "text": text}
     if metadata is not None:
         body["metadata"] = metadata
     params = {"warm": "true" if warm else None}
-    return Call(request_of("PUT", "v1", "prefixes", name, params=params, json=body), _uploaded)
+    return creating(
+        Call(request_of("PUT", "v1", "prefixes", name, params=params, json=body), _uploaded),
+        conditions,
+    )
 
 
-def upload_artifact(name: str, artifact: bytes | Path, *, warm: bool = False) -> Call[Uploaded]:
+def upload_artifact(
+    name: str, artifact: bytes | Path, *, warm: bool = False, **conditions: Unpack[Preconditions]
+) -> Call[Uploaded]:
     """Upload the stored file of a version, as ``download_artifact`` returns it, as a new version of
     ``name``: the digest stays. A file has no metadata; that of an existing version stays."""
     params = {"warm": "true" if warm else None}
     request = request_of("PUT", "v1", "prefixes", name, params=params, octets=artifact)
-    return Call(request, _uploaded)
+    return creating(Call(request, _uploaded), conditions)
 
 
 def download_artifact(name: str, *, version: int | str = "latest") -> Call[bytes]:
@@ -173,30 +183,38 @@ def list_versions(
 
 
 def patch_metadata(
-    name: str, patch: Mapping[str, object], *, version: int | str = "latest"
+    name: str,
+    patch: Mapping[str, object],
+    *,
+    version: int | str = "latest",
+    **conditions: Unpack[Preconditions],
 ) -> Call[Prefix]:
     """Merge ``patch`` into the metadata of a version, given by its number or an alias: None removes
     a field."""
     request = request_of("PATCH", "v1", "prefixes", name, "versions", str(version), json=patch)
-    return Call(request, parser(Prefix))
+    return guarded(Call(request, parser(Prefix)), conditions)
 
 
-def set_alias(name: str, alias: str, *, version: int | str) -> Call[Prefix]:
+def set_alias(
+    name: str, alias: str, *, version: int | str, **conditions: Unpack[Preconditions]
+) -> Call[Prefix]:
     """Make ``name@alias`` refer to a version: its number, or another alias, such as ``latest``, for
     the version that it means now."""
     request = request_of("PUT", "v1", "prefixes", name, "aliases", alias, json={"version": version})
-    return Call(request, parser(Prefix))
+    return creating(Call(request, parser(Prefix)), conditions)
 
 
-def rollback(name: str, *, version: int) -> Call[Prefix]:
+def rollback(name: str, *, version: int, **conditions: Unpack[Preconditions]) -> Call[Prefix]:
     """Set ``latest``, and with it the bare name, to a version of the served base; the next upload
     moves it again."""
-    return set_alias(name, "latest", version=version)
+    return set_alias(name, "latest", version=version, **conditions)
 
 
-def remove_alias(name: str, alias: str) -> Call[None]:
+def remove_alias(name: str, alias: str, **conditions: Unpack[Preconditions]) -> Call[None]:
     """Remove an alias; the version stays."""
-    return Call(request_of("DELETE", "v1", "prefixes", name, "aliases", alias), no_content)
+    return guarded(
+        Call(request_of("DELETE", "v1", "prefixes", name, "aliases", alias), no_content), conditions
+    )
 
 
 def warm(reference: str) -> Call[Warmed]:
@@ -205,27 +223,31 @@ def warm(reference: str) -> Call[Warmed]:
     return Call(request_of("POST", "v1", "prefixes", reference, "warm"), parser(Warmed))
 
 
-def pin(reference: str) -> Call[Prefix]:
+def pin(reference: str, **conditions: Unpack[Preconditions]) -> Call[Prefix]:
     """Keep the version that a reference now means resident, instead of any other version of its
     prefix."""
-    return Call(request_of("PUT", "v1", "prefixes", reference, "pin"), parser(Prefix))
+    return creating(
+        Call(request_of("PUT", "v1", "prefixes", reference, "pin"), parser(Prefix)), conditions
+    )
 
 
-def unpin(name: str) -> Call[None]:
+def unpin(name: str, **conditions: Unpack[Preconditions]) -> Call[None]:
     """Allow the eviction of a pinned prefix again."""
-    return Call(request_of("DELETE", "v1", "prefixes", name, "pin"), no_content)
+    return guarded(
+        Call(request_of("DELETE", "v1", "prefixes", name, "pin"), no_content), conditions
+    )
 
 
-def delete_version(name: str, version: int) -> Call[None]:
+def delete_version(name: str, version: int, **conditions: Unpack[Preconditions]) -> Call[None]:
     """Delete one version, unless an alias, a pin, a binding or the default prefix refers to it. A
     ``latest`` that was this version becomes the highest one left of its base."""
     request = request_of("DELETE", "v1", "prefixes", name, "versions", str(version))
-    return Call(request, no_content)
+    return guarded(Call(request, no_content), conditions)
 
 
-def delete_prefix(name: str) -> Call[None]:
+def delete_prefix(name: str, **conditions: Unpack[Preconditions]) -> Call[None]:
     """Delete a prefix with all its versions and aliases."""
-    return Call(request_of("DELETE", "v1", "prefixes", name), no_content)
+    return guarded(Call(request_of("DELETE", "v1", "prefixes", name), no_content), conditions)
 
 
 # ── Generation ───────────────────────────────────────────────────────────────────────────────

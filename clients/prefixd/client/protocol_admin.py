@@ -6,7 +6,7 @@ As ``prefixd.client.protocol``, without I/O.
 from collections.abc import Mapping, Sequence
 
 from prefixd.client.types import AuditPage, Key, KeyPage, Tenant, TenantPage
-from prefixd.client.wire import Call, parser, request_of
+from prefixd.client.wire import Call, creating, parser, request_of
 
 _ADMIN = ("v1", "admin")
 
@@ -28,7 +28,7 @@ def create_tenant(
 ) -> Call[Tenant]:
     """Add a tenant. For the operator's keys."""
     body = _without_none(name=name, weight=weight, kv_reuse=kv_reuse, quota=quota)
-    return Call(request_of("POST", *_ADMIN, "tenants", json=body), parser(Tenant))
+    return creating(Call(request_of("POST", *_ADMIN, "tenants", json=body), parser(Tenant)))
 
 
 def show_tenant(name: str) -> Call[Tenant]:
@@ -74,13 +74,15 @@ def create_key(
         label=label,
         expires_in_seconds=expires_in_seconds,
     )
-    return Call(request_of("POST", *_ADMIN, "keys", json=body), parser(Key))
+    return creating(Call(request_of("POST", *_ADMIN, "keys", json=body), parser(Key)))
 
 
 def rotate_key(key_id: str, *, overlap_seconds: float | None = None) -> Call[Key]:
     """Issue a successor; the old key stays valid for the overlap (by default a day)."""
     body = _without_none(overlap_seconds=overlap_seconds)
-    return Call(request_of("POST", *_ADMIN, "keys", key_id, "rotate", json=body), parser(Key))
+    return creating(
+        Call(request_of("POST", *_ADMIN, "keys", key_id, "rotate", json=body), parser(Key))
+    )
 
 
 def revoke_key(key_id: str) -> Call[Key]:

@@ -104,7 +104,7 @@ def http_request(
             params=dict(request.params) or None,
             content=body,
             files=parts or None,
-            headers=None if body is None else {"content-type": content_type},
+            headers={**request.headers, **({} if body is None else {"content-type": content_type})},
         )
 
 

@@ -63,7 +63,8 @@ class Prefix(PrefixVersion):
     ``pinned``: servers keep it resident. ``tier`` is where the responding server holds it now:
     ``resident`` (in the pool), ``host`` (compiled, in host memory), in transit (``fetching``,
     ``staged``, ``compiling``), or None. ``base`` is the name of the base that it belongs to, or
-    the first digits of that base's ``fingerprint``.
+    the first digits of that base's ``fingerprint``. ``etag`` is what ``if_match`` takes; None in
+    lists.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class Prefix(PrefixVersion):
     metadata: Annotated[Mapping[str, object], NullIsDefault] = Field(default_factory=dict)
     pinned: Annotated[bool, NullIsDefault] = False
     tier: str | None = None
+    etag: str | None = None
 
 
 class Uploaded(ResponseModel):
@@ -131,11 +133,13 @@ class ModelList(ResponseModel):
 
 
 class Binding(ResponseModel):
-    """An end user and the prefix reference the user is bound to."""
+    """An end user and the prefix reference the user is bound to. ``etag`` is what ``if_match``
+    takes; None in lists."""
 
     user: str
     prefix: str
     updated_at: AwareDatetime
+    etag: str | None = None
 
 
 class BindingPage(ResponseModel):

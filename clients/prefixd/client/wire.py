@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypedDict, TypeVar
 from urllib.parse import quote
+from uuid import uuid4
 
 from pydantic import ValidationError
 
@@ -30,7 +31,8 @@ class Part:
 @dataclass(frozen=True, slots=True)
 class Request:
     """What to send, relative to the server's URL. ``json``, ``ndjson``, ``octets`` and ``parts``
-    exclude each other. ``octets`` are bytes, or a file that is read when the request is sent."""
+    exclude each other. ``octets`` are bytes, or a file that is read when the request is sent. The
+    ``headers`` are the same when the request is sent again."""
 
     method: str
     path: str
@@ -39,6 +41,7 @@ class Request:
     parts: tuple[Part, ...] = ()
     ndjson: bytes | None = None
     octets: bytes | Path | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,36 @@ def request_of(
     )
 
 
+class Preconditions(TypedDict, total=False):
+    """``if_match``: only if the resource still has this ETag, as a response gave it, or exists
+    (``"*"``). ``if_none_match="*"``: only if it does not exist. Otherwise
+    ``PreconditionFailedError``."""
+
+    if_match: str | None
+    if_none_match: str | None
+
+
+def guarded(call: Call[T], conditions: Preconditions) -> Call[T]:
+    """The call with the headers of its preconditions."""
+    headers = {
+        header: value
+        for header, value in (
+            ("if-match", conditions.get("if_match")),
+            ("if-none-match", conditions.get("if_none_match")),
+        )
+        if value is not None
+    }
+    return replace(call, request=replace(call.request, headers=headers))
+
+
+def creating(call: Call[T], conditions: Preconditions | None = None) -> Call[T]:
+    """The call with its preconditions and a fresh key, under which the server executes it once,
+    however often the client sends it."""
+    sent = guarded(call, conditions or {})
+    headers = {**sent.request.headers, "idempotency-key": uuid4().hex}
+    return replace(sent, request=replace(sent.request, headers=headers))
+
+
 def dump(value: Mapping[str, object]) -> bytes:
     """Compact JSON in UTF-8."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
@@ -137,7 +170,9 @@ def accepted(response: Response) -> Response:
 
 def parse_body(model: type[M], response: Response) -> M:
     """The body of a 2xx response as a ``model``; raises as ``accepted`` and ``parse_json`` do."""
-    return parse_json(model, accepted(response).body)
+    body = parse_json(model, accepted(response).body)
+    etag = response.headers.get("etag")
+    return body.model_copy(update={"etag": etag}) if etag and "etag" in model.model_fields else body
 
 
 def no_content(response: Response) -> None:

@@ -165,8 +165,10 @@ class Bindings:
             written = [Binding(user, ref, now, revision) for user, ref in references.items()]
             _put(connection, tenant, written)
 
-    def note_import(self, tenant: str, count: int, *, actor: Actor) -> None:
-        """The audit entry of an import."""
+    def note_import(
+        self, tenant: str, count: int, *, actor: Actor, at_end: Check = _nothing
+    ) -> None:
+        """The audit entry of an import, and what ``at_end`` writes in its transaction."""
         with writing(self._engine) as connection:
             record(
                 connection,
@@ -177,6 +179,7 @@ class Bindings:
                 subject="",
                 detail={"count": count},
             )
+            at_end(connection)
 
     def unbind(
         self, tenant: str, user: str, *, actor: Actor, precondition: Precondition = unconditional

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Engine, delete, insert, select
+from sqlalchemy import Connection, Engine, Row, delete, insert, select
+from sqlalchemy.exc import IntegrityError
 
-from prefixd.server.errors import BadRequest, Conflict
+from prefixd.server.errors import BadRequest, Conflict, PrefixdError
 from prefixd.server.tenants.tables import KEPT_FOR, idempotency_keys
 from prefixd.server.tenants.usage import check_quota
 from prefixd.store.db.database import reading, utc_now
+from prefixd.store.errors import StoreError
 
 KEY = r"[\x21-\x7e]{1,255}"
 """The regular expression of an Idempotency-Key."""
@@ -27,6 +29,17 @@ class Replay:
     status: int
     body: Mapping[str, Any]
     etag: str | None = None
+
+
+CAUSES = (IntegrityError, PrefixdError, StoreError)
+"""Errors of a request that may come from a concurrent one under the same key, which was faster."""
+
+Keep = Callable[[Connection, Replay], object]
+"""Stores the response in the transaction of the change; must be called at its end."""
+
+
+def _keep_nothing(*_: object) -> None:
+    """For a request without a key."""
 
 
 def check_key(key: str) -> str:
@@ -47,23 +60,54 @@ class Idempotency:
         self._engine = engine
         self._now = now
 
+    def once(
+        self, tenant: str, key: str | None, digest: str, change: Callable[[Keep], Replay]
+    ) -> tuple[Replay, bool]:
+        """The response to the request ``digest``, and whether it is that of an earlier request
+        under the same key: then ``change`` was not called, or was rolled back. Raises Conflict for
+        a key of another request, and what ``change`` raises, which is not stored."""
+        if key is None:
+            return change(_keep_nothing), False
+        earlier = self.find(tenant, key, request_digest=digest)
+        if earlier is not None:
+            return earlier, True
+
+        def keep(connection: Connection, replay: Replay) -> None:
+            self.keep(connection, tenant, key, request_digest=digest, replay=replay)
+
+        try:
+            return change(keep), False
+        except CAUSES:
+            earlier = self.find(tenant, key, request_digest=digest)
+            if earlier is None:
+                raise
+            return earlier, True
+
+    def is_known(self, tenant: str, key: str) -> bool:
+        """Whether a response is stored under ``key``, for whichever request."""
+        return self._row(tenant, key) is not None
+
     def find(self, tenant: str, key: str, *, request_digest: str) -> Replay | None:
         """The response under ``key``. Raises Conflict when it belongs to another request."""
+        row = self._row(tenant, key)
+        if row is None:
+            return None
+        if row.request_digest != request_digest:
+            raise Conflict(
+                "this Idempotency-Key was used for another request: the same key needs the same "
+                "method, path and body",
+                code="idempotency_key_reused",
+                param="Idempotency-Key",
+            )
+        return Replay(status=row.status, body=json.loads(row.body_json), etag=row.etag)
+
+    def _row(self, tenant: str, key: str) -> Row[Any] | None:
         query = select(idempotency_keys).where(
             idempotency_keys.c.tenant == tenant, idempotency_keys.c.key == key
         )
         with reading(self._engine) as connection:
             row = connection.execute(query).first()
-        if row is None or row.created_at <= self._now() - KEPT_FOR:
-            return None
-        if row.request_digest != request_digest:
-            raise Conflict(
-                "this Idempotency-Key was used for another request: the same key needs the same "
-                "name and the same body",
-                code="idempotency_key_reused",
-                param="Idempotency-Key",
-            )
-        return Replay(status=row.status, body=json.loads(row.body_json), etag=row.etag)
+        return None if row is None or row.created_at <= self._now() - KEPT_FOR else row
 
     def keep(
         self,

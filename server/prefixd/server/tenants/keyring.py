@@ -32,6 +32,14 @@ _LABEL = re.compile(r"[^\x00-\x1f\x7f]{0,128}")
 _NO_DIGEST = "0" * 64
 
 
+KeyHook = Callable[[Connection, IssuedKey], object]
+"""Runs at the end of the transaction that issues a key."""
+
+
+def _nothing(*_: object) -> None:
+    """The hook of a key for which no response is stored."""
+
+
 class Keyring:
     """The part of ``Tenants`` for keys. ``owner`` restricts a call to one tenant's keys: another
     tenant's key then raises the same NotFound as a missing one."""
@@ -51,6 +59,7 @@ class Keyring:
         label: str = "",
         expires_at: datetime | None = None,
         actor: Actor = COMMAND_LINE,
+        at_end: KeyHook = _nothing,
     ) -> IssuedKey:
         """Issue a key. The operator's tenant is made where it is missing. Raises NotFound for
         another tenant that does not exist, BadRequest without scopes, QuotaExceeded."""
@@ -76,6 +85,7 @@ class Keyring:
             issued = self._issue(connection, tenant, granted, label=label, expires_at=expires_at)
             check_quota(connection, tenant, {"max_keys": 1}, now=self._now())
             self._audit(connection, Action.KEY_CREATE, issued.record, actor)
+            at_end(connection, issued)
         return issued
 
     def bootstrap(self) -> IssuedKey | None:
@@ -134,6 +144,7 @@ class Keyring:
         overlap: timedelta,
         owner: str | None = None,
         actor: Actor = COMMAND_LINE,
+        at_end: KeyHook = _nothing,
     ) -> IssuedKey:
         """Issue a successor with the same scopes, label and lifetime; the old key stays valid for
         ``overlap``. Raises NotFound, Conflict for a key that is not active."""
@@ -162,6 +173,7 @@ class Keyring:
             )
             detail = {"replaced_by": issued.record.key_id, "good_until": ends.isoformat()}
             self._audit(connection, Action.KEY_ROTATE, old, actor, detail)
+            at_end(connection, issued)
         return issued
 
     def revoke_key(

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Engine, Row, func, insert, select, update
+from sqlalchemy import Connection, Engine, Row, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from prefixd.server.errors import BadRequest, Conflict, NotFound
@@ -96,9 +96,11 @@ class Tenants(Keyring):
         quota: Mapping[str, int | None] | None = None,
         settings: Mapping[str, float | bool] | None = None,
         actor: Actor = COMMAND_LINE,
+        at_end: Callable[[Connection, TenantRecord], object] = lambda *_: None,
     ) -> TenantRecord:
-        """Add a tenant, with the named limits and settings and defaults for the others. Raises
-        BadRequest for a malformed name or value, Conflict for a tenant that exists."""
+        """Add a tenant, with the named limits and settings and defaults for the others. ``at_end``
+        runs in its transaction. Raises BadRequest for a malformed name or value, Conflict for a
+        tenant that exists."""
         if _TENANT.fullmatch(name) is None:
             raise BadRequest(
                 "a tenant name must be 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or "
@@ -122,6 +124,7 @@ class Tenants(Keyring):
                     subject=name,
                     detail={**(quota or {}), **chosen},
                 )
+                at_end(connection, tenant)
         except IntegrityError as error:
             raise Conflict(f"tenant '{name}' already exists", param="name") from error
         return tenant

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Depends, Query, Response
 
 from prefixd.server.api.admin.schemas import (
     AuditEntryShown,
@@ -28,11 +28,13 @@ from prefixd.server.api.admin.schemas import (
 )
 from prefixd.server.api.body import json_body, json_request
 from prefixd.server.api.dependencies import Acting, Admin, AuditDep, EngineDep, Operator, TenantsDep
+from prefixd.server.api.repeats import RepeatableDep
 from prefixd.server.api.values import WholeNumber
 from prefixd.server.errors import BadRequest, NotFound, Unavailable
+from prefixd.server.tenants.idempotency import Keep, Replay
 from prefixd.server.tenants.principal import DEFAULT_SCOPES, Principal
 from prefixd.server.tenants.quotas import SETTINGS
-from prefixd.server.tenants.registry import IssuedKey, KeyRecord, Tenants
+from prefixd.server.tenants.registry import IssuedKey, KeyRecord, TenantRecord, Tenants
 
 router = APIRouter(prefix="/v1/admin", tags=["admin"])
 
@@ -66,8 +68,15 @@ def _with_state(key: KeyRecord) -> dict[str, Any]:
     return {**asdict(key), "state": key.state(datetime.now(UTC))}
 
 
-def _with_secret(issued: IssuedKey) -> KeyIssued:
-    return KeyIssued(key=issued.text, **_with_state(issued.record))
+def _with_secret(issued: IssuedKey) -> Replay:
+    shown = KeyIssued(key=issued.text, **_with_state(issued.record))
+    return Replay(201, shown.model_dump(mode="json"))
+
+
+def _without_secret(issued: IssuedKey) -> Replay:
+    """The response that is stored: no secret is, so a repeated request cannot show it."""
+    shown = KeyIssued(key=None, **_with_state(issued.record))
+    return Replay(201, shown.model_dump(mode="json"))
 
 
 @router.get("/tenants", response_model=TenantList)
@@ -91,16 +100,32 @@ def list_tenants(
     openapi_extra=json_request(NewTenantRequest),
 )
 def create_tenant(
+    *,
+    response: Response,
     tenants: TenantsDep,
     _principal: Operator,
     actor: Acting,
+    repeat: RepeatableDep,
     body: Annotated[NewTenantRequest, Depends(json_body(NewTenantRequest))],
-) -> TenantShown:
+) -> Any:
     """Add a tenant. Operator only."""
     quota = {} if body.quota is None else body.quota.model_dump(exclude_unset=True)
     settings = body.model_dump(exclude_unset=True, include=set(SETTINGS))
-    tenant = tenants.create_tenant(body.name, quota=quota, settings=settings, actor=actor)
-    return TenantShown.model_validate(tenant)
+
+    def stored(tenant: TenantRecord) -> Replay:
+        return Replay(201, TenantShown.model_validate(tenant).model_dump(mode="json"))
+
+    def change(keep: Keep) -> Replay:
+        tenant = tenants.create_tenant(
+            body.name,
+            quota=quota,
+            settings=settings,
+            actor=actor,
+            at_end=lambda connection, created: keep(connection, stored(created)),
+        )
+        return stored(tenant)
+
+    return repeat.once_for(body, change, response)
 
 
 @router.get("/tenants/{tenant}", response_model=TenantDetails)
@@ -161,22 +186,32 @@ def list_keys(
     "/keys", response_model=KeyIssued, status_code=201, openapi_extra=json_request(NewKeyRequest)
 )
 def create_key(
+    *,
+    response: Response,
     tenants: TenantsDep,
     principal: Admin,
     actor: Acting,
+    repeat: RepeatableDep,
     body: Annotated[NewKeyRequest, Depends(json_body(NewKeyRequest))],
-) -> KeyIssued:
-    """Issue a key and show its secret only once."""
+) -> Any:
+    """Issue a key and show its secret only once: repeated under an Idempotency-Key, `key` is
+    null."""
     tenant = _tenant_for(principal, body.tenant) or principal.tenant
     lifetime = body.expires_in_seconds
-    issued = tenants.create_key(
-        tenant=tenant,
-        scopes=DEFAULT_SCOPES if body.scopes is None else body.scopes,
-        label=body.label,
-        expires_at=None if lifetime is None else datetime.now(UTC) + timedelta(seconds=lifetime),
-        actor=actor,
-    )
-    return _with_secret(issued)
+    expires_at = None if lifetime is None else datetime.now(UTC) + timedelta(seconds=lifetime)
+
+    def change(keep: Keep) -> Replay:
+        issued = tenants.create_key(
+            tenant=tenant,
+            scopes=DEFAULT_SCOPES if body.scopes is None else body.scopes,
+            label=body.label,
+            expires_at=expires_at,
+            actor=actor,
+            at_end=lambda connection, key: keep(connection, _without_secret(key)),
+        )
+        return _with_secret(issued)
+
+    return repeat.once_for(body, change, response)
 
 
 @router.post(
@@ -186,20 +221,29 @@ def create_key(
     openapi_extra=json_request(Rotation),
 )
 def rotate_key(
+    *,
     key_id: str,
+    response: Response,
     tenants: TenantsDep,
     principal: Admin,
     actor: Acting,
+    repeat: RepeatableDep,
     body: Annotated[Rotation, Depends(json_body(Rotation))],
-) -> KeyIssued:
-    """Issue a successor; the old key stays valid for the overlap."""
-    issued = tenants.rotate_key(
-        key_id,
-        overlap=timedelta(seconds=body.overlap_seconds),
-        owner=_owner(principal),
-        actor=actor,
-    )
-    return _with_secret(issued)
+) -> Any:
+    """Issue a successor; the old key stays valid for the overlap. Repeated under an
+    Idempotency-Key, `key` is null."""
+
+    def change(keep: Keep) -> Replay:
+        issued = tenants.rotate_key(
+            key_id,
+            overlap=timedelta(seconds=body.overlap_seconds),
+            owner=_owner(principal),
+            actor=actor,
+            at_end=lambda connection, key: keep(connection, _without_secret(key)),
+        )
+        return _with_secret(issued)
+
+    return repeat.once_for(body, change, response)
 
 
 @router.delete("/keys/{key_id}", response_model=KeyShown)

@@ -1,6 +1,6 @@
 """Request and response bodies of /v1/admin."""
 
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -75,6 +75,11 @@ class Rotation(StrictModel):
     overlap_seconds: float = Field(default=_DAY, ge=0, le=_CENTURY)
 
 
+def _quota(value: Any) -> Any:
+    """A quota of the catalog, or of a stored response, which is an object already."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
 class TenantShown(BaseModel):
     """A tenant; a null in ``quota`` means no limit, and ``unlimited`` names these."""
 
@@ -84,7 +89,7 @@ class TenantShown(BaseModel):
     name: str
     created_at: datetime
     default_prefix: str | None
-    quota: Annotated[dict[str, int | None], BeforeValidator(asdict)]
+    quota: Annotated[dict[str, int | None], BeforeValidator(_quota)]
     unlimited: list[str]
     weight: float
     kv_reuse: bool
@@ -121,9 +126,10 @@ class KeyShown(BaseModel):
 
 
 class KeyIssued(KeyShown):
-    """A new key with its secret, which is shown only once."""
+    """A new key with its secret, which is shown only once: null in a response that an
+    Idempotency-Key repeats."""
 
-    key: str
+    key: str | None
 
 
 class KeyList(BaseModel):

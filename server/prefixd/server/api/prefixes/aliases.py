@@ -1,6 +1,6 @@
 """/v1/prefixes/{name}/aliases/{alias}: movable names for a version."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
 from pydantic import BeforeValidator
@@ -10,7 +10,9 @@ from prefixd.server.api.conditions import READ, WITH_TAG, ConditionsDep, version
 from prefixd.server.api.dependencies import Acting, EngineDep, Reader, ServedDep, StoreDep, Writer
 from prefixd.server.api.prefixes.routes import shown_version
 from prefixd.server.api.prefixes.schemas import PrefixManifest, PrefixShown
+from prefixd.server.api.repeats import RepeatableDep
 from prefixd.server.tenants.audit import Action, record
+from prefixd.server.tenants.idempotency import Keep, Replay
 from prefixd.server.tenants.usage import check_quota
 from prefixd.store.artifact.strict import shown
 from prefixd.store.names import LATEST, MAX_VERSION, check_alias
@@ -71,32 +73,39 @@ def put_alias(
     principal: Writer,
     actor: Acting,
     conditions: ConditionsDep,
+    repeat: RepeatableDep,
     body: Annotated[AliasTarget, Depends(json_body(AliasTarget))],
-) -> PrefixManifest:
+) -> Any:
     """Let `name@alias` mean a version from the next request on. The response has its number.
 
     The alias `latest` takes any version of the served base, and keeps it until the next upload.
     """
     tenant = principal.tenant
-    with store.change(tenant) as tx:
-        manifest = tx.set_alias(
-            name,
-            alias,
-            version=body.version,
-            base=served.base,
-            precondition=conditions.check,
-        )
-        check_quota(tx.connection, tenant, {"max_aliases": tx.num_aliases_added})
-        record(
-            tx.connection,
-            Action.ALIAS_SET,
-            actor=actor,
-            tenant=tenant,
-            subject=name,
-            detail={"alias": alias, "version": manifest.version},
-        )
-    response.headers["ETag"] = version_tag(manifest)
-    return PrefixManifest.model_validate(manifest)
+
+    def change(keep: Keep) -> Replay:
+        with store.change(tenant) as tx:
+            manifest = tx.set_alias(
+                name,
+                alias,
+                version=body.version,
+                base=served.base,
+                precondition=conditions.check,
+            )
+            check_quota(tx.connection, tenant, {"max_aliases": tx.num_aliases_added})
+            record(
+                tx.connection,
+                Action.ALIAS_SET,
+                actor=actor,
+                tenant=tenant,
+                subject=name,
+                detail={"alias": alias, "version": manifest.version},
+            )
+            shown = PrefixManifest.model_validate(manifest).model_dump(mode="json")
+            replay = Replay(200, shown, version_tag(manifest))
+            keep(tx.connection, replay)
+        return replay
+
+    return repeat.once_for(body, change, response)
 
 
 @router.delete("/{name}/aliases/{alias}", status_code=204)

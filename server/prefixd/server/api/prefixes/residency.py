@@ -1,6 +1,6 @@
 """/v1/prefixes/{reference}/warm and /pin: loading a prefix into the KV pool before a request."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import structlog
 from fastapi import APIRouter, Depends, Response
@@ -25,6 +25,7 @@ from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import check_resident, handle_of
 from prefixd.server.api.generate.resolver import check_intact
 from prefixd.server.api.prefixes.schemas import PrefixManifest, key_of
+from prefixd.server.api.repeats import RepeatableDep
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.values import Reference
 from prefixd.server.engine.config import SchedulerConfig
@@ -32,6 +33,7 @@ from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import QueueFull
 from prefixd.server.errors import BadRequest, DoesNotFit, PrefixdError, Unavailable
 from prefixd.server.tenants.audit import Action, record
+from prefixd.server.tenants.idempotency import Keep, Replay
 from prefixd.server.tenants.pin_room import PinRoom, check_pinned
 from prefixd.server.tenants.principal import Principal
 from prefixd.store.catalog.manifests import check_base
@@ -119,30 +121,37 @@ def pin_prefix(
     principal: Writer,
     actor: Acting,
     conditions: ConditionsDep,
+    repeat: RepeatableDep,
     chosen: Chosen,
-) -> PrefixManifest:
+) -> Any:
     """Have every server keep a version resident, in place of any other pinned version of it."""
     tenant = principal.tenant
-    with store.change(tenant) as tx:
-        manifest = tx.set_pin(
-            _with_version(reference, chosen.version),
-            base=served.base,
-            creator=principal.key_id,
-            precondition=conditions.check,
-        )
-        check_fits(manifest, principal, engine=engine, served=served)
-        pins = pinned(tx.connection, fingerprint=served.base.fingerprint)
-        check_pinned(pins, tenant, principal.quota, room=room)
-        record(
-            tx.connection,
-            Action.PIN_SET,
-            actor=actor,
-            tenant=tenant,
-            subject=manifest.name,
-            detail={"version": manifest.version},
-        )
-    response.headers["ETag"] = version_tag(manifest)
-    return PrefixManifest.model_validate(manifest)
+
+    def change(keep: Keep) -> Replay:
+        with store.change(tenant) as tx:
+            manifest = tx.set_pin(
+                _with_version(reference, chosen.version),
+                base=served.base,
+                creator=principal.key_id,
+                precondition=conditions.check,
+            )
+            check_fits(manifest, principal, engine=engine, served=served)
+            pins = pinned(tx.connection, fingerprint=served.base.fingerprint)
+            check_pinned(pins, tenant, principal.quota, room=room)
+            record(
+                tx.connection,
+                Action.PIN_SET,
+                actor=actor,
+                tenant=tenant,
+                subject=manifest.name,
+                detail={"version": manifest.version},
+            )
+            shown = PrefixManifest.model_validate(manifest).model_dump(mode="json")
+            replay = Replay(200, shown, version_tag(manifest))
+            keep(tx.connection, replay)
+        return replay
+
+    return repeat.once_for(chosen, change, response)
 
 
 @router.delete("/{reference}/pin", status_code=204)

@@ -4,17 +4,15 @@ The tenant's quotas, the audit entry and the response stored under an idempotenc
 transaction of the version: all of them are written, or none.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Connection
-from sqlalchemy.exc import IntegrityError
 
 from prefixd.server.api.body import declared_bytes
 from prefixd.server.api.conditions import WITH_TAG, ConditionsDep, prefix_tag
@@ -25,7 +23,6 @@ from prefixd.server.api.dependencies import (
     DiskDep,
     DrainStateDep,
     EngineDep,
-    IdempotencyDep,
     LimiterDep,
     ServedDep,
     StoreDep,
@@ -41,11 +38,12 @@ from prefixd.server.api.prefixes.receiving import (
 )
 from prefixd.server.api.prefixes.residency import try_warm
 from prefixd.server.api.prefixes.schemas import PrefixManifest
+from prefixd.server.api.repeats import Repeatable, RepeatableDep, request_digest
 from prefixd.server.api.values import Flag
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.tenants.audit import Action, record
-from prefixd.server.tenants.idempotency import Idempotency, Replay, check_key
-from prefixd.server.tenants.principal import Actor, Principal
+from prefixd.server.tenants.idempotency import Keep, Replay
+from prefixd.server.tenants.principal import Actor
 from prefixd.server.tenants.usage import added_by_publish, check_quota
 from prefixd.store.files import sha256_of
 from prefixd.store.store import Published
@@ -56,10 +54,6 @@ router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
 Warm = Annotated[
     Flag,
     Query(description="Load it into this server's KV pool at once; the upload never fails by it."),
-]
-IdempotencyKey = Annotated[
-    str | None,
-    Header(description="The same key with the same upload gets the same response, for a day."),
 ]
 
 
@@ -80,7 +74,7 @@ async def put_prefix(
     store: StoreDep,
     engine: EngineDep,
     served: ServedDep,
-    idempotency: IdempotencyDep,
+    repeat: RepeatableDep,
     limiter: LimiterDep,
     tenants: TenantsDep,
     limits: BodyLimitsDep,
@@ -91,7 +85,6 @@ async def put_prefix(
     actor: Acting,
     conditions: ConditionsDep,
     warm: Warm = False,
-    idempotency_key: IdempotencyKey = None,
 ) -> PrefixManifest:
     """Upload a prefix: PEFT's two files as multipart, a text as JSON, or a stored file as it is.
 
@@ -99,14 +92,7 @@ async def put_prefix(
     """
     headers = await run_in_threadpool(limiter.count, principal.tenant, principal.quota)
     response.headers.update(headers)
-    publish = partial(
-        _publish_once,
-        name,
-        idempotency=idempotency,
-        principal=principal,
-        actor=actor,
-        key=idempotency_key,
-    )
+    publish = partial(_publish_once, name, repeat=repeat, actor=actor, response=response)
     target = Target(
         name=name,
         store=store,
@@ -120,13 +106,8 @@ async def put_prefix(
         await run_in_threadpool(tenants.check_kept, principal.tenant, principal.quota)
         await run_in_threadpool(disk.check, declared_bytes(request))
         async with receive(request, target) as received:
-            replay, replayed = await run_in_threadpool(publish, *received)
-    response.status_code = replay.status
-    if replay.etag is not None:
-        response.headers["ETag"] = replay.etag
-    if replayed:
-        response.headers["idempotency-replayed"] = "true"
-    manifest = PrefixManifest.model_validate(replay.body)
+            body = await run_in_threadpool(publish, *received)
+    manifest = PrefixManifest.model_validate(body)
     engine.forget_failure(PrefixKey(principal.tenant, manifest.digest))
     if warm:
         await run_in_threadpool(
@@ -146,22 +127,18 @@ def _publish_once(
     begin: Begin,
     content: Content,
     *,
-    idempotency: Idempotency,
-    principal: Principal,
+    repeat: Repeatable,
     actor: Actor,
-    key: str | None,
-) -> tuple[Replay, bool]:
-    """The response to an upload, and whether it is that of an earlier request under the same
-    Idempotency-Key. Blocking. Raises as the store does, QuotaExceeded, Conflict."""
-    tenant, digest = principal.tenant, ""
-    if key is not None:
-        check_key(key)
+    response: Response,
+) -> Any:
+    """The body of the response to an upload. Blocking. Raises as the store does, QuotaExceeded,
+    Conflict."""
+    tenant, digest = repeat.tenant, ""
+    if repeat.key is not None:
         kind, *parts = content
-        digest = _request_digest(kind, name, *parts)
-        earlier = idempotency.find(tenant, key, request_digest=digest)
-        if earlier is not None:
-            return earlier, True
-    try:
+        digest = request_digest(*map(_raw, (kind, name, *parts)))
+
+    def change(keep: Keep) -> Replay:
         with begin() as (tx, published):
             if published.created:
                 digest_of_blob = published.manifest.digest
@@ -171,17 +148,10 @@ def _publish_once(
             body = PrefixManifest.model_validate(published.manifest).model_dump(mode="json")
             status = 201 if published.created else 200
             replay = Replay(status, body, prefix_tag(published.manifest))
-            if key is not None:
-                idempotency.keep(tx.connection, tenant, key, request_digest=digest, replay=replay)
-    except IntegrityError:
-        # A concurrent request under the same key was faster: return its response.
-        if key is None:
-            raise
-        earlier = idempotency.find(tenant, key, request_digest=digest)
-        if earlier is None:
-            raise
-        return earlier, True
-    return replay, False
+            keep(tx.connection, replay)
+        return replay
+
+    return repeat.once(digest, change, response)
 
 
 def _record(
@@ -199,18 +169,14 @@ def _record(
     )
 
 
-def _request_digest(*parts: str | bytes | Path | Mapping[str, Any] | None) -> str:
-    """SHA-256 of the name and the content of an upload; each part is preceded by its length."""
-    total = hashlib.sha256()
-    for part in parts:
-        match part:
-            case bytes():
-                raw = part
-            case str():
-                raw = part.encode()
-            case Path():
-                raw = sha256_of(part).encode()
-            case _:
-                raw = json.dumps(part, sort_keys=True).encode()
-        total.update(len(raw).to_bytes(8, "big") + raw)
-    return total.hexdigest()
+def _raw(part: str | bytes | Path | Mapping[str, Any] | None) -> bytes:
+    """A part of an upload, or for a file its digest."""
+    match part:
+        case bytes():
+            return part
+        case str():
+            return part.encode()
+        case Path():
+            return sha256_of(part).encode()
+        case _:
+            return json.dumps(part, sort_keys=True).encode()

@@ -1,11 +1,13 @@
 """Bulk import of bindings: lines of JSON, read, checked and written a batch at a time."""
 
-from collections.abc import AsyncIterator
+import hashlib
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
+from sqlalchemy import Connection
 
 from prefixd.server.api.body import StrictModel, capped, declared_bytes, parse_json
 from prefixd.server.api.values import User
@@ -32,6 +34,17 @@ class ImportLine(StrictModel):
     prefix: str = Field(min_length=1, max_length=257)
 
 
+ImportHook = Callable[[Connection, int, str], object]
+
+
+def _nothing(*_: object) -> None:
+    """The hook of an import for which no response is stored."""
+
+
+def _finish(at_end: ImportHook, count: int, digest: str, connection: Connection) -> None:
+    at_end(connection, count, digest)
+
+
 class BindingImport:
     """One import by one tenant. Memory holds one batch, for a body of any length."""
 
@@ -56,27 +69,33 @@ class BindingImport:
         self._known: dict[str, tuple[str, int]] = {}
         self._read = 0
         self._written = 0
+        self.digest = ""
 
-    async def run(self, request: Request) -> int:
-        """Import the body; the number of its bindings. Raises BadRequest naming the bad line,
-        StorageFull, and QuotaExceeded naming the first batch over the quota, of which no line is
-        imported."""
+    async def run(self, request: Request, *, at_end: ImportHook = _nothing) -> int:
+        """Import the body; the number of its bindings. ``at_end`` runs in the transaction of the
+        audit entry, when all lines were imported, with their number and the SHA-256 of the body.
+        Raises BadRequest naming the bad line, StorageFull, and QuotaExceeded naming the first batch
+        over the quota, of which no line is imported."""
         await run_in_threadpool(self._disk.check, declared_bytes(request))
         batch: list[bytes] = []
+        total, finish = hashlib.sha256(), _nothing
         try:
-            async for line in _lines(capped(request, self._max_bytes)):
+            async for line in _lines(_hashed(capped(request, self._max_bytes), total)):
                 batch.append(line)
                 if len(batch) == BATCH:
                     await run_in_threadpool(self._write, batch)
                     batch = []
             await run_in_threadpool(self._write, batch)
+            self.digest = total.hexdigest()
+            finish = partial(_finish, at_end, self._written, self.digest)
         finally:
-            if self._written:
+            if self._written or finish is not _nothing:
                 await run_in_threadpool(
                     self._bindings.note_import,
                     self._tenant,
                     self._written,
                     actor=self._actor,
+                    at_end=finish,
                 )
         return self._written
 
@@ -123,6 +142,20 @@ class BindingImport:
             f"line {self._read}: {message} ({self._written} bindings before it were imported)",
             code="invalid_line",
         )
+
+
+async def body_digest(request: Request, max_bytes: int) -> str:
+    """SHA-256 of a body that is not imported again."""
+    total = hashlib.sha256()
+    async for _ in _hashed(capped(request, max_bytes), total):
+        pass
+    return total.hexdigest()
+
+
+async def _hashed(chunks: AsyncIterator[bytes], total: "hashlib._Hash") -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        total.update(chunk)
+        yield chunk
 
 
 async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

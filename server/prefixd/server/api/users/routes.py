@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
@@ -28,10 +29,13 @@ from prefixd.server.api.dependencies import (
     StoreDep,
     Writer,
 )
+from prefixd.server.api.repeats import Repeatable, RepeatableDep
 from prefixd.server.api.served import ServedModel
-from prefixd.server.api.users.importing import BindingImport
+from prefixd.server.api.users.importing import BindingImport, body_digest
 from prefixd.server.api.values import User, WholeNumber
 from prefixd.server.errors import BadRequest
+from prefixd.server.tenants.bindings import Binding, DefaultPrefix
+from prefixd.server.tenants.idempotency import CAUSES, Keep, Replay
 from prefixd.server.tenants.principal import Principal
 from prefixd.store.catalog.manifests import check_base
 from prefixd.store.catalog.reference_locks import lock_references
@@ -138,7 +142,9 @@ async def import_bindings(
     disk: DiskDep,
     principal: Writer,
     actor: Acting,
-) -> ImportResponse:
+    repeat: RepeatableDep,
+    response: Response,
+) -> Any:
     """Bind many users: one JSON object a line, written in batches while the body is received.
 
     A bad line ends the import with its number; the batches before it stay. Sending the whole file
@@ -160,7 +166,26 @@ async def import_bindings(
         actor=actor,
     )
     async with bounds.uploads.hold(principal.tenant):
-        return ImportResponse(imported=await importing.run(request))
+        if await run_in_threadpool(repeat.is_known):
+            digest = await body_digest(request, limits.max_import_bytes)
+            return await run_in_threadpool(repeat.find, repeat.digest(digest), response)
+        return await _import_once(request, importing, repeat, response)
+
+
+async def _import_once(
+    request: Request, importing: BindingImport, repeat: Repeatable, response: Response
+) -> Any:
+    def keep(connection: Connection, count: int, digest: str) -> None:
+        body = ImportResponse(imported=count).model_dump(mode="json")
+        repeat.keep(connection, repeat.digest(digest), Replay(200, body))
+
+    try:
+        return ImportResponse(imported=await importing.run(request, at_end=keep))
+    except CAUSES:
+        earlier = await run_in_threadpool(repeat.find, repeat.digest(importing.digest), response)
+        if earlier is None:
+            raise
+        return earlier
 
 
 @router.get("/users/{user:path}/prefix", response_model=BindingShown, responses=READ)
@@ -197,19 +222,24 @@ def put_binding(
     principal: Writer,
     actor: Acting,
     conditions: ConditionsDep,
+    repeat: RepeatableDep,
     body: Annotated[BindingTarget, Depends(json_body(BindingTarget))],
-) -> BindingShown:
+) -> Any:
     """Bind a user to a prefix, from the next request on."""
-    binding = bindings.bind(
-        principal.tenant,
-        user,
-        body.prefix,
-        actor=actor,
-        check=_check(store, served, principal, body.prefix),
-        precondition=conditions.check,
-    )
-    response.headers["ETag"] = tag_of(binding.revision)
-    return BindingShown.model_validate(binding)
+
+    def change(keep: Keep) -> Replay:
+        binding = bindings.bind(
+            principal.tenant,
+            user,
+            body.prefix,
+            actor=actor,
+            check=_check(store, served, principal, body.prefix),
+            precondition=conditions.check,
+            at_end=lambda connection, written: keep(connection, _stored(BindingShown, written)),
+        )
+        return _stored(BindingShown, binding)
+
+    return repeat.once_for(body, change, response)
 
 
 @router.delete("/users/{user:path}/prefix", status_code=204)
@@ -256,18 +286,28 @@ def put_default(
     principal: Writer,
     actor: Acting,
     conditions: ConditionsDep,
+    repeat: RepeatableDep,
     body: Annotated[BindingTarget, Depends(json_body(BindingTarget))],
-) -> DefaultShown:
+) -> Any:
     """Set the prefix of users without a binding, from the next request on."""
-    default = bindings.set_default(
-        principal.tenant,
-        body.prefix,
-        actor=actor,
-        check=_check(store, served, principal, body.prefix),
-        precondition=conditions.check,
-    )
-    response.headers["ETag"] = tag_of(default.revision)
-    return DefaultShown.model_validate(default)
+
+    def change(keep: Keep) -> Replay:
+        default = bindings.set_default(
+            principal.tenant,
+            body.prefix,
+            actor=actor,
+            check=_check(store, served, principal, body.prefix),
+            precondition=conditions.check,
+            at_end=lambda connection, written: keep(connection, _stored(DefaultShown, written)),
+        )
+        return _stored(DefaultShown, default)
+
+    return repeat.once_for(body, change, response)
+
+
+def _stored(model: type[BaseModel], written: Binding | DefaultPrefix) -> Replay:
+    body = model.model_validate(written).model_dump(mode="json")
+    return Replay(200, body, tag_of(written.revision))
 
 
 @router.delete("/default/prefix", status_code=204)
