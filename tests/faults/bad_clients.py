@@ -39,7 +39,7 @@ class Kind:
     keeps a small window."""
 
     first: Callable[[str], bytes]
-    dribble: bytes = b""
+    slow: bytes = b""
     push: bytes = b""
     reset: bool = False
 
@@ -51,8 +51,8 @@ def _stalled(key: str) -> bytes:
 
 KINDS = {
     "idle": Kind(lambda _key: b""),
-    "dribbled heads": Kind(lambda _key: b"GET /health/live HTTP/1.1\r\n", dribble=b"a: b\r\n"),
-    "dribbled bodies": Kind(lambda _key: _POST + b"content-length: 100000\r\n\r\n{", dribble=b" "),
+    "slow heads": Kind(lambda _key: b"GET /health/live HTTP/1.1\r\n", slow=b"a: b\r\n"),
+    "slow bodies": Kind(lambda _key: _POST + b"content-length: 100000\r\n\r\n{", slow=b" "),
     "refused, sending on": Kind(
         lambda _key: _POST + b"content-length: 100000000\r\n\r\n", push=_PUSHED
     ),
@@ -93,11 +93,11 @@ class BadClients:
             self._open[connection.fileno()] = connection
             self._poll.register(connection, select.POLLRDHUP)
 
-    def tick(self, *, dribble: bool) -> None:
+    def tick(self, *, second: bool) -> None:
         """Send what is due, and drop what the server closed."""
         for number, _ in self._poll.poll(0):
             self._drop(number)
-        data = self._kind.push or (self._kind.dribble if dribble else b"")
+        data = self._kind.push or (self._kind.slow if second else b"")
         if data:
             for number, connection in list(self._open.items()):
                 try:
@@ -122,13 +122,13 @@ def main() -> None:
     clients = BadClients(kind, count, port, key)
     for _ in range(round(count / OPENED_PER_S / _TICK_S)):
         clients.open(round(OPENED_PER_S * _TICK_S))
-        clients.tick(dribble=False)
+        clients.tick(second=False)
         time.sleep(_TICK_S)
     for tick in itertools.count(1):
         if tick == round(SETTLED_S / _TICK_S):
             print("opened", flush=True)
         time.sleep(_TICK_S)
-        clients.tick(dribble=tick % round(1 / _TICK_S) == 0)
+        clients.tick(second=tick % round(1 / _TICK_S) == 0)
         clients.open(round((OPENED_PER_S if kind.reset else REOPENED_PER_S) * _TICK_S))
 
 

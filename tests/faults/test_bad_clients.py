@@ -22,8 +22,10 @@ import pytest
 from prefixd.server.testing import fake_generate
 from tests.faults.bad_clients import KINDS
 from tests.faults.faults_outage import (
+    LIVE_WITHIN_S,
     SLACK,
     HealthProber,
+    check_recovers,
     wait_until,
     within,
 )
@@ -165,7 +167,7 @@ def p99(server: Served, http: httpx2.Client) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_thousand_bad_clients_leave_a_good_one_its_time(server: Served, kind: str) -> None:
-    figures = Figures()
+    figures, probers = Figures(), list[HealthProber]()
     memory, log = server.memory, server.log.stat().st_size
     with httpx2.Client(base_url=server.url, headers=_key(server), timeout=30) as http:
         for _ in range(ROUNDS):
@@ -175,7 +177,7 @@ def test_a_thousand_bad_clients_leave_a_good_one_its_time(server: Served, kind: 
                 wait_until(server.is_idle, timeout_s=within(30))
                 figures.attacked.append(p99(server, http))
                 figures.memory = max(figures.memory, server.memory - memory)
-            health.check_live()
+            probers.append(health)
         # Nothing remains of the bad clients: no connection, no sequence.
         wait_until(lambda: server.sample("prefixd_connections") <= 2, timeout_s=within(10))
         wait_until(server.is_idle, timeout_s=within(10))
@@ -185,7 +187,59 @@ def test_a_thousand_bad_clients_leave_a_good_one_its_time(server: Served, kind: 
         f"\n| {kind} | {quiet * 1e3:.0f} ms | {attacked * 1e3:.0f} ms | "
         f"{figures.memory / 1e6:.1f} MB | {figures.log / 1e3:.0f} kB |"
     )
+    for health in probers:
+        health.check_live()
     assert attacked <= max(2 * quiet * SLACK, quiet + ADDED_S * SLACK)
     assert figures.memory < GROWTH_BYTES
     assert figures.log < LOG_BYTES
     assert "Traceback" not in server.log.read_text()
+
+
+FEW_DESCRIPTORS = 256
+
+
+def test_idle_connections_from_many_addresses_leave_room_for_health_checks(
+    tmp_path: Path,
+) -> None:
+    """With 256 descriptors and the default limits."""
+    with (
+        served(tmp_path / "data", descriptors=FEW_DESCRIPTORS) as server,
+        httpx2.Client(base_url=server.url, headers=_key(server), timeout=30) as http,
+    ):
+        with HealthProber(server.url) as health, bad_clients("idle", server):
+            server.generate(http)
+        health.check_live()
+        assert server.sample("prefixd_connections_evicted_total") > 0
+        assert server.sample("prefixd_accept_failures_total") == 0
+        assert server.log.stat().st_size < LOG_BYTES
+
+
+def test_without_descriptors_running_streams_go_on_and_the_log_stays_small(
+    tmp_path: Path,
+) -> None:
+    """The limit of connections is above that of descriptors, so that accepting fails."""
+    with (
+        served(tmp_path / "data", descriptors=FEW_DESCRIPTORS, connections=100_000) as server,
+        httpx2.Client(base_url=server.url, headers=_key(server), timeout=30) as http,
+    ):
+        server.generate(http)
+        with bad_clients("idle", server):
+            start = time.monotonic()
+            assert http.get("/health/live").status_code == 200  # on its open connection
+            assert time.monotonic() - start < within(LIVE_WITHIN_S)
+            server.generate(http, tokens=100)
+        check_recovers(lambda: _check_live(server.url))
+        check_recovers(lambda: _check_few(server))
+        assert server.sample("prefixd_accept_failures_total") > 1
+        log = server.log.read_text()
+        assert "cannot accept connections" in log
+        assert "Traceback" not in log
+        assert len(log) < LOG_BYTES
+
+
+def _check_live(url: str) -> None:
+    assert _is_live(url)
+
+
+def _check_few(server: Served) -> None:
+    assert server.sample("prefixd_connections") <= 2
