@@ -29,7 +29,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor, Exception
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
 
-from prefixd.store.faults import StorageFault, storage_fault
+from prefixd.store.faults import storage_fault
 from prefixd.store.files import make_directories
 
 BUSY_TIMEOUT_S = 30.0
@@ -95,7 +95,7 @@ def open_database(url: str) -> Engine:
     engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
-    event.listen(engine, "handle_error", _replace_failed)
+    event.listen(engine, "handle_error", _replace_read_only)
     return engine
 
 
@@ -170,11 +170,12 @@ def _prepare_sqlite(dbapi_connection: DBAPIConnection, record: ConnectionPoolEnt
         cursor.close()
 
 
-def _replace_failed(context: ExceptionContext) -> None:
-    """Open new connections after the disk failed: SQLite opens a file of a read-only disk for
+def _replace_read_only(context: ExceptionContext) -> None:
+    """Close a connection that was opened while the disk was read-only: SQLite opened the file for
     reading, and that connection cannot write when the disk can be written again."""
-    if storage_fault(context.original_exception) is StorageFault.FAILED:
+    if getattr(context.original_exception, "sqlite_errorname", "").startswith("SQLITE_READONLY"):
         context.is_disconnect = True
+        context.invalidate_pool_on_disconnect = False  # the others may be able to write
 
 
 def _switch_to_wal(cursor: DBAPICursor) -> None:
