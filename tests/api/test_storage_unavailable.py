@@ -1,5 +1,6 @@
 """An unavailable bucket or database gives a 503 that does not reveal its address."""
 
+import errno
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -12,9 +13,9 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE
+from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE, DISK_FAILED, DISK_FULL
 from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.step import STORAGE_UNAVAILABLE, PrefixUnavailable
+from prefixd.server.engine.step import STORAGE_FULL, STORAGE_UNAVAILABLE, PrefixUnavailable
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.errors import BLOBS_UNAVAILABLE, BlobsUnavailable
 from tests.api.api_world import StoreBackedSource, World, error_of, put_text
@@ -121,15 +122,22 @@ def test_unavailable_storage_is_reported_to_the_engine_as_prefix_unavailable(
     store = world.store
     opened = Artifacts(store, world.served, world.disk)
     assert opened(key).text == "hello"
-    for error, message in (
-        (BlobsUnavailable(BLOBS_UNAVAILABLE), BLOBS_UNAVAILABLE),
-        (OperationalError("SELECT", {}, Exception(SECRET)), CATALOG_UNAVAILABLE),
+    for error, message, code in (
+        (BlobsUnavailable(BLOBS_UNAVAILABLE), BLOBS_UNAVAILABLE, STORAGE_UNAVAILABLE),
+        (
+            OperationalError("SELECT", {}, Exception(SECRET)),
+            CATALOG_UNAVAILABLE,
+            STORAGE_UNAVAILABLE,
+        ),
+        # The local copy of an object in a bucket, or the blob itself.
+        (OSError(errno.ENOSPC, SECRET), DISK_FULL, STORAGE_FULL),
+        (OSError(errno.EIO, SECRET), DISK_FAILED, STORAGE_UNAVAILABLE),
     ):
         monkeypatch.setattr(store, "fetch", failing(error))
         with pytest.raises(PrefixUnavailable) as away:
             opened(key)
         assert str(away.value) == message
-        assert away.value.code == STORAGE_UNAVAILABLE
+        assert away.value.code == code
 
 
 def test_a_locked_database_is_unavailable_and_a_missing_table_is_an_internal_error(

@@ -1,5 +1,6 @@
 """The demo model's cache: complete or absent, safe for concurrent processes."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from prefixd.server.model import demo
+from tests.faults.faults_disk import small_disk
+from tests.model.tiny_folder import tiny_llama
 
 
 def fake_convert(gguf, built, _report):
@@ -192,3 +195,11 @@ def test_the_real_conversion_reproduces_the_cached_bytes(demo_folder, tmp_path):
         demo_folder / "model.safetensors"
     ).read_bytes()
     shutil.rmtree(fresh)  # half a gigabyte that pytest would keep for three runs
+
+
+def test_a_full_disk_ends_the_conversion_with_an_os_error(tmp_path):
+    """safetensors reports it as an error of its own."""
+    with small_disk(tmp_path / "disk", size=64 * 1024) as disk:
+        with pytest.raises(OSError, match=str(disk.root)) as full:
+            demo.save_model(tiny_llama(vocab_size=20_000), disk.root / "model")
+        assert full.value.errno == errno.ENOSPC

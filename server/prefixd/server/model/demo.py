@@ -11,6 +11,7 @@ seconds, loading safetensors about one, so the first use writes a plain Hugging 
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
@@ -113,12 +114,25 @@ def _convert(gguf: Path, built: Path, report: Callable[[str], None]) -> None:
     model.tie_weights()
 
     report("writing float32 safetensors")
-    model.save_pretrained(built)
+    save_model(model, built)
     tokenizer.save_pretrained(built)
     # safetensors makes its file private; another account may share this cache (a container's).
     readable = (built / "config.json").stat().st_mode
     for path in built.iterdir():
         path.chmod(readable)
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write a model to a folder. Raises OSError, also for a disk that safetensors found full."""
+    from safetensors import SafetensorError  # noqa: PLC0415  # as for ``_convert``
+
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 def _write_marker(built: Path, *, source: str) -> None:
