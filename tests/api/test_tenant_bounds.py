@@ -100,7 +100,7 @@ def test_a_wait_ends_with_the_refusal() -> None:
     asyncio.run(scenario())
 
 
-def test_who_waits_for_the_catalog_too_long_gets_503_and_for_own_uploads_429(
+def test_a_wait_for_the_catalog_ends_with_503_and_one_for_own_uploads_with_429(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("prefixd.server.api.tenant_bounds.CATALOG_WAIT_S", 0.01)

@@ -138,7 +138,7 @@ class RequestRates:
 
 
 def _of_catalog(capacity: int) -> KeyedSemaphore:
-    """Who waits as long waits for calls that do not end: the catalog is slow or hangs."""
+    """A wait as long as this is one for calls that do not end: the catalog is slow or hangs."""
     refusal = partial(storage_unavailable, CATALOG_UNAVAILABLE)
     return KeyedSemaphore(capacity, refusal, wait_s=CATALOG_WAIT_S)
 
