@@ -1,8 +1,8 @@
 """A tenant that creates as much as it may meets its quotas; what another tenant notices of it.
 
 The other tenant's latencies are compared with those of quiet rounds, which alternate with the loud
-ones; the step time of the fake runner is fixed. A latency beyond the bound is an expected failure so
-far: writers of one SQLite file still delay each other.
+ones; the step time of the fake runner is fixed. A latency beyond the bound is an expected failure
+so far: writers of one SQLite file still delay each other.
 """
 
 import json
