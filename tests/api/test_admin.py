@@ -242,7 +242,8 @@ def test_a_text_with_nul_is_a_400(either_world: World) -> None:
             if either_world.database.dialect.name == "postgresql":
                 assert answer.status_code == 400, path
                 assert error_of(answer)["code"] == "invalid_request"
-                assert "NUL" in error_of(answer)["message"]
+                expected = "control character" if "/%00" in path else "NUL"
+                assert expected in error_of(answer)["message"]
 
 
 @pytest.mark.parametrize("path", ["keys", "audit"])

@@ -121,7 +121,7 @@ def test_the_task_of_a_text_stays_also_in_an_upload(client: TestClient) -> None:
         ("[1]", 422, "malformed_metadata"),
         ("null", 422, "malformed_metadata"),
         ("{", 422, "malformed_metadata"),
-        ('{"a": 1, "a": 2}', 422, "malformed_metadata"),
+        ('{"a": 1, "a": 2}', 400, "invalid_json"),
         ('{"a": NaN}', 422, "malformed_metadata"),
         ({"labels": {"team": 1}}, 422, "malformed_metadata"),
         ({"labels": "team"}, 422, "malformed_metadata"),
