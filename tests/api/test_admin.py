@@ -242,8 +242,8 @@ def test_a_text_with_nul_is_a_400(either_world: World) -> None:
             if either_world.database.dialect.name == "postgresql":
                 assert answer.status_code == 400, path
                 assert error_of(answer)["code"] == "invalid_request"
-                expected = "control character" if "/%00" in path else "NUL"
-                assert expected in error_of(answer)["message"]
+                message = error_of(answer)["message"]
+                assert "NUL" in message or "control character" in message, path
 
 
 @pytest.mark.parametrize("path", ["keys", "audit"])
