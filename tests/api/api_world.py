@@ -13,6 +13,9 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine as Database
 
 from prefixd.server.api.app import create_app
+from prefixd.server.api.catalog_access import CatalogAccess
+from prefixd.server.api.catalog_calls import WAIT_S
+from prefixd.server.api.catalog_metrics import CatalogCollector
 from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.metrics import Metrics
@@ -159,13 +162,20 @@ class World:
 
     def __post_init__(self) -> None:
         self.app = self.make_app()
+        self.metrics.registry.register(CatalogCollector(self.app.state.catalog))
 
     def make_app(
-        self, *, engine: Engine | None = None, trace: Tracer | None = None, **limits: Any
+        self,
+        *,
+        engine: Engine | None = None,
+        trace: Tracer | None = None,
+        wait_s: float = WAIT_S,
+        **limits: Any,
     ) -> FastAPI:
         """An application over these parts, except those given here."""
         engine = engine or self.engine
         room = pin_room(engine.config, None)
+        access = CatalogAccess.make(wait_s=wait_s)
         return create_app(
             store=self.store,
             tenants=self.tenants,
@@ -178,6 +188,7 @@ class World:
             metrics=self.metrics,
             drain_state=self.drain_state,
             pin_room=room,
+            catalog=access,
             body_limits=self.body_limits,
             disk=self.disk,
             trace=trace,
@@ -189,6 +200,8 @@ class World:
                 disk=self.disk,
                 fingerprint=self.served.base.fingerprint,
                 pin_room=room,
+                catalog=access,
+                database=self.database,
                 trace=trace,
             ),
             **{**LIMITS, **limits},

@@ -23,6 +23,7 @@ OPTIONAL = {
     "prefixd.client.convert.tables": "convert",
     "prefixd.client.convert.tensors": "convert",
     "prefixd.store.blobs.s3": "s3",
+    "prefixd.store.db.postgres": "postgres",
     "prefixd.server.serve.telemetry": "otel",
     "prefixd.server.model.demo": "demo",
 }
@@ -31,7 +32,6 @@ OPTIONAL = {
 NOT_IMPORTED = {
     "httptools": "uvicorn's HTTP parser, chosen by the subclass in serve/",
     "gguf": "transformers reads the demo model's file with it",
-    "psycopg": "SQLAlchemy's driver for postgresql+psycopg URLs",
 }
 """Declared packages that no module imports, and what uses them."""
 

@@ -5,10 +5,13 @@ the tables of both. This package imports neither.
 """
 
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,14 +29,27 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor, ExceptionContext
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
 
+from prefixd.store.db.timeouts import Timeouts
 from prefixd.store.faults import storage_fault
 from prefixd.store.files import make_directories
 
-BUSY_TIMEOUT_S = 30.0
-"""How long a writer waits for another one, in any process, before it fails."""
+COMMAND_LINE_TIMEOUTS = Timeouts()
+"""For calls outside a request."""
+
+_TURNS = "prefixd_turns"
+
+
+@dataclass(frozen=True, slots=True)
+class WriterTurns:
+    """The writers of this process take turns; each waits up to ``timeout_s`` seconds."""
+
+    timeout_s: float
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
 
 metadata = MetaData(
     # Fixed names, so that a migration can name the constraint it changes.
@@ -73,7 +89,7 @@ class UtcDateTime(TypeDecorator[datetime]):
         return None if value is None else value.replace(tzinfo=UTC)
 
 
-def open_database(url: str) -> Engine:
+def open_database(url: str, timeouts: Timeouts = COMMAND_LINE_TIMEOUTS) -> Engine:
     """An engine on ``url``, safe to share between threads: ``sqlite:///path/to/file`` or
     ``postgresql://user@host/name``.
 
@@ -83,17 +99,25 @@ def open_database(url: str) -> Engine:
     """
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
-        # Not SQLAlchemy's default driver, but the one that is tested.
-        parsed = parsed.set(drivername="postgresql+psycopg")
-        engine = create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
+        from prefixd.store.db.postgres import open_postgres  # noqa: PLC0415 - psycopg is an extra
+
+        engine = open_postgres(parsed, timeouts)
         event.listen(engine, "begin", _begin_postgresql)
         return engine
     if parsed.get_backend_name() != "sqlite":
         raise ValueError(f"expected a database of sqlite or postgresql, got {parsed.drivername}")
     make_directories(_sqlite_file(parsed).parent)
     # Parameters hold users' names and templates, which must not reach an error message or a log.
-    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S}, hide_parameters=True)
-    event.listen(engine, "connect", _prepare_sqlite)
+    engine = create_engine(
+        parsed,
+        connect_args={"timeout": timeouts.lock_s},
+        pool_timeout=timeouts.pool_s,
+        pool_size=timeouts.max_connections,
+        max_overflow=0,
+        hide_parameters=True,
+        execution_options={_TURNS: WriterTurns(timeouts.lock_s)},
+    )
+    event.listen(engine, "connect", partial(_prepare_sqlite, busy_timeout_s=timeouts.lock_s))
     event.listen(engine, "begin", _begin_sqlite)
     event.listen(engine, "handle_error", _replace_read_only)
     return engine
@@ -114,7 +138,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
     On SQLite it takes the write lock first (BEGIN IMMEDIATE): a transaction that reads and then
     writes fails, without the busy timeout, when another one wrote in between.
     """
-    with engine.execution_options(prefixd_write=True).begin() as connection:
+    with _turn(engine), engine.execution_options(prefixd_write=True).begin() as connection:
         yield connection
 
 
@@ -129,8 +153,40 @@ def writing_relaxed(engine: Engine) -> Iterator[Connection]:
     options: dict[str, Any] = {"prefixd_write": True, "prefixd_relaxed": True}
     if engine.dialect.name == "postgresql":
         options["isolation_level"] = "AUTOCOMMIT"  # ``_begin_postgresql`` begins the transaction
-    with engine.execution_options(**options).begin() as connection:
+    with _turn(engine), engine.execution_options(**options).begin() as connection:
         yield connection
+
+
+@contextmanager
+def _turn(engine: Engine) -> Iterator[None]:
+    """On SQLite, wait for the other writers of this process. SQLite's own wait polls, and under
+    load one of many writers may never see the file unlocked."""
+    turns: WriterTurns | None = engine.get_execution_options().get(_TURNS)
+    if turns is None:
+        yield
+        return
+    if not turns.lock.acquire(timeout=turns.timeout_s):
+        raise PoolTimeout(f"another writer had the database for {turns.timeout_s:g} s")
+    try:
+        yield
+    finally:
+        turns.lock.release()
+
+
+def check_readable(engine: Engine) -> None:
+    """Read from the database. Raises SQLAlchemyError when it cannot be read now."""
+    # SQLite opens no file for a query without a table.
+    statement = "SELECT 1" if engine.dialect.name == "postgresql" else "SELECT 1 FROM sqlite_schema"
+    with engine.begin() as connection:
+        connection.exec_driver_sql(statement).first()
+
+
+def check_writable(engine: Engine) -> None:
+    """Take SQLite's write lock, and write nothing. Raises SQLAlchemyError when another process has
+    it. PostgreSQL has no such lock."""
+    if engine.dialect.name == "sqlite":
+        with writing(engine) as connection:
+            connection.rollback()
 
 
 def insert_into(connection: Connection, table: Table) -> "sqlite.Insert | postgresql.Insert":
@@ -157,13 +213,14 @@ def _sqlite_file(url: URL) -> Path:
     return Path(url.database)
 
 
-def _prepare_sqlite(dbapi_connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-    del record
+def _prepare_sqlite(
+    dbapi_connection: DBAPIConnection, _record: ConnectionPoolEntry, *, busy_timeout_s: float
+) -> None:
     # ``_begin_sqlite`` begins the transactions, not the driver.
     dbapi_connection.isolation_level = None
     cursor = dbapi_connection.cursor()
     try:
-        _switch_to_wal(cursor)
+        _switch_to_wal(cursor, busy_timeout_s)
         cursor.execute("PRAGMA synchronous=FULL")
         cursor.execute("PRAGMA foreign_keys=ON")
     finally:
@@ -178,10 +235,10 @@ def _replace_read_only(context: ExceptionContext) -> None:
         context.invalidate_pool_on_disconnect = False  # the others may be able to write
 
 
-def _switch_to_wal(cursor: DBAPICursor) -> None:
-    """Switch to WAL, and retry until BUSY_TIMEOUT_S: switching a new file ignores the busy timeout,
-    so processes that start together would fail."""
-    deadline = time.monotonic() + BUSY_TIMEOUT_S
+def _switch_to_wal(cursor: DBAPICursor, busy_timeout_s: float) -> None:
+    """Switch to WAL, and retry for ``busy_timeout_s``: switching a new file ignores the busy
+    timeout, so processes that start together would fail."""
+    deadline = time.monotonic() + busy_timeout_s
     while True:
         try:
             cursor.execute("PRAGMA journal_mode=WAL")

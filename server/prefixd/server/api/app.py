@@ -8,6 +8,7 @@ from fastapi import Depends, FastAPI
 from prefixd.server import version
 from prefixd.server.api import error_responses, health, openapi
 from prefixd.server.api.admin import routes as admin_routes
+from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.dependencies import (
     BodyLimits,
     authenticated,
@@ -19,6 +20,7 @@ from prefixd.server.api.disk_metrics import BucketCollector
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.generate import routes as generate_routes
 from prefixd.server.api.generate.admission import Admission
+from prefixd.server.api.generate.charging import Charging
 from prefixd.server.api.generate.resolver import PrefixResolver
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.middleware import RequestLayer
@@ -77,6 +79,7 @@ def create_app(
     pin_room: PinRoom,
     body_limits: BodyLimits,
     disk: DiskGuard,
+    catalog: CatalogAccess,
     bounds: TenantBounds | None = None,
     body_timeout: float,
     min_body_rate: int,
@@ -109,8 +112,7 @@ def create_app(
             max_seconds=max_request_seconds,
         ),
         engine=engine,
-        limiter=limiter,
-        disk=disk,
+        charging=Charging(limiter=limiter, catalog=catalog, disk=disk),
         drain_state=drain_state,
         served=served,
         metrics=metrics,
@@ -121,6 +123,7 @@ def create_app(
     app.state.bindings = bindings
     app.state.body_limits = body_limits
     app.state.bounds = bounds or TenantBounds()
+    app.state.catalog = catalog
     app.state.disk = disk
     app.state.drain_state = drain_state
     app.state.engine = engine

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.tenant_bounds import KeyedSemaphore, TenantBounds
@@ -55,6 +55,7 @@ BindingsDep = Annotated[Bindings, part("bindings")]
 BoundsDep = Annotated[TenantBounds, part("bounds")]
 BodyLimitsDep = Annotated[BodyLimits, part("body_limits")]
 DiskDep = Annotated[DiskGuard, part("disk")]
+CatalogAccessDep = Annotated[CatalogAccess, part("catalog")]
 DrainStateDep = Annotated[DrainState, part("drain_state")]
 EngineDep = Annotated[Engine, part("engine")]
 IdempotencyDep = Annotated[Idempotency, part("idempotency")]
@@ -71,6 +72,7 @@ async def authenticated(
     request: Request,
     tenants: TenantsDep,
     bounds: BoundsDep,
+    catalog: CatalogAccessDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Principal:
     """The principal behind the bearer key. Raises NotAuthenticated."""
@@ -80,15 +82,17 @@ async def authenticated(
             code="missing_api_key",
         )
     async with bounds.lookup(credentials.credentials, request.client):
-        principal = await run_in_threadpool(tenants.authenticate, credentials.credentials)
+        begun = time.monotonic()
+        principal = await catalog.calls.read(tenants.authenticate, credentials.credentials)
+    request.state.catalog_waited = time.monotonic() - begun
     request.state.principal = principal
     return principal
 
 
 async def authenticate_request(request: Request) -> Principal:
     """``authenticated``, of a request that no route takes."""
-    state = request.app.state
-    return await authenticated(request, state.tenants, state.bounds, await _bearer(request))
+    state, credentials = request.app.state, await _bearer(request)
+    return await authenticated(request, state.tenants, state.bounds, state.catalog, credentials)
 
 
 Authenticated = Annotated[Principal, Depends(authenticated)]

@@ -1,4 +1,8 @@
-"""Public routes: health and metrics. They show no tenant, prefix or prompt."""
+"""Public routes: health and metrics. They show no tenant, prefix or prompt.
+
+They run on the event loop and wait for nothing, so that they respond while a thread pool, the
+database or the bucket hangs.
+"""
 
 from typing import Annotated, Literal
 
@@ -7,7 +11,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from prefixd.server.api.dependencies import DrainStateDep, EngineDep, part
+from prefixd.server.api.dependencies import CatalogAccessDep, DrainStateDep, EngineDep, part
 from prefixd.server.api.metrics import Metrics
 
 router = APIRouter(tags=["operation"])
@@ -23,7 +27,7 @@ class HealthResponse(BaseModel):
 
 
 @router.get("/health/live", response_model=HealthResponse, response_model_exclude_none=True)
-def live() -> HealthResponse:
+async def live() -> HealthResponse:
     """The process responds."""
     return HealthResponse(status="ok")
 
@@ -33,9 +37,14 @@ def live() -> HealthResponse:
     response_model=HealthResponse,
     responses={503: {"description": "Not now.", "model": HealthResponse}},
 )
-def ready(engine: EngineDep, drain_state: DrainStateDep) -> Response:
-    """The engine steps and the server takes requests; otherwise ``reason`` says why not."""
-    reason = "the server is shutting down" if drain_state.closed else engine.trouble
+async def ready(
+    engine: EngineDep, drain_state: DrainStateDep, catalog: CatalogAccessDep
+) -> Response:
+    """The engine steps, the catalog responds and the server takes requests; otherwise ``reason``
+    says why not."""
+    reason = engine.trouble or catalog.health.trouble
+    if drain_state.closed:
+        reason = "the server is shutting down"
     if reason is None:
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": "not ready", "reason": reason}, 503)
@@ -46,6 +55,6 @@ def ready(engine: EngineDep, drain_state: DrainStateDep) -> Response:
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
-def metrics(metrics: MetricsDep) -> Response:
+async def metrics(metrics: MetricsDep) -> Response:
     """Metrics in Prometheus' text format."""
     return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)

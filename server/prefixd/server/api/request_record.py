@@ -4,15 +4,16 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import structlog
-from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.api.metrics import Endpoint, Metrics, Outcome, TenantClass
+from prefixd.server.api.settlements import Settlements
 from prefixd.server.engine.request import AdmittedRequest, FinishEvent, TokenEvent
 from prefixd.server.errors import (
     DeadlineExceeded,
@@ -205,6 +206,7 @@ class RequestRecorder:
     record: RequestRecord
     metrics: Metrics
     limiter: Limiter
+    settlements: Settlements
     trace: Tracer | None = None
     grant: Grant | None = None
     _arrived: float = field(default_factory=time.perf_counter)
@@ -236,7 +238,7 @@ class RequestRecorder:
             self.trace(record)
         if self.grant is not None and self.grant.quota.is_metered:
             # Goes on when this task is cancelled: the lease would stay until it expires.
-            await asyncio.shield(run_in_threadpool(self._settle, self.grant))
+            await self.settlements.settle(partial(self._settle, self.grant))
 
     def token(self, choice: int, event: TokenEvent) -> None:
         """Count new tokens of one sequence."""
@@ -254,17 +256,12 @@ class RequestRecorder:
                 self.metrics.per_token[self.record.endpoint].observe(gap)
         self._last_token[choice] = now
 
-    def _settle(self, grant: Grant) -> None:
+    def _settle(self, grant: Grant, unsure: bool) -> None:
         """Charge the output, or return the tokens of a request that the server could not serve.
-
-        Without a database the lease expires by itself; the response is not lost.
-        """
-        record = self.record
-        try:
-            if record.outcome is Outcome.UNAVAILABLE and not record.generated_tokens:
-                prompt_tokens = record.admitted.prompt_tokens if record.admitted else 0
-                self.limiter.give_back(grant, tokens=prompt_tokens)
-            else:
-                self.limiter.settle(grant, output_tokens=record.generated_tokens)
-        except SQLAlchemyError:
-            log.exception("a request's limits were not settled", tenant=grant.tenant)
+        Raises SQLAlchemyError."""
+        record, limiter = self.record, self.limiter
+        if record.outcome is Outcome.UNAVAILABLE and not record.generated_tokens:
+            prompt_tokens = record.admitted.prompt_tokens if record.admitted else 0
+            limiter.give_back(grant, tokens=prompt_tokens, unsure=unsure)
+        else:
+            limiter.settle(grant, output_tokens=record.generated_tokens, unsure=unsure)

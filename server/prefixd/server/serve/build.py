@@ -14,6 +14,8 @@ import torch
 from fastapi import FastAPI
 
 from prefixd.server.api.app import create_app
+from prefixd.server.api.catalog_access import CatalogAccess
+from prefixd.server.api.catalog_metrics import CatalogCollector
 from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.metrics import Metrics
@@ -78,7 +80,7 @@ def build_server(settings: Settings) -> Server:
         torch.set_num_threads(settings.threads)
     config = scheduler_config(settings)
     device = device_of(settings)
-    catalog = open_catalog(settings)
+    catalog = open_catalog(settings, settings.timeouts)
     base = load_base(
         settings.model,
         dtype=settings.dtype,
@@ -95,6 +97,8 @@ def build_server(settings: Settings) -> Server:
     trace = open_tracer()
     drain_state = DrainState()
     metrics = Metrics(engine.stats, catalog.disk)
+    access = CatalogAccess.make(wait_s=settings.catalog_timeout)
+    metrics.registry.register(CatalogCollector(access))
     room = pin_room(config, settings.max_pinned_tokens)
     app = create_app(
         store=catalog.store,
@@ -107,6 +111,7 @@ def build_server(settings: Settings) -> Server:
         served=served,
         metrics=metrics,
         disk=catalog.disk,
+        catalog=access,
         drain_state=drain_state,
         pin_room=room,
         body_limits=BodyLimits(
@@ -132,6 +137,7 @@ def build_server(settings: Settings) -> Server:
             pin_room=room,
             sweeper=_make_sweeper(settings, catalog, engine),
             trace=trace,
+            catalog=access,
             database=catalog.database,
         ),
     )

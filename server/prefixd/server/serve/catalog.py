@@ -26,8 +26,9 @@ from prefixd.server.tenants.registry import DEFAULT_SCOPES, Scope, Tenants
 from prefixd.store.backup import back_up, restore
 from prefixd.store.blobs.blobs import Blobs, open_blobs
 from prefixd.store.copying import CopyResult, Place, copy_store
-from prefixd.store.db.database import open_database
+from prefixd.store.db.database import COMMAND_LINE_TIMEOUTS, open_database
 from prefixd.store.db.migrate import revision, upgrade
+from prefixd.store.db.timeouts import Timeouts
 from prefixd.store.disk import DiskGuard
 from prefixd.store.errors import StoreError
 from prefixd.store.integrity import Finding, StoreIntegrity
@@ -51,17 +52,22 @@ class CatalogParts:
     disk: DiskGuard
 
 
-def open_catalog(settings: Settings) -> CatalogParts:
-    """Open the catalog and the blobs; create the tables and folders that are missing.
+def open_catalog(settings: Settings, timeouts: Timeouts = COMMAND_LINE_TIMEOUTS) -> CatalogParts:
+    """Open the catalog and the blobs; create the tables and folders that are missing. The tables
+    are changed with the timeouts of the command line, as that may take long.
 
     Raises DataFolderRefused.
     """
     check_data_folder(settings.root)
     disk = disk_guard(settings)
     disk.make_room()
-    database = open_database(settings.catalog_url)
-    event.listen(database, "begin", partial(_before_writing, disk))
-    upgrade(database)
+    guard = partial(_before_writing, disk)
+    migrating = open_database(settings.catalog_url)
+    event.listen(migrating, "begin", guard)
+    upgrade(migrating)
+    migrating.dispose()
+    database = open_database(settings.catalog_url, timeouts)
+    event.listen(database, "begin", guard)
     return CatalogParts(
         database=database,
         store=PrefixStore(database, _open_blobs(settings)),

@@ -1,17 +1,21 @@
 """Background services, started before the first request and stopped after the last."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import structlog
 from fastapi import FastAPI
-from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import SQLAlchemyError
 
+from prefixd.server.api.catalog_access import CatalogAccess
+from prefixd.server.api.catalog_calls import CatalogCalls
 from prefixd.server.api.request_record import Tracer
 from prefixd.server.engine.engine import Engine
+from prefixd.server.errors import Unavailable
+from prefixd.server.serve.catalog_probe import CatalogProbe, report_health
 from prefixd.server.serve.pin_sync import PinSync
 from prefixd.server.tenants.limiter import RENEW_EVERY_S, Limiter
 from prefixd.server.tenants.pin_room import PinRoom
@@ -19,6 +23,9 @@ from prefixd.server.tenants.registry import Tenants
 from prefixd.store.disk import DiskGuard, DiskWatch
 from prefixd.store.gc import Sweeper
 from prefixd.store.store import PrefixStore
+
+CLOSING_S = 0.5
+"""How long the calls on the catalog, and then its connections, may take to end, in seconds."""
 
 log = structlog.get_logger("prefixd")
 
@@ -30,11 +37,12 @@ def make_lifespan(
     tenants: Tenants,
     limiter: Limiter,
     disk: DiskGuard,
+    catalog: CatalogAccess,
+    database: Database,
     fingerprint: str,
     pin_room: PinRoom,
     sweeper: Sweeper | None = None,
     trace: Tracer | None = None,
-    database: Database | None = None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """A lifespan that runs the engine, pin sync, lease renewal, the watch over the disk and
     ``sweeper``, and at the end
@@ -54,13 +62,18 @@ def make_lifespan(
         pin_sync.start()
         disk_watch = DiskWatch(disk)
         disk_watch.start()
-        renewing = asyncio.create_task(_renew_leases(limiter))
+        probe = CatalogProbe(database, catalog.health)
+        probe.start()
+        renewing = asyncio.create_task(_renew_leases(limiter, catalog.calls))
+        reporting = asyncio.create_task(report_health(catalog.health))
         if sweeper is not None:
             sweeper.start()
         try:
             yield
         finally:
             renewing.cancel()
+            reporting.cancel()
+            probe.stop()
             if sweeper is not None:
                 sweeper.stop()
             pin_sync.stop()
@@ -68,18 +81,27 @@ def make_lifespan(
             engine.stop()
             if trace is not None:
                 trace.close()
-            if database is not None:
-                # The last connection to close leaves SQLite's catalog in one file.
-                database.dispose()
+            _close_catalog(catalog, database)
 
     return lifespan
 
 
-async def _renew_leases(limiter: Limiter) -> None:
+def _close_catalog(catalog: CatalogAccess, database: Database) -> None:
+    """Close the catalog, which may hang: then the process ends without."""
+    closing = threading.Thread(target=catalog.close, kwargs={"timeout_s": CLOSING_S}, daemon=True)
+    closing.start()
+    closing.join(CLOSING_S)
+    # The last connection to close leaves SQLite's catalog in one file.
+    closing = threading.Thread(target=database.dispose, daemon=True)
+    closing.start()
+    closing.join(CLOSING_S)
+
+
+async def _renew_leases(limiter: Limiter, calls: CatalogCalls) -> None:
     """Keep the leases of running requests valid while this process lives."""
     while True:
         await asyncio.sleep(RENEW_EVERY_S)
         try:
-            await run_in_threadpool(limiter.renew)
-        except SQLAlchemyError:
-            log.exception("the leases of running requests were not renewed")
+            await calls.write(limiter.renew)
+        except (SQLAlchemyError, Unavailable):
+            log.warning("the leases of running requests were not renewed")

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from prefixd.server.serve.connection_limits import parse_networks
 from prefixd.server.tenants.quotas import parse_quota
+from prefixd.store.db.timeouts import Timeouts
 
 ENV_PREFIX = "PREFIXD_"
 
@@ -22,13 +23,21 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
 
 
+SERVER_CONNECTIONS = 20
+"""The most connections of one server to the database."""
+
 SETTING_GROUPS = {
     "Model": ("device", "dtype", "model", "served_model_name", "threads"),
     "Storage": (
         "audit_days",
         "blobs_timeout",
         "blobs_url",
+        "catalog_timeout",
         "data_dir",
+        "database_connect_timeout",
+        "database_lock_timeout",
+        "database_pool_timeout",
+        "database_statement_timeout",
         "database_url",
         "gc_grace",
         "gc_interval",
@@ -132,6 +141,23 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(
         default=None,
         description="URL of the catalog's database: postgresql://user@host/name.",
+    )
+    catalog_timeout: float = Field(
+        default=4.0,
+        gt=0,
+        description="Seconds a request may wait for the catalog before it gets 503.",
+    )
+    database_connect_timeout: float = Field(
+        default=2.0, ge=2, description="Seconds to open a connection to PostgreSQL."
+    )
+    database_statement_timeout: float = Field(
+        default=3.0, gt=0, description="Seconds a statement on PostgreSQL may take."
+    )
+    database_lock_timeout: float = Field(
+        default=3.0, gt=0, description="Seconds a change may wait for another writer's lock."
+    )
+    database_pool_timeout: float = Field(
+        default=2.0, gt=0, description="Seconds to wait for a free connection to the database."
     )
     blobs_url: str | None = Field(
         default=None,
@@ -332,6 +358,17 @@ class Settings(BaseSettings):
     def root(self) -> Path:
         """``data_dir`` as an absolute path."""
         return self.data_dir.expanduser().absolute()
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """The database's timeouts while a server runs."""
+        return Timeouts(
+            connect_s=self.database_connect_timeout,
+            statement_s=self.database_statement_timeout,
+            lock_s=self.database_lock_timeout,
+            pool_s=self.database_pool_timeout,
+            max_connections=SERVER_CONNECTIONS,
+        )
 
     @property
     def catalog_url(self) -> str:

@@ -40,10 +40,16 @@ class Leases:
         self._running: dict[str, str] = {}  # tenant by lease
 
     def take(
-        self, connection: Connection, tenant: str, *, limit: int, now: ColumnElement[float]
-    ) -> str:
-        """A new lease. Raises RateLimited when ``limit`` requests of the tenant run. The caller
-        holds a lock of the tenant and calls ``add`` after the transaction."""
+        self,
+        connection: Connection,
+        tenant: str,
+        *,
+        lease: str,
+        limit: int,
+        now: ColumnElement[float],
+    ) -> None:
+        """Insert ``lease``. Raises RateLimited when ``limit`` requests of the tenant run. The
+        caller holds a lock of the tenant and calls ``add`` after the transaction."""
         stale = func.coalesce(func.sum(case((_is_stale(now), 1), else_=0)), 0)
         counts = select(func.count().label("leases"), stale.label("stale"))
         row = connection.execute(counts.where(request_leases.c.tenant == tenant)).one()
@@ -56,9 +62,7 @@ class Leases:
                 code="concurrency_limit_exceeded",
                 retry_after=_CONCURRENCY_RETRY_S,
             )
-        lease = uuid.uuid4().hex
         self._insert(connection, {lease: tenant}, now=now)
-        return lease
 
     def add(self, lease: str, tenant: str) -> None:
         """The request of ``lease`` runs: ``renew`` keeps it."""
@@ -125,9 +129,15 @@ class Leases:
         return list(connection.scalars(extending.returning(request_leases.c.id)))
 
 
-def delete_leases(connection: Connection, leases: list[str]) -> None:
-    """Delete the leases of requests that have ended."""
-    connection.execute(delete(request_leases).where(request_leases.c.id.in_(leases)))
+def delete_leases(connection: Connection, leases: list[str]) -> int:
+    """Delete the leases of requests that have ended; how many there were."""
+    deleting = delete(request_leases).where(request_leases.c.id.in_(leases))
+    return connection.execute(deleting).rowcount
+
+
+def new_lease() -> str:
+    """The id of a lease that is not taken yet."""
+    return uuid.uuid4().hex
 
 
 def _is_stale(now: ColumnElement[float]) -> ColumnElement[bool]:

@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy import cast as sql_cast
 
 from prefixd.server.errors import RateLimited
-from prefixd.server.tenants.leases import LEASE_S, RENEW_EVERY_S, Leases, delete_leases
+from prefixd.server.tenants.leases import LEASE_S, RENEW_EVERY_S, Leases, delete_leases, new_lease
 from prefixd.server.tenants.quotas import Quota
 from prefixd.server.tenants.tables import rate_limits
 from prefixd.store.db.database import upsert, writing_relaxed
@@ -82,17 +82,19 @@ class Limiter:
         self._clock = now
         self._leases = Leases()
 
-    def admit(self, tenant: str, quota: Quota, *, tokens: int) -> Grant:
-        """Take one request and ``tokens`` of prompt. Raises RateLimited."""
+    def admit(self, tenant: str, quota: Quota, *, tokens: int, lease: str | None = None) -> Grant:
+        """Take one request and ``tokens`` of prompt. Raises RateLimited. ``lease`` is the id for
+        its lease: a caller that has it can free a lease of which it was not told."""
         if not quota.is_metered:
             return Grant(tenant, quota)
-        lease, now = None, self._now()
+        now = self._now()
+        limit = quota.max_concurrent_requests
+        lease = None if limit is None else lease or new_lease()
         with writing_relaxed(self._engine) as connection:
             # The update locks the tenant's row, so that leases are counted one after the other.
             taken = _take(connection, tenant, quota, now=now, tokens=tokens)
-            limit = quota.max_concurrent_requests
-            if limit is not None and not isinstance(taken, RateLimited):
-                lease = self._leases.take(connection, tenant, limit=limit, now=now)
+            if limit is not None and lease is not None and not isinstance(taken, RateLimited):
+                self._leases.take(connection, tenant, lease=lease, limit=limit, now=now)
         if isinstance(taken, RateLimited):
             raise taken
         if lease is not None:
@@ -110,24 +112,25 @@ class Limiter:
             raise taken
         return headers_of(taken)
 
-    def settle(self, grant: Grant, *, output_tokens: int) -> None:
-        """The request has ended: charge its output and free its place."""
+    def settle(self, grant: Grant, *, output_tokens: int, unsure: bool = False) -> None:
+        """The request has ended: charge its output and free its place. ``unsure``: an earlier
+        attempt may have been committed; then only a request that still has its lease is charged."""
         self._leases.forget(grant.lease)
         charge = grant.quota.tokens_per_minute is not None and output_tokens > 0
         if not charge and grant.lease is None:
             return
         with writing_relaxed(self._engine) as connection:
-            if charge:
+            freed = _free(connection, grant)
+            if charge and (freed or not unsure or grant.lease is None):
                 _charge(connection, grant, now=self._now(), tokens=output_tokens)
-            _free(connection, grant)
 
-    def give_back(self, grant: Grant, *, tokens: int) -> None:
+    def give_back(self, grant: Grant, *, tokens: int, unsure: bool = False) -> None:
         """The server did not serve the request: return it and its ``tokens`` of prompt, and free
-        its place."""
+        its place. ``unsure``: as for ``settle``, or it may not have been admitted at all."""
         self._leases.forget(grant.lease)
         with writing_relaxed(self._engine) as connection:
-            _charge(connection, grant, now=self._now(), tokens=-tokens, requests=-1)
-            _free(connection, grant)
+            if _free(connection, grant) or not unsure:
+                _charge(connection, grant, now=self._now(), tokens=-tokens, requests=-1)
 
     def renew(self) -> None:
         """Extend the leases of the requests running in this process; to be called every
@@ -203,9 +206,9 @@ def _charge(
     )
 
 
-def _free(connection: Connection, grant: Grant) -> None:
-    if grant.lease is not None:
-        delete_leases(connection, [grant.lease])
+def _free(connection: Connection, grant: Grant) -> bool:
+    """Whether the request had a lease, which is now free."""
+    return grant.lease is not None and delete_leases(connection, [grant.lease]) > 0
 
 
 def _is_ahead(now: ColumnElement[float]) -> ColumnElement[bool]:

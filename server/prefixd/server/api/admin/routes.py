@@ -27,6 +27,7 @@ from prefixd.server.api.admin.schemas import (
     TenantShown,
 )
 from prefixd.server.api.body import json_body, json_request
+from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.dependencies import Acting, Admin, AuditDep, EngineDep, Operator, TenantsDep
 from prefixd.server.api.repeats import RepeatableDep
 from prefixd.server.api.values import WholeNumber
@@ -36,7 +37,7 @@ from prefixd.server.tenants.principal import DEFAULT_SCOPES, Principal
 from prefixd.server.tenants.quotas import SETTINGS
 from prefixd.server.tenants.registry import IssuedKey, KeyRecord, TenantRecord, Tenants
 
-router = APIRouter(prefix="/v1/admin", tags=["admin"])
+router = APIRouter(prefix="/v1/admin", tags=["admin"], route_class=CatalogRoute)
 
 Limit = Annotated[WholeNumber, Query(ge=1, le=1000)]
 After = Annotated[str | None, Query(max_length=128)]

@@ -10,16 +10,16 @@ from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, Depends, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DBAPIError
 from starlette.responses import Response
 
 from prefixd.server.api.body import json_body, json_request
+from prefixd.server.api.catalog_calls import waited_by
 from prefixd.server.api.dependencies import Generator, part
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import Admission
+from prefixd.server.api.generate.charging import Charging
 from prefixd.server.api.generate.event_stream import EventStream, Generation, while_connected
 from prefixd.server.api.generate.formatter import (
     ChatAnswer,
@@ -41,11 +41,7 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import Event, FinishEvent, FinishReason, QueueFull, TokenEvent
 from prefixd.server.errors import Unavailable
-from prefixd.server.tenants.limiter import Grant, Limiter
 from prefixd.server.tenants.principal import Principal
-from prefixd.server.tenants.quotas import Quota
-from prefixd.store.disk import DiskGuard
-from prefixd.store.faults import StorageFault, storage_fault
 
 router = APIRouter(prefix="/v1", tags=["generation"])
 
@@ -64,8 +60,7 @@ class GenerationService:
 
     admission: Admission
     engine: Engine
-    limiter: Limiter
-    disk: DiskGuard
+    charging: Charging
     drain_state: DrainState
     served: ServedModel
     metrics: Metrics
@@ -86,7 +81,10 @@ class GenerationService:
             async with AsyncExitStack() as running:
                 await running.enter_async_context(recorder)
                 self._check_ready(principal)
-                admitted = await run_in_threadpool(self._admit, recorder, principal, admit)
+                admitted, recorder.grant = await self.charging.admit(
+                    principal, admit, waited=waited_by(request)
+                )
+                recorder.record.admitted = admitted
                 generation = Generation(self.engine, admitted, self.drain_state, recorder)
                 await running.enter_async_context(generation)
                 events = await running.enter_async_context(aclosing(generation.events()))
@@ -127,7 +125,11 @@ class GenerationService:
             trace_context={name: headers[name] for name in TRACE_HEADERS if name in headers},
         )
         return RequestRecorder(
-            record=record, metrics=self.metrics, limiter=self.limiter, trace=self.trace
+            record=record,
+            metrics=self.metrics,
+            limiter=self.charging.limiter,
+            settlements=self.charging.catalog.settlements,
+            trace=self.trace,
         )
 
     def _check_ready(self, principal: Principal) -> None:
@@ -141,32 +143,6 @@ class GenerationService:
             self.engine.check_room(principal.tenant, weight=principal.weight)
         except QueueFull as full:
             raise from_queue_full(full, self.drain_state) from full
-
-    def _admit(
-        self, recorder: RequestRecorder, principal: Principal, admit: Callable[[], Admitted]
-    ) -> Admitted:
-        """Admit a request and charge its prompt. Blocking."""
-        admitted = admit()
-        recorder.grant = self._grant(principal, tokens=admitted.prompt_tokens)
-        recorder.record.admitted = admitted
-        return admitted
-
-    def _grant(self, principal: Principal, *, tokens: int) -> Grant:
-        """Take a request and its prompt from the tenant's limits. Raises RateLimited.
-
-        On a full disk they cannot be counted: the request runs, as generation needs no room.
-        """
-        for _ in range(2):  # the first failure frees the reserve, with which the second has room
-            try:
-                return self.limiter.admit(principal.tenant, principal.quota, tokens=tokens)
-            except DBAPIError as error:
-                if (
-                    storage_fault(error) is None
-                    or self.disk.fault_of(error) is not StorageFault.FULL
-                ):
-                    raise
-        log.warning("the disk is full: a request was not counted", tenant=principal.tenant)
-        return Grant(principal.tenant, Quota())
 
 
 def _headers(admitted: Admitted, recorder: RequestRecorder) -> dict[str, str]:

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Response
 from pydantic import BeforeValidator
 
 from prefixd.server.api.body import StrictModel, json_body, json_request
+from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.conditions import READ, WITH_TAG, ConditionsDep, version_tag
 from prefixd.server.api.dependencies import Acting, EngineDep, Reader, ServedDep, StoreDep, Writer
 from prefixd.server.api.prefixes.routes import shown_version
@@ -17,7 +18,7 @@ from prefixd.server.tenants.usage import check_quota
 from prefixd.store.artifact.strict import shown
 from prefixd.store.names import LATEST, MAX_VERSION, check_alias
 
-router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], route_class=CatalogRoute)
 
 
 def _number_or_alias(value: object) -> object:

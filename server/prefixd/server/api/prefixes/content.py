@@ -11,6 +11,7 @@ from fastapi.responses import FileResponse
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from prefixd.server.api.catalog_calls import CatalogRoute, takes_long
 from prefixd.server.api.conditions import READ, ConditionsDep, not_modified
 from prefixd.server.api.dependencies import Reader, ServedDep, StoreDep
 from prefixd.server.api.error_responses import ErrorBody
@@ -19,7 +20,7 @@ from prefixd.server.api.prefixes.routes import Version
 from prefixd.server.errors import BadRequest, RangeNotSatisfiable
 from prefixd.store.store import Manifest
 
-router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], route_class=CatalogRoute)
 
 _RANGE = re.compile(r"([0-9]{0,4000})-([0-9]{0,4000})")
 
@@ -136,6 +137,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     response_class=StoredFile,
     responses=_RESPONSES,
 )
+@takes_long
 def get_content(
     *,
     request: Request,

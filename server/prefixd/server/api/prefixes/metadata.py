@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 
 from prefixd.server.api.body import check_keys, media_type, read_capped
+from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.conditions import WITH_TAG, ConditionsDep, version_tag
 from prefixd.server.api.dependencies import (
     Acting,
@@ -21,7 +22,7 @@ from prefixd.server.tenants.audit import Action, record
 from prefixd.store.artifact.config import MAX_METADATA_BYTES
 from prefixd.store.artifact.strict import StrictJsonError, parse_object
 
-router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], route_class=CatalogRoute)
 
 MERGE_PATCH = "application/merge-patch+json"
 MAX_PATCH_BYTES = 4 * MAX_METADATA_BYTES

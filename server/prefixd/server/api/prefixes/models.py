@@ -5,6 +5,7 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
+from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.dependencies import Reader, ServedDep, StoreDep
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.values import Reference
@@ -13,7 +14,7 @@ from prefixd.store.catalog.manifests import check_base
 from prefixd.store.errors import InvalidReference, UnknownPrefix
 from prefixd.store.store import Manifest
 
-router = APIRouter(prefix="/v1/models", tags=["models"])
+router = APIRouter(prefix="/v1/models", tags=["models"], route_class=CatalogRoute)
 
 MAX_LISTED = 1000
 """OpenAI's listing has no pages; ``GET /v1/prefixes`` has, for those with more prefixes."""

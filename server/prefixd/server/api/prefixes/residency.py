@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.api.body import StrictModel, json_body, json_request
+from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.conditions import WITH_TAG, ConditionsDep, version_tag
 from prefixd.server.api.dependencies import (
     Acting,
@@ -43,7 +44,7 @@ from prefixd.store.store import Manifest, PrefixStore
 
 log = structlog.get_logger("prefixd")
 
-router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], route_class=CatalogRoute)
 
 RESIDENT = "resident"
 QUEUED = "queued"

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Response
 
+from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.conditions import (
     READ,
     Conditions,
@@ -27,7 +28,7 @@ from prefixd.store.artifact.config import MAX_LABELS
 from prefixd.store.names import LATEST, MAX_VERSION, REFERENCE, parse_reference
 from prefixd.store.store import Manifest
 
-router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], route_class=CatalogRoute)
 
 
 Version = Annotated[Reference, Path(description="A version number, or an alias such as `latest`.")]

@@ -6,6 +6,7 @@ transaction of the version: all of them are written, or none.
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +16,13 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Connection
 
 from prefixd.server.api.body import declared_bytes
+from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.conditions import WITH_TAG, ConditionsDep, prefix_tag
 from prefixd.server.api.dependencies import (
     Acting,
     BodyLimitsDep,
     BoundsDep,
+    CatalogAccessDep,
     DiskDep,
     DrainStateDep,
     EngineDep,
@@ -41,6 +44,7 @@ from prefixd.server.api.prefixes.schemas import PrefixManifest
 from prefixd.server.api.repeats import Repeatable, RepeatableDep, request_digest
 from prefixd.server.api.values import Flag
 from prefixd.server.engine.request import PrefixKey
+from prefixd.server.errors import Unavailable
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.idempotency import Keep, Replay
 from prefixd.server.tenants.principal import Actor
@@ -48,7 +52,7 @@ from prefixd.server.tenants.usage import added_by_publish, check_quota
 from prefixd.store.files import sha256_of
 from prefixd.store.store import Published
 
-router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"])
+router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], route_class=CatalogRoute)
 
 
 Warm = Annotated[
@@ -81,6 +85,7 @@ async def put_prefix(
     bounds: BoundsDep,
     disk: DiskDep,
     drain_state: DrainStateDep,
+    catalog: CatalogAccessDep,
     principal: Writer,
     actor: Acting,
     conditions: ConditionsDep,
@@ -90,7 +95,7 @@ async def put_prefix(
 
     Durable on return.
     """
-    headers = await run_in_threadpool(limiter.count, principal.tenant, principal.quota)
+    headers = await catalog.calls.write(limiter.count, principal.tenant, principal.quota)
     response.headers.update(headers)
     publish = partial(_publish_once, name, repeat=repeat, actor=actor, response=response)
     target = Target(
@@ -103,14 +108,14 @@ async def put_prefix(
         precondition=conditions.check,
     )
     async with bounds.uploads.hold(principal.tenant):
-        await run_in_threadpool(tenants.check_kept, principal.tenant, principal.quota)
+        await catalog.calls.read(tenants.check_kept, principal.tenant, principal.quota)
         await run_in_threadpool(disk.check, declared_bytes(request))
         async with receive(request, target) as received:
-            body = await run_in_threadpool(publish, *received)
+            body = await catalog.long_calls.write(publish, *received)
     manifest = PrefixManifest.model_validate(body)
     engine.forget_failure(PrefixKey(principal.tenant, manifest.digest))
     if warm:
-        await run_in_threadpool(
+        warm_up = partial(
             try_warm,
             f"{manifest.name}@{manifest.version}",
             principal,
@@ -119,6 +124,8 @@ async def put_prefix(
             served=served,
             drain_state=drain_state,
         )
+        with suppress(Unavailable):  # the upload is durable
+            await catalog.calls.read(warm_up)
     return manifest
 
 

@@ -76,6 +76,7 @@ class BindingImport:
         audit entry, when all lines were imported, with their number and the SHA-256 of the body.
         Raises BadRequest naming the bad line, StorageFull, and QuotaExceeded naming the first batch
         over the quota, of which no line is imported."""
+        calls = request.app.state.catalog.long_calls
         await run_in_threadpool(self._disk.check, declared_bytes(request))
         batch: list[bytes] = []
         total, finish = hashlib.sha256(), _nothing
@@ -83,20 +84,15 @@ class BindingImport:
             async for line in _lines(_hashed(capped(request, self._max_bytes), total)):
                 batch.append(line)
                 if len(batch) == BATCH:
-                    await run_in_threadpool(self._write, batch)
+                    await calls.write(self._write, batch)
                     batch = []
-            await run_in_threadpool(self._write, batch)
+            await calls.write(self._write, batch)
             self.digest = total.hexdigest()
             finish = partial(_finish, at_end, self._written, self.digest)
         finally:
             if self._written or finish is not _nothing:
-                await run_in_threadpool(
-                    self._bindings.note_import,
-                    self._tenant,
-                    self._written,
-                    actor=self._actor,
-                    at_end=finish,
-                )
+                note = partial(self._bindings.note_import, actor=self._actor, at_end=finish)
+                await calls.write(note, self._tenant, self._written)
         return self._written
 
     def _write(self, lines: list[bytes]) -> None:

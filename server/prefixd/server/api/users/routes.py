@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
 from prefixd.server.api.body import StrictModel, json_body, json_request, media_type
+from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.conditions import (
     READ,
     WITH_TAG,
@@ -41,7 +42,7 @@ from prefixd.store.catalog.manifests import check_base
 from prefixd.store.catalog.reference_locks import lock_references
 from prefixd.store.store import PrefixStore
 
-router = APIRouter(prefix="/v1", tags=["users"])
+router = APIRouter(prefix="/v1", tags=["users"], route_class=CatalogRoute)
 
 
 class BindingTarget(StrictModel):
@@ -166,9 +167,10 @@ async def import_bindings(
         actor=actor,
     )
     async with bounds.uploads.hold(principal.tenant):
-        if await run_in_threadpool(repeat.is_known):
+        calls = request.app.state.catalog.calls
+        if await calls.read(repeat.is_known):
             digest = await body_digest(request, limits.max_import_bytes)
-            return await run_in_threadpool(repeat.find, repeat.digest(digest), response)
+            return await calls.read(repeat.find, repeat.digest(digest), response)
         return await _import_once(request, importing, repeat, response)
 
 
