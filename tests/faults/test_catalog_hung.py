@@ -41,6 +41,9 @@ from tests.real_services import Postgres, running_postgres
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 CALLERS = 100
+UPLOADS = 6
+"""Below the bound of uploads at a time."""
+
 LONG = 1500
 """Output tokens of a stream that runs for longer than it takes to pause the catalog."""
 
@@ -303,7 +306,7 @@ def test_changes_are_refused_in_time_while_sqlite_is_locked(
         running.begin()
         with locked(served.data / "catalog.sqlite3"):
             changes = [served.generate(served.limited) for _ in range(40)]
-            changes += [served.upload(f"during-{number}") for number in range(20)]
+            changes += [served.upload(f"during-{number}") for number in range(UPLOADS)]
             reads = [served.get_models() for _ in range(40)] + [served.generate(served.free)]
             calls = call_all(served.url, [*changes, *reads])
             check_refused(calls[: len(changes)], status=503, code="storage_unavailable")
