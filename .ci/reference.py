@@ -18,7 +18,7 @@ import grimp
 from typer.main import get_command
 
 from prefixd.server.cli.main import app
-from prefixd.server.serve.settings import SETTING_GROUPS
+from prefixd.server.serve.settings_reference import SETTING_GROUPS
 
 ROOT = Path(__file__).resolve().parents[1]
 MADE_BY = "<!-- Made from the code by `make docs`. Do not edit. -->"

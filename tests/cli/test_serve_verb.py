@@ -11,7 +11,8 @@ import pytest
 import typer
 
 from prefixd.server.cli.serve import load_server, show_first_key
-from prefixd.server.serve.settings import SETTING_GROUPS, Settings, settings_by_group
+from prefixd.server.serve.settings import Settings
+from prefixd.server.serve.settings_reference import SETTING_GROUPS, settings_by_group
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import upgrade

@@ -22,6 +22,7 @@ OPTIONAL = {
     "prefixd.client.convert.formats": "convert",
     "prefixd.client.convert.tables": "convert",
     "prefixd.client.convert.tensors": "convert",
+    "prefixd.store.blobs.bucket": "s3",
     "prefixd.store.blobs.s3": "s3",
     "prefixd.store.db.postgres": "postgres",
     "prefixd.server.serve.telemetry": "otel",

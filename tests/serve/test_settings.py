@@ -7,12 +7,8 @@ from pydantic import ValidationError
 
 from prefixd.server.serve.build import scheduler_config
 from prefixd.server.serve.http import address, bind
-from prefixd.server.serve.settings import (
-    COMPUTED_DEFAULTS,
-    ENV_PREFIX,
-    SETTING_GROUPS,
-    Settings,
-)
+from prefixd.server.serve.settings import ENV_PREFIX, Settings
+from prefixd.server.serve.settings_reference import COMPUTED_DEFAULTS, SETTING_GROUPS
 
 
 @pytest.fixture(autouse=True)

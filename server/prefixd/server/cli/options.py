@@ -15,7 +15,8 @@ from typer.core import TyperGroup
 from prefixd.client.sync import Client
 from prefixd.client.transport import DEFAULT_TIMEOUT, DEFAULT_URL
 from prefixd.server.cli.output import client_errors, fail
-from prefixd.server.serve.settings import Setting, Settings, settings_by_group
+from prefixd.server.serve.settings import Settings
+from prefixd.server.serve.settings_reference import Setting, settings_by_group
 
 if TYPE_CHECKING:
     from prefixd.server.serve.catalog import CatalogParts
