@@ -47,7 +47,7 @@ UPLOADS = 6
 LONG = 1500
 """Output tokens of a stream that runs for longer than it takes to pause the catalog."""
 
-EXITED_WITHIN_S = 12.0
+EXITED_WITHIN_S = 8.0
 """A server without running requests exits: docs/operations.md."""
 
 NO_LIMITS = {
