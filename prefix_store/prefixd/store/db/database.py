@@ -5,11 +5,9 @@ the tables of both. This package imports neither.
 """
 
 import sqlite3
-import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -29,11 +27,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor, ExceptionContext
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
 
 from prefixd.store.db.timeouts import Timeouts
+from prefixd.store.db.writer_turns import WriterTurns
 from prefixd.store.faults import storage_fault
 from prefixd.store.files import make_directories
 
@@ -41,14 +39,6 @@ COMMAND_LINE_TIMEOUTS = Timeouts()
 """For calls outside a request."""
 
 _TURNS = "prefixd_turns"
-
-
-@dataclass(frozen=True, slots=True)
-class WriterTurns:
-    """The writers of this process take turns; each waits up to ``timeout_s`` seconds."""
-
-    timeout_s: float
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 metadata = MetaData(
@@ -138,7 +128,10 @@ def writing(engine: Engine) -> Iterator[Connection]:
     On SQLite it takes the write lock first (BEGIN IMMEDIATE): a transaction that reads and then
     writes fails, without the busy timeout, when another one wrote in between.
     """
-    with _turn(engine), engine.execution_options(prefixd_write=True).begin() as connection:
+    with (
+        _turn(engine, relaxed=False),
+        engine.execution_options(prefixd_write=True).begin() as connection,
+    ):
         yield connection
 
 
@@ -153,24 +146,14 @@ def writing_relaxed(engine: Engine) -> Iterator[Connection]:
     options: dict[str, Any] = {"prefixd_write": True, "prefixd_relaxed": True}
     if engine.dialect.name == "postgresql":
         options["isolation_level"] = "AUTOCOMMIT"  # ``_begin_postgresql`` begins the transaction
-    with _turn(engine), engine.execution_options(**options).begin() as connection:
+    with _turn(engine, relaxed=True), engine.execution_options(**options).begin() as connection:
         yield connection
 
 
-@contextmanager
-def _turn(engine: Engine) -> Iterator[None]:
-    """On SQLite, wait for the other writers of this process. SQLite's own wait polls, and under
-    load one of many writers may never see the file unlocked."""
+def _turn(engine: Engine, *, relaxed: bool) -> AbstractContextManager[None]:
+    """On SQLite, wait for the other writers of this process."""
     turns: WriterTurns | None = engine.get_execution_options().get(_TURNS)
-    if turns is None:
-        yield
-        return
-    if not turns.lock.acquire(timeout=turns.timeout_s):
-        raise PoolTimeout(f"another writer had the database for {turns.timeout_s:g} s")
-    try:
-        yield
-    finally:
-        turns.lock.release()
+    return nullcontext() if turns is None else turns.take(relaxed=relaxed)
 
 
 def check_readable(engine: Engine) -> None:
