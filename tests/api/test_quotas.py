@@ -113,6 +113,22 @@ def test_keys_count_and_rotation_works_at_the_quota(client: TestClient, world: W
     assert client.post("/v1/admin/keys", json={}, headers=admin).status_code == 201
 
 
+def test_a_rotation_under_an_idempotency_key_works_at_the_quota_of_such_keys(
+    client: TestClient, world: World
+) -> None:
+    admin = world.headers("acme:admin")
+    issued = client.post("/v1/admin/keys", json={}, headers=admin).json()
+    quota(world, max_idempotency_keys=0)
+    keyed = {**admin, "idempotency-key": "a"}
+    refused = client.post("/v1/admin/keys", json={}, headers=keyed)
+    assert refused_by(refused) == "max_idempotency_keys"
+    path = f"/v1/admin/keys/{issued['key_id']}/rotate"
+    rotated = client.post(path, json={}, headers=keyed)
+    again = client.post(path, json={}, headers=keyed)
+    assert (rotated.status_code, again.status_code) == (201, 201)
+    assert again.json()["key_id"] == rotated.json()["key_id"]
+
+
 def test_blobs_of_deleted_versions_and_refused_uploads_are_bounded(
     client: TestClient, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,16 +2,23 @@
 
 import asyncio
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi.security import HTTPAuthorizationCredentials
 from fastapi.testclient import TestClient
 from starlette.datastructures import Address
 
+from prefixd.server.api.dependencies import authenticated
 from prefixd.server.api.tenant_bounds import (
     LOOKUPS_FROM_ADDRESS,
     LOOKUPS_OF_KEY,
+    MAX_PAUSE_S,
     KeyedSemaphore,
     RequestRates,
     TenantBounds,
@@ -148,6 +155,70 @@ def test_lookups_of_one_key_and_from_one_address_leave_threads_for_others() -> N
     assert (len(began), began[-1]) == (LOOKUPS_OF_KEY + 1, "10.0.0.9")
     began = asyncio.run(scenario([(generate().text, "10.0.0.1") for _ in range(100)] + [other]))
     assert (len(began), began[-1]) == (LOOKUPS_FROM_ADDRESS + 1, "10.0.0.9")
+
+
+def test_a_wait_before_a_lookup_counts_as_a_wait_for_the_catalog() -> None:
+    key = generate()
+    principal = Principal("acme", key.parsed.key_id, frozenset(), Quota())
+
+    class Calls:
+        waited = 0.0
+
+        async def read(self, *_: object, waited: float = 0.0) -> Principal:
+            self.waited = waited
+            return principal
+
+    async def scenario() -> None:
+        bounds, calls = TenantBounds(), Calls()
+        request: Any = SimpleNamespace(client=Address("10.0.0.1", 1), state=SimpleNamespace())
+        catalog: Any = SimpleNamespace(calls=calls)
+        credentials = HTTPAuthorizationCredentials(scheme="Bearer", credentials=key.text)
+        tenants: Any = SimpleNamespace(authenticate=None)
+        lookup = authenticated(request, tenants, bounds, catalog, credentials)
+        async with bounds.lookups_of_key.hold(key.parsed.key_id, LOOKUPS_OF_KEY):
+            task = asyncio.create_task(lookup)
+            await settle()
+            begun = time.monotonic()
+            await settle()
+            waited = time.monotonic() - begun
+        assert await task is principal
+        assert request.state.catalog_waited >= calls.waited >= waited > 0
+
+    asyncio.run(scenario())
+
+
+def test_places_that_others_wait_for_are_free_after_a_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        bounds = TenantBounds()
+        pauses: list[tuple[float, Callable[[], None]]] = []
+        monkeypatch.setattr(
+            asyncio.get_running_loop(),
+            "call_later",
+            lambda delay, call, *arguments: pauses.append((delay, partial(call, *arguments))),
+        )
+        bounds.requests["acme"] = 1
+        async with bounds.changes.hold("acme"):
+            pass
+        assert (len(bounds.changes), pauses) == (0, [])
+        bounds.requests["beta"] = 1
+        async with bounds.changes.hold("acme"):
+            pass
+        holders = Holders(bounds.changes)
+        tasks = [holders.add("acme", "acme"), holders.add("beta", "beta")]
+        await settle()
+        assert holders.began == ["beta"]
+        ((delay, end_of_pause),) = pauses
+        assert 0 < delay <= MAX_PAUSE_S
+        end_of_pause()
+        await settle()
+        assert holders.began == ["beta", "acme"]
+        for end in holders.ends.values():
+            end.set()
+        await asyncio.wait(tasks)
+
+    asyncio.run(scenario())
 
 
 def test_a_rate_is_refilled_by_a_clock_that_does_not_go_back() -> None:

@@ -5,6 +5,7 @@ reads a JSON object of the limits of acme from standard input, prints the port a
 and serves until standard input ends.
 """
 
+import gc
 import json
 import sys
 import threading
@@ -55,6 +56,8 @@ def main() -> None:
             sys.stdin.read()
             server.should_exit = True
 
+        gc.collect()
+        gc.freeze()  # as ``prefixd serve`` does
         threading.Thread(target=stop_at_end, daemon=True).start()
         print(json.dumps({"port": listener.getsockname()[1], "keys": world.keys}), flush=True)
         server.run(sockets=[listener])

@@ -27,6 +27,11 @@ class WriterTurns:
         self._last_relaxed = False
         self._queues: dict[bool, deque[threading.Event]] = {True: deque(), False: deque()}
 
+    @property
+    def num_waiting(self) -> int:
+        """Writers that wait for their turn."""
+        return sum(map(len, self._queues.values()))
+
     @contextmanager
     def take(self, *, relaxed: bool) -> Iterator[None]:
         """Write inside the block. Raises sqlalchemy.exc.TimeoutError."""

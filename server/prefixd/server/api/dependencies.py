@@ -81,9 +81,11 @@ async def authenticated(
             "an API key is needed: send the header 'Authorization: Bearer <key>'",
             code="missing_api_key",
         )
+    begun = time.monotonic()
     async with bounds.lookup(credentials.credentials, request.client):
-        begun = time.monotonic()
-        principal = await catalog.calls.read(tenants.authenticate, credentials.credentials)
+        principal = await catalog.calls.read(
+            tenants.authenticate, credentials.credentials, waited=time.monotonic() - begun
+        )
     request.state.catalog_waited = time.monotonic() - begun
     request.state.principal = principal
     return principal

@@ -24,17 +24,33 @@ class Repeatable:
         self._request = request
         self._idempotency = idempotency
 
-    def once(self, digest: str, change: Callable[[Keep], Replay], response: Response) -> Any:
+    def once(
+        self,
+        digest: str,
+        change: Callable[[Keep], Replay],
+        response: Response,
+        *,
+        within_quota: bool = True,
+    ) -> Any:
         """Run ``change``, or find the response of the request with the same ``digest`` that was
-        first, and give ``response`` its status and headers; the body. Blocking."""
-        replay, replayed = self._idempotency.once(self.tenant, self.key, digest, change)
+        first, and give ``response`` its status and headers; the body. ``within_quota`` False: the
+        quota of stored responses does not refuse it. Blocking."""
+        replay, replayed = self._idempotency.once(
+            self.tenant, self.key, digest, change, within_quota=within_quota
+        )
         return answer(replay, response, replayed=replayed)
 
     def once_for(
-        self, body: BaseModel, change: Callable[[Keep], Replay], response: Response
+        self,
+        body: BaseModel,
+        change: Callable[[Keep], Replay],
+        response: Response,
+        *,
+        within_quota: bool = True,
     ) -> Any:
         """``once`` for a request with this JSON body."""
-        return self.once(self.digest(body.model_dump_json(exclude_unset=True)), change, response)
+        digest = self.digest(body.model_dump_json(exclude_unset=True))
+        return self.once(digest, change, response, within_quota=within_quota)
 
     def digest(self, *parts: str) -> str:
         """SHA-256 of method, path and ``parts``."""

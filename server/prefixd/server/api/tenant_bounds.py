@@ -38,6 +38,8 @@ wait for each other in the catalog anyway: on SQLite all of them, elsewhere thos
 CATALOG_WAIT_S = 4.0
 """The longest wait of a request for the catalog, in seconds, calls on it included."""
 
+MAX_PAUSE_S = 0.05
+
 _WAIT_S = 1.0
 _RETRY_S = 1.0
 _MOST_BUCKETS = 4096
@@ -45,14 +47,24 @@ _MOST_BUCKETS = 4096
 
 class KeyedSemaphore:
     """For each key at most ``capacity`` at a time; more wait in order of arrival, for at most
-    ``wait_s`` seconds, and then get the error that ``refusal`` makes."""
+    ``wait_s`` seconds, and then get the error that ``refusal`` makes.
+
+    While ``is_shared(key)``, what was held becomes free after a pause as long as it was held, up to
+    MAX_PAUSE_S: a key that always wants more has it for half of the time.
+    """
 
     def __init__(
-        self, capacity: int, refusal: Callable[[], PrefixdError], *, wait_s: float
+        self,
+        capacity: int,
+        refusal: Callable[[], PrefixdError],
+        *,
+        wait_s: float,
+        is_shared: Callable[[str], bool] = lambda _key: False,
     ) -> None:
         self.capacity = capacity
         self._refusal = refusal
         self._wait_s = wait_s
+        self._is_shared = is_shared
         self._held: Counter[str] = Counter()
         self._waiting: dict[str, deque[tuple[asyncio.Future[None], int]]] = {}
 
@@ -65,10 +77,15 @@ class KeyedSemaphore:
             await self._wait(key, amount, max(0.0, self._wait_s - waited))
         else:
             self._held[key] += amount
+        begun = time.monotonic()
         try:
             yield
         finally:
-            self._release(key, amount)
+            if self._is_shared(key):
+                pause = min(time.monotonic() - begun, MAX_PAUSE_S)
+                asyncio.get_running_loop().call_later(pause, self._release, key, amount)
+            else:
+                self._release(key, amount)
 
     async def _wait(self, key: str, amount: int, wait_s: float) -> None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -137,10 +154,10 @@ class RequestRates:
             self._levels = kept
 
 
-def _of_catalog(capacity: int) -> KeyedSemaphore:
+def _of_catalog(capacity: int, **options: Callable[[str], bool]) -> KeyedSemaphore:
     """A wait as long as this is one for calls that do not end: the catalog is slow or hangs."""
     refusal = partial(storage_unavailable, CATALOG_UNAVAILABLE)
-    return KeyedSemaphore(capacity, refusal, wait_s=CATALOG_WAIT_S)
+    return KeyedSemaphore(capacity, refusal, wait_s=CATALOG_WAIT_S, **options)
 
 
 def _of_tenant(capacity: int, noun: str) -> KeyedSemaphore:
@@ -170,7 +187,7 @@ class TenantBounds:
         self.lookups_of_key = _of_catalog(LOOKUPS_OF_KEY)
         self.lookups_from_address = _of_catalog(LOOKUPS_FROM_ADDRESS)
         self.reads = _of_catalog(READS_OF_TENANT)
-        self.changes = _of_catalog(CHANGES_OF_TENANT)
+        self.changes = _of_catalog(CHANGES_OF_TENANT, is_shared=self._is_shared)
         self.bodies = _of_tenant(self.max_body_bytes, "bytes of request bodies")
         self.uploads = _of_tenant(self.max_uploads, "uploads and imports")
 
@@ -179,9 +196,10 @@ class TenantBounds:
         """Look up a key from an address inside the block. Raises Unavailable."""
         parsed = parse(key)  # None costs no lookup: the key is malformed
         address = "" if client is None else client.host
+        begun = time.monotonic()
         async with (
             self.lookups_of_key.hold("" if parsed is None else parsed.key_id),
-            self.lookups_from_address.hold(address),
+            self.lookups_from_address.hold(address, waited=time.monotonic() - begun),
         ):
             yield
 
@@ -207,3 +225,7 @@ class TenantBounds:
             self.requests[tenant] -= 1
             if not self.requests[tenant]:
                 del self.requests[tenant]
+
+    def _is_shared(self, tenant: str) -> bool:
+        """Whether another tenant has requests in progress."""
+        return bool(self.requests.keys() - {tenant})

@@ -61,11 +61,18 @@ class Idempotency:
         self._now = now
 
     def once(
-        self, tenant: str, key: str | None, digest: str, change: Callable[[Keep], Replay]
+        self,
+        tenant: str,
+        key: str | None,
+        digest: str,
+        change: Callable[[Keep], Replay],
+        *,
+        within_quota: bool = True,
     ) -> tuple[Replay, bool]:
         """The response to the request ``digest``, and whether it is that of an earlier request
         under the same key: then ``change`` was not called, or was rolled back. Raises Conflict for
-        a key of another request, and what ``change`` raises, which is not stored."""
+        a key of another request, and what ``change`` raises, which is not stored. ``within_quota``
+        is as for ``keep``."""
         if key is None:
             return change(_keep_nothing), False
         earlier = self.find(tenant, key, request_digest=digest)
@@ -73,7 +80,14 @@ class Idempotency:
             return earlier, True
 
         def keep(connection: Connection, replay: Replay) -> None:
-            self.keep(connection, tenant, key, request_digest=digest, replay=replay)
+            self.keep(
+                connection,
+                tenant,
+                key,
+                request_digest=digest,
+                replay=replay,
+                within_quota=within_quota,
+            )
 
         try:
             return change(keep), False
@@ -117,8 +131,10 @@ class Idempotency:
         *,
         request_digest: str,
         replay: Replay,
+        within_quota: bool = True,
     ) -> None:
         """Store the response in the transaction of the request; delete the tenant's old responses.
+        With ``within_quota`` False it is stored even when the tenant has as many as it may.
 
         Raises IntegrityError when a request under the same key was first: call ``find`` again.
         Raises QuotaExceeded.
@@ -139,4 +155,5 @@ class Idempotency:
                 created_at=now,
             )
         )
-        check_quota(connection, tenant, {"max_idempotency_keys": 1}, now=now)
+        if within_quota:
+            check_quota(connection, tenant, {"max_idempotency_keys": 1}, now=now)
