@@ -92,7 +92,6 @@ def test_the_content_matches_the_digest(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("asked", "status", "code"),
     [
-        ("lines=1-2", 400, "invalid_range"),
         ("bytes=9-1", 400, "invalid_range"),
         ("rubbish", 400, "invalid_range"),
         ("bytes=999999-", 416, "range_not_satisfiable"),

@@ -217,6 +217,7 @@ def test_concurrent_binding_and_delete_leave_no_dangling_binding(
     """The delete comes after the reference was resolved and before the binding is written, or while
     it is being written; then it waits, and sees the binding."""
     client, world = either_client, either_world
+    client.app.state.bounds.changes.capacity = 2  # type: ignore[attr-defined]  # as of two servers
     put(client, world, "one", "two")
     method = {"user": "bind", "default": "set_default", "import": "bind_many"}[kind]
     write = getattr(Bindings, method)

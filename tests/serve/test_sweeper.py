@@ -41,8 +41,9 @@ def test_interrupted_uploads_of_all_folders_are_removed(tmp_path: Path) -> None:
     folders = [tmp_path / "uploads", tmp_path / "blobs" / ".tmp"]
     engine: Any = None
     sweeper = _make_sweeper(settings, catalog, engine)
-    sweeper._tidy()  # also without the folder for uploads
-    folders[0].mkdir()
+    sweeper._tidy()  # also without the folders
+    for folder in folders:
+        folder.mkdir(parents=True)
     left = [folder / "upload-1" for folder in folders]
     for path in left:
         path.write_bytes(b"half")
