@@ -29,6 +29,8 @@ each_verb = pytest.mark.parametrize("verb", VERBS, ids=[verb[0] for verb in VERB
 @pytest.fixture(autouse=True)
 def folder_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # It would send the log lines of later tests to this test's standard error, which is closed.
+    monkeypatch.setattr("prefixd.server.serve.logging.configure", lambda *_: None)
 
 
 def check_refused(verb: tuple[str, ...], data: Path, *found: str) -> None:
