@@ -52,6 +52,7 @@ def test_an_address_over_its_limit_is_refused_and_others_are_not(world: World) -
             assert headers["connection"] == "close"
             assert int(headers["retry-after"]) > 0
             assert body["error"]["code"] == "too_many_connections"
+            assert body["error"]["request_id"] == headers["x-request-id"]
             assert refused.recv(1) == b""
             other = stack.enter_context(connect(server.port, "127.0.0.1"))
             assert await call(other) == (200, {"status": "ok"})
@@ -96,7 +97,8 @@ def test_idle_connections_from_many_addresses_keep_no_client_out(world: World) -
 
 def test_connections_with_a_request_are_not_closed_for_new_ones(world: World) -> None:
     body = b'{"model": "tiny", "prompt": "x", "max_tokens": 2}'
-    head = f"POST /v1/completions HTTP/1.1\r\nauthorization: Bearer {world.keys['acme']}\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+    head += f"authorization: Bearer {world.keys['acme']}\r\n"
     head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     world.runner.gate.clear()
 

@@ -161,6 +161,9 @@ class HttpProtocol(RefusingProtocol):
         if self._header_timer is not None and self._header_bytes > MAX_HEADER_BYTES:
             self.refuse(head_too_large(self._header_bytes))
             return
+        if self.cycle is None or self.cycle.response_complete:
+            # Also for line ends before a request, which end the keep-alive limit.
+            self._start_timer()
         self._header_bytes += len(data)
         super().data_received(data)
 

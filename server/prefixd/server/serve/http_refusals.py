@@ -8,12 +8,17 @@ import json
 import sys
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import structlog
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
-from prefixd.server.api.error_responses import error_body
+from prefixd.server.api.error_responses import error_body, error_response
 from prefixd.server.api.middleware import REQUEST_ID_HEADER, request_id_for
 from prefixd.server.errors import (
     BadRequest,
@@ -21,6 +26,7 @@ from prefixd.server.errors import (
     PrefixdError,
     UnsupportedTransferCoding,
 )
+from prefixd.server.serve.parser import UpgradeIgnoringParser
 
 log = structlog.get_logger("prefixd.http")
 
@@ -28,6 +34,8 @@ MAX_HEADER_BYTES = 64 * 1024
 
 _LINE_BYTES = 4
 """Of a header line besides name and value: colon, space, CR and LF."""
+
+_VERSIONS = ("1.0", "1.1")
 
 _FRAMING = (b"transfer-encoding", b"content-length")
 
@@ -42,6 +50,11 @@ def check_head(url: bytes, headers: Sequence[tuple[bytes, bytes]], version: str)
     size = len(url) + sum(len(name) + len(value) + _LINE_BYTES for name, value in headers)
     if size > MAX_HEADER_BYTES:
         raise head_too_large(size)
+    if version not in _VERSIONS:
+        raise BadRequest(f"expected HTTP/1.1; received HTTP/{version}", code="invalid_http")
+    hosts = sum(name == b"host" for name, _ in headers)
+    if hosts > 1 or (not hosts and version == "1.1"):  # RFC 9112, section 3.2
+        raise BadRequest(f"expected one Host header; received {hosts}", code="invalid_http")
     framing = [(name, value) for name, value in headers if name in _FRAMING]
     codings = [value.strip(b" \t") for name, value in framing if name == b"transfer-encoding"]
     if not codings:
@@ -73,26 +86,61 @@ class RefusingProtocol(HttpToolsProtocol):
     """uvicorn's protocol, which answers a request that it cannot parse as the application answers
     other errors: in the one shape, with a request id. The connection is closed."""
 
+    parser: UpgradeIgnoringParser  # type: ignore[assignment]  # has what uvicorn calls
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.parser = UpgradeIgnoringParser(self)
         self._in_body = False
         self._refused = False
+        self._overhead_bytes = 0
+        self._running: RequestResponseCycle | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Abort the request in progress; uvicorn knows only the one that was received last."""
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse, unless the connection already failed to parse."""
-        if not self._refused:
-            super().data_received(data)
+        """Parse, unless the connection already failed to parse. Trailers and chunk extensions are
+        limited as a head is."""
+        if self._refused:
+            return
+        self._overhead_bytes += len(data)
+        super().data_received(data)
+        if self._in_body and self._overhead_bytes > MAX_HEADER_BYTES and not self._refused:
+            self.refuse(head_too_large(self._overhead_bytes))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header. A trailer must not act as one (RFC 9110, section 6.5.1): it is dropped."""
+        if not self._in_body:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Check what the parser accepts and the server does not."""
         check_head(self.url, self.headers, self.parser.get_http_version())
         super().on_headers_complete()
+        self.parser.end_head(self.headers)
         self._in_body = True
+        self._overhead_bytes = 0
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body."""
+        self._overhead_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The body has ended: an error after it belongs to the next request."""
+        if self.parser.body_follows:
+            return
         self._in_body = False
         super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's one sentence
         """Refuse the request that the parser failed on."""
@@ -104,8 +152,12 @@ class RefusingProtocol(HttpToolsProtocol):
         self._refused = True
         cycle = self.cycle
         in_progress = cycle is not None and not cycle.response_complete
-        if self._in_body and (cycle.response_started or self.pipeline):
-            # The request that is broken has its response already, or another's is being written.
+        if self._in_body and self.pipeline:  # other responses come first
+            request_id = request_id_for(self.headers)
+            log.info("refused", request_id=request_id, status=error.status, code=error.code)
+            cycle.keep_alive = False
+            self.pipeline[0] = (cycle, _final_response(error, request_id))
+        elif self._in_body and cycle.response_started:
             self.transport.close()
         elif in_progress and not self._in_body:
             cycle.keep_alive = False
@@ -134,6 +186,12 @@ def _from_parser(failure: BaseException | None) -> PrefixdError:
         f"expected a valid HTTP/1.1 request; received one that is not: {reason}",
         code="invalid_http",
     )
+
+
+def _final_response(error: PrefixdError, request_id: str) -> ASGI3Application:
+    """An application that responds with ``error``; the connection is closed after it."""
+    headers = {REQUEST_ID_HEADER: request_id, "connection": "close"}
+    return cast("ASGI3Application", error_response(error, request_id, headers))
 
 
 def _response(

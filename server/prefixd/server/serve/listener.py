@@ -13,6 +13,7 @@ from functools import partial
 
 from prefixd.server.api.error_responses import error_body
 from prefixd.server.api.metrics import Metrics
+from prefixd.server.api.middleware import request_id_for
 from prefixd.server.errors import Unavailable
 from prefixd.server.serve.connections import Connections
 from prefixd.server.serve.logging import LimitedWarning
@@ -58,7 +59,6 @@ class Listener:
         self._tasks = set[asyncio.Task[None]]()
         self._pause: asyncio.TimerHandle | None = None
         self._closed = False
-        self._refusal = _refusal()
         self._warning = LimitedWarning("cannot accept connections")
 
     def start(self) -> None:
@@ -110,7 +110,7 @@ class Listener:
 
     def _refuse(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):
-            connection.send(self._refusal)
+            connection.send(_refusal())
             # A request that has arrived would turn the close into a reset.
             connection.recv(_DISCARDED_BYTES)
 
@@ -132,9 +132,10 @@ def _refusal() -> bytes:
         "have",
         code="too_many_connections",
     )
-    body = json.dumps(error_body(error, None), separators=(",", ":")).encode()
+    request_id = request_id_for(())
+    body = json.dumps(error_body(error, request_id), separators=(",", ":")).encode()
     return (
         b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n"
-        b"content-length: %d\r\nretry-after: %d\r\nconnection: close\r\n\r\n"
-        % (len(body), _RETRY_AFTER_S)
+        b"content-length: %d\r\nretry-after: %d\r\nx-request-id: %s\r\nconnection: close\r\n\r\n"
+        % (len(body), _RETRY_AFTER_S, request_id.encode())
     ) + body
