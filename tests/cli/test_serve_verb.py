@@ -1,16 +1,18 @@
 """``prefixd serve`` and ``prefixd doctor``: flags, help, and errors before the model is loaded."""
 
+import gc
 import json
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import typer
 
-from prefixd.server.cli.serve import load_server, show_first_key
+from prefixd.server.cli.serve import _run, load_server, show_first_key
 from prefixd.server.serve.settings import Settings
 from prefixd.server.serve.settings_reference import SETTING_GROUPS, settings_by_group
 from prefixd.server.tenants.registry import Tenants
@@ -170,3 +172,27 @@ def test_serve_names_the_missing_packages_of_the_demo_model(
         load_server(Settings(model="demo"))
     assert ended.value.exit_code == 1
     assert "the demo model needs gguf: pip install 'prefixd[demo]'" in capsys.readouterr().err
+
+
+def test_full_collections_skip_what_was_loaded_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[int] = []
+
+    class Recorder:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def run(self, **_: object) -> None:
+            frozen.append(gc.get_freeze_count())
+
+    monkeypatch.setattr("prefixd.server.serve.shutdown.DrainingServer", Recorder)
+    monkeypatch.setattr("prefixd.server.serve.http.uvicorn_config", Recorder)
+    monkeypatch.setattr(
+        "prefixd.server.serve.connection_limits.raise_descriptor_limit", lambda: 1024
+    )
+    before = gc.get_freeze_count()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        try:
+            _run(MagicMock(), Settings(), listener)
+        finally:
+            gc.unfreeze()
+    assert frozen[0] > before + 1000
