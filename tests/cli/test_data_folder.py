@@ -119,3 +119,33 @@ def test_a_catalog_of_another_user_in_a_writable_folder(foreign: Path) -> None:
 def test_a_new_folder_in_an_existing_one_is_made(tmp_path: Path) -> None:
     run("tenant", "ls", "--data-dir", str(tmp_path / "data"))
     assert (tmp_path / "data" / "catalog.sqlite3").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "found"),
+    [
+        ("catalog.sqlite3", "pipe", "is no regular file"),
+        ("catalog.sqlite3", "folder", "is no regular file"),
+        ("catalog.sqlite3", "link", "which is gone"),
+        ("blobs", "file", "is no folder"),
+        ("blobs", "link", "is no folder"),
+        ("uploads", "pipe", "is no folder"),
+        ("blobs/.tmp", "file", "is no folder"),
+    ],
+)
+def test_something_else_in_the_data_folder(
+    tmp_path: Path, name: str, kind: str, found: str
+) -> None:
+    data = tmp_path / "data"
+    path = data / name
+    path.parent.mkdir(parents=True)
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "link":
+            path.symlink_to(tmp_path / "gone")
+        case _:
+            path.write_text("")
+    check_refused(("tenant", "ls"), data, found)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -165,7 +166,7 @@ def test_a_backup_under_load_has_everything_acknowledged_before_it(
     check_integrity("--data-dir", str(tmp_path / "restored"))
 
 
-@pytest.mark.parametrize("content", ["file", "folder", "link"])
+@pytest.mark.parametrize("content", ["file", "folder", "link", "link to a folder"])
 def test_a_backup_needs_a_new_or_empty_folder(home: Opened, tmp_path: Path, content: str) -> None:
     backup = tmp_path / "backup"
     match content:
@@ -175,10 +176,13 @@ def test_a_backup_needs_a_new_or_empty_folder(home: Opened, tmp_path: Path, cont
             backup.mkdir()
             (backup / "notes").touch()
         case _:
+            if content == "link to a folder":
+                (tmp_path / "elsewhere").mkdir()
             backup.symlink_to(tmp_path / "elsewhere")
     before = sorted(tmp_path.iterdir())
     result = run(*words_of(tmp_path), code=1)
-    assert f"expected a new or an empty folder; {backup} has something in it" in result.stderr
+    expected = "is a symbolic link" if "link" in content else "has something in it"
+    assert f"{backup} {expected}" in result.stderr
     assert sorted(tmp_path.iterdir()) == before
     assert home.texts()
     if content == "folder":
@@ -241,7 +245,20 @@ def test_corrupt_blobs_are_named_and_the_exit_status_is_one(home: Opened, tmp_pa
         assert copy.store.resolve(tenant="acme", reference="style", base=BASE).version == 2
 
 
-@pytest.mark.parametrize("damage", ["blob", "missing blob", "catalog", "manifest", "no manifest"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "blob",
+        "missing blob",
+        "catalog",
+        "missing catalog",
+        "catalog pipe",
+        "manifest",
+        "no manifest",
+        "manifest pipe",
+        "manifest folder",
+    ],
+)
 def test_a_damaged_backup_is_refused_and_nothing_is_restored(
     home: Opened, tmp_path: Path, damage: str
 ) -> None:
@@ -253,7 +270,11 @@ def test_a_damaged_backup_is_refused_and_nothing_is_restored(
         "blob": f"acme {manifest.digest}",
         "missing blob": f"acme {manifest.digest}",
         "catalog": "catalog.sqlite3 has another digest",
+        "missing catalog": "catalog.sqlite3 is missing",
+        "catalog pipe": "catalog.sqlite3, got a pipe",
         "manifest": "backup.json is malformed",
+        "manifest pipe": "backup.json, got a pipe",
+        "manifest folder": "backup.json, got a folder",
         "no manifest": "expected a finished backup",
     }[damage]
     match damage:
@@ -268,9 +289,14 @@ def test_a_damaged_backup_is_refused_and_nothing_is_restored(
         case "manifest":
             (backup / "backup.json").write_text("{}")
         case _:
-            (backup / "backup.json").unlink()
+            file_name = "catalog.sqlite3" if "catalog" in damage else "backup.json"
+            (backup / file_name).unlink()
+            if "pipe" in damage:
+                os.mkfifo(backup / file_name)
+            if "folder" in damage:
+                (backup / file_name).mkdir()
     result = run(*restore_words(tmp_path), code=1)
-    assert named in result.stderr
+    assert named in " ".join(result.stderr.split())
     with opened(sqlite_url(tmp_path / "restored"), None, tmp_path / "restored") as target:
         assert not any(target.rows().values())
         assert list(target.blobs.walk()) == []

@@ -246,6 +246,19 @@ def test_a_large_blob_is_uploaded_in_parts_with_the_same_condition(
     assert blobs.fetch(tenant="acme", digest=digest).read_bytes() == content
 
 
+def test_folder_in_place_of_a_local_copy_does_not_prevent_a_delete(
+    s3_url: str, tmp_path: Path
+) -> None:
+    blobs = open_blobs(s3_url, tmp_path)
+    digest = put(blobs)
+    copy = blobs.fetch(tenant="acme", digest=digest)
+    copy.unlink()
+    copy.mkdir()
+    blobs.delete(tenant="acme", digest=digest)
+    assert list(blobs.walk()) == []
+    assert not copy.exists()
+
+
 def test_a_changed_local_copy_is_fetched_again(s3_url: str, tmp_path: Path) -> None:
     blobs = open_blobs(s3_url, tmp_path)
     put(blobs)

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 
 from prefixd.store.disk import MIB, RESERVE_BYTES, RESERVE_FILE, DiskGuard
 from prefixd.store.errors import StorageFull
+from prefixd.store.faults import StorageFault, storage_fault
+from prefixd.store.files import make_directories
 
 GIB = 1024 * MIB
 BLOCK = 4096
@@ -157,3 +160,54 @@ def test_a_folder_that_is_gone_is_no_longer_measured(tmp_path: Path) -> None:
     guard.sample()
     guard.make_room()
     assert guard.free == {}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", [RESERVE_FILE, f".{RESERVE_FILE}", ".probe"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "dangling link", "folder"])
+def test_reserve_is_held_in_place_of_what_is_no_regular_file(
+    tmp_path: Path, fake: FakeDisk, name: str, kind: str
+) -> None:
+    target = tmp_path / "target"
+    target.write_text("unchanged")
+    match kind:
+        case "pipe":
+            os.mkfifo(tmp_path / name)
+        case "link":
+            (tmp_path / name).symlink_to(target)
+        case "dangling link":
+            (tmp_path / name).symlink_to(tmp_path / "gone")
+        case _:
+            (tmp_path / name).mkdir()
+    guard = guard_of(tmp_path)
+    guard.sample()
+    assert guard.reserved == RESERVE_BYTES
+    hidden = sqlite3.OperationalError("disk I/O error")
+    hidden.sqlite_errorcode = sqlite3.SQLITE_IOERR
+    assert guard.fault_of(hidden) is StorageFault.FAILED
+    assert target.read_text() == "unchanged"
+    guard.release()
+    assert not (tmp_path / RESERVE_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    "number",
+    [errno.EUCLEAN, errno.EBADMSG, errno.ESHUTDOWN, errno.ENOTCONN, errno.ELOOP, errno.EREMOTEIO],
+)
+def test_errors_of_a_failing_file_system_are_faults(number: int) -> None:
+    assert storage_fault(OSError(number, os.strerror(number))) is StorageFault.FAILED
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "link"])
+def test_something_else_in_place_of_a_folder_is_a_fault(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "acme"
+    match kind:
+        case "file":
+            place.write_text("")
+        case "pipe":
+            os.mkfifo(place)
+        case _:
+            place.symlink_to(tmp_path / "gone")
+    with pytest.raises(NotADirectoryError, match="expected a folder, got a") as refused:
+        make_directories(place / "3a")
+    assert storage_fault(refused.value) is StorageFault.FAILED

@@ -1,14 +1,18 @@
 """The check of catalog and blobs: each problem is named, and a busy store has none."""
 
+import errno
+import os
 import threading
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Row, select
 
+from prefixd.store import files
 from prefixd.store.blobs import blobs as local_blobs
 from prefixd.store.blobs import s3 as s3_blobs
 from prefixd.store.catalog.tables import prefixes
@@ -249,3 +253,22 @@ def test_rows_are_read_in_pages(home: Home) -> None:
     assert lengths == [4]
     assert list(names) == ["name-0", "name-1", "name-2", "support", "twin"]
     assert lengths == [4, 2]
+
+
+def test_blob_that_cannot_be_read_is_found_and_the_check_goes_on(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not isinstance(home.blobs, local_blobs.LocalBlobs):
+        pytest.skip("a bucket reports its disk's errors as unavailable")
+    key = filled(home)
+    sha256_of = files.sha256_of
+
+    def failing(path: Path) -> str:
+        if path.name == key.digest:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sha256_of(path)
+
+    monkeypatch.setattr(local_blobs, "sha256_of", failing)
+    findings = check(home)
+    assert [finding.problem for finding in findings] == [Problem.BLOB_CORRUPT] * 2
+    assert "cannot be read: Input/output error" in findings[0].detail

@@ -26,7 +26,13 @@ from prefixd.store.copying import CopyResult, Place, copy_store, referenced
 from prefixd.store.db.database import open_database, reading, utc_now
 from prefixd.store.db.migrate import HEAD, upgrade
 from prefixd.store.errors import BackupRefused, CorruptArtifact, UnknownPrefix
-from prefixd.store.files import copy_durably, fsync_directory, sha256_of
+from prefixd.store.files import (
+    IrregularFile,
+    copy_durably,
+    fsync_directory,
+    open_regular,
+    sha256_of,
+)
 from prefixd.store.names import BlobKey
 
 FORMAT = 1
@@ -86,9 +92,14 @@ def restore(folder: Path, target: Place, *, scratch: Path) -> CopyResult:
     blobs = LocalBlobs(folder / "blobs")
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".restore-") as name:
         catalog = Path(name) / _CATALOG
-        copy_durably(folder / _CATALOG, catalog)
+        try:
+            copy_durably(folder / _CATALOG, catalog)
+        except FileNotFoundError:
+            raise _damaged(folder, f"{_CATALOG} is missing") from None
+        except IrregularFile as error:
+            raise _damaged(folder, str(error)) from error
         if sha256_of(catalog) != manifest.catalog_sha256:
-            raise BackupRefused(f"the backup {folder} is damaged: {_CATALOG} has another digest")
+            raise _damaged(folder, f"{_CATALOG} has another digest")
         with _opened(catalog) as database:
             upgrade(database)
             _check_blobs(folder, database, blobs, known=frozenset(manifest.corrupt))
@@ -98,21 +109,28 @@ def restore(folder: Path, target: Place, *, scratch: Path) -> CopyResult:
 def read_manifest(folder: Path) -> BackupManifest:
     """What the finished backup in ``folder`` has. Raises BackupRefused."""
     try:
-        fields: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
+        with open_regular(folder / _MANIFEST) as file:
+            fields: dict[str, Any] = json.load(file)
         fields["corrupt"] = tuple(BlobKey(**key) for key in fields["corrupt"])
         manifest = BackupManifest(**fields)
     except (FileNotFoundError, NotADirectoryError):
         raise BackupRefused(
             f"expected a finished backup in {folder}; there is no {_MANIFEST} in it"
         ) from None
+    except IrregularFile as error:
+        raise _damaged(folder, str(error)) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise BackupRefused(f"the backup {folder} is damaged: {_MANIFEST} is malformed") from error
+        raise _damaged(folder, f"{_MANIFEST} is malformed") from error
     if manifest.format != FORMAT:
         raise BackupRefused(
             f"expected a backup of format {FORMAT}; {folder} has format {manifest.format}: restore "
             "it with the version of prefixd that made it, or a later one"
         )
     return manifest
+
+
+def _damaged(folder: Path, reason: str) -> BackupRefused:
+    return BackupRefused(f"the backup {folder} is damaged: {reason}")
 
 
 @contextmanager
@@ -130,9 +148,11 @@ def _check_free(folder: Path) -> None:
         raise BackupRefused(f"expected a folder {folder.parent} to make the backup in")
     if folder.is_mount():
         raise BackupRefused(f"expected the name of a new folder; {folder} is a mounted disk")
+    if folder.is_symlink():
+        raise BackupRefused(f"expected the name of a new folder; {folder} is a symbolic link")
     if folder.is_dir() and not any(folder.iterdir()):
         return
-    if folder.exists() or folder.is_symlink():
+    if folder.exists():
         raise BackupRefused(f"expected a new or an empty folder; {folder} has something in it")
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from prefixd.store.errors import StorageFull
 from prefixd.store.faults import StorageFault, hides_errno, storage_fault
-from prefixd.store.files import fsync_directory
+from prefixd.store.files import fsync_directory, remove_irregular
 
 MIB = 1024 * 1024
 RESERVE_FILE = "reserve"
@@ -125,6 +125,7 @@ class DiskGuard:
 
     def _hold_reserve(self, path: Path) -> None:
         with self._lock, suppress(OSError):
+            remove_irregular(path)
             if path.exists():
                 self.reserved = path.stat().st_blocks * 512
                 return
@@ -221,7 +222,7 @@ def _allocate(path: Path, size: int) -> None:
     """
     making = path.with_name(f".{path.name}")  # one name, so that an interrupted one is reused
     try:
-        descriptor = os.open(making, os.O_WRONLY | os.O_CREAT, 0o600)
+        descriptor = _open(making)
         try:
             os.posix_fallocate(descriptor, 0, size + size // 2)
             os.ftruncate(descriptor, size)
@@ -235,9 +236,16 @@ def _allocate(path: Path, size: int) -> None:
 
 
 def _write(path: Path, size: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    descriptor = _open(path)
     try:
         os.write(descriptor, bytes(size))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    """Open a file of ours for writing: not a pipe, which would block, nor a link to another."""
+    remove_irregular(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.open(path, flags, 0o600)

@@ -32,6 +32,12 @@ _FAILED = frozenset(
         errno.ENXIO,
         errno.ESTALE,
         errno.EFBIG,
+        errno.ELOOP,
+        errno.EBADMSG,  # a checksum or a structure of the file system is wrong
+        errno.EUCLEAN,
+        errno.ESHUTDOWN,  # the file system was stopped after an error
+        errno.ENOTCONN,  # the process behind a FUSE mount has ended
+        errno.EREMOTEIO,
     }
 )
 _SQLITE = {

@@ -41,14 +41,19 @@ def make_directories(path: Path) -> None:
     """Make ``path`` and its parents (mode 0700), each made durable in its parent directory."""
     missing = [directory for directory in (path, *path.parents) if not directory.is_dir()]
     for directory in reversed(missing):
-        directory.mkdir(mode=0o700, exist_ok=True)
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+        except FileExistsError as error:
+            message = f"expected a folder, got a {_kind(directory.lstat())}"
+            raise NotADirectoryError(errno.ENOTDIR, message, str(directory)) from error
         # Also when another process created it: that process may not have called fsync yet.
         fsync_directory(directory.parent)
 
 
 def copy_durably(source: Path, target: Path) -> None:
-    """Copy a file's bytes and fsync them; the caller makes the new name durable."""
-    with source.open("rb") as read, target.open("wb") as written:
+    """Copy a file's bytes and fsync them; the caller makes the new name durable. Raises
+    IrregularFile."""
+    with open_regular(source) as read, target.open("wb") as written:
         shutil.copyfileobj(read, written, _COPY_BYTES)
         written.flush()
         os.fsync(written.fileno())
@@ -74,8 +79,11 @@ def open_regular(path: Path) -> BufferedReader:
 
 def _check_regular(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "special file")
-        raise IrregularFile(f"expected a regular file at {path}, got a {kind}")
+        raise IrregularFile(f"expected a regular file at {path}, got a {_kind(status)}")
+
+
+def _kind(status: os.stat_result) -> str:
+    return _KINDS.get(stat.S_IFMT(status.st_mode), "special file")
 
 
 _KINDS = {
@@ -84,6 +92,7 @@ _KINDS = {
     stat.S_IFDIR: "folder",
     stat.S_IFIFO: "pipe",
     stat.S_IFLNK: "symbolic link",
+    stat.S_IFREG: "file",
     stat.S_IFSOCK: "socket",
 }
 
@@ -106,6 +115,16 @@ def replace(source: Path, target: Path) -> None:
 def set_aside(folder: Path) -> None:
     """Rename a folder that is in the place of a file: what is in it is not ours to remove."""
     folder.rename(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}"))
+
+
+def remove_irregular(path: Path) -> None:
+    """Remove what is in the place of a regular file, and keep a folder under another name."""
+    with suppress(FileNotFoundError):
+        status = path.lstat()
+        if stat.S_ISDIR(status.st_mode):
+            set_aside(path)
+        elif not stat.S_ISREG(status.st_mode):
+            path.unlink()
 
 
 @contextmanager

@@ -70,6 +70,11 @@ def irregular(digest: str) -> CorruptArtifact:
     )
 
 
+def unreadable(digest: str, error: OSError) -> CorruptArtifact:
+    """The error for a blob that the disk does not return."""
+    return CorruptArtifact(f"the artifact stored as {digest} cannot be read: {error.strerror}")
+
+
 def missing(digest: str) -> UnknownPrefix:
     """The error for a digest without bytes."""
     return UnknownPrefix(f"no artifact has the digest {digest}")

@@ -30,7 +30,7 @@ from prefixd.store.files import (
     set_aside,
     sha256_of,
 )
-from prefixd.store.names import BlobKey, corrupt, irregular, missing
+from prefixd.store.names import BlobKey, corrupt, irregular, missing, unreadable
 
 DEFAULT_TIMEOUT_S = 3.0
 """How long a bucket may take to connect, to respond to a request or a part of an upload, and to
@@ -79,7 +79,8 @@ class Blobs(Protocol):
     def measure(self, *, tenant: str, digest: str) -> tuple[int, str]:
         """The size in bytes and the digest of what is stored as this blob, read now, no copy.
 
-        Raises UnknownPrefix when there is none, CorruptArtifact when it is not a regular file.
+        Raises UnknownPrefix when there is none, CorruptArtifact when it is not a regular file or
+        cannot be read.
         """
 
     def quarantined(self) -> Iterator[BlobKey]:
@@ -191,6 +192,8 @@ class LocalBlobs:
             raise missing(digest) from None
         except IrregularFile as error:
             raise irregular(digest) from error
+        except OSError as error:
+            raise unreadable(digest, error) from error
 
     def quarantined(self) -> Iterator[BlobKey]:
         folder = self._root / ".quarantine"

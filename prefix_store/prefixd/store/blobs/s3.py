@@ -28,6 +28,7 @@ from prefixd.store.files import (
     interrupted,
     make_directories,
     remove_interrupted,
+    remove_irregular,
     remove_older,
     replace,
     sha256_of,
@@ -104,6 +105,7 @@ class S3Blobs:
         place = BlobKey(tenant, digest).place
         with suppress(FileNotFoundError):
             self._bucket.delete(place)
+        remove_irregular(self._local / place)
         (self._local / place).unlink(missing_ok=True)
 
     def walk(self) -> Iterator[tuple[BlobKey, int]]:

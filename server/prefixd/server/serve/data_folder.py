@@ -11,6 +11,7 @@ from prefixd.store.errors import DataFolderRefused
 from prefixd.store.faults import StorageFault, storage_fault
 from prefixd.store.files import make_directories
 
+_FOLDERS = ("blobs", "blobs/.tmp", "uploads")
 _WRITTEN = ("catalog.sqlite3", "catalog.sqlite3-wal", "catalog.sqlite3-shm", "blobs", "uploads")
 
 
@@ -27,6 +28,7 @@ def check_data_folder(root: Path) -> None:
     except OSError as error:
         if storage_fault(error) is not StorageFault.FULL:
             raise DataFolderRefused(_expected(root, _found(root, error))) from error
+    _check_kinds(root)
     for path in _unwritable(root):
         raise DataFolderRefused(_expected(root, f"{_owned(path)}, and this is user {os.geteuid()}"))
 
@@ -46,6 +48,18 @@ def _make(root: Path) -> None:
         make_directories(root)
     except OSError as error:
         raise DataFolderRefused(_expected(root, _found(root.parent, error))) from error
+
+
+def _check_kinds(root: Path) -> None:
+    catalog = root / "catalog.sqlite3"
+    if catalog.is_symlink() and not catalog.exists():
+        found = f"{catalog} is a link to {catalog.readlink()}, which is gone"
+        raise DataFolderRefused(_expected(root, found))
+    if catalog.exists() and not catalog.is_file():
+        raise DataFolderRefused(_expected(root, f"{catalog} is no regular file"))
+    for path in (root / name for name in _FOLDERS):
+        if os.path.lexists(path) and not path.is_dir():
+            raise DataFolderRefused(_expected(root, f"{path} is no folder"))
 
 
 def _unwritable(root: Path) -> Iterator[Path]:
