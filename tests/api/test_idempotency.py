@@ -219,3 +219,9 @@ def test_a_generation_ignores_the_key(client: TestClient) -> None:
         answer = client.post("/v1/completions", json=body, headers=headers)
         assert answer.status_code == 200
         assert "idempotency-replayed" not in answer.headers
+
+
+def test_two_keys_in_one_request_are_rejected(client: TestClient) -> None:
+    headers = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+    response = client.put("/v1/default/prefix", json={"prefix": "x"}, headers=headers)
+    assert (response.status_code, error_of(response)["param"]) == (400, "Idempotency-Key")

@@ -232,3 +232,11 @@ def test_a_hard_limit_that_cannot_be_set_leaves_the_soft_one(
 def test_a_network_that_is_none_is_named(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected addresses or networks like .* received"):
         parse_networks(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [("::ffff:10.0.0.0/104", "10.0.0.0/8"), ("::ffff:10.0.0.1", "10.0.0.1"), ("::/0", "::/0")],
+)
+def test_trusted_ipv4_addresses_may_be_written_as_ipv6(text: str, plain: str) -> None:
+    assert parse_networks(text) == parse_networks(plain)

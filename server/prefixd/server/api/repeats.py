@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from sqlalchemy import Connection
 
 from prefixd.server.api.dependencies import IdempotencyDep, authenticated
+from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.idempotency import Idempotency, Keep, Replay, check_key
 from prefixd.server.tenants.principal import Principal
 
@@ -105,6 +106,11 @@ async def _repeatable(
         Header(description="The same key with the same request gets the same response, for a day."),
     ] = None,
 ) -> Repeatable:
+    received = request.headers.getlist("idempotency-key")
+    if len(received) > 1:
+        raise BadRequest(
+            f"expected one Idempotency-Key; received {len(received)}", param="Idempotency-Key"
+        )
     key = None if idempotency_key is None else check_key(idempotency_key)
     return Repeatable(request, idempotency, principal, key)
 

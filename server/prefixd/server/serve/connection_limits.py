@@ -7,6 +7,9 @@ from typing import Self
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+_MAPPED_BITS = 96
+"""Of an IPv4 address in an IPv6 one, before the address."""
+
 _NO_LIMIT = 1 << 20
 """Descriptors that are assumed where their number has no limit."""
 
@@ -26,12 +29,21 @@ def parse_networks(text: str) -> tuple[Network, ...]:
     """Addresses and networks, separated by commas. Raises ValueError."""
     parts = [part.strip() for part in text.split(",")]
     try:
-        return tuple(ipaddress.ip_network(part, strict=False) for part in parts if part)
+        return tuple(_network(part) for part in parts if part)
     except ValueError as error:
         raise ValueError(
             f"expected addresses or networks like 10.0.0.0/8, separated by commas; received "
             f"{text[:80]!a}"
         ) from error
+
+
+def _network(text: str) -> Network:
+    network = ipaddress.ip_network(text, strict=False)
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    if mapped is None or network.prefixlen < _MAPPED_BITS:
+        return network
+    # An IPv4 client of a socket for both is compared as such.
+    return ipaddress.ip_network((int(mapped), network.prefixlen - _MAPPED_BITS))
 
 
 @dataclass(frozen=True, slots=True)
