@@ -31,7 +31,6 @@ OPTIONAL = {
 """Modules that may import the packages of one optional extra."""
 
 NOT_IMPORTED = {
-    "httptools": "uvicorn's HTTP parser, chosen by the subclass in serve/",
     "gguf": "transformers reads the demo model's file with it",
 }
 """Declared packages that no module imports, and what uses them."""

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -216,9 +217,11 @@ def test_nothing_is_found_while_prefixes_are_published_and_deleted(home: Home) -
     failures: list[BaseException] = []
 
     def churn(number: int) -> None:
+        own = replace(home, path=home.path / f"writer-{number}")  # its files of weights
+        own.path.mkdir()
         try:
             while not ended.is_set():
-                home.put("busy", seed=float(number))
+                own.put("busy", seed=float(number))
                 home.put_text(f"busy {number}", f"busy-{number}")
                 changes.delete(home.store, tenant="acme", name=f"busy-{number}")
                 home.store.collect(grace=NOW)
