@@ -55,6 +55,22 @@ def test_an_invalid_value_names_the_flag_and_the_variable() -> None:
     assert "integer" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "sentence"),
+    [
+        ("--trusted-proxies", "10.0.0.0/99", "addresses or networks like 10.0.0.0/8"),
+        ("--default-quota", "max_users=x", "LIMIT=NUMBER or LIMIT=none"),
+        ("--max-connections", "0", "greater than or equal to 1; received '0'"),
+        ("--write-timeout", "abc", "a valid number; received 'abc'"),
+        ("--device", "tpu", "'auto', 'cpu' or 'cuda'; received 'tpu'"),
+    ],
+)
+def test_an_invalid_value_is_one_sentence(flag: str, value: str, sentence: str) -> None:
+    message = run("serve", flag, value, code=1).stderr
+    assert f"): expected {sentence}" in message
+    assert value in message
+
+
 def test_a_boolean_setting_takes_true_or_false() -> None:
     text = " ".join(run("serve", "--help").stdout.split())
     assert "--kv-reuse true|false" in text

@@ -193,7 +193,7 @@ def test_a_backup_needs_a_new_or_empty_folder(home: Opened, tmp_path: Path, cont
 def test_a_backup_needs_a_folder_to_be_in(home: Opened, tmp_path: Path) -> None:
     missing = tmp_path / "disk" / "today"
     result = run("backup", str(missing), "--data-dir", str(tmp_path / "home"), code=1)
-    assert f"expected a folder {missing.parent}" in result.stderr
+    assert f"there is no folder {missing.parent} to make today in" in result.stderr
     assert home.texts()
 
 

@@ -145,7 +145,10 @@ def _opened(file: Path) -> Iterator[Engine]:
 
 def _check_free(folder: Path) -> None:
     if not folder.parent.is_dir():
-        raise BackupRefused(f"expected a folder {folder.parent} to make the backup in")
+        raise BackupRefused(
+            f"expected a name in a folder that exists; there is no folder {folder.parent} to make "
+            f"{folder.name} in"
+        )
     if folder.is_mount():
         raise BackupRefused(f"expected the name of a new folder; {folder} is a mounted disk")
     if folder.is_symlink():

@@ -75,6 +75,9 @@ _REPORTED: dict[type[StoreError], tuple[type[PrefixdError], str]] = {
 """Errors of the store that keep their message."""
 
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
+_SHOWN_KINDS = frozenset(
+    {"literal_error", "greater_than", "greater_than_equal", "less_than", "less_than_equal"}
+)
 
 
 class ErrorDetail(BaseModel):
@@ -172,13 +175,13 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
         return BadRequest(first["msg"].removeprefix("Value error, "), param=param or None)
     expected = first["msg"].removeprefix("Input should be ")
     subject = field if names else "the body"
-    received = _describe(first.get("input"), show_word=kind == "literal_error")
+    received = _describe(first.get("input"), show_word=kind in _SHOWN_KINDS)
     return BadRequest(f"{subject}: expected {expected}; received {received}", param=param or None)
 
 
 def _describe(value: object, *, show_word: bool) -> str:
     """A received value, without repeating a prompt: text is shown only where one of a few fixed
-    words was expected."""
+    words was expected, or where it was read as a number."""
     match value:
         case None:
             return "null"

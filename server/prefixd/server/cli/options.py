@@ -3,7 +3,7 @@
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec
@@ -272,9 +272,17 @@ def _read_settings(values: dict[str, Any]) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors(include_url=False)[0]
         setting = Setting.of(str(first["loc"][0]))
-        fail(f"{setting.flag} ({setting.variable}): {first['msg']}")
+        fail(f"{setting.flag} ({setting.variable}): {_expectation(first)}")
+
+
+def _expectation(error: Mapping[str, Any]) -> str:
+    message: str = error["msg"]
+    if error["type"] == "value_error":
+        return message.removeprefix("Value error, ")
+    expected = message.removeprefix("Input should be ").partition(", unable to parse")[0]
+    return f"expected {expected}; received {error['input']!r}"
 
 
 @contextmanager

@@ -70,8 +70,9 @@ def print_columns(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> No
 
 def print_fields(values: dict[str, object]) -> None:
     """Print one aligned line for each name and value."""
+    width = max(24, *map(len, values))
     for name, value in values.items():
-        typer.echo(f"{name:<24} {printable(str(value))}")
+        typer.echo(f"{name:<{width}} {printable(str(value))}")
 
 
 def fail(message: str, *, status: int = 1) -> NoReturn:
