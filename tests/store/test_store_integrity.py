@@ -19,7 +19,7 @@ from prefixd.store.blobs import s3 as s3_blobs
 from prefixd.store.catalog.tables import prefixes
 from prefixd.store.files import file_in_progress, interrupted
 from prefixd.store.integrity import Finding, Problem, StoreIntegrity, pages
-from prefixd.store.names import BlobKey
+from prefixd.store.names import BlobKey, irregular
 from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE
 from tests.store.store_home import Home
@@ -106,6 +106,19 @@ def test_changed_blob_is_found_until_it_is_uploaded_again(home: Home) -> None:
     checked = integrity(home)
     assert list(checked.findings()) == []
     assert checked.counts["quarantined"] == 1
+
+
+def test_a_finding_says_once_what_to_do_about_an_irregular_file(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = filled(home)
+
+    def measure(*, tenant: str, digest: str) -> tuple[int, str]:
+        raise irregular(digest)
+
+    monkeypatch.setattr(home.blobs, "measure", measure)
+    detail = next(one.detail for one in check(home) if key.digest in one.detail)
+    assert detail.count("upload it again") == detail.count(key.digest) == 1
 
 
 def test_quarantined_blob_is_found_although_its_bytes_are_right_again(home: Home) -> None:

@@ -133,7 +133,7 @@ class StoreIntegrity:
         except UnknownPrefix:
             problem, detail = Problem.BLOB_MISSING, "is missing"
         except CorruptArtifact as error:
-            detail = f"is unusable, {error.message}"
+            return problem, error.message
         else:
             if digest != key.digest:
                 detail = f"has the digest {digest} now"
