@@ -56,7 +56,10 @@ struct Batch {
 };
 
 // Work of one thread in attention: rows[0 .. num_rows) (one row, or several decode rows whose tables
-// share their first `shared` blocks), one KV head, queries first_query .. last_query of the row.
+// share their first `shared` blocks), one KV head, queries [first_query, last_query) of each row.
+// A prefill is fastest with about kItemQueries queries times heads of the KV head's group in an item.
+constexpr int kItemQueries = 48;
+
 struct AttentionItem {
     const int32_t* rows;
     int num_rows, shared, head, first_query, last_query;
