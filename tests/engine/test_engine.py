@@ -462,7 +462,7 @@ def test_stats_answer_while_a_step_hangs(bench: Bench, monkeypatch: pytest.Monke
         patch.setattr("prefixd.server.engine.engine._STATS_TIMEOUT_S", 0.01)
         stats = bench.engine.stats()
     leave.set()
-    assert stats.tiers == {PREFIX.key: "resident"}
+    assert bench.engine.held_prefixes() == {PREFIX.key}
     assert (stats.running, stats.generated_tokens) == (1, 1)
     assert stats.blocks_total == 63
     assert answer(events)[0] == expected(12, "digest")

@@ -3,10 +3,11 @@
 import pytest
 
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.entries import Entry, Stage
 from prefixd.server.engine.eviction import EvictionPolicy
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
-from prefixd.server.engine.residency import Entry, Residency, Stage
+from prefixd.server.engine.residency import Residency
 from prefixd.server.engine.step import Step
 from prefixd.server.testing import FakeStaged
 
@@ -62,7 +63,7 @@ def test_kept_prefixes_leave_only_for_the_last_running_sequence(pool: Pool) -> N
     reserved = pool.add("reserved", forced=True, used=False)
     pool.add("free"), pool.add("other free")
     pool.residency.leave(leaving)
-    pool.residency.pins = {pinned.key: PrefixHandle(pinned.key, 4)}
+    pool.residency.set_pins({pinned.key: PrefixHandle(pinned.key, 4)})
     pool.residency.add_waiter(reserved.key)
     assert pool.evict_all(alone=False) == ["free", "other free"]
     assert leaving.stage is Stage.LEAVING
@@ -78,7 +79,7 @@ def test_retired_prefix_is_not_saved_to_the_host_tier(pool: Pool) -> None:
 
 def test_compile_loses_its_blocks_before_kept_prefixes_do(pool: Pool) -> None:
     pinned = [pool.add(name) for name in "abcd"]
-    pool.residency.pins = {entry.key: PrefixHandle(entry.key, 4) for entry in pinned}
+    pool.residency.set_pins({entry.key: PrefixHandle(entry.key, 4) for entry in pinned})
     compiling = pool.residency.fetch(PrefixHandle(PrefixKey("t", "compiling"), 4))
     pool.residency.staged(compiling, FakeStaged(4))
     pool.residency.place(compiling, forced=False)

@@ -3,8 +3,9 @@
 import pytest
 
 from prefixd.server.engine.block_pool import BlockPool
+from prefixd.server.engine.entries import Entry, Stage
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
-from prefixd.server.engine.residency import Entry, Residency, Stage
+from prefixd.server.engine.residency import Residency
 from prefixd.server.testing import FakeStaged
 
 BLOCK = 4
@@ -42,7 +43,7 @@ def test_stages_follow_the_table(residency: Residency) -> None:
     stages.append(entry.stage)
     residency.leave(entry)
     stages.append(entry.stage)
-    residency.stay([entry])
+    residency.stay()
     stages.append(entry.stage)
     assert stages == [
         Stage.FETCHING,
@@ -62,12 +63,12 @@ def test_stages_follow_the_table(residency: Residency) -> None:
 def test_leaving_entry_keeps_its_place_in_the_order_of_use(residency: Residency) -> None:
     first, second, third = (make_resident(residency, name) for name in "abc")
     residency.leave(first)
-    assert residency.resident() == [first, second, third]
-    residency.stay(residency.resident())
-    assert residency.resident() == [first, second, third]
+    assert list(residency.order.idle()) == [first, second, third]
+    residency.stay()
+    assert list(residency.order.idle()) == [first, second, third]
     residency.acquire(first.key)
     residency.release(first.key)
-    assert residency.resident() == [second, third, first]
+    assert list(residency.order.idle()) == [second, third, first]
 
 
 def test_no_sequence_starts_under_a_leaving_entry(residency: Residency) -> None:
@@ -101,8 +102,8 @@ def test_every_kind_of_claim_counts(residency: Residency) -> None:
     assert residency.is_claimed(key)
     residency.remove_waiter(key)
     assert not residency.is_claimed(key)
-    residency.pins = {key: handle("a")}
+    residency.set_pins({key: handle("a")})
     assert residency.is_claimed(key)
-    residency.pins = {}
+    residency.set_pins({})
     residency.preloads = {key}
     assert residency.is_claimed(key)

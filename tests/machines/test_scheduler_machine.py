@@ -17,6 +17,7 @@ from hypothesis.stateful import (
 )
 
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.entries import Stage
 from prefixd.server.engine.request import (
     AdmittedRequest,
     FinishReason,
@@ -25,7 +26,6 @@ from prefixd.server.engine.request import (
     SamplingParams,
     StopParams,
 )
-from prefixd.server.engine.residency import Stage
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import End, Sequence, State
 from prefixd.server.engine.step import Sampled, Step, StepOutput
@@ -419,7 +419,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "unpinned prefixes are held while idle"
             )
             assert all(e.stage is not Stage.COMPILING for e in residency)
-            assert set(self.scheduler.memory.host.keys()) <= pins
+            assert {p.key for p in PREFIXES if p.key in self.scheduler.memory.host} <= pins
             assert pool.num_free + residency.num_blocks == pool.num_usable, "blocks are missing"
 
 

@@ -25,7 +25,7 @@ def test_a_sweep_removes_expired_rows(tmp_path: Path) -> None:
         record(connection, Action.PIN_SET, at=utc_now() - timedelta(days=1), **actor)
         replay = Replay(201, {})
         catalog.idempotency.keep(connection, "acme", "k", request_digest="d", replay=replay)
-    engine: Any = SimpleNamespace(stats=lambda: SimpleNamespace(prefixes_held=()))
+    engine: Any = SimpleNamespace(held_prefixes=tuple)
     _make_sweeper(settings, catalog, engine)._sweep()
     entries, _ = catalog.audit.page(tenant="acme", limit=9)
     assert [entry.action for entry in entries] == [Action.TENANT_CREATE]

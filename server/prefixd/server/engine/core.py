@@ -6,7 +6,8 @@
                           (threads)  (device)
 
 The scheduler and the runner are touched by this thread alone, so neither needs a lock. What other
-threads may read is published: replaced as a whole, and never changed afterwards.
+threads may read is published: replaced as a whole, and never changed afterwards. Only ``tiers``,
+which may be long, is changed in place, key by key: others look up a key, or copy it.
 """
 
 import logging
@@ -30,7 +31,7 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import End, Sequence, seeded_uniform, sequences_of
-from prefixd.server.engine.stats import EngineStats, StatsCounters, tiers_of
+from prefixd.server.engine.stats import EngineStats, StatsCounters
 from prefixd.server.engine.step import (
     ModelRunner,
     OutOfMemory,
@@ -85,13 +86,13 @@ class EngineCore:
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
         self._counters = StatsCounters()
         self._stats_built = -inf
-        self._published: tuple[Scheduler, int, int, int] | None = None
+        self._preloads_published = -1
         self._queue_published = False
         self.scheduler = self._new_scheduler()
         self.turn_began: float | None = None
         self.num_failures = 0
         self.last_failure = 0.0
-        self.tiers: Mapping[PrefixKey, str] = {}
+        self.tiers: dict[PrefixKey, str] = {}
         self.preloads: Mapping[str, int] = {}
         self.stats = self.build_stats()
 
@@ -208,7 +209,7 @@ class EngineCore:
             if not sequence.finished:
                 sequence.finish(self._outputs.flush(sequence, end))
             self._close([sequence])
-        self.scheduler = self._new_scheduler()
+        self.scheduler, self.tiers, self._preloads_published = self._new_scheduler(), {}, -1
         pins, caps = self._pins
         self.scheduler.prefix_loader.set_pins(pins, caps=caps)
         self._publish()
@@ -229,11 +230,14 @@ class EngineCore:
     def _publish(self) -> None:
         """Publish what has changed since the last time."""
         scheduler, preloads = self.scheduler, self.scheduler.prefix_loader.preloads
-        residency, host = scheduler.memory.residency, scheduler.memory.host
-        version = scheduler, residency.num_changes, host.num_changes, preloads.num_changes
-        if version != self._published:
-            self._published = version
-            self.tiers, self.preloads = tiers_of(scheduler), preloads.by_tenant()
+        for key, tier in scheduler.memory.take_tier_changes().items():
+            if tier is None:
+                self.tiers.pop(key, None)
+            else:
+                self.tiers[key] = tier
+        if preloads.num_changes != self._preloads_published:
+            self._preloads_published = preloads.num_changes
+            self.preloads = preloads.by_tenant()
         self._queue_limiter.rate = self._counters.rate
         is_queued = scheduler.waiting.num_sequences > 0
         if is_queued or self._queue_published:
@@ -243,7 +247,7 @@ class EngineCore:
     def build_stats(self) -> EngineStats:
         """Build and publish the figures of this moment."""
         self._stats_built = time.monotonic()
-        self.stats = self._counters.snapshot(self.scheduler, self.tiers)
+        self.stats = self._counters.snapshot(self.scheduler)
         return self.stats
 
     # -- requests of other threads, called between two turns ----

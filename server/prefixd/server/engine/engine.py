@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
 
 from prefixd.server.engine.config import SchedulerConfig
@@ -132,6 +131,10 @@ class Engine:
         """How far a prefix is: fetching, staged, compiling, resident, or in host memory."""
         return self.core.tiers.get(key)
 
+    def held_prefixes(self) -> frozenset[PrefixKey]:
+        """Prefixes in the pool, loading, or in host memory, after the last step."""
+        return frozenset(self.core.tiers.copy())  # in one go, while the engine's thread goes on
+
     # -- inspection ----
 
     def stats(self) -> EngineStats:
@@ -146,7 +149,7 @@ class Engine:
         try:
             return request.result(_STATS_TIMEOUT_S)
         except TimeoutError:
-            return replace(self.core.stats, tiers=self.core.tiers)
+            return self.core.stats
 
     def state(self, *, timeout_s: float = 5.0) -> dict[str, Any]:
         """What runs, waits and is resident between two steps (``debug_state``); after the engine

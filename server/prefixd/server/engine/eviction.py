@@ -34,12 +34,15 @@ leaves when it has no claim and no running sequence.
     promised to an overdue prefix, except for the first use of a prefix that has just come in.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.entries import Entry, Stage
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.residency import Entry, Stage
 from prefixd.server.engine.sequence import Sequence
 from prefixd.server.engine.step import Step
 
@@ -84,8 +87,11 @@ class EvictionPolicy:
         if pool.num_free >= need + headroom:
             return True
         idle = self._evictable(sequence, kept=not num_running)
-        room = pool.num_free + sum(len(entry.blocks) for entry in idle)
-        return room >= need + headroom and self._evict_until(step, idle, need)
+        victims = self._enough(idle, need + headroom - pool.num_free)
+        if victims is None:
+            return False
+        self._evict_until(step, victims, need)
+        return True
 
     def room_for_block(self, step: Step, *, alone: bool) -> bool:
         """Make sure that a block is free; ``alone``: only one sequence runs.
@@ -94,51 +100,68 @@ class EvictionPolicy:
         """
         if self._memory.pool.num_free:
             return True
-        if self._evict_until(step, self._evictable(None, kept=False), 1):
+        if self._evict_one(step, kept=False):
             return True
         compiling = [e for e in self._residency.compiling() if alone or not self._is_kept(e)]
         if compiling:
             self._residency.unplace(compiling[-1])
         elif alone:
-            self._evict_until(step, self._evictable(None, kept=True), 1)
+            self._evict_one(step, kept=True)
         return self._memory.pool.num_free > 0
 
     def _is_first_use(self, sequence: Sequence) -> bool:
         entry = self._residency.get(sequence.prefix.key) if sequence.prefix else None
         return entry is not None and not entry.num_uses
 
-    def _evictable(self, sequence: Sequence | None, *, kept: bool) -> list[Entry]:
+    def _evictable(self, sequence: Sequence | None, *, kept: bool) -> Iterator[Entry]:
         """Idle prefixes in the order [1], without the one of ``sequence``, and without those that
-        are kept [2] unless ``kept``."""
+        are kept [2] unless ``kept``. None may be evicted before the iteration has ended."""
         own = sequence.prefix.key if sequence is not None and sequence.prefix else None
-        waiters, pins = self._residency.waiters, self._residency.pins
-        return sorted(
-            (
-                entry
-                for entry in self._residency.resident()
-                if entry.idle and entry.key != own and (kept or not self._is_kept(entry))
-            ),
-            key=lambda entry: (
-                entry.key in pins,
-                entry.key in waiters and not entry.num_uses,
-                entry.key in waiters,
-            ),
-        )
+        waiters = self._residency.waiters
+        waited = []
+        for entry in self._residency.order.idle():
+            if entry.key == own or not (kept or not self._is_kept(entry)):
+                continue
+            if entry.key in waiters:
+                waited.append(entry)
+            else:
+                yield entry
+        yield from sorted(waited, key=lambda entry: not entry.num_uses)
+        if kept:
+            pinned = [e for e in self._residency.pinned() if e.idle and e.key != own]
+            yield from sorted(
+                pinned, key=lambda e: (e.key in waiters and not e.num_uses, e.key in waiters)
+            )
 
     def _is_kept(self, entry: Entry) -> bool:
         residency, is_leaving = self._residency, entry.stage is Stage.LEAVING
         return is_leaving or entry.key in residency.pins or residency.is_reserved(entry)
 
-    def _evict_until(self, step: Step, idle: list[Entry], num_free: int) -> bool:
-        """Evict from the front of ``idle`` until ``num_free`` blocks are free. Evicts none and
-        returns False when all of them are not enough."""
-        pool = self._memory.pool
-        if pool.num_free + sum(len(entry.blocks) for entry in idle) < num_free:
-            return False
-        for entry in idle:
-            if pool.num_free >= num_free:
+    @staticmethod
+    def _enough(idle: Iterator[Entry], num_blocks: int) -> list[Entry] | None:
+        """The first of ``idle`` that hold ``num_blocks``; None when all of them do not."""
+        victims = []
+        while num_blocks > 0:
+            entry = next(idle, None)
+            if entry is None:
+                return None
+            victims.append(entry)
+            num_blocks -= len(entry.blocks)
+        return victims
+
+    def _evict_until(self, step: Step, victims: list[Entry], num_free: int) -> None:
+        """Evict from the front of ``victims`` until ``num_free`` blocks are free."""
+        for entry in victims:
+            if self._memory.pool.num_free >= num_free:
                 break
             self.evict(step, entry)
+
+    def _evict_one(self, step: Step, *, kept: bool) -> bool:
+        """Evict the first of ``_evictable``; False: there is none."""
+        entry = next(self._evictable(None, kept=kept), None)
+        if entry is None:
+            return False
+        self.evict(step, entry)
         return True
 
     # -- room for prefixes ----
@@ -161,58 +184,70 @@ class EvictionPolicy:
             lacking += residency.blocks_needed(promised.num_tokens)
         if max(over_cap, over_budget, lacking) <= 0:
             return EvictionPlan([], is_enough=True, lacks_blocks=False)
-        victims: list[Entry] = []
-        candidates = self._overdue_candidates(entry, cap) if forces else self._candidates()
-        for own in candidates:
-            if over_cap > 0 and own.key.tenant == tenant:
-                victims.append(own)
-                over_cap -= own.num_tokens
+        victims: dict[PrefixKey, Entry] = {}
+        candidates = partial(self._overdue_candidates, entry, cap) if forces else self._candidates
         if over_cap > 0:
-            return EvictionPlan(victims, is_enough=False, lacks_blocks=False)
-        over_budget -= sum(victim.num_tokens for victim in victims)
-        lacking -= sum(len(victim.blocks) for victim in victims)
-        for candidate in candidates:
-            if over_budget <= 0 and lacking <= 0:
-                break
-            if candidate not in victims:
-                victims.append(candidate)
-                over_budget -= candidate.num_tokens
-                lacking -= len(candidate.blocks)
-        is_enough = over_budget <= 0 and lacking <= 0
-        return EvictionPlan(victims, is_enough=is_enough, lacks_blocks=lacking > 0)
+            for own in candidates(tenant):
+                victims[own.key] = own
+                over_cap -= own.num_tokens
+                if over_cap <= 0:
+                    break
+            else:
+                return EvictionPlan(list(victims.values()), is_enough=False, lacks_blocks=False)
+        over_budget -= sum(victim.num_tokens for victim in victims.values())
+        lacking -= sum(len(victim.blocks) for victim in victims.values())
+        if max(over_budget, lacking) > 0:
+            for candidate in candidates(None):
+                if candidate.key not in victims:
+                    victims[candidate.key] = candidate
+                    over_budget -= candidate.num_tokens
+                    lacking -= len(candidate.blocks)
+                    if max(over_budget, lacking) <= 0:
+                        break
+        is_enough = max(over_budget, lacking) <= 0
+        return EvictionPlan(list(victims.values()), is_enough=is_enough, lacks_blocks=lacking > 0)
 
-    def _candidates(self) -> list[Entry]:
+    def _candidates(self, tenant: str | None) -> Iterator[Entry]:
+        """Idle prefixes, of one tenant or of all, that may leave for one that is not overdue."""
         waiters = self._residency.waiters
-        return [e for e in self._evictable(None, kept=False) if e.key not in waiters]
+        for entry in self._residency.order.idle(tenant):
+            if entry.key not in waiters and not self._is_kept(entry):
+                yield entry
 
-    def _overdue_candidates(self, entry: Entry, cap: int | None) -> list[Entry]:
-        waiters, pins = self._residency.waiters, self._residency.pins
-        spared = self._spared_pins(entry, cap)
-        return sorted(
-            (
-                candidate
-                for candidate in self._residency.resident()
-                if candidate.key not in spared
-                and (candidate.num_uses or candidate.key not in waiters)
-            ),
-            key=lambda candidate: (
-                candidate.key in pins,
-                candidate.key in waiters,
-                not candidate.idle,
-            ),
-        )
+    def _overdue_candidates(
+        self, entry: Entry, cap: int | None, tenant: str | None
+    ) -> Iterator[Entry]:
+        """Prefixes, of one tenant or of all, that may leave for ``entry``, which is overdue."""
+        waiters, order = self._residency.waiters, self._residency.order
+        waited = []
+        for candidate in chain(order.idle(tenant), order.busy(tenant)):
+            if candidate.key not in waiters:
+                yield candidate
+            elif candidate.num_uses:
+                waited.append(candidate)
+        yield from waited
+        pinned = [
+            candidate
+            for candidate in self._displaced_pins(entry, cap)
+            if (candidate.num_uses or candidate.key not in waiters)
+            and tenant in {None, candidate.key.tenant}
+        ]
+        yield from sorted(pinned, key=lambda each: (each.key in waiters, not each.idle))
 
-    def _spared_pins(self, entry: Entry, cap: int | None) -> set[PrefixKey]:
-        """Pins that stay even for an overdue prefix: all, unless it can never fit next to them."""
-        budget, tenant = self._config.max_resident_tokens, entry.key.tenant
-        pins = [pin for pin in self._residency.pins.values() if pin.key != entry.key]
-        sizes = [entry.num_tokens, *(pin.num_tokens for pin in pins)]
-        blocks = sum(map(self._config.blocks_needed, sizes))
-        if blocks > self._config.num_usable_blocks or (budget is not None and sum(sizes) > budget):
-            return set()
-        own = entry.num_tokens + sum(p.num_tokens for p in pins if p.key.tenant == tenant)
-        over_cap = cap is not None and own > cap
-        return {pin.key for pin in pins if not (over_cap and pin.key.tenant == tenant)}
+    def _displaced_pins(self, entry: Entry, cap: int | None) -> list[Entry]:
+        """Pins that may leave for an overdue prefix: none, unless it can never fit next to them."""
+        residency, budget = self._residency, self._config.max_resident_tokens
+        sizes, own = residency.pin_sizes, residency.pins.get(entry.key)
+        added = entry.num_tokens - (own.num_tokens if own else 0)
+        blocks = self._config.blocks_needed(entry.num_tokens)
+        blocks -= self._config.blocks_needed(own.num_tokens) if own else 0
+        fits = sizes.blocks + blocks <= self._config.num_usable_blocks
+        fits = fits and (budget is None or sizes.tokens + added <= budget)
+        tenant = entry.key.tenant
+        over_cap = cap is not None and sizes.by_tenant[tenant] + added > cap
+        if fits and not over_cap:
+            return []
+        return [pin for pin in residency.pinned() if not fits or pin.key.tenant == tenant]
 
     # -- prefixes that are no longer needed ----
 

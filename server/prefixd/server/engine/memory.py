@@ -4,9 +4,10 @@ from collections import OrderedDict
 
 from prefixd.server.engine.block_pool import BlockPool
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.entries import Entry, Stage
 from prefixd.server.engine.kv_reuse import KVReuse
 from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.residency import Entry, Residency, Stage
+from prefixd.server.engine.residency import Residency
 from prefixd.server.engine.sequence import Sequence
 from prefixd.server.engine.step import BlockCopy, Save, StagedPrefix, Step
 
@@ -14,24 +15,21 @@ from prefixd.server.engine.step import BlockCopy, Save, StagedPrefix, Step
 class HostTier:
     """Compiled prefixes in host memory, which return to the pool by a copy.
 
-    Above ``max_tokens`` virtual tokens the least recently used are dropped.
+    Above ``max_tokens`` virtual tokens the least recently used are dropped. ``changed`` are the
+    keys that came or went since the set was cleared.
     """
 
     def __init__(self, *, max_tokens: int) -> None:
         self._max_tokens = max_tokens
         self._payloads: OrderedDict[PrefixKey, StagedPrefix] = OrderedDict()
         self.num_tokens = 0
-        self.num_changes = 0
+        self.changed: set[PrefixKey] = set()
 
     def __contains__(self, key: PrefixKey) -> bool:
         return key in self._payloads
 
     def __len__(self) -> int:
         return len(self._payloads)
-
-    def keys(self) -> list[PrefixKey]:
-        """Prefixes in host memory, least recently used first."""
-        return list(self._payloads)
 
     def takes(self, num_tokens: int) -> bool:
         """Whether a prefix of this size fits into an empty tier."""
@@ -50,7 +48,7 @@ class HostTier:
         if not self.takes(payload.num_tokens):
             return
         self._payloads[key] = payload
-        self.num_changes += 1
+        self.changed.add(key)
         self.num_tokens += payload.num_tokens
         while self.num_tokens > self._max_tokens:
             self.drop(next(iter(self._payloads)))
@@ -59,7 +57,7 @@ class HostTier:
         """Drop the saved KV of ``key``, if there is any."""
         payload = self._payloads.pop(key, None)
         if payload is not None:
-            self.num_changes += 1
+            self.changed.add(key)
             self.num_tokens -= payload.num_tokens
 
     def __repr__(self) -> str:
@@ -76,6 +74,20 @@ class Memory:
         self.residency = Residency(pool=self.pool, block_size=config.block_size)
         self.reuse = KVReuse(pool=self.pool, block_size=config.block_size, namespace=namespace)
         self.host = HostTier(max_tokens=config.host_tokens)
+
+    def take_tier_changes(self) -> dict[PrefixKey, str | None]:
+        """How far the prefixes are of which that may have changed since the last call; None: in
+        none of the tiers."""
+        changed = self.residency.changed | self.host.changed
+        self.residency.changed.clear()
+        self.host.changed.clear()
+        return {key: self._tier(key) for key in changed}
+
+    def _tier(self, key: PrefixKey) -> str | None:
+        entry = self.residency.get(key)
+        if entry is None:
+            return "host" if key in self.host else None
+        return entry.tier
 
     def is_ready(self, sequence: Sequence) -> bool:
         """Whether ``sequence`` could start now as far as its prefix is concerned."""

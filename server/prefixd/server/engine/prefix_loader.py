@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.entries import Entry, Stage
 from prefixd.server.engine.eviction import EvictionPolicy
 from prefixd.server.engine.fair_queue import FairQueue
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
-from prefixd.server.engine.residency import Entry, Stage
 from prefixd.server.engine.sequence import Sequence
 from prefixd.server.engine.step import (
     CORRUPT_PREFIX,
@@ -133,7 +133,7 @@ class PrefixLoader:
     ) -> None:
         """Load these prefixes and keep them, instead of those pinned before. ``caps``: virtual
         tokens that tenants may have in the pool, where that is limited."""
-        self._residency.pins = {handle.key: handle for handle in handles}
+        self._residency.set_pins({handle.key: handle for handle in handles})
         self._caps = caps or {}
 
     def retire(self, keys: Iterable[PrefixKey]) -> None:
@@ -220,8 +220,8 @@ class PrefixLoader:
         that wait for them may be further back in the queue than the lookahead. Unless the pool
         ``has_room`` for the next sequence that could run, only the forced prefix is placed."""
         residency = self._residency
-        if has_room and residency.pins:
-            for handle in residency.pins.values():
+        if has_room and residency.missing_pins:
+            for handle in residency.take_missing_pins(self._config.max_staged):
                 self._load_unrequested(step, handle, self._caps.get(handle.key.tenant), now)
         if has_room and self.preloads.pending:
             for preload in self.preloads.take_turns(self._config.max_staged):
@@ -317,7 +317,7 @@ class PrefixLoader:
 
     def _stop_forcing(self) -> None:
         self.forcing, self.promised = None, 0
-        self._residency.stay(self._residency.resident())
+        self._residency.stay()
 
     def __repr__(self) -> str:
         return f"PrefixLoader(forcing={self.forcing}, preloading={len(self.preloads)})"

@@ -19,8 +19,9 @@ readiness.
 """
 
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.entries import Entry
 from prefixd.server.engine.request import SamplingParams
-from prefixd.server.engine.residency import Entry, Residency
+from prefixd.server.engine.residency import Residency
 from prefixd.server.engine.sequence import Sequence
 from prefixd.server.engine.step import Chunk, Step
 

@@ -26,90 +26,56 @@ preload (``preloads``). The blocks of an entry are referenced by the entry itsel
 table of each sequence under it.
 """
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from itertools import islice
 
 from prefixd.server.engine.block_pool import BlockPool
+from prefixd.server.engine.entries import COMPILED, Entry, Stage, UseOrder
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
 from prefixd.server.engine.step import StagedPrefix
 
-
-class Stage(Enum):
-    """How far a prefix has come; the table above says what holds at each."""
-
-    FETCHING = auto()
-    STAGED = auto()
-    COMPILING = auto()
-    RESIDENT = auto()
-    LEAVING = auto()
+_PLACED = COMPILED | {Stage.COMPILING}
 
 
-_COMPILED = {Stage.RESIDENT, Stage.LEAVING}
-_PLACED = _COMPILED | {Stage.COMPILING}
+class PinSizes:
+    """Virtual tokens and blocks of all pins together, and virtual tokens by tenant."""
 
-
-@dataclass(eq=False, slots=True)
-class Entry:
-    """One prefix that is loading or in the pool. Only Residency changes the first group of fields.
-
-    ``forced``: it was placed by force, for a sequence that had waited too long. ``cap``: virtual
-    tokens its tenant may have in the pool, as of the last request. ``requested_at``: the last step
-    that requested it.
-    """
-
-    key: PrefixKey
-    num_tokens: int
-    stage: Stage = Stage.FETCHING
-    payload: StagedPrefix | None = None
-    blocks: list[int] = field(default_factory=list)
-    num_compiled: int = 0
-    num_users: int = 0
-    num_uses: int = 0
-    forced: bool = False
-
-    cap: int | None = None
-    requested_at: int = 0
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether all its KV is in the pool."""
-        return self.stage in _COMPILED
-
-    @property
-    def idle(self) -> bool:
-        """Compiled, and no running sequence under it."""
-        return self.num_users == 0 and self.stage in _COMPILED
-
-    @property
-    def tier(self) -> str:
-        """The stage in the words of the API."""
-        return "resident" if self.stage in _COMPILED else self.stage.name.lower()
+    def __init__(self, pins: Iterable[PrefixHandle], *, block_size: int) -> None:
+        self.by_tenant: Counter[str] = Counter()
+        self.blocks = 0
+        for pin in pins:
+            self.by_tenant[pin.key.tenant] += pin.num_tokens
+            self.blocks += -(-pin.num_tokens // block_size)
+        self.tokens = self.by_tenant.total()
 
 
 class Residency:
-    """Entries by prefix key, the compiled ones in the order of their last use."""
+    """Entries by prefix key.
+
+    What a step looks at is kept by itself, so that it walks no other entries: ``order`` of use;
+    ``ready`` and ``reserved`` entries, for which sequences wait; ``missing_pins``, which are not
+    compiled; and ``changed``, the keys whose tier may be another since the set was cleared.
+    """
 
     def __init__(self, *, pool: BlockPool, block_size: int) -> None:
         self._pool = pool
         self._block_size = block_size
         self._entries: dict[PrefixKey, Entry] = {}
-        compiled: OrderedDict[PrefixKey, Entry] = OrderedDict()
-        self._by_stage: dict[Stage, OrderedDict[PrefixKey, Entry]] = {
-            **{stage: OrderedDict() for stage in Stage},
-            # One order of use for both, so that one that stays after all keeps its place.
-            Stage.RESIDENT: compiled,
-            Stage.LEAVING: compiled,
-        }
+        self._by_stage: dict[Stage, dict[PrefixKey, Entry]] = {stage: {} for stage in Stage}
         self._tokens_by_tenant: Counter[str] = Counter()
         self.waiters: Counter[PrefixKey] = Counter()
         self.pins: Mapping[PrefixKey, PrefixHandle] = {}
+        self.pin_sizes = PinSizes((), block_size=block_size)
         self.preloads: Collection[PrefixKey] = ()
+        self.order = UseOrder()
+        self.ready: dict[PrefixKey, Entry] = {}
+        self.reserved: dict[PrefixKey, Entry] = {}
+        self.missing_pins: dict[PrefixKey, PrefixHandle] = {}
+        self.changed: set[PrefixKey] = set()
         self.num_loading = 0
         self.num_tokens = 0
         self.num_blocks = 0
-        self.num_changes = 0
         self.num_compiles = 0
         self.num_evictions = 0
 
@@ -132,12 +98,33 @@ class Residency:
     def add_waiter(self, key: PrefixKey) -> None:
         """Count a sequence that waits to run under the prefix."""
         self.waiters[key] += 1
+        if self.waiters[key] == 1:
+            self._waiters_changed(key)
 
     def remove_waiter(self, key: PrefixKey) -> None:
         """Count a sequence that no longer waits."""
         self.waiters[key] -= 1
         if not self.waiters[key]:
             del self.waiters[key]
+            self._waiters_changed(key)
+
+    def set_pins(self, handles: Mapping[PrefixKey, PrefixHandle]) -> None:
+        """Pin these and no others."""
+        if handles == self.pins:
+            return
+        self.pins = handles
+        self.pin_sizes = PinSizes(handles.values(), block_size=self._block_size)
+        compiled = {**self._by_stage[Stage.RESIDENT], **self._by_stage[Stage.LEAVING]}
+        self.order.rebuild(compiled.values(), pinned=handles.keys())
+        self.missing_pins = {key: pin for key, pin in handles.items() if key not in compiled}
+
+    def take_missing_pins(self, count: int) -> list[PrefixHandle]:
+        """The next ``count`` of the pins that are not compiled; they move to the end of the
+        order."""
+        keys = list(islice(self.missing_pins, count))
+        for key in keys:
+            self.missing_pins[key] = self.missing_pins.pop(key)
+        return [self.missing_pins[key] for key in keys]
 
     def is_claimed(self, key: PrefixKey) -> bool:
         """Whether a waiting sequence, a pin or a preload needs the prefix."""
@@ -154,7 +141,7 @@ class Residency:
         assert handle.key not in self._entries
         entry = self._entries[handle.key] = Entry(handle.key, handle.num_tokens)
         self._by_stage[Stage.FETCHING][handle.key] = entry
-        self.num_changes += 1
+        self.changed.add(handle.key)
         self.num_loading += 1
         return entry
 
@@ -191,17 +178,18 @@ class Residency:
             self.num_compiles += 1
             self.num_loading -= 1
             self._move(entry, Stage.RESIDENT)
+            self.order.use(entry, pinned=key in self.pins)
+            self.missing_pins.pop(key, None)
 
     def leave(self, entry: Entry) -> None:
         """RESIDENT to LEAVING: no sequence starts under it, because its room is promised."""
         assert entry.is_compiled
-        entry.stage = Stage.LEAVING
+        self._move(entry, Stage.LEAVING)
 
-    def stay(self, entries: Iterable[Entry]) -> None:
-        """LEAVING back to RESIDENT."""
-        for entry in entries:
-            if entry.stage is Stage.LEAVING:
-                entry.stage = Stage.RESIDENT
+    def stay(self) -> None:
+        """All that are LEAVING back to RESIDENT."""
+        for entry in list(self._by_stage[Stage.LEAVING].values()):
+            self._move(entry, Stage.RESIDENT)
 
     def acquire(self, key: PrefixKey) -> Entry:
         """A sequence starts under a RESIDENT entry and references its full blocks."""
@@ -210,13 +198,15 @@ class Residency:
         entry.num_users += 1
         entry.num_uses += 1
         self._pool.share(entry.blocks[: entry.num_tokens // self._block_size])
-        self._by_stage[Stage.RESIDENT].move_to_end(key)
+        self.order.use(entry, pinned=key in self.pins)
+        self.reserved.pop(key, None)
         return entry
 
     def release(self, key: PrefixKey) -> None:
         """A sequence under the prefix stopped running. Its own table releases the blocks."""
-        self._entries[key].num_users -= 1
-        self._by_stage[Stage.RESIDENT].move_to_end(key)
+        entry = self._entries[key]
+        entry.num_users -= 1
+        self.order.use(entry, pinned=key in self.pins)
 
     def evict(self, entry: Entry) -> None:
         """Idle to absent: release its blocks."""
@@ -231,14 +221,20 @@ class Residency:
             self._release_blocks(entry)
         del self._entries[entry.key]
         del self._by_stage[entry.stage][entry.key]
-        self.num_changes += 1
+        self.order.remove(entry)
+        self._waiters_changed(entry.key)
+        if entry.key in self.pins:
+            self.missing_pins[entry.key] = self.pins[entry.key]
+        self.changed.add(entry.key)
         self.num_loading -= not entry.is_compiled
 
     # -- lookups ----
 
-    def resident(self) -> list[Entry]:
-        """Compiled entries (RESIDENT and LEAVING), least recently used first."""
-        return list(self._by_stage[Stage.RESIDENT].values())
+    def pinned(self) -> list[Entry]:
+        """Compiled entries that are pinned, least recently used first. Walks all pins."""
+        entries = (self._entries.get(key) for key in self.pins)
+        compiled = [entry for entry in entries if entry is not None and entry.is_compiled]
+        return sorted(compiled, key=lambda entry: entry.last_use)
 
     def staged_entries(self) -> list[Entry]:
         """Entries that wait for blocks, oldest first."""
@@ -267,12 +263,39 @@ class Residency:
             has_payload = entry.stage in {Stage.STAGED, Stage.COMPILING}
             assert (entry.payload is not None) == has_payload, f"{entry} differs in payload"
             assert entry.is_compiled or not entry.num_uses, f"{entry} was used before its compile"
+        self._check_order()
+
+    def _check_order(self) -> None:
+        """Prove that what is kept by itself is what a walk over all entries would give."""
+        compiled = sorted((e for e in self if e.is_compiled), key=lambda entry: entry.last_use)
+        unpinned = [entry for entry in compiled if entry.key not in self.pins]
+        assert list(self.order.idle()) == [entry for entry in unpinned if entry.idle]
+        assert self.order.busy() == [entry for entry in unpinned if not entry.idle]
+        for tenant in {entry.key.tenant for entry in compiled}:
+            of_tenant = [e for e in self.order.idle() if e.key.tenant == tenant]
+            assert list(self.order.idle(tenant)) == of_tenant
+        waited = [entry for entry in compiled if entry.key in self.waiters]
+        assert self.ready.keys() == {e.key for e in waited if e.stage is Stage.RESIDENT}
+        assert self.reserved.keys() == {e.key for e in waited if self.is_reserved(e)}
+        assert self.missing_pins.keys() == self.pins.keys() - {entry.key for entry in compiled}
 
     def _move(self, entry: Entry, stage: Stage) -> None:
         del self._by_stage[entry.stage][entry.key]
         entry.stage = stage
         self._by_stage[stage][entry.key] = entry
-        self.num_changes += 1
+        self._waiters_changed(entry.key)
+        self.changed.add(entry.key)
+
+    def _waiters_changed(self, key: PrefixKey) -> None:
+        """Keep ``ready`` and ``reserved`` right: the prefix, or what waits for it, has changed."""
+        self.ready.pop(key, None)
+        self.reserved.pop(key, None)
+        entry = self._entries.get(key)
+        if entry is not None and key in self.waiters:
+            if entry.stage is Stage.RESIDENT:
+                self.ready[key] = entry
+            if entry.is_compiled and self.is_reserved(entry):
+                self.reserved[key] = entry
 
     def _release_blocks(self, entry: Entry) -> None:
         self._count(entry, -1)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from prefixd.server.engine.request import FinishReason, PrefixKey
-from prefixd.server.engine.residency import Entry, Stage
+from prefixd.server.engine.entries import Entry, Stage
+from prefixd.server.engine.request import FinishReason
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import Sequence
 from prefixd.server.engine.step import Step, StepOutput
@@ -31,8 +31,7 @@ class EngineStats:
     ``steps`` are forward passes run; ``distinct_prefixes_*`` count the different prefixes among
     the rows of one pass; times are in seconds, blocks exclude the null block, tokens of prefixes
     are virtual tokens. ``passes_by_*`` and ``step_times`` count passes by what they carried and by
-    how long they took (upper edge in seconds). ``tiers`` says how far each prefix is that is in the
-    pool, loading, or in host memory.
+    how long they took (upper edge in seconds).
     """
 
     steps: int
@@ -70,12 +69,6 @@ class EngineStats:
     prefix_swaps: int
     kv_queried_tokens: int
     kv_reused_tokens: int
-    tiers: Mapping[PrefixKey, str]
-
-    @property
-    def prefixes_held(self) -> frozenset[PrefixKey]:
-        """Prefixes in the pool, loading, or in host memory."""
-        return frozenset(self.tiers)
 
 
 STEP_TIME_EDGES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -122,7 +115,7 @@ class StatsCounters:
             rate = num_tokens / max(seconds, 1e-6)
             self.rate = _SMOOTHING * self.rate + (1 - _SMOOTHING) * rate if self.rate else rate
 
-    def snapshot(self, scheduler: Scheduler, tiers: Mapping[PrefixKey, str]) -> EngineStats:
+    def snapshot(self, scheduler: Scheduler) -> EngineStats:
         """All figures at this moment."""
         memory, prefix_loader, waiting = (
             scheduler.memory,
@@ -169,14 +162,7 @@ class StatsCounters:
             prefix_swaps=prefix_loader.num_swaps,
             kv_queried_tokens=memory.reuse.num_queried_tokens,
             kv_reused_tokens=memory.reuse.num_reused_tokens,
-            tiers=tiers,
         )
-
-
-def tiers_of(scheduler: Scheduler) -> Mapping[PrefixKey, str]:
-    """How far each prefix is that is in the pool, loading, or in host memory."""
-    tiers = dict.fromkeys(scheduler.memory.host.keys(), "host")
-    return tiers | {entry.key: entry.tier for entry in scheduler.memory.residency}
 
 
 def _by_class(sequences: Iterable[Sequence]) -> Counter[str]:

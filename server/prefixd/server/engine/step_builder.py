@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
+from prefixd.server.engine.entries import Entry
 from prefixd.server.engine.eviction import EvictionPolicy
 from prefixd.server.engine.fair_queue import LOOKAHEAD, FairQueue
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.prefix_loader import PrefixLoader
 from prefixd.server.engine.recovery import Recovery
-from prefixd.server.engine.residency import Entry, Stage
 from prefixd.server.engine.sequence import Sequence, State
 from prefixd.server.engine.step import Chunk, Step, needs_history
 
@@ -82,11 +82,7 @@ class StepBuilder:
             return False
         residency, max_running = self._memory.residency, self._recovery.backoff.max_running
         room = max(0, max_running - len(self._running)) if step.budget else 0
-        ready = [
-            entry.key
-            for entry in (residency.resident() if room else ())
-            if entry.stage is Stage.RESIDENT and entry.key in residency.waiters
-        ]
+        ready = tuple(residency.ready) if room else ()
         passed_over: set[str] = set()
         for sequence in self._waiting.in_order(
             ready=ready, depth=room, lookahead=LOOKAHEAD if room else _LOOKAHEAD_WHEN_FULL
@@ -111,10 +107,7 @@ class StepBuilder:
         """Start the first waiting sequence of each prefix that was forced in and not yet used: its
         turn was before its prefix came, and the compile has been charged since. False: one has no
         room."""
-        residency = self._memory.residency
-        for entry in residency.resident():
-            if not residency.is_reserved(entry):
-                continue
+        for entry in tuple(self._memory.residency.reserved.values()):
             if not step.budget or len(self._running) >= self._recovery.backoff.max_running:
                 break
             sequence = self._waiting.first_under(entry.key)

@@ -185,7 +185,7 @@ def _make_sweeper(settings: Settings, catalog: CatalogParts, engine: Engine) -> 
         expired = remove_expired(catalog.database, audit_kept=audit_kept)
         if expired != Expired():
             log.info("removed expired rows", **asdict(expired))
-        resident = [BlobKey(key.tenant, key.digest) for key in engine.stats().prefixes_held]
+        resident = [BlobKey(key.tenant, key.digest) for key in engine.held_prefixes()]
         return catalog.store.collect(grace=grace, resident=resident)
 
     def tidy() -> None:

@@ -56,7 +56,7 @@ def make_lifespan(
             engine,
             fingerprint=fingerprint,
             room=pin_room,
-            resident_keys=lambda: engine.stats().prefixes_held,
+            resident_keys=engine.held_prefixes,
             resident_caps=tenants.resident_caps,
         )
         pin_sync.start()
