@@ -55,14 +55,15 @@ struct Batch {
     const int32_t *row_of, *position_of;  // [num_tokens]
 };
 
-// Work of one thread in attention: rows[0 .. num_rows) (one row, or several decode rows whose tables
-// share their first `shared` blocks), one KV head, queries [first_query, last_query) of each row.
-// A prefill is fastest with about kItemQueries queries times heads of the KV head's group in an item.
+// A prefill is fastest with about this many queries times heads of a KV head's group in an item.
 constexpr int kItemQueries = 48;
 
+// Work of one thread in attention: rows[0 .. num_rows) (one row, or several decode rows whose tables
+// share their first `shared` blocks), one KV head, queries [first_query, last_query) of each row.
 struct AttentionItem {
     const int32_t* rows;
     int num_rows, shared, head, first_query, last_query;
+    const AttentionItem* next;  // what this thread does afterwards, to load its blocks ahead; or null
 };
 
 struct Kernels {
