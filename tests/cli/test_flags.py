@@ -50,7 +50,7 @@ def test_only_connection_output_and_settings_have_variables() -> None:
     flags = dict(options(get_command(app)))
     assert len(flags) > 100
     settings = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
-    own = {"chat --model", "demo --data-dir", "demo --port"}
+    own = {"bench --json", "bench --model", "chat --model", "demo --data-dir", "demo --port"}
     own |= {"tenant create --kv-reuse", "tenant set --kv-reuse"}
     for flag, variable in flags.items():
         name = flag.split()[-1]

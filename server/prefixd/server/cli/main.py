@@ -12,6 +12,7 @@ import typer
 from prefixd.server import version
 from prefixd.server.cli.audit import audit
 from prefixd.server.cli.backup import backup, restore
+from prefixd.server.cli.bench import bench
 from prefixd.server.cli.chat import chat
 from prefixd.server.cli.convert import convert
 from prefixd.server.cli.demo import demo
@@ -37,7 +38,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-for verb in (serve, doctor, audit, gc, migrate, backup, restore, copy, convert, chat, demo):
+for verb in (serve, doctor, audit, gc, migrate, backup, restore, copy, convert, chat, bench, demo):
     app.command()(verb)
 app.add_typer(tenant_app, name="tenant")
 app.add_typer(key_app, name="key")

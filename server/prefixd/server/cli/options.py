@@ -87,6 +87,7 @@ EXTRAS = {
     "fastapi": "serve",
     "gguf": "demo",
     "httptools": "serve",
+    "matplotlib": "bench",
     "numpy": "serve",
     "obstore": "s3",
     "opentelemetry": "otel",
