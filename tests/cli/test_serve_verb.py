@@ -77,20 +77,6 @@ def test_a_boolean_setting_takes_true_or_false() -> None:
     assert "--kv-reuse (PREFIXD_KV_REUSE)" in run("serve", "--kv-reuse", "maybe", code=1).stderr
 
 
-def test_openmp_threads_wait_passively() -> None:
-    code = "import os, prefixd.server.cli.main; print(os.environ['OMP_WAIT_POLICY'])"
-    environment = {"PATH": "/usr/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        timeout=60,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert process.stdout.strip() == "passive"
-
-
 def test_doctor_reports_each_check(tmp_path: Path) -> None:
     model = str(save_folder(tiny_llama(), tmp_path / "model"))
     results = run_json("doctor", "--model", model, "--device", "cpu")

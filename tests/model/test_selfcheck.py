@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from prefixd.server.model import float32, memory
+from prefixd.server.model import cgroups, float32, memory
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.load import LoadedBase, prepare_base
 from prefixd.server.model.near_ties import near_ties
@@ -325,6 +325,6 @@ def test_free_memory_is_the_least_that_the_host_and_its_cgroups_leave(
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(cgroups, "CGROUPS", tmp_path / "cgroup")
     assert memory.free_bytes(torch.device("cpu")) == expected

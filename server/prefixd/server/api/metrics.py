@@ -21,6 +21,7 @@ from prometheus_client import (
 
 from prefixd.server.api.disk_metrics import DiskCollector
 from prefixd.server.api.engine_metrics import EngineCollector
+from prefixd.server.api.thread_metrics import ThreadCollector
 from prefixd.server.engine.stats import EngineStats
 from prefixd.store.disk import DiskGuard
 
@@ -79,6 +80,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(stats))
         self.registry.register(DiskCollector(disk))
+        self.registry.register(ThreadCollector())
         self.http = Counter(
             "prefixd_http_requests",
             "HTTP requests answered.",

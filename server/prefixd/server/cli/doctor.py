@@ -97,10 +97,12 @@ def _check_catalog(settings: Settings) -> str:
         catalog.database.dispose()
 
 
-def _check_torch(_settings: Settings) -> str:
+def _check_torch(settings: Settings) -> str:
     import torch
 
-    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    from prefixd.server.serve.build import threads_of
+
+    return f"torch {torch.__version__}, {threads_of(settings)} threads"
 
 
 def _check_device(settings: Settings) -> str:

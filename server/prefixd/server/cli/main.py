@@ -4,7 +4,6 @@ Each verb imports what it needs when it runs, so that the core installation has 
 verbs that talk to a server.
 """
 
-import os
 from typing import Annotated
 
 import typer
@@ -25,10 +24,6 @@ from prefixd.server.cli.store import copy, gc, migrate
 from prefixd.server.cli.tenants import key_app, tenant_app
 from prefixd.server.cli.users import user_app
 from prefixd.server.cli.variables import unknown_variables_warning
-
-# A server shares its cores: spinning OpenMP threads make a step 3 to 9 times slower next to one
-# busy process, sleeping ones 1.6 times. Read by the runtime when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 app = typer.Typer(
     name="prefixd",

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_PROC = Path("/proc")
+from prefixd.server.model import cgroups
 
 
 def free_bytes(device: torch.device) -> int:
@@ -19,7 +18,7 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
-        lines = (_PROC / "meminfo").read_text().splitlines()
+        lines = (cgroups.PROC / "meminfo").read_text().splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable:"))
         return max(0, min([int(available.split()[1]) * 1024, *_left_in_cgroups()]))
     except (OSError, StopIteration):
@@ -28,23 +27,13 @@ def free_bytes(device: torch.device) -> int:
 
 def _left_in_cgroups() -> Iterator[int]:
     """What each cgroup around the process leaves, up to the root. Page cache counts as free."""
-    try:
-        lines = (_PROC / "self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, limit, usage, cache = _CGROUPS, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            root, cache = _CGROUPS / "memory", "total_inactive_file"
-            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+    for is_v2, folder in cgroups.cgroup_folders("memory"):
+        if is_v2:
+            limit, usage, cache = "memory.max", "memory.current", "inactive_file"
         else:
-            continue
-        group = root / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(root):
-                yield from _left(folder, limit=limit, usage=usage, cache=cache)
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        yield from _left(folder, limit=limit, usage=usage, cache=cache)
 
 
 def _left(folder: Path, *, limit: str, usage: str, cache: str) -> Iterator[int]:

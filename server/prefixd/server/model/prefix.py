@@ -8,6 +8,7 @@ import torch
 
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.model.load import LoadedBase
+from prefixd.server.model.threads import limit_thread
 from prefixd.store.artifact.artifact import Artifact
 from prefixd.store.artifact.config import Kind
 
@@ -83,4 +84,5 @@ class StorePrefixSource:
 
     def fetch(self, key: PrefixKey) -> Prefix:
         """Load one prefix into host memory, in the serving dtype."""
+        limit_thread()
         return prefix_of(self.open_artifact(key), self.base, self.tokenizer)

@@ -21,6 +21,7 @@ from prefixd.server.model.kv_cache import KVCache
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.prefix import HardPrompt, KVPrefix, SoftPrompt
 from prefixd.server.model.sampler import sample
+from prefixd.server.model.threads import use_threads
 
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -32,8 +33,11 @@ _OUT_OF_MEMORY = (
 class TorchRunner:
     """Runs steps on an unmodified transformers model and owns the KV pool. Not thread-safe."""
 
-    def __init__(self, base: LoadedBase, *, num_blocks: int, block_size: int) -> None:
-        """``num_blocks`` counts the null block."""
+    def __init__(
+        self, base: LoadedBase, *, num_blocks: int, block_size: int, threads: int | None = None
+    ) -> None:
+        """``num_blocks`` counts the null block. ``threads``: how many the thread that calls ``run``
+        uses (None: what it has been told)."""
         self.base = base
         self.cache = KVCache(
             base.shape,
@@ -44,9 +48,13 @@ class TorchRunner:
         )
         self._embed: Any = base.module.get_input_embeddings()
         self._num_ids = base.num_embeddings
+        self._threads = threads
 
     def run(self, step: Step) -> StepOutput:
         """Run one forward pass over the step's chunks and compiles. Raises OutOfMemory."""
+        if self._threads is not None:
+            use_threads(self._threads)
+            self._threads = None
         try:
             return self._run(step)
         except (RuntimeError, MemoryError) as error:

@@ -24,6 +24,7 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.model.architecture import UnsupportedModel
+from prefixd.server.model.cores import default_threads
 from prefixd.server.model.demo import DemoModelMissing
 from prefixd.server.model.load import (
     LoadedBase,
@@ -35,6 +36,7 @@ from prefixd.server.model.load import (
 from prefixd.server.model.prefix import StorePrefixSource
 from prefixd.server.model.runner import TorchRunner
 from prefixd.server.model.selfcheck import Limits, self_check
+from prefixd.server.model.threads import compute, limit_thread
 from prefixd.server.model.tokenizer import Tokenizer
 from prefixd.server.serve.artifacts import Artifacts
 from prefixd.server.serve.bounds import tenant_bounds
@@ -76,24 +78,17 @@ def build_server(settings: Settings) -> Server:
 
     Raises UnsupportedModel, DemoModelMissing, or OSError for a model that cannot be found.
     """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    limit_thread()  # the engine's thread computes, and no other
     config = scheduler_config(settings)
     device = device_of(settings)
     catalog = open_catalog(settings, settings.timeouts)
-    base = load_base(
-        settings.model,
-        dtype=settings.dtype,
-        device=device,
-        cache_dir=settings.root / "models",
-        pool_tokens=_pool_tokens(config),
+    threads = threads_of(settings)
+    runner, limits = compute(
+        lambda: _load(settings, config, device=device, threads=threads), threads=threads
     )
-    served = _served_model(
-        settings,
-        base,
-        self_check(base, block_size=config.block_size, prefill_chunk=config.max_prefill_chunk),
-    )
-    engine = _engine(settings, config, base, catalog, served)
+    base = runner.base
+    served = _served_model(settings, base, limits)
+    engine = _engine(settings, config, runner, catalog, served)
     trace = open_tracer()
     drain_state = DrainState()
     metrics = Metrics(engine.stats, catalog.disk)
@@ -153,17 +148,36 @@ def prepare_upload_folder(root: Path) -> Path:
     return folder
 
 
+def _load(
+    settings: Settings, config: SchedulerConfig, *, device: str, threads: int
+) -> tuple[TorchRunner, Limits]:
+    """Load and check the model, and allocate the KV pool."""
+    base = load_base(
+        settings.model,
+        dtype=settings.dtype,
+        device=device,
+        cache_dir=settings.root / "models",
+        pool_tokens=_pool_tokens(config),
+    )
+    limits = self_check(base, block_size=config.block_size, prefill_chunk=config.max_prefill_chunk)
+    runner = TorchRunner(
+        base, num_blocks=config.num_blocks, block_size=config.block_size, threads=threads
+    )
+    return runner, limits
+
+
 def _engine(
     settings: Settings,
     config: SchedulerConfig,
-    base: LoadedBase,
+    runner: TorchRunner,
     catalog: CatalogParts,
     served: ServedModel,
 ) -> Engine:
+    base = runner.base
     tokenizer = Tokenizer(base.tokenizer)
     return Engine(
         config=config,
-        runner=TorchRunner(base, num_blocks=config.num_blocks, block_size=config.block_size),
+        runner=runner,
         source=StorePrefixSource(
             open_artifact=Artifacts(catalog.store, served, catalog.disk),
             base=base,
@@ -201,6 +215,11 @@ def device_of(settings: Settings) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device here")
     return str(device)
+
+
+def threads_of(settings: Settings) -> int:
+    """The most threads that compute at a time."""
+    return settings.threads or default_threads()
 
 
 def model_origin(settings: Settings) -> str:

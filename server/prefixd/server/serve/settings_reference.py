@@ -80,7 +80,7 @@ COMPUTED_DEFAULTS = {
     "max_waiting_tokens": "eight times kv_tokens",
     "min_free_bytes": "256 MiB, or 5 % of the disk where that is less",
     "served_model_name": "taken from the model",
-    "threads": "torch's choice",
+    "threads": "the usable cores",
     "trusted_proxies": "none",
 }
 """What a setting without a fixed default does, in words."""

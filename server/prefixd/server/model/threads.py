@@ -1,0 +1,74 @@
+"""Threads of torch: at most one thread of the process runs parallel regions at a time.
+
+libgomp counts the threads that it manages in the whole process. When a second thread starts a
+parallel region, it gets a pool of its own; then there are more than there are cores, and from then
+on every barrier waits in the kernel instead of spinning first: a step takes up to twice as long. A
+pool lasts as long as the thread that started it, so a thread that ends leaves none behind.
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def limit_thread() -> None:
+    """Let the calling thread compute alone from now on: it starts no parallel region.
+
+    Threads that use torch for the first time after this do the same, unless they ask for more.
+    """
+    _set_num_threads(1)
+
+
+def use_threads(count: int) -> None:
+    """Let the operations of the calling thread run on ``count`` threads from now on.
+
+    Its name becomes that of the thread in the system, which those that libgomp starts inherit.
+    """
+    name = threading.current_thread().name.encode()[:15]
+    comm = Path(f"/proc/self/task/{threading.get_native_id()}/comm")
+    if comm.exists():
+        comm.write_bytes(name)
+    _set_num_threads(count)
+    if count > 1:  # the number that new threads begin with must not stay ``count``
+        run_in_thread(limit_thread)
+
+
+def compute(function: Callable[[], Result], *, threads: int) -> Result:
+    """Call ``function`` in a thread that uses ``threads`` threads, and that ends with it."""
+
+    def call() -> Result:
+        use_threads(threads)
+        return function()
+
+    return run_in_thread(call)
+
+
+def run_in_thread(function: Callable[[], Result]) -> Result:
+    """Call ``function`` in a new thread, and wait for it. It is a daemon: when the waiting thread
+    has to exit, the process does not wait for it."""
+    result: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - raised where the result is read
+            result.set_exception(error)
+
+    thread = threading.Thread(target=call, name="compute", daemon=True)
+    thread.start()
+    value = result.result()
+    thread.join()  # its pool ends with it
+    return value
+
+
+def _set_num_threads(count: int) -> None:
+    # torch gives each thread, at its first parallel operation, the number that any thread has set
+    # last: a number that was set before is lost then. Reading it counts as first operation.
+    torch.get_num_threads()
+    torch.set_num_threads(count)
