@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 LIST = "docs/words.txt"
 SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ".sh", ".mako", ".ini", ".cfg", ".example", ""}
+SUFFIXES |= {".cpp", ".h", ".inc"}
 SKIPPED = {LIST, "LICENSE", "constraints.txt", "examples/tasks.py"}  # the last: training data
 _WORD = re.compile(r"[a-z0-9]+")
-_GAP = r"""(?:[\s_#"'`*>\\]+(?:[fr]+["'])?)"""
+_GAP = r"""(?:[\s_#/"'`*>\\]+(?:[fr]+["'])?)"""
 
 
 class Phrase(NamedTuple):

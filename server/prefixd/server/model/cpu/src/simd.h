@@ -1,7 +1,7 @@
 // Vectors of float32 of the width of this instruction set, through the compiler's vector extensions.
 //
 // Included by each isa_<name>.cpp, which defines PFX_ISA (its namespace) and PFX_VECTOR_BYTES.
-// Everything lies in that namespace, and nothing of the C++ library is used here or in the kernels:
+// Everything is in that namespace, and nothing of the C++ library is used here or in the kernels:
 // an inline function of a shared name would exist once for all instruction sets in the linked library,
 // compiled for any of them.
 #pragma once
@@ -85,7 +85,7 @@ static inline float to_float(bf16 x) {
     return f;
 }
 
-// mask: comparison of two Floats. Lanes of b are dropped, whatever they hold, where mask is set.
+// mask: comparison of two Floats. Lanes of b, also NaN, are dropped where mask is set.
 static inline Floats select(Ints mask, Floats a, Floats b) { return mask ? a : b; }
 
 // NaN in either operand is not kept reliably, as in the processor's own instructions.
