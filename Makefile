@@ -13,6 +13,8 @@ SEED            ?=
 MODULES         ?=
 # A package index with CPU-only builds of torch saves gigabytes where no GPU is present.
 TORCH_INDEX_URL ?=
+# The environments of other engines, their weights, and older commits of this repository.
+BENCH_DIR       ?= .bench
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.prefixd-installed
@@ -25,7 +27,7 @@ SPLIT := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test check lint types imports words fast slow cover format docs \
-        audit mutate gpu-check bench soak hostile chaos clients lock clean
+        audit mutate gpu-check bench bench-quick soak hostile chaos clients lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -99,8 +101,13 @@ mutate: install ## Change the code of MODULES, one place at a time, and count wh
 gpu-check: ## Golden tests and a smoke throughput on CUDA (any python with torch; skips without a GPU)
 	@$(PYTHON) tests/gpu/check.py $(ARGS)
 
-bench: install ## Measure throughput and time to first token on this machine
-	@$(BIN)/python -m benchmarks.throughput $(ARGS)
+bench: install ## Compare with PEFT, transformers, vLLM, OpenVINO and llama.cpp (BENCH_DIR, ARGS)
+	@PYTHON=$(PYTHON) TORCH_INDEX_URL=$(TORCH_INDEX_URL) benchmarks/peers/install.sh $(BENCH_DIR) || true
+	@$(BIN)/python -m benchmarks.compare --peers $(BENCH_DIR) \
+	  --out benchmarks/results/compare-$$(date -u +%Y-%m-%d).json $(ARGS)
+
+bench-quick: install ## The same in under three minutes: prefixd and transformers, few rounds
+	@$(BIN)/python -m benchmarks.compare --peers $(BENCH_DIR) --quick $(ARGS)
 
 soak: install ## Twenty minutes of mixed traffic with faults (SOAK_SECONDS, SEED)
 	@PREFIXD_SOAK_SECONDS=$(SOAK_SECONDS) PREFIXD_SOAK_SEED=$(SEED) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \

