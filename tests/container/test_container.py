@@ -127,6 +127,16 @@ def test_the_image_copies_every_source_folder_of_the_wheel():
     assert set(sources) <= copied
 
 
+def test_library_is_compiled_in_the_stage_of_the_wheels_alone():
+    (built,) = (rest for rest in _all("wheel", "RUN") if rest.startswith("pip wheel"))
+    assert built.split()[-2:] == [".", "./cpu"]
+    assert "--no-index --no-build-isolation" in built
+    with_compiler = {stage for stage in _stages() if any("g++" in r for r in _all(stage, "RUN"))}
+    assert with_compiler == {"wheel"}
+    (installed,) = (rest for rest in _all("build", "RUN") if "prefixd[" in rest)
+    assert "prefixd-cpu" in installed.split()
+
+
 def test_image_holds_every_extra_but_the_tools():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     installed = re.findall(r"'prefixd\[([a-z0-9,]+)\]'", " ".join(_all("build", "RUN")))

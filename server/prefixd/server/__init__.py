@@ -5,7 +5,7 @@ from importlib import metadata
 
 # OpenMP and OpenBLAS read these when torch and numpy are imported, which every module of this
 # package does later. A server shares its cores: threads that spin without limit make a step up to
-# 20 times slower beside one busy process, and threads that sleep at once need a wake-up for every
+# 20 times slower next to one busy process, and threads that sleep at once need a wake-up for every
 # operation. numpy multiplies no matrices here, so its threads would only take memory.
 for _name, _value in {
     "OMP_WAIT_POLICY": "passive",

@@ -31,7 +31,7 @@ def doctor(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Check what a server needs: data folder, catalog, torch, device and model."""
+    """Check what a server needs: data folder, catalog, torch, device, CPU kernels and model."""
     if integrity:
         _check_integrity(settings, as_json=as_json)
         return
@@ -111,6 +111,12 @@ def _check_device(settings: Settings) -> str:
     return device_of(settings)
 
 
+def _check_kernels(settings: Settings) -> str:
+    from prefixd.server.serve.native_kernels import describe_kernels
+
+    return describe_kernels(settings)
+
+
 def _check_model(settings: Settings) -> str:
     if settings.model == "demo":
         demo_model_packages()
@@ -125,5 +131,6 @@ _CHECKS: dict[str, Callable[[Settings], str]] = {
     "catalog": _check_catalog,
     "torch": _check_torch,
     "device": _check_device,
+    "kernels": _check_kernels,
     "model": _check_model,
 }
