@@ -9,10 +9,12 @@ from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
+import torch
+
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.step import Chunk, OutOfMemory, Step, StepOutput
-from prefixd.server.model.runner import TorchRunner
+from prefixd.server.model.runner import Runner
 
 
 class Fault(IntEnum):
@@ -47,7 +49,7 @@ class FaultyRunner:
     ``fired`` counts faults by kind.
     """
 
-    def __init__(self, inner: TorchRunner) -> None:
+    def __init__(self, inner: Runner) -> None:
         self.inner = inner
         self.engine: Engine | None = None  # set after the engine is created
         self.fired: Counter[Fault] = Counter()
@@ -114,13 +116,10 @@ class FaultyRunner:
 
     def _write_nan(self, chunk: Chunk, count: int) -> None:
         """Write NaN into the KV of the last ``count`` positions that a chunk wrote."""
-        cache = self.inner.cache
+        decoder = self.inner.decoder
         end = chunk.start + len(chunk.tokens)
-        for position in range(end - count, end):
-            block = chunk.block_table[position // cache.block_size]
-            slot = block * cache.block_size + position % cache.block_size
-            for pool in (*cache.keys, *cache.values):
-                pool[slot] = float("nan")
+        written = decoder.read_kv(chunk.block_table, end)[:, end - count :]
+        decoder.write_kv(chunk.block_table, end - count, torch.full_like(written, torch.nan))
 
     @staticmethod
     def _mark_not_finite(chunk: Chunk, output: StepOutput) -> None:

@@ -36,8 +36,9 @@ from prefixd.server.engine.request import (
 from prefixd.server.engine.stats import EngineStats
 from prefixd.server.engine.step import Step, StepOutput, TokenText
 from prefixd.server.model.load import LoadedBase, prepare_base
+from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.prefix import HardPrompt, Prefix, prefix_of
-from prefixd.server.model.runner import TorchRunner
+from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import self_check
 from prefixd.server.testing import ByteDetokenizer
 from prefixd.store.artifact.artifact import Artifact, pack_peft, read_artifact
@@ -220,7 +221,7 @@ class Served:
 
     base: LoadedBase
     engine: Engine
-    runner: TorchRunner
+    runner: Runner
     prefixes: dict[PrefixKey, Prefix] = field(default_factory=dict)
     numbers: Any = field(default_factory=itertools.count)
 
@@ -334,7 +335,7 @@ def serve(
     base = prepare_base(
         copy.deepcopy(model), None, name=model.config.model_type, dtype=dtype, device=device
     )
-    runner = TorchRunner(base, num_blocks=num_blocks, block_size=block_size)
+    runner = Runner(ModuleDecoder(base, num_blocks=num_blocks, block_size=block_size))
     self_check(base, block_size=block_size)
     served = Served(base, engine=None, runner=runner)  # type: ignore[arg-type]  # set below
     served.engine = Engine(

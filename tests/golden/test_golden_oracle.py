@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 
 from prefixd.server.engine.request import PrefixKey, SamplingParams
 from prefixd.server.engine.step import BlockCopy, Chunk, CompileChunk, Step
+from prefixd.server.model.batch import lay_out
 from prefixd.server.model.load import LoadedBase, prepare_base
+from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.prefix import Prefix, prefix_of
-from prefixd.server.model.runner import TorchRunner
+from prefixd.server.model.runner import Runner
 from prefixd.store.artifact.artifact import pack_peft, read_artifact
 from tests.golden.golden_harness import DEVICE, prompts, spec_of, tiny_configs, tiny_model
 
@@ -48,9 +50,7 @@ def read(folder: Path, base: LoadedBase) -> Prefix:
     return prefix_of(read_artifact(target, base=spec_of(base), count_tokens=len), base, None)
 
 
-def logits_under(
-    runner: TorchRunner, prefix: Prefix, rest: list[int], block_size: int
-) -> torch.Tensor:
+def logits_under(runner: Runner, prefix: Prefix, rest: list[int], block_size: int) -> torch.Tensor:
     """Logits [len(rest), vocab] after each of ``rest``, with one token in each pass."""
     length = prefix.num_tokens
     shared = list(range(1, 1 + -(-length // block_size)))
@@ -64,7 +64,7 @@ def logits_under(
     rows = []
     for i, token in enumerate(rest):
         chunk = Chunk(0, [token], length + i, table, sampling=SamplingParams())
-        rows.append(runner.forward((chunk,))[0])
+        rows.append(runner.decoder.forward(lay_out([chunk])).values[0])
     return torch.stack(rows)
 
 
@@ -82,7 +82,7 @@ def test_a_prefix_from_the_kv_of_real_tokens_gives_the_logits_of_the_full_text(
         ]
 
     base = prepare_base(model, None, name=architecture, dtype="float32", device=DEVICE)
-    runner = TorchRunner(base, num_blocks=128, block_size=16)
+    runner = Runner(ModuleDecoder(base, num_blocks=128, block_size=16))
     in_blocks = logits_under(runner, read(folder, base), text[length:], 16)
     assert (in_blocks - full).abs().max() <= 1e-4
     assert full.abs().max() > 1, "logits this small would pass any tolerance"

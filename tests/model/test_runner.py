@@ -7,13 +7,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from prefixd.server.engine.request import SamplingParams
 from prefixd.server.engine.step import Chunk, OutOfMemory, Step
 from prefixd.server.model.load import prepare_base
-from prefixd.server.model.runner import TorchRunner
+from prefixd.server.model.module_decoder import ModuleDecoder
+from prefixd.server.model.runner import Runner
 
 STEP = Step(chunks=[Chunk(0, [1, 2], 0, [1], sampling=SamplingParams(temperature=0))], fresh=[1])
 
 
 @pytest.fixture(scope="module")
-def runner() -> TorchRunner:
+def runner() -> Runner:
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=16,
@@ -24,14 +25,14 @@ def runner() -> TorchRunner:
         max_position_embeddings=64,
     )
     base = prepare_base(LlamaForCausalLM(config), None, name="tiny", dtype="float32", device="cpu")
-    return TorchRunner(base, num_blocks=4, block_size=4)
+    return Runner(ModuleDecoder(base, num_blocks=4, block_size=4))
 
 
 def test_a_failed_cpu_allocation_is_out_of_memory_and_the_next_step_runs(
-    runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "forward", lambda *_: torch.empty(1 << 60))
+        patch.setattr(runner.decoder, "forward", lambda *_: torch.empty(1 << 60))
         with pytest.raises(OutOfMemory, match="can't allocate memory"):
             runner.run(STEP)
     assert list(runner.run(STEP).sampled) == [0]
@@ -53,31 +54,31 @@ class AcceleratorError(RuntimeError):
     ],
 )
 def test_every_out_of_memory_error_of_torch_is_detected(
-    error: Exception, runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
+    error: Exception, runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> torch.Tensor:
         raise error
 
-    monkeypatch.setattr(runner, "forward", fail)
+    monkeypatch.setattr(runner.decoder, "forward", fail)
     with pytest.raises(OutOfMemory) as caught:
         runner.run(STEP)
     assert caught.value.__cause__ is error
 
 
 def test_another_cuda_error_is_not_out_of_memory(
-    runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> torch.Tensor:
         raise AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(runner, "forward", fail)
+    monkeypatch.setattr(runner.decoder, "forward", fail)
     with pytest.raises(AcceleratorError):
         runner.run(STEP)
 
 
 def test_another_runtime_error_is_raised_unchanged(
-    runner: TorchRunner, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "forward", lambda *_: torch.ones(2) @ torch.ones(3))
+    monkeypatch.setattr(runner.decoder, "forward", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         runner.run(STEP)

@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 from prefixd.server.engine.request import SamplingParams
 from prefixd.server.engine.step import Chunk, Sampled
 from prefixd.server.model import sampler
-from prefixd.server.model.sampler import sample
+from prefixd.server.model.decoder import Logits
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, -1.0, 3.0])
 GREEDY = SamplingParams(temperature=0)
+
+
+def sample(logits: torch.Tensor, chunks: list[Chunk]) -> list[Sampled]:
+    return sampler.sample(Logits(logits), chunks)
 
 
 def chunk(params: SamplingParams, *, uniform: float = 0.5, **more: object) -> Chunk:
@@ -180,3 +184,16 @@ def test_a_row_samples_the_same_token_alone_and_in_a_batch(
     together = sample(logits, chunks)
     alone = [sample(logits[i : i + 1], [c])[0] for i, c in enumerate(chunks)]
     assert together == alone
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0, top_logprobs=1)])
+def test_the_best_ids_of_a_decoder_are_taken_as_they_are(params: SamplingParams) -> None:
+    best = (torch.tensor([3.0, torch.nan]), torch.tensor([4, 0]))
+    logits = torch.stack([LOGITS, torch.full_like(LOGITS, torch.nan)])
+    sampled = sampler.sample(Logits(logits, best), [chunk(params), chunk(params)])
+    assert [(s.token_id, s.finite) for s in sampled] == [(4, True), (0, False)]
+
+
+def test_plain_greedy_rows_do_not_read_the_logits_again() -> None:
+    best = (torch.tensor([1.0]), torch.tensor([2]))
+    assert sampler.sample(Logits(LOGITS[None], best), [chunk(GREEDY)])[0].token_id == 2

@@ -2,12 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from prefixd.server.engine.step import NULL_BLOCK
+from prefixd.server.engine.step import NULL_BLOCK, Chunk, CompileChunk
 from prefixd.server.model.attention import Group
+from prefixd.server.model.prefix import HardPrompt, SoftPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,56 @@ class Row:
     def end(self) -> int:
         """Positions in the pool after this pass; the last token sees all of them."""
         return self.start + self.length
+
+
+@dataclass(slots=True)
+class FlatBatch:
+    """One forward pass as a flat row of tokens: ``rows`` one after another.
+
+    ``token_ids`` [num_tokens] is 0 where the input is given: ``inputs`` holds the place in the flat
+    tokens and the embeddings [n, embedding_width] of each run of n such tokens. ``outputs`` are the
+    flat tokens whose logits are wanted.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    inputs: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+
+    @property
+    def positions(self) -> list[int]:
+        """The position of each flat token in its sequence."""
+        return [position for row in self.rows for position in range(row.start, row.end)]
+
+
+def lay_out(
+    chunks: Sequence[Chunk],
+    compiles: Sequence[CompileChunk] = (),
+    *,
+    outputs: list[int] | None = None,
+) -> FlatBatch:
+    """Chunks, then compiles, in one pass. ``outputs``: by default the last token of each chunk with
+    ``sampling``."""
+    batch = FlatBatch()
+    for chunk in chunks:
+        batch.rows.append(
+            Row(len(batch.token_ids), chunk.start, len(chunk.tokens), chunk.block_table)
+        )
+        batch.token_ids += chunk.tokens
+        if chunk.sampling is not None:
+            batch.outputs.append(len(batch.token_ids) - 1)
+    for part in compiles:
+        offset, length = len(batch.token_ids), part.stop - part.start
+        batch.rows.append(Row(offset, part.start, length, part.block_table))
+        if isinstance(part.payload, HardPrompt):
+            batch.token_ids += part.payload.token_ids[part.start : part.stop]
+        else:
+            assert isinstance(part.payload, SoftPrompt)
+            batch.inputs.append((offset, part.payload.embeddings[part.start : part.stop]))
+            batch.token_ids += [0] * length
+    if outputs is not None:
+        batch.outputs = outputs
+    return batch
 
 
 def slots_of(block_table: Sequence[int], start: int, end: int, block_size: int) -> list[int]:

@@ -11,23 +11,25 @@ import torch
 
 from prefixd.server.engine.request import SamplingParams, TokenLogprob
 from prefixd.server.engine.step import Chunk, Sampled, needs_history
+from prefixd.server.model.decoder import Logits
 
 _NEVER = float("-inf")
 _GREEDY_BELOW = 1e-5  # a smaller divisor overflows; vLLM uses the same limit
 _HEAD = 1024  # most probable tokens that are searched for a filter's cut before sorting all
 
 
-def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
-    """Sample one token for each row. ``logits`` is [rows, vocab]; row i belongs to ``chunks[i]``,
-    whose ``sampling`` is set."""
+def sample(output: Logits, chunks: Sequence[Chunk]) -> list[Sampled]:
+    """Sample one token for each row; row i belongs to ``chunks[i]``, whose ``sampling`` is set."""
     params = [_params(chunk) for chunk in chunks]
-    logits = logits.float()
-    best = logits.max(dim=-1)
-    finite = torch.isfinite(best.values)
+    largest, best_ids = output.best or output.values.max(dim=-1)
+    finite = torch.isfinite(largest)
+    if all(map(_is_plain, chunks, params)):
+        return _sampled(best_ids, finite)
+    logits = output.values.float()
     if not finite.all():
         logits = torch.where(finite[:, None], logits, 0.0)
     adjusted = _adjust(logits, chunks, params)
-    token_ids = best.indices if adjusted is logits else adjusted.max(dim=-1).indices
+    token_ids = best_ids if adjusted is logits else adjusted.max(dim=-1).indices
     random = [i for i, p in enumerate(params) if p.temperature >= _GREEDY_BELOW]
     if random:
         rows = torch.tensor(random, device=logits.device)
@@ -35,11 +37,24 @@ def sample(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
             adjusted[rows], [params[i] for i in random], [chunks[i].uniform for i in random]
         )
         token_ids = token_ids.index_copy(0, rows, drawn)
-    sampled = [
+    return _with_logprobs(_sampled(token_ids, finite), logits, params)
+
+
+def _is_plain(chunk: Chunk, setting: SamplingParams) -> bool:
+    """Whether the token is the one with the largest logit, and nothing else is asked for: then the
+    logits are not read again."""
+    return (
+        setting.temperature < _GREEDY_BELOW
+        and setting.top_logprobs is None
+        and not (needs_history(setting) or setting.logit_bias or chunk.banned)
+    )
+
+
+def _sampled(token_ids: torch.Tensor, finite: torch.Tensor) -> list[Sampled]:
+    return [
         Sampled(token_id, finite=ok)
         for token_id, ok in zip(token_ids.tolist(), finite.tolist(), strict=True)
     ]
-    return _with_logprobs(sampled, logits, params)
 
 
 def _params(chunk: Chunk) -> SamplingParams:

@@ -11,8 +11,8 @@ from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.attention import IMPLEMENTATION
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.memory import free_bytes
+from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.near_ties import near_ties
-from prefixd.server.model.runner import TorchRunner
 from prefixd.server.model.selfcheck_texts import Compared, Part, Text, run_in_blocks
 
 _TOLERANCE = (1e-4, 1e-3)
@@ -163,16 +163,16 @@ class Comparison:
         """Run texts over KV blocks; raises UnsupportedModel when the model cannot be run so."""
         name, layers = self.base.name, self.base.shape.num_layers
         num_blocks = 1 + sum(text.num_blocks(self.block_size) for text in texts)
-        runner = TorchRunner(self.base, num_blocks=num_blocks, block_size=self.block_size)
+        decoder = ModuleDecoder(self.base, num_blocks=num_blocks, block_size=self.block_size)
         try:
-            for compared in run_in_blocks(runner, texts):
-                if runner.layers_seen != layers:
-                    reason = _calls(self.base.module, layers, runner.layers_seen)
+            for compared in run_in_blocks(decoder, texts):
+                if decoder.layers_seen != layers:
+                    reason = _calls(self.base.module, layers, decoder.layers_seen)
                     raise UnsupportedModel(f"{name} cannot be run over KV blocks: {reason}")
                 yield compared
         except _FAILURES as failure:  # RuntimeError includes NotImplementedError
             raise UnsupportedModel(f"{name} cannot be run over KV blocks: {failure}") from failure
-        largest = max(float(p.abs().max()) for p in (*runner.cache.keys, *runner.cache.values))
+        largest = max(float(p.abs().max()) for p in (*decoder.cache.keys, *decoder.cache.values))
         self.max_abs_kv = max(self.max_abs_kv, largest)
 
     def _describe(self, mismatch: _Mismatch) -> str:

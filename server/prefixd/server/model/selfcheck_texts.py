@@ -18,8 +18,9 @@ import torch
 
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.step import BlockCopy, Chunk, CompileChunk
+from prefixd.server.model.batch import lay_out
+from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.prefix import HardPrompt
-from prefixd.server.model.runner import TorchRunner
 
 _COMPARED = 16
 """Positions of a long text whose logits are compared: the head costs as much as several layers."""
@@ -100,11 +101,11 @@ def _tokens(length: int, vocab_size: int, generator: torch.Generator) -> tuple[i
     return tuple(torch.randint(vocab_size, (length,), generator=generator).tolist())
 
 
-def run_in_blocks(runner: TorchRunner, texts: Sequence[Text]) -> Iterator[Compared]:
-    """Run all passes on an unused runner; yields the logits at every compared position."""
-    placed = _place(texts, runner.cache.block_size)
+def run_in_blocks(decoder: Decoder, texts: Sequence[Text]) -> Iterator[Compared]:
+    """Run all passes on an unused pool; yields the logits at every compared position."""
+    placed = _place(texts, decoder.block_size)
     for number in range(max(len(text.ends) for text in texts)):
-        compared = _run_pass(runner, placed, number)
+        compared = _run_pass(decoder, placed, number)
         if compared is not None:
             yield compared
 
@@ -138,7 +139,7 @@ def _place(texts: Sequence[Text], block_size: int) -> list[_Placed]:
     return placed
 
 
-def _run_pass(runner: TorchRunner, placed: list[_Placed], number: int) -> Compared | None:
+def _run_pass(decoder: Decoder, placed: list[_Placed], number: int) -> Compared | None:
     chunks: list[tuple[int, Chunk]] = []  # with the number of the text
     compiles: list[tuple[int, CompileChunk]] = []
     for index, place in enumerate(placed):
@@ -151,7 +152,7 @@ def _run_pass(runner: TorchRunner, placed: list[_Placed], number: int) -> Compar
             compiles.append((index, CompileChunk(key, payload, start, stop, place.shared)))
             continue
         if start == text.prefix:
-            runner.cache.copy(place.copies(runner.cache.block_size))
+            decoder.copy(place.copies(decoder.block_size))
         tokens = text.tokens[start:stop]
         chunks += [(index, Chunk(0, tokens, start, table)) for table in place.tables]
     spans = [(index, chunk.start, chunk.start + len(chunk.tokens)) for index, chunk in chunks]
@@ -168,5 +169,5 @@ def _run_pass(runner: TorchRunner, placed: list[_Placed], number: int) -> Compar
                 keep.append(offset + position - start)
                 rows.append((part, position))
         offset += stop - start
-    logits = runner.forward([c for _, c in chunks], [c for _, c in compiles], keep=keep)
-    return Compared(rows, logits)
+    batch = lay_out([c for _, c in chunks], [c for _, c in compiles], outputs=keep)
+    return Compared(rows, decoder.forward(batch).values)

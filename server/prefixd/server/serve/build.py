@@ -33,8 +33,9 @@ from prefixd.server.model.load import (
     load_base,
     resolve_device,
 )
+from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.prefix import StorePrefixSource
-from prefixd.server.model.runner import TorchRunner
+from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import Limits, self_check
 from prefixd.server.model.threads import compute, limit_thread
 from prefixd.server.model.tokenizer import Tokenizer
@@ -83,12 +84,11 @@ def build_server(settings: Settings) -> Server:
     device = device_of(settings)
     catalog = open_catalog(settings, settings.timeouts)
     threads = threads_of(settings)
-    runner, limits = compute(
+    base, runner, limits = compute(
         lambda: _load(settings, config, device=device, threads=threads), threads=threads
     )
-    base = runner.base
     served = _served_model(settings, base, limits)
-    engine = _engine(settings, config, runner, catalog, served)
+    engine = _engine(settings, config, base, runner=runner, catalog=catalog, served=served)
     trace = open_tracer()
     drain_state = DrainState()
     metrics = Metrics(engine.stats, catalog.disk)
@@ -150,7 +150,7 @@ def prepare_upload_folder(root: Path) -> Path:
 
 def _load(
     settings: Settings, config: SchedulerConfig, *, device: str, threads: int
-) -> tuple[TorchRunner, Limits]:
+) -> tuple[LoadedBase, Runner, Limits]:
     """Load and check the model, and allocate the KV pool."""
     base = load_base(
         settings.model,
@@ -160,20 +160,19 @@ def _load(
         pool_tokens=_pool_tokens(config),
     )
     limits = self_check(base, block_size=config.block_size, prefill_chunk=config.max_prefill_chunk)
-    runner = TorchRunner(
-        base, num_blocks=config.num_blocks, block_size=config.block_size, threads=threads
-    )
-    return runner, limits
+    decoder = ModuleDecoder(base, num_blocks=config.num_blocks, block_size=config.block_size)
+    return base, Runner(decoder, threads=threads), limits
 
 
 def _engine(
     settings: Settings,
     config: SchedulerConfig,
-    runner: TorchRunner,
+    base: LoadedBase,
+    *,
+    runner: Runner,
     catalog: CatalogParts,
     served: ServedModel,
 ) -> Engine:
-    base = runner.base
     tokenizer = Tokenizer(base.tokenizer)
     return Engine(
         config=config,
