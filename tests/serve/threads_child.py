@@ -86,7 +86,7 @@ def main(folder: Path) -> None:
     engine = server.engine
     runner: Any = engine.core._runner
     engine.core._source = StorePrefixSource(
-        open_artifact=large_prefix, base=runner.base, tokenizer=None
+        open_artifact=large_prefix, base=runner.decoder.base, tokenizer=None
     )
     engine.start()
     generate(server, prompt=900)  # enough for parallel operations
