@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.engines import Engine
+from benchmarks.engines import OURS, Engine
 from benchmarks.host import Load, LoadMeter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,6 +160,7 @@ def child_environment(engine: Engine, start: Mapping[str, Any], scratch: Path) -
         "PREFIXD_DTYPE": start["dtype"],
         "PREFIXD_THREADS": str(start["threads"]),
         "PREFIXD_LOG_LEVEL": "warning",
+        **({} if engine.module == OURS.module else {"OMP_NUM_THREADS": str(start["threads"])}),
         **engine.variables,
         **({"PYTHONPATH": str(start["code"])} if start.get("code") else {}),
     }

@@ -1,6 +1,7 @@
-"""PEFT: one ``PeftModel`` with all adapters loaded, one request after another.
+"""PEFT: all adapters loaded over one base, one request after another.
 
-A request on the base runs with the adapter disabled. The time to a request's first token includes
+A ``PeftModel`` holds prompts or KV prefixes and not both, so there are two over the same base. A
+request on the base runs with the adapter disabled. The time to a request's first token includes
 the requests before it.
 """
 
@@ -23,11 +24,15 @@ class PeftPeer:
         torch.set_num_threads(start.threads)
         dtype = getattr(torch, start.dtype)
         base = transformers.AutoModelForCausalLM.from_pretrained(start.model, dtype=dtype)
-        (first, folder), *others = ((name, each.folder) for name, each in start.prefixes.items())
-        self._model: Any = peft.PeftModel.from_pretrained(base, folder, adapter_name=first)
-        for name, each in others:
-            self._model.load_adapter(each, adapter_name=name)
-        self._model.eval()
+        self._models: dict[str, Any] = {}
+        by_kind: dict[str, Any] = {}
+        for name, each in start.prefixes.items():
+            if each.kind in by_kind:
+                by_kind[each.kind].load_adapter(each.folder, adapter_name=name)
+            else:
+                model = peft.PeftModel.from_pretrained(base, each.folder, adapter_name=name)
+                by_kind[each.kind] = model.eval()
+            self._models[name] = by_kind[each.kind]
         self.about = {"version": peft.__version__, "precision": start.dtype}
 
     @torch.inference_mode()
@@ -39,11 +44,12 @@ class PeftPeer:
 
     def _one(self, request: Request, output: int, clock: Clock, index: int) -> list[int]:
         ids = torch.tensor([request.tokens])
+        model = self._models[request.prefix or next(iter(self._models))]
         if request.prefix is not None:
-            self._model.set_adapter(request.prefix)
+            model.set_adapter(request.prefix)
         on_base = request.prefix is None
-        with self._model.disable_adapter() if on_base else nullcontext():
-            generated = self._model.generate(
+        with model.disable_adapter() if on_base else nullcontext():
+            generated = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 min_new_tokens=output,
