@@ -28,15 +28,15 @@ from typing import Any
 
 from benchmarks import host, report
 from benchmarks.agreement import check_tokens
-from benchmarks.children import Child, EngineFailed, checkout, interpreter
+from benchmarks.children import Child, EngineFailed, Measured, checkout, interpreter
 from benchmarks.engines import OURS, PEERS, Engine, variant
 from benchmarks.models import model_path, prefixes
-from benchmarks.rounds import Series, measure
+from benchmarks.rounds import Contest, measure
 from benchmarks.workloads import WORKLOADS, Prompts, Workload
 
 THREADS = {"quiet": 2, "shared": 1, "crowded": 2}
 QUICK_PEERS = ("transformers",)
-QUICK_WORKLOADS = ("W1", "W3", "one", "long")
+QUICK_WORKLOADS = ("W1", "W3", "long")
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
     parser.add_argument("--noise", type=float, default=0.1, help="foreign cores that drop a round")
     parser.add_argument("--max-wait", type=float, default=20.0, help="seconds to wait for quiet")
-    parser.add_argument("--lock", type=Path, help="file to lock during each round")
+    parser.add_argument("--lock", type=Path, help="file to lock during each run")
     parser.add_argument("--quick", action="store_true", help="two engines, few rounds, no peers")
     parser.add_argument("--out", type=Path, help="JSON file; plots go next to it")
     options = parser.parse_args(arguments)
@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.only = options.only or [OURS.name, *QUICK_PEERS]
         options.workload = options.workload or list(QUICK_WORKLOADS)
         options.condition = options.condition or ["quiet"]
-        options.rounds, options.max_wait = 2, 3.0
+        options.rounds, options.max_wait = 2, 1.0
     return options
 
 
@@ -115,7 +115,12 @@ def _condition(
             except (EngineFailed, FileNotFoundError) as error:
                 missing[engine.name] = str(error)
                 print(f"{condition}: without {engine.name}: {error}", flush=True)
-        series = [_measure(each, children, options, ours) for each in workloads]
+        series = measure(
+            [_contest(each, children, options, ours) for each in workloads],
+            rounds=options.rounds,
+            most_rounds=options.rounds if options.quick else 3 * options.rounds,
+            report=partial(print, flush=True),
+        )
         about = {name: child.about for name, child in children.items()}
     return {
         "threads": THREADS[condition],
@@ -132,12 +137,14 @@ def _load(
     ours: set[int],
     closing: ExitStack,
 ) -> Child:
-    python = interpreter(engine, options.peers)
+    python, known = interpreter(engine, options.peers), prefixes(options.peers)
+    workloads = [WORKLOADS[name] for name in options.workload or WORKLOADS]
+    needed = {prefix for each in workloads for prefix in each.prefixes}
     start = {
         "model": str(model_path(options.peers, engine.model)),
         "dtype": options.dtype,
         "threads": threads,
-        "prefixes": prefixes(options.peers),
+        "prefixes": {name: known[name] for name in sorted(needed)},
         "code": checkout(engine.revision, options.peers) if engine.revision else "",
     }
     child = closing.enter_context(Child(engine, python, start, ours=ours))
@@ -145,43 +152,33 @@ def _load(
     return child
 
 
-def _measure(
+def _contest(
     workload: Workload,
     children: Mapping[str, Child],
     options: argparse.Namespace,
     ours: set[int],
-) -> Series:
+) -> Contest:
     able = {
-        name: partial(_run, child, workload.output)
+        name: partial(_run, child, workload.output, options, ours)
         for name, child in children.items()
         if workload.name in child.engine.workloads
     }
     prompts = Prompts(seed=str(os.getpid()))
-    quiet = partial(
-        host.wait_until_quiet,
-        limit=options.noise,
-        ours={os.getsid(0), *ours},
-        max_wait_s=options.max_wait,
-    )
+    return Contest(workload, able, partial(prompts.take, workload), noise=options.noise)
 
-    def take() -> list[dict[str, Any]]:
-        return prompts.take(workload)
 
+def _run(
+    child: Child,
+    output: int,
+    options: argparse.Namespace,
+    ours: set[int],
+    requests: Sequence[Mapping[str, Any]],
+) -> Measured:
     with _locked(options.lock):
-        return measure(
-            workload,
-            able,
-            take,
-            rounds=options.rounds,
-            most_rounds=options.rounds if options.quick else 3 * options.rounds,
-            noise=options.noise,
-            before_each=quiet,
-            report=partial(print, flush=True),
+        host.wait_until_quiet(
+            limit=options.noise, ours={os.getsid(0), *ours}, max_wait_s=options.max_wait
         )
-
-
-def _run(child: Child, output: int, requests: Sequence[Mapping[str, Any]]) -> Any:
-    return child.run(requests[: child.engine.at_most], output)
+        return child.run(requests[: child.engine.at_most], output)
 
 
 @contextmanager

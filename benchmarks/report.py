@@ -77,6 +77,7 @@ def text(results: Mapping[str, Any]) -> str:
     for name, condition in results["conditions"].items():
         lines += ["", f"{name}: {condition['threads']} threads. {CELLS}", "", *_table(condition)]
         lines += [_rounds(*item) for item in condition["workloads"].items()]
+        lines += _costs(condition["workloads"])
         lines += [f"missing: {why.splitlines()[0]}" for why in condition["missing"].values()]
         lines += [
             f"failed in {workload}: {why.splitlines()[0]}"
@@ -91,6 +92,21 @@ def _rounds(workload: str, described: Mapping[str, Any]) -> str:
         f"{workload}: {described['rounds']} rounds, {described['dropped']} dropped as noisy; "
         f"others used at most {described['foreign_most']} cores, steal {described['steal_most']}"
     )
+
+
+def _costs(workloads: Mapping[str, Any]) -> list[str]:
+    """What prefixes cost each engine: its rate under them, of that on the base."""
+    if "W1" not in workloads:
+        return []
+    lines = []
+    for name, base in workloads["W1"]["engines"].items():
+        shares = [
+            f"{workload}/W1 {described['engines'][name]['median'] / base['median']:.3f}"
+            for workload, described in workloads.items()
+            if workload in ("W2", "W3", "W4") and name in described["engines"]
+        ]
+        lines += [f"{name}: {', '.join(shares)}"] if shares else []
+    return lines
 
 
 def _table(condition: Mapping[str, Any]) -> list[str]:

@@ -65,56 +65,60 @@ def median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
+class Contest:
+    """The engines that run one workload. In a round each gets the same, fresh requests."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        runners: Mapping[str, Runner],
+        take_prompts: Callable[[], Requests],
+        *,
+        noise: float,
+    ) -> None:
+        self.series = Series(workload, noise)
+        self._runners = runners
+        self._take_prompts = take_prompts
+        self._orders = rotations(list(runners))
+
+    def run_round(self, number: int) -> str:
+        """Run every engine once; returns a line for people. Round 0 warms up."""
+        series, requests, current = self.series, self._take_prompts(), Round({}, [])
+        for name in next(self._orders):
+            if name in series.failed:
+                continue
+            try:
+                run = self._runners[name](requests)
+            except EngineFailed as error:
+                series.failed[name] = str(error)
+                continue
+            current.runs[name] = run
+            if run.load.foreign + run.load.steal > series.noise:
+                current.noisy.append(name)
+        if number > 0:
+            (series.dropped if current.noisy else series.counted).append(current)
+        return _line(series.workload, number, current)
+
+
 def measure(
-    workload: Workload,
-    runners: Mapping[str, Runner],
-    take_prompts: Callable[[], Requests],
+    contests: Sequence[Contest],
     *,
     rounds: int,
     most_rounds: int,
-    noise: float,
-    before_each: Callable[[], None] = lambda: None,
     report: Callable[[str], None] = lambda _: None,
-) -> Series:
-    """Run rounds until ``rounds`` of them count, or ``most_rounds`` have been run after the first.
+) -> list[Series]:
+    """Run rounds of all workloads until ``rounds`` of each count, or ``most_rounds`` have been run
+    after the first, which warms up. Workloads alternate too.
 
-    In a round every engine gets the same, fresh requests. The first round warms up and is not
-    counted. A round is dropped when others used, or the hypervisor took, more than ``noise`` cores
-    during any of its runs: all engines are compared in the same rounds. An engine that fails is
-    left out from then on.
+    A round is dropped when others used, or the hypervisor took, more cores than the noise during
+    any of its runs: all engines are compared in the same rounds. An engine that fails is left out
+    of the workload from then on.
     """
-    series, orders = Series(workload, noise), rotations(list(runners))
     for number in range(most_rounds + 1):
-        order = [name for name in next(orders) if name not in series.failed]
-        current = _round(order, runners, take_prompts(), series, before_each)
-        report(_line(workload, number, current))
-        if number == 0:
-            continue
-        (series.dropped if current.noisy else series.counted).append(current)
-        if len(series.counted) == rounds or not current.runs:
-            break
-    return series
-
-
-def _round(
-    order: Sequence[str],
-    runners: Mapping[str, Runner],
-    requests: Requests,
-    series: Series,
-    before_each: Callable[[], None],
-) -> Round:
-    current = Round({}, [])
-    for name in order:
-        before_each()
-        try:
-            run = runners[name](requests)
-        except EngineFailed as error:
-            series.failed[name] = str(error)
-            continue
-        current.runs[name] = run
-        if run.load.foreign + run.load.steal > series.noise:
-            current.noisy.append(name)
-    return current
+        for contest in contests:
+            if len(contest.series.counted) < rounds:
+                report(contest.run_round(number))
+    return [contest.series for contest in contests]
 
 
 def _line(workload: Workload, number: int, current: Round) -> str:

@@ -1,12 +1,11 @@
 """PEFT: all adapters loaded over one base, one request after another.
 
-A ``PeftModel`` holds prompts or KV prefixes and not both, so there are two over the same base. A
-request on the base runs with the adapter disabled. The time to a request's first token includes
+A ``PeftModel`` holds prompts or KV prefixes and not both, so there are two over the same base.
+The time to a request's first token includes
 the requests before it.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import peft
@@ -24,6 +23,7 @@ class PeftPeer:
         torch.set_num_threads(start.threads)
         dtype = getattr(torch, start.dtype)
         base = transformers.AutoModelForCausalLM.from_pretrained(start.model, dtype=dtype)
+        self._base: Any = base.eval()
         self._models: dict[str, Any] = {}
         by_kind: dict[str, Any] = {}
         for name, each in start.prefixes.items():
@@ -44,20 +44,19 @@ class PeftPeer:
 
     def _one(self, request: Request, output: int, clock: Clock, index: int) -> list[int]:
         ids = torch.tensor([request.tokens])
-        model = self._models[request.prefix or next(iter(self._models))]
+        model = self._base
         if request.prefix is not None:
+            model = self._models[request.prefix]
             model.set_adapter(request.prefix)
-        on_base = request.prefix is None
-        with model.disable_adapter() if on_base else nullcontext():
-            generated = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                min_new_tokens=output,
-                max_new_tokens=output,
-                do_sample=False,
-                pad_token_id=0,
-                logits_processor=[FirstToken(clock, index)],
-            )
+        generated = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=output,
+            max_new_tokens=output,
+            do_sample=False,
+            pad_token_id=0,
+            logits_processor=[FirstToken(clock, index)],
+        )
         answer: list[int] = generated[0, -output:].tolist()
         return answer
 

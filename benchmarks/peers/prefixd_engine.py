@@ -8,7 +8,6 @@ are uploaded to the application and warmed, and requests go to ``Engine.submit``
 import prefixd.server.cli.main  # noqa: F401  # sets OpenMP's variables before torch reads them
 
 import importlib.metadata
-import json
 import subprocess
 import threading
 import time
@@ -132,11 +131,12 @@ class PrefixdPeer:
 
 
 def _revision() -> str:
-    """The commit of the product's code, with ``+`` when files differ from it."""
+    """The commit of the product's code, with ``+`` when files differ from it; outside a repository
+    the name of the folder, which the comparison names after the commit."""
     folder = Path(build.__file__).parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude", "*"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or json.dumps(None)
+    described = subprocess.run(command, capture_output=True, text=True, check=False)
+    return described.stdout.strip() or folder.parents[3].name
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ accepts them; ``caching``: its prefix caching, which can keep a prefix across re
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.wire import Clock, Prefix, Request, Result, Start, serve
@@ -57,7 +58,7 @@ class VllmPeer:
             "precision": start.dtype,
             "caching": str(caching),
             "kernels": str(torch.backends.cpu.get_cpu_capability()),
-            "preloaded": os.environ.get("LD_PRELOAD", ""),
+            "preloaded": " ".join(Path(each).name for each in _preloaded()),
         }
 
     def _embedded(self, prefix: Prefix) -> Any:
@@ -92,6 +93,10 @@ class VllmPeer:
                 if tokens[index]:
                     clock.token(index)
         return Result(clock.seconds, clock.first, tokens)
+
+
+def _preloaded() -> list[str]:
+    return [each for each in os.environ.get("LD_PRELOAD", "").split(":") if each]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Which rounds count."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from benchmarks import report
 from benchmarks.children import EngineFailed, Measured
 from benchmarks.host import Load
-from benchmarks.rounds import Series, measure, median
+from benchmarks.rounds import Contest, Series, measure, median
 from benchmarks.workloads import WORKLOADS, Prompts
 
 W1 = WORKLOADS["W1"]
@@ -36,9 +37,8 @@ class Script:
 def rounds(*engines: Script, counting: int = 2, most: int = 6) -> Series:
     prompts = Prompts()
     runners: dict[str, Callable[..., Measured]] = {each.name: each for each in engines}
-    return measure(
-        W1, runners, lambda: prompts.take(W1), rounds=counting, most_rounds=most, noise=0.1
-    )
+    contest = Contest(W1, runners, lambda: prompts.take(W1), noise=0.1)
+    return measure([contest], rounds=counting, most_rounds=most)[0]
 
 
 def test_the_first_round_is_not_counted():
@@ -87,11 +87,24 @@ def test_cpu_seconds_are_those_of_all_requests():
         return Script("half", [3.0])(requests[:16])
 
     prompts = Prompts()
-    series = measure(
-        W1, {"half": half}, lambda: prompts.take(W1), rounds=1, most_rounds=1, noise=0.1
-    )
+    contest = Contest(W1, {"half": half}, lambda: prompts.take(W1), noise=0.1)
+    (series,) = measure([contest], rounds=1, most_rounds=1)
     assert series.cpu_seconds("half") == [12.0]
     assert series.figures("half") == [16 * 64 / 3.0]
+
+
+def test_workloads_alternate_until_each_has_its_rounds():
+    lines: list[str] = []
+    contests = []
+    for name, foreign in (("W1", [0.0, 0.5, 0.0]), ("W3", [0.0] * 3)):
+        workload = WORKLOADS[name]
+        runners = {"prefixd": Script("prefixd", [1.0] * 5, foreign)}
+        prompts = partial(Prompts().take, workload)
+        contests.append(Contest(workload, runners, prompts, noise=0.1))
+    measure(contests, rounds=1, most_rounds=5, report=lines.append)
+    labels = [line.partition(":")[0] for line in lines]
+    assert labels == ["W1 warm-up", "W3 warm-up", "W1 round 1", "W3 round 1", "W1 round 2"]
+    assert "2048*" in lines[2]
 
 
 def test_the_median_of_nothing_is_none():
@@ -100,7 +113,7 @@ def test_the_median_of_nothing_is_none():
 
 def test_the_table_names_what_is_missing_and_what_failed():
     series = rounds(Script("prefixd", [1.0] * 3), Script("other", [1.0]))
-    results = {
+    results: dict[str, Any] = {
         "processor": {
             "name": "EPYC", "vendor": "AMD", "family": "25", "model": "17", "cores": 2,
             "kernels": ["AVX2"],
@@ -116,8 +129,11 @@ def test_the_table_names_what_is_missing_and_what_failed():
             }
         },
     }  # fmt: skip
+    with_prefixes = rounds(Script("prefixd", [1.0, 1.25, 1.25]))
+    results["conditions"]["quiet"]["workloads"]["W3"] = report.described(with_prefixes)
     text = report.text(results)
-    assert "| prefixd 0.1 | 2048 (1.00x, 2 s) |" in text
-    assert "| other  | - |" in text
+    assert "| prefixd 0.1 | 2048 (1.00x, 2 s) | 1638 (1.00x, 2.5 s) |" in text
+    assert "| other  | - | - |" in text
+    assert "prefixd: W3/W1 0.800" in text
     assert "missing: vllm: no such folder" in text
     assert "failed in W1: other: out of memory" in text
