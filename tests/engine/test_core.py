@@ -19,6 +19,7 @@ from prefixd.server.engine.request import (
     TokenEvent,
 )
 from prefixd.server.engine.step import PrefixUnavailable, Step, TokenText
+from prefixd.server.engine.step_budget import StepBudget
 from prefixd.server.testing import ByteDetokenizer, FakeStaged
 from tests.engine.test_engine import PREFIX, PROMPT, Bench, answer, expected, fail_steps
 
@@ -257,3 +258,15 @@ def test_stop_string_completed_by_the_last_text_is_the_end() -> None:
     assert (end.reason, end.stop) == (FinishReason.STOP, text[10:])
     assert bench.engine.stats().finished["stop"] == 1
     assert bench.engine.stats().finished["length"] == 0
+
+
+def test_the_time_of_each_step_is_measured_for_the_budget_of_the_next() -> None:
+    bench = Bench()
+    budget = bench.engine.core.scheduler.step_budget = StepBudget(60.0)
+    bench.engine.start()
+    prompt = tuple(range(80))
+    assert answer(bench.submit(prompt=prompt, max_tokens=3)[1])[1].reason is FinishReason.LENGTH
+    bench.engine.stop()
+    assert budget.token_s is not None
+    assert budget.token_s > 0
+    assert budget.decode_s > 0

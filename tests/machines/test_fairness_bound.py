@@ -3,10 +3,13 @@
 import itertools
 import random
 from collections import Counter
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefixd.server.engine import step_budget
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.request import (
     AdmittedRequest,
@@ -41,7 +44,11 @@ class Simulation:
     def __init__(self, tenants: dict[str, dict], seed: int) -> None:
         self.scheduler = Scheduler(
             SchedulerConfig(
-                num_blocks=BLOCKS + 1, block_size=BLOCK, max_tokens_per_step=24, max_running=6
+                num_blocks=BLOCKS + 1,
+                block_size=BLOCK,
+                max_tokens_per_step=24,
+                max_token_gap_s=0.1,
+                max_running=6,
             )
         )
         self.runner = FakeRunner(block_size=BLOCK)
@@ -86,9 +93,19 @@ class Simulation:
                 for _ in range(traffic["clients"] - len(self.scheduler.waiting.of(tenant))):
                     self.ask(tenant)
         step = self.scheduler.schedule(now=moment / 10)
+        speed = self.chance.choice([0.001, 0.01, 0.05])
+        self.scheduler.step_budget.observe(step, speed * step.num_tokens)
         self.scheduler.update(step, self.runner.run(step))
         for key in step.fetches:
             self.scheduler.prefix_staged(key, FakeStaged(int(key.digest.split("-")[1])))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def smallest_budgets() -> Iterator[None]:
+    """Bound steps down to a single prompt token."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_budget, "LEAST", 1)
+        yield
 
 
 @settings(max_examples=60, deadline=None)

@@ -73,12 +73,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     ) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr("prefixd.server.engine.step_builder.LOOKAHEAD", looked_at)
+        self.patch.setattr("prefixd.server.engine.step_budget.LEAST", 1)
         self.cap = cap
         self.config = SchedulerConfig(
             num_blocks=blocks,
             block_size=BLOCK,
             max_tokens_per_step=12,
             max_prefill_chunk=chunk,
+            max_token_gap_s=0.1,
             max_running=running,
             max_staged=2,
             max_resident_tokens=budget,
@@ -193,8 +195,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # -- steps ----
 
-    @rule()
-    def step(self) -> None:
+    @rule(speed=st.sampled_from([0.001, 0.02, 0.2]))
+    def step(self, speed: float) -> None:
         self.time_passes(0.1)
         before = {s.seq_id: s.num_remaining for s in self.scheduler.running}
         proving = self.scheduler.recovery.proving
@@ -210,6 +212,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert step.num_parts <= 1, "a sequence of a failed step must run alone"
         elif not proving:
             assert len(missed) <= self.scheduler.num_preemptions - preemptions, "a decode stalled"
+            self.check_step_budget(step, decodes - missed)
+        self.scheduler.step_budget.observe(step, speed * step.num_tokens)
         self.fetching += step.fetches
         output = self.runner.run(step) if step.has_work else StepOutput({})
         for sequence in self.scheduler.update(step, output):
@@ -241,6 +245,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                     "a shared block is written"
                 )
                 self.writers[block] = owner_key
+
+    def check_step_budget(self, step: Step, decodes: set[int]) -> None:
+        limit = self.scheduler.step_budget.prompt_tokens(num_decoding=len(decodes))
+        assert limit is not None
+        assert step.num_tokens - len(decodes) <= limit, "streams wait too long for prompts"
 
     def check_budgets(self) -> None:
         residency = self.scheduler.memory.residency

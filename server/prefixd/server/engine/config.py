@@ -7,6 +7,9 @@ from dataclasses import dataclass
 class SchedulerConfig:
     """Sizes. ``num_blocks`` counts the null block; lengths are in tokens, times in seconds.
 
+    - ``max_tokens_per_step``, ``max_prefill_chunk``: tokens of one step, and of one sequence in it.
+    - ``max_token_gap_s``: running streams wait no longer for their next token because prompts and
+      prefixes are computed with it: these run in smaller parts (None: in the largest).
     - ``max_staged``: prefixes that are loading (fetching, staged or compiling) at a time.
     - ``max_resident_tokens``: virtual tokens of all prefixes in the pool (None: the whole pool).
     - ``host_tokens``: virtual tokens of compiled prefixes kept in host memory for a quick return.
@@ -22,6 +25,7 @@ class SchedulerConfig:
     block_size: int = 16
     max_tokens_per_step: int = 1024
     max_prefill_chunk: int = 512
+    max_token_gap_s: float | None = None
     max_running: int = 64
     max_staged: int = 16
     max_resident_tokens: int | None = None

@@ -137,8 +137,10 @@ class EngineCore:
         except Exception as error:  # noqa: BLE001 - logged there; a failed step ends no loop
             self._step_failed(step, error)
             return
+        seconds = time.perf_counter() - started
         self.num_failures = 0
-        self._counters.step(step, time.perf_counter() - started, output)
+        self.scheduler.step_budget.observe(step, seconds)
+        self._counters.step(step, seconds, output)
         ends = self._outputs.push(output.sampled)
         ended = self.scheduler.update(step, output, ends)
         if ended:

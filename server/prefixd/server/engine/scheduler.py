@@ -24,6 +24,7 @@ from prefixd.server.engine.request import FinishReason, PrefixKey
 from prefixd.server.engine.sequence import Deadlines, End, Sequence, State
 from prefixd.server.engine.starvation import StarvationPolicy
 from prefixd.server.engine.step import Sampled, StagedPrefix, Step, StepOutput
+from prefixd.server.engine.step_budget import StepBudget
 from prefixd.server.engine.step_builder import StepBuilder
 
 
@@ -55,6 +56,7 @@ class Scheduler:
         )
         self.recovery = Recovery(config, residency=self.memory.residency)
         self.deadlines = Deadlines()
+        self.step_budget = StepBudget(config.max_token_gap_s)
         self.num_preemptions = 0
         self._flush = flush
         self._starvation = StarvationPolicy(
@@ -192,11 +194,25 @@ class Scheduler:
                 victim.num_yields += 1
                 self.preempt(victim)
         self._builder.continue_decodes(step)
+        self._limit_prompts(step)
         if len(step.chunks) < len(self.running):
             self._builder.continue_prefills(step)
         has_room = not self.waiting.num_sequences or self._builder.serve_waiting(step, now)
         self.prefix_loader.load_others(step, now=now, has_room=has_room)
         return step
+
+    def _limit_prompts(self, step: Step) -> None:
+        """Bound the prompt tokens of a step whose decode rows are planned. While several prompts or
+        prefixes need tokens, one gets at most half of them: a short one does not wait for the end
+        of a long one."""
+        num_decoding = len(step.chunks)
+        limit = self.step_budget.prompt_tokens(num_decoding=num_decoding)
+        if limit is not None:
+            step.limit(limit)
+        places = self.recovery.backoff.max_running - len(self.running)
+        claims = len(self.running) - num_decoding + min(self.waiting.num_sequences, max(0, places))
+        if claims + self.memory.residency.num_loading > 1:
+            step.max_chunk = min(step.max_chunk, max(1, -(-step.budget // 2)))
 
     def update(
         self, step: Step, output: StepOutput, ends: Mapping[int, End] | None = None

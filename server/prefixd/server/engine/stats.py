@@ -189,6 +189,8 @@ def debug_state(scheduler: Scheduler, *, now: float) -> dict[str, Any]:
             "max_running": backoff.max_running,
             "max_prefill_chunk": backoff.max_chunk,
             "max_tokens_per_step": config.max_tokens_per_step,
+            "seconds_per_prompt_token": scheduler.step_budget.token_s,
+            "seconds_per_decode_step": scheduler.step_budget.decode_s,
             "max_resident_tokens": config.max_resident_tokens,
             "max_waiting_tokens": config.max_waiting_tokens,
         },

@@ -113,6 +113,11 @@ class Step:
         """Whether there is anything for the runner to do."""
         return bool(self.chunks or self.compiles or self.fresh or self.saves)
 
+    def limit(self, num_tokens: int) -> None:
+        """Let at most ``num_tokens`` more be added."""
+        self.budget = min(self.budget, num_tokens)
+        self.max_chunk = min(self.max_chunk, num_tokens)
+
     @property
     def num_parts(self) -> int:
         """Rows of the forward pass."""

@@ -11,6 +11,10 @@ from prefixd.server.engine.recovery import Recovery
 from prefixd.server.engine.sequence import Sequence, State
 from prefixd.server.engine.step import Chunk, Step, needs_history
 
+_LARGE_CHUNK, _MAX_SCORES = 256, 2**24
+"""A chunk above _LARGE_CHUNK tokens has at most _MAX_SCORES pairs of a token and a position that it
+sees: attention may need memory for each of them."""
+
 _LOOKAHEAD_WHEN_FULL = 64
 """Waiting sequences whose prefixes a step loads when no more sequences can start."""
 
@@ -158,6 +162,9 @@ class StepBuilder:
         """Plan the next tokens of a running sequence: as many as the step has room for."""
         start, num_tokens = sequence.num_computed, len(sequence.tokens)
         size = min(num_tokens - start, step.budget, step.max_chunk)
+        if size > _LARGE_CHUNK:
+            num_seen = sequence.num_prefix_tokens + start + size
+            size = max(_LARGE_CHUNK, min(size, _MAX_SCORES // num_seen))
         sampling, stop = sequence.request.sampling, sequence.request.stop
         is_last = start + size == num_tokens
         num_output = num_tokens - sequence.num_prompt

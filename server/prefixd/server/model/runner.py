@@ -20,7 +20,7 @@ class Runner:
     """Runs steps on a decoder. Not thread-safe."""
 
     def __init__(self, decoder: Decoder, *, threads: int | None = None) -> None:
-        """``threads``: how many the thread that calls ``run`` uses (None: what it was told)."""
+        """``threads``: how many the thread that calls ``run`` uses (None: it is not set)."""
         self.decoder = decoder
         self._threads = threads
 

@@ -57,6 +57,9 @@ log = structlog.get_logger("prefixd")
 MODEL_ERRORS = (UnsupportedModel, DemoModelMissing)
 """Errors of a model that cannot be served; their message says why."""
 
+_CHECKED_CHUNK = 256
+"""Tokens of a chunk when the model is checked; the chunks of requests vary."""
+
 _QUEUED_POOLS = 8
 """How many times the pool's size may wait, unless the operator says otherwise."""
 
@@ -159,7 +162,11 @@ def _load(
         cache_dir=settings.root / "models",
         pool_tokens=_pool_tokens(config),
     )
-    limits = self_check(base, block_size=config.block_size, prefill_chunk=config.max_prefill_chunk)
+    limits = self_check(
+        base,
+        block_size=config.block_size,
+        prefill_chunk=min(config.max_prefill_chunk, _CHECKED_CHUNK),
+    )
     decoder = ModuleDecoder(base, num_blocks=config.num_blocks, block_size=config.block_size)
     return base, Runner(decoder, threads=threads), limits
 
@@ -241,6 +248,7 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
         block_size=settings.block_size,
         max_tokens_per_step=settings.max_tokens_per_step,
         max_prefill_chunk=settings.max_prefill_chunk,
+        max_token_gap_s=settings.max_token_gap or None,
         max_running=settings.max_running,
         max_resident_tokens=settings.max_resident_tokens,
         host_tokens=settings.host_kv_tokens,

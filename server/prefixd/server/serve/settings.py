@@ -118,10 +118,17 @@ class Settings(BaseSettings):
         description="Size of the KV pool in token positions, shared by all prefixes and requests.",
     )
     max_tokens_per_step: int = Field(
-        default=512, ge=1, description="Most tokens one forward pass may run."
+        default=2048, ge=1, description="Most tokens one forward pass may run."
     )
     max_prefill_chunk: int = Field(
-        default=256, ge=1, description="Most prompt tokens one request may run in one pass."
+        default=2048, ge=1, description="Most prompt tokens one request may run in one pass."
+    )
+    max_token_gap: float = Field(
+        default=0.25,
+        ge=0,
+        description="Seconds that running streams may wait for their next token because prompts "
+        "and prefixes are computed in the same pass: these then run in smaller parts; 0 is no "
+        "limit.",
     )
     max_running: int = Field(
         default=64, ge=1, description="Most sequences that run at the same time."

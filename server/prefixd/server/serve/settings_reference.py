@@ -35,6 +35,7 @@ SETTING_GROUPS = {
         "max_prefill_chunk",
         "max_queue_wait",
         "max_running",
+        "max_token_gap",
         "max_tokens_per_step",
         "max_waiting_tokens",
         "watchdog",
