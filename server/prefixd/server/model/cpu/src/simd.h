@@ -134,6 +134,30 @@ static inline Floats exp(Floats x) {
     return p * as_floats(low) * as_floats(high);
 }
 
+// 2 to the power of x <= 0, within 2 units in the last place; NaN for NaN, at most 2^-126 below -126.
+static inline Floats exp2_of_negative(Floats x) {
+#if defined(__AVX512F__)
+    // Zeroing forms of the intrinsics: GCC 12 warns of an uninitialized value inside the plain ones.
+    Floats n = (Floats)_mm512_maskz_roundscale_ps(0xffff, (__m512)x, 0);
+#else
+    constexpr float kRound = 12582912.0f;
+    x = (x < -126.0f) ? splat(-126.0f) : x;
+    Floats shifted = x + kRound, n = shifted - kRound;
+#endif
+    Floats f = x - n, p = splat(1.535336188319500e-4f);
+    p = p * f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.0f;
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
+    return p * as_floats((as_words(shifted) - 0x4b400000u + 127u) << 23);
+#endif
+}
+
 // x * sigmoid(x)
 static inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
 
