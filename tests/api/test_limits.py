@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import select
+from sqlalchemy.event import listen
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from prefixd.server.api.metrics import Outcome
@@ -17,7 +18,7 @@ from prefixd.server.api.request_record import RequestRecord
 from prefixd.server.engine.request import AdmittedRequest
 from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.tenants.limiter import Grant
-from prefixd.server.tenants.tables import request_leases
+from prefixd.server.tenants.tables import rate_limits, request_leases
 from prefixd.store.db.database import reading
 from tests.api.api_world import World, error_of, put_text
 from tests.api.test_disconnect import Caller, outcome, run_with_engine
@@ -128,6 +129,27 @@ def test_concurrent_requests_above_the_limit_are_refused(world: World, *, stream
         assert (await after.sent.get())["status"] == 200
 
     run_with_engine(world, scenario)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_requests_under_large_limits_are_settled_in_few_transactions(
+    world: World, *, stream: bool
+) -> None:
+    """Also those that fail; what a server still holds is returned when it stops."""
+    quota(world, requests_per_minute=25_600, tokens_per_minute=10**6, max_concurrent_requests=512)
+    commits: list[str] = []
+    listen(world.database, "commit", lambda _connection: commits.append("commit"))
+    with TestClient(world.app, headers=world.headers()) as client:
+        begun = len(commits)
+        for _ in range(20):
+            assert complete(client, stream=stream).status_code == 200
+        assert complete(client, model="else").status_code == 404
+        assert num_leases(world) > 0
+        assert len(commits) - begun < 20 + 21 * 2 // 2, "two for each request, besides its reads"
+    assert num_leases(world) == 0
+    with reading(world.database) as connection:
+        row = connection.execute(select(rate_limits)).one()
+    assert (row.requests, row.tokens) == (25_600 - 20, 10**6 - 20 * 10)
 
 
 def test_lease_is_released_before_the_last_event_of_a_stream(world: World) -> None:

@@ -236,9 +236,10 @@ class RequestRecorder:
         generation_log.info("generation", **record.log_fields())
         if self.trace is not None:
             self.trace(record)
-        if self.grant is not None and self.grant.quota.is_metered:
+        grant = self.grant
+        if grant is not None and grant.quota.is_metered and not self._settled_later(grant):
             # Goes on when this task is cancelled: the lease would stay until it expires.
-            await self.settlements.settle(partial(self._settle, self.grant))
+            await self.settlements.settle(partial(self._settle, grant))
 
     def token(self, choice: int, event: TokenEvent) -> None:
         """Count new tokens of one sequence."""
@@ -256,11 +257,21 @@ class RequestRecorder:
                 self.metrics.per_token[self.record.endpoint].observe(gap)
         self._last_token[choice] = now
 
+    @property
+    def _is_unserved(self) -> bool:
+        return self.record.outcome is Outcome.UNAVAILABLE and not self.record.generated_tokens
+
+    def _settled_later(self, grant: Grant) -> bool:
+        """Whether the limiter charges the output without a transaction for this request alone."""
+        if self._is_unserved:
+            return False
+        return self.limiter.settle_later(grant, output_tokens=self.record.generated_tokens)
+
     def _settle(self, grant: Grant, unsure: bool) -> None:
         """Charge the output, or return the tokens of a request that the server could not serve.
         Raises SQLAlchemyError."""
         record, limiter = self.record, self.limiter
-        if record.outcome is Outcome.UNAVAILABLE and not record.generated_tokens:
+        if self._is_unserved:
             prompt_tokens = record.admitted.prompt_tokens if record.admitted else 0
             limiter.give_back(grant, tokens=prompt_tokens, unsure=unsure)
         else:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 import structlog
 from fastapi import FastAPI
@@ -26,6 +26,8 @@ from prefixd.store.store import PrefixStore
 
 CLOSING_S = 0.5
 """How long the calls on the catalog, and then its connections, may take to end, in seconds."""
+
+_RETURN_EVERY_S = 0.5
 
 log = structlog.get_logger("prefixd")
 
@@ -65,6 +67,7 @@ def make_lifespan(
         probe = CatalogProbe(database, catalog.health)
         probe.start()
         renewing = asyncio.create_task(_renew_leases(limiter, catalog.calls))
+        returning = asyncio.create_task(_return_portions(limiter, catalog.calls))
         reporting = asyncio.create_task(report_health(catalog.health))
         if sweeper is not None:
             sweeper.start()
@@ -72,6 +75,7 @@ def make_lifespan(
             yield
         finally:
             renewing.cancel()
+            returning.cancel()
             reporting.cancel()
             probe.stop()
             if sweeper is not None:
@@ -81,20 +85,36 @@ def make_lifespan(
             engine.stop()
             if trace is not None:
                 trace.close()
-            _close_catalog(catalog, database)
+            _close_catalog(catalog, database, limiter)
 
     return lifespan
 
 
-def _close_catalog(catalog: CatalogAccess, database: Database) -> None:
+def _close_catalog(catalog: CatalogAccess, database: Database, limiter: Limiter) -> None:
     """Close the catalog, which may hang: then the process ends without."""
-    closing = threading.Thread(target=catalog.close, kwargs={"timeout_s": CLOSING_S}, daemon=True)
-    closing.start()
-    closing.join(CLOSING_S)
+
+    def close() -> None:
+        catalog.close(timeout_s=CLOSING_S)
+        try:
+            limiter.return_portions(all_of_them=True)
+        except SQLAlchemyError:
+            log.warning("what was not used of the tenants' limits was not returned")
+
     # The last connection to close leaves SQLite's catalog in one file.
-    closing = threading.Thread(target=database.dispose, daemon=True)
-    closing.start()
-    closing.join(CLOSING_S)
+    for last_call in (close, database.dispose):
+        closing = threading.Thread(target=last_call, daemon=True)
+        closing.start()
+        closing.join(CLOSING_S)
+
+
+async def _return_portions(limiter: Limiter, calls: CatalogCalls) -> None:
+    """Charge and return what requests have used and left of the portions of limits."""
+    while True:
+        await asyncio.sleep(_RETURN_EVERY_S)
+        if limiter.has_portions:
+            # While the catalog is unavailable they are kept.
+            with suppress(SQLAlchemyError, Unavailable):
+                await calls.write(limiter.return_portions)
 
 
 async def _renew_leases(limiter: Limiter, calls: CatalogCalls) -> None:

@@ -45,10 +45,12 @@ class Leases:
         tenant: str,
         *,
         lease: str,
+        spare: list[str],
         limit: int,
         now: ColumnElement[float],
-    ) -> None:
-        """Insert ``lease``. Raises RateLimited when ``limit`` requests of the tenant run. The
+    ) -> list[str]:
+        """Insert ``lease``, and those of ``spare`` with which the limit stays half free; returns
+        all that were inserted. Raises RateLimited when ``limit`` requests of the tenant run. The
         caller holds a lock of the tenant and calls ``add`` after the transaction."""
         stale = func.coalesce(func.sum(case((_is_stale(now), 1), else_=0)), 0)
         counts = select(func.count().label("leases"), stale.label("stale"))
@@ -62,7 +64,9 @@ class Leases:
                 code="concurrency_limit_exceeded",
                 retry_after=_CONCURRENCY_RETRY_S,
             )
-        self._insert(connection, {lease: tenant}, now=now)
+        leases = [lease, *spare[: max(0, limit // 2 - running - 1)]]
+        self._insert(connection, dict.fromkeys(leases, tenant), now=now)
+        return leases
 
     def add(self, lease: str, tenant: str) -> None:
         """The request of ``lease`` runs: ``renew`` keeps it."""
