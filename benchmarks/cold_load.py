@@ -27,7 +27,7 @@ PREFIX, CHUNK = 1024, 256
 async def chunk_time(http: httpx2.AsyncClient, seed: int) -> float:
     """Seconds of one prefill chunk."""
     prompt = prompts(1, PREFIX, seed=seed)[0]
-    result = await timed(http, body(prompt, 1, kv_reuse=False))
+    result = await timed(http, body(prompt, 1))
     assert result.ok, result.error
     return result.latency / (PREFIX // CHUNK)
 

@@ -26,6 +26,7 @@ resident, and each path has run a few times before.
 import argparse
 import dis
 import importlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -185,8 +186,12 @@ def serving(api_world: Any) -> Iterator[tuple[TestClient, Recorder]]:
             threading.setprofile(None)
 
 
+# No two begin alike, so KV reuse finds nothing.
+_prompts = (f"{number:05}"[::-1] for number in itertools.count())
+
+
 def complete(client: TestClient, max_tokens: int, *, stream: bool) -> None:
-    body = {"model": "resident", "prompt": "hello", "ignore_eos": True}
+    body = {"model": "resident", "prompt": next(_prompts), "ignore_eos": True}
     body |= {"max_tokens": max_tokens, "stream": stream}
     answer = client.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text

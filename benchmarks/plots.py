@@ -18,7 +18,7 @@ def plot(condition: Mapping[str, Any], title: str, path: Path) -> None:
     """Write one condition of the results as SVG: medians, with the range of the counted rounds."""
     names = list(condition["engines"])
     workloads = condition["workloads"]
-    figure = Figure(figsize=(2.6 * len(workloads) + 1.5, 0.32 * len(names) + 1.6))
+    figure = Figure(figsize=(2.6 * len(workloads) + 1.5, 0.36 * len(names) + 1.8))
     panels = figure.subplots(1, len(workloads), sharey=True, squeeze=False)[0]
     for panel, (workload, described) in zip(panels, workloads.items(), strict=True):
         bars = [described["engines"].get(name) for name in names]
@@ -31,7 +31,8 @@ def plot(condition: Mapping[str, Any], title: str, path: Path) -> None:
         ]
         panel.barh(names, medians, xerr=[below, above], color=colours)
         panel.set_title(f"{workload}: {WORKLOADS[workload].title}", fontsize=8)
-        panel.set_xlabel(described["unit"], fontsize=8)
+        better = "more" if WORKLOADS[workload].figure.more_is_better else "less"
+        panel.set_xlabel(f"{described['unit']} ({better} is better)", fontsize=8)
         panel.tick_params(labelsize=8)
     panels[0].invert_yaxis()
     figure.suptitle(title, fontsize=9)

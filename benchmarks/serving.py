@@ -101,7 +101,8 @@ class Timed:
 
 
 def body(prompt: list[int], count: int, *, model: str = MODEL, **more: Any) -> dict[str, Any]:
-    """A greedy completion of exactly ``count`` tokens. It requests log-probabilities, because
+    """A greedy completion of exactly ``count`` tokens, without KV reuse: where two requests of a
+    benchmark have the same prompt, both compute it. It requests log-probabilities, because
     then every token has an event of its own, even inside a multi-token character."""
     return {
         "model": model,
@@ -110,6 +111,7 @@ def body(prompt: list[int], count: int, *, model: str = MODEL, **more: Any) -> d
         "temperature": 0,
         "ignore_eos": True,
         "logprobs": 0,
+        "kv_reuse": False,
         "stream": True,
         **more,
     }
