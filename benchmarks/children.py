@@ -148,11 +148,12 @@ class Child:
 
 
 def child_environment(engine: Engine, start: Mapping[str, Any], scratch: Path) -> dict[str, str]:
-    """The variables of an engine's process: none of the caller's that change an engine."""
+    """The variables of an engine's process: none of the caller's that change an
+    engine. One that is set to nothing is not set."""
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)
     }
-    return {
+    chosen = {
         **inherited,
         "HF_HUB_OFFLINE": "1",
         "PREFIXD_DATA_DIR": str(scratch / "data"),
@@ -164,6 +165,7 @@ def child_environment(engine: Engine, start: Mapping[str, Any], scratch: Path) -
         **engine.variables,
         **({"PYTHONPATH": str(start["code"])} if start.get("code") else {}),
     }
+    return {name: value for name, value in chosen.items() if value}
 
 
 def preloaded(engine: Engine, python: Path) -> dict[str, str]:

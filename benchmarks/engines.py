@@ -67,7 +67,8 @@ PEERS = {
 
 def variant(text: str) -> Engine:
     """Our engine with other settings or of another commit: ``NAME=VARIABLE=VALUE,...``, where
-    VARIABLE is a setting of the server without ``PREFIXD_``, or ``revision``.
+    VARIABLE is a setting of the server without ``PREFIXD_``, or ``revision``. Without a value a
+    setting has its default: ``free=threads=`` leaves the number of threads to the server.
 
     Raises ValueError for any other text.
     """

@@ -7,6 +7,7 @@ are uploaded to the application and warmed, and requests go to ``Engine.submit``
 
 import prefixd.server.cli.main  # noqa: F401  # sets OpenMP's variables before torch reads them
 
+import gc
 import importlib.metadata
 import subprocess
 import threading
@@ -78,11 +79,14 @@ class PrefixdPeer:
         self._handles = {name: self._upload(name, each) for name, each in start.prefixes.items()}
         for name, handle in self._handles.items():
             self._warm(name, handle)
+        gc.collect()  # as `prefixd serve` does before it serves
+        gc.freeze()
         self.about = {
             "version": importlib.metadata.version("prefixd"),
             "precision": settings.dtype,
             "revision": _revision(),
             "kv_reuse": str(settings.kv_reuse),
+            "decoder": _decoder(server.engine),
         }
 
     def _upload(self, name: str, prefix: Prefix) -> PrefixHandle:
@@ -128,6 +132,13 @@ class PrefixdPeer:
             stop=StopParams(max_tokens=output),
             kv_reuse=self._kv_reuse,
         )
+
+
+def _decoder(engine: Any) -> str:
+    """Which decoder runs the passes. Commits before there were several have transformers' modules,
+    as ``module`` has."""
+    runner = vars(engine.core)["_runner"]
+    return str(getattr(getattr(runner, "decoder", None), "name", "module"))
 
 
 def _revision() -> str:

@@ -75,9 +75,11 @@ def test_the_busy_process_is_not_foreign_and_ends():
         meter = host.LoadMeter(measured=session, ours=set())
         while host.session_seconds({session}) < 0.3:
             time.sleep(0.01)
-        load = meter.read()
+        load, as_foreign = meter.read(), others.read()
         assert load.cpu >= 0.2
-        assert others.read().foreign >= load.foreign + 0.1
+        # The counters of the machine and of processes differ by some ticks.
+        counted = as_foreign.foreign * as_foreign.wall - load.foreign * load.wall
+        assert counted >= load.cpu / 2
     assert not Path(f"/proc/{session}").exists()
     with host.busy_core(wanted=False) as sessions:
         assert sessions == set()
@@ -147,6 +149,8 @@ def test_variables_of_the_caller_do_not_reach_an_engine(
     assert environment["PREFIXD_THREADS"] == "2"
     assert environment["PREFIXD_KV_REUSE"] == "false"
     assert environment["LANG"] == "C"
+    free = children.child_environment(variant("free=threads="), start, tmp_path)
+    assert "PREFIXD_THREADS" not in free
 
 
 def test_a_variant_has_settings_and_a_revision():
