@@ -234,12 +234,13 @@ def test_other_systems_are_a_reason(
 
 
 def test_states_say_which_kernels_serve_and_why_others_do_not(
-    sources: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     if platform.machine() != "x86_64":
         pytest.skip("only x86-64 has optional kernel sets")
     refuse = 'case "$*" in *-mamx-tile*) echo "g++: error: no -mamx-tile" >&2; exit 1;; esac'
     monkeypatch.setenv("CXX", str(make_compiler(tmp_path / "bin", refuse)))
+    sources = make_sources(tmp_path / "sets", sets=("portable", "avx2", "avx512", "amx"))
     library = find_or_compile_library(data, sources=sources)
     assert library.kernels == ("portable", "avx2")
     states = library.states()

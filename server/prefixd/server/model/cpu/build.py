@@ -17,7 +17,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,6 +47,7 @@ COMPILE_TIMEOUT_S = 300.0
 _PROBE_TIMEOUT_S = 30.0
 _POLL_S = 0.02
 _MAX_PROCESSES = 4
+_SUFFIXES = {".cpp", ".inc", ".h"}
 
 
 class BuildFailed(Exception):
@@ -99,8 +100,8 @@ def find_compiler(environment: Mapping[str, str] = os.environ) -> Compiler:
 
 def source_digest(sources: Path = SOURCES) -> str:
     """SHA-256 over the names and contents of the sources, and the flags."""
-    digest = hashlib.sha256(repr((FLAGS, sorted(_flags_table()))).encode())
-    for path in _files(sources):
+    digest = hashlib.sha256(repr((FLAGS, KERNEL_SETS)).encode())
+    for path in sorted(path for path in sources.iterdir() if path.suffix in _SUFFIXES):
         content = path.read_bytes()
         digest.update(f"\0{path.name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
@@ -117,7 +118,9 @@ def abi_of(sources: Path = SOURCES) -> int:
     return int(match[1])
 
 
-def kernel_sets(compiler: Compiler) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+def kernel_sets(
+    compiler: Compiler, sources: Path = SOURCES
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """The kernel sets that a compiler can build, with their flags, and the reasons of the others.
 
     Raises BuildFailed for a processor family that has none.
@@ -127,7 +130,9 @@ def kernel_sets(compiler: Compiler) -> tuple[dict[str, tuple[str, ...]], dict[st
         raise BuildFailed(f"expected a compiler for {expected}, got {compiler.target}")
     usable, left_out = {}, {}
     for name, flags in table.items():
-        if (error := _refusal(compiler, flags)) is None:
+        if not (sources / f"isa_{name}.cpp").exists():
+            left_out[name] = "the sources have no such kernels"
+        elif (error := _refusal(compiler, flags)) is None:
             usable[name] = flags
         else:
             left_out[name] = f"{compiler.version}: {error}"
@@ -146,10 +151,10 @@ def build_library(
 
     ``flags`` come last. Intermediate files lie in the folder of ``output`` and are removed.
     """
-    usable, left_out = kernel_sets(compiler)
+    usable, left_out = kernel_sets(compiler, sources)
     start = time.monotonic()
     plan = _Plan(compiler, sources, usable, tuple(flags), start + timeout_s)
-    plan.build(output, link=("-shared",))
+    plan.build(output.parent, {output: None}, "-shared")
     return Built(
         abi=abi_of(sources),
         sources=source_digest(sources),
@@ -162,19 +167,24 @@ def build_library(
     )
 
 
-def build_program(
-    output: Path,
-    main: Iterable[Path],
+def build_programs(
+    folder: Path,
+    mains: Iterable[Path],
     *,
     compiler: Compiler,
     sources: Path = SOURCES,
+    sets: Collection[str] = (),
     flags: Sequence[str] = (),
-    timeout_s: float = COMPILE_TIMEOUT_S,
-) -> None:
-    """As build_library, but a program from the sources and the files of ``main``: for tests."""
-    usable, _ = kernel_sets(compiler)
-    plan = _Plan(compiler, sources, usable, tuple(flags), time.monotonic() + timeout_s)
-    plan.build(output, main=tuple(main))
+) -> list[Path]:
+    """As build_library, but a program in ``folder`` from the sources and each file of ``mains``:
+    for tests. With some kernel sets only, if ``sets`` names them."""
+    usable, _ = kernel_sets(compiler, sources)
+    usable = {name: own for name, own in usable.items() if not sets or name in sets}
+    deadline = time.monotonic() + COMPILE_TIMEOUT_S
+    plan = _Plan(compiler, sources, usable, tuple(flags), deadline)
+    programs = {folder / path.stem: path for path in mains}
+    plan.build(folder, programs)
+    return list(programs)
 
 
 def description_of(library: Path) -> Path:
@@ -206,29 +216,36 @@ class _Plan:
     flags: tuple[str, ...]
     deadline: float
 
-    def build(
-        self, output: Path, *, main: tuple[Path, ...] = (), link: tuple[str, ...] = ()
-    ) -> None:
-        chosen = [
-            path for path in self.sources.glob("*.cpp") if _set_of(path) in {None, *self.usable}
-        ]
-        chosen = sorted([*main, *chosen], key=lambda path: -path.stat().st_size)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix="build-") as name:
-            folder = Path(name)
-            objects = {path: str(folder / f"{path.stem}.o") for path in chosen}
-            commands = {path.name: self._compile(path, target) for path, target in objects.items()}
-            _run_all(commands, folder, self.deadline)
-            linked = folder / output.name
-            flags = ["-pthread", *self.flags, *link]
-            command = [*self.compiler.command, *flags, *objects.values(), "-o", str(linked)]
-            _run_all({"link": command}, folder, self.deadline)
-            linked.replace(output)
+    def build(self, folder: Path, outputs: Mapping[Path, Path | None], *link: str) -> None:
+        """Write the files ``outputs`` of the folder, each with a source of its own or none."""
+        common = [path for path in self.sources.glob("*.cpp") if self._flags_of(path) is not None]
+        own = [path for path in outputs.values() if path is not None]
+        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as name:
+            objects = {path: str(Path(name, f"{path.stem}.o")) for path in [*common, *own]}
+            largest_first = sorted(objects, key=lambda path: -path.stat().st_size)
+            commands = {path.name: self._compile(path, objects[path]) for path in largest_first}
+            _run_all(commands, Path(name), self.deadline)
+            start = [*self.compiler.command, "-pthread", *self.flags, *link]
+            shared = [objects[path] for path in common]
+            links = {}
+            for output, main in outputs.items():
+                inputs = [*shared, *([objects[main]] if main else [])]
+                links[output.name] = [*start, *inputs, "-o", str(Path(name, output.name))]
+            _run_all(links, Path(name), self.deadline)
+            for output in outputs:
+                Path(name, output.name).replace(output)
 
     def _compile(self, path: Path, target: str) -> list[str]:
         has = [f"-DPFX_HAS_{name.upper()}=1" for name in self.usable]
-        own = self.usable[_set_of(path) or "portable"]
+        own = self._flags_of(path) or ()
         flags = [*FLAGS, f"-I{self.sources}", *has, *own, *self.flags]
         return [*self.compiler.command, *flags, "-c", str(path), "-o", target]
+
+    def _flags_of(self, path: Path) -> tuple[str, ...] | None:
+        """Those of the source's kernel set; None where that is not in the build."""
+        if not path.stem.startswith("isa_"):
+            return ()
+        return self.usable.get(path.stem.removeprefix("isa_"))
 
 
 def _compiler(command: Sequence[str]) -> Compiler:
@@ -308,16 +325,3 @@ def _first_error(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]
     return (errors or lines or ["the compiler failed without a message"])[0]
-
-
-def _files(sources: Path) -> list[Path]:
-    return sorted(path for path in sources.iterdir() if path.suffix in {".cpp", ".inc", ".h"})
-
-
-def _set_of(path: Path) -> str | None:
-    """The kernel set whose flags compile a source; None for a source of no set."""
-    return path.stem.removeprefix("isa_") if path.stem.startswith("isa_") else None
-
-
-def _flags_table() -> Iterable[tuple[str, str, tuple[str, ...]]]:
-    return ((m, name, flags) for m, table in KERNEL_SETS.items() for name, flags in table.items())

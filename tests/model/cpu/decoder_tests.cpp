@@ -1,0 +1,124 @@
+// A decoder's life through the public interface: decoder_tests ISA THREADS ROUNDS
+//
+// Prints the results of every pass, so that machines can be compared; fails where a row differs from
+// the same row alone, in bits. For sanitizers, too: every array has exactly its size.
+#include <algorithm>
+
+#include "decoder_model.h"
+
+static void print(const Model& model, const char* pass, const Result& result) {
+    for (size_t row = 0; row < result.best.size(); row++) {
+        printf("%s %s %s %zu", model.config.name, model.dtype == PFX_F32 ? "float32" : "bfloat16", pass, row);
+        for (int32_t i = 0; i < model.config.vocab; i++)
+            printf(" %.9g", result.logits[row * model.config.vocab + i]);
+        printf("\n");
+    }
+}
+
+static std::vector<int32_t> tokens(Random& random, int32_t count, int32_t below) {
+    std::vector<int32_t> ids(count);
+    for (int32_t& id : ids) id = std::min((int32_t)((random.next(0.5f) + 0.5f) * below), below - 1);
+    return ids;
+}
+
+static void check_best(const Model& model, const Result& result) {
+    for (size_t row = 0; row < result.best.size(); row++) {
+        const float* logits = &result.logits[row * model.config.vocab];
+        int32_t best = (int32_t)(std::max_element(logits, logits + model.config.vocab - 1) - logits);
+        require(best == result.best[row] && logits[best] == result.best_value[row], "the largest logit");
+    }
+}
+
+static bool same_row(const Model& model, const Result& a, size_t row, const Result& b, size_t other) {
+    size_t vocab = model.config.vocab;
+    return !memcmp(&a.logits[row * vocab], &b.logits[other * vocab], vocab * sizeof(float));
+}
+
+// Three sequences of a shared prefix of one block; then decode steps, in a batch and alone.
+static void check_passes(Model& model, int32_t threads) {
+    int32_t size = model.config.block_size, below = model.config.vocab;
+    Random random{7};
+    run(model, {{0, tokens(random, size, below), {3}}});
+    std::vector<Row> rows = {{size, tokens(random, 5, below), {3, 4, 5}},
+                             {size, tokens(random, size + 3, below), {3, 6, 7}},
+                             {size, tokens(random, 1, below), {3, 8, 9}}};
+    Result first = run(model, rows);
+    print(model, "prompts", first);
+    check_best(model, first);
+    for (size_t row = 0; row < rows.size(); row++)  // again, alone: the same keys and values
+        require(same_row(model, run(model, {rows[row]}), 0, first, row), "a prompt alone has other bits");
+    for (int32_t step = 0; step < 4; step++) {
+        require(pfx_set_threads(model.decoder, 1 + (threads + step) % threads, step * 10) == 0, "threads");
+        for (size_t row = 0; row < rows.size(); row++) {
+            rows[row].start += (int32_t)rows[row].tokens.size();
+            rows[row].tokens = tokens(random, 1, below);
+        }
+        Result batch = run(model, rows);
+        check_best(model, batch);
+        print(model, "decode", batch);
+        std::vector<Row> mixed = {rows[2], {0, tokens(random, 9, below), {10}}, rows[0]};
+        Result others = run(model, mixed);
+        require(same_row(model, others, 0, batch, 2), "a decode row has other bits among others");
+        require(same_row(model, others, 2, batch, 0), "a decode row has other bits among others");
+    }
+}
+
+// Keys and values of a compiled prefix: out of the pool, into other blocks, and used there.
+static void check_pool(Model& model) {
+    int32_t size = model.config.block_size, count = size + 5, below = model.config.vocab;
+    size_t row = (size_t)model.config.kv_heads * model.config.head_dim;
+    size_t bytes = 2 * model.config.layers * count * row * (model.dtype == PFX_F32 ? 4 : 2);
+    Random random{8};
+    std::vector<int32_t> prompt = tokens(random, count, below), from = {11, 12}, to = {13, 14}, copy = {15, 16};
+    run(model, {{0, prompt, from}});
+    std::vector<uint8_t> kv(bytes), again(bytes);
+    require(pfx_read_kv(model.decoder, from.data(), 0, count, kv.data()) == 0, "pfx_read_kv");
+    require(pfx_zero_blocks(model.decoder, to.data(), 2) == 0, "pfx_zero_blocks");
+    require(pfx_write_kv(model.decoder, to.data(), 0, count, kv.data()) == 0, "pfx_write_kv");
+    require(pfx_read_kv(model.decoder, to.data(), 0, count, again.data()) == 0, "pfx_read_kv");
+    require(kv == again, "keys and values that were written are read back");
+    require(pfx_copy_blocks(model.decoder, to.data(), copy.data(), 2) == 0, "pfx_copy_blocks");
+    std::vector<int32_t> next = tokens(random, 1, below);
+    Result own = run(model, {{count, next, from}});
+    require(same_row(model, own, 0, run(model, {{count, next, copy}}), 0), "a copied prefix has other bits");
+    print(model, "prefix", own);
+}
+
+// Embeddings in place of token ids, as the virtual tokens of a soft prompt.
+static void check_inputs(Model& model) {
+    int32_t below = std::min(model.config.vocab, model.config.embeddings);
+    Random random{9};
+    std::vector<int32_t> ids = tokens(random, 7, below);
+    size_t bytes = ids.size() * model.config.width * (model.dtype == PFX_F32 ? 4 : 2);
+    std::vector<uint8_t> inputs(bytes);
+    require(pfx_read_embeddings(model.decoder, ids.data(), (int32_t)ids.size(), inputs.data()) == 0,
+            "pfx_read_embeddings");
+    Result by_ids = run(model, {{0, ids, {17}}});
+    std::vector<int32_t> none(ids.size(), -1);
+    Result by_inputs = run(model, {{0, none, {18}}}, inputs.data());
+    require(same_row(model, by_ids, 0, by_inputs, 0), "embeddings of tokens give other bits than the tokens");
+    print(model, "inputs", by_inputs);
+}
+
+int main(int count, char** arguments) {
+    require(count == 4, "expected: decoder_tests ISA THREADS ROUNDS");
+    int32_t isa = -1, threads = atoi(arguments[2]), rounds = atoi(arguments[3]);
+    for (int32_t i = 0; i < 5; i++)
+        if (!strcmp(pfx_isa_name(i), arguments[1])) isa = i;
+    require(isa >= 0 && (pfx_available() >> isa & 1), "the kernels are not available");
+    require(pfx_abi() == PFX_ABI, "the interface");
+    for (int32_t round = 0; round < rounds; round++)
+        for (const Config& config : kConfigs)
+            for (int32_t dtype : {PFX_F32, PFX_BF16}) {
+                Model model(config, dtype, isa);
+                require(pfx_set_threads(model.decoder, threads, 20) == 0, "pfx_set_threads");
+                check_passes(model, threads);
+                check_pool(model);
+                check_inputs(model);
+                pfx_counters counters;
+                pfx_read_counters(model.decoder, &counters);
+                require(counters.steps > 10 && counters.step_ns > 0, "the counters");
+                require(pfx_num_bytes(model.decoder) > 0, "pfx_num_bytes");
+            }
+    return 0;
+}
