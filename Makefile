@@ -27,7 +27,7 @@ SPLIT := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test check lint types imports words fast slow cover format docs \
-        audit mutate gpu-check bench bench-quick soak hostile chaos clients lock clean
+        audit mutate gpu-check bench bench-quick soak hostile chaos clients sanitize lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -126,6 +126,10 @@ chaos: install ## Ten minutes of faults, alone and in pairs, under traffic (CHAO
 	@PREFIXD_TEST_CHAOS_SECONDS=$(CHAOS_SECONDS) PREFIXD_TEST_CHAOS_SEED=$(SEED) \
 	  OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 	  $(BIN)/python -m pytest tests/faults/test_chaos.py $(ARGS)
+
+sanitize: install ## The native library's own tests under sanitizers, all kernel sets of this processor
+	@PREFIXD_TEST_SANITIZE=full OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest tests/model/cpu/test_programs.py $(ARGS)
 
 lock: install ## Write constraints.txt and the hashed docker/*.lock from the versions in .venv
 	@$(BIN)/python .ci/lock.py
