@@ -21,6 +21,8 @@ _COUNTERS = {
     "steps": ("steps", "Forward passes run."),
     "step_failures": ("step_failures", "Forward passes that failed."),
     "out_of_memory": ("out_of_memory", "Forward passes for which the device had no memory."),
+    "late_steps": ("late_steps", "Forward passes in which the engine's thread lost its core."),
+    "thread_changes": ("thread_changes", "Changes of the number of threads that compute."),
     "engine_restarts": ("restarts", "Restarts of the step loop."),
     "prompt_tokens": ("prompt_tokens", "Prompt tokens of requests."),
     "generation_tokens": ("generated_tokens", "Tokens generated."),
@@ -40,6 +42,7 @@ _COUNTERS = {
 }
 _GAUGES = {
     "num_tokens_waiting": ("waiting_tokens", "Prompt and output tokens that wait."),
+    "threads": ("threads", "Threads that computed the last forward pass."),
     "prefixes_resident": ("prefixes_resident", "Prefixes in the pool."),
     "prefixes_pinned": ("pinned_prefixes", "Prefixes that are pinned."),
     "distinct_prefixes_per_step_max": (

@@ -10,7 +10,7 @@ from prefixd.server.engine.entries import Entry, Stage
 from prefixd.server.engine.request import FinishReason
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import Sequence
-from prefixd.server.engine.step import Step, StepOutput
+from prefixd.server.engine.step import Step, StepOutput, ThreadUse
 
 TENANT_CLASSES = ("low", "standard", "high")
 """Tenants by their weight: below 1, 1, above 1."""
@@ -69,6 +69,9 @@ class EngineStats:
     prefix_swaps: int
     kv_queried_tokens: int
     kv_reused_tokens: int
+    threads: int
+    thread_changes: int
+    late_steps: int
 
 
 STEP_TIME_EDGES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -90,6 +93,7 @@ class StatsCounters:
     compile_seconds: float = 0.0
     distinct_last: int = 0
     rate: float = 0.0
+    thread_use: ThreadUse = field(default_factory=lambda: ThreadUse(0, 0, 0))
     passes: Counter[int] = field(default_factory=Counter)
     passes_by_tokens: Counter[int] = field(default_factory=Counter)
     step_times: Counter[float] = field(default_factory=Counter)
@@ -107,6 +111,7 @@ class StatsCounters:
         # Rounded up to a power of two, so that the table does not grow over a long life.
         self.passes_by_tokens[1 << max(0, num_tokens - 1).bit_length()] += 1
         self.distinct_last = num_distinct
+        self.thread_use = output.thread_use or self.thread_use
         self.passes[num_distinct] += 1
         self.generated_tokens += sum(sampled.finite for sampled in output.sampled.values())
         if num_tokens:
@@ -162,6 +167,9 @@ class StatsCounters:
             prefix_swaps=prefix_loader.num_swaps,
             kv_queried_tokens=memory.reuse.num_queried_tokens,
             kv_reused_tokens=memory.reuse.num_reused_tokens,
+            threads=self.thread_use.threads,
+            thread_changes=self.thread_use.num_changes,
+            late_steps=self.thread_use.late_steps,
         )
 
 

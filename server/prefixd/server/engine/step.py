@@ -150,12 +150,25 @@ class Sampled:
     top_logprobs: tuple[TokenLogprob, ...] = ()
 
 
+class ThreadUse(NamedTuple):
+    """Threads that computed a step; how often their number has changed since the start; and in how
+    many steps the calling thread lost its core for a while."""
+
+    threads: int
+    num_changes: int
+    late_steps: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """Sampled tokens by sequence id, for the chunks with ``sampling``, and the saved prefixes."""
+    """Sampled tokens by sequence id, for the chunks with ``sampling``, and the saved prefixes.
+
+    ``thread_use`` is None where the runner does not count threads.
+    """
 
     sampled: dict[int, Sampled]
     saved: "dict[PrefixKey, StagedPrefix]" = field(default_factory=dict)
+    thread_use: ThreadUse | None = None
 
 
 class StagedPrefix(Protocol):

@@ -1,5 +1,7 @@
 """The only code that runs on the device: takes a step, returns sampled tokens."""
 
+from dataclasses import replace
+
 import torch
 
 from prefixd.server.engine.request import PrefixKey
@@ -8,6 +10,7 @@ from prefixd.server.model.batch import lay_out
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.prefix import KVPrefix
 from prefixd.server.model.sampler import sample
+from prefixd.server.model.thread_control import ThreadControl
 
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -19,16 +22,24 @@ _OUT_OF_MEMORY = (
 class Runner:
     """Runs steps on a decoder. Not thread-safe."""
 
-    def __init__(self, decoder: Decoder, *, threads: int | None = None) -> None:
-        """``threads``: how many the thread that calls ``run`` uses (None: it is not set)."""
+    def __init__(self, decoder: Decoder, *, threads: ThreadControl | None = None) -> None:
+        """``threads`` sets how many compute each step (None: it is not set)."""
         self.decoder = decoder
         self._threads = threads
+        self._num_threads = 0
 
     def run(self, step: Step) -> StepOutput:
         """Run one forward pass over the step's chunks and compiles. Raises OutOfMemory."""
-        if self._threads is not None:
-            self.decoder.set_threads(self._threads)
-            self._threads = None
+        if self._threads is None:
+            return self._run_or_raise(step)
+        num_threads = self._threads.before_step()
+        if num_threads != self._num_threads:
+            self.decoder.set_threads(num_threads)
+            self._num_threads = num_threads
+        output = self._run_or_raise(step)
+        return replace(output, thread_use=self._threads.after_step())
+
+    def _run_or_raise(self, step: Step) -> StepOutput:
         try:
             return self._run(step)
         except (RuntimeError, MemoryError) as error:

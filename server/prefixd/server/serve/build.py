@@ -37,6 +37,7 @@ from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.prefix import StorePrefixSource
 from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import Limits, self_check
+from prefixd.server.model.thread_control import ThreadControl
 from prefixd.server.model.threads import compute, limit_thread
 from prefixd.server.model.tokenizer import Tokenizer
 from prefixd.server.serve.artifacts import Artifacts
@@ -168,7 +169,8 @@ def _load(
         prefill_chunk=min(config.max_prefill_chunk, _CHECKED_CHUNK),
     )
     decoder = ModuleDecoder(base, num_blocks=config.num_blocks, block_size=config.block_size)
-    return base, Runner(decoder, threads=threads), limits
+    governed = settings.threads is None and base.device.type == "cpu"
+    return base, Runner(decoder, threads=ThreadControl(threads, governed=governed)), limits
 
 
 def _engine(

@@ -56,7 +56,12 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where the model runs; `auto` takes a GPU if there is one."
     )
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of the model.")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of the model. By default fewer while other processes need the "
+        "cores; a number that is set here stays.",
+    )
     database_url: SecretStr | None = Field(
         default=None,
         description="URL of the catalog's database: postgresql://user@host/name.",
