@@ -30,6 +30,11 @@ class BenchServer(ServerProcess):
         self._command += flags
 
     @property
+    def pid(self) -> int:
+        """The process, which is also its session."""
+        return self._process.pid
+
+    @property
     def resident_mib(self) -> float:
         """Memory of the process."""
         pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]

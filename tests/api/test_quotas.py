@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import event
 
 from prefixd.server.tenants.quotas import DEFAULT_QUOTA
 from tests.api.api_world import World, error_of, put_text
@@ -163,3 +164,39 @@ def test_a_tenant_shows_its_limits_and_what_it_has(client: TestClient, world: Wo
     assert made["unlimited"] == ["max_keys"]
     assert made["quota"]["max_users"] == DEFAULT_QUOTA.max_users
     assert client.get("/v1/admin/tenants/other", headers=operator).status_code == 404
+
+
+def test_deleted_prefixes_make_room_at_once(either_client: TestClient, either_world: World) -> None:
+    # Their names and blobs are still there, so the cheap counts are above the quota.
+    size = put_text(either_client, "a", "x" * 60, either_world.headers())["size_bytes"]
+    quota(either_world, max_prefixes=1, max_bytes=size)
+    for name, text in (("b", "y"), ("c", "z")):
+        either_client.delete("/v1/prefixes/a")
+        either_client.delete("/v1/prefixes/b")
+        put_text(either_client, name, text * 60, either_world.headers())
+    refused = either_client.put("/v1/prefixes/d", json={"kind": "text", "text": "w" * 60})
+    assert refused_by(refused) == "max_prefixes"
+
+
+def test_the_quotas_of_an_upload_are_counted_in_indexes(client: TestClient, world: World) -> None:
+    quota(world, max_prefixes=10, max_versions=10, max_bytes=10**6)
+    statements: list[tuple[str, Any]] = []
+
+    def record(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if "count(" in statement or "sum(" in statement:
+            statements.append((statement, parameters))
+
+    event.listen(world.database, "before_cursor_execute", record)
+    try:
+        put_text(client, "a", "x" * 60, world.headers())
+    finally:
+        event.remove(world.database, "before_cursor_execute", record)
+    summed = [text for text, _ in statements if "sum(" in text]
+    assert len(summed) == 2  # before the upload and at its end
+    assert not [text for text, _ in statements if "GROUP BY" in text or "EXISTS" in text]
+    with world.database.connect() as connection:
+        for text in summed:
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", (0, "acme")).all()
+            assert [row[3] for row in plan] == [
+                "SEARCH blobs USING COVERING INDEX ix_blobs_tenant_size_bytes (tenant=?)"
+            ]

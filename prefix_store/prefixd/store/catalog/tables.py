@@ -126,4 +126,5 @@ blobs = Table(
     Column("corrupt_at", UtcDateTime),
     # A publish must find the same ticket after writing the blob as before it; null: start over.
     Column("ticket", String(32)),
+    Index("ix_blobs_tenant_size_bytes", "tenant", "size_bytes"),
 )

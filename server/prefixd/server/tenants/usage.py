@@ -43,6 +43,14 @@ def _bytes(tenant: str, _now: datetime) -> Select[Any]:
     return select(func.coalesce(func.sum(sizes.c.size), 0))
 
 
+def _names(tenant: str, _now: datetime) -> Select[Any]:
+    return _count_of(prefixes).where(prefixes.c.tenant == tenant)
+
+
+def _kept_bytes(tenant: str, _now: datetime) -> Select[Any]:
+    return select(func.coalesce(func.sum(blobs.c.size_bytes), 0)).where(blobs.c.tenant == tenant)
+
+
 def _users(tenant: str, _now: datetime) -> Select[Any]:
     return _count_of(bindings).where(bindings.c.tenant == tenant)
 
@@ -77,6 +85,10 @@ _COUNTED: dict[str, tuple[_Count, str, str]] = {
 }
 """How each quota is counted, the noun for it, and what makes room."""
 
+_AT_MOST: dict[str, _Count] = {"max_prefixes": _names, "max_bytes": _kept_bytes}
+"""Counts from one index that are never too low: with deleted names, with blobs of no version. Only
+where one exceeds the quota is the exact count made, which reads every row of the tenant."""
+
 
 def check_quota(
     connection: Connection, tenant: str, added: Mapping[str, int], *, now: datetime | None = None
@@ -101,7 +113,11 @@ def check_quota(
         if limit is None:
             continue
         count, noun, remedy = _COUNTED[name]
-        used = connection.execute(count(tenant, now or utc_now())).scalar_one()
+        at = now or utc_now()
+        at_most = _AT_MOST.get(name)
+        if at_most is not None and connection.execute(at_most(tenant, at)).scalar_one() <= limit:
+            continue
+        used = connection.execute(count(tenant, at)).scalar_one()
         if used > limit:
             raise QuotaExceeded(
                 f"the tenant may have {limit} {noun} ({name}): it has {used - added[name]}, and "
@@ -137,8 +153,7 @@ def check_kept(connection: Connection, tenant: str, quota: Quota) -> None:
     """
     if quota.max_bytes is None:
         return
-    kept = select(func.coalesce(func.sum(blobs.c.size_bytes), 0)).where(blobs.c.tenant == tenant)
-    total = connection.execute(kept).scalar_one()
+    total = connection.execute(_kept_bytes(tenant, utc_now())).scalar_one()
     room = quota.max_bytes + max(quota.max_bytes, LEAST_KEPT_BYTES)
     if total > room:
         raise QuotaExceeded(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -22,6 +23,9 @@ from prefixd.client.errors import (
 from prefixd.client.streams import SseDecoder
 from prefixd.client.wire import ErrorDetails, Response, dump, error_of
 from prefixd.server.cli.bench.connection import ConnectionPool, DataSink, Reply
+
+Prompt = str | Sequence[int]
+"""A text, or for the endpoint ``completions`` token ids."""
 
 Endpoint = Literal["completions", "chat"]
 PATHS: dict[Endpoint, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
@@ -83,7 +87,7 @@ class Target:
             ) from None
 
     async def generate(
-        self, prompt: str, *, model: str, output_tokens: int, due: float | None = None
+        self, prompt: Prompt, *, model: str, output_tokens: int, due: float | None = None
     ) -> Generation:
         """Stream one generation. ``due``: when it should have been sent, of ``perf_counter``;
         its times count from then. Raises ClientError."""
@@ -95,7 +99,7 @@ class Target:
         return replace(reader.result(model), late=sent - start)
 
     async def measure(
-        self, prompt: str, *, model: str, output_tokens: int, due: float | None = None
+        self, prompt: Prompt, *, model: str, output_tokens: int, due: float | None = None
     ) -> Generation:
         """As ``generate``; an error is recorded in the result."""
         start = time.perf_counter() if due is None else due
@@ -120,7 +124,7 @@ class Target:
         assert refusal is not None
         raise refusal
 
-    def _body(self, prompt: str, *, model: str, output_tokens: int) -> dict[str, object]:
+    def _body(self, prompt: Prompt, *, model: str, output_tokens: int) -> dict[str, object]:
         body: dict[str, object] = {"model": model, "max_tokens": output_tokens, "temperature": 0}
         body["stream"] = True
         if self.endpoint == "chat":
