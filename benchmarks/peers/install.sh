@@ -53,8 +53,6 @@ demo_model() {
 print(demo.demo_model(demo.default_cache_dir()))'
 }
 
-mkdir -p "$folder" && folder=$(cd "$folder" && pwd)
-failed=()
 for peer in "${peers[@]}"; do
   case $peer in
     vllm | openvino | llamacpp) ;;
@@ -63,6 +61,11 @@ for peer in "${peers[@]}"; do
       exit 2
       ;;
   esac
+done
+
+mkdir -p "$folder" && folder=$(cd "$folder" && pwd)
+failed=()
+for peer in "${peers[@]}"; do
   echo "==> $peer"
   "install_$peer" || failed+=("$peer")
 done
