@@ -71,7 +71,7 @@ def test_waiting_and_idle_time_are_no_load():
 def test_foreign_load_is_what_neither_the_engine_nor_the_comparison_used(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    seconds = {1: 10.0, 2: 20.0, 3: 30.0}  # by session: engine, busy process, somebody else
+    seconds = {1: 10.0, 2: 20.0, 3: 30.0}  # by session: engine, busy process, another program
     machine = {"busy": 100.0, "steal": 5.0, "clock": 1000.0}
     monkeypatch.setattr(host, "session_seconds", lambda ids: sum(seconds[each] for each in ids))
     monkeypatch.setattr(
