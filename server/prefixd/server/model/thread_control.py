@@ -2,6 +2,7 @@
 
 import os
 import resource
+import threading
 import time
 from pathlib import Path
 
@@ -50,11 +51,15 @@ class ThreadControl:
         self._use = CoreUse() if governed and threads > 1 and _STAT.exists() else None
         self._looked_at, self._others_s = 0.0, 0.0
         self._stepped_at = 0.0
+        self._is_named = False
         self._switches = 0
         self._late_steps = 0
 
     def before_step(self) -> int:
         """The number of threads for the next step."""
+        if not self._is_named:
+            self._is_named = True
+            _name_thread()
         self._switches = _switches()
         now = time.monotonic()
         if self._use is not None and now - self._looked_at >= _WINDOW_S:
@@ -73,6 +78,13 @@ class ThreadControl:
             share = (others_s - self._others_s) / (now - self._looked_at)
             self._governor.observe(now=now, available=use.cores - share)
         self._looked_at, self._others_s = now, others_s
+
+
+def _name_thread() -> None:
+    """Give the calling thread its name in the system too: those that it starts inherit it."""
+    comm = Path(f"/proc/self/task/{threading.get_native_id()}/comm")
+    if comm.exists():
+        comm.write_text(threading.current_thread().name[:15])
 
 
 def _switches() -> int:

@@ -9,7 +9,6 @@ pool lasts as long as the thread that started it, so a thread that ends leaves n
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -26,14 +25,7 @@ def limit_thread() -> None:
 
 
 def use_threads(count: int) -> None:
-    """Let the operations of the calling thread run on ``count`` threads from now on.
-
-    Its name becomes that of the thread in the system, which those that libgomp starts inherit.
-    """
-    name = threading.current_thread().name.encode()[:15]
-    comm = Path(f"/proc/self/task/{threading.get_native_id()}/comm")
-    if comm.exists():
-        comm.write_bytes(name)
+    """Let the operations of the calling thread run on ``count`` threads from now on."""
     _set_num_threads(count)
     if count > 1:  # the number that new threads begin with must not stay ``count``
         run_in_thread(limit_thread)
