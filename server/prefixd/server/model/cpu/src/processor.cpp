@@ -1,0 +1,71 @@
+#include "processor.h"
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "prefixd_cpu.h"
+
+namespace pfx {
+
+// Tables of the instruction sets in this build (isa_<name>.cpp).
+namespace portable {
+extern const Kernels float32_kernels, bfloat16_kernels;
+}
+#ifdef PFX_HAS_AVX2
+namespace avx2 {
+extern const Kernels float32_kernels, bfloat16_kernels;
+}
+#endif
+#ifdef PFX_HAS_AVX512
+namespace avx512 {
+extern const Kernels float32_kernels, bfloat16_kernels;
+}
+#endif
+#ifdef PFX_HAS_AVX512_BF16
+namespace avx512_bf16 {
+extern const Kernels bfloat16_kernels;
+}
+#endif
+
+const Kernels* kernels_for(int dtype, int isa) {
+    const bool wide = dtype == PFX_F32;
+    switch (isa) {
+        case PFX_PORTABLE: return wide ? &portable::float32_kernels : &portable::bfloat16_kernels;
+#ifdef PFX_HAS_AVX2
+        case PFX_AVX2: return wide ? &avx2::float32_kernels : &avx2::bfloat16_kernels;
+#endif
+#ifdef PFX_HAS_AVX512
+        case PFX_AVX512: return wide ? &avx512::float32_kernels : &avx512::bfloat16_kernels;
+#endif
+#ifdef PFX_HAS_AVX512_BF16
+        case PFX_AVX512_BF16: return wide ? &avx512::float32_kernels : &avx512_bf16::bfloat16_kernels;
+#endif
+        default: return nullptr;
+    }
+}
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports checks the system's support of the registers (XCR0) as well.
+static uint32_t processor_isas() {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    return 1u << PFX_PORTABLE | avx2 << PFX_AVX2 | avx512 << PFX_AVX512 | avx512_bf16 << PFX_AVX512_BF16;
+}
+#else
+static uint32_t processor_isas() { return 1u << PFX_PORTABLE; }
+#endif
+
+uint32_t available_isas() {
+    static const uint32_t isas = [] {
+        uint32_t built = 0;
+        for (int isa = PFX_PORTABLE; isa <= PFX_AMX; isa++)
+            if (kernels_for(PFX_BF16, isa)) built |= 1u << isa;
+        return built & processor_isas();
+    }();
+    return isas;
+}
+
+}  // namespace pfx
