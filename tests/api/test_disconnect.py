@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import structlog
 
-from prefixd.server.api.generate.event_stream import EventStream
+from prefixd.server.api.generate.event_stream import EventStream, sse_event
 from prefixd.server.api.middleware import REQUEST_ID_HEADER, ReceiveTimeout
 from prefixd.server.api.request_record import ClientGone
 from tests.api.api_world import World
@@ -157,11 +157,11 @@ def test_os_error_is_a_disconnect_only_when_it_comes_from_the_client(failing: st
     outcomes: list[BaseException | None] = []
     running.push(lambda _kind, error, _traceback: outcomes.append(error))
 
-    async def payloads() -> AsyncGenerator[dict[str, Any]]:
-        yield {"number": 1}
+    async def payloads() -> AsyncGenerator[bytes]:
+        yield sse_event({"number": 1})
         if failing == "payloads":
             raise FileNotFoundError("a file of the tokenizer")
-        yield {"number": 2}
+        yield sse_event({"number": 2})
 
     async def send(message: Any) -> None:
         if failing == "send" and sent:

@@ -32,8 +32,18 @@ class Script:
     submitted: list[AdmittedRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
 
-    def submit(self, request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
-        self.act(request, on_event)
+    def submit(
+        self,
+        request: AdmittedRequest,
+        on_event: Callable[[Event], None],
+        *,
+        deliver: Callable[[], None],
+    ) -> None:
+        def on_event_delivered(event: Event) -> None:
+            on_event(event)
+            deliver()
+
+        self.act(request, on_event_delivered)
         self.submitted.append(request)
 
 

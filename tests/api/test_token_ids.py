@@ -73,7 +73,7 @@ def test_stored_prefix_that_fails_to_load_is_the_tenants_error(
 
     with TestClient(world.app, headers=world.headers()) as client:
         put_text(client, "old", "a text", world.headers())
-        monkeypatch.setattr(world.engine.core._source, "fetch", refuse)
+        monkeypatch.setattr(world.engine.core._fetcher._source, "fetch", refuse)
         answer = complete(client, model="old", stream=stream)
         assert answer.status_code == status
         error = error_of(answer)

@@ -85,7 +85,7 @@ def main(folder: Path) -> None:
     )
     engine = server.engine
     runner: Any = engine.core._runner
-    engine.core._source = StorePrefixSource(
+    engine.core._fetcher._source = StorePrefixSource(
         open_artifact=large_prefix, base=runner.decoder.base, tokenizer=None
     )
     engine.start()

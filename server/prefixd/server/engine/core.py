@@ -15,10 +15,10 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from math import inf
 
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.fetcher import Fetcher, FetchResult
 from prefixd.server.engine.output_processor import OutputProcessor
 from prefixd.server.engine.queue_limiter import QueueLimiter
 from prefixd.server.engine.recovery import PROBE_ID, probe_step
@@ -37,7 +37,6 @@ from prefixd.server.engine.step import (
     OutOfMemory,
     PrefixSource,
     PrefixUnavailable,
-    StagedPrefix,
     Step,
 )
 
@@ -75,12 +74,11 @@ class EngineCore:
         """``post`` has a function called on the engine's thread."""
         self._config = config
         self._runner = runner
-        self._source = source
         self._outputs = outputs
         self._queue_limiter = queue_limiter
         self._namespace = namespace
         self._post = post
-        self._fetch_pool = ThreadPoolExecutor(fetch_threads, thread_name_prefix="prefix-fetch")
+        self._fetcher = Fetcher(source, threads=fetch_threads)
         self._next_id = 0
         self._pins: tuple[tuple[PrefixHandle, ...], Mapping[str, int] | None] = (), None
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
@@ -113,10 +111,12 @@ class EngineCore:
             self._close(self.scheduler.expire(now=now))
         step = self.scheduler.schedule(now=now)
         for key in step.fetches:
-            self._fetch_pool.submit(self._fetch, self.scheduler, key)
+            self._fetch(self.scheduler, key)
         has_work = step.has_work
+        self._outputs.deliver()  # of what ended without a step, which may take long
         if has_work:
             self._run(step, now)
+            self._outputs.deliver()
         self._publish()
         self.turn_began = None
         return has_work
@@ -211,6 +211,7 @@ class EngineCore:
             if not sequence.finished:
                 sequence.finish(self._outputs.flush(sequence, end))
             self._close([sequence])
+        self._outputs.deliver()
         self.scheduler, self.tiers, self._preloads_published = self._new_scheduler(), {}, -1
         pins, caps = self._pins
         self.scheduler.prefix_loader.set_pins(pins, caps=caps)
@@ -220,12 +221,13 @@ class EngineCore:
     def shut_down(self) -> None:
         """Abort what is alive."""
         self._end(self._outputs.all(), FinishReason.ABORT)
+        self._outputs.deliver()
         self._publish()
 
     def stop_fetches(self) -> None:
         """End the fetch threads, after the fetches in progress. On the thread that stops the
         engine."""
-        self._fetch_pool.shutdown(wait=True, cancel_futures=True)
+        self._fetcher.stop()
 
     # -- publishing ----
 
@@ -254,15 +256,20 @@ class EngineCore:
 
     # -- requests of other threads, called between two turns ----
 
-    def add(self, request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
-        """Queue the sequences of a request."""
+    def add(
+        self,
+        request: AdmittedRequest,
+        on_event: Callable[[Event], None],
+        deliver: Callable[[], None] | None = None,
+    ) -> None:
+        """Queue the sequences of a request; ``deliver`` as for ``Engine.submit``."""
         now = time.monotonic()
         seed = request.sampling.seed
         base_seed = secrets.randbits(63) if seed is None else seed
         self._counters.prompt_tokens += len(request.prompt) * request.n
         sequences = sequences_of(request, first_id=self._next_id, seed=base_seed)
         self._next_id += request.n
-        self._outputs.open(sequences, on_event)
+        self._outputs.open(sequences, on_event, deliver)
         self._queue_limiter.entered(request)
         for sequence in sequences:
             self._close(self.scheduler.add(sequence, now=now))
@@ -307,20 +314,12 @@ class EngineCore:
         self.scheduler.prefix_loader.failures.pop(key, None)
 
     def _fetch(self, scheduler: Scheduler, key: PrefixKey) -> None:
-        """On a fetch thread: load a prefix from the store, and post the result."""
-        result: StagedPrefix | PrefixUnavailable
-        try:
-            result = self._source.fetch(key)
-        except PrefixUnavailable as error:
-            result = error
-        except Exception:
-            log.exception("prefix %s failed to load", key.digest)
-            result = PrefixUnavailable("the prefix failed to load")
-        self._post(lambda: self._fetched(scheduler, key, result))
+        def fetched(result: FetchResult) -> None:
+            self._post(lambda: self._fetched(scheduler, key, result))
 
-    def _fetched(
-        self, scheduler: Scheduler, key: PrefixKey, result: StagedPrefix | PrefixUnavailable
-    ) -> None:
+        self._fetcher.fetch(key, fetched)
+
+    def _fetched(self, scheduler: Scheduler, key: PrefixKey, result: FetchResult) -> None:
         if scheduler is not self.scheduler:
             return  # the engine has started over since, and may have fetched the prefix again
         now = time.monotonic()

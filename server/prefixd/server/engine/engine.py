@@ -80,16 +80,27 @@ class Engine:
 
     # -- requests ----
 
-    def submit(self, request: AdmittedRequest, on_event: Callable[[Event], None]) -> None:
+    def submit(
+        self,
+        request: AdmittedRequest,
+        on_event: Callable[[Event], None],
+        *,
+        deliver: Callable[[], None] | None = None,
+    ) -> None:
         """Queue a request. ``on_event`` is called on the engine's thread and must not block.
+
+        ``deliver`` is called there after the events of a step, once for all requests with the
+        same: so one wake-up of another thread is enough for a step.
 
         Raises QueueFull. After the engine has stopped, the events are aborts, on the caller's
         thread.
         """
         self._queue_limiter.enter(request)
-        if not self._post(lambda: self.core.add(request, on_event)):
+        if not self._post(lambda: self.core.add(request, on_event, deliver)):
             for index in range(request.n):
                 on_event(FinishEvent(index, FinishReason.ABORT, completion_tokens=0))
+            if deliver is not None:
+                deliver()
 
     def check_room(self, tenant: str, *, weight: float = 1.0) -> None:
         """Raise QueueFull when ``submit`` would, for any request of ``tenant``: to be checked

@@ -76,6 +76,7 @@ class _Stream:
 
     sequence: Sequence
     on_event: Callable[[Event], None]
+    deliver: Callable[[], None] | None
     stop: StopStrings | None
     detokenizer: Detokenizer | None = None
     logprobs: LogprobQueue = field(default_factory=LogprobQueue)
@@ -91,15 +92,22 @@ class OutputProcessor:
         self._new_detokenizer = detokenizer
         self._by_request: dict[str, list[Sequence]] = {}
         self._streams: dict[int, _Stream] = {}
+        self._undelivered: dict[Callable[[], None], None] = {}
 
-    def open(self, sequences: Iterable[Sequence], on_event: Callable[[Event], None]) -> None:
-        """Send the events of each of ``sequences`` to ``on_event`` until it is closed."""
+    def open(
+        self,
+        sequences: Iterable[Sequence],
+        on_event: Callable[[Event], None],
+        deliver: Callable[[], None] | None = None,
+    ) -> None:
+        """Send the events of each of ``sequences`` to ``on_event`` until it is closed; ``deliver``
+        is called after them, once for all streams that have the same."""
         for sequence in sequences:
             params = sequence.request.stop
             stop = None
             if params.strings:
                 stop = StopStrings(params.strings, include=params.include_stop_string)
-            self._streams[sequence.seq_id] = _Stream(sequence, on_event, stop)
+            self._streams[sequence.seq_id] = _Stream(sequence, on_event, deliver, stop)
             self._by_request.setdefault(sequence.request.request_id, []).append(sequence)
 
     def of(self, request_id: str) -> tuple[Sequence, ...]:
@@ -109,6 +117,12 @@ class OutputProcessor:
     def all(self) -> list[Sequence]:
         """Every sequence that is not closed."""
         return [sequence for siblings in self._by_request.values() for sequence in siblings]
+
+    def deliver(self) -> None:
+        """Call ``deliver`` of the streams that had events since the last time."""
+        undelivered, self._undelivered = self._undelivered, {}
+        for deliver in undelivered:
+            deliver()
 
     def push(self, sampled: Mapping[int, Sampled]) -> dict[int, End]:
         """Send the text that is final with these new tokens, by sequence id. Returns how sequences
@@ -148,7 +162,7 @@ class OutputProcessor:
         )
         stream.num_sent += len(text)
         logprobs = stream.logprobs.take(stream.num_sent) if sampled.logprob is not None else ()
-        stream.on_event(TokenEvent(sequence.index, text, (token_id,), logprobs))
+        self._emit(stream, TokenEvent(sequence.index, text, (token_id,), logprobs))
         return stop
 
     def flush(self, sequence: Sequence, end: End) -> End:
@@ -168,7 +182,7 @@ class OutputProcessor:
             stream.num_sent += len(text)
             logprobs = stream.logprobs.take_rest(stream.num_sent)
             if text or logprobs:
-                stream.on_event(TokenEvent(sequence.index, text, (), logprobs))
+                self._emit(stream, TokenEvent(sequence.index, text, (), logprobs))
         except Exception as error:  # noqa: BLE001 - logged there
             _fail(stream, error)
             return _UNDELIVERED
@@ -195,9 +209,14 @@ class OutputProcessor:
             retry_after=retry_after,
         )
         try:
-            stream.on_event(event)
+            self._emit(stream, event)
         except Exception as error:  # noqa: BLE001 - logged there
             _fail(stream, error)
+
+    def _emit(self, stream: _Stream, event: Event) -> None:
+        stream.on_event(event)
+        if stream.deliver is not None:
+            self._undelivered[stream.deliver] = None
 
 
 def _final_text(

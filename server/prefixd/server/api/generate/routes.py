@@ -4,13 +4,14 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
+from pydantic_core import to_json
 from starlette.responses import Response
 
 from prefixd.server.api.body import json_body, json_request
@@ -20,7 +21,7 @@ from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.charging import Charging
-from prefixd.server.api.generate.event_stream import EventStream, Generation, while_connected
+from prefixd.server.api.generate.event_stream import EventStream, sse_event, while_connected
 from prefixd.server.api.generate.formatter import (
     ChatAnswer,
     ChatFormatter,
@@ -28,6 +29,7 @@ from prefixd.server.api.generate.formatter import (
     CompletionFormatter,
     ResponseFormatter,
 )
+from prefixd.server.api.generate.generation import Batch, EventDeliveries, Generation
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest, GenerationFields
 from prefixd.server.api.metrics import Metrics, TenantClass
 from prefixd.server.api.request_record import (
@@ -39,7 +41,7 @@ from prefixd.server.api.request_record import (
 )
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.engine import Engine
-from prefixd.server.engine.request import Event, FinishEvent, FinishReason, QueueFull, TokenEvent
+from prefixd.server.engine.request import FinishEvent, FinishReason, QueueFull, TokenEvent
 from prefixd.server.errors import Unavailable
 from prefixd.server.tenants.principal import Principal
 
@@ -65,6 +67,7 @@ class GenerationService:
     served: ServedModel
     metrics: Metrics
     trace: Tracer | None = None
+    deliveries: EventDeliveries = field(default_factory=EventDeliveries)
 
     async def respond(
         self,
@@ -85,7 +88,9 @@ class GenerationService:
                     principal, admit, waited=waited_by(request)
                 )
                 recorder.record.admitted = admitted
-                generation = Generation(self.engine, admitted, self.drain_state, recorder)
+                generation = Generation(
+                    self.engine, admitted, self.drain_state, recorder, self.deliveries.running()
+                )
                 await running.enter_async_context(generation)
                 events = await running.enter_async_context(aclosing(generation.events()))
                 headers = _headers(admitted, recorder)
@@ -157,7 +162,7 @@ def _headers(admitted: Admitted, recorder: RequestRecorder) -> dict[str, str]:
 
 
 async def _whole(
-    events: AsyncGenerator[tuple[int, Event]],
+    events: AsyncGenerator[Batch],
     record: RequestRecord,
     formatter: ResponseFormatter,
     envelope: dict[str, Any],
@@ -165,11 +170,12 @@ async def _whole(
     """The body of a response that is not streamed."""
     tokens: defaultdict[int, list[TokenEvent]] = defaultdict(list)
     reasons: dict[int, FinishReason] = {}
-    async for choice, event in events:
-        if isinstance(event, FinishEvent):
-            reasons[choice] = event.reason
-        else:
-            tokens[choice].append(event)
+    async for batch in events:
+        for choice, event in batch:
+            if isinstance(event, FinishEvent):
+                reasons[choice] = event.reason
+            else:
+                tokens[choice].append(event)
     choices = [
         formatter.whole(choice, tokens[choice], reason)
         for choice, reason in sorted(reasons.items())
@@ -178,28 +184,31 @@ async def _whole(
 
 
 async def _chunks(
-    events: AsyncGenerator[tuple[int, Event]],
+    events: AsyncGenerator[Batch],
     record: RequestRecord,
     formatter: ResponseFormatter,
     envelope: dict[str, Any],
     *,
     num_choices: int,
     wants_usage: bool,
-) -> AsyncGenerator[dict[str, Any]]:
-    """The chunks of a stream. An error before the first of them is raised."""
-    usage: dict[str, Any] = {"usage": None} if wants_usage else {}
-    opened = False
-    async for choice, event in events:
-        if not opened:
-            opened = True
-            for opening in formatter.openings(num_choices):
-                yield {**envelope, "choices": [opening], **usage}
-        if isinstance(event, FinishEvent):
-            yield {**envelope, "choices": [formatter.closing(choice, event.reason)], **usage}
-        elif event.text or event.logprobs:
-            yield {**envelope, "choices": [formatter.delta(choice, event)], **usage}
+) -> AsyncGenerator[bytes]:
+    """The events of a stream; those that are ready at once are yielded together. An error before
+    the first of them is raised."""
+    # What all events share is serialized once.
+    before = b"data: " + to_json(envelope)[:-1] + b',"choices":['
+    after = (b'],"usage":null}' if wants_usage else b"]}") + b"\n\n"
+    openings = formatter.openings(num_choices)
+    async for batch in events:
+        choices, openings = openings, []
+        for choice, event in batch:
+            if isinstance(event, FinishEvent):
+                choices.append(formatter.closing(choice, event.reason))
+            elif event.text or event.logprobs:
+                choices.append(formatter.delta(choice, event))
+        if choices:
+            yield b"".join([before + to_json(entry) + after for entry in choices])
     if wants_usage:
-        yield {**envelope, "choices": [], "usage": record.usage()}
+        yield sse_event({**envelope, "choices": [], "usage": record.usage()})
 
 
 def _envelope(admitted: Admitted, kind: str) -> dict[str, Any]:

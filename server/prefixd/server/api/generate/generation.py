@@ -1,0 +1,160 @@
+"""A generation on the engine: its events go from the engine's thread to a task on the loop."""
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Self
+from weakref import WeakKeyDictionary
+
+from prefixd.server.api.drain_state import DrainState
+from prefixd.server.api.error_responses import from_finish, from_queue_full
+from prefixd.server.api.request_record import Admitted, RequestRecorder
+from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.request import (
+    Event,
+    FinishEvent,
+    FinishReason,
+    QueueFull,
+    TokenEvent,
+)
+from prefixd.server.errors import DeadlineExceeded, PrefixdError
+
+# The engine ends a request at its timeout; this is for an engine that hangs.
+_TIMEOUT_SLACK_S = 1.0
+
+Batch = list[tuple[int, Event]]
+"""Events with their choices, that are ready at once."""
+
+
+class EventDelivery:
+    """Passes events of all generations to one event loop, with one wake-up for each step."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._events: deque[tuple[Callable[[int, Event], None], int, Event]] = deque()
+
+    def add(self, receive: Callable[[int, Event], None], first_choice: int, event: Event) -> None:
+        """Have ``receive`` called on the loop after ``deliver``. In any thread."""
+        self._events.append((receive, first_choice + event.index, event))
+
+    def deliver(self) -> None:
+        """Wake the loop. In any thread."""
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
+            self._loop.call_soon_threadsafe(self._receive)
+
+    def _receive(self) -> None:
+        while self._events:
+            receive, choice, event = self._events.popleft()
+            receive(choice, event)
+
+
+class EventDeliveries:
+    """One EventDelivery for each event loop."""
+
+    def __init__(self) -> None:
+        self._by_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, EventDelivery]
+        self._by_loop = WeakKeyDictionary()
+
+    def running(self) -> EventDelivery:
+        """That of the running loop."""
+        loop = asyncio.get_running_loop()
+        delivery = self._by_loop.get(loop)
+        if delivery is None:
+            delivery = self._by_loop[loop] = EventDelivery(loop)
+        return delivery
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """Runs an admitted request while entered; leaving early aborts the sequences still running.
+
+    Entering raises Unavailable when the queue is full. ``recorder`` counts the events.
+    """
+
+    engine: Engine
+    admitted: Admitted
+    drain_state: DrainState
+    recorder: RequestRecorder
+    delivery: EventDelivery
+    _ready: deque[tuple[int, Event]] = field(default_factory=deque)
+    _waiter: asyncio.Future[None] | None = None
+    _unfinished: int = 0
+
+    async def __aenter__(self) -> Self:
+        self._unfinished = self.admitted.num_choices
+        self.drain_state.running.add(self)
+        deliver = self.delivery.deliver
+        try:
+            for position, request in enumerate(self.admitted.requests):
+                on_event = partial(self.delivery.add, self._receive, position * request.n)
+                self.engine.submit(request, on_event, deliver=deliver)
+        except QueueFull as full:
+            # All prompts or none: the first ones must not run without the others.
+            await self.__aexit__()
+            raise from_queue_full(full, self.drain_state) from full
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.drain_state.running.discard(self)
+        if self._unfinished:
+            for request in self.admitted.requests:
+                self.engine.abort(request.request_id)
+
+    def end(self) -> None:
+        """Make the next event an abort, without waiting for the engine."""
+        self._receive(0, FinishEvent(0, FinishReason.ABORT, completion_tokens=0))
+
+    async def events(self) -> AsyncGenerator[Batch]:
+        """All events that are ready, again and again until all sequences have finished. Raises the
+        error of the first sequence that failed, and DeadlineExceeded."""
+        timeout, loop = self.admitted.requests[0].timeout_s, asyncio.get_running_loop()
+        deadline = math.inf if timeout is None else loop.time() + timeout + _TIMEOUT_SLACK_S
+        timer = None if timeout is None else loop.call_at(deadline, self._wake)
+        try:
+            while self._unfinished:
+                if not self._ready and loop.time() < deadline:
+                    await self._wait()
+                if not self._ready:
+                    raise DeadlineExceeded("the request's timeout has passed")
+                batch, failure = self._take()
+                if batch:
+                    yield batch
+                if failure is not None:
+                    raise failure
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _take(self) -> tuple[Batch, PrefixdError | None]:
+        """Count and take what is ready, up to the first sequence that failed; and its error."""
+        batch: Batch = []
+        while self._ready:
+            choice, event = self._ready.popleft()
+            if isinstance(event, TokenEvent):
+                self.recorder.token(choice, event)
+            else:
+                self._unfinished -= 1
+                self.recorder.record.sequence_finished(choice, event)
+                if event.reason not in {FinishReason.STOP, FinishReason.LENGTH}:
+                    return batch, from_finish(event, self.drain_state)
+            batch.append((choice, event))
+        return batch, None
+
+    def _receive(self, choice: int, event: Event) -> None:
+        self._ready.append((choice, event))
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
