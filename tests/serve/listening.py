@@ -39,6 +39,7 @@ def serve(
     write_s: float = SOON_S,
     limits: ConnectionLimits = MANY,
     lifespan: Literal["on", "off"] = "on",
+    listener: socket.socket | None = None,
 ) -> None:
     """Run ``scenario`` while the server listens. With ``lifespan``, the engine runs too."""
 
@@ -47,7 +48,7 @@ def serve(
         config = uvicorn_config(world.app, timeouts=timeouts, limits=limits, metrics=world.metrics)
         config.lifespan = lifespan
         server = Listening(config)
-        running = asyncio.create_task(server.serve(sockets=[bind("127.0.0.1", 0)]))
+        running = asyncio.create_task(server.serve(sockets=[listener or bind("127.0.0.1", 0)]))
         while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
             await asyncio.sleep(0.001)
         try:

@@ -6,6 +6,8 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 from unittest.mock import Mock
 
@@ -13,6 +15,7 @@ import pytest
 import structlog
 
 from prefixd.server.engine.step import Step, StepOutput
+from prefixd.server.serve.http import bind
 from prefixd.server.serve.transport import LINGER_BYTES, LINGER_S, LingeringTransport
 from tests.api.api_world import World
 from tests.serve.listening import SOON_S, Listening, read_response, serve
@@ -172,16 +175,53 @@ def read_all(client: socket.socket) -> bytes:
     return received
 
 
-def test_accepted_connections_send_without_delay(world: World) -> None:
+def unnamed_protocol(family: socket.AddressFamily, address: str) -> socket.socket:
+    """A bound socket as other programs make it: without the name of the protocol."""
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.bind((address, 0))
+    return listener
+
+
+@pytest.mark.parametrize(
+    "listening",
+    [
+        partial(bind, "127.0.0.1", 0),
+        partial(unnamed_protocol, socket.AF_INET, "127.0.0.1"),
+        partial(unnamed_protocol, socket.AF_INET6, "::1"),
+    ],
+    ids=["bind", "ipv4", "ipv6"],
+)
+def test_accepted_connections_send_without_delay(
+    world: World, listening: Callable[[], socket.socket]
+) -> None:
+    try:
+        listener = listening()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+
     async def scenario(server: Listening) -> None:
-        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        address, port = server.servers[0].sockets[0].getsockname()[:2]
+        _, writer = await asyncio.open_connection(address, port)
         await server.until_connected(1)
         (connection,) = server.server_state.connections
         accepted = connection.transport.get_extra_info("socket")
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         writer.close()
 
-    serve(world, scenario)
+    serve(world, scenario, listener=listener)
+
+
+def test_a_unix_socket_is_served(world: World, tmp_path: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "s"))
+
+    async def scenario(_server: Listening) -> None:
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "s"))
+        writer.write(b"GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+    serve(world, scenario, listener=listener)
 
 
 def test_a_stream_whose_client_stops_reading_is_aborted(world: World) -> None:

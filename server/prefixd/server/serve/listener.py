@@ -90,12 +90,17 @@ class Listener:
                 self._pause_after(error)
                 return
             connection.settimeout(0)
-            if self._connections.admit(peer[0]) is not None:
+            address = peer[0] if isinstance(peer, tuple) else ""  # of a Unix socket
+            if self._connections.admit(address) is not None:
                 self._refuse(connection)
                 continue
-            with suppress(OSError, AttributeError):  # the client is gone; macOS names it otherwise
+            with suppress(OSError):  # the client is gone, or it is no TCP
+                # asyncio does it only where the listening socket was made for TCP by name. Without
+                # it, a stream waits 40 ms after its first bytes.
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with suppress(OSError, AttributeError):  # macOS names it otherwise
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-            task = self._loop.create_task(self._serve(connection, peer[0]))
+            task = self._loop.create_task(self._serve(connection, address))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
