@@ -35,8 +35,9 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.engine.stats import EngineStats
 from prefixd.server.engine.step import Step, StepOutput, TokenText
+from prefixd.server.model.decoder_check import check_decoder
+from prefixd.server.model.decoders import make_decoder
 from prefixd.server.model.load import LoadedBase, prepare_base
-from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.prefix import HardPrompt, Prefix, prefix_of
 from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import self_check
@@ -47,6 +48,9 @@ from tests.model import broken_models
 
 DEVICE = os.environ.get("PREFIXD_TEST_DEVICE", "cpu")
 """The device of the reference and the engine; ``make gpu-check`` sets it to cuda."""
+
+LIBRARIES = Path(tempfile.gettempdir()) / f"prefixd-tests-{os.getuid()}"
+"""Where the native library is compiled when prefixd-cpu is not installed."""
 
 VOCAB = 211
 TASK = 2
@@ -329,14 +333,20 @@ def serve(
     block_size: int = 16,
     dtype: str = "float32",
     device: str = DEVICE,
+    kernels: str = os.environ.get("PREFIXD_TEST_KERNELS", "auto"),
     **config: int,
 ) -> Served:
     """Start an engine over a copy of ``model``; call ``served.engine.stop()`` at the end."""
     base = prepare_base(
         copy.deepcopy(model), None, name=model.config.model_type, dtype=dtype, device=device
     )
-    runner = Runner(ModuleDecoder(base, num_blocks=num_blocks, block_size=block_size))
-    self_check(base, block_size=block_size)
+    checked = self_check(base, block_size=block_size)
+    decoder = make_decoder(
+        base, kernels, num_blocks=num_blocks, block_size=block_size, data_folder=LIBRARIES
+    )
+    if decoder.name != "module":
+        check_decoder(decoder, checked.evidence, num_blocks=num_blocks)
+    runner = Runner(decoder)
     served = Served(base, engine=None, runner=runner)  # type: ignore[arg-type]  # set below
     served.engine = Engine(
         config=SchedulerConfig(num_blocks=num_blocks, block_size=block_size, **config),

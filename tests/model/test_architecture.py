@@ -88,7 +88,7 @@ def test_the_served_context_is_what_the_model_and_the_pool_can_hold() -> None:
 
 def check(model: Any, *, dtype: str = "float32", block_size: int = 16) -> Limits:
     base = prepare_base(model, None, name="m", dtype=dtype, device="cpu")
-    return self_check(base, block_size=block_size)
+    return self_check(base, block_size=block_size).limits
 
 
 def test_alibi_is_rejected_by_name() -> None:

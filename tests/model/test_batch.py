@@ -3,7 +3,8 @@
 import torch
 
 from prefixd.server.model.attention import Group
-from prefixd.server.model.batch import Row, group_rows, slots_of
+from prefixd.server.model.batch import Row, group_rows
+from prefixd.server.model.kv_cache import slots_of
 
 CPU = torch.device("cpu")
 

@@ -62,6 +62,7 @@ def _run(server: "Server", settings: Settings, listener: socket.socket) -> None:
         model=server.served.name,
         dtype=settings.dtype,
         device=server.device,
+        kernels=server.kernels,
         kv_tokens=settings.kv_tokens,
         max_positions=server.served.max_positions,
         max_connections=limits.total,

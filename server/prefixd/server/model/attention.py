@@ -110,7 +110,7 @@ def paged_attention(  # noqa: PLR0917  # the order of arguments is given by tran
     out = torch.empty_like(flat)
     pools = cache.by_head(layer)
     for group in paged_batch.groups:
-        _attend(group, flat, pools, out, scale)
+        attend(group, flat, pools, out, scale)
     return out.view(1, num_tokens, num_heads, head_dim), None
 
 
@@ -144,13 +144,15 @@ def _refuse_heads(module: Any, key: torch.Tensor, value: torch.Tensor, cache: KV
             )
 
 
-def _attend(
+def attend(
     group: Group,
     flat: torch.Tensor,
     pools: tuple[torch.Tensor, torch.Tensor],
     out: torch.Tensor,
     scale: float,
 ) -> None:
+    """Attend one group: queries ``flat`` [num_tokens, num_kv_heads, heads per KV head, head_dim]
+    over keys and values [slots * num_kv_heads, head_dim], into ``out`` of the shape of ``flat``."""
     _, num_kv_heads, fold, head_dim = flat.shape
     rows, queries = group.size, group.num_queries
     # [R, num_kv_heads, fold * Q, head_dim]: the heads that share a KV head become adjacent rows

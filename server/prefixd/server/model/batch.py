@@ -8,6 +8,7 @@ import torch
 
 from prefixd.server.engine.step import NULL_BLOCK, Chunk, CompileChunk
 from prefixd.server.model.attention import Group
+from prefixd.server.model.kv_cache import slots_of
 from prefixd.server.model.prefix import HardPrompt, SoftPrompt
 
 
@@ -40,6 +41,14 @@ class FlatBatch:
     token_ids: list[int] = field(default_factory=list)
     inputs: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+
+    def slots(self, block_size: int) -> list[int]:
+        """Where each flat token's KV is written."""
+        return [
+            slot
+            for row in self.rows
+            for slot in slots_of(row.block_table, row.start, row.end, block_size)
+        ]
 
     @property
     def positions(self) -> list[int]:
@@ -75,14 +84,6 @@ def lay_out(
     if outputs is not None:
         batch.outputs = outputs
     return batch
-
-
-def slots_of(block_table: Sequence[int], start: int, end: int, block_size: int) -> list[int]:
-    """Slots of positions ``start .. end`` under a block table."""
-    return [
-        block_table[position // block_size] * block_size + position % block_size
-        for position in range(start, end)
-    ]
 
 
 def group_rows(

@@ -8,6 +8,14 @@ from prefixd.server.engine.step import BlockCopy
 from prefixd.server.model.architecture import Shape
 
 
+def slots_of(block_table: Sequence[int], start: int, end: int, block_size: int) -> list[int]:
+    """Slots of positions ``start .. end`` under a block table."""
+    return [
+        block_table[position // block_size] * block_size + position % block_size
+        for position in range(start, end)
+    ]
+
+
 class KVCache:
     """Keys and values of all blocks. Slot ``block * block_size + offset`` holds one position.
 
@@ -60,10 +68,25 @@ class KVCache:
         pools = (pool for pair in zip(self.keys, self.values, strict=True) for pool in pair)
         return torch.stack([pool.index_select(0, slots) for pool in pools])
 
+    def read_table(self, block_table: Sequence[int], num_tokens: int) -> torch.Tensor:
+        """KV of the first positions of a block table, in host memory, as of ``read``."""
+        return self.read(self._slots(block_table, 0, num_tokens)).cpu()
+
+    def write_table(self, block_table: Sequence[int], start: int, kv: torch.Tensor) -> None:
+        """Store ``kv`` [2 * num_layers, n, num_kv_heads * head_dim] from position ``start`` on."""
+        slots = self._slots(block_table, start, start + kv.shape[1])
+        kv = kv.to(slots.device)
+        for layer in range(self.shape.num_layers):
+            self.write(layer, slots, kv[2 * layer], kv[2 * layer + 1])
+
     def by_head(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of a layer's pools as [slots * num_kv_heads, head_dim]."""
         width = self.shape.head_dim
         return self.keys[layer].view(-1, width), self.values[layer].view(-1, width)
+
+    def _slots(self, block_table: Sequence[int], start: int, end: int) -> torch.Tensor:
+        slots = slots_of(block_table, start, end, self.block_size)
+        return torch.tensor(slots, device=self.keys[0].device)
 
     def _by_block(self, pool: torch.Tensor) -> torch.Tensor:
         return pool.view(-1, self.block_size, pool.shape[1])

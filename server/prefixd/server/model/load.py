@@ -46,22 +46,10 @@ class LoadedBase:
     device: torch.device
     fingerprint: str
     eos_token_ids: frozenset[int]
-
-    @property
-    def num_embeddings(self) -> int:
-        """Token ids that can be fed in; the tokenizer may have more."""
-        return _rows(self.module.get_input_embeddings())
-
-    @property
-    def num_logits(self) -> int:
-        """Token ids that can be sampled: those with a logit, and with an embedding to feed in."""
-        head = self.module.get_output_embeddings()
-        return self.num_embeddings if head is None else min(self.num_embeddings, _rows(head))
-
-
-def _rows(table: Any) -> int:
-    """Rows of an embedding table or of a language model head."""
-    return int(table.weight.shape[0])
+    num_embeddings: int
+    """Token ids that can be fed in; the tokenizer may have more."""
+    num_logits: int
+    """Token ids that can be sampled: those with a logit, and with an embedding to feed in."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -130,7 +118,8 @@ def prepare_base(
     """Freeze a transformers causal LM that is already in memory and compute its fingerprint."""
     context = served_context(module.config, pool_tokens=pool_tokens)
     refuse_unsupported(module.config, context=context)
-    embedding_width = int(module.get_input_embeddings().weight.shape[-1])
+    num_embeddings, embedding_width = map(int, module.get_input_embeddings().weight.shape)
+    head = module.get_output_embeddings()
     shape = shape_of(module.config, embedding_width=embedding_width)
     fingerprint = fingerprint_of(module, tokenizer)
     target = resolve_device(device)
@@ -152,6 +141,8 @@ def prepare_base(
         device=target,
         fingerprint=fingerprint,
         eos_token_ids=_eos_token_ids(name, module, tokenizer),
+        num_embeddings=num_embeddings,
+        num_logits=num_embeddings if head is None else min(num_embeddings, len(head.weight)),
     )
 
 

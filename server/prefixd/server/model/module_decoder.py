@@ -7,7 +7,7 @@ import torch
 
 from prefixd.server.engine.step import BlockCopy
 from prefixd.server.model.attention import PagedBatch
-from prefixd.server.model.batch import FlatBatch, group_rows, slots_of
+from prefixd.server.model.batch import FlatBatch, group_rows
 from prefixd.server.model.decoder import Logits
 from prefixd.server.model.kv_cache import KVCache
 from prefixd.server.model.load import LoadedBase
@@ -41,14 +41,7 @@ class ModuleDecoder:
         device = self.base.device
         paged = PagedBatch(
             cache=self.cache,
-            slots=torch.tensor(
-                [
-                    slot
-                    for row in batch.rows
-                    for slot in slots_of(row.block_table, row.start, row.end, self.block_size)
-                ],
-                device=device,
-            ),
+            slots=torch.tensor(batch.slots(self.block_size), device=device),
             groups=group_rows(
                 batch.rows,
                 block_size=self.block_size,
@@ -84,23 +77,14 @@ class ModuleDecoder:
         """Copy whole blocks."""
         self.cache.copy(copies)
 
-    @torch.inference_mode()
     def read_kv(self, block_table: Sequence[int], num_tokens: int) -> torch.Tensor:
         """KV of the first positions of a block table, in host memory."""
-        return self.cache.read(self._slots(block_table, 0, num_tokens)).cpu()
+        return self.cache.read_table(block_table, num_tokens)
 
-    @torch.inference_mode()
     def write_kv(self, block_table: Sequence[int], start: int, kv: torch.Tensor) -> None:
         """Store ``kv`` from position ``start`` on."""
-        slots = self._slots(block_table, start, start + kv.shape[1])
-        on_device = kv.to(self.base.device)
-        for layer in range(self.base.shape.num_layers):
-            self.cache.write(layer, slots, on_device[2 * layer], on_device[2 * layer + 1])
+        self.cache.write_table(block_table, start, kv)
 
     def set_threads(self, threads: int) -> None:
         """Run passes on this many threads."""
         use_threads(threads)
-
-    def _slots(self, block_table: Sequence[int], start: int, end: int) -> torch.Tensor:
-        slots = slots_of(block_table, start, end, self.block_size)
-        return torch.tensor(slots, device=self.base.device)

@@ -17,10 +17,11 @@ from statistics import median
 import torch
 
 from prefixd.server.model.architecture import UnsupportedModel
+from prefixd.server.model.decoder_check import Evidence
 from prefixd.server.model.float32 import float32_arithmetic
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.onsets import Onset, onsets_of
-from prefixd.server.model.selfcheck_compare import Comparison, Truth
+from prefixd.server.model.selfcheck_compare import TOLERANCE, Comparison, Truth
 from prefixd.server.model.selfcheck_texts import Text, long_text, short_texts
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,16 @@ class Limits:
     max_abs_kv: float
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a check of a model found: bounds, and what its decoder is checked with."""
+
+    limits: Limits
+    evidence: Evidence
+
+
 @torch.no_grad()
-def self_check(base: LoadedBase, *, block_size: int, prefill_chunk: int = 256) -> Limits:
+def self_check(base: LoadedBase, *, block_size: int, prefill_chunk: int = 256) -> Checked:
     """Check that the model can be served, and derive the bounds of uploaded values from it.
 
     Uses small pools of its own, since the server's may have fewer blocks. Logs which features of
@@ -85,12 +94,16 @@ def self_check(base: LoadedBase, *, block_size: int, prefill_chunk: int = 256) -
                 [long_text(length, chunk=max(chunk, 128), vocab_size=vocab_size, seed=seed)]
                 for seed in range(_TEXTS_TRIED)
             )
+    least, greatest = TOLERANCE
+    evidence = Evidence(texts, truths, largest=greatest, median=least)
     if base.dtype is not torch.float32:
-        _check_serving_dtype(Comparison(base, block_size), texts[:2], truths[:2])
-    return Limits(
+        errors = _check_serving_dtype(Comparison(base, block_size), texts[:2], truths[:2])
+        evidence = Evidence.of_rounding(texts, truths, errors)
+    limits = Limits(
         max_abs_embedding=_MARGIN * max_abs_embedding,
         max_abs_kv=_MARGIN * comparison.max_abs_kv,
     )
+    return Checked(limits, evidence)
 
 
 def _chunk(base: LoadedBase, prefill_chunk: int) -> int:
@@ -127,9 +140,11 @@ def _scratch_bytes(base: LoadedBase, length: int) -> int:
     return 4 * length * (kv + 3 * shape.num_heads * length)
 
 
-def _check_serving_dtype(comparison: Comparison, texts: list[Text], truths: list[Truth]) -> None:
+def _check_serving_dtype(
+    comparison: Comparison, texts: list[Text], truths: list[Truth]
+) -> list[float]:
     """Run texts as they are served, where rounding hides small differences: a kernel or a
-    cast may fail in half precision alone, and float16 may overflow."""
+    cast may fail in half precision alone, and float16 may overflow. Returns the differences."""
     name, dtype = comparison.base.name, str(comparison.base.dtype).removeprefix("torch.")
     errors = [error for *_, error in comparison.differences(texts, truths)]
     if not all(isfinite(error) for error in errors):
@@ -139,3 +154,4 @@ def _check_serving_dtype(comparison: Comparison, texts: list[Text], truths: list
             f"{name} gives other logits in {dtype} than in float32: they differ by {error:.2g} of "
             f"their standard deviation (expected at most {_HALF_TOLERANCE:g})"
         )
+    return errors

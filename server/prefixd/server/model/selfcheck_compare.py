@@ -9,13 +9,14 @@ import torch
 
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.attention import IMPLEMENTATION
+from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.memory import free_bytes
 from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.near_ties import near_ties
 from prefixd.server.model.selfcheck_texts import Compared, Part, Text, run_in_blocks
 
-_TOLERANCE = (1e-4, 1e-3)
+TOLERANCE = (1e-4, 1e-3)
 """Least and greatest bound of a logit's difference in float32, as a multiple of the standard
 deviation of all logits at its position. In between, the bound is ten times the difference between
 the model's own eager and SDPA attention: rounding, which grows with the depth of a model (5e-6 with
@@ -54,7 +55,7 @@ class Comparison:
         self.base = base
         self.block_size = block_size
         self.max_abs_kv = 0.0
-        self._bound = _TOLERANCE[0]
+        self._bound = TOLERANCE[0]
         self._first: tuple[Text, Truth] | None = None  # the rounding is measured on this text
 
     def require_equal(self, attempts: Iterable[list[Text]]) -> tuple[list[Text], list[Truth]]:
@@ -115,7 +116,7 @@ class Comparison:
     @cached_property
     def _rounding(self) -> float:
         """The largest difference that rounding explains, between the two tolerances."""
-        least, greatest = _TOLERANCE
+        least, greatest = TOLERANCE
         assert self._first is not None
         text, truth = self._first
         try:
@@ -149,15 +150,7 @@ class Comparison:
         """Part, position and largest difference of a logit, as a multiple of the standard deviation
         of all logits there, for every compared position."""
         for compared in self._run(texts):
-            own = torch.stack(
-                [
-                    truths[part.text].logits[texts[part.text].compared.index(position)]
-                    for part, position in compared.rows
-                ]
-            )
-            errors = _errors(compared.logits, own)
-            for (part, position), error in zip(compared.rows, errors, strict=True):
-                yield part, position, error
+            yield from _errors_of(compared, texts, truths)
 
     def _run(self, texts: Sequence[Text]) -> Iterator[Compared]:
         """Run texts over KV blocks; raises UnsupportedModel when the model cannot be run so."""
@@ -200,6 +193,29 @@ class Comparison:
         if self.mismatch([in_chunks], [self.truth(in_chunks)]):
             return "A token's logits depend on how its text is cut into chunks"
         return "A token's logits depend on the other sequences of the batch"
+
+
+def differences(
+    decoder: Decoder, texts: Sequence[Text], truths: Sequence[Truth]
+) -> Iterator[tuple[Part, int, float]]:
+    """As ``Comparison.differences``, over an unused pool of any decoder."""
+    for compared in run_in_blocks(decoder, texts):
+        yield from _errors_of(compared, texts, truths)
+
+
+def _errors_of(
+    compared: Compared, texts: Sequence[Text], truths: Sequence[Truth]
+) -> Iterator[tuple[Part, int, float]]:
+    own = torch.stack(
+        [
+            truths[part.text].logits[texts[part.text].compared.index(position)]
+            for part, position in compared.rows
+        ]
+    )
+    # An id without an embedding has a logit of the module's, and none of a decoder's.
+    errors = _errors(compared.logits, own[:, : compared.logits.shape[1]])
+    for (part, position), error in zip(compared.rows, errors, strict=True):
+        yield part, position, error
 
 
 def _errors(logits: torch.Tensor, own: torch.Tensor) -> list[float]:

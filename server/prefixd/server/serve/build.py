@@ -25,6 +25,7 @@ from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.cores import default_threads
+from prefixd.server.model.decoders import DecoderUnavailable, choose_decoder
 from prefixd.server.model.demo import DemoModelMissing
 from prefixd.server.model.load import (
     LoadedBase,
@@ -33,7 +34,6 @@ from prefixd.server.model.load import (
     load_base,
     resolve_device,
 )
-from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.prefix import StorePrefixSource
 from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import Limits, self_check
@@ -55,7 +55,7 @@ from prefixd.store.names import BlobKey
 
 log = structlog.get_logger("prefixd")
 
-MODEL_ERRORS = (UnsupportedModel, DemoModelMissing)
+MODEL_ERRORS = (UnsupportedModel, DemoModelMissing, DecoderUnavailable)
 """Errors of a model that cannot be served; their message says why."""
 
 _CHECKED_CHUNK = 256
@@ -76,6 +76,7 @@ class Server:
     drain_state: DrainState
     metrics: Metrics
     device: str
+    kernels: str
 
 
 def build_server(settings: Settings) -> Server:
@@ -140,7 +141,9 @@ def build_server(settings: Settings) -> Server:
             database=catalog.database,
         ),
     )
-    return Server(app, engine, catalog.tenants, served, drain_state, metrics, device)
+    return Server(
+        app, engine, catalog.tenants, served, drain_state, metrics, device, runner.decoder.name
+    )
 
 
 def prepare_upload_folder(root: Path) -> Path:
@@ -156,21 +159,33 @@ def _load(
     settings: Settings, config: SchedulerConfig, *, device: str, threads: int
 ) -> tuple[LoadedBase, Runner, Limits]:
     """Load and check the model, and allocate the KV pool."""
-    base = load_base(
-        settings.model,
-        dtype=settings.dtype,
-        device=device,
-        cache_dir=settings.root / "models",
-        pool_tokens=_pool_tokens(config),
-    )
-    limits = self_check(
+
+    def load() -> LoadedBase:
+        return load_base(
+            settings.model,
+            dtype=settings.dtype,
+            device=device,
+            cache_dir=settings.root / "models",
+            pool_tokens=_pool_tokens(config),
+        )
+
+    base = load()
+    checked = self_check(
         base,
         block_size=config.block_size,
         prefill_chunk=min(config.max_prefill_chunk, _CHECKED_CHUNK),
     )
-    decoder = ModuleDecoder(base, num_blocks=config.num_blocks, block_size=config.block_size)
+    decoder = choose_decoder(
+        load,
+        base,
+        settings.cpu_kernels,
+        evidence=checked.evidence,
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        data_folder=settings.root,
+    )
     governed = settings.threads is None and base.device.type == "cpu"
-    return base, Runner(decoder, threads=ThreadControl(threads, governed=governed)), limits
+    return base, Runner(decoder, threads=ThreadControl(threads, governed=governed)), checked.limits
 
 
 def _engine(

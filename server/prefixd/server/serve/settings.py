@@ -62,6 +62,14 @@ class Settings(BaseSettings):
         description="CPU threads of the model. By default fewer while other processes need the "
         "cores; a number that is set here stays.",
     )
+    cpu_kernels: Literal[
+        "auto", "module", "torch", "portable", "avx2", "avx512", "avx512_bf16", "amx"
+    ] = Field(
+        default="auto",
+        description="What computes the model on a CPU: native kernels by the instructions that "
+        "they need, lean layers in `torch`, or the unmodified `module` of transformers; `auto` "
+        "takes the fastest that fits.",
+    )
     database_url: SecretStr | None = Field(
         default=None,
         description="URL of the catalog's database: postgresql://user@host/name.",

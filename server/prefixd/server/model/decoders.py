@@ -1,0 +1,115 @@
+"""Which decoder serves a base: the choice of the setting ``cpu_kernels``."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from prefixd.server.model.cpu.interface import KERNELS
+from prefixd.server.model.cpu.library import (
+    LibraryUnavailable,
+    NativeLibrary,
+    find_or_compile_library,
+)
+from prefixd.server.model.decoder import Decoder
+from prefixd.server.model.decoder_check import DecoderRefused, Evidence, check_decoder
+from prefixd.server.model.lean import LeanDecoder
+from prefixd.server.model.load import LoadedBase
+from prefixd.server.model.module_decoder import ModuleDecoder
+from prefixd.server.model.native import NativeDecoder, refuse_native
+from prefixd.server.model.parts import NotExact, Parts
+
+log = logging.getLogger(__name__)
+
+CHOICES = ("auto", "module", "torch", *KERNELS)
+"""Values of the setting. ``auto``: the fastest native kernels that fit the model and the processor,
+else lean layers in torch, else the unmodified module."""
+
+
+class DecoderUnavailable(Exception):
+    """The decoder that the setting names cannot serve; the message says why."""
+
+
+def choose_decoder(
+    load: Callable[[], LoadedBase],
+    base: LoadedBase,
+    choice: str,
+    *,
+    evidence: Evidence,
+    num_blocks: int,
+    block_size: int,
+    data_folder: Path,
+) -> Decoder:
+    """Make the decoder of ``choice`` and check it; ``auto`` falls back to the module, of a base
+    that ``load`` loads again, when the decoder is wrong. Raises DecoderUnavailable."""
+    decoder = make_decoder(
+        base, choice, num_blocks=num_blocks, block_size=block_size, data_folder=data_folder
+    )
+    if decoder.name == "module":
+        return decoder
+    try:
+        check_decoder(decoder, evidence, num_blocks=num_blocks)
+    except (DecoderRefused, RuntimeError) as reason:
+        if choice != "auto":
+            raise DecoderUnavailable(f"cpu_kernels is {choice}, but {reason}") from reason
+        log.warning("the unmodified module serves: %s", reason)
+        return ModuleDecoder(load(), num_blocks=num_blocks, block_size=block_size)
+    return decoder
+
+
+def make_decoder(
+    base: LoadedBase, choice: str, *, num_blocks: int, block_size: int, data_folder: Path
+) -> Decoder:
+    """Make the decoder of ``choice``, one of CHOICES. ``data_folder`` holds compiled libraries.
+
+    Any but ``module`` takes the weights from the base's module. Raises DecoderUnavailable for a
+    choice other than ``auto`` that does not fit.
+    """
+    if base.device.type != "cpu" and choice not in {"auto", "module"}:
+        raise DecoderUnavailable(
+            f"cpu_kernels is {choice} and the device {base.device}; expected auto or module there"
+        )
+    if choice == "module" or base.device.type != "cpu":
+        return ModuleDecoder(base, num_blocks=num_blocks, block_size=block_size)
+    try:
+        parts = Parts(base)
+    except NotExact as reason:
+        if choice != "auto":
+            raise DecoderUnavailable(f"cpu_kernels is {choice}, but {reason}") from reason
+        log.info("the unmodified module serves: %s", reason)
+        return ModuleDecoder(base, num_blocks=num_blocks, block_size=block_size)
+    if choice != "torch":
+        try:
+            library, kernels = _native(parts, choice, block_size, data_folder)
+        except (NotExact, LibraryUnavailable) as reason:
+            if choice != "auto":
+                raise DecoderUnavailable(f"cpu_kernels is {choice}, but {reason}") from reason
+            log.info("lean layers in torch serve, no native kernels: %s", reason)
+        else:
+            return NativeDecoder(
+                parts, library, kernels=kernels, num_blocks=num_blocks, block_size=block_size
+            )
+    return LeanDecoder(parts, num_blocks=num_blocks, block_size=block_size)
+
+
+def _native(
+    parts: Parts, choice: str, block_size: int, data_folder: Path
+) -> tuple[NativeLibrary, str]:
+    """The library, and the kernels of it that serve. Raises NotExact, LibraryUnavailable."""
+    refuse_native(parts, block_size=block_size)
+    library = find_or_compile_library(data_folder)
+    kernels = _best(parts, library) if choice == "auto" else choice
+    if kernels not in library.kernels:
+        raise LibraryUnavailable(
+            f"{library.states()[kernels]}; available here: {', '.join(library.kernels)}"
+        )
+    return library, kernels
+
+
+def _best(parts: Parts, library: NativeLibrary) -> str:
+    """The fastest kernels: those after AVX-512 differ from it in bfloat16 alone."""
+    suited = (
+        KERNELS if parts.base.dtype is torch.bfloat16 else KERNELS[: KERNELS.index("avx512") + 1]
+    )
+    return [kernels for kernels in library.kernels if kernels in suited][-1]

@@ -1,0 +1,209 @@
+"""Lean layers in torch: exact families with merged and packed weights, on any device.
+
+The module of transformers computes the same in more and smaller operations; on a CPU its matrix
+products pack their weights in every call.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from prefixd.server.engine.step import BlockCopy
+from prefixd.server.model.attention import Group, attend
+from prefixd.server.model.batch import FlatBatch, group_rows
+from prefixd.server.model.decoder import Logits
+from prefixd.server.model.kv_cache import KVCache
+from prefixd.server.model.parts import Dense, Experts, Layer, Linear, Parts
+from prefixd.server.model.products import Product, product_of
+from prefixd.server.model.threads import use_threads
+
+
+class LeanDecoder:
+    """Runs a model of an exact family. The weights are taken from the module, which cannot be run
+    afterwards."""
+
+    name = "torch"
+
+    @torch.inference_mode()
+    def __init__(self, parts: Parts, *, num_blocks: int, block_size: int) -> None:
+        """``num_blocks`` counts the null block."""
+        base = self.base = parts.base
+        self.block_size = block_size
+        self.device = base.device
+        self.cache = KVCache(
+            base.shape,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=base.dtype,
+            device=base.device,
+        )
+        self._num_ids = base.num_embeddings
+        self._eps, self._scale = parts.norm_eps, parts.attention_scale
+        # As transformers: computed in float32, rounded to the serving dtype.
+        self._cosine, self._sine = (
+            torch.cat([table, table], -1).to(base.device, base.dtype)
+            for table in (parts.cosine, parts.sine)
+        )
+        self._embedding, self._final_norm = parts.embedding, parts.final_norm
+        self._layers = [_LeanLayer(layer) for layer in parts.take_layers()]
+        self._head = product_of([parts.head])
+        parts.remove_ends()
+
+    @torch.inference_mode()
+    def forward(self, batch: FlatBatch) -> Logits:
+        """Run a pass: write the KV of its tokens and return the logits of its outputs."""
+        device, shape = self.device, self.base.shape
+        hidden = self._embeddings(batch)
+        positions = torch.tensor(batch.positions, device=device)
+        cosine, sine = self._cosine[positions, None], self._sine[positions, None]
+        slots = torch.tensor(batch.slots(self.block_size), device=device)
+        groups = group_rows(
+            batch.rows, block_size=self.block_size, num_kv_heads=shape.num_kv_heads, device=device
+        )
+        outputs = torch.tensor(batch.outputs, dtype=torch.long, device=device)
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            normed = functional.rms_norm(hidden, hidden.shape[1:], layer.input_norm, self._eps)
+            queries = self._write(index, layer, normed, slots=slots, rotary=(cosine, sine))
+            attended = self._attend(index, queries, groups)
+            if index == last and len(outputs) < len(hidden):
+                attended, hidden = attended[outputs], hidden[outputs]
+            hidden = hidden + layer.o(attended)
+            normed = functional.rms_norm(hidden, hidden.shape[1:], layer.post_norm, self._eps)
+            hidden = hidden + layer.mlp(normed)
+        if len(outputs) == len(batch.token_ids):
+            hidden = hidden[outputs]
+        hidden = functional.rms_norm(hidden, hidden.shape[1:], self._final_norm, self._eps)
+        # An id without an embedding could be sampled, but not be fed in afterwards.
+        return Logits(self._head(hidden)[:, : self._num_ids])
+
+    def _write(
+        self,
+        index: int,
+        layer: "_LeanLayer",
+        normed: torch.Tensor,
+        *,
+        slots: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Write keys and values to the pool; returns the rotated queries
+        [num_tokens, num_heads, head_dim]."""
+        shape = self.base.shape
+        heads, kv_heads = shape.num_heads, shape.num_kv_heads
+        qkv = layer.qkv(normed).view(len(normed), heads + 2 * kv_heads, shape.head_dim)
+        rotated = qkv[:, : heads + kv_heads]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            rotated = torch.cat(
+                [
+                    functional.rms_norm(part, part.shape[2:], norm, self._eps)
+                    for part, norm in (
+                        (rotated[:, :heads], layer.q_norm),
+                        (rotated[:, heads:], layer.k_norm),
+                    )
+                ],
+                1,
+            )
+        cosine, sine = rotary
+        half = shape.head_dim // 2
+        turned = torch.cat([-rotated[..., half:], rotated[..., :half]], -1)
+        rotated = rotated * cosine + turned * sine
+        self.cache.write(
+            index,
+            slots,
+            rotated[:, heads:].reshape(len(normed), -1),
+            qkv[:, heads + kv_heads :].reshape(len(normed), -1),
+        )
+        return rotated[:, :heads]
+
+    def _attend(self, index: int, queries: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
+        """Attention of the flat tokens [num_tokens, num_heads * head_dim]."""
+        shape = self.base.shape
+        flat = queries.reshape(len(queries), shape.num_kv_heads, -1, shape.head_dim)
+        out = torch.empty_like(flat)
+        pools = self.cache.by_head(index)
+        for group in groups:
+            attend(group, flat, pools, out, self._scale)
+        return out.view(len(queries), -1)
+
+    def _embeddings(self, batch: FlatBatch) -> torch.Tensor:
+        ids = torch.tensor(batch.token_ids, device=self.device)
+        embeddings = functional.embedding(ids, self._embedding)
+        for offset, values in batch.inputs:
+            embeddings[offset : offset + len(values)] = values.to(self.device)
+        return embeddings
+
+    def zero(self, blocks: Sequence[int]) -> None:
+        """Zero blocks before anything can read them."""
+        self.cache.zero(blocks)
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks."""
+        self.cache.copy(copies)
+
+    def read_kv(self, block_table: Sequence[int], num_tokens: int) -> torch.Tensor:
+        """KV of the first positions of a block table, in host memory."""
+        return self.cache.read_table(block_table, num_tokens)
+
+    def write_kv(self, block_table: Sequence[int], start: int, kv: torch.Tensor) -> None:
+        """Store ``kv`` from position ``start`` on."""
+        self.cache.write_table(block_table, start, kv)
+
+    def set_threads(self, threads: int) -> None:
+        """Let the passes of the calling thread use this many threads."""
+        use_threads(threads)
+
+
+class _LeanLayer:
+    """A layer with merged weights."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.input_norm, self.post_norm = layer.input_norm, layer.post_norm
+        self.q_norm, self.k_norm = layer.q_norm, layer.k_norm
+        self.qkv = product_of([layer.q, layer.k, layer.v])
+        self.o = product_of([layer.o])
+        mlp = layer.mlp
+        self.mlp = _LeanDense(mlp) if isinstance(mlp, Dense) else _LeanExperts(mlp)
+
+
+class _LeanDense:
+    def __init__(self, dense: Dense) -> None:
+        self._gate_up = product_of([dense.gate, dense.up])
+        self._down = product_of([dense.down])
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        return _gated(hidden, self._gate_up, self._down)
+
+
+class _LeanExperts:
+    def __init__(self, experts: Experts) -> None:
+        self._router = experts.router
+        self._per_token, self._normalize = experts.per_token, experts.normalize
+        self._experts = [
+            (product_of([Linear(gate_up)]), product_of([Linear(down)]))
+            for gate_up, down in zip(experts.gate_up, experts.down, strict=True)
+        ]
+        self._shared = None if experts.shared is None else _LeanDense(experts.shared)
+        self._shared_gate = experts.shared_gate
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        scores = functional.linear(hidden, self._router).softmax(-1, dtype=torch.float32)
+        weights, chosen = scores.topk(self._per_token)
+        if self._normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(hidden.dtype)
+        out = torch.zeros_like(hidden)
+        for index in sorted(set(chosen.flatten().tolist())):
+            gate_up, down = self._experts[index]
+            tokens, places = (chosen == index).nonzero(as_tuple=True)
+            answer = _gated(hidden[tokens], gate_up, down)
+            out.index_add_(0, tokens, answer * weights[tokens, places, None])
+        if self._shared is not None and self._shared_gate is not None:
+            gate = functional.linear(hidden, self._shared_gate).sigmoid()
+            out = out + gate * self._shared(hidden)
+        return out
+
+
+def _gated(hidden: torch.Tensor, gate_up: Product, down: Product) -> torch.Tensor:
+    gate, up = gate_up(hidden).chunk(2, dim=-1)
+    return down(functional.silu(gate) * up)
