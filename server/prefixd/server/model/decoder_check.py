@@ -21,8 +21,12 @@ does: both round, and a wrong position or weight differs by far more."""
 
 
 class DecoderRefused(Exception):
-    """The decoder gives other logits than the model; the message says how large the difference
-    is."""
+    """The decoder of the name ``decoder`` gives other logits than the model; the message says how
+    large the difference is."""
+
+    def __init__(self, decoder: str, difference: str) -> None:
+        super().__init__(f"{decoder} gives other logits than the model: {difference}")
+        self.decoder = decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +78,11 @@ def _check(texts: list[Text], truths: list[Truth], decoder: Decoder, evidence: E
         return
     _, position, largest = max(rows, key=lambda row: row[2] if isfinite(row[2]) else float("inf"))
     raise DecoderRefused(
-        f"{decoder.name} gives other logits than the model: they differ by up to {largest:.2g} of "
-        f"their standard deviation, at position {position} of a text of "
+        decoder.name,
+        f"they differ by up to {largest:.2g} of their standard deviation, at position {position} "
+        "of a text of "
         f"{max(len(text.tokens) for text in texts)} tokens, and by {median(errors):.2g} at half of "
-        f"the positions; expected at most {evidence.largest:.2g} and {evidence.median:.2g}"
+        f"the positions; expected at most {evidence.largest:.2g} and {evidence.median:.2g}",
     )
 
 

@@ -14,11 +14,12 @@ from prefixd.server.model.cpu.library import (
 )
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.decoder_check import DecoderRefused, Evidence, check_decoder
+from prefixd.server.model.exact import NotExact
 from prefixd.server.model.lean import LeanDecoder
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.native import NativeDecoder, refuse_native
-from prefixd.server.model.parts import NotExact, Parts
+from prefixd.server.model.parts import Parts
 
 log = logging.getLogger(__name__)
 
@@ -40,28 +41,55 @@ def choose_decoder(
     num_blocks: int,
     block_size: int,
     data_folder: Path,
+    threads: int = 1,
 ) -> Decoder:
-    """Make the decoder of ``choice`` and check it; ``auto`` falls back to the module, of a base
-    that ``load`` loads again, when the decoder is wrong. Raises DecoderUnavailable."""
-    decoder = make_decoder(
-        base, choice, num_blocks=num_blocks, block_size=block_size, data_folder=data_folder
-    )
-    if decoder.name == "module":
-        return decoder
-    try:
+    """Make the decoder of ``choice`` and check it; in place of one that fails, ``auto`` takes the
+    next slower one, of a base that ``load`` loads again. Raises DecoderUnavailable."""
+    failed = None
+    for attempt in ("auto", "torch", "module") if choice == "auto" else (choice,):
+        if attempt == failed:
+            continue
+        if failed is not None:
+            base = load()  # the weights were taken from the module
+        try:
+            return _checked(
+                make_decoder(
+                    base,
+                    attempt,
+                    num_blocks=num_blocks,
+                    block_size=block_size,
+                    data_folder=data_folder,
+                    threads=threads,
+                ),
+                evidence,
+                num_blocks,
+            )
+        except (DecoderRefused, RuntimeError) as reason:
+            if choice != "auto" or attempt == "module":
+                raise DecoderUnavailable(f"cpu_kernels is {choice}, but {reason}") from reason
+            failed = reason.decoder if isinstance(reason, DecoderRefused) else attempt
+            log.warning("a slower decoder serves: %s", reason)
+    raise AssertionError("the module is not refused")
+
+
+def _checked(decoder: Decoder, evidence: Evidence, num_blocks: int) -> Decoder:
+    """The decoder; the unmodified module has been checked before. Raises DecoderRefused."""
+    if decoder.name != "module":
         check_decoder(decoder, evidence, num_blocks=num_blocks)
-    except (DecoderRefused, RuntimeError) as reason:
-        if choice != "auto":
-            raise DecoderUnavailable(f"cpu_kernels is {choice}, but {reason}") from reason
-        log.warning("the unmodified module serves: %s", reason)
-        return ModuleDecoder(load(), num_blocks=num_blocks, block_size=block_size)
     return decoder
 
 
 def make_decoder(
-    base: LoadedBase, choice: str, *, num_blocks: int, block_size: int, data_folder: Path
+    base: LoadedBase,
+    choice: str,
+    *,
+    num_blocks: int,
+    block_size: int,
+    data_folder: Path,
+    threads: int = 1,
 ) -> Decoder:
-    """Make the decoder of ``choice``, one of CHOICES. ``data_folder`` holds compiled libraries.
+    """Make the decoder of ``choice``, one of CHOICES. ``data_folder`` holds compiled libraries;
+    ``threads`` are for packing weights, until the decoder is told others.
 
     Any but ``module`` takes the weights from the base's module. Raises DecoderUnavailable for a
     choice other than ``auto`` that does not fit.
@@ -75,22 +103,31 @@ def make_decoder(
     try:
         parts = Parts(base)
     except NotExact as reason:
-        if choice != "auto":
-            raise DecoderUnavailable(f"cpu_kernels is {choice}, but {reason}") from reason
+        _require_auto(choice, reason)
         log.info("the unmodified module serves: %s", reason)
         return ModuleDecoder(base, num_blocks=num_blocks, block_size=block_size)
     if choice != "torch":
         try:
             library, kernels = _native(parts, choice, block_size, data_folder)
         except (NotExact, LibraryUnavailable) as reason:
-            if choice != "auto":
-                raise DecoderUnavailable(f"cpu_kernels is {choice}, but {reason}") from reason
+            _require_auto(choice, reason)
             log.info("lean layers in torch serve, no native kernels: %s", reason)
         else:
             return NativeDecoder(
-                parts, library, kernels=kernels, num_blocks=num_blocks, block_size=block_size
+                parts,
+                library,
+                kernels=kernels,
+                num_blocks=num_blocks,
+                block_size=block_size,
+                threads=threads,
             )
     return LeanDecoder(parts, num_blocks=num_blocks, block_size=block_size)
+
+
+def _require_auto(choice: str, reason: Exception) -> None:
+    """Raise DecoderUnavailable where the setting names a decoder."""
+    if choice != "auto":
+        raise DecoderUnavailable(f"cpu_kernels is {choice}, but {reason}") from reason
 
 
 def _native(

@@ -13,7 +13,8 @@ from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.cpu import interface
 from prefixd.server.model.cpu.library import NativeLibrary
 from prefixd.server.model.decoder import Logits
-from prefixd.server.model.parts import Dense, Layer, Linear, NotExact, Parts
+from prefixd.server.model.exact import NotExact
+from prefixd.server.model.parts import Dense, Layer, Linear, Parts
 
 _DTYPES = {torch.float32: interface.F32, torch.bfloat16: interface.BF16}
 
@@ -50,8 +51,9 @@ class NativeDecoder:
         kernels: str,
         num_blocks: int,
         block_size: int,
+        threads: int = 1,
     ) -> None:
-        """``num_blocks`` counts the null block. Raises NativeFailure."""
+        """``num_blocks`` counts the null block. Raises NativeFailure, MemoryError."""
         base = self.base = parts.base
         self.name, self.block_size, self.device = kernels, block_size, base.device
         self._library, self._functions = library, library.functions
@@ -63,8 +65,10 @@ class NativeDecoder:
             ctypes.byref(self._shape(parts)), interface.KERNELS.index(kernels)
         )
         if not self._handle:
-            raise NativeFailure(library.error())
-        weakref.finalize(self, self._functions.pfx_free, self._handle)
+            raise self._failure()
+        # When the process ends, a pass may still run: the system frees the memory then.
+        weakref.finalize(self, self._functions.pfx_free, self._handle).atexit = False
+        self.set_threads(threads)
         self._take_weights(parts)
         self._call("pfx_set_pool", num_blocks)
 
@@ -133,7 +137,7 @@ class NativeDecoder:
             candidates=self._candidates,
         )
         self._call("pfx_run", ctypes.byref(step))
-        return Logits(logits[:, : self._candidates], (best_value, best))
+        return Logits(logits[:, : self._candidates], (best_value, best.long()))
 
     def _inputs(self, batch: FlatBatch) -> tuple[Any, torch.Tensor | None]:
         """Token ids [num_tokens], -1 where the input is given, and the given inputs."""
@@ -177,7 +181,12 @@ class NativeDecoder:
 
     def _call(self, name: str, *arguments: Any) -> None:
         if getattr(self._functions, name)(self._handle, *arguments):
-            raise NativeFailure(f"{name}: {self._library.error()}")
+            raise self._failure()
+
+    def _failure(self) -> Exception:
+        """The error of the call that failed last."""
+        message = self._library.error()
+        return (MemoryError if message.endswith("out of memory") else NativeFailure)(message)
 
 
 def _tables(block_tables: Sequence[Sequence[int]]) -> Any:

@@ -10,22 +10,8 @@ from typing import Any
 
 import torch
 
+from prefixd.server.model.exact import require_exact, require_read, require_rotated
 from prefixd.server.model.load import LoadedBase
-
-_LAYERS = {
-    "LlamaDecoderLayer",
-    "MistralDecoderLayer",
-    "MixtralDecoderLayer",
-    "Qwen2DecoderLayer",
-    "Qwen2MoeDecoderLayer",
-    "Qwen3DecoderLayer",
-    "Qwen3MoeDecoderLayer",
-}
-_ACTIVATIONS = {"silu", "swish"}
-
-
-class NotExact(Exception):
-    """The model is not of an exact family; the message says what differs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +75,13 @@ class Parts:
         """Raises NotExact."""
         self.base = base
         self._module = base.module
-        _require_exact(self._module, base.name)
+        require_exact(self._module, base.name)
+        require_read(self._module, base.name, _read_names(self._module))
         self._layers: Any = self._module.model.layers
-        self.norm_eps = float(self._module.config.rms_norm_eps)
+        self.norm_eps = float(self._module.model.norm.variance_epsilon)
         self.attention_scale = float(self._layers[0].self_attn.scaling)
         self.cosine, self.sine = self._rotary()
+        require_rotated(self.cosine, base.shape.head_dim, base.name)
 
     @property
     def final_norm(self) -> torch.Tensor:
@@ -135,26 +123,6 @@ class Parts:
         half = cosine.shape[-1] // 2
         tables = [table[0, :, :half].float().cpu().contiguous() for table in (cosine, sine)]
         return tables[0], tables[1]
-
-
-def _require_exact(module: Any, name: str) -> None:
-    layers = getattr(getattr(module, "model", None), "layers", None)
-    if not layers:
-        raise NotExact(f"{name} has no list of layers at model.layers")
-    for kind in sorted({type(layer).__name__ for layer in layers} - _LAYERS):
-        raise NotExact(f"{name} has layers of the class {kind}")
-    for kind in sorted({type(layer).__module__ for layer in layers}):
-        if not kind.startswith("transformers.models."):
-            raise NotExact(f"{name} has layers from {kind}; expected transformers' own")
-    activation = getattr(module.config, "hidden_act", None)
-    if activation not in _ACTIVATIONS:
-        raise NotExact(f"{name} has the activation {activation}; expected silu")
-    for part_name, part in module.named_modules():
-        if part._forward_hooks or part._forward_pre_hooks:  # noqa: SLF001 - torch has no question for it
-            raise NotExact(f"{name} has a hook at {part_name or 'its root'}")
-    unread = set(module.state_dict()) - _read_names(module)
-    if unread:
-        raise NotExact(f"{name} has weights that lean layers do not read: {min(unread)}")
 
 
 def _read_names(module: Any) -> set[str]:

@@ -183,6 +183,7 @@ def _load(
         num_blocks=config.num_blocks,
         block_size=config.block_size,
         data_folder=settings.root,
+        threads=threads,
     )
     governed = settings.threads is None and base.device.type == "cpu"
     return base, Runner(decoder, threads=ThreadControl(threads, governed=governed)), checked.limits
