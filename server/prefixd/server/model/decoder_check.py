@@ -6,7 +6,7 @@ code, which may be wrong for one model, one processor or one version of a librar
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from statistics import median
 
 import torch
@@ -49,26 +49,17 @@ class Evidence:
 
 @torch.inference_mode()
 def check_decoder(decoder: Decoder, evidence: Evidence, *, num_blocks: int) -> None:
-    """Run the texts on an unused pool of ``num_blocks``, those that fit. Raises DecoderRefused."""
+    """Run the texts on an unused pool of ``num_blocks``, those that fit, each alone and then all in
+    one pass. Raises DecoderRefused."""
     fitting = [
         (text, truth)
         for text, truth in zip(evidence.texts, evidence.truths, strict=True)
         if text.num_blocks(decoder.block_size) < num_blocks
     ]
-    for text, truth in fitting:
-        _check([text], [truth], decoder, evidence)
-    together = sum(text.num_blocks(decoder.block_size) for text, _ in fitting)
-    if len(fitting) > 1 and together < num_blocks:
-        _check([text for text, _ in fitting], [truth for _, truth in fitting], decoder, evidence)
-
-
-def _check(texts: list[Text], truths: list[Truth], decoder: Decoder, evidence: Evidence) -> None:
-    decoder.zero(range(1, 1 + sum(text.num_blocks(decoder.block_size) for text in texts)))
-    rows = [
-        (part, position, error)
-        for part, position, error in differences(decoder, texts, truths)
-        if not _follows_tie(truths[part.text], position)
-    ]
+    groups = [[pair] for pair in fitting]
+    if len(fitting) > 1 and _num_blocks([t for t, _ in fitting], decoder) < num_blocks:
+        groups.append(fitting)
+    rows = [row for group in groups for row in _run(decoder, group)]
     errors = [error for *_, error in rows]
     if not errors or (
         all(isfinite(error) for error in errors)
@@ -76,14 +67,28 @@ def _check(texts: list[Text], truths: list[Truth], decoder: Decoder, evidence: E
         and median(errors) <= evidence.median
     ):
         return
-    _, position, largest = max(rows, key=lambda row: row[2] if isfinite(row[2]) else float("inf"))
+    length, position, largest = max(rows, key=lambda row: row[2] if isfinite(row[2]) else inf)
     raise DecoderRefused(
         decoder.name,
         f"they differ by up to {largest:.2g} of their standard deviation, at position {position} "
-        "of a text of "
-        f"{max(len(text.tokens) for text in texts)} tokens, and by {median(errors):.2g} at half of "
-        f"the positions; expected at most {evidence.largest:.2g} and {evidence.median:.2g}",
+        f"of a text of {length} tokens, and by {median(errors):.2g} at half of the positions; "
+        f"expected at most {evidence.largest:.2g} and {evidence.median:.2g}",
     )
+
+
+def _run(decoder: Decoder, group: list[tuple[Text, Truth]]) -> list[tuple[int, int, float]]:
+    """The length of the text, the position and the difference of all that are compared."""
+    texts, truths = [text for text, _ in group], [truth for _, truth in group]
+    decoder.zero(range(1, 1 + _num_blocks(texts, decoder)))
+    return [
+        (len(texts[part.text].tokens), position, error)
+        for part, position, error in differences(decoder, texts, truths)
+        if not _follows_tie(truths[part.text], position)
+    ]
+
+
+def _num_blocks(texts: Sequence[Text], decoder: Decoder) -> int:
+    return sum(text.num_blocks(decoder.block_size) for text in texts)
 
 
 def _follows_tie(truth: Truth, position: int) -> bool:

@@ -89,7 +89,7 @@ def make_decoder(
     threads: int = 1,
 ) -> Decoder:
     """Make the decoder of ``choice``, one of CHOICES. ``data_folder`` holds compiled libraries;
-    ``threads`` are for packing weights, until the decoder is told others.
+    ``threads`` are for packing weights, until ``set_threads`` sets others.
 
     Any but ``module`` takes the weights from the base's module. Raises DecoderUnavailable for a
     choice other than ``auto`` that does not fit.
