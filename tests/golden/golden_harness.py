@@ -45,12 +45,10 @@ from prefixd.server.testing import ByteDetokenizer
 from prefixd.store.artifact.artifact import Artifact, pack_peft, read_artifact
 from prefixd.store.artifact.config import BaseSpec
 from tests.model import broken_models
+from tests.model.cpu.native_library import COMPILED
 
 DEVICE = os.environ.get("PREFIXD_TEST_DEVICE", "cpu")
 """The device of the reference and the engine; ``make gpu-check`` sets it to cuda."""
-
-LIBRARIES = Path(tempfile.gettempdir()) / f"prefixd-tests-{os.getuid()}"
-"""Where the native library is compiled when prefixd-cpu is not installed."""
 
 VOCAB = 211
 TASK = 2
@@ -341,8 +339,9 @@ def serve(
         copy.deepcopy(model), None, name=model.config.model_type, dtype=dtype, device=device
     )
     checked = self_check(base, block_size=block_size)
+    COMPILED.mkdir(exist_ok=True)
     decoder = make_decoder(
-        base, kernels, num_blocks=num_blocks, block_size=block_size, data_folder=LIBRARIES
+        base, kernels, num_blocks=num_blocks, block_size=block_size, data_folder=COMPILED
     )
     if decoder.name != "module":
         check_decoder(decoder, checked.evidence, num_blocks=num_blocks)
