@@ -136,7 +136,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         admin(data, "tenant", "create", "bench")
         issued = admin(data, "key", "create", "--tenant", "bench")
         assert isinstance(issued, dict)
-        flags = ("--model", model, "--served-model-name", MODEL, "--kv-reuse", "false")
+        flags = (
+            *("--model", model, "--served-model-name", MODEL),
+            *("--kv-reuse", "false", "--max-queue-wait", "0"),
+        )
         with BenchServer(data, flags) as server:
             server.wait_until_ready(timeout=600, on_event=lambda _: None)
             http = HttpEngine(server, str(issued["key"]))

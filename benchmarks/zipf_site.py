@@ -141,7 +141,7 @@ def serving(folder: Path, options: argparse.Namespace) -> Iterator[BenchServer]:
     flags = (
         *("--kv-tokens", str(options.resident * positions + rows)),
         *("--max-resident-tokens", str(options.resident * options.virtual_tokens)),
-        *("--dtype", options.dtype),
+        *("--dtype", options.dtype, "--max-queue-wait", "0"),
         *("--model", str(demo_model(default_cache_dir())), "--served-model-name", MODEL),
     )
     with BenchServer(folder, flags) as server:
