@@ -1,7 +1,7 @@
 """HTTP/1.1 for a measuring client: h11 over asyncio, each part of a body with its time of arrival.
 
-A measurement shares its cores with the server. With 32 streams, httpx2 takes about 100 µs of CPU
-for each event, this about 30.
+A measurement shares its cores with the server. With 32 streams, httpx2 takes about 110 µs of CPU
+for each event, JSON included, and this about 50.
 """
 
 import asyncio
