@@ -120,8 +120,10 @@ class Child:
         assert self._process.stdout is not None
         timer = threading.Timer(limit_s, self._signal, [signal.SIGKILL])
         timer.start()
-        line = self._process.stdout.readline()
-        timer.cancel()
+        try:
+            line = self._process.stdout.readline()
+        finally:  # a timer that runs on would keep an interrupted comparison alive
+            timer.cancel()
         if not line:
             raise EngineFailed(self._why(f"ended, or gave no answer in {limit_s:g} s"))
         answer: dict[str, Any] = json.loads(line)

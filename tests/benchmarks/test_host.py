@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -145,6 +146,21 @@ def test_a_wrong_number_of_tokens_and_an_exception_are_failures(
             child.run([{"tokens": [7], "prefix": None}], 98)
         with pytest.raises(EngineFailed, match="no such length"):
             child.run([{"tokens": [7], "prefix": None}], 99)
+
+
+def test_an_interrupted_run_leaves_no_timer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Interrupted:
+        def readline(self) -> str:
+            raise KeyboardInterrupt
+
+    with running(tmp_path, monkeypatch) as child:
+        pipe = child._process.stdout
+        child._process.stdout = Interrupted()  # type: ignore[assignment]
+        with pytest.raises(KeyboardInterrupt):
+            child.run([{"tokens": [7], "prefix": None}], 1)
+        child._process.stdout = pipe
+        timers = [each for each in threading.enumerate() if isinstance(each, threading.Timer)]
+        assert all(each.finished.is_set() for each in timers)
 
 
 def test_a_missing_environment_names_the_script(tmp_path: Path):
