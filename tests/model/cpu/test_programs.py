@@ -1,7 +1,8 @@
 """The native library's own tests, as C++ programs: all kernel sets, under sanitizers, on arm64.
 
-``PREFIXD_TEST_SANITIZE=full`` (``make sanitize``) runs every kernel set of this processor and more
-rounds; otherwise the portable one and the fastest.
+``PREFIXD_TEST_SANITIZE=full`` (``make sanitize``) runs every kernel set of this processor, more
+rounds and cases, and AMX with emulated tiles where the processor has all else that its kernels
+need; otherwise the portable set and the fastest.
 """
 
 import os
@@ -22,6 +23,7 @@ pytestmark = [
 ]
 
 MAIN = Path(__file__).with_name("decoder_tests.cpp")
+ATTENTION = Path(__file__).with_name("kernel_tests.cpp")
 FULL = os.environ.get("PREFIXD_TEST_SANITIZE") == "full"
 ROUNDS = 5 if FULL else 1
 CROSS = "aarch64-linux-gnu-g++"
@@ -36,14 +38,19 @@ Results = dict[str, list[float]]
 
 def kernel_sets() -> tuple[str, ...]:
     """Those that run here: all, or the portable one and the fastest."""
-    kernels = native_library().kernels
-    return kernels if FULL else tuple(dict.fromkeys((kernels[0], kernels[-1])))
+    library = native_library()
+    if not FULL:
+        return tuple(dict.fromkeys((library.kernels[0], library.kernels[-1])))
+    emulated = "avx512_bf16" in library.kernels and "amx" in library.built.kernels
+    return tuple(dict.fromkeys((*library.kernels, *(["amx"] if emulated else []))))
 
 
 def build(folder: Path, *flags: str, sets: Sequence[str]) -> Path:
-    flags = ("-O1" if FULL else "-O0", "-g", "-Werror", *flags)
-    (program,) = build_programs(folder, [MAIN], compiler=find_compiler(), sets=sets, flags=flags)
-    return program
+    """The program of MAIN; that of ATTENTION is next to it."""
+    emulation = ("-DPFX_EMULATED_TILES",) if FULL else ()
+    flags = ("-O1" if FULL else "-O0", "-g", "-Werror", *emulation, *flags)
+    build_programs(folder, [MAIN, ATTENTION], compiler=find_compiler(), sets=sets, flags=flags)
+    return folder / MAIN.stem
 
 
 def run(program: Path, kernels: str, *before: str, threads: int = 2, rounds: int = 1) -> Results:
@@ -85,6 +92,15 @@ def test_kernel_sets_agree_without_a_bad_access(checked: Path):
     expected = run(checked, sets[0], rounds=ROUNDS)
     for name in sets[1:]:
         assert_close(run(checked, name, rounds=ROUNDS), expected)
+
+
+@pytest.mark.parametrize("name", KERNEL_SETS["x86_64"])
+def test_attention_agrees_with_float64_without_a_bad_access(checked: Path, name: str):
+    if name not in kernel_sets():
+        pytest.skip(f"runs {', '.join(kernel_sets())}, not {name}")
+    command = [str(checked.with_name(ATTENTION.stem)), name, *([] if FULL else ["few"])]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stdout + ended.stderr[-4000:]
 
 
 def test_results_do_not_depend_on_the_number_of_threads(checked: Path):

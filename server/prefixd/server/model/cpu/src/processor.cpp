@@ -26,6 +26,20 @@ namespace avx512_bf16 {
 extern const Kernels bfloat16_kernels;
 }
 #endif
+#ifdef PFX_HAS_AMX
+namespace amx {
+extern const Kernels bfloat16_kernels;
+}
+#endif
+
+// Of float32 for the sets that add bfloat16 only.
+static const Kernels* wide_kernels() {
+#ifdef PFX_HAS_AVX512
+    return &avx512::float32_kernels;
+#else
+    return &portable::float32_kernels;
+#endif
+}
 
 const Kernels* kernels_for(int dtype, int isa) {
     const bool wide = dtype == PFX_F32;
@@ -38,13 +52,27 @@ const Kernels* kernels_for(int dtype, int isa) {
         case PFX_AVX512: return wide ? &avx512::float32_kernels : &avx512::bfloat16_kernels;
 #endif
 #ifdef PFX_HAS_AVX512_BF16
-        case PFX_AVX512_BF16: return wide ? &avx512::float32_kernels : &avx512_bf16::bfloat16_kernels;
+        case PFX_AVX512_BF16: return wide ? wide_kernels() : &avx512_bf16::bfloat16_kernels;
+#endif
+#ifdef PFX_HAS_AMX
+        case PFX_AMX: return wide ? wide_kernels() : &amx::bfloat16_kernels;
 #endif
         default: return nullptr;
     }
 }
 
 #if defined(__x86_64__)
+// The system gives a process the tiles when it asks. Emulated ones are there in any case (tiles.h).
+static bool have_tiles() {
+#if defined(PFX_EMULATED_TILES)
+    return true;
+#else
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#endif
+}
+
 // __builtin_cpu_supports checks the system's support of the registers (XCR0) as well.
 static uint32_t processor_isas() {
     __builtin_cpu_init();
@@ -52,7 +80,9 @@ static uint32_t processor_isas() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-    return 1u << PFX_PORTABLE | avx2 << PFX_AVX2 | avx512 << PFX_AVX512 | avx512_bf16 << PFX_AVX512_BF16;
+    const bool amx = avx512_bf16 && have_tiles();
+    return 1u << PFX_PORTABLE | avx2 << PFX_AVX2 | avx512 << PFX_AVX512 | avx512_bf16 << PFX_AVX512_BF16 |
+           amx << PFX_AMX;
 }
 #else
 static uint32_t processor_isas() { return 1u << PFX_PORTABLE; }

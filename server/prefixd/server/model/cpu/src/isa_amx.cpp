@@ -1,0 +1,20 @@
+#define PFX_ISA amx
+#define PFX_VECTOR_BYTES 64
+#include "attention_tiles.inc"
+#include "kernels.inc"
+#include "multiply_tiles.inc"
+
+namespace pfx {
+namespace amx {
+
+static constexpr Kernels with_tiles() {
+    Kernels k = table<bf16, bf16>();
+    k.multiply = multiply_by_tiles;
+    k.attend = attend_by_tiles;
+    return k;
+}
+
+extern const Kernels bfloat16_kernels = with_tiles();
+
+}  // namespace amx
+}  // namespace pfx
