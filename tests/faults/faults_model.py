@@ -32,8 +32,11 @@ TINY = "tiny"
 KINDS = ("soft", "text", "kv")
 
 
-def make_model() -> Any:
-    """A random base whose logits differ enough that a wrong prefix changes every output."""
+def make_model(*, head_dim: int = HEAD_DIM) -> Any:
+    """A random base whose logits differ enough that a wrong prefix changes every output.
+
+    Native kernels compute heads of a multiple of 16 alone.
+    """
     torch.manual_seed(7)
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
@@ -42,6 +45,7 @@ def make_model() -> Any:
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
+        head_dim=head_dim,
         max_position_embeddings=2048,
         bos_token_id=1,
         eos_token_id=2,
@@ -56,10 +60,12 @@ def make_model() -> Any:
     return model
 
 
-def save_model(folder: Path, *, extra_words: int = 0, eos: tuple[int, ...] = (2,)) -> Path:
+def save_model(
+    folder: Path, *, extra_words: int = 0, eos: tuple[int, ...] = (2,), head_dim: int = HEAD_DIM
+) -> Path:
     """Save the base as a folder to serve. Its tokenizer has a word ``w<id>`` for each id, and
     ``extra_words`` for ids that the embeddings lack; ``eos`` are the ids that end a text."""
-    model = make_model()
+    model = make_model(head_dim=head_dim)
     model.generation_config.eos_token_id = list(eos)
     model.save_pretrained(folder)
     vocabulary = {f"w{i}": i for i in range(VOCAB + extra_words)}
@@ -83,6 +89,7 @@ class Content:
     kind: str
     length: int
     seed: int
+    head_dim: int = HEAD_DIM
 
     @cached_property
     def values(self) -> torch.Tensor:
@@ -90,7 +97,7 @@ class Content:
         generator = torch.Generator().manual_seed(self.seed)
         if self.kind == "text":
             return torch.randint(3, VOCAB, (self.length,), generator=generator)
-        width = HIDDEN if self.kind == "soft" else LAYERS * 2 * KV_HEADS * HEAD_DIM
+        width = HIDDEN if self.kind == "soft" else LAYERS * 2 * KV_HEADS * self.head_dim
         return 0.5 * torch.randn(self.length, width, generator=generator)
 
     def body(self) -> dict[str, Any]:
@@ -102,7 +109,7 @@ class Content:
             "peft_type": "PROMPT_TUNING" if self.kind == "soft" else "PREFIX_TUNING",
             "task_type": "CAUSAL_LM",
             "num_virtual_tokens": self.length,
-            "token_dim": HIDDEN if self.kind == "soft" else KV_HEADS * HEAD_DIM,
+            "token_dim": HIDDEN if self.kind == "soft" else KV_HEADS * self.head_dim,
             "num_transformer_submodules": 1,
             "num_attention_heads": HEADS if self.kind == "soft" else KV_HEADS,
             "num_layers": LAYERS,
@@ -118,11 +125,15 @@ class Content:
 
 
 def library(
-    count: int, *, lengths: tuple[int, ...] = (5, 16, 20, 37), seed: int = 0
+    count: int,
+    *,
+    lengths: tuple[int, ...] = (5, 16, 20, 37),
+    seed: int = 0,
+    head_dim: int = HEAD_DIM,
 ) -> list[Content]:
     """Prefixes of all kinds and lengths, all different."""
     return [
-        Content(KINDS[i % len(KINDS)], lengths[i % len(lengths)], 1000 * seed + i)
+        Content(KINDS[i % len(KINDS)], lengths[i % len(lengths)], 1000 * seed + i, head_dim)
         for i in range(count)
     ]
 
@@ -213,7 +224,7 @@ class Reference:
         """The KV of prefixes of one kind and length, one row for each."""
         kind, values = contents[0].kind, torch.stack([content.values for content in contents])
         if kind == "kv":
-            shape = (len(contents), -1, 2 * LAYERS, KV_HEADS, HEAD_DIM)
+            shape = (len(contents), -1, 2 * LAYERS, KV_HEADS, contents[0].head_dim)
             by_layer = values.view(shape).permute(2, 0, 3, 1, 4)  # [2 * layers, rows, heads, P, hd]
             return [(by_layer[2 * i], by_layer[2 * i + 1]) for i in range(LAYERS)]
         cache = transformers.DynamicCache()

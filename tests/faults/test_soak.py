@@ -1,4 +1,4 @@
-"""Mixed traffic with injected faults: no leaks, no hangs, no wrong output.
+"""Mixed traffic with injected faults on native kernels: no leaks, no hangs, no wrong output.
 
 ``PREFIXD_SOAK_SECONDS`` sets the duration (default 90; ``make soak`` takes 20 minutes),
 ``PREFIXD_SOAK_SEED`` repeats a run.
@@ -18,17 +18,27 @@ from typing import Any
 
 import pytest
 
+from prefixd.server.model import decoders
+from prefixd.server.model.cpu.interface import KERNELS
 from tests.faults.faults_memory import resident_kib
-from tests.faults.faults_model import MAX_TOKENS, Reference, library, make_prompts
+from tests.faults.faults_model import (
+    MAX_TOKENS,
+    Reference,
+    library,
+    make_model,
+    make_prompts,
+    save_model,
+)
 from tests.faults.faults_runner import Fault, FaultyRunner
 from tests.faults.faults_server import RunningServer, running
 from tests.faults.faults_soak import KnownState, Soak, digest_of
+from tests.model.cpu.native_library import native_library
 
 SECONDS = float(os.environ.get("PREFIXD_SOAK_SECONDS", "90"))
 SEED = os.environ.get("PREFIXD_SOAK_SEED") or secrets.token_hex(4)
 TENANTS = ("acme", "beta", "crow")
-BLOCK = 8
-CONTENTS = library(14, lengths=(5, 16, 20, 37))
+BLOCK = HEAD_DIM = 16  # the least that native kernels take
+CONTENTS = library(14, lengths=(5, 16, 20, 37), head_dim=HEAD_DIM)
 PROMPTS = make_prompts(14, lengths=(1, 7, 16, 24, 40))
 SMALLEST = sum(-(-tokens // BLOCK) for tokens in (37, 40 + MAX_TOKENS + 37 % BLOCK)) * BLOCK
 """Positions that one sequence of the longest prompt under the longest prefix needs."""
@@ -55,11 +65,14 @@ def open_files() -> int:
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS * 3 + 600)
 def test_mixed_traffic_with_faults_leaks_nothing_and_gives_correct_output(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    native = native_library()
+    monkeypatch.setattr(decoders, "find_or_compile_library", lambda _folder: native)
+    model = save_model(tmp_path / "model", head_dim=HEAD_DIM)
     logging.disable(logging.CRITICAL)  # pytest would store the log records of all injected failures
     try:
-        report = _soak(tiny_folder, tmp_path)
+        report = _soak(model, tmp_path)
     finally:
         logging.disable(logging.NOTSET)
     with capsys.disabled():
@@ -67,7 +80,7 @@ def test_mixed_traffic_with_faults_leaks_nothing_and_gives_correct_output(
 
 
 def _soak(model: Path, scratch: Path) -> str:
-    reference = Reference(PROMPTS)
+    reference = Reference(PROMPTS, make_model(head_dim=HEAD_DIM))
     known = KnownState(CONTENTS, {digest_of(content, scratch): content for content in CONTENTS})
     for content in (None, *CONTENTS):
         reference.answer(content, 0)
@@ -96,6 +109,7 @@ def _soak(model: Path, scratch: Path) -> str:
             max_running=16,
         ) as server:
             server.runner.engine = server.engine
+            assert server.runner.decoder.name in KERNELS
             tasks = len(server.tasks())
             ends = time.monotonic() + phase_s
             for round_ in itertools.count():

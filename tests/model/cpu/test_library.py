@@ -155,6 +155,17 @@ def test_folder_that_is_a_link_is_refused(sources: Path, data: Path, tmp_path: P
         find_or_compile_library(data, sources=sources)
 
 
+def test_data_folder_without_execution_is_a_reason_before_anything_is_compiled(
+    sources: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = os.statvfs(data).f_flag
+    status = SimpleNamespace(f_flag=real | os.ST_NOEXEC)
+    monkeypatch.setattr(os, "statvfs", lambda _folder: status)
+    with pytest.raises(LibraryUnavailable, match=r"native: .* it is mounted noexec"):
+        find_or_compile_library(data, sources=sources)
+    assert not list((data / "native").iterdir())
+
+
 def test_data_folder_that_is_a_file_is_a_reason(sources: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LibraryUnavailable, match="Not a directory"):

@@ -35,7 +35,8 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class FolderRefused(Exception):
-    """Another user can write a library or its folder; the message says which."""
+    """Another user can write a library or its folder, or the folder may hold no code; the message
+    says which."""
 
 
 def find_compiled(
@@ -71,6 +72,7 @@ def compile_into(
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_owner(folder)
+    _check_executable(folder)
     path = folder / _file_name(compiler.machine, sources, compiler)
     deadline = time.monotonic() + timeout_s
     with _locked(folder / "lock", deadline):
@@ -94,6 +96,12 @@ def check_owner(path: Path) -> None:
         expected = f"expected it to be writable for user {os.geteuid()} alone"
         mode = stat.S_IMODE(status.st_mode)
         raise FolderRefused(f"{path}: {expected}, it is of user {status.st_uid}, mode {mode:04o}")
+
+
+def _check_executable(folder: Path) -> None:
+    """Raise FolderRefused where no library can be loaded: each start would compile in vain."""
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise FolderRefused(f"{folder}: expected a file system with code, it is mounted noexec")
 
 
 def _compile(path: Path, compiler: Compiler, sources: Path, timeout_s: float) -> None:
