@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import structlog
 
-from prefixd.server.api.generate.event_stream import EventStream, sse_event
+from prefixd.server.api.generate.event_encoder import sse_event
+from prefixd.server.api.generate.event_stream import EventStream
 from prefixd.server.api.middleware import REQUEST_ID_HEADER, ReceiveTimeout
 from prefixd.server.api.request_record import ClientGone
 from tests.api.api_world import World

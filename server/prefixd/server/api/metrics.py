@@ -22,6 +22,7 @@ from prometheus_client import (
 from prefixd.server.api.disk_metrics import DiskCollector
 from prefixd.server.api.engine_metrics import EngineCollector
 from prefixd.server.api.thread_metrics import ThreadCollector
+from prefixd.server.api.token_times import TokenTimes, TokenTimesCollector
 from prefixd.server.engine.stats import EngineStats
 from prefixd.store.disk import DiskGuard
 
@@ -126,13 +127,15 @@ class Metrics:
             _LATENCY,
         )
         self.first_token = {endpoint: first_token.labels(endpoint) for endpoint in Endpoint}
-        per_token = self._histogram(
-            "prefixd_time_per_output_token_seconds",
-            "Between two tokens of a sequence.",
-            {"endpoint": Endpoint},
-            _PER_TOKEN,
+        self.per_token = {endpoint: TokenTimes(_PER_TOKEN) for endpoint in Endpoint}
+        self.registry.register(
+            TokenTimesCollector(
+                "prefixd_time_per_output_token_seconds",
+                "Between two tokens of a sequence.",
+                "endpoint",
+                self.per_token.items(),
+            )
         )
-        self.per_token = {endpoint: per_token.labels(endpoint) for endpoint in Endpoint}
         self._total = self._histogram(
             "prefixd_e2e_request_latency_seconds",
             "From arrival to the end of the answer.",

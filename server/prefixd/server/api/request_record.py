@@ -241,20 +241,18 @@ class RequestRecorder:
             # Goes on when this task is cancelled: the lease would stay until it expires.
             await self.settlements.settle(partial(self._settle, grant))
 
-    def token(self, choice: int, event: TokenEvent) -> None:
-        """Count new tokens of one sequence."""
+    def token(self, choice: int, event: TokenEvent, *, now: float) -> None:
+        """Count new tokens of one sequence, which were taken ``now`` by ``time.perf_counter``."""
         count = len(event.token_ids)
         if not count:
             return
-        now = time.perf_counter()
         self.record.generated_tokens += count
         if self.record.first_token is None:
             self.record.first_token = now - self._arrived
             self.metrics.first_token[self.record.endpoint].observe(self.record.first_token)
-        if choice in self._last_token:
-            gap = (now - self._last_token[choice]) / count
-            for _ in event.token_ids:
-                self.metrics.per_token[self.record.endpoint].observe(gap)
+        last = self._last_token.get(choice)
+        if last is not None:
+            self.metrics.per_token[self.record.endpoint].observe((now - last) / count, count)
         self._last_token[choice] = now
 
     @property

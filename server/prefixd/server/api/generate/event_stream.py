@@ -3,9 +3,8 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import AsyncExitStack, suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -13,6 +12,7 @@ from prefixd.server.api.error_responses import (
     error_body,
     internal_error,
 )
+from prefixd.server.api.generate.event_encoder import sse_event
 from prefixd.server.api.request_record import ClientGone
 from prefixd.server.errors import PrefixdError
 
@@ -77,12 +77,10 @@ class EventStream(Response):
             raise ClientGone from error
         await _send(send, self._first)
         async for chunk in self._chunks:
-            await _send(send, chunk)
-
-
-def sse_event(payload: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + to_json(payload) + b"\n\n"
+            try:  # as ``_send``, without a call for each token
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except OSError as error:
+                raise ClientGone from error
 
 
 async def _send(send: Send, body: bytes) -> None:

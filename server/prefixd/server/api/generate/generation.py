@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
@@ -132,10 +133,11 @@ class Generation:
     def _take(self) -> tuple[Batch, PrefixdError | None]:
         """Count and take what is ready, up to the first sequence that failed; and its error."""
         batch: Batch = []
+        now = time.perf_counter()
         while self._ready:
             choice, event = self._ready.popleft()
             if isinstance(event, TokenEvent):
-                self.recorder.token(choice, event)
+                self.recorder.token(choice, event, now=now)
             else:
                 self._unfinished -= 1
                 self.recorder.record.sequence_finished(choice, event)

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import structlog
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
-from pydantic_core import to_json
 from starlette.responses import Response
 
 from prefixd.server.api.body import json_body, json_request
@@ -21,7 +20,8 @@ from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.charging import Charging
-from prefixd.server.api.generate.event_stream import EventStream, sse_event, while_connected
+from prefixd.server.api.generate.event_encoder import EventEncoder
+from prefixd.server.api.generate.event_stream import EventStream, while_connected
 from prefixd.server.api.generate.formatter import (
     ChatAnswer,
     ChatFormatter,
@@ -194,21 +194,15 @@ async def _chunks(
 ) -> AsyncGenerator[bytes]:
     """The events of a stream; those that are ready at once are yielded together. An error before
     the first of them is raised."""
-    # What all events share is serialized once.
-    before = b"data: " + to_json(envelope)[:-1] + b',"choices":['
-    after = (b'],"usage":null}' if wants_usage else b"]}") + b"\n\n"
-    openings = formatter.openings(num_choices)
+    encoder = EventEncoder(formatter, envelope, wants_usage=wants_usage)
+    openings = encoder.openings(num_choices)
     async for batch in events:
-        choices, openings = openings, []
-        for choice, event in batch:
-            if isinstance(event, FinishEvent):
-                choices.append(formatter.closing(choice, event.reason))
-            elif event.text or event.logprobs:
-                choices.append(formatter.delta(choice, event))
-        if choices:
-            yield b"".join([before + to_json(entry) + after for entry in choices])
+        encoded = openings + encoder.batch(batch)
+        openings = b""
+        if encoded:
+            yield encoded
     if wants_usage:
-        yield sse_event({**envelope, "choices": [], "usage": record.usage()})
+        yield encoder.usage(record.usage())
 
 
 def _envelope(admitted: Admitted, kind: str) -> dict[str, Any]:
