@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from dataclasses import replace
 
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.request import (
@@ -147,3 +148,19 @@ def test_out_of_memory_makes_no_suspects_and_another_error_does() -> None:
         assert scheduler.recovery.proving is not out_of_memory
         assert list(scheduler.recovery.suspects) == ([] if out_of_memory else sequences)
         assert len(scheduler.schedule().chunks) == 1  # halved, or one suspect alone
+
+
+def test_only_a_token_that_is_drawn_takes_a_random_number() -> None:
+    drawn = []
+
+    def uniform(seed: int, index: int) -> float:
+        drawn.append((seed, index))
+        return 0.5
+
+    for temperature in (0.0, 0.7):
+        request = replace(bare(timeout_s=60), sampling=SamplingParams(temperature=temperature))
+        scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4), uniform=uniform)
+        scheduler.add(Sequence(next(_ids), request, 0, 9, [1]))
+        (chunk,) = scheduler.schedule().chunks
+        assert chunk.uniform == (0.5 if temperature else 0.0)
+    assert drawn == [(9, 0)]

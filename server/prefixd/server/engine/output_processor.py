@@ -72,14 +72,15 @@ class LogprobQueue:
 
 @dataclass(slots=True)
 class _Stream:
-    """The output of one sequence to its caller. ``failed``: no more text can be delivered."""
+    """The output of one sequence to its caller. ``logprobs`` is None where they are not wanted;
+    ``failed``: no more text can be delivered."""
 
     sequence: Sequence
     on_event: Callable[[Event], None]
     deliver: Callable[[], None] | None
     stop: StopStrings | None
     detokenizer: Detokenizer | None = None
-    logprobs: LogprobQueue = field(default_factory=LogprobQueue)
+    logprobs: LogprobQueue | None = None
     num_sent: int = 0
     failed: bool = False
 
@@ -107,7 +108,10 @@ class OutputProcessor:
             stop = None
             if params.strings:
                 stop = StopStrings(params.strings, include=params.include_stop_string)
-            self._streams[sequence.seq_id] = _Stream(sequence, on_event, deliver, stop)
+            stream = _Stream(sequence, on_event, deliver, stop)
+            if sequence.request.sampling.top_logprobs is not None:
+                stream.logprobs = LogprobQueue()
+            self._streams[sequence.seq_id] = stream
             self._by_request.setdefault(sequence.request.request_id, []).append(sequence)
 
     def of(self, request_id: str) -> tuple[Sequence, ...]:
@@ -151,8 +155,9 @@ class OutputProcessor:
         detokenizer = stream.detokenizer
         if detokenizer is None:
             detokenizer = stream.detokenizer = self._new_detokenizer(sequence.request.prompt)
-        if sampled.logprob is not None:
-            stream.logprobs.add(sampled, detokenizer.previous)
+        queue = stream.logprobs
+        if queue is not None:
+            queue.add(sampled, detokenizer.previous)
         tokens: Items[TokenText] = ()
         # A stop token is no part of the text, but a special one may be part of a stop string.
         if end is None or end.reason is not FinishReason.STOP or detokenizer.special(token_id):
@@ -161,7 +166,7 @@ class OutputProcessor:
             stream, tokens, matches=sequence.num_output >= sequence.request.stop.min_tokens
         )
         stream.num_sent += len(text)
-        logprobs = stream.logprobs.take(stream.num_sent) if sampled.logprob is not None else ()
+        logprobs = () if queue is None else queue.take(stream.num_sent)
         self._emit(stream, TokenEvent(sequence.index, text, (token_id,), logprobs))
         return stop
 
@@ -180,7 +185,8 @@ class OutputProcessor:
                 elif stream.stop is not None:
                     text += stream.stop.flush()
             stream.num_sent += len(text)
-            logprobs = stream.logprobs.take_rest(stream.num_sent)
+            queue = stream.logprobs
+            logprobs = () if queue is None else queue.take_rest(stream.num_sent)
             if text or logprobs:
                 self._emit(stream, TokenEvent(sequence.index, text, (), logprobs))
         except Exception as error:  # noqa: BLE001 - logged there
@@ -224,7 +230,8 @@ def _final_text(
 ) -> tuple[str, str | None]:
     """Text that is final with ``tokens``, and the stop string that ends it, where stop strings
     count (``matches``)."""
-    stream.logprobs.place(tokens)
+    if stream.logprobs is not None:
+        stream.logprobs.place(tokens)
     strings, detokenizer = stream.stop, stream.detokenizer
     if strings is None or not matches:
         return "".join([token.text for token in tokens]), None
@@ -232,7 +239,8 @@ def _final_text(
     text, stop = strings.push_tokens(tokens)
     if stop is None and strings.would_end(detokenizer.tentative(strings.reach)):
         rest = detokenizer.flush()  # the sequence ends here, so this text cannot change any more
-        stream.logprobs.place(rest)
+        if stream.logprobs is not None:
+            stream.logprobs.place(rest)
         ending, stop = strings.push_tokens(rest)
         text += ending
     return text, stop

@@ -26,14 +26,14 @@ NULL_BLOCK = 0
 """Block 0 is never allocated and always holds zeros: padding reads it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes twice as long to make, and a step makes many
 class Chunk:
     """Consecutive tokens of one sequence to run through the model in this step.
 
     ``sampling`` is set when the last token's logits are to be sampled. ``uniform`` is then the
-    draw in [0, 1) that selects the token, ``history`` all tokens so far (empty unless penalties
-    need them; the first ``num_prompt_tokens`` are the prompt) and ``banned`` the ids that must not
-    be sampled yet.
+    draw in [0, 1) that selects the token (0 for a greedy one), ``history`` all tokens so far (empty
+    unless penalties need them; the first ``num_prompt_tokens`` are the prompt) and ``banned`` the
+    ids that must not be sampled yet.
     """
 
     seq_id: int
@@ -139,7 +139,7 @@ class Step:
         return len({c.prefix for c in self.chunks if c.prefix is not None})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sampled:
     """One sampled token. ``finite`` is False when the row's logits held NaN or +inf: that row
     failed, and no other."""

@@ -167,6 +167,7 @@ class StepBuilder:
             size = max(_LARGE_CHUNK, min(size, _MAX_SCORES // num_seen))
         sampling, stop = sequence.request.sampling, sequence.request.stop
         is_last = start + size == num_tokens
+        is_drawn = is_last and sampling.temperature > 0
         num_output = num_tokens - sequence.num_prompt
         step.chunks.append(
             Chunk(
@@ -176,7 +177,7 @@ class StepBuilder:
                 block_table=tuple(sequence.block_table),
                 prefix=sequence.prefix.key if sequence.prefix else None,
                 sampling=sampling if is_last else None,
-                uniform=self._uniform(sequence.seed, num_output) if is_last else 0.0,
+                uniform=self._uniform(sequence.seed, num_output) if is_drawn else 0.0,
                 history=tuple(sequence.tokens) if is_last and needs_history(sampling) else (),
                 num_prompt_tokens=sequence.num_prompt,
                 banned=tuple(stop.token_ids) if num_output < stop.min_tokens else (),

@@ -12,7 +12,7 @@ from prefixd.server.model.kv_cache import slots_of
 from prefixd.server.model.prefix import HardPrompt, SoftPrompt
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
     """The part of a pass that belongs to one sequence or compiling prefix: ``length`` positions
     from ``start``, at ``offset`` in the flat tokens."""
