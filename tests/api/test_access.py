@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fastapi.dependencies.utils
 import httpx2
 import pytest
 from fastapi import APIRouter
@@ -269,3 +270,19 @@ def test_unknown_routes_and_methods_return_the_error_object(client: TestClient) 
         answer = client.request(method, path)
         assert answer.status_code == status, path
         error_of(answer)
+
+
+def test_a_generation_solves_few_dependencies(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # FastAPI solves what a dependency needs wherever it is named, before it looks into its cache.
+    solve, solved = fastapi.dependencies.utils.solve_dependencies, []
+
+    async def counted(**values: Any) -> Any:
+        solved.append(values["dependant"].call)
+        return await solve(**values)
+
+    monkeypatch.setattr(fastapi.dependencies.utils, "solve_dependencies", counted)
+    body = {"model": world.served.name, "prompt": "a", "max_tokens": 1}
+    assert client.post("/v1/completions", json=body, headers=world.headers()).is_success
+    assert 0 < len(solved) <= 16

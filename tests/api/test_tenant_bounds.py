@@ -170,11 +170,18 @@ def test_a_wait_before_a_lookup_counts_as_a_wait_for_the_catalog() -> None:
 
     async def scenario() -> None:
         bounds, calls = TenantBounds(), Calls()
-        request: Any = SimpleNamespace(client=Address("10.0.0.1", 1), state=SimpleNamespace())
-        catalog: Any = SimpleNamespace(calls=calls)
+        parts = SimpleNamespace(
+            tenants=SimpleNamespace(authenticate=None),
+            bounds=bounds,
+            catalog=SimpleNamespace(calls=calls),
+        )
+        request: Any = SimpleNamespace(
+            client=Address("10.0.0.1", 1),
+            state=SimpleNamespace(),
+            app=SimpleNamespace(state=parts),
+        )
         credentials = HTTPAuthorizationCredentials(scheme="Bearer", credentials=key.text)
-        tenants: Any = SimpleNamespace(authenticate=None)
-        lookup = authenticated(request, tenants, bounds, catalog, credentials)
+        lookup = authenticated(request, credentials)
         async with bounds.lookups_of_key.hold(key.parsed.key_id, LOOKUPS_OF_KEY):
             task = asyncio.create_task(lookup)
             await settle()

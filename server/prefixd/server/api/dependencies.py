@@ -70,12 +70,14 @@ _bearer = HTTPBearer(auto_error=False, description="An API key: `prefixd key cre
 
 async def authenticated(
     request: Request,
-    tenants: TenantsDep,
-    bounds: BoundsDep,
-    catalog: CatalogAccessDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Principal:
     """The principal behind the bearer key. Raises NotAuthenticated."""
+    # Not as dependencies: FastAPI solves those again wherever this one is named.
+    state = request.app.state
+    tenants: Tenants = state.tenants
+    bounds: TenantBounds = state.bounds
+    catalog: CatalogAccess = state.catalog
     if credentials is None:
         raise NotAuthenticated(
             "an API key is needed: send the header 'Authorization: Bearer <key>'",
@@ -93,8 +95,7 @@ async def authenticated(
 
 async def authenticate_request(request: Request) -> Principal:
     """``authenticated``, of a request that no route takes."""
-    state, credentials = request.app.state, await _bearer(request)
-    return await authenticated(request, state.tenants, state.bounds, state.catalog, credentials)
+    return await authenticated(request, await _bearer(request))
 
 
 Authenticated = Annotated[Principal, Depends(authenticated)]
