@@ -21,7 +21,7 @@ from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.prefixes.residency import pin_room
 from prefixd.server.api.request_record import Tracer
-from prefixd.server.api.served import ServedModel
+from prefixd.server.api.served import DecoderInfo, ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixKey
@@ -70,6 +70,7 @@ BASE = BaseSpec(
     max_abs_embedding=100.0,
     max_abs_kv=100.0,
 )
+DECODER = DecoderInfo("fake", "cpu", "float32")
 MAX_POSITIONS = 400
 POOL_BLOCKS = 32
 BODY_LIMITS = {
@@ -266,6 +267,7 @@ def make_world(
         served=ServedModel(
             name=base.name,
             base=base,
+            decoder=DECODER,
             max_positions=MAX_POSITIONS,
             vocab_size=VOCAB_SIZE,
             logits_size=VOCAB_SIZE,
@@ -273,7 +275,7 @@ def make_world(
             created=1_700_000_000,
             tokenizer=tokenizer or ByteTokenizer(),
         ),
-        metrics=Metrics(engine.stats, disk),
+        metrics=Metrics(engine.stats, disk, DECODER),
         drain_state=DrainState(),
         body_limits=BodyLimits(upload_dir=uploads, **BODY_LIMITS),
         disk=disk,

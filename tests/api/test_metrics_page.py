@@ -55,3 +55,10 @@ def test_number_of_series_does_not_grow_with_tenants_and_prefixes(
                 values.setdefault((family.name, label), set()).add(value)
     grown = {place for place, seen in values.items() if place[1] != "le" and len(seen) > BOUNDED}
     assert grown == set()
+
+
+def test_health_and_metrics_say_what_computes_the_model(client: TestClient, world: World) -> None:
+    decoder = {"kernels": "fake", "device": "cpu", "dtype": "float32"}
+    assert client.get("/health/ready").json()["decoder"] == decoder
+    registry = world.metrics.registry
+    assert registry.get_sample_value("prefixd_decoder_info", decoder) == 1

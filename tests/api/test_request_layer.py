@@ -92,7 +92,7 @@ def test_metrics_count_requests_and_engine_work(client: TestClient, world: World
 def test_applications_do_not_share_metrics(client: TestClient, world: World) -> None:
     from prefixd.server.api.metrics import Metrics
 
-    other = Metrics(world.engine.stats, world.disk)
+    other = Metrics(world.engine.stats, world.disk, world.served.decoder)
     client.get("/health/live")
     assert b"prefixd_http_requests_total{" not in other.render()
 

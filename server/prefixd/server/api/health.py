@@ -4,6 +4,7 @@ They run on the event loop and wait for nothing, so that they respond while a th
 database or the bucket hangs.
 """
 
+from dataclasses import asdict
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Response
@@ -11,8 +12,15 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
-from prefixd.server.api.dependencies import CatalogAccessDep, DrainStateDep, EngineDep, part
+from prefixd.server.api.dependencies import (
+    CatalogAccessDep,
+    DrainStateDep,
+    EngineDep,
+    ServedDep,
+    part,
+)
 from prefixd.server.api.metrics import Metrics
+from prefixd.server.api.served import DecoderInfo
 
 router = APIRouter(tags=["operation"])
 
@@ -26,6 +34,12 @@ class HealthResponse(BaseModel):
     reason: str | None = None
 
 
+class ReadyResponse(HealthResponse):
+    """With what computes the model."""
+
+    decoder: DecoderInfo
+
+
 @router.get("/health/live", response_model=HealthResponse, response_model_exclude_none=True)
 async def live() -> HealthResponse:
     """The process responds."""
@@ -34,20 +48,21 @@ async def live() -> HealthResponse:
 
 @router.get(
     "/health/ready",
-    response_model=HealthResponse,
-    responses={503: {"description": "Not now.", "model": HealthResponse}},
+    response_model=ReadyResponse,
+    responses={503: {"description": "Not now.", "model": ReadyResponse}},
 )
 async def ready(
-    engine: EngineDep, drain_state: DrainStateDep, catalog: CatalogAccessDep
+    engine: EngineDep, drain_state: DrainStateDep, catalog: CatalogAccessDep, served: ServedDep
 ) -> Response:
     """The engine steps, the catalog responds and the server takes requests; otherwise ``reason``
     says why not."""
+    decoder = asdict(served.decoder)
     reason = engine.trouble or catalog.health.trouble
     if drain_state.closed:
         reason = "the server is shutting down"
     if reason is None:
-        return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "not ready", "reason": reason}, 503)
+        return JSONResponse({"status": "ok", "decoder": decoder})
+    return JSONResponse({"status": "not ready", "reason": reason, "decoder": decoder}, 503)
 
 
 @router.get(

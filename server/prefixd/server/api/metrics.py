@@ -7,6 +7,7 @@ vLLM has too have vLLM's names.
 
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from enum import StrEnum
 from typing import Self
 
@@ -15,12 +16,14 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    Info,
     disable_created_metrics,
     generate_latest,
 )
 
 from prefixd.server.api.disk_metrics import DiskCollector
 from prefixd.server.api.engine_metrics import EngineCollector
+from prefixd.server.api.served import DecoderInfo
 from prefixd.server.api.thread_metrics import ThreadCollector
 from prefixd.server.api.token_times import TokenTimes, TokenTimesCollector
 from prefixd.server.engine.stats import EngineStats
@@ -77,11 +80,15 @@ class ConnectionLimit(StrEnum):
 class Metrics:
     """The metrics of one application, in its own registry."""
 
-    def __init__(self, stats: Callable[[], EngineStats], disk: DiskGuard) -> None:
+    def __init__(
+        self, stats: Callable[[], EngineStats], disk: DiskGuard, decoder: DecoderInfo
+    ) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(stats))
         self.registry.register(DiskCollector(disk))
         self.registry.register(ThreadCollector())
+        info = Info("prefixd_decoder", "What computes the model.", registry=self.registry)
+        info.info(asdict(decoder))
         self.http = Counter(
             "prefixd_http_requests",
             "HTTP requests answered.",

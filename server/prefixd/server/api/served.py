@@ -50,6 +50,15 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class DecoderInfo:
+    """What computes the model: ``kernels`` is ``module``, ``torch`` or a native set."""
+
+    kernels: str
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServedModel:
     """Facts about the one base model. ``created`` is a Unix time; ``max_positions`` counts
     virtual tokens too.
@@ -61,6 +70,7 @@ class ServedModel:
 
     name: str
     base: BaseSpec
+    decoder: DecoderInfo
     max_positions: int
     vocab_size: int
     logits_size: int

@@ -20,7 +20,7 @@ from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.prefixes.residency import pin_room
-from prefixd.server.api.served import ServedModel
+from prefixd.server.api.served import DecoderInfo, ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.model.architecture import UnsupportedModel
@@ -92,11 +92,12 @@ def build_server(settings: Settings) -> Server:
     base, runner, limits = compute(
         lambda: _load(settings, config, device=device, threads=threads), threads=threads
     )
-    served = _served_model(settings, base, limits)
+    decoder = DecoderInfo(runner.decoder.name, str(base.device), settings.dtype)
+    served = _served_model(settings, base, limits, decoder)
     engine = _engine(settings, config, base, runner=runner, catalog=catalog, served=served)
     trace = open_tracer()
     drain_state = DrainState()
-    metrics = Metrics(engine.stats, catalog.disk)
+    metrics = Metrics(engine.stats, catalog.disk, decoder)
     access = CatalogAccess.make(wait_s=settings.catalog_timeout)
     metrics.registry.register(CatalogCollector(access))
     room = pin_room(config, settings.max_pinned_tokens)
@@ -276,7 +277,9 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
     )
 
 
-def _served_model(settings: Settings, base: LoadedBase, limits: Limits) -> ServedModel:
+def _served_model(
+    settings: Settings, base: LoadedBase, limits: Limits, decoder: DecoderInfo
+) -> ServedModel:
     name = settings.served_model_name or base.name
     return ServedModel(
         name=name,
@@ -292,6 +295,7 @@ def _served_model(settings: Settings, base: LoadedBase, limits: Limits) -> Serve
             max_abs_embedding=limits.max_abs_embedding,
             max_abs_kv=limits.max_abs_kv,
         ),
+        decoder=decoder,
         max_positions=base.shape.max_positions,
         vocab_size=base.num_embeddings,
         logits_size=base.num_logits,
