@@ -3,13 +3,19 @@
 Random bfloat16 weights in the sizes of the demo model::
 
     python -m benchmarks.cpu_kernels --threads 2 --kernels avx512_bf16 --rows 1 8 32
+
+With ``--next-to-busy``: against its own steps on one thread, while another process keeps one core
+busy.
 """
 
 import argparse
 import ctypes
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -107,6 +113,35 @@ def seconds_of(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Another process that keeps one core busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def print_ratios(
+    rows: list[int],
+    rounds: int,
+    ours: Callable[[int], Callable[[], None]],
+    other: Callable[[int], Callable[[], None]],
+) -> None:
+    """Medians of both in alternating rounds, without the first, and their ratio."""
+    with torch.inference_mode():
+        for count in rows:
+            runs = ours(count), other(count)
+            times: tuple[list[float], list[float]] = ([], [])
+            for _ in range(rounds):
+                for run, values in zip(runs, times, strict=True):
+                    values.append(1e3 * seconds_of(run))
+            first, second = (statistics.median(values[1:]) for values in times)
+            print(f"{count:5} {first:8.2f} {second:8.2f} {first / second:6.2f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
@@ -115,22 +150,25 @@ def main() -> None:
     parser.add_argument("--position", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", type=Path, default=Path("build"))
+    parser.add_argument("--next-to-busy", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.folder.mkdir(exist_ok=True)
     library = find_or_compile_library(arguments.folder)
     kernels = arguments.kernels or library.kernels[-1]
-    steps = Steps(library, kernels, arguments.threads, max(arguments.rows))
-    print(f"{kernels}, {arguments.threads} threads, ms: rows, step, torch's products, ratio")
-    with torch.inference_mode():
-        for rows in arguments.rows:
-            step, products = steps.step(rows, arguments.position), packed_products(rows)
-            times: tuple[list[float], list[float]] = ([], [])
-            for _ in range(arguments.rounds):
-                times[0].append(1e3 * seconds_of(step))
-                times[1].append(1e3 * seconds_of(products))
-            ours, torchs = (statistics.median(values[1:]) for values in times)
-            print(f"{rows:5} {ours:8.2f} {torchs:8.2f} {ours / torchs:6.2f}", flush=True)
+
+    def steps(threads: int) -> Callable[[int], Callable[[], None]]:
+        decoder = Steps(library, kernels, threads, max(arguments.rows))
+        return lambda rows: decoder.step(rows, arguments.position)
+
+    title = f"{kernels}, {arguments.threads} threads, ms: rows, step"
+    if arguments.next_to_busy:
+        print(f"{title}, step on one thread, ratio; next to a busy process")
+        with busy_process():
+            print_ratios(arguments.rows, arguments.rounds, steps(arguments.threads), steps(1))
+    else:
+        print(f"{title}, torch's products, ratio")
+        print_ratios(arguments.rows, arguments.rounds, steps(arguments.threads), packed_products)
 
 
 if __name__ == "__main__":

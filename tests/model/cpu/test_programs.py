@@ -24,6 +24,7 @@ pytestmark = [
 
 MAIN = Path(__file__).with_name("decoder_tests.cpp")
 ATTENTION = Path(__file__).with_name("kernel_tests.cpp")
+POOL = Path(__file__).with_name("pool_tests.cpp")
 FULL = os.environ.get("PREFIXD_TEST_SANITIZE") == "full"
 ROUNDS = 5 if FULL else 1
 CROSS = "aarch64-linux-gnu-g++"
@@ -46,10 +47,11 @@ def kernel_sets() -> tuple[str, ...]:
 
 
 def build(folder: Path, *flags: str, sets: Sequence[str]) -> Path:
-    """The program of MAIN; that of ATTENTION is next to it."""
+    """The program of MAIN; those of ATTENTION and POOL are next to it."""
     emulation = ("-DPFX_EMULATED_TILES",) if FULL else ()
     flags = ("-O1" if FULL else "-O0", "-g", "-Werror", *emulation, *flags)
-    build_programs(folder, [MAIN, ATTENTION], compiler=find_compiler(), sets=sets, flags=flags)
+    mains = [MAIN, ATTENTION, POOL]
+    build_programs(folder, mains, compiler=find_compiler(), sets=sets, flags=flags)
     return folder / MAIN.stem
 
 
@@ -114,6 +116,20 @@ def test_threads_do_not_race(tmp_path: Path):
     # Without random addresses: the sanitizer needs some of them to be free.
     before = ("setarch", "-R") if shutil.which("setarch") else ()
     run(program, name, *before, threads=3, rounds=ROUNDS)
+    run_pool(program, *before)
+
+
+def run_pool(program: Path, *before: str) -> None:
+    command = [*before, str(program.with_name(POOL.stem))]
+    environment = {**os.environ, **SANITIZERS}
+    ended = subprocess.run(
+        command, check=False, capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_threads_that_cost_more_than_they_gain_are_not_used(checked: Path):
+    run_pool(checked)
 
 
 def test_portable_kernels_run_on_arm64(checked: Path, tmp_path: Path):

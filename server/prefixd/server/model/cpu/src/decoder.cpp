@@ -43,7 +43,7 @@ void Decoder::run(const pfx_step& step) {
 }
 
 void Decoder::run_phases(const pfx_step& step) {
-    plan_.fill(step, attention_, threads->num_threads());
+    plan_.fill(step, attention_, threads->num_active());
     embed(step);
     const int last = weights.shape.num_layers - 1;
     for (int i = 0; i < last; i++) {
@@ -84,7 +84,7 @@ void Decoder::norm(const float* x, const float* weight, void* out, int rows) {
 void Decoder::multiply(const void* a, int rows, const Packed& packed, Epilogue epilogue, void* out, int ldo) {
     const bool gated = epilogue == Epilogue::gated;
     const int halves = gated ? 2 : 1, panels = packed.panels / halves;
-    const int wanted = threads->num_threads() * kItemsPerThread;
+    const int wanted = threads->num_active() * kItemsPerThread;
     const int chunks = std::max(1, std::min(rows / kProductRows, (wanted + panels - 1) / panels));
     const int of_chunk = ((rows + chunks - 1) / chunks + kProductRows - 1) / kProductRows * kProductRows;
     const int at_once = chunks == 1 ? rows : of_chunk;

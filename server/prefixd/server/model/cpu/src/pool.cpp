@@ -36,6 +36,12 @@ void futex_wake_all(std::atomic<uint32_t>& word) {
     syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
+int64_t read_clock(clockid_t clock) {
+    timespec time;
+    clock_gettime(clock, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
 int64_t involuntary_switches() {
     rusage usage;
     return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_nivcsw : 0;
@@ -60,14 +66,13 @@ bool spin(int spin_us, const Ready& ready) {
 
 }  // namespace
 
-int64_t now_ns() {
-    timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
-}
+int64_t now_ns() { return read_clock(CLOCK_MONOTONIC); }
+
+int64_t thread_cpu_ns() { return read_clock(CLOCK_THREAD_CPUTIME_ID); }
 
 ThreadPool::ThreadPool(int threads, int spin_us)
-    : num_threads_(threads), spin_us_(spin_us), shares_(new Share[threads]) {
+    : num_threads_(threads), spin_us_(spin_us), shares_(new Share[threads]),
+      active_threads_(threads) {
     start();
 }
 
@@ -79,6 +84,8 @@ void ThreadPool::stop() {
     stop_ = true;
     phase_++;
     futex_wake_all(phase_);
+    active_ = num_threads_;
+    futex_wake_all(active_);
     for (Worker& worker : workers_) pthread_join(worker.thread, nullptr);
 }
 
@@ -86,6 +93,7 @@ void ThreadPool::start() {
     process_ = getpid();
     for (int i = 0; i < num_threads_; i++) shares_[i].range = 0;
     sleepers_ = 0;
+    active_ = active_threads_.count();
     workers_.clear();
     workers_.resize(num_threads_ - 1);
     sigset_t all, before;
@@ -108,26 +116,48 @@ void ThreadPool::start() {
                              " threads, the system refused: " + std::strerror(error));
 }
 
+// Inactive workers sleep until their number changes.
+void ThreadPool::wake_active() {
+    active_ = num_active();
+    futex_wake_all(active_);
+}
+
 void ThreadPool::begin_step() {
     if (process_ != getpid()) start();
     caller_switches_ = involuntary_switches();
     step_++;
-    if (num_threads_ > 1) publish(0, nullptr, nullptr);
+    if (num_threads_ == 1) return;
+    step_begin_ = now_ns();
+    cpu_begin_ = thread_cpu_ns();
+    sleep_begin_ = sleep_ns_;
+    if (active_threads_.begin_step(step_begin_)) wake_active();
+    if (num_active() > 1) publish(0, nullptr, nullptr);
 }
 
 bool ThreadPool::end_step() {
+    if (num_threads_ > 1) {
+        const int64_t now = now_ns(), used = thread_cpu_ns() - cpu_begin_, slept = sleep_ns_ - sleep_begin_;
+        active_threads_.end_step(now, std::max<int64_t>(0, now - step_begin_ - used - slept));
+        active_ = num_active();
+    }
     bool preempted = worker_preempted_.exchange(false);
     return involuntary_switches() != caller_switches_ || preempted;
 }
 
 void ThreadPool::run_all(int items, Function function, const void* context) {
-    if (num_threads_ == 1 || items <= 1) {
+    if (num_active() == 1 || items <= 1) {
         for (int i = 0; i < items; i++) function(context, i, 0);
         return;
     }
+    const int64_t begin = now_ns();
     publish(items, function, context);
-    completed_.fetch_add(work(0));
+    const int own = work(0);
+    completed_.fetch_add(own);
+    const int64_t worked = now_ns();
     if (completed_.load(std::memory_order_acquire) != (uint32_t)items) wait_for(items);
+    const int64_t end = now_ns();
+    active_threads_.end_phase(end, items, own, worked - begin, end - worked);
+    active_ = num_active();
 }
 
 void ThreadPool::publish(int items, Function function, const void* context) {
@@ -135,8 +165,9 @@ void ThreadPool::publish(int items, Function function, const void* context) {
     context_ = context;
     completed_.store(0, std::memory_order_relaxed);
     const uint32_t phase = phase_.load(std::memory_order_relaxed) + 1;
-    for (int i = 0; i < num_threads_; i++) {
-        const int first = share_begin(items, i, num_threads_), last = share_begin(items, i + 1, num_threads_);
+    const int active = num_active();
+    for (int i = 0; i < active; i++) {
+        const int first = share_begin(items, i, active), last = share_begin(items, i + 1, active);
         shares_[i].range.store(range(phase, first, last), std::memory_order_release);
     }
     phase_.store(phase);
@@ -173,21 +204,29 @@ void ThreadPool::wait_for(int items) {
     const int64_t begin = now_ns();
     auto complete = [&] { return completed_.load(std::memory_order_acquire) == (uint32_t)items; };
     if (!spin(spin_us_, complete)) {
+        const int64_t asleep = now_ns();
         caller_sleeps_ = 1;
         for (uint32_t now; (now = completed_.load()) != (uint32_t)items;) futex_wait(completed_, now);
         caller_sleeps_ = 0;
+        sleep_ns_ += now_ns() - asleep;
     }
     wait_ns_ += now_ns() - begin;
 }
 
-bool ThreadPool::wait_for_phase(uint32_t seen) {
-    if (!spin(spin_us_, [&] { return phase_.load(std::memory_order_acquire) != seen; })) {
-        while (phase_.load() == seen) {
+bool ThreadPool::wait_for_phase(int thread, uint32_t seen) {
+    auto ready = [&] { return phase_.load(std::memory_order_acquire) != seen; };
+    if (active_.load(std::memory_order_relaxed) > (uint32_t)thread && spin(spin_us_, ready)) return !stop_;
+    for (;;) {
+        const uint32_t active = active_.load();
+        if (active <= (uint32_t)thread) {
+            futex_wait(active_, active);
+        } else if (ready()) {
+            return !stop_;
+        } else {
             sleepers_++;
             futex_wait(phase_, seen);
         }
     }
-    return !stop_;
 }
 
 void ThreadPool::worker_loop(int thread) {
@@ -196,7 +235,7 @@ void ThreadPool::worker_loop(int thread) {
     pthread_setname_np(pthread_self(), name);
     uint32_t step = 0, seen = 0;
     int64_t switches = involuntary_switches();
-    while (wait_for_phase(seen)) {
+    while (wait_for_phase(thread, seen)) {
         seen = phase_.load(std::memory_order_acquire);
         if (step != step_.load(std::memory_order_relaxed)) {
             step = step_.load(std::memory_order_relaxed);

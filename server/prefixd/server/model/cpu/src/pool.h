@@ -8,6 +8,8 @@
 #include <memory>
 #include <vector>
 
+#include "active_threads.h"
+
 namespace pfx {
 
 // Divides the items of one phase after another among the calling thread and its workers.
@@ -15,7 +17,9 @@ namespace pfx {
 // Each thread begins with a contiguous share, taken from the front; a thread whose share is empty
 // takes single items from the end of another's. A phase ends when all items are complete, not when
 // all threads have arrived: a worker that the system runs late has taken nothing, and is not waited
-// for. A waiting thread spins for at most spin_us, then sleeps.
+// for. One that loses its core while it holds an item is: where this costs more than the last thread
+// gains, fewer are active for a while, and the others sleep. A waiting thread spins for at most
+// spin_us, then sleeps.
 class ThreadPool {
 public:
     ThreadPool(int threads, int spin_us);  // throws std::runtime_error
@@ -23,14 +27,14 @@ public:
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
 
-    int num_threads() const { return num_threads_; }
+    int num_active() const { return active_threads_.count(); }  // threads that compute, now
 
     // The first item of a thread's share; of thread num_threads: their number.
     static int share_begin(int items, int thread, int num_threads) {
         return (int)((int64_t)items * thread / num_threads);
     }
 
-    // Wakes the workers, so that they are ready when the first phase begins.
+    // Wakes the active workers, so that they are ready when the first phase begins.
     void begin_step();
     // Whether a thread was preempted since begin_step (a worker's may be reported a step later).
     bool end_step();
@@ -70,6 +74,7 @@ private:
         pthread_t thread;
     };
 
+    void wake_active();
     void start();  // throws std::runtime_error
     void stop();
     void run_all(int items, Function function, const void* context);
@@ -79,7 +84,7 @@ private:
     int work(int thread);
     void wait_for(int items);
     void worker_loop(int thread);
-    bool wait_for_phase(uint32_t seen);
+    bool wait_for_phase(int thread, uint32_t seen);
 
     const int num_threads_, spin_us_;
     std::unique_ptr<Share[]> shares_;
@@ -98,10 +103,14 @@ private:
     alignas(64) std::atomic<uint32_t> sleepers_{0};
     std::atomic<bool> worker_preempted_{false};
 
-    int64_t wait_ns_ = 0;
+    ActiveThreads active_threads_;
+    std::atomic<uint32_t> active_{0};  // their number, as the workers see it
+    int64_t wait_ns_ = 0, sleep_ns_ = 0;  // of the caller; the second is part of the first
+    int64_t step_begin_ = 0, cpu_begin_ = 0, sleep_begin_ = 0;
     int64_t caller_switches_ = 0;
 };
 
 int64_t now_ns();
+int64_t thread_cpu_ns();  // of the calling thread
 
 }  // namespace pfx

@@ -1,0 +1,52 @@
+#include "active_threads.h"
+
+#include <algorithm>
+
+namespace pfx {
+
+namespace {
+
+constexpr int kItemsWait = 2;  // of the caller's: a wait that also threads with a core of their own cause
+constexpr int kSoonRests = 4;  // lost again within so many rests of its return: soon
+
+}  // namespace
+
+bool ActiveThreads::begin_step(int64_t now) {
+    if (count_ == most_ || now < retry_at_) return false;
+    if (raised_) rest_ns_ = kFirstRest_ns;  // the one before was kept: the next may follow quickly
+    raised_ = true;
+    raised_at_ = now;
+    retry_at_ = now + rest_ns_;
+    balance_ns_ = kTrial_ns;
+    count_++;
+    return true;
+}
+
+// With n threads a phase takes the caller about 1 / (n - 1) less time than with one fewer, if the
+// others do as much as it does.
+void ActiveThreads::end_phase(int64_t now, int items, int own, int64_t work_ns, int64_t wait_ns) {
+    if (count_ == 1 || own == 0) return;
+    const int64_t others = count_ - 1, all_others = others * own;
+    const int64_t gain = work_ns * std::min<int64_t>(items - own, all_others) / all_others / others;
+    add(now, gain - std::max<int64_t>(0, wait_ns - kItemsWait * work_ns / own));
+}
+
+void ActiveThreads::end_step(int64_t now, int64_t lost_ns) {
+    if (count_ == 1) return;
+    add(now, -lost_ns - lost_ns / (count_ - 1));  // the lost time is part of the work_ns above too
+}
+
+void ActiveThreads::add(int64_t now, int64_t gain_ns) {
+    balance_ns_ = std::min(kMost_ns, balance_ns_ + gain_ns);
+    if (balance_ns_ >= 0) return;
+    if (raised_) {
+        const bool soon = now - raised_at_ < kSoonRests * rest_ns_;
+        rest_ns_ = soon ? std::min(2 * rest_ns_, kLongestRest_ns) : kFirstRest_ns;
+    }
+    raised_ = false;
+    retry_at_ = now + rest_ns_;
+    balance_ns_ = kMost_ns;
+    count_--;
+}
+
+}  // namespace pfx

@@ -1,0 +1,94 @@
+// Which threads of a pool compute: pool_tests. Prints nothing; the exit status says all.
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "active_threads.h"
+#include "pool.h"
+
+using pfx::ActiveThreads;
+using pfx::ThreadPool;
+
+static void require(bool holds, const char* what) {
+    if (holds) return;
+    std::fprintf(stderr, "expected: %s\n", what);
+    std::exit(1);
+}
+
+constexpr int64_t kMs = 1'000'000;
+
+static void check_choice() {
+    ActiveThreads threads(2);
+    int64_t now = 0, rest = ActiveThreads::kFirstRest_ns;
+    for (int i = 0; i < 100; i++) threads.end_phase(now += kMs, 10, 5, kMs, kMs / 5);
+    require(threads.count() == 2, "a wait of one item costs no thread");
+    for (int i = 0; i < 100; i++) {  // 4 ms lost in each 10 ms of work of two
+        for (int phase = 0; phase < 10; phase++) threads.end_phase(now += kMs, 10, 5, kMs, phase ? 0 : 4 * kMs);
+        require(threads.count() == 2, "a thread stays that gains more than it costs");
+    }
+    for (int i = 0; i < 5; i++) threads.end_phase(now += kMs, 10, 9, kMs, 5 * kMs);
+    require(threads.count() == 1, "a thread is lost that costs more than it gains");
+    for (int i = 0; i < 12; i++) {
+        require(!threads.begin_step(now + rest - 1), "a lost thread rests");
+        require(threads.begin_step(now += rest), "a thread is tried again after its rest");
+        for (int phase = 0; phase < 2; phase++) threads.end_phase(now, 10, 9, kMs, 5 * kMs);
+        require(threads.count() == 1, "a thread that is tried again is lost sooner");
+        rest = rest * 2 < ActiveThreads::kLongestRest_ns ? rest * 2 : ActiveThreads::kLongestRest_ns;
+    }
+    require(threads.begin_step(now += rest), "a thread is tried after the longest rest");
+    threads.end_step(now += 5 * rest, 10 * kMs);
+    require(threads.count() == 1, "a core that the caller lost costs a thread");
+    require(threads.begin_step(now + ActiveThreads::kFirstRest_ns), "a thread that was kept rests for less");
+}
+
+static void check_many() {
+    ActiveThreads threads(16);
+    for (int i = 0; i < 100; i++) threads.end_phase(i, 20, 2, kMs, kMs);
+    require(threads.count() == 16, "waits that the division into items causes cost no thread");
+    threads.end_phase(100, 160, 10, kMs, 30 * kMs);
+    require(threads.count() == 15, "one thread at a time is lost");
+    ActiveThreads one(1);
+    one.end_phase(0, 10, 5, kMs, 100 * kMs);
+    one.end_step(0, 100 * kMs);
+    require(one.count() == 1 && !one.begin_step(1000 * kMs), "the caller always computes");
+}
+
+// A pass whose workers hold their first item for held_ms; the items of each thread.
+static std::vector<int> pass(ThreadPool& pool, int threads, int held_ms) {
+    std::vector<std::atomic<int>> items(threads);
+    std::atomic<bool> held{pool.num_active() == 1};
+    pool.run(64, [&](int, int thread) {
+        if (thread > 0 && !held.exchange(true)) usleep(held_ms * 1000);
+        while (thread == 0 && !held) usleep(10);
+        items[thread]++;
+    });
+    int sum = 0;
+    for (auto& count : items) sum += count;
+    require(sum == 64, "all items are complete");
+    return {items.begin(), items.end()};
+}
+
+static void check_pool(int threads, int spin_us) {
+    ThreadPool pool(threads, spin_us);
+    pool.begin_step();
+    for (int i = 0; i < 100 && pool.num_active() > 1; i++) pass(pool, threads, 50);
+    require(pool.num_active() == 1, "workers are lost that are late");
+    std::vector<int> alone = pass(pool, threads, 0);
+    require(alone[0] == 64, "the caller computes alone next to a worker that is late");
+    pool.end_step();
+    while (pool.num_active() == 1) pool.begin_step();
+    require(pass(pool, threads, 0)[0] < 64, "a worker computes again after its rest");
+    pool.end_step();
+}
+
+int main() {
+    check_choice();
+    check_many();
+    for (int spin_us : {0, 50}) {
+        check_pool(2, spin_us);
+        check_pool(3, spin_us);
+    }
+}
