@@ -33,7 +33,7 @@ extern const Kernels bfloat16_kernels;
 #endif
 
 // Of float32 for the sets that add bfloat16 only.
-static const Kernels* wide_kernels() {
+[[maybe_unused]] static const Kernels* wide_kernels() {
 #ifdef PFX_HAS_AVX512
     return &avx512::float32_kernels;
 #else
