@@ -17,6 +17,7 @@ from prefixd.server.model.decoder_check import DecoderRefused, Evidence, check_d
 from prefixd.server.model.exact import NotExact
 from prefixd.server.model.lean import LeanDecoder
 from prefixd.server.model.load import LoadedBase
+from prefixd.server.model.memory import return_free_memory
 from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.native import NativeDecoder, refuse_native
 from prefixd.server.model.parts import Parts
@@ -76,6 +77,7 @@ def _checked(decoder: Decoder, evidence: Evidence, num_blocks: int) -> Decoder:
     """The decoder; the unmodified module has been checked before. Raises DecoderRefused."""
     if decoder.name != "module":
         check_decoder(decoder, evidence, num_blocks=num_blocks)
+    return_free_memory()
     return decoder
 
 
