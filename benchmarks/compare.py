@@ -7,9 +7,9 @@ makes; one that is missing is named in the report and the others run. Workloads 
 ``workloads.py``. Conditions: ``quiet`` has two threads on an otherwise idle machine, ``shared`` one
 thread next to a process that keeps a core busy, ``crowded`` two threads next to it.
 
-``--variant`` adds another configuration of prefixd, such as ``portable=cpu_isa=portable`` (with
-``PREFIXD_CPU_ISA=portable``) or ``before=revision=0d58078``. Results go to ``--out`` as JSON, with
-plots next to it where matplotlib is installed.
+``--variant`` adds another configuration of prefixd, such as ``portable=cpu_kernels=portable`` (with
+``PREFIXD_CPU_KERNELS=portable``) or ``before=revision=0d58078``. Results go to ``--out`` as JSON,
+with plots next to it where matplotlib is installed.
 """
 
 import argparse
@@ -55,8 +55,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    folder = Path(os.environ.get("PREFIXD_BENCH_DIR", ".bench"))
-    parser.add_argument("--peers", type=Path, default=folder, help="folder of the environments")
+    parser.add_argument(
+        "--peers", type=Path, default=Path(".bench"), help="folder of the environments"
+    )
     parser.add_argument("--only", action="append", choices=[OURS.name, *PEERS], default=[])
     parser.add_argument("--variant", action="append", type=variant, default=[])
     parser.add_argument("--workload", action="append", choices=list(WORKLOADS), default=[])

@@ -1,5 +1,6 @@
 """The log line of each generation."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
 from prefixd.server.api.generate.event_stream import DONE
+from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.testing import ByteTokenizer
 from tests.api.api_world import World, put_text
 from tests.api.test_completions import complete
@@ -84,7 +86,22 @@ def test_internal_error_during_a_response_is_sent_and_logged(
         return bytes([1 // (4 - len(tokens))])
 
     monkeypatch.setattr(ByteTokenizer, "token_bytes", show)
-    caller = Caller(world, {"logprobs": 0, "max_tokens": 9, "stream": stream})
+    sent_text, run = threading.Event(), world.runner.run
+
+    def run_after_text(step: Step) -> StepOutput:
+        """All steps but the first wait until its text is sent, so that the response has begun."""
+        if stream and world.runner.steps:
+            assert sent_text.wait(20)
+        return run(step)
+
+    class Watched(Caller):
+        async def send(self, message: dict[str, Any]) -> None:
+            await super().send(message)
+            if message.get("body"):
+                sent_text.set()
+
+    monkeypatch.setattr(world.runner, "run", run_after_text)
+    caller = Watched(world, {"logprobs": 0, "max_tokens": 9, "stream": stream})
     with structlog.testing.capture_logs() as lines:
         run_with_engine(world, caller.run)
     (line,) = lines_of(lines)

@@ -118,7 +118,7 @@ def test_hanging_step_makes_the_server_not_ready(world: World) -> None:
 def test_request_timeout_applies_while_the_engine_hangs(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefixd.server.api.generate.event_stream._TIMEOUT_SLACK_S", 0.05)
+    monkeypatch.setattr("prefixd.server.api.generate.generation._TIMEOUT_SLACK_S", 0.05)
 
     async def scenario() -> None:
         world.runner.gate.clear()

@@ -186,9 +186,9 @@ def test_variables_of_the_caller_do_not_reach_an_engine(
 
 
 def test_a_variant_has_settings_and_a_revision():
-    engine = variant("before=revision=0d58078,cpu_isa=avx2")
+    engine = variant("before=revision=0d58078,cpu_kernels=avx2")
     assert (engine.name, engine.revision) == ("before", "0d58078")
-    assert engine.variables["PREFIXD_CPU_ISA"] == "avx2"
+    assert engine.variables["PREFIXD_CPU_KERNELS"] == "avx2"
     assert engine.variables["PREFIXD_KV_REUSE"] == "false"
     for wrong in ("=a=b", "x=a", ""):
         with pytest.raises(ValueError, match="expected NAME"):

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,15 @@ def test_a_level_ends_at_its_limit_and_the_rest_is_counted():
     assert "5 not finished (limit of 0.2 s)" in result.stdout
 
 
+@pytest.fixture
+def own_interrupt() -> Iterator[None]:
+    """The handler of a new process: a test before may have set another, or none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("own_interrupt")
 def test_an_interrupt_prints_what_was_measured(tmp_path: Path):
     main = threading.main_thread().ident
     assert main is not None

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = tuple(ROOT / folder for folder in ("server", "prefix_store", "clients"))
@@ -20,9 +21,10 @@ EXCLUDED = (
     *("tests/golden/test_golden_server.py", "tests/model/test_demo.py"),
     *("tests/golden/test_golden_convert.py", "tests/golden/test_golden_pull.py"),
     *("tests/model/test_tokenizer.py", "tests/model/test_tokenizer_sweep.py"),
-    "tests/golden/test_golden_families.py",
+    *("tests/golden/test_golden_families.py", "tests/model/cpu"),
 )
-"""These need the HTTP server, the demo model or the client, or take minutes on a CPU."""
+"""These need the HTTP server, the demo model or the client, take minutes on a CPU, or test its
+kernels."""
 
 REQUESTS, PROMPT, OUTPUT, VIRTUAL = 32, 64, 64, 20
 BLOCKS = 1024
@@ -102,7 +104,7 @@ def billion_weights() -> object:
         return transformers.LlamaForCausalLM(config)
 
 
-def measure(model: object, dtype: str, device: str) -> tuple[float, float]:
+def measure(model: Any, dtype: str, device: str) -> tuple[float, float]:
     """Medians of three runs; base and mixed runs alternate."""
     sys.path[:0] = [str(folder) for folder in (ROOT, *SOURCES)]
     import torch
@@ -111,7 +113,7 @@ def measure(model: object, dtype: str, device: str) -> tuple[float, float]:
     from tests.golden.golden_harness import serve
 
     served = serve(model, num_blocks=BLOCKS, dtype=dtype, device=device, max_tokens_per_step=4096)
-    table = served.base.module.get_input_embeddings().weight
+    table = model.get_input_embeddings().weight.detach().to(served.base.dtype)
     prefixes = [served.put(SoftPrompt(table[i : i + VIRTUAL].clone())) for i in range(REQUESTS)]
     prompts = torch.randint(3, len(table), (REQUESTS, PROMPT)).tolist()
     seconds: dict[bool, list[float]] = {False: [], True: []}

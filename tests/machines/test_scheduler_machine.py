@@ -397,7 +397,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(3000):
             if self.scheduler.idle:
                 break
-            self.step()
+            self.step(speed=0.02)
             while self.fetching:
                 self.fetch_ends_well(0)
         assert self.scheduler.idle, f"stuck: {self.scheduler!r}"
@@ -419,7 +419,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.time_passes(40.0)
             self.scheduler.prefix_loader.retire(prefix.key for prefix in PREFIXES)
             for _ in range(200):
-                self.step()
+                self.step(speed=0.02)
                 while self.fetching:
                     self.fetch_ends_well(0)
             pool, residency = self.scheduler.memory.pool, self.scheduler.memory.residency
