@@ -9,17 +9,15 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from prefixd.server.engine.step import BlockCopy
 from prefixd.server.model.attention import Group, attend
 from prefixd.server.model.batch import FlatBatch, group_rows
 from prefixd.server.model.decoder import Logits
-from prefixd.server.model.kv_cache import KVCache
 from prefixd.server.model.parts import Dense, Experts, Layer, Linear, Parts
 from prefixd.server.model.products import Product, product_of
-from prefixd.server.model.threads import use_threads
+from prefixd.server.model.torch_decoder import TorchDecoder
 
 
-class LeanDecoder:
+class LeanDecoder(TorchDecoder):
     """Runs a model of an exact family. The weights are taken from the module, which cannot be run
     afterwards."""
 
@@ -28,16 +26,8 @@ class LeanDecoder:
     @torch.inference_mode()
     def __init__(self, parts: Parts, *, num_blocks: int, block_size: int) -> None:
         """``num_blocks`` counts the null block."""
-        base = self.base = parts.base
-        self.block_size = block_size
-        self.device = base.device
-        self.cache = KVCache(
-            base.shape,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            dtype=base.dtype,
-            device=base.device,
-        )
+        base = parts.base
+        super().__init__(base, num_blocks=num_blocks, block_size=block_size)
         self._num_ids = base.num_embeddings
         self._eps, self._scale = parts.norm_eps, parts.attention_scale
         # As transformers: computed in float32, rounded to the serving dtype.
@@ -132,26 +122,6 @@ class LeanDecoder:
         for offset, values in batch.inputs:
             embeddings[offset : offset + len(values)] = values.to(self.device)
         return embeddings
-
-    def zero(self, blocks: Sequence[int]) -> None:
-        """Zero blocks before anything can read them."""
-        self.cache.zero(blocks)
-
-    def copy(self, copies: Sequence[BlockCopy]) -> None:
-        """Copy whole blocks."""
-        self.cache.copy(copies)
-
-    def read_kv(self, block_table: Sequence[int], num_tokens: int) -> torch.Tensor:
-        """KV of the first positions of a block table, in host memory."""
-        return self.cache.read_table(block_table, num_tokens)
-
-    def write_kv(self, block_table: Sequence[int], start: int, kv: torch.Tensor) -> None:
-        """Store ``kv`` from position ``start`` on."""
-        self.cache.write_table(block_table, start, kv)
-
-    def set_threads(self, threads: int) -> None:
-        """Let the passes of the calling thread use this many threads."""
-        use_threads(threads)
 
 
 class _LeanLayer:

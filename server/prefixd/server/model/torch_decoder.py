@@ -1,0 +1,48 @@
+"""What decoders in torch have in common: the KV pool in tensors, and torch's threads."""
+
+from collections.abc import Sequence
+
+import torch
+
+from prefixd.server.engine.step import BlockCopy
+from prefixd.server.model.kv_cache import KVCache
+from prefixd.server.model.load import LoadedBase
+from prefixd.server.model.threads import use_threads
+
+
+class TorchDecoder:
+    """The part of a Decoder that does not compute: ``cache`` is the pool, on the base's device."""
+
+    def __init__(self, base: LoadedBase, *, num_blocks: int, block_size: int) -> None:
+        """``num_blocks`` counts the null block."""
+        self.base = base
+        self.block_size = block_size
+        self.device = base.device
+        self.cache = KVCache(
+            base.shape,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=base.dtype,
+            device=base.device,
+        )
+
+    def zero(self, blocks: Sequence[int]) -> None:
+        """Zero blocks before anything can read them: a mask does not stop NaN from spreading."""
+        self.cache.zero(blocks)
+
+    def copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Copy whole blocks."""
+        self.cache.copy(copies)
+
+    def read_kv(self, block_table: Sequence[int], num_tokens: int) -> torch.Tensor:
+        """KV of the first positions of a block table, in host memory:
+        [2 * num_layers, num_tokens, num_kv_heads * head_dim]."""
+        return self.cache.read_table(block_table, num_tokens)
+
+    def write_kv(self, block_table: Sequence[int], start: int, kv: torch.Tensor) -> None:
+        """Store ``kv`` [2 * num_layers, n, num_kv_heads * head_dim] from position ``start`` on."""
+        self.cache.write_table(block_table, start, kv)
+
+    def set_threads(self, threads: int) -> None:
+        """Let the passes of the calling thread use this many threads."""
+        use_threads(threads)
