@@ -39,7 +39,7 @@ class Answer:
             tenant="t",
             prompt=tuple(prompt),
             prefix=None,
-            sampling=SamplingParams(),
+            sampling=SamplingParams(top_logprobs=0),
             stop=StopParams(**{"max_tokens": max(1, len(output)), **stop}),
         )
         (sequence,) = sequences_of(request, first_id=0, seed=0)
