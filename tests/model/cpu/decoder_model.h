@@ -130,7 +130,7 @@ class Model {
         };
         auto linear = [&](int32_t outputs, int32_t inputs, bool bias) {
             const void* weight = keep((size_t)outputs * inputs, 0.2f);
-            return pfx_linear{weight, bias ? keep(outputs, 0.2f) : nullptr};
+            return pfx_linear{weight, bias ? keep(outputs, 0.2f) : nullptr, nullptr};
         };
         pfx_layer layer = {};
         layer.input_norm = keep(width, 0.3f, 1);
@@ -168,7 +168,7 @@ class Model {
         Array head = array((size_t)config.vocab * config.width, 0.3f);
         Array embedding;
         if (!config.tied) embedding = array((size_t)config.embeddings * config.width, 1);
-        pfx_linear linear = {head.data(), nullptr};
+        pfx_linear linear = {head.data(), nullptr, nullptr};
         const void* table = config.tied ? nullptr : embedding.data();
         require(pfx_set_ends(decoder, norm.data(), &linear, table) == 0, "pfx_set_ends");
     }

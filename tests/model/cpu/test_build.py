@@ -18,6 +18,7 @@ from prefixd.server.model.cpu.build import (
     source_digest,
     write_description,
 )
+from prefixd.server.model.cpu.interface import ABI
 from tests.model.cpu.small_sources import make_compiler, make_sources
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -122,7 +123,7 @@ def test_programs_are_linked_from_the_sources_and_a_main_each(tmp_path: Path):
     sources = make_sources(tmp_path / "src")
     mains = [tmp_path / f"{name}.cpp" for name in ("first", "second")]
     for status, main in enumerate(mains, start=7):
-        call = f"pfx_abi() == 1 ? {status} : 1"
+        call = f"pfx_abi() == {ABI} ? {status} : 1"
         main.write_text(f'extern "C" int pfx_abi(); int main() {{ return {call}; }}')
     programs = build_programs(tmp_path, mains, compiler=find_compiler(), sources=sources)
     assert programs == [tmp_path / "first", tmp_path / "second"]

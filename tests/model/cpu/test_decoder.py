@@ -206,3 +206,13 @@ def test_calls_out_of_order_are_refused() -> None:
     assert native.library.error() == "pfx_run: expected a decoder, got NULL"
     assert not native.call.pfx_new(ctypes.byref(native.shape), 9)
     assert "isa: expected one of portable" in native.library.error()
+
+
+def test_head_with_scales_is_refused() -> None:
+    native = Native(model_of("llama"), "portable")
+    fresh = native.call.pfx_new(ctypes.byref(native.shape), 0)
+    weight, norm, scales = torch.zeros(101, 45, dtype=torch.int8), torch.ones(45), torch.ones(101)
+    head = interface.Linear(weight.data_ptr(), None, scales.data_ptr())
+    assert native.call.pfx_set_ends(fresh, norm.data_ptr(), ctypes.byref(head), None) != 0
+    assert native.library.error() == "pfx_set_ends: head: expected scales NULL, got an address"
+    native.call.pfx_free(fresh)

@@ -6,7 +6,7 @@ Field and argument names, their meaning and units are those of the header.
 import ctypes
 from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 
-ABI = 1
+ABI = 2
 F32, BF16 = 0, 1
 """Values of ``pfx_shape.dtype``."""
 
@@ -35,11 +35,12 @@ class Shape(ctypes.Structure):
 
 
 class Linear(ctypes.Structure):
-    """``pfx_linear``: a weight [out, in] and its bias, or null."""
+    """``pfx_linear``: a weight [out, in], its bias or null, and the scales of int8 or null."""
 
     _fields_ = [
         ("weight", c_void_p),
         ("bias", c_void_p),
+        ("scales", c_void_p),
     ]
 
 
@@ -66,6 +67,8 @@ class Layer(ctypes.Structure):
         ("router", c_void_p),
         ("expert_gate_up", c_void_p),
         ("expert_down", c_void_p),
+        ("expert_gate_up_scales", c_void_p),
+        ("expert_down_scales", c_void_p),
         ("shared_gate", c_void_p),
     ]
 

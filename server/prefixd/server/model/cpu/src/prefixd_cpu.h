@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define PFX_ABI 1
+#define PFX_ABI 2
 #define PFX_EXPORT __attribute__((visibility("default")))
 
 enum pfx_dtype { PFX_F32 = 0, PFX_BF16 = 1 };
@@ -38,9 +38,15 @@ typedef struct {
     float norm_eps, attention_scale;
 } pfx_shape;
 
-/* [out, in], row by row, in the decoder's dtype. `weight` NULL: absent. `bias` [out] may be NULL. */
+/* [out, in], row by row, in the decoder's dtype. `weight` NULL: absent. `bias` [out] may be NULL.
+ *
+ * `scales` [out] not NULL: `weight` is int8, -127 to 127, and stands for weight * scales of its row; the
+ * bias stays in the decoder's dtype. The inputs are then rounded to int8 in each pass, every row of them
+ * by itself with the scale max|x| / 127, and products are summed as integers. Of a row with NaN or
+ * infinity all outputs are NaN. */
 typedef struct {
     const void *weight, *bias;
+    const float *scales;
 } pfx_linear;
 
 /* One layer; everything is copied (packed) by pfx_set_layer, and may be freed afterwards.
@@ -48,7 +54,10 @@ typedef struct {
  * Either gate, up and down are set (a dense MLP of `inner`), or router and the experts:
  * expert_gate_up [experts, 2 * expert_inner, width] with gate above up, expert_down
  * [experts, width, expert_inner], and optionally a shared expert of `inner` (gate, up, down and
- * shared_gate [1, width]) whose output, times sigmoid(shared_gate), is added. */
+ * shared_gate [1, width]) whose output, times sigmoid(shared_gate), is added.
+ *
+ * Any linear may have scales, but q, k and v all or none, and gate and up too. expert_gate_up_scales
+ * [experts, 2 * expert_inner] and expert_down_scales [experts, width] are those of the experts. */
 typedef struct {
     const void *input_norm, *post_norm;  /* [width] */
     const void *q_norm, *k_norm;         /* [head_dim], of each head before rotation; or NULL */
@@ -59,6 +68,7 @@ typedef struct {
     int32_t normalize_weights;           /* the chosen experts' weights sum to 1 */
     const void *router;                  /* [experts, width] */
     const void *expert_gate_up, *expert_down;
+    const float *expert_gate_up_scales, *expert_down_scales;
     const void *shared_gate;
 } pfx_layer;
 
@@ -104,8 +114,8 @@ PFX_EXPORT void pfx_free(pfx_decoder *decoder);
  * dimension i + rotary_dim / 2. */
 PFX_EXPORT int pfx_set_rotary(pfx_decoder *, const float *cosine, const float *sine);
 PFX_EXPORT int pfx_set_layer(pfx_decoder *, int32_t layer, const pfx_layer *weights);
-/* final_norm [width]; head [vocab, width]. embedding [embeddings, width], or NULL where it is the
- * head: then rows are read from the packed head, and the table is not held twice. */
+/* final_norm [width]; head [vocab, width] without scales. embedding [embeddings, width], or NULL where
+ * it is the head: then rows are read from the packed head, and the table is not held twice. */
 PFX_EXPORT int pfx_set_ends(pfx_decoder *, const void *final_norm, const pfx_linear *head,
                             const void *embedding);
 

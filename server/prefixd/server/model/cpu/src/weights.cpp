@@ -113,7 +113,7 @@ Experts Weights::pack_experts(const pfx_layer& given, ThreadPool& pool) {
     const size_t half = (size_t)inner * width * element_size();
     for (int i = 0; i < given.experts; i++) {
         const char* gate = static_cast<const char*>(given.expert_gate_up) + 2 * half * i;
-        const pfx_linear down = {static_cast<const char*>(given.expert_down) + half * i, nullptr};
+        const pfx_linear down = {static_cast<const char*>(given.expert_down) + half * i, nullptr, nullptr};
         packed.experts.push_back(
             pack_mlp({gate, nullptr, inner}, {gate + half, nullptr, inner}, down, inner, pool));
     }
@@ -137,6 +137,10 @@ void Weights::set_layer(int index, const pfx_layer& given, ThreadPool& pool) {
     check(given.input_norm && given.post_norm && given.q.weight && given.k.weight && given.v.weight &&
               given.o.weight,
           "expected input_norm, post_norm, q, k, v and o, got NULL");
+    for (const pfx_linear* linear : {&given.q, &given.k, &given.v, &given.o, &given.gate, &given.up, &given.down})
+        check(!linear->scales, "these kernels have no int8 products: expected scales NULL, got an address");
+    check(!given.expert_gate_up_scales && !given.expert_down_scales,
+          "these kernels have no int8 products: expected scales of experts NULL, got an address");
     const bool dense = given.gate.weight && given.up.weight && given.down.weight;
     check(given.experts >= 0, expected("experts", "0 or more", given.experts));
     check(dense || given.experts > 0, "expected gate, up and down or experts, got NULL");
@@ -167,6 +171,7 @@ void Weights::set_layer(int index, const pfx_layer& given, ThreadPool& pool) {
 
 void Weights::set_ends(const void* norm, const pfx_linear& given, const void* embedding, ThreadPool& pool) {
     check(norm && given.weight, "expected final_norm and head, got NULL");
+    check(!given.scales, "head: expected scales NULL, got an address");
     check(!final_norm, "expected the head once, got it again");
     check(embedding || shape.embeddings <= shape.vocab,
           expected("embeddings", "at most the head's " + std::to_string(shape.vocab) +
