@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from prefixd.server.model.cpu.build import build_library, find_compiler, write_description
+from prefixd.server.model.cpu.interface import ABI
 from prefixd.server.model.cpu.library import (
     LibraryUnavailable,
     find_library,
@@ -219,7 +220,7 @@ def test_installed_library_of_the_same_sources_is_used_first(
 
 def test_another_interface_is_refused(data: Path, tmp_path: Path):
     sources = make_sources(tmp_path / "other", abi=99)
-    with pytest.raises(LibraryUnavailable, match="expected interface 1, got 99"):
+    with pytest.raises(LibraryUnavailable, match=f"expected interface {ABI}, got 99"):
         find_or_compile_library(data, sources=sources)
 
 
