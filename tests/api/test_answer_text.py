@@ -29,7 +29,7 @@ class ScriptedRunner(GatedRunner):
         self._likely = likely
 
     def run(self, step: Step) -> StepOutput:
-        sampled = {}
+        sampled: dict[int, Sequence[Sampled]] = {}
         for chunk in step.chunks:
             if chunk.sampling is not None:
                 position = chunk.start + len(chunk.tokens) - self.prompt_length
@@ -37,11 +37,12 @@ class ScriptedRunner(GatedRunner):
                 wanted = chunk.sampling.top_logprobs
                 token = self._script[position]
                 logprob = next((t.logprob for t in top if t.token_id == token), -9.0)
-                sampled[chunk.seq_id] = Sampled(
+                new = Sampled(
                     token,
                     logprob=None if wanted is None else logprob,
                     top_logprobs=top[: wanted or 0],
                 )
+                sampled[chunk.seq_id] = (new,)
         return StepOutput(sampled)
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prefixd.server.engine.config import SchedulerConfig
@@ -21,14 +21,16 @@ from prefixd.server.testing import ByteDetokenizer, FakeStaged
 
 VIRTUAL, OWN = 16, 64
 TENANTS = 50
-SAMPLED = Sampled(ord("x"))
+SAMPLED = (Sampled(ord("x")),)
 
 
 class InstantRunner:
     """Samples the same token for every row, without any other work."""
 
     def run(self, step: Step) -> StepOutput:
-        sampled = {chunk.seq_id: SAMPLED for chunk in step.chunks if chunk.sampling is not None}
+        sampled: dict[int, Sequence[Sampled]] = {
+            chunk.seq_id: SAMPLED for chunk in step.chunks if chunk.sampling is not None
+        }
         return StepOutput(sampled, {save.key: FakeStaged(save.num_tokens) for save in step.saves})
 
 

@@ -87,8 +87,10 @@ def without_finite_logits(run: Callable[[Step], StepOutput]) -> Callable[[Step],
         if step.chunks[0].seq_id >= 0:
             raise LOST
         output = run(step)
-        sampled = {seq_id: replace(one, finite=False) for seq_id, one in output.sampled.items()}
-        return StepOutput(sampled)
+        sampled = {
+            seq_id: [replace(new[0], finite=False)] for seq_id, new in output.sampled.items()
+        }
+        return StepOutput({**sampled})
 
     return run_step
 

@@ -123,7 +123,8 @@ class FaultyRunner:
 
     @staticmethod
     def _mark_not_finite(chunk: Chunk, output: StepOutput) -> None:
-        output.sampled[chunk.seq_id] = replace(output.sampled[chunk.seq_id], finite=False)
+        first, *_ = output.sampled[chunk.seq_id]
+        output.sampled[chunk.seq_id] = [replace(first, finite=False)]
 
     def _first(self, seed: int) -> bool:
         if seed in self._fired_seeds:

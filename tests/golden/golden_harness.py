@@ -332,7 +332,7 @@ def serve(
     dtype: str = "float32",
     device: str = DEVICE,
     kernels: str = os.environ.get("PREFIXD_TEST_KERNELS", "auto"),
-    **config: int,
+    **config: Any,
 ) -> Served:
     """Start an engine over a copy of ``model``; call ``served.engine.stop()`` at the end."""
     base = prepare_base(

@@ -339,7 +339,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         sampled = dict(output.sampled)
         if sampled:
             wrong = sorted(sampled)[which % len(sampled)]
-            sampled[wrong] = Sampled(0, finite=False)
+            sampled[wrong] = [Sampled(0, finite=False)]
         for sequence in self.scheduler.update(step, StepOutput(sampled, output.saved)):
             if sampled and sequence.seq_id == wrong:
                 assert sequence.reason is FinishReason.ERROR

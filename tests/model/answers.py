@@ -49,7 +49,7 @@ class Answer:
         end: End | None = None
         for token in output:
             sampled = Sampled(token, logprob=-0.5, top_logprobs=top)
-            end = outputs.push({0: sampled}).get(0)
+            end = outputs.push({0: [sampled]}).get(0)
             sequence.tokens.append(token)
             if end is not None:
                 break

@@ -242,7 +242,7 @@ def check_nan_stays(decoder: Decoder) -> None:
     for chunks in ([spoiled, clean], [clean, spoiled]):
         decoder.zero([2])
         sampled = Runner(decoder).run(Step(chunks=chunks)).sampled
-        assert not sampled[0].finite
+        assert not sampled[0][0].finite
         assert sampled[1] == alone
 
 

@@ -41,7 +41,7 @@ def generate(runner: Runner, prompt: list[int], count: int, **more: Any) -> list
     tokens = list(prompt)
     for _ in range(count):
         chunk = Chunk(0, tokens, 0, [1, 2, 3], sampling=GREEDY, **more)
-        tokens.append(runner.run(Step(chunks=[chunk], fresh=[1, 2, 3])).sampled[0].token_id)
+        tokens.append(runner.run(Step(chunks=[chunk], fresh=[1, 2, 3])).sampled[0][0].token_id)
     return tokens[len(prompt) :]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from prefixd.server.engine.request import PrefixKey, TokenLogprob
 from prefixd.server.engine.step import (
+    Chunk,
     PrefixUnavailable,
     Sampled,
     Save,
@@ -57,7 +58,8 @@ class FakeRunner:
         self.steps.append(step)
         for chunk in step.chunks:
             biased = chunk.sampling.logit_bias if chunk.sampling is not None else ()
-            for token in (*chunk.tokens, *chunk.banned, *biased):
+            drafts = () if chunk.draft is None else chunk.draft.tokens
+            for token in (*chunk.tokens, *drafts, *chunk.banned, *biased):
                 if not 0 <= token < self.vocab_size:
                     raise IndexError(f"token id {token} of {self.vocab_size}")
         saved: dict[PrefixKey, StagedPrefix] = {s.key: self._read_back(s) for s in step.saves}
@@ -70,18 +72,24 @@ class FakeRunner:
         for part in step.compiles:
             for position in range(part.start, part.stop):
                 self._write(part.block_table, position, (part.key.digest, position))
-        sampled = {}
+        sampled: dict[int, Sequence[Sampled]] = {}
         for chunk in step.chunks:
-            for offset, token in enumerate(chunk.tokens):
+            drafts = () if chunk.draft is None else chunk.draft.tokens
+            for offset, token in enumerate((*chunk.tokens, *drafts)):
                 self._write(chunk.block_table, chunk.start + offset, token)
             if chunk.sampling is not None:
-                token = self._next(chunk.block_table, chunk.start + len(chunk.tokens))
-                wanted = chunk.sampling.top_logprobs
-                top = tuple(TokenLogprob(token + i, -0.5 - i) for i in range(wanted or 0))
-                sampled[chunk.seq_id] = Sampled(
-                    token, logprob=None if wanted is None else -0.5, top_logprobs=top
-                )
+                positions = [
+                    self._sample(chunk, num_drafts) for num_drafts in range(len(drafts) + 1)
+                ]
+                sampled[chunk.seq_id] = chunk.verified(positions)
         return StepOutput(sampled, saved)
+
+    def _sample(self, chunk: Chunk, num_drafts: int) -> Sampled:
+        """The token after the first ``num_drafts`` proposed ones."""
+        token = self._next(chunk.block_table, chunk.start + len(chunk.tokens) + num_drafts)
+        wanted = chunk.sampling.top_logprobs if chunk.sampling is not None else None
+        top = tuple(TokenLogprob(token + i, -0.5 - i) for i in range(wanted or 0))
+        return Sampled(token, logprob=None if wanted is None else -0.5, top_logprobs=top)
 
     def _read_back(self, save: Save) -> "FakeStaged":
         held = [self._read(save.block_table, position) for position in range(save.num_tokens)]

@@ -19,6 +19,7 @@ class SchedulerConfig:
     - ``failed_prefix_memory_s``: how long a prefix that failed to load is not fetched again.
     - ``max_waiting_tokens``: prompt and output tokens that may wait (None: no bound).
     - ``max_queue_wait_s``: a sequence that has not started by then is shed (None: never).
+    - ``speculate``: sequences may have their next tokens proposed from their own text.
     """
 
     num_blocks: int
@@ -35,6 +36,7 @@ class SchedulerConfig:
     failed_prefix_memory_s: float = 5.0
     max_waiting_tokens: int | None = None
     max_queue_wait_s: float | None = None
+    speculate: bool = False
 
     def __post_init__(self) -> None:
         if min(self.block_size, self.max_prefill_chunk, self.max_running, self.max_staged) < 1:

@@ -139,9 +139,9 @@ class EngineCore:
             return
         seconds = time.perf_counter() - started
         self.num_failures = 0
-        self.scheduler.step_budget.observe(step, seconds)
-        self._counters.step(step, seconds, output)
+        self.scheduler.observe(step, output, seconds)
         ends = self._outputs.push(output.sampled)
+        self._counters.step(step, seconds, output)
         ended = self.scheduler.update(step, output, ends)
         if ended:
             self._close(ended)
@@ -168,7 +168,7 @@ class EngineCore:
             message = "the engine failed on this request"
         ended = self.scheduler.step_failed(step, message, now=now, out_of_memory=out_of_memory)
         # The parts of a larger step run alone first, so that one tenant's request is known by then.
-        if not out_of_memory and step.num_parts <= 1:
+        if not out_of_memory and step.is_smallest:
             self._explain_failure(now)
         self._close(ended)
 
@@ -193,7 +193,7 @@ class EngineCore:
             return False
         finally:
             pool.release(blocks)
-        return output.sampled[PROBE_ID].finite
+        return output.sampled[PROBE_ID][0].finite
 
     def start_over(self, error: Exception) -> bool:
         """After an exception in a turn: end what is alive and begin with an empty scheduler. False:

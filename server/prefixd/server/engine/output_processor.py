@@ -5,7 +5,7 @@ An exception of a detokenizer or of a caller's handler ends that one sequence, a
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 
@@ -128,27 +128,34 @@ class OutputProcessor:
         for deliver in undelivered:
             deliver()
 
-    def push(self, sampled: Mapping[int, Sampled]) -> dict[int, End]:
+    def push(self, sampled: dict[int, Items[Sampled]]) -> dict[int, End]:
         """Send the text that is final with these new tokens, by sequence id. Returns how sequences
-        end by it. Tokens of non-finite logits are skipped."""
+        end by it, and removes the tokens after the one that ends theirs. Tokens of non-finite
+        logits are skipped."""
         ends: dict[int, End] = {}
-        for seq_id, token in sampled.items():
+        for seq_id, tokens in sampled.items():
             stream = self._streams[seq_id]
-            if not token.finite:
-                continue
-            end = stream.sequence.end_after(token.token_id)
-            try:
-                stop = self._send(stream, token, end)
-            except Exception as error:  # noqa: BLE001 - logged there
-                _fail(stream, error)
-                end = _UNDELIVERED
-            else:
-                end = end if stop is None else End(FinishReason.STOP, stop=stop)
-            if end is not None:
-                ends[seq_id] = end
+            for index, token in enumerate(tokens):
+                end = self._push(stream, token, index) if token.finite else None
+                if end is not None:
+                    ends[seq_id] = end
+                    sampled[seq_id] = tokens[: index + 1]
+                    break
         return ends
 
-    def _send(self, stream: _Stream, sampled: Sampled, end: End | None) -> str | None:
+    def _push(self, stream: _Stream, token: Sampled, index: int) -> End | None:
+        """Send the text that is final with one token, the ``index``-th new one of its sequence."""
+        end = stream.sequence.end_after(token.token_id, num_before=index)
+        try:
+            stop = self._send(stream, token, end, index)
+        except Exception as error:  # noqa: BLE001 - logged there
+            _fail(stream, error)
+            return _UNDELIVERED
+        return end if stop is None else End(FinishReason.STOP, stop=stop)
+
+    def _send(
+        self, stream: _Stream, sampled: Sampled, end: End | None, num_before: int
+    ) -> str | None:
         """Send the event of one token, which may end its sequence. Returns the stop string that it
         completed."""
         sequence, token_id = stream.sequence, sampled.token_id
@@ -162,8 +169,9 @@ class OutputProcessor:
         # A stop token is no part of the text, but a special one may be part of a stop string.
         if end is None or end.reason is not FinishReason.STOP or detokenizer.special(token_id):
             tokens = detokenizer.push(token_id)
+        num_output = sequence.num_output + num_before
         text, stop = _final_text(
-            stream, tokens, matches=sequence.num_output >= sequence.request.stop.min_tokens
+            stream, tokens, matches=num_output >= sequence.request.stop.min_tokens
         )
         stream.num_sent += len(text)
         logprobs = () if queue is None else queue.take(stream.num_sent)

@@ -9,7 +9,8 @@
                      |                                      | every 32 good steps
     any other error  | are suspects: each runs in a step of | unchanged
                      | its own, all others pause; the part  |
-                     | ends if the step had no other        |
+                     | ends if the step had no other, and   |
+                     | no proposed tokens                   |
 
 So only the request that breaks a step ends, and all others get the same answer as without it.
 
@@ -20,6 +21,7 @@ readiness.
 
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.entries import Entry
+from prefixd.server.engine.lookup import MAX_DRAFTS
 from prefixd.server.engine.request import SamplingParams
 from prefixd.server.engine.residency import Residency
 from prefixd.server.engine.sequence import Sequence
@@ -40,12 +42,13 @@ def probe_step(block: int) -> Step:
 
 
 class OomBackoff:
-    """Limits of a step: how many sequences may run, and tokens of one part. They are smaller for a
-    while after the device ran out of memory; ``is_reduced`` says whether they are now."""
+    """Limits of a step: how many sequences may run, tokens of one part, and proposed tokens of one
+    sequence. They are smaller for a while after the device ran out of memory; ``is_reduced`` says
+    whether they are now."""
 
     def __init__(self, config: SchedulerConfig) -> None:
-        self._configured = config.max_running, config.max_prefill_chunk
-        self.max_running, self.max_chunk = self._configured
+        self._configured = config.max_running, config.max_prefill_chunk, MAX_DRAFTS
+        self.max_running, self.max_chunk, self.max_drafts = self._configured
         self.is_reduced = False
         self._num_succeeded = 0
 
@@ -57,22 +60,30 @@ class OomBackoff:
         """
         rows = len(step.chunks)
         longest = max([step.num_compiled, *(len(chunk.tokens) for chunk in step.chunks)])
+        drafts = max([0, *(chunk.num_drafts for chunk in step.chunks)])
         self._num_succeeded = 0
         if rows > 1:
             self.max_running = min(self.max_running, rows // 2)
         if longest > 1:
             self.max_chunk = min(self.max_chunk, longest // 2)
-        self.is_reduced = (self.max_running, self.max_chunk) != self._configured
-        return rows > 1 or longest > 1 or bool(step.saves)
+        if drafts:
+            self.max_drafts = min(self.max_drafts, drafts // 2)
+        self._compare()
+        return rows > 1 or longest > 1 or drafts > 0 or bool(step.saves)
 
     def step_succeeded(self) -> None:
         """Count one step towards larger limits."""
         self._num_succeeded += 1
         if self._num_succeeded % _GROW_EVERY == 0:
-            max_running, max_chunk = self._configured
+            max_running, max_chunk, max_drafts = self._configured
             self.max_running = min(max_running, 2 * self.max_running)
             self.max_chunk = min(max_chunk, 2 * self.max_chunk)
-            self.is_reduced = (self.max_running, self.max_chunk) != self._configured
+            self.max_drafts = min(max_drafts, max(1, 2 * self.max_drafts))
+            self._compare()
+
+    def _compare(self) -> None:
+        limits = self.max_running, self.max_chunk, self.max_drafts
+        self.is_reduced = limits != self._configured
 
 
 class Recovery:
@@ -87,7 +98,7 @@ class Recovery:
     def step_failed(self, step: Step, sequences: list[Sequence], *, out_of_memory: bool) -> bool:
         """Take back the blocks of all compiles, and note the suspects. ``sequences`` are those of
         the step. Returns whether the step's parts have to end."""
-        ends = not self.backoff.shrink(step) if out_of_memory else step.num_parts == 1
+        ends = not self.backoff.shrink(step) if out_of_memory else step.is_smallest
         in_step = {part.key for part in step.compiles}
         compiling = self._residency.compiling()
         for sequence in sequences:

@@ -71,7 +71,8 @@ class AdmittedRequest:
     twice as much), ``priority`` orders the tenant's own requests (lower runs first, as in vLLM),
     ``timeout_s`` is how long after its submission the request ends, finished or not, and
     ``kv_reuse`` says whether it may share KV of equal tokens with other requests of its tenant
-    under the same prefix.
+    under the same prefix, and ``speculate`` whether several tokens of it may be verified in one
+    step.
     """
 
     request_id: str
@@ -87,6 +88,7 @@ class AdmittedRequest:
     priority: int = 0
     timeout_s: float | None = None
     kv_reuse: bool = True
+    speculate: bool = True
 
 
 class FinishReason(StrEnum):

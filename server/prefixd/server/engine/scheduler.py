@@ -6,13 +6,15 @@ Order of service within the token budget of a step (``step_builder`` has the par
 2. prefill chunks of sequences that already run;
 3. waiting sequences in fair order: those whose prefix is resident start; for the others the prefix
    is fetched, placed and compiled (``prefix_loader``), all compiles of a step together one chunk;
-4. prefixes that are pinned or preloaded.
+4. prefixes that are pinned or preloaded;
+5. proposed tokens of sequences that decode (``speculation``).
 
 ``eviction`` has the rules for when blocks run out, ``starvation`` those for a tenant of which
 nothing runs, ``recovery`` those for failed steps. The oldest running sequence always advances.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Items
 
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.eviction import EvictionPolicy
@@ -22,8 +24,9 @@ from prefixd.server.engine.prefix_loader import PrefixLoader
 from prefixd.server.engine.recovery import Recovery
 from prefixd.server.engine.request import FinishReason, PrefixKey
 from prefixd.server.engine.sequence import Deadlines, End, Sequence, State
+from prefixd.server.engine.speculation import Speculation
 from prefixd.server.engine.starvation import StarvationPolicy
-from prefixd.server.engine.step import Sampled, StagedPrefix, Step, StepOutput
+from prefixd.server.engine.step import Chunk, Sampled, StagedPrefix, Step, StepOutput
 from prefixd.server.engine.step_budget import StepBudget
 from prefixd.server.engine.step_builder import StepBuilder
 
@@ -57,6 +60,13 @@ class Scheduler:
         self.recovery = Recovery(config, residency=self.memory.residency)
         self.deadlines = Deadlines()
         self.step_budget = StepBudget(config.max_token_gap_s)
+        self.speculation = Speculation(
+            enabled=config.speculate,
+            memory=self.memory,
+            prefix_loader=self.prefix_loader,
+            recovery=self.recovery,
+            uniform=uniform,
+        )
         self.num_preemptions = 0
         self._flush = flush
         self._starvation = StarvationPolicy(
@@ -193,12 +203,13 @@ class Scheduler:
             if victim is not None:
                 victim.num_yields += 1
                 self.preempt(victim)
-        self._builder.continue_decodes(step)
+        decoding = self._builder.continue_decodes(step)
         self._limit_prompts(step)
         if len(step.chunks) < len(self.running):
             self._builder.continue_prefills(step)
         has_room = not self.waiting.num_sequences or self._builder.serve_waiting(step, now)
         self.prefix_loader.load_others(step, now=now, has_room=has_room)
+        self.speculation.add_drafts(step, decoding)
         return step
 
     def _limit_prompts(self, step: Step) -> None:
@@ -214,13 +225,18 @@ class Scheduler:
         if claims + self.memory.residency.num_loading > 1:
             step.max_chunk = min(step.max_chunk, max(1, -(-step.budget // 2)))
 
+    def observe(self, step: Step, output: StepOutput, seconds: float) -> None:
+        """Take in how long a step took."""
+        self.step_budget.observe(step, seconds)
+        self.speculation.observe(step, output, seconds)
+
     def update(
         self, step: Step, output: StepOutput, ends: Mapping[int, End] | None = None
     ) -> list[Sequence]:
         """Apply what the step computed. Returns the sequences that ended.
 
-        ``ends`` says which sequences end with their new token, by sequence id; without it their
-        tokens decide.
+        ``ends`` says which sequences end with the last of their new tokens, by sequence id; without
+        it their tokens decide.
         """
         if self.recovery.backoff.is_reduced:
             self.recovery.backoff.step_succeeded()
@@ -232,19 +248,45 @@ class Scheduler:
         ended = []
         for chunk in step.chunks:
             sequence = running[chunk.seq_id]
-            sequence.num_computed += len(chunk.tokens)
             if chunk.sampling is None:
+                sequence.num_computed += len(chunk.tokens)
                 continue
-            sampled = output.sampled[chunk.seq_id]
-            end = sequence.end_after(sampled.token_id) if ends is None else ends.get(chunk.seq_id)
-            end = self._append(sequence, sampled, end)
+            end = self._take(sequence, chunk, output.sampled[chunk.seq_id], ends)
             if end is not None:
                 self.end(sequence, end)
                 ended.append(sequence)
         return ended
 
+    def _take(
+        self,
+        sequence: Sequence,
+        chunk: Chunk,
+        sampled: Items[Sampled],
+        ends: Mapping[int, End] | None,
+    ) -> End | None:
+        """Take the new tokens of a sequence; returns how it ends by them."""
+        num_before = len(sequence.tokens)
+        finite = True
+        for index, token in enumerate(sampled):
+            finite = token.finite
+            if not finite and chunk.draft is not None:
+                break  # it is computed again, without a draft
+            # The KV of an accepted token was computed with it; that of the last one was not.
+            sequence.num_computed += 1 if index else len(chunk.tokens)
+            if ends is None:
+                end = sequence.end_after(token.token_id)
+            else:
+                end = ends.get(chunk.seq_id) if index == len(sampled) - 1 else None
+            end = self._append(sequence, token, end)
+            if end is not None:
+                return end
+        if chunk.draft is not None:
+            num_new = len(sequence.tokens) - num_before
+            self.speculation.verified(sequence, chunk, num_new=num_new, finite=finite)
+        return None
+
     def _append(self, sequence: Sequence, sampled: Sampled, end: End | None) -> End | None:
-        """Take a sampled token; returns how the sequence ends by it."""
+        """Take one sampled token; returns how the sequence ends by it."""
         if self.recovery.suspects:
             self.recovery.suspects.pop(sequence, None)
         if not sampled.finite:

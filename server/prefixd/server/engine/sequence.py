@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from math import inf
 
+from prefixd.server.engine.lookup import Lookup
 from prefixd.server.engine.request import AdmittedRequest, FinishReason, PrefixHandle
 
 
@@ -50,7 +51,8 @@ class Sequence:
     virtual tokens not included. ``block_table`` begins with the shared blocks of the prefix.
     ``num_cached`` tokens were reused at the first start, ``num_remembered`` own blocks are
     registered for reuse, ``num_yields`` times it was preempted for another tenant. ``end`` is set
-    once, by ``finish``.
+    once, by ``finish``. ``lookup`` proposes its next tokens (None: it was not needed yet), while it
+    ``speculates``.
 
     Times are in seconds on the engine's clock: ``arrived``, ``started`` (first run; None before)
     and ``due_since`` (since when only its prefix was missing).
@@ -71,6 +73,7 @@ class Sequence:
     num_remembered: int = 0
     num_yields: int = 0
     block_names: list[bytes] = field(default_factory=list)
+    lookup: Lookup | None = None
     end: End | None = None
     # Copied from the request, because every step reads them.
     tenant: str = field(init=False)
@@ -78,12 +81,14 @@ class Sequence:
     num_prefix_tokens: int = field(init=False)
     num_prompt: int = field(init=False)
     cost: int = field(init=False)
+    speculates: bool = field(init=False)
 
     def __post_init__(self) -> None:
         request = self.request
         self.tenant, self.prefix, self.cost = request.tenant, request.prefix, cost_of(request)
         self.num_prefix_tokens = 0 if request.prefix is None else request.prefix.num_tokens
         self.num_prompt = len(request.prompt)
+        self.speculates = request.speculate
 
     @property
     def num_output(self) -> int:
@@ -123,10 +128,11 @@ class Sequence:
         self._move(State.FINISHED)
         self.end = end
 
-    def end_after(self, token_id: int) -> End | None:
-        """How ``token_id`` as the next token ends the sequence; None: it goes on."""
+    def end_after(self, token_id: int, *, num_before: int = 0) -> End | None:
+        """How ``token_id`` as the next token ends the sequence; None: it goes on. ``num_before``
+        new tokens come before it and have not been added yet."""
         stop = self.request.stop
-        num_output = len(self.tokens) - self.num_prompt + 1
+        num_output = len(self.tokens) - self.num_prompt + num_before + 1
         if token_id in stop.token_ids and num_output > stop.min_tokens:
             return End(FinishReason.STOP, stop=token_id)
         return End(FinishReason.LENGTH) if num_output >= stop.max_tokens else None

@@ -30,8 +30,9 @@ class EngineStats:
 
     ``steps`` are forward passes run; ``distinct_prefixes_*`` count the different prefixes among
     the rows of one pass; times are in seconds, blocks exclude the null block, tokens of prefixes
-    are virtual tokens. ``passes_by_*`` and ``step_times`` count passes by what they carried and by
-    how long they took (upper edge in seconds).
+    are virtual tokens. Of ``draft_tokens`` proposed, ``accepted_tokens`` became output.
+    ``passes_by_*`` and ``step_times`` count passes by what they carried and by how long they took
+    (upper edge in seconds).
     """
 
     steps: int
@@ -40,6 +41,8 @@ class EngineStats:
     tokens_run: int
     prompt_tokens: int
     generated_tokens: int
+    draft_tokens: int
+    accepted_tokens: int
     distinct_prefixes_last: int
     distinct_prefixes_max: int
     passes_by_distinct_prefixes: Mapping[int, int]
@@ -90,6 +93,8 @@ class StatsCounters:
     tokens_run: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     compile_seconds: float = 0.0
     distinct_last: int = 0
     rate: float = 0.0
@@ -113,12 +118,22 @@ class StatsCounters:
         self.distinct_last = num_distinct
         self.thread_use = output.thread_use or self.thread_use
         self.passes[num_distinct] += 1
-        self.generated_tokens += sum(sampled.finite for sampled in output.sampled.values())
+        num_accepted = self._count_tokens(step, output)
         if num_tokens:
             if step.compiles:
                 self.compile_seconds += seconds * step.num_compiled / num_tokens
-            rate = num_tokens / max(seconds, 1e-6)
+            rate = (num_tokens - step.num_drafts + num_accepted) / max(seconds, 1e-6)
             self.rate = _SMOOTHING * self.rate + (1 - _SMOOTHING) * rate if self.rate else rate
+
+    def _count_tokens(self, step: Step, output: StepOutput) -> int:
+        """Count the new tokens of a step; returns how many of them were proposed."""
+        num_new = {i: sum(token.finite for token in new) for i, new in output.sampled.items()}
+        self.generated_tokens += sum(num_new.values())
+        drafted = [chunk.seq_id for chunk in step.chunks if chunk.draft is not None]
+        num_accepted = sum(max(0, num_new[seq_id] - 1) for seq_id in drafted)
+        self.draft_tokens += step.num_drafts
+        self.accepted_tokens += num_accepted
+        return num_accepted
 
     def snapshot(self, scheduler: Scheduler) -> EngineStats:
         """All figures at this moment."""
@@ -138,6 +153,8 @@ class StatsCounters:
             tokens_run=self.tokens_run,
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
             distinct_prefixes_last=self.distinct_last,
             distinct_prefixes_max=max(self.passes, default=0),
             passes_by_distinct_prefixes=dict(self.passes),

@@ -26,6 +26,19 @@ NULL_BLOCK = 0
 """Block 0 is never allocated and always holds zeros: padding reads it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens proposed to follow the last one of a chunk, which the same pass verifies.
+
+    ``uniforms`` are the draws in [0, 1) after each of them; the ids that the chunk bans are banned
+    after the first ``num_banned`` of them too.
+    """
+
+    tokens: Sequence[int]
+    uniforms: Sequence[float]
+    num_banned: int = 0
+
+
 @dataclass(slots=True)  # a frozen one takes twice as long to make, and a step makes many
 class Chunk:
     """Consecutive tokens of one sequence to run through the model in this step.
@@ -33,7 +46,8 @@ class Chunk:
     ``sampling`` is set when the last token's logits are to be sampled. ``uniform`` is then the
     draw in [0, 1) that selects the token (0 for a greedy one), ``history`` all tokens so far (empty
     unless penalties need them; the first ``num_prompt_tokens`` are the prompt) and ``banned`` the
-    ids that must not be sampled yet.
+    ids that must not be sampled yet. The tokens of ``draft`` run after ``tokens``, and the logits
+    after each of them are sampled too.
     """
 
     seq_id: int
@@ -46,6 +60,47 @@ class Chunk:
     history: Sequence[int] = ()
     num_prompt_tokens: int = 0
     banned: Sequence[int] = ()
+    draft: Draft | None = None
+
+    @property
+    def num_drafts(self) -> int:
+        """Proposed tokens."""
+        return 0 if self.draft is None else len(self.draft.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens that run, proposed ones included."""
+        return len(self.tokens) + self.num_drafts
+
+    def positions(self) -> "list[Chunk]":
+        """What is sampled: this chunk after its last token, and a copy for each proposed token with
+        the settings that hold after it."""
+        draft = self.draft
+        if draft is None:
+            return [self]
+        return [self] + [
+            Chunk(
+                self.seq_id,
+                self.tokens,
+                self.start,
+                self.block_table,
+                sampling=self.sampling,
+                uniform=uniform,
+                history=(*self.history, *draft.tokens[:count]) if self.history else (),
+                num_prompt_tokens=self.num_prompt_tokens,
+                banned=self.banned if count <= draft.num_banned else (),
+            )
+            for count, uniform in enumerate(draft.uniforms, start=1)
+        ]
+
+    def verified(self, sampled: "Sequence[Sampled]") -> "Sequence[Sampled]":
+        """Of the tokens that were ``sampled`` at each position those that follow the chunk: up to
+        the first that differs from the proposed one, or is not finite."""
+        drafts = () if self.draft is None else self.draft.tokens
+        for index, proposed in enumerate(drafts):
+            if not sampled[index].finite or sampled[index].token_id != proposed:
+                return sampled[: index + 1]
+        return sampled
 
 
 def needs_history(params: SamplingParams) -> bool:
@@ -125,8 +180,18 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens this step runs, virtual ones included."""
-        return sum(len(c.tokens) for c in self.chunks) + self.num_compiled
+        """Tokens this step runs, virtual and proposed ones included."""
+        return sum(c.length for c in self.chunks) + self.num_compiled
+
+    @property
+    def num_drafts(self) -> int:
+        """Proposed tokens this step verifies."""
+        return sum(c.num_drafts for c in self.chunks if c.draft is not None)
+
+    @property
+    def is_smallest(self) -> bool:
+        """Whether it is a part alone, with nothing that could be left out."""
+        return self.num_parts <= 1 and not self.num_drafts
 
     @property
     def num_compiled(self) -> int:
@@ -161,12 +226,13 @@ class ThreadUse(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """Sampled tokens by sequence id, for the chunks with ``sampling``, and the saved prefixes.
+    """New tokens by sequence id, for the chunks with ``sampling``, and the saved prefixes.
 
-    ``thread_use`` is None where the runner does not count threads.
+    There is one new token, and one more for each proposed token that was accepted (see
+    ``Chunk.verified``). ``thread_use`` is None where the runner does not count threads.
     """
 
-    sampled: dict[int, Sampled]
+    sampled: dict[int, Sequence[Sampled]]
     saved: "dict[PrefixKey, StagedPrefix]" = field(default_factory=dict)
     thread_use: ThreadUse | None = None
 

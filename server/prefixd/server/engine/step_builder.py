@@ -59,8 +59,9 @@ class StepBuilder:
             del self._recovery.suspects[suspect]  # it cannot run now: it is served with the others
         return False
 
-    def continue_decodes(self, step: Step) -> None:
-        """Plan one token for each sequence that decodes."""
+    def continue_decodes(self, step: Step) -> list[Sequence]:
+        """Plan one token for each sequence that decodes. Returns those planned."""
+        decoding = []
         for sequence in tuple(self._running):
             num_tokens = len(sequence.tokens)
             if num_tokens - sequence.num_computed != 1 or sequence.state is not State.RUNNING:
@@ -69,6 +70,8 @@ class StepBuilder:
             num_positions = sequence.num_prefix_tokens + num_tokens
             if num_positions <= capacity or self._grow(step, sequence):
                 self._run(step, sequence)
+                decoding.append(sequence)
+        return decoding
 
     def continue_prefills(self, step: Step) -> None:
         """Plan the next chunk of each running sequence that is not in the step yet."""

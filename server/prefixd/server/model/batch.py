@@ -63,15 +63,17 @@ def lay_out(
     outputs: list[int] | None = None,
 ) -> FlatBatch:
     """Chunks, then compiles, in one pass. ``outputs``: by default the last token of each chunk with
-    ``sampling``."""
+    ``sampling``, and its proposed tokens."""
     batch = FlatBatch()
     for chunk in chunks:
-        batch.rows.append(
-            Row(len(batch.token_ids), chunk.start, len(chunk.tokens), chunk.block_table)
-        )
+        batch.rows.append(Row(len(batch.token_ids), chunk.start, chunk.length, chunk.block_table))
         batch.token_ids += chunk.tokens
         if chunk.sampling is not None:
             batch.outputs.append(len(batch.token_ids) - 1)
+        if chunk.draft is not None:
+            num_before = len(batch.token_ids)
+            batch.token_ids += chunk.draft.tokens
+            batch.outputs += range(num_before, len(batch.token_ids))
     for part in compiles:
         offset, length = len(batch.token_ids), part.stop - part.start
         batch.rows.append(Row(offset, part.start, length, part.block_table))

@@ -1,6 +1,7 @@
 """The only code that runs on the device: takes a step, returns sampled tokens."""
 
 from dataclasses import replace
+from itertools import islice
 
 import torch
 
@@ -71,8 +72,11 @@ class Runner:
         sampled = [chunk for chunk in step.chunks if chunk.sampling is not None]
         if not sampled:
             return StepOutput({}, saved)
-        tokens = sample(logits, sampled)
-        by_id = {c.seq_id: token for c, token in zip(sampled, tokens, strict=True)}
+        tokens = iter(sample(logits, [each for chunk in sampled for each in chunk.positions()]))
+        by_id = {
+            chunk.seq_id: chunk.verified(list(islice(tokens, 1 + chunk.num_drafts)))
+            for chunk in sampled
+        }
         return StepOutput(by_id, saved)
 
 
