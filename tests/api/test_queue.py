@@ -71,6 +71,14 @@ def outcome(world: World, name: str) -> float:
     return registry.get_sample_value("prefixd_generation_requests_total", labels) or 0.0
 
 
+def test_speculation_can_be_refused_by_a_request(client: TestClient, script: Script) -> None:
+    for value in (None, True, False):
+        complete(client, speculate=value)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "speculate": False}
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert [one.speculate for one in script.submitted] == [True, True, False, False]
+
+
 def test_priority_timeout_and_kv_reuse_reach_the_engine(client: TestClient, script: Script) -> None:
     complete(client)
     complete(client, priority=-3, timeout=2.5, kv_reuse=False)
@@ -126,6 +134,7 @@ def test_lower_of_request_timeout_and_server_limit_applies(world: World, script:
         ("priority", 1.5),
         ("priority", 2**31),
         ("kv_reuse", 1),
+        ("speculate", "ngram"),
     ],
 )
 def test_invalid_queue_field_is_named_in_the_error(

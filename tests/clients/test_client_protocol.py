@@ -60,12 +60,15 @@ def test_sampling_fields_are_sent_unchanged():
     }
 
 
-def test_priority_timeout_and_kv_reuse_are_sent():
-    call = protocol.chat([], model="base", priority=-1, timeout=2.5, kv_reuse=False)
+def test_priority_timeout_and_switches_are_sent():
+    call = protocol.chat(
+        [], model="base", priority=-1, timeout=2.5, kv_reuse=False, speculate=False
+    )
     assert call.request.json is not None
     assert call.request.json["priority"] == -1
     assert call.request.json["timeout"] == 2.5
     assert call.request.json["kv_reuse"] is False
+    assert call.request.json["speculate"] is False
 
 
 @pytest.mark.parametrize(

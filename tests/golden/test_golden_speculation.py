@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from prefixd.server.engine.lookup import MAX_DRAFTS
 from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
     FinishEvent,
-    FinishReason,
     PositionLogprobs,
     PrefixHandle,
     SamplingParams,
@@ -45,8 +43,8 @@ SETTINGS = [
     SamplingParams(temperature=0.4, min_p=0.05, logit_bias={7: 1.5, 8: -50.0}),
 ]
 MARGIN, DRAW = 1e-4, 1e-6
-"""A token may differ by rounding where the two largest logits are closer than MARGIN, or the draw is
-closer than DRAW to the end of a token's part of the distribution."""
+"""A token may differ by rounding where the two largest logits are closer than MARGIN, or the draw
+is closer than DRAW to the end of a token's part of the distribution."""
 
 
 class Answer:
@@ -109,7 +107,7 @@ def answers(served: Served, requests: list[AdmittedRequest]) -> list[Answer]:
 
 
 def speculate_often(served: Served) -> None:
-    """Propose tokens at every match, whatever they cost."""
+    """Propose tokens at every match, as if rows cost nothing."""
     costs = served.engine.core.scheduler.speculation.costs
     costs.needs_plain = lambda rows: False  # type: ignore[method-assign]
     costs.least_probability = lambda rows: 0.02  # type: ignore[method-assign]
@@ -237,7 +235,7 @@ def test_prompt_lookup_gives_the_same_tokens_in_a_thousand_requests(
     on.prefixes = off.prefixes
     speculate_often(on)
     preempt_often(on)
-    # A short text comes again and again, so that blocks are shared and prompts repeat themselves.
+    # Beginnings are common, so that blocks are shared, and prompts repeat themselves.
     texts = [
         [*text[: 1 + i % 20], *texts_of_one(i)] for i, text in enumerate(prompts(num_requests))
     ]

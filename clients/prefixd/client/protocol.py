@@ -46,7 +46,7 @@ class Sampling(TypedDict, total=False):
 
     ``priority`` orders the tenant's own requests, the lowest first; after ``timeout`` seconds the
     server aborts the request (``DeadlineError``); ``kv_reuse`` False shares no KV with other
-    requests.
+    requests; ``speculate`` False computes one token at a time, also where the server speculates.
     """
 
     max_tokens: int
@@ -68,6 +68,7 @@ class Sampling(TypedDict, total=False):
     priority: int
     timeout: float
     kv_reuse: bool
+    speculate: bool
 
 
 # ── Prefixes ─────────────────────────────────────────────────────────────────────────────────

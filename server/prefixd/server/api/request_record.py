@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.api.metrics import Endpoint, Metrics, Outcome, TenantClass
 from prefixd.server.api.settlements import Settlements
-from prefixd.server.engine.request import AdmittedRequest, FinishEvent, TokenEvent
+from prefixd.server.engine.request import AdmittedRequest, FinishEvent
 from prefixd.server.errors import (
     DeadlineExceeded,
     InsufficientStorage,
@@ -241,9 +241,9 @@ class RequestRecorder:
             # Goes on when this task is cancelled: the lease would stay until it expires.
             await self.settlements.settle(partial(self._settle, grant))
 
-    def token(self, choice: int, event: TokenEvent, *, now: float) -> None:
-        """Count new tokens of one sequence, which were taken ``now`` by ``time.perf_counter``."""
-        count = len(event.token_ids)
+    def tokens(self, choice: int, count: int, *, now: float) -> None:
+        """Count new tokens of one sequence, which were taken together ``now``, by
+        ``time.perf_counter``: each took an equal part of the time since the last ones."""
         if not count:
             return
         self.record.generated_tokens += count

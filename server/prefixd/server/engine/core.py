@@ -112,14 +112,13 @@ class EngineCore:
         step = self.scheduler.schedule(now=now)
         for key in step.fetches:
             self._fetch(self.scheduler, key)
-        has_work = step.has_work
         self._outputs.deliver()  # of what ended without a step, which may take long
-        if has_work:
+        if step.has_work:
             self._run(step, now)
             self._outputs.deliver()
         self._publish()
         self.turn_began = None
-        return has_work
+        return step.has_work
 
     def idle_timeout(self) -> float | None:
         """Seconds until the next turn when there was no step to run; None: nothing waits."""

@@ -47,6 +47,15 @@ class SamplingParams:
     seed: int | None = None
     top_logprobs: int | None = None
 
+    @property
+    def needs_history(self) -> bool:
+        """Whether the sampler must see the tokens so far: a penalty is set."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class StopParams:

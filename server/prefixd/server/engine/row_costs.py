@@ -17,7 +17,7 @@ UNMEASURED = 0.5
 """Least probability of a draft before a row's cost is known."""
 
 _LEAST, _MOST = 0.02, 0.95
-"""Bounds of it: a row is never free, and a draft that is all but certain is always tried, so that
+"""Bounds of it: a row is never free, and a draft that is nearly certain is always tried, so that
 its cost is measured."""
 
 PLAIN_EVERY = 32

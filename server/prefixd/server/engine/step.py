@@ -103,15 +103,6 @@ class Chunk:
         return sampled
 
 
-def needs_history(params: SamplingParams) -> bool:
-    """Whether the sampler must see the tokens so far: a penalty is set."""
-    return (
-        params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class CompileChunk:
     """Virtual tokens ``start .. stop`` of a prefix to turn into KV in this step, from its staged

@@ -9,7 +9,7 @@ from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.prefix_loader import PrefixLoader
 from prefixd.server.engine.recovery import Recovery
 from prefixd.server.engine.sequence import Sequence, State
-from prefixd.server.engine.step import Chunk, Step, needs_history
+from prefixd.server.engine.step import Chunk, Step
 
 _LARGE_CHUNK, _MAX_SCORES = 256, 2**24
 """A chunk above _LARGE_CHUNK tokens has at most _MAX_SCORES pairs of a token and a position that it
@@ -181,7 +181,7 @@ class StepBuilder:
                 prefix=sequence.prefix.key if sequence.prefix else None,
                 sampling=sampling if is_last else None,
                 uniform=self._uniform(sequence.seed, num_output) if is_drawn else 0.0,
-                history=tuple(sequence.tokens) if is_last and needs_history(sampling) else (),
+                history=tuple(sequence.tokens) if is_last and sampling.needs_history else (),
                 num_prompt_tokens=sequence.num_prompt,
                 banned=tuple(stop.token_ids) if num_output < stop.min_tokens else (),
             )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from prefixd.server.engine.request import SamplingParams, TokenLogprob
-from prefixd.server.engine.step import Chunk, Sampled, needs_history
+from prefixd.server.engine.step import Chunk, Sampled
 from prefixd.server.model.decoder import Logits
 
 _NEVER = float("-inf")
@@ -46,7 +46,7 @@ def _is_plain(chunk: Chunk, setting: SamplingParams) -> bool:
     return (
         setting.temperature < _GREEDY_BELOW
         and setting.top_logprobs is None
-        and not (needs_history(setting) or setting.logit_bias or chunk.banned)
+        and not (setting.needs_history or setting.logit_bias or chunk.banned)
     )
 
 
@@ -68,11 +68,11 @@ def _adjust(
     """Apply penalties, biases and bans; returns the same tensor when no row has any."""
     adjusted = logits
     for row, (chunk, setting) in enumerate(zip(chunks, params, strict=True)):
-        if not (needs_history(setting) or setting.logit_bias or chunk.banned):
+        if not (setting.needs_history or setting.logit_bias or chunk.banned):
             continue
         if adjusted is logits:
             adjusted = logits.clone()
-        if needs_history(setting):
+        if setting.needs_history:
             _penalise(adjusted[row], chunk, setting)
         if setting.logit_bias:
             ids = torch.tensor(list(setting.logit_bias), device=logits.device)

@@ -274,6 +274,7 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
         max_prefix_wait_s=settings.max_prefix_wait,
         max_waiting_tokens=settings.max_waiting_tokens or _QUEUED_POOLS * settings.kv_tokens,
         max_queue_wait_s=settings.max_queue_wait or None,
+        speculate=settings.speculate == "ngram",
     )
 
 

@@ -187,6 +187,12 @@ class Settings(BaseSettings):
         default=True,
         description="Whether requests of a tenant share the KV of equal prompt beginnings.",
     )
+    speculate: Literal["off", "ngram"] = Field(
+        default="off",
+        description="Verify several tokens of a sequence in one pass where they probably follow: "
+        "`ngram` takes what followed the last tokens earlier in the sequence. Answers are the "
+        "same.",
+    )
     watchdog: float = Field(
         default=60.0,
         gt=0,

@@ -38,6 +38,7 @@ SETTING_GROUPS = {
         "max_token_gap",
         "max_tokens_per_step",
         "max_waiting_tokens",
+        "speculate",
         "watchdog",
     ),
     "HTTP": (

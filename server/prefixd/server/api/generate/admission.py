@@ -130,6 +130,7 @@ class Admission:
                 priority=body.priority or 0,
                 timeout_s=min(timeouts, default=None),
                 kv_reuse=self.kv_reuse and principal.kv_reuse and body.kv_reuse is not False,
+                speculate=body.speculate is not False,
             )
             for position, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         )

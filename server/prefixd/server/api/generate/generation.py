@@ -133,18 +133,23 @@ class Generation:
     def _take(self) -> tuple[Batch, PrefixdError | None]:
         """Count and take what is ready, up to the first sequence that failed; and its error."""
         batch: Batch = []
+        failure = None
+        counts: dict[int, int] = {}  # a step may give several tokens of one sequence
         now = time.perf_counter()
         while self._ready:
             choice, event = self._ready.popleft()
             if isinstance(event, TokenEvent):
-                self.recorder.token(choice, event, now=now)
+                counts[choice] = counts.get(choice, 0) + len(event.token_ids)
             else:
                 self._unfinished -= 1
                 self.recorder.record.sequence_finished(choice, event)
                 if event.reason not in {FinishReason.STOP, FinishReason.LENGTH}:
-                    return batch, from_finish(event, self.drain_state)
+                    failure = from_finish(event, self.drain_state)
+                    break
             batch.append((choice, event))
-        return batch, None
+        for choice, count in counts.items():
+            self.recorder.tokens(choice, count, now=now)
+        return batch, failure
 
     def _receive(self, choice: int, event: Event) -> None:
         self._ready.append((choice, event))

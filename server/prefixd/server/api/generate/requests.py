@@ -120,6 +120,11 @@ class GenerationFields(StrictModel):
         description="Whether KV of equal prompt beginnings may be shared with your tenant's other "
         "requests. Default: true, if your tenant allows it.",
     )
+    speculate: bool | None = Field(
+        default=None,
+        description="Whether several tokens may be verified in one pass, if the server does so. "
+        "The answer is the same. Default: true.",
+    )
 
     user: User | None = Field(
         default=None,
