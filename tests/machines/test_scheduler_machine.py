@@ -16,6 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from prefixd.server import testing
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.entries import Stage
 from prefixd.server.engine.request import (
@@ -26,6 +27,7 @@ from prefixd.server.engine.request import (
     SamplingParams,
     StopParams,
 )
+from prefixd.server.engine.row_costs import RowCosts
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import End, Sequence, State
 from prefixd.server.engine.step import Sampled, Step, StepOutput
@@ -58,6 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         host=st.sampled_from([0, 13, 40]),
         queue=st.sampled_from([None, 60]),
         looked_at=st.sampled_from([2, 256]),
+        speculate=st.booleans(),
     )
     def start(
         self,
@@ -70,10 +73,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         host: int,
         queue: int | None,
         looked_at: int,
+        speculate: bool,
     ) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr("prefixd.server.engine.step_builder.LOOKAHEAD", looked_at)
         self.patch.setattr("prefixd.server.engine.step_budget.LEAST", 1)
+        if speculate:  # a text of few different tokens repeats itself
+            next_token = testing.fake_next_token
+            self.patch.setattr(testing, "fake_next_token", lambda *so_far: next_token(*so_far) % 2)
+            self.patch.setattr(RowCosts, "needs_plain", lambda *_: False)
         self.cap = cap
         self.config = SchedulerConfig(
             num_blocks=blocks,
@@ -89,6 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             failed_prefix_memory_s=2.0,
             max_waiting_tokens=queue,
             max_queue_wait_s=None if queue is None else 4.0,
+            speculate=speculate,
         )
         self.scheduler = Scheduler(self.config, namespace="model")
         self.runner = FakeRunner(block_size=BLOCK)
@@ -236,7 +245,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             owner = self.alive[chunk.seq_id]
             owner_key = owner.tenant, owner.prefix.key.digest if owner.prefix else None
             first = chunk.start // BLOCK
-            last = (chunk.start + len(chunk.tokens) - 1) // BLOCK
+            last = (chunk.start + chunk.length - 1) // BLOCK
             for block in chunk.block_table[owner.num_prefix_tokens // BLOCK : first]:
                 assert self.writers[block] == owner_key, "KV of another tenant or prefix is reused"
             for block in chunk.block_table[first : last + 1]:

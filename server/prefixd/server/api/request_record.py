@@ -251,8 +251,10 @@ class RequestRecorder:
             self.record.first_token = now - self._arrived
             self.metrics.first_token[self.record.endpoint].observe(self.record.first_token)
         last = self._last_token.get(choice)
-        if last is not None:
-            self.metrics.per_token[self.record.endpoint].observe((now - last) / count, count)
+        num_gaps = count if last is not None else count - 1
+        if num_gaps:
+            gap = 0.0 if last is None else (now - last) / num_gaps
+            self.metrics.per_token[self.record.endpoint].observe(gap, num_gaps)
         self._last_token[choice] = now
 
     @property
