@@ -230,6 +230,7 @@ def make_world(
     base: BaseSpec = BASE,
     runner: GatedRunner | None = None,
     tokenizer: Tokenizer | None = None,
+    speculate: bool = False,
 ) -> Iterator[World]:
     """A server of ``base``; two on one folder share the catalog and the blobs. ``tokenizer``: that
     of a vocabulary other than bytes, which ``runner`` must know."""
@@ -248,7 +249,9 @@ def make_world(
         keys[f"acme:{scope}"] = tenants.create_key(tenant="acme", scopes=[scope]).text
     runner = runner or GatedRunner()
     engine = Engine(
-        config=SchedulerConfig(num_blocks=POOL_BLOCKS + 1, max_tokens_per_step=128),
+        config=SchedulerConfig(
+            num_blocks=POOL_BLOCKS + 1, max_tokens_per_step=128, speculate=speculate
+        ),
         runner=runner,
         source=StoreBackedSource(store, base),
         detokenizer=tokenizer.detokenizer if tokenizer else ByteDetokenizer,
