@@ -34,14 +34,35 @@ static void check_choice() {
     for (int i = 0; i < 12; i++) {
         require(!threads.begin_step(now + rest - 1), "a lost thread rests");
         require(threads.begin_step(now += rest), "a thread is tried again after its rest");
-        for (int phase = 0; phase < 2; phase++) threads.end_phase(now, 10, 9, kMs, 5 * kMs);
-        require(threads.count() == 1, "a thread that is tried again is lost sooner");
+        for (int phase = 0; phase < 5; phase++) threads.end_phase(now, 10, 9, kMs, 5 * kMs);
+        require(threads.count() == 1, "a thread that is tried again is lost again");
         rest = rest * 2 < ActiveThreads::kLongestRest_ns ? rest * 2 : ActiveThreads::kLongestRest_ns;
     }
     require(threads.begin_step(now += rest), "a thread is tried after the longest rest");
-    threads.end_step(now += 5 * rest, 10 * kMs);
+    threads.end_step(now += 5 * rest, 11 * kMs);
     require(threads.count() == 1, "a core that the caller lost costs a thread");
     require(threads.begin_step(now + ActiveThreads::kFirstRest_ns), "a thread that was kept rests for less");
+}
+
+// Another thread of the process, as a server's, has the worker's core at the beginning of each step.
+static void check_bursts() {
+    ActiveThreads threads(2);
+    int64_t now = 0, of_one = 0, of_two = 0;
+    while (now < 200 * kMs) {  // it has the core all the time: many requests arrive
+        threads.begin_step(now);
+        threads.end_phase(now += 5 * kMs, 10, 9, kMs, threads.count() == 2 ? 4 * kMs : 0);
+    }
+    while (now < 1200 * kMs) {
+        threads.begin_step(now);
+        const bool both = threads.count() == 2;
+        for (int phase = 0; phase < 20; phase++) {
+            const bool late = both && phase == 0;
+            threads.end_phase(now += kMs, 10, late ? 9 : 5, kMs, late ? 8 * kMs : 0);
+        }
+        threads.end_step(now += (both ? 8 : 20) * kMs, both ? kMs : 0);
+        (both ? of_two : of_one)++;
+    }
+    require(of_two > 4 * of_one, "a thread is kept that gains more in a step than it costs at its beginning");
 }
 
 static void check_many() {
@@ -86,6 +107,7 @@ static void check_pool(int threads, int spin_us) {
 
 int main() {
     check_choice();
+    check_bursts();
     check_many();
     for (int spin_us : {0, 50}) {
         check_pool(2, spin_us);

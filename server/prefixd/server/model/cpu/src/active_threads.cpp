@@ -17,7 +17,7 @@ bool ActiveThreads::begin_step(int64_t now) {
     raised_ = true;
     raised_at_ = now;
     retry_at_ = now + rest_ns_;
-    balance_ns_ = kTrial_ns;
+    balance_ns_ = kMost_ns;
     count_++;
     return true;
 }

@@ -9,8 +9,9 @@ namespace pfx {
 // A thread that shares its core with another process loses it while it holds an item, and the
 // others wait for milliseconds. The time that one thread more has saved is added to a balance of at
 // most kMost_ns, and the time lost by waiting is taken off. Below zero, one thread fewer computes,
-// until it is tried again with kTrial_ns: after kFirstRest_ns, and twice as long each time it is lost
-// again soon.
+// until it is tried again: after kFirstRest_ns, and twice as long each time it is lost again soon.
+// A trial begins with kMost_ns too: a step often begins next to another thread of the process, which
+// sends the last step's results, and gains more afterwards than it lost there.
 // Pure: all times, in nanoseconds, come in as arguments.
 class ActiveThreads {
 public:
@@ -25,7 +26,7 @@ public:
     // The caller was ready to run for lost_ns, on a core that another thread had.
     void end_step(int64_t now, int64_t lost_ns);
 
-    static constexpr int64_t kMost_ns = 20'000'000, kTrial_ns = 5'000'000;
+    static constexpr int64_t kMost_ns = 20'000'000;
     static constexpr int64_t kFirstRest_ns = 20'000'000, kLongestRest_ns = 2'000'000'000;
 
 private:
