@@ -11,7 +11,7 @@ constexpr int kSoonRests = 4;  // lost again within so many rests of its return:
 
 }  // namespace
 
-bool ActiveThreads::begin_step(int64_t now) {
+bool ActiveThreads::try_again(int64_t now) {
     if (count_ == most_ || now < retry_at_) return false;
     if (raised_) rest_ns_ = kFirstRest_ns;  // the one before was kept: the next may follow quickly
     raised_ = true;

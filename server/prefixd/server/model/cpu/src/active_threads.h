@@ -20,7 +20,7 @@ public:
     int count() const { return count_; }
 
     // Takes a thread back whose rest is over; whether it did.
-    bool begin_step(int64_t now);
+    bool try_again(int64_t now);
     // Of `items` the caller did `own` in work_ns, then waited wait_ns for the others.
     void end_phase(int64_t now, int items, int own, int64_t work_ns, int64_t wait_ns);
     // The caller was ready to run for lost_ns, on a core that another thread had.

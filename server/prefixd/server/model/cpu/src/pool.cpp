@@ -130,7 +130,7 @@ void ThreadPool::begin_step() {
     step_begin_ = now_ns();
     cpu_begin_ = thread_cpu_ns();
     sleep_begin_ = sleep_ns_;
-    if (active_threads_.begin_step(step_begin_)) wake_active();
+    if (active_threads_.try_again(step_begin_)) wake_active();
     if (num_active() > 1) publish(0, nullptr, nullptr);
 }
 
@@ -145,11 +145,12 @@ bool ThreadPool::end_step() {
 }
 
 void ThreadPool::run_all(int items, Function function, const void* context) {
+    const int64_t begin = num_threads_ == 1 || items <= 1 ? 0 : now_ns();
+    if (begin && active_threads_.try_again(begin)) wake_active();  // a step of a long prompt is longer than a rest
     if (num_active() == 1 || items <= 1) {
         for (int i = 0; i < items; i++) function(context, i, 0);
         return;
     }
-    const int64_t begin = now_ns();
     publish(items, function, context);
     const int own = work(0);
     completed_.fetch_add(own);
