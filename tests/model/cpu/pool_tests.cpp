@@ -39,9 +39,15 @@ static void check_choice() {
         rest = rest * 2 < ActiveThreads::kLongestRest_ns ? rest * 2 : ActiveThreads::kLongestRest_ns;
     }
     require(threads.try_again(now += rest), "a thread is tried after the longest rest");
-    threads.end_step(now += 5 * rest, 11 * kMs);
+    threads.end_step(now += 5 * rest, 0);
+    threads.end_step(now, 11 * kMs);
     require(threads.count() == 1, "a core that the caller lost costs a thread");
-    require(threads.try_again(now + ActiveThreads::kFirstRest_ns), "a thread that was kept rests for less");
+    require(threads.try_again(now += ActiveThreads::kFirstRest_ns), "a thread that was kept rests for less");
+    for (int phase = 0; phase < 400; phase++) threads.end_phase(now += kMs, 10, 5, kMs, 0);
+    threads.end_step(now, 100 * kMs);
+    require(threads.count() == 2, "a thread is kept that has gained more in a long step than the caller lost");
+    threads.end_step(now, 11 * kMs);
+    require(threads.count() == 1, "what a step gained counts once");
 }
 
 // Another thread of the process, as a server's, has the worker's core at the beginning of each step.

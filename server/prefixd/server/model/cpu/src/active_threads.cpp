@@ -28,12 +28,19 @@ void ActiveThreads::end_phase(int64_t now, int items, int own, int64_t work_ns, 
     if (count_ == 1 || own == 0) return;
     const int64_t others = count_ - 1, all_others = others * own;
     const int64_t gain = work_ns * std::min<int64_t>(items - own, all_others) / all_others / others;
-    add(now, gain - std::max<int64_t>(0, wait_ns - kItemsWait * work_ns / own));
+    const int64_t net = gain - std::max<int64_t>(0, wait_ns - kItemsWait * work_ns / own);
+    step_gain_ns_ += net;
+    add(now, net);
 }
 
 void ActiveThreads::end_step(int64_t now, int64_t lost_ns) {
-    if (count_ == 1) return;
-    add(now, -lost_ns - lost_ns / (count_ - 1));  // the lost time is part of the work_ns above too
+    // The lost time is part of the work_ns above too. The phases' gain may have been more than the
+    // balance can hold: it counts in full here.
+    if (count_ > 1) {
+        const int64_t cost = lost_ns + lost_ns / (count_ - 1);
+        add(now, std::min<int64_t>(0, std::max<int64_t>(0, step_gain_ns_) - cost));
+    }
+    step_gain_ns_ = 0;
 }
 
 void ActiveThreads::add(int64_t now, int64_t gain_ns) {

@@ -23,7 +23,7 @@ public:
     bool try_again(int64_t now);
     // Of `items` the caller did `own` in work_ns, then waited wait_ns for the others.
     void end_phase(int64_t now, int items, int own, int64_t work_ns, int64_t wait_ns);
-    // The caller was ready to run for lost_ns, on a core that another thread had.
+    // In this step the caller was ready to run for lost_ns, on a core that another thread had.
     void end_step(int64_t now, int64_t lost_ns);
 
     static constexpr int64_t kMost_ns = 20'000'000;
@@ -35,6 +35,7 @@ private:
     const int most_;
     int count_;
     int64_t balance_ns_ = kMost_ns;
+    int64_t step_gain_ns_ = 0;  // of the phases of this step
     int64_t rest_ns_ = kFirstRest_ns;
     int64_t retry_at_ = 0, raised_at_ = 0;
     bool raised_ = false;  // since a thread was last lost
