@@ -25,6 +25,8 @@ from prefixd.server.model.cpu.library import NativeLibrary, find_or_compile_libr
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, WIDTH, INNER, VOCAB = 30, 9, 3, 64, 576, 1536, 49152
 BLOCK, POSITIONS = 16, 2048
+BUSY_BLOCK_S = 2.0
+"""Of steps next to a busy process: the pool tries a thread again at least so often."""
 
 
 class Steps:
@@ -107,10 +109,14 @@ def packed_products(rows: int) -> Callable[[], None]:
     return run
 
 
-def seconds_of(run: Callable[[], None]) -> float:
+def seconds_of(run: Callable[[], None], least: float) -> float:
+    """The mean time of as many runs as take ``least`` seconds together, or of one."""
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    count = 0
+    while count == 0 or time.perf_counter() - start < least:
+        run()
+        count += 1
+    return (time.perf_counter() - start) / count
 
 
 @contextmanager
@@ -129,15 +135,18 @@ def print_ratios(
     rounds: int,
     ours: Callable[[int], Callable[[], None]],
     other: Callable[[int], Callable[[], None]],
+    *,
+    least: float = 0.0,
 ) -> None:
-    """Medians of both in alternating rounds, without the first, and their ratio."""
+    """Medians of both in alternating rounds, without the first, and their ratio. A round is one run
+    of each, or as many as take ``least`` seconds."""
     with torch.inference_mode():
         for count in rows:
             runs = ours(count), other(count)
             times: tuple[list[float], list[float]] = ([], [])
             for _ in range(rounds):
                 for run, values in zip(runs, times, strict=True):
-                    values.append(1e3 * seconds_of(run))
+                    values.append(1e3 * seconds_of(run, least))
             first, second = (statistics.median(values[1:]) for values in times)
             print(f"{count:5} {first:8.2f} {second:8.2f} {first / second:6.2f}", flush=True)
 
@@ -165,7 +174,8 @@ def main() -> None:
     if arguments.next_to_busy:
         print(f"{title}, step on one thread, ratio; next to a busy process")
         with busy_process():
-            print_ratios(arguments.rows, arguments.rounds, steps(arguments.threads), steps(1))
+            runs = steps(arguments.threads), steps(1)
+            print_ratios(arguments.rows, arguments.rounds, *runs, least=BUSY_BLOCK_S)
     else:
         print(f"{title}, torch's products, ratio")
         print_ratios(arguments.rows, arguments.rounds, steps(arguments.threads), packed_products)

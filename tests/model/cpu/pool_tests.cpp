@@ -39,7 +39,7 @@ static void check_choice() {
         rest = rest * 2 < ActiveThreads::kLongestRest_ns ? rest * 2 : ActiveThreads::kLongestRest_ns;
     }
     require(threads.try_again(now += rest), "a thread is tried after the longest rest");
-    threads.end_step(now += 5 * rest, 0);
+    threads.end_step(now += 1000 * kMs, 0);
     threads.end_step(now, 11 * kMs);
     require(threads.count() == 1, "a core that the caller lost costs a thread");
     require(threads.try_again(now += ActiveThreads::kFirstRest_ns), "a thread that was kept rests for less");
