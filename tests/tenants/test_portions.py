@@ -128,16 +128,47 @@ def test_a_portion_is_returned_after_a_second(
     assert num_leases(engine) == 0
 
 
-def test_headers_count_every_request_of_a_portion(limiter: Limiter) -> None:
+def test_requests_that_outlast_their_portion_are_charged_together(
+    limiter: Limiter, engine: Engine, commits: list[str]
+) -> None:
+    grants = [limiter.admit("acme", LARGE, tokens=10) for _ in range(30)]
+    limiter.return_portions(all_of_them=True)
+    commits.clear()
+    assert all(limiter.settle_later(grant, output_tokens=5) for grant in grants)
+    assert commits == []
+    limiter.return_portions(all_of_them=True)
+    assert len(commits) == 1
+    assert levels(engine) == (LIMIT - 30, 100 * LIMIT - 450)
+    assert num_leases(engine) == 0
+
+
+def test_what_is_owed_is_not_held_back_when_the_buckets_are_not_half_full(
+    limiter: Limiter, engine: Engine
+) -> None:
+    limiter.admit("acme", LARGE, tokens=60 * LIMIT)
+    grant = limiter.admit("acme", LARGE, tokens=10)
+    assert not limiter.settle_later(grant, output_tokens=5)
+    assert not limiter.has_portions
+
+
+def test_a_kept_portion_has_its_headers_beside_what_is_owed(limiter: Limiter) -> None:
+    first = limiter.admit("acme", LARGE, tokens=10)
+    portion = limiter._portions.take_old(all_of_them=True)["acme"]
+    assert limiter.settle_later(first, output_tokens=5)
+    limiter._portions.keep("acme", portion)
+    assert limiter.admit("acme", LARGE, tokens=10).headers.keys() == first.headers.keys()
+
+
+def test_headers_count_every_request_of_a_portion(
+    limiter: Limiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limiter._portions, "_now", lambda: 50.0)  # portions refill
     shown = []
     for _ in range(4):
         grant = limiter.admit("acme", LARGE, tokens=10)
         remaining = [grant.headers[f"x-ratelimit-remaining-{of}"] for of in ("requests", "tokens")]
         shown.append(tuple(map(int, remaining)))
-    # Portions refill by the running clock meanwhile.
-    for number, (requests, tokens) in enumerate(shown, 1):
-        assert LIMIT - number <= requests <= LIMIT - 1
-        assert 100 * LIMIT - 10 * number <= tokens <= 100 * LIMIT - 10
+    assert shown == [(LIMIT - number, 100 * LIMIT - 10 * number) for number in range(1, 5)]
 
 
 def test_what_could_not_be_returned_is_kept_and_charged_later(

@@ -132,7 +132,7 @@ class Limiter:
 
     def settle_later(self, grant: Grant, *, output_tokens: int) -> bool:
         """As ``settle``, without a transaction: within about a second, by ``return_portions``.
-        False: the tenant has no portion in this process that could hold the charge."""
+        False: no portion of this process could hold the charge."""
         return self._portions.owe(
             grant.tenant, grant.quota, tokens=output_tokens, lease=grant.lease
         )

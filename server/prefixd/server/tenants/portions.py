@@ -88,6 +88,8 @@ class Portion:
 
     def merge(self, other: "Portion") -> None:
         """Take over what ``other`` has."""
+        if not self.buckets:
+            self.buckets, self.buckets_at = other.buckets, other.buckets_at
         self.requests += other.requests
         self.tokens += other.tokens
         self.owed += other.owed
@@ -127,12 +129,20 @@ class Portions:
 
     def owe(self, tenant: str, quota: Quota, *, tokens: int, lease: str | None) -> bool:
         """A request has ended: its output is charged later, and its lease kept for the next one.
-        False: the portion has no room for them."""
+        A portion that was returned meanwhile is begun again, with nothing in it. False: the portion
+        has no room for them, or none may be taken now."""
+        charged = tokens if quota.tokens_per_minute is not None else 0
+        if not charged and lease is None:
+            return True
         with self._lock:
             portion = self._by_tenant.get(tenant)
-            if portion is None or portion.quota != quota:
+            if portion is None:
+                size = self.size_for(tenant, quota)
+                if size is None:
+                    return False
+                portion = self._by_tenant[tenant] = Portion(quota, size, self._now())
+            if portion.quota != quota:
                 return False
-            charged = tokens if quota.tokens_per_minute is not None else 0
             if portion.owed + charged > portion.size.tokens or (
                 lease is not None and len(portion.leases) >= 2 * portion.size.leases
             ):
