@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from threading import Barrier
 
 import pytest
 from sqlalchemy import Engine, event, select
@@ -126,6 +127,30 @@ def test_a_portion_is_returned_after_a_second(
     assert not limiter.has_portions
     assert levels(engine) == (LIMIT - 1, 100 * LIMIT - 15)
     assert num_leases(engine) == 0
+
+
+def test_requests_that_arrive_together_share_a_portion(
+    limiter: Limiter, commits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefixd.server.tenants.portions.TURN_S", 30.0)
+    gate = Barrier(12)
+
+    def admit(_: int) -> None:
+        gate.wait(30)
+        limiter.admit("acme", LARGE, tokens=10)
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(admit, range(12)))
+    assert len(commits) == 1
+
+
+def test_a_request_does_not_wait_for_long_for_anothers_portion(
+    limiter: Limiter, commits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefixd.server.tenants.portions.TURN_S", 0.0)
+    with limiter._portions.turn("acme", LARGE):
+        limiter.admit("acme", LARGE, tokens=10)
+    assert len(commits) == 1
 
 
 def test_requests_that_outlast_their_portion_are_charged_together(

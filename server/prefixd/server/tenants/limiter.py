@@ -66,16 +66,27 @@ class Limiter:
         its lease: a caller that has it can free a lease of which it was not told."""
         if not quota.is_metered:
             return Grant(tenant, quota)
+        grant = self._from_portion(tenant, quota, tokens)
+        if grant is not None:
+            return grant
+        with self._portions.turn(tenant, quota):
+            grant = self._from_portion(tenant, quota, tokens)  # another request's, meanwhile
+            return grant or self._from_catalog(tenant, quota, tokens, lease=lease or new_lease())
+
+    def _from_portion(self, tenant: str, quota: Quota, tokens: int) -> Grant | None:
         used = self._portions.use(tenant, quota, tokens=tokens)
-        if used is not None:
-            lease, buckets = used
-            return Grant(tenant, quota, headers_of(buckets), lease)
+        if used is None:
+            return None
+        lease, buckets = used
+        return Grant(tenant, quota, headers_of(buckets), lease)
+
+    def _from_catalog(self, tenant: str, quota: Quota, tokens: int, *, lease: str) -> Grant:
         held = self._portions.hold(tenant)
         try:
             if held is not None and held.quota != quota:  # the limits have changed since
                 self._return(tenant, held)
                 held = None
-            return self._admit(tenant, quota, tokens, lease=lease or new_lease(), held=held)
+            return self._admit(tenant, quota, tokens, lease=lease, held=held)
         except BaseException:
             if held is not None:
                 self._portions.keep(tenant, held)

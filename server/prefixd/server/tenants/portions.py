@@ -15,7 +15,8 @@ full, and of large limits only. A process that is killed loses what its portions
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -25,6 +26,11 @@ from prefixd.server.tenants.quotas import Quota
 PORTION_S = 1.0
 """How long a portion is kept, in seconds."""
 
+TURN_S = 0.25
+"""The longest wait of a request for another that takes a portion, in seconds. Then it takes one
+too: a database that hangs must not make its callers wait one after the other."""
+
+_TURNS = 16
 _SHARE, _LEASE_SHARE = 256, 16
 _LEAST_REQUESTS, _LEAST_LEASES = 2560, 256
 _UNLIMITED = 64
@@ -105,6 +111,7 @@ class Portions:
         self._lock = threading.Lock()
         self._by_tenant: dict[str, Portion] = {}
         self._not_before: dict[str, float] = {}
+        self._turns = tuple(threading.Lock() for _ in range(_TURNS))
 
     def __len__(self) -> int:
         return len(self._by_tenant)
@@ -151,6 +158,21 @@ class Portions:
             if lease is not None:
                 portion.leases.append(lease)
             return True
+
+    @contextmanager
+    def turn(self, tenant: str, quota: Quota) -> Iterator[None]:
+        """Take a portion inside the block, one request of a tenant after the other: those that
+        arrive together then share the first one's."""
+        if self.size_for(tenant, quota) is None:
+            yield
+            return
+        lock = self._turns[hash(tenant) % _TURNS]
+        is_ours = lock.acquire(timeout=TURN_S)
+        try:
+            yield
+        finally:
+            if is_ours:
+                lock.release()
 
     def size_for(self, tenant: str, quota: Quota) -> PortionSize | None:
         """The portion that a transaction may take; None: none now."""
