@@ -1,23 +1,22 @@
 """Request bodies: read after authentication, limited, and parsed once into a strict type.
 
 FastAPI would read the whole body before it runs the authentication dependency, and would coerce
-wrong types. Here the body is a dependency of its own, which depends on the principal.
+wrong types. Here the body is a dependency of its own, which needs the principal.
 """
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from prefixd.server.api.dependencies import BodyLimitsDep, BoundsDep, authenticated, hold_call
+from prefixd.server.api.dependencies import BodyLimits, bounds_of, hold_call, principal_of
 from prefixd.server.api.error_responses import from_validation
 from prefixd.server.errors import BadRequest, TooLarge
-from prefixd.server.tenants.registry import Principal
 from prefixd.store.disk import DiskGuard
 from prefixd.store.files import UPLOAD_PREFIX, file_in_progress
 
@@ -147,12 +146,9 @@ def json_body(model: type[Model], *, optional: bool = False) -> Callable[..., Aw
     """A dependency on the body as ``model``, of authenticated callers only. ``optional``: an empty
     body means an empty object."""
 
-    async def read(
-        request: Request,
-        limits: BodyLimitsDep,
-        bounds: BoundsDep,
-        principal: Annotated[Principal, Depends(authenticated)],
-    ) -> Model:
+    async def read(request: Request) -> Model:
+        limits: BodyLimits = request.app.state.body_limits
+        bounds, principal = bounds_of(request), principal_of(request)
         # A body of unknown length may be as long as any.
         size = declared_bytes(request) or limits.max_body_bytes
         async with bounds.bodies.hold(principal.tenant, min(size, limits.max_body_bytes)):

@@ -2,6 +2,8 @@
 
 A route's signature names the parts that it uses; ``create_app`` stores each on the application's
 state under the name given here. Every router except the public ones depends on ``authenticated``.
+What runs for every request takes both from the request: wherever a dependency is named, FastAPI
+solves all that it depends on again.
 """
 
 import time
@@ -73,7 +75,6 @@ async def authenticated(
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Principal:
     """The principal behind the bearer key. Raises NotAuthenticated."""
-    # Not as dependencies: FastAPI solves those again wherever this one is named.
     state = request.app.state
     tenants: Tenants = state.tenants
     bounds: TenantBounds = state.bounds
@@ -98,27 +99,35 @@ async def authenticate_request(request: Request) -> Principal:
     return await authenticated(request, await _bearer(request))
 
 
-Authenticated = Annotated[Principal, Depends(authenticated)]
+def principal_of(request: Request) -> Principal:
+    """The principal that ``authenticated`` found. Raises AttributeError when it has not run."""
+    principal: Principal = request.state.principal
+    return principal
 
 
-async def within_bounds(bounds: BoundsDep, principal: Authenticated) -> AsyncIterator[None]:
+def bounds_of(request: Request) -> TenantBounds:
+    """The bounds of this server."""
+    bounds: TenantBounds = request.app.state.bounds
+    return bounds
+
+
+async def within_bounds(request: Request) -> AsyncIterator[None]:
     """Count the request as in progress, until its response has been sent. Raises RateLimited."""
-    with bounds.request(principal, rated=False):
+    with bounds_of(request).request(principal_of(request), rated=False):
         yield
 
 
-async def within_rate(bounds: BoundsDep, principal: Authenticated) -> AsyncIterator[None]:
+async def within_rate(request: Request) -> AsyncIterator[None]:
     """As ``within_bounds``, for a request that the limiter does not count."""
-    with bounds.request(principal, rated=True):
+    with bounds_of(request).request(principal_of(request), rated=True):
         yield
 
 
-async def within_calls(
-    request: Request, bounds: BoundsDep, principal: Authenticated
-) -> AsyncIterator[None]:
+async def within_calls(request: Request) -> AsyncIterator[None]:
     """Wait for the tenant's other requests, and hold a place while the endpoint runs. A request
     with a body holds none while it is received: ``json_body`` takes it, for ``request.state.holds``
     to return. Raises Unavailable."""
+    bounds, principal = bounds_of(request), principal_of(request)
     async with AsyncExitStack() as holds:
         request.state.holds = holds
         if request.method in {"GET", "HEAD"}:
@@ -139,10 +148,11 @@ async def hold_call(request: Request, calls: KeyedSemaphore, principal: Principa
     state.catalog_waited = waited + time.monotonic() - begun
 
 
-def requires(scope: Scope) -> Callable[[Principal], Awaitable[Principal]]:
+def requires(scope: Scope) -> Callable[[Request], Awaitable[Principal]]:
     """A dependency that raises Forbidden for a key without ``scope``."""
 
-    async def check(principal: Annotated[Principal, Depends(authenticated)]) -> Principal:
+    async def check(request: Request) -> Principal:
+        principal = principal_of(request)
         if scope not in principal.scopes:
             scopes = ", ".join(sorted(principal.scopes))
             raise Forbidden(f"this needs a key with the scope '{scope}'; this key has: {scopes}")
@@ -168,9 +178,8 @@ async def _operator(principal: Admin) -> Principal:
 Operator = Annotated[Principal, Depends(_operator)]
 
 
-async def _actor(
-    request: Request, principal: Annotated[Principal, Depends(authenticated)]
-) -> Actor:
+async def _actor(request: Request) -> Actor:
+    principal = principal_of(request)
     request_id = getattr(request.state, "request_id", None)
     return Actor(tenant=principal.tenant, key_id=principal.key_id, request_id=request_id)
 

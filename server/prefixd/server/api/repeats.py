@@ -8,7 +8,7 @@ from fastapi import Depends, Header, Request, Response
 from pydantic import BaseModel
 from sqlalchemy import Connection
 
-from prefixd.server.api.dependencies import IdempotencyDep, authenticated
+from prefixd.server.api.dependencies import IdempotencyDep, principal_of
 from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.idempotency import Idempotency, Keep, Replay, check_key
 from prefixd.server.tenants.principal import Principal
@@ -100,7 +100,6 @@ def request_digest(*parts: str | bytes) -> str:
 async def _repeatable(
     request: Request,
     idempotency: IdempotencyDep,
-    principal: Annotated[Principal, Depends(authenticated)],
     idempotency_key: Annotated[
         str | None,
         Header(description="The same key with the same request gets the same response, for a day."),
@@ -112,7 +111,7 @@ async def _repeatable(
             f"expected one Idempotency-Key; received {len(received)}", param="Idempotency-Key"
         )
     key = None if idempotency_key is None else check_key(idempotency_key)
-    return Repeatable(request, idempotency, principal, key)
+    return Repeatable(request, idempotency, principal_of(request), key)
 
 
 RepeatableDep = Annotated[Repeatable, Depends(_repeatable)]
