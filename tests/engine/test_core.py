@@ -270,3 +270,36 @@ def test_the_time_of_each_step_is_measured_for_the_budget_of_the_next() -> None:
     assert budget.token_s is not None
     assert budget.token_s > 0
     assert budget.decode_s > 0
+
+
+def test_callers_are_woken_when_the_thread_leaves_for_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not beside the Python of a step; and no step is waited for when there is none."""
+    bench = Bench()
+    seen: list[str] = []
+    schedule = bench.engine.core.scheduler.schedule
+
+    def record(**values: float) -> Step:
+        seen.append("schedule")
+        return schedule(**values)
+
+    monkeypatch.setattr(bench.engine.core.scheduler, "schedule", record)
+    fail_steps(bench, monkeypatch, lambda _step: seen.append("run"))
+    request = AdmittedRequest(
+        "r", "acme", PROMPT, None, SamplingParams(temperature=0.0), StopParams(max_tokens=3)
+    )
+    ended = threading.Event()
+
+    def on_event(event: Event) -> None:
+        seen.append("event")
+        if isinstance(event, FinishEvent):
+            ended.set()
+
+    bench.engine.submit(request, on_event, deliver=lambda: seen.append("deliver"))
+    bench.engine.start()
+    assert ended.wait(20)
+    bench.engine.stop()
+    step = ["schedule", "deliver", "run", "event"]
+    whole = ["schedule", "run", "event", *step, *step, "event", "deliver"]
+    assert seen[: len(whole)] == whole

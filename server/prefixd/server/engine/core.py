@@ -2,8 +2,8 @@
 
 ::
 
-    expire ──> schedule ──> fetch ──> run ──> push text ──> update ──> close ──> publish
-                          (threads)  (device)
+    expire ──> schedule ──> fetch ──> deliver ──> run ──> push text ──> update ──> close ──> publish
+                          (threads)  (callers)  (device)
 
 The scheduler and the runner are touched by this thread alone, so neither needs a lock. What other
 threads may read is published: replaced as a whole, and never changed afterwards. Only ``tiers``,
@@ -112,10 +112,13 @@ class EngineCore:
         step = self.scheduler.schedule(now=now)
         for key in step.fetches:
             self._fetch(self.scheduler, key)
-        self._outputs.deliver()  # of what ended without a step, which may take long
+        # Also of the step before. The thread that wakes shares the interpreter with this one, which
+        # leaves it for the device now.
+        self._outputs.deliver()
         if step.has_work:
             self._run(step, now)
-            self._outputs.deliver()
+            if self.scheduler.idle:
+                self._outputs.deliver()
         self._publish()
         self.turn_began = None
         return step.has_work
