@@ -10,7 +10,7 @@ import pytest
 import structlog
 
 from prefixd.server.api.generate.event_encoder import sse_event
-from prefixd.server.api.generate.event_stream import EventStream
+from prefixd.server.api.generate.event_stream import EventStream, while_connected
 from prefixd.server.api.middleware import REQUEST_ID_HEADER, ReceiveTimeout
 from prefixd.server.api.request_record import ClientGone
 from tests.api.api_world import World
@@ -149,6 +149,54 @@ def test_engine_failure_during_a_stream_sends_an_error_event(world: World) -> No
 
     run_with_engine(world, scenario)
     assert outcome(world, "error") == 1
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+def test_a_disconnect_that_comes_when_the_work_is_done_cancels_nothing(turns: int) -> None:
+    gone = asyncio.Event()
+
+    async def receive() -> Any:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def scenario() -> None:
+        async with while_connected(receive):
+            await asyncio.sleep(0)
+            gone.set()
+            for _ in range(turns):  # one later, the work would be cancelled
+                await asyncio.sleep(0)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("disconnects", [False, True])
+def test_a_cancelled_task_stays_cancelled_when_its_client_disconnects(*, disconnects: bool) -> None:
+    gone = asyncio.Event()
+
+    async def receive() -> Any:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def work() -> None:
+        async with while_connected(receive):
+            await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        task = asyncio.create_task(work())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        task.cancel()
+        if disconnects:
+            gone.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("failing", ["payloads", "send"])

@@ -1,9 +1,8 @@
 """A response of server-sent events, as long as its client is connected."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Mapping
-from contextlib import AsyncExitStack, suppress
-from typing import TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -16,8 +15,6 @@ from prefixd.server.api.generate.event_encoder import sse_event
 from prefixd.server.api.request_record import ClientGone
 from prefixd.server.errors import PrefixdError
 
-Result = TypeVar("Result")
-
 DONE = b"data: [DONE]\n\n"
 
 
@@ -25,7 +22,8 @@ class EventStream(Response):
     """Sends server-sent events, and at the end an error, if any, and ``[DONE]``.
 
     ``running`` is what the request holds: it is closed before ``[DONE]`` is sent, so that a client
-    that has read it may send its next request, and also when the client disconnects.
+    that has read it may send its next request. With ``while_connected`` among it, also when the
+    client disconnects.
     """
 
     media_type = "text/event-stream"
@@ -52,11 +50,11 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the chunks end or the client disconnects."""
-        del scope
+        del scope, receive
         failure: Exception | None = None
         try:
             async with self._running:
-                await while_connected(receive, self._send_chunks(send))
+                await self._send_chunks(send)
         except ClientGone:
             return
         except Exception as error:  # noqa: BLE001 - sent to the client, and raised again below
@@ -91,23 +89,35 @@ async def _send(send: Send, body: bytes) -> None:
         raise ClientGone from error
 
 
-async def while_connected(receive: Receive, work: Awaitable[Result]) -> Result:
-    """Run ``work``, or cancel it and raise ClientGone when the client disconnects first.
+@asynccontextmanager
+async def while_connected(receive: Receive) -> AsyncIterator[None]:
+    """Cancel what runs inside when the client disconnects, and raise ClientGone.
 
     The body must have been read: the only message left to receive is the disconnect.
     """
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnected(receive))
+    task = asyncio.current_task()
+    assert task is not None
+    earlier, inside, gone = task.cancelling(), True, False
+
+    def cancel(watching: asyncio.Task[None]) -> None:
+        nonlocal gone
+        if inside and not watching.cancelled():
+            gone = True
+            task.cancel()
+
+    watching = asyncio.create_task(_disconnected(receive))
+    watching.add_done_callback(cancel)
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
+        yield
+    except asyncio.CancelledError as error:
+        if gone and task.cancelling() == earlier + 1:
+            raise ClientGone from error
+        raise
     finally:
-        working.cancel()
+        inside = False
         watching.cancel()
-        # Cancelled work still frees what it holds.
-        await asyncio.gather(working, watching, return_exceptions=True)
+        if gone:
+            task.uncancel()
 
 
 async def _disconnected(receive: Receive) -> None:

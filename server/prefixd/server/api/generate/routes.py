@@ -92,12 +92,13 @@ class GenerationService:
                     self.engine, admitted, self.drain_state, recorder, self.deliveries.running()
                 )
                 await running.enter_async_context(generation)
+                await running.enter_async_context(while_connected(request.receive))
                 events = await running.enter_async_context(aclosing(generation.events()))
                 headers = _headers(admitted, recorder)
                 kind = formatter.chunk_object if body.stream else formatter.object
                 common = (events, recorder.record, formatter, _envelope(admitted, kind))
                 if not body.stream:
-                    response = await while_connected(request.receive, _whole(*common))
+                    response = await _whole(*common)
                     return JSONResponse(response, 200, headers)
                 chunks = _chunks(
                     *common, num_choices=admitted.num_choices, wants_usage=body.wants_usage
@@ -105,7 +106,7 @@ class GenerationService:
                 await running.enter_async_context(aclosing(chunks))
                 # The first chunk decides the status: a request that fails before it is answered
                 # with an error and not with a stream.
-                first = await while_connected(request.receive, anext(chunks))
+                first = await anext(chunks)
                 return EventStream(
                     first,
                     chunks,
