@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,7 +71,8 @@ class EventDeliveries:
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """Runs an admitted request while entered; leaving early aborts the sequences still running.
+    """Runs an admitted request while entered, and iterates over its events; leaving early aborts
+    the sequences still running.
 
     Entering raises Unavailable when the queue is full. ``recorder`` counts the events.
     """
@@ -84,9 +85,17 @@ class Generation:
     _ready: deque[tuple[int, Event]] = field(default_factory=deque)
     _waiter: asyncio.Future[None] | None = None
     _unfinished: int = 0
+    _failure: PrefixdError | None = None
+    _deadline: float = math.inf
+    _timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
         self._unfinished = self.admitted.num_choices
+        timeout = self.admitted.requests[0].timeout_s
+        if timeout is not None:
+            loop = asyncio.get_running_loop()
+            self._deadline = loop.time() + timeout + _TIMEOUT_SLACK_S
+            self._timer = loop.call_at(self._deadline, self._wake)
         self.drain_state.running.add(self)
         deliver = self.delivery.deliver
         try:
@@ -100,6 +109,8 @@ class Generation:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self.drain_state.running.discard(self)
         if self._unfinished:
             for request in self.admitted.requests:
@@ -109,26 +120,27 @@ class Generation:
         """Make the next event an abort, without waiting for the engine."""
         self._receive(0, FinishEvent(0, FinishReason.ABORT, completion_tokens=0))
 
-    async def events(self) -> AsyncGenerator[Batch]:
+    def __aiter__(self) -> Self:
         """All events that are ready, again and again until all sequences have finished. Raises the
         error of the first sequence that failed, and DeadlineExceeded."""
-        timeout, loop = self.admitted.requests[0].timeout_s, asyncio.get_running_loop()
-        deadline = math.inf if timeout is None else loop.time() + timeout + _TIMEOUT_SLACK_S
-        timer = None if timeout is None else loop.call_at(deadline, self._wake)
-        try:
-            while self._unfinished:
-                if not self._ready and loop.time() < deadline:
-                    await self._wait()
-                if not self._ready:
-                    raise DeadlineExceeded("the request's timeout has passed")
-                batch, failure = self._take()
-                if batch:
-                    yield batch
-                if failure is not None:
-                    raise failure
-        finally:
-            if timer is not None:
-                timer.cancel()
+        return self
+
+    # Not a generator: resuming one takes longer, and a stream does it for every token.
+    async def __anext__(self) -> Batch:
+        if self._failure is not None:
+            raise self._failure
+        if not self._unfinished:
+            raise StopAsyncIteration
+        loop = asyncio.get_running_loop()
+        if not self._ready and loop.time() < self._deadline:
+            self._waiter = loop.create_future()
+            await self._waiter
+        if not self._ready:
+            raise DeadlineExceeded("the request's timeout has passed")
+        batch, self._failure = self._take()
+        if not batch and self._failure is not None:
+            raise self._failure
+        return batch
 
     def _take(self) -> tuple[Batch, PrefixdError | None]:
         """Count and take what is ready, up to the first sequence that failed; and its error."""
@@ -158,10 +170,3 @@ class Generation:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,10 +93,9 @@ class GenerationService:
                 )
                 await running.enter_async_context(generation)
                 await running.enter_async_context(while_connected(request.receive))
-                events = await running.enter_async_context(aclosing(generation.events()))
                 headers = _headers(admitted, recorder)
                 kind = formatter.chunk_object if body.stream else formatter.object
-                common = (events, recorder.record, formatter, _envelope(admitted, kind))
+                common = (generation, recorder.record, formatter, _envelope(admitted, kind))
                 if not body.stream:
                     response = await _whole(*common)
                     return JSONResponse(response, 200, headers)
@@ -163,7 +162,7 @@ def _headers(admitted: Admitted, recorder: RequestRecorder) -> dict[str, str]:
 
 
 async def _whole(
-    events: AsyncGenerator[Batch],
+    events: AsyncIterable[Batch],
     record: RequestRecord,
     formatter: ResponseFormatter,
     envelope: dict[str, Any],
@@ -185,7 +184,7 @@ async def _whole(
 
 
 async def _chunks(
-    events: AsyncGenerator[Batch],
+    events: AsyncIterable[Batch],
     record: RequestRecord,
     formatter: ResponseFormatter,
     envelope: dict[str, Any],
