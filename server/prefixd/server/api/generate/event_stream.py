@@ -54,7 +54,8 @@ class EventStream(Response):
         failure: Exception | None = None
         try:
             async with self._running:
-                await self._send_chunks(send)
+                # A task of its own: a token resumes it and not all layers around the application.
+                await asyncio.create_task(self._send_chunks(send))
         except ClientGone:
             return
         except Exception as error:  # noqa: BLE001 - sent to the client, and raised again below
