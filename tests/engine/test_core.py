@@ -275,7 +275,7 @@ def test_the_time_of_each_step_is_measured_for_the_budget_of_the_next() -> None:
 def test_callers_are_woken_when_the_thread_leaves_for_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not beside the Python of a step; and no step is waited for when there is none."""
+    """Not while it runs the Python of a step; and no step is waited for when there is none."""
     bench = Bench()
     seen: list[str] = []
     schedule = bench.engine.core.scheduler.schedule

@@ -144,7 +144,7 @@ def test_requests_that_arrive_together_share_a_portion(
     assert len(commits) == 1
 
 
-def test_a_request_does_not_wait_for_long_for_anothers_portion(
+def test_a_request_does_not_wait_for_long_for_the_portion_of_another(
     limiter: Limiter, commits: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prefixd.server.tenants.portions.TURN_S", 0.0)
@@ -176,7 +176,7 @@ def test_what_is_owed_is_not_held_back_when_the_buckets_are_not_half_full(
     assert not limiter.has_portions
 
 
-def test_a_kept_portion_has_its_headers_beside_what_is_owed(limiter: Limiter) -> None:
+def test_a_kept_portion_has_its_headers_together_with_what_is_owed(limiter: Limiter) -> None:
     first = limiter.admit("acme", LARGE, tokens=10)
     portion = limiter._portions.take_old(all_of_them=True)["acme"]
     assert limiter.settle_later(first, output_tokens=5)
