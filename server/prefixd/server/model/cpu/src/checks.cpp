@@ -1,3 +1,7 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
 #include <stdexcept>
 
 #include "model.h"
@@ -44,6 +48,52 @@ void check_shape(const pfx_shape& shape) {
     check_positive("max_positions", shape.max_positions);
     check_positive("block_size", shape.block_size);
     check(shape.block_size % kRun == 0, expected("block_size", "a multiple of 16", shape.block_size));
+}
+
+void check_int8(const std::string& name, const void* weight, const float* scales, size_t rows, int inner) {
+    check(inner <= kMaxInt8Inputs,
+          expected(name, "at most " + std::to_string(kMaxInt8Inputs) + " inputs of int8", inner));
+    for (size_t row = 0; row < rows; row++) {
+        const int8_t* codes = static_cast<const int8_t*>(weight) + row * inner;
+        const auto of_row = [&](const char* what) { return name + ": " + what + " of row " + std::to_string(row); };
+        if (std::memchr(codes, -128, inner))
+            throw std::invalid_argument(expected(of_row("weight"), "-127 to 127", -128));
+        if (scales[row] == 0 && std::all_of(codes, codes + inner, [](int8_t code) { return code == 0; })) continue;
+        if (scales[row] > 0 && !std::isinf(scales[row])) continue;
+        char value[32];
+        std::snprintf(value, sizeof value, "%g", scales[row]);
+        throw std::invalid_argument(of_row("scale") + ": expected a finite number above 0, got " + value);
+    }
+}
+
+// Those that are multiplied together have scales all or none.
+static void check_scales_alike(const std::string& names, const std::vector<pfx_linear>& linears) {
+    const int count = linears.size();
+    const int scaled = std::count_if(linears.begin(), linears.end(), [](const auto& of) { return of.scales; });
+    check(scaled == 0 || scaled == count,
+          expected(names, "scales of all " + std::to_string(count) + " or none", scaled));
+}
+
+void check_int8_layer(const pfx_layer& layer, const pfx_shape& shape) {
+    const int width = shape.width, heads = shape.num_heads * shape.head_dim;
+    const int kv_heads = shape.num_kv_heads * shape.head_dim;
+    const struct {
+        const char* name;
+        const pfx_linear& linear;
+        int outputs, inner;
+    } linears[] = {{"q", layer.q, heads, width},           {"k", layer.k, kv_heads, width},
+                   {"v", layer.v, kv_heads, width},        {"o", layer.o, width, heads},
+                   {"gate", layer.gate, layer.inner, width}, {"up", layer.up, layer.inner, width},
+                   {"down", layer.down, width, layer.inner}};
+    check_scales_alike("q, k and v", {layer.q, layer.k, layer.v});
+    check_scales_alike("gate and up", {layer.gate, layer.up});
+    for (const auto& of : linears) {
+        if (!of.linear.scales) continue;
+        check(of.linear.weight, std::string(of.name) + ": expected weights for the scales, got NULL");
+        check_int8(of.name, of.linear.weight, of.linear.scales, of.outputs, of.inner);
+    }
+    check(layer.experts > 0 || (!layer.expert_gate_up_scales && !layer.expert_down_scales),
+          "expected scales of experts NULL without experts, got an address");
 }
 
 static std::string of_row(const char* name, int row) { return std::string(name) + " of row " + std::to_string(row); }

@@ -8,7 +8,7 @@ namespace pfx {
 
 namespace {
 
-constexpr int kNormElements = 16384;  // of a norm on one thread: less than this is not worth dividing
+constexpr int kNormElements = 16384;  // of a norm, or a rounding, on one thread: less is not worth dividing
 constexpr int kRotateRows = 8;
 constexpr int kProductRows = 96;  // a product is divided by rows as well where it has few panels
 constexpr int kItemsPerThread = 4;
@@ -81,7 +81,18 @@ void Decoder::norm(const float* x, const float* weight, void* out, int rows) {
     });
 }
 
-void Decoder::multiply(const void* a, int rows, const Packed& packed, Epilogue epilogue, void* out, int ldo) {
+// The operand rows, or what they are rounded to where the weights are int8: then until the next call.
+Decoder::Inputs Decoder::inputs_of(const Packed& packed, const void* operand, int rows) {
+    if (!packed.scales) return {operand, packed.inner * operand_size()};
+    const size_t row_bytes = weights.kernels.int8.row_bytes(packed.inner);
+    void* rounded = buffers_.rounded.at_least(rows * row_bytes);
+    for_rows(rows, kNormElements / packed.inner, [&](int first, int last) {
+        weights.kernels.int8.round_rows(operand, packed.inner, rounded, first, last);
+    });
+    return {rounded, row_bytes};
+}
+
+void Decoder::multiply(const void* operand, int rows, const Packed& packed, Epilogue epilogue, void* out, int ldo) {
     const bool gated = epilogue == Epilogue::gated;
     const int halves = gated ? 2 : 1, panels = packed.panels / halves;
     const int wanted = threads->num_active() * kItemsPerThread;
@@ -89,11 +100,11 @@ void Decoder::multiply(const void* a, int rows, const Packed& packed, Epilogue e
     const int of_chunk = ((rows + chunks - 1) / chunks + kProductRows - 1) / kProductRows * kProductRows;
     const int at_once = chunks == 1 ? rows : of_chunk;
     const size_t out_size = gated ? operand_size() : sizeof(float);
+    const Inputs inputs = inputs_of(packed, operand, rows);
     threads->run(panels * ((rows + at_once - 1) / at_once), [&](int item, int) {
         const int panel = item % panels * halves, row = item / panels * at_once;
-        weights.kernels.multiply({(const char*)a + row * packed.inner * operand_size(),
-                                  std::min(at_once, rows - row), packed.inner, &packed, epilogue,
-                                  (char*)out + row * ldo * out_size, ldo}, panel, panel + halves);
+        multiply_of(packed)({inputs.row(row), std::min(at_once, rows - row), inputs.row_bytes, &packed, epilogue,
+                             (char*)out + row * ldo * out_size, ldo}, panel, panel + halves);
     });
 }
 

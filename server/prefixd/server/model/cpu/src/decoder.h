@@ -31,7 +31,7 @@ public:
 private:
     // What the layers of one step read and write; rows are tokens.
     struct Activations {
-        Buffer x, normed, qkv, queries, attended, hidden, kept_x, kept_attended;
+        Buffer x, normed, rounded, qkv, queries, attended, hidden, kept_x, kept_attended;
         Buffer router, chosen, chosen_weights, expert_rows, gathered, expert_hidden, expert_out, shared_out, shared_gate;
     };
 
@@ -40,6 +40,13 @@ private:
         float* x;
         void* attended;
         int count;
+    };
+
+    // The rows that a product reads.
+    struct Inputs {
+        const void* rows;
+        size_t row_bytes;
+        const void* row(size_t index) const { return static_cast<const char*>(rows) + index * row_bytes; }
     };
 
     void run_phases(const pfx_step& step);
@@ -56,10 +63,16 @@ private:
     struct ExpertRows {
         int expert, first, count;
     };
-    std::vector<ExpertRows> gather(const Experts& experts, const void* normed, int rows);
-    void multiply_experts(const Experts& experts, const std::vector<ExpertRows>& active, int places);
+    std::vector<ExpertRows> gather(const Experts& experts, const Inputs& inputs, int rows);
+    void multiply_experts(const Experts& experts, const std::vector<ExpertRows>& active, int places,
+                          size_t row_bytes);
     void add_experts(const Experts& experts, float* x, int rows);
-    void multiply(const void* a, int rows, const Packed& weights, Epilogue epilogue, void* out, int ldo);
+    Inputs inputs_of(const Packed& weights, const void* operand, int rows);
+    // The kernel that multiplies with some weights.
+    auto multiply_of(const Packed& packed) const {
+        return packed.scales ? weights.kernels.int8.multiply : weights.kernels.multiply;
+    }
+    void multiply(const void* operand, int rows, const Packed& weights, Epilogue epilogue, void* out, int ldo);
     void norm(const float* x, const float* weight, void* out, int rows);
     // work(first, last) for ranges of at most `at_once` rows.
     template <typename Work>

@@ -39,8 +39,8 @@ void Decoder::choose_experts(const Experts& experts, const float* scores, int ro
     }
 }
 
-// Copies the operands of each token once for each of its experts, those of an expert together.
-std::vector<Decoder::ExpertRows> Decoder::gather(const Experts& experts, const void* normed, int rows) {
+// Copies the inputs of each token once for each of its experts, those of an expert together.
+std::vector<Decoder::ExpertRows> Decoder::gather(const Experts& experts, const Inputs& inputs, int rows) {
     const int count = experts.experts.size(), places = rows * experts.per_token;
     const int32_t* chosen = (const int32_t*)buffers_.chosen.at_least(0);
     int32_t* place_of = (int32_t*)buffers_.expert_rows.at_least(places * sizeof(int32_t));
@@ -51,19 +51,20 @@ std::vector<Decoder::ExpertRows> Decoder::gather(const Experts& experts, const v
         if (begin[i + 1]) active.push_back({i, begin[i], begin[i + 1]});
         begin[i + 1] += begin[i];
     }
-    const size_t row_bytes = weights.shape.width * operand_size();
-    char* gathered = (char*)buffers_.gathered.at_least(places * row_bytes);
+    char* gathered = (char*)buffers_.gathered.at_least(places * inputs.row_bytes);
     for (int i = 0; i < places; i++) {
         place_of[i] = begin[chosen[i]]++;
-        const char* from = (const char*)normed + i / experts.per_token * row_bytes;
-        std::memcpy(gathered + place_of[i] * row_bytes, from, row_bytes);
+        const void* from = inputs.row(i / experts.per_token);
+        std::memcpy(gathered + place_of[i] * inputs.row_bytes, from, inputs.row_bytes);
     }
     return active;
 }
 
-void Decoder::multiply_experts(const Experts& experts, const std::vector<ExpertRows>& active, int places) {
+// `row_bytes`: of the gathered inputs.
+void Decoder::multiply_experts(const Experts& experts, const std::vector<ExpertRows>& active, int places,
+                               size_t row_bytes) {
     const int width = weights.shape.width, inner = experts.experts[0].inner;
-    const char* gathered = (const char*)buffers_.gathered.at_least(0);
+    const Inputs gathered = {buffers_.gathered.at_least(0), row_bytes};
     char* hidden = (char*)buffers_.expert_hidden.at_least((size_t)places * inner * operand_size());
     float* out = (float*)buffers_.expert_out.at_least((size_t)places * width * sizeof(float));
     const int pairs = experts.experts[0].gate_up.panels / 2, panels = experts.experts[0].down.panels;
@@ -71,17 +72,18 @@ void Decoder::multiply_experts(const Experts& experts, const std::vector<ExpertR
         const ExpertRows& of = active[item / pairs];
         const size_t first = of.first;
         const int panel = item % pairs * 2;
-        weights.kernels.multiply({gathered + first * width * operand_size(), of.count, width,
-                                  &experts.experts[of.expert].gate_up, Epilogue::gated,
-                                  hidden + first * inner * operand_size(), inner}, panel, panel + 2);
+        const Packed& packed = experts.experts[of.expert].gate_up;
+        multiply_of(packed)({gathered.row(first), of.count, row_bytes, &packed, Epilogue::gated,
+                             hidden + first * inner * operand_size(), inner}, panel, panel + 2);
     });
+    const Inputs inputs = inputs_of(experts.experts[0].down, hidden, places);
     threads->run((int)active.size() * panels, [&](int item, int) {
         const ExpertRows& of = active[item / panels];
         const size_t first = of.first;
         const int panel = item % panels;
-        weights.kernels.multiply({hidden + first * inner * operand_size(), of.count, inner,
-                                  &experts.experts[of.expert].down, Epilogue::store, out + first * width,
-                                  width}, panel, panel + 1);
+        const Packed& packed = experts.experts[of.expert].down;
+        multiply_of(packed)({inputs.row(first), of.count, inputs.row_bytes, &packed, Epilogue::store,
+                             out + first * width, width}, panel, panel + 1);
     });
 }
 
@@ -90,7 +92,8 @@ void Decoder::run_experts(const Experts& experts, const void* normed, float* x, 
     float* scores = (float*)buffers_.router.at_least((size_t)rows * count * sizeof(float));
     multiply(normed, rows, experts.router, Epilogue::store, scores, count);
     choose_experts(experts, scores, rows);
-    multiply_experts(experts, gather(experts, normed, rows), rows * experts.per_token);
+    const Inputs inputs = inputs_of(experts.experts[0].gate_up, normed, rows);
+    multiply_experts(experts, gather(experts, inputs, rows), rows * experts.per_token, inputs.row_bytes);
     if (experts.has_shared) {
         float* shared = (float*)buffers_.shared_out.at_least((size_t)rows * weights.shape.width * sizeof(float));
         float* gate = (float*)buffers_.shared_gate.at_least(rows * sizeof(float));

@@ -9,7 +9,8 @@ namespace amx {
 
 static constexpr Kernels with_tiles() {
     Kernels k = table<bf16, bf16>();
-    k.multiply = multiply_by_tiles;
+    k.multiply = multiply_by_tiles<Dot<bf16, bf16>>;
+    k.int8 = {sizeof(int8_t), pack_int8<Int8Tiles>, round_rows<Int8Tiles, bf16>, multiply_by_tiles<Int8Tiles>};
     k.attend = attend_by_tiles;
     return k;
 }

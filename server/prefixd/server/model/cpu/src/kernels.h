@@ -2,7 +2,10 @@
 // decoder.cpp, which divides them among the threads; a kernel runs on one thread.
 //
 // Operand: what a product reads. bfloat16 where the instruction set multiplies it (AVX512_BF16, AMX)
-// and the weights are bfloat16; else float32. Weights are float32 or bfloat16.
+// and the weights are bfloat16; else float32. Weights are float32 or bfloat16, or int8 with scales.
+//
+// Products with int8 weights read rounded rows: a RowHeader, then the row's codes (integers of -127 to
+// 127, of the type that the instruction set multiplies), zeros up to a whole number of cache lines.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -12,10 +15,12 @@ namespace pfx {
 using bf16 = uint16_t;  // the upper half of a float32
 
 // A packed matrix: panels of `columns` outputs, each [inner, columns] (bfloat16: [inner / 2, columns,
-// 2], pairs of inputs side by side, an odd last one padded with zero). The last panel is padded.
+// 2], pairs of inputs side by side, an odd last one padded with zero; int8: [inner / 4, columns, 4]).
+// The last panel is padded. What the int8 kernels of a set pack, only they read.
 struct Packed {
     void* data = nullptr;
-    const float* bias = nullptr;  // [outputs padded to whole panels] or null
+    const float* bias = nullptr;    // [outputs padded to whole panels] or null
+    const float* scales = nullptr;  // the same of int8 weights: a weight is its code times the scale
     int outputs = 0, inner = 0;
     int panels = 0;
 };
@@ -27,12 +32,41 @@ enum class Epilogue {
 };
 
 struct Product {
-    const void* a;      // operand [rows, lda]
-    int rows, lda;
+    const void* a;       // operand rows; of int8 weights rounded rows
+    int rows;
+    size_t row_bytes;    // of `a`, from one row to the next
     const Packed* weights;
     Epilogue epilogue;
     void* out;
     int ldo;
+};
+
+constexpr int kLine = 64;  // bytes of a cache line
+
+// A row is codes times the scale. Of a row with NaN or infinity the scale is NaN and all codes are zero.
+struct alignas(kLine) RowHeader {
+    float scale;
+    int32_t sum;  // of the codes
+};
+
+// More inputs could exceed the int32 sums.
+constexpr int kMaxInt8Inputs = INT32_MAX / (127 * 127);
+
+// Products with int8 weights.
+struct Int8Kernels {
+    int code_size;  // bytes of a rounded row's code
+
+    // As Kernels::pack, from int8 weights of -127 to 127.
+    void (*pack)(const void* weight, int outputs, int inner, void* out, int first, int last);
+    // Rows [first, last) of operand [*, inner] -> rounded rows, each with the scale max|x| / 127 and
+    // codes that are the nearest, ties to even. Where that scale is no normal number, it is 0.
+    void (*round_rows)(const void* operand, int inner, void* out, int first, int last);
+    // As Kernels::multiply; out = float(sum of codes' products) * (row's scale * column's) + bias.
+    void (*multiply)(const Product& product, int first, int last);
+
+    size_t row_bytes(int inner) const {
+        return sizeof(RowHeader) + ((size_t)inner * code_size + kLine - 1) / kLine * kLine;
+    }
 };
 
 // One layer's share of the pool. float32: a block of a head is keys [head_dim][16] and values
@@ -76,6 +110,8 @@ struct Kernels {
     void (*unpack_row)(const Packed& weights, int index, float* out);
     // Panels [first, last) of a product.
     void (*multiply)(const Product& product, int first, int last);
+
+    Int8Kernels int8;
 
     // RMS norm of rows [first, last): x float32 [*, width] -> operand [*, width].
     void (*norm)(const float* x, const float* weight, void* out, int width, float eps, int first, int last);

@@ -10,7 +10,7 @@
 
 namespace pfx {
 
-constexpr size_t kLine = 64, kChunk = 64 << 20;
+constexpr size_t kChunk = 64 << 20;
 
 static size_t rounded_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 

@@ -60,16 +60,19 @@ public:
 private:
     // Rows of one matrix after another.
     struct Part {
-        const void *weight, *bias;
+        pfx_linear linear;
         int outputs;
     };
     Packed pack(const std::vector<Part>& parts, int inner, ThreadPool& pool);
     Packed pack_pair(const Part& gate, const Part& up, int inner, ThreadPool& pool);
-    Packed allocate(int panels, int outputs, int inner, bool biased);
-    Mlp pack_mlp(const Part& gate, const Part& up, const pfx_linear& down, int inner, ThreadPool& pool);
+    Packed allocate(int panels, int outputs, int inner, bool biased, bool scaled);
+    // Bias and scales of a part; output i is the column place(i) of all panels.
+    template <typename Place>
+    void copy_columns(const Part& part, const Packed& packed, const Place& place);
+    Mlp pack_mlp(const pfx_linear& gate, const pfx_linear& up, const pfx_linear& down, int inner, ThreadPool& pool);
     Experts pack_experts(const pfx_layer& given, ThreadPool& pool);
     const float* floats(const void* source, size_t count);
-    size_t panel_bytes(int inner) const;
+    size_t panel_bytes(int inner, bool is_int8) const;
 
     const void* embedding_ = nullptr;  // [embeddings, width] of the weight type, or null
 };
@@ -78,6 +81,12 @@ void check(bool holds, const std::string& message);  // throws std::invalid_argu
 
 // "NAME: expected EXPECTED, got VALUE"
 std::string expected(const std::string& name, const std::string& what, long long value);
+
+// Throws std::invalid_argument for weights [rows, inner] in int8, or scales [rows], that no product takes.
+void check_int8(const std::string& name, const void* weight, const float* scales, size_t rows, int inner);
+
+// Throws std::invalid_argument for the scales and int8 weights of a layer, other than of its experts.
+void check_int8_layer(const pfx_layer& layer, const pfx_shape& shape);
 
 // Throws std::invalid_argument for sizes that no decoder has.
 void check_shape(const pfx_shape& shape);

@@ -3,7 +3,7 @@
 // With PFX_EMULATED_TILES, which only tests set, the same functions work on arrays and abort where the
 // processor would raise an exception, so that kernels over tiles run everywhere. Products of bfloat16
 // are summed as the manual of the instruction says: inputs of even and odd places each by themselves,
-// then both added to the tile.
+// then both added to the tile. Those of int8 are integers.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -83,11 +83,17 @@ static inline float tile_bf16(const uint8_t* row, int index) {
 }
 
 template <int sums, int a, int b>
-static inline void tile_dot() {
+static inline void tile_check_dot() {
     const TileShapes& shapes = tile_shapes(sums);
     tile_check(tile_shapes(a).rows[a] == shapes.rows[sums] && shapes.row_bytes[a] % 4 == 0);
     tile_check(tile_shapes(b).row_bytes[b] == shapes.row_bytes[sums] && shapes.row_bytes[b] % 4 == 0);
     tile_check(shapes.row_bytes[a] / 4 == shapes.rows[b]);
+}
+
+template <int sums, int a, int b>
+static inline void tile_dot() {
+    tile_check_dot<sums, a, b>();
+    const TileShapes& shapes = tile_shapes(sums);
     auto& data = tile_registers().data;
     for (int m = 0; m < shapes.rows[sums]; m++)
         for (int n = 0; n < shapes.row_bytes[sums] / 4; n++) {
@@ -98,6 +104,21 @@ static inline void tile_dot() {
             }
             memcpy(&sum, &data[sums][m][4 * n], sizeof sum);
             sum += even + odd;
+            memcpy(&data[sums][m][4 * n], &sum, sizeof sum);
+        }
+}
+
+template <int sums, int a, int b>
+static inline void tile_dot_int8() {
+    tile_check_dot<sums, a, b>();
+    const TileShapes& shapes = tile_shapes(sums);
+    auto& data = tile_registers().data;
+    for (int m = 0; m < shapes.rows[sums]; m++)
+        for (int n = 0; n < shapes.row_bytes[sums] / 4; n++) {
+            int32_t sum;
+            memcpy(&sum, &data[sums][m][4 * n], sizeof sum);
+            for (int k = 0; k < 4 * shapes.rows[b]; k++)
+                sum += (int8_t)data[a][m][k] * (int8_t)data[b][k / 4][4 * n + k % 4];
             memcpy(&data[sums][m][4 * n], &sum, sizeof sum);
         }
 }
@@ -126,6 +147,11 @@ static inline void tile_store(void* to, size_t stride) {
 template <int sums, int a, int b>
 static inline void tile_dot() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(a), "i"(b));
+}
+
+template <int sums, int a, int b>
+static inline void tile_dot_int8() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(a), "i"(b));
 }
 
 #endif

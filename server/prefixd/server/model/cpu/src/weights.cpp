@@ -15,9 +15,9 @@ static float widened(bf16 x) {
 Weights::Weights(const pfx_shape& shape, const Kernels& kernels)
     : shape(shape), kernels(kernels), layers(shape.num_layers) {}
 
-size_t Weights::panel_bytes(int inner) const {
-    const size_t group = shape.dtype == PFX_BF16 ? 2 : 1;
-    return (inner + group - 1) / group * group * kernels.panel_columns * element_size();
+size_t Weights::panel_bytes(int inner, bool is_int8) const {
+    const size_t group = sizeof(float) / (is_int8 ? 1 : element_size());
+    return (inner + group - 1) / group * sizeof(float) * kernels.panel_columns;
 }
 
 void Weights::widen(const void* source, size_t count, float* out) const {
@@ -33,14 +33,26 @@ const float* Weights::floats(const void* source, size_t count) {
     return copy;
 }
 
-Packed Weights::allocate(int panels, int outputs, int inner, bool biased) {
+Packed Weights::allocate(int panels, int outputs, int inner, bool biased, bool scaled) {
     Packed packed;
-    packed.data = arena.take(panels * panel_bytes(inner));
-    if (biased) packed.bias = static_cast<float*>(arena.take(panels * kernels.panel_columns * sizeof(float)));
+    const size_t columns = (size_t)panels * kernels.panel_columns;
+    packed.data = arena.take(panels * panel_bytes(inner, scaled));
+    if (biased) packed.bias = static_cast<float*>(arena.take(columns * sizeof(float)));
+    if (scaled) packed.scales = static_cast<float*>(arena.take(columns * sizeof(float)));
     packed.outputs = outputs;
     packed.inner = inner;
     packed.panels = panels;
     return packed;
+}
+
+template <typename Place>
+void Weights::copy_columns(const Part& part, const Packed& packed, const Place& place) {
+    float *bias = const_cast<float*>(packed.bias), *scales = const_cast<float*>(packed.scales);
+    for (int i = 0; i < part.outputs; i++) {
+        if (part.linear.bias)
+            widen(static_cast<const char*>(part.linear.bias) + i * element_size(), 1, bias + place(i));
+        if (scales) scales[place(i)] = part.linear.scales[i];
+    }
 }
 
 Packed Weights::pack(const std::vector<Part>& parts, int inner, ThreadPool& pool) {
@@ -48,55 +60,59 @@ Packed Weights::pack(const std::vector<Part>& parts, int inner, ThreadPool& pool
     bool biased = false;
     for (const Part& part : parts) {
         outputs += part.outputs;
-        biased |= part.bias != nullptr;
+        biased |= part.linear.bias != nullptr;
     }
     const int columns = kernels.panel_columns;
-    Packed packed = allocate((outputs + columns - 1) / columns, outputs, inner, biased);
-    const void* rows = parts[0].weight;
+    const bool scaled = parts[0].linear.scales;
+    Packed packed = allocate((outputs + columns - 1) / columns, outputs, inner, biased, scaled);
+    const void* rows = parts[0].linear.weight;
     std::vector<char> merged;
     if (parts.size() > 1) {
-        const size_t row = inner * element_size();
+        const size_t row = inner * (scaled ? 1 : element_size());
         for (const Part& part : parts) {
-            const char* from = static_cast<const char*>(part.weight);
+            const char* from = static_cast<const char*>(part.linear.weight);
             merged.insert(merged.end(), from, from + part.outputs * row);
         }
         rows = merged.data();
     }
+    const auto pack_panels = scaled ? kernels.int8.pack : kernels.pack;
     pool.run(packed.panels, [&](int panel, int) {
-        kernels.pack(rows, outputs, inner, packed.data, panel, panel + 1);
+        pack_panels(rows, outputs, inner, packed.data, panel, panel + 1);
     });
-    float* bias = const_cast<float*>(packed.bias);
+    int first = 0;
     for (const Part& part : parts) {
-        if (part.bias) widen(part.bias, part.outputs, bias);
-        if (bias) bias += part.outputs;
+        copy_columns(part, packed, [&](int i) { return first + i; });
+        first += part.outputs;
     }
     return packed;
 }
 
 Packed Weights::pack_pair(const Part& gate, const Part& up, int inner, ThreadPool& pool) {
     const int columns = kernels.panel_columns, pairs = (gate.outputs + columns - 1) / columns;
-    const size_t bytes = panel_bytes(inner);
-    Packed packed = allocate(2 * pairs, 2 * gate.outputs, inner, gate.bias || up.bias);
-    float* bias = const_cast<float*>(packed.bias);
+    const bool scaled = gate.linear.scales, biased = gate.linear.bias || up.linear.bias;
+    const size_t bytes = panel_bytes(inner, scaled);
+    const auto pack_panels = scaled ? kernels.int8.pack : kernels.pack;
+    Packed packed = allocate(2 * pairs, 2 * gate.outputs, inner, biased, scaled);
     for (int half = 0; half < 2; half++) {
         const Part& part = half ? up : gate;
         pool.run(pairs, [&](int pair, int) {
             // The kernel fills panel `pair` of its output; here it is the panel 2 * pair + half.
             char* out = static_cast<char*>(packed.data) + (pair + half) * bytes;
-            kernels.pack(part.weight, part.outputs, inner, out, pair, pair + 1);
+            pack_panels(part.linear.weight, part.outputs, inner, out, pair, pair + 1);
         });
-        for (int i = 0; part.bias && i < part.outputs; i++) {
-            const char* from = static_cast<const char*>(part.bias) + i * element_size();
-            widen(from, 1, bias + (2 * (i / columns) + half) * columns + i % columns);
-        }
+        copy_columns(part, packed, [&](int i) { return (2 * (i / columns) + half) * columns + i % columns; });
     }
     return packed;
 }
 
-Mlp Weights::pack_mlp(const Part& gate, const Part& up, const pfx_linear& down, int inner,
+Mlp Weights::pack_mlp(const pfx_linear& gate, const pfx_linear& up, const pfx_linear& down, int inner,
                       ThreadPool& pool) {
-    return {pack_pair(gate, up, shape.width, pool),
-            pack({{down.weight, down.bias, shape.width}}, inner, pool), inner};
+    return {pack_pair({gate, inner}, {up, inner}, shape.width, pool), pack({{down, shape.width}}, inner, pool), inner};
+}
+
+// A matrix of experts from row `first` on.
+static pfx_linear part_of(const void* weight, const float* scales, size_t first, size_t row_bytes) {
+    return {static_cast<const char*>(weight) + first * row_bytes, nullptr, scales ? scales + first : nullptr};
 }
 
 Experts Weights::pack_experts(const pfx_layer& given, ThreadPool& pool) {
@@ -106,19 +122,24 @@ Experts Weights::pack_experts(const pfx_layer& given, ThreadPool& pool) {
     check(inner >= 1, expected("expert_inner", "at least 1", inner));
     check(given.router && given.expert_gate_up && given.expert_down,
           "expected router, expert_gate_up and expert_down, got NULL");
+    const float *gate_up_scales = given.expert_gate_up_scales, *down_scales = given.expert_down_scales;
+    const size_t experts = given.experts;
+    if (gate_up_scales) check_int8("expert_gate_up", given.expert_gate_up, gate_up_scales, experts * 2 * inner, width);
+    if (down_scales) check_int8("expert_down", given.expert_down, down_scales, experts * width, inner);
     Experts packed;
     packed.per_token = given.experts_per_token;
     packed.normalize_weights = given.normalize_weights;
-    packed.router = pack({{given.router, nullptr, given.experts}}, width, pool);
-    const size_t half = (size_t)inner * width * element_size();
-    for (int i = 0; i < given.experts; i++) {
-        const char* gate = static_cast<const char*>(given.expert_gate_up) + 2 * half * i;
-        const pfx_linear down = {static_cast<const char*>(given.expert_down) + half * i, nullptr, nullptr};
-        packed.experts.push_back(
-            pack_mlp({gate, nullptr, inner}, {gate + half, nullptr, inner}, down, inner, pool));
+    packed.router = pack({{{given.router, nullptr, nullptr}, given.experts}}, width, pool);
+    const size_t gate_up_bytes = width * (gate_up_scales ? 1 : element_size());
+    const size_t down_bytes = inner * (down_scales ? 1 : element_size());
+    for (size_t i = 0; i < experts; i++) {
+        const pfx_linear gate = part_of(given.expert_gate_up, gate_up_scales, 2 * i * inner, gate_up_bytes);
+        const pfx_linear up = part_of(given.expert_gate_up, gate_up_scales, (2 * i + 1) * inner, gate_up_bytes);
+        const pfx_linear down = part_of(given.expert_down, down_scales, i * width, down_bytes);
+        packed.experts.push_back(pack_mlp(gate, up, down, inner, pool));
     }
     packed.has_shared = given.shared_gate != nullptr;
-    if (packed.has_shared) packed.shared_gate = pack({{given.shared_gate, nullptr, 1}}, width, pool);
+    if (packed.has_shared) packed.shared_gate = pack({{{given.shared_gate, nullptr, nullptr}, 1}}, width, pool);
     return packed;
 }
 
@@ -137,10 +158,6 @@ void Weights::set_layer(int index, const pfx_layer& given, ThreadPool& pool) {
     check(given.input_norm && given.post_norm && given.q.weight && given.k.weight && given.v.weight &&
               given.o.weight,
           "expected input_norm, post_norm, q, k, v and o, got NULL");
-    for (const pfx_linear* linear : {&given.q, &given.k, &given.v, &given.o, &given.gate, &given.up, &given.down})
-        check(!linear->scales, "these kernels have no int8 products: expected scales NULL, got an address");
-    check(!given.expert_gate_up_scales && !given.expert_down_scales,
-          "these kernels have no int8 products: expected scales of experts NULL, got an address");
     const bool dense = given.gate.weight && given.up.weight && given.down.weight;
     check(given.experts >= 0, expected("experts", "0 or more", given.experts));
     check(dense || given.experts > 0, "expected gate, up and down or experts, got NULL");
@@ -148,6 +165,7 @@ void Weights::set_layer(int index, const pfx_layer& given, ThreadPool& pool) {
           "expected shared_gate with gate, up and down of a shared expert, got NULL");
     check(!given.shared_gate || dense, "expected gate, up and down of the shared expert, got NULL");
     check(!dense || given.inner >= 1, expected("inner", "at least 1", given.inner));
+    check_int8_layer(given, shape);
     Layer layer;
     const int width = shape.width, heads = shape.num_heads * shape.head_dim;
     const int kv_heads = shape.num_kv_heads * shape.head_dim;
@@ -155,15 +173,12 @@ void Weights::set_layer(int index, const pfx_layer& given, ThreadPool& pool) {
     layer.post_norm = floats(given.post_norm, width);
     if (given.q_norm) layer.q_norm = floats(given.q_norm, shape.head_dim);
     if (given.k_norm) layer.k_norm = floats(given.k_norm, shape.head_dim);
-    layer.qkv = pack({{given.q.weight, given.q.bias, heads},
-                      {given.k.weight, given.k.bias, kv_heads},
-                      {given.v.weight, given.v.bias, kv_heads}}, width, pool);
-    layer.o = pack({{given.o.weight, given.o.bias, width}}, heads, pool);
+    layer.qkv = pack({{given.q, heads}, {given.k, kv_heads}, {given.v, kv_heads}}, width, pool);
+    layer.o = pack({{given.o, width}}, heads, pool);
     if (given.experts > 0) layer.experts = pack_experts(given, pool);
     if (dense) {
         Mlp& mlp = given.experts > 0 ? layer.experts.shared : layer.mlp;
-        mlp = pack_mlp({given.gate.weight, given.gate.bias, given.inner},
-                       {given.up.weight, given.up.bias, given.inner}, given.down, given.inner, pool);
+        mlp = pack_mlp(given.gate, given.up, given.down, given.inner, pool);
     }
     layer.is_set = true;
     layers[index] = std::move(layer);
@@ -176,7 +191,7 @@ void Weights::set_ends(const void* norm, const pfx_linear& given, const void* em
     check(embedding || shape.embeddings <= shape.vocab,
           expected("embeddings", "at most the head's " + std::to_string(shape.vocab) +
                    " rows where embedding is NULL", shape.embeddings));
-    head = pack({{given.weight, given.bias, shape.vocab}}, shape.width, pool);
+    head = pack({{given, shape.vocab}}, shape.width, pool);
     if (embedding) {
         const size_t bytes = (size_t)shape.embeddings * shape.width * element_size();
         embedding_ = std::memcpy(arena.take(bytes), embedding, bytes);
