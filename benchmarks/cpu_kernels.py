@@ -5,7 +5,8 @@ Random bfloat16 weights in the sizes of the demo model::
     python -m benchmarks.cpu_kernels --threads 2 --kernels avx512_bf16 --rows 1 8 32
 
 With ``--next-to-busy``: against its own steps on one thread, while another process keeps one core
-busy.
+busy. With ``--int8``: steps with int8 layers against its own in bfloat16; without the head by
+``--layers-only``.
 """
 
 import argparse
@@ -32,7 +33,9 @@ BUSY_BLOCK_S = 2.0
 class Steps:
     """A decoder with random weights, and decode steps of it."""
 
-    def __init__(self, library: NativeLibrary, kernels: str, threads: int, rows: int) -> None:
+    def __init__(
+        self, library: NativeLibrary, kernels: str, threads: int, rows: int, *, int8: bool = False
+    ) -> None:
         self.call = library.functions
         self.arrays: list[dict[str, torch.Tensor]] = []
         """Of all steps: they hold addresses only."""
@@ -44,16 +47,22 @@ class Steps:
         if not self.decoder:
             raise SystemExit(library.error())
         self.call.pfx_set_threads(self.decoder, threads, 200)
-        self._set_weights()
+        self._set_weights(int8=int8)
         self.call.pfx_set_pool(self.decoder, 1 + rows * (POSITIONS // BLOCK))
 
-    def _set_weights(self) -> None:
+    def _set_weights(self, *, int8: bool) -> None:
         def weight(*size: int) -> torch.Tensor:
             return torch.randn(*size, dtype=torch.bfloat16) * 0.02
 
         def linear(matrix: torch.Tensor) -> interface.Linear:
-            return interface.Linear(matrix.data_ptr(), None)
+            if matrix is head or not int8:
+                return interface.Linear(matrix.data_ptr(), None)
+            scales = matrix.float().abs().amax(1) / 127
+            codes = (matrix.float() / scales[:, None]).round().to(torch.int8)
+            kept.extend((scales, codes))
+            return interface.Linear(codes.data_ptr(), None, scales.data_ptr())
 
+        kept: list[torch.Tensor] = []
         ones, table = torch.ones(WIDTH, dtype=torch.bfloat16), torch.ones(POSITIONS, HEAD_DIM // 2)
         queries, keys = weight(HEADS * HEAD_DIM, WIDTH), weight(KV_HEADS * HEAD_DIM, WIDTH)
         gate, down, head = weight(INNER, WIDTH), weight(WIDTH, INNER), weight(VOCAB, WIDTH)
@@ -68,8 +77,8 @@ class Steps:
         ends = ctypes.byref(linear(head))
         self.call.pfx_set_ends(self.decoder, ones.data_ptr(), ends, None)
 
-    def step(self, rows: int, position: int) -> Callable[[], None]:
-        """A step of ``rows`` sequences, each with a token at ``position``."""
+    def step(self, rows: int, position: int, *, head: bool = True) -> Callable[[], None]:
+        """A step of ``rows`` sequences, each with a token at ``position``; with the head or not."""
         width = POSITIONS // BLOCK
         order = torch.arange(rows, dtype=torch.int32)
         arrays = {
@@ -80,7 +89,8 @@ class Steps:
             "best_value": torch.empty(rows),
         }  # fmt: skip
         step = interface.Step(
-            num_tokens=rows, num_rows=rows, num_outputs=rows, table_width=width, candidates=VOCAB,
+            num_tokens=rows, num_rows=rows, num_outputs=rows if head else 0, table_width=width,
+            candidates=VOCAB,
             **{name: array.data_ptr() for name, array in arrays.items()},
         )  # fmt: skip
 
@@ -160,15 +170,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", type=Path, default=Path("build"))
     parser.add_argument("--next-to-busy", action="store_true")
+    parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--layers-only", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.folder.mkdir(exist_ok=True)
     library = find_or_compile_library(arguments.folder)
     kernels = arguments.kernels or library.kernels[-1]
 
-    def steps(threads: int) -> Callable[[int], Callable[[], None]]:
-        decoder = Steps(library, kernels, threads, max(arguments.rows))
-        return lambda rows: decoder.step(rows, arguments.position)
+    def steps(threads: int, *, int8: bool = False) -> Callable[[int], Callable[[], None]]:
+        decoder = Steps(library, kernels, threads, max(arguments.rows), int8=int8)
+        return lambda rows: decoder.step(rows, arguments.position, head=not arguments.layers_only)
 
     title = f"{kernels}, {arguments.threads} threads, ms: rows, step"
     if arguments.next_to_busy:
@@ -176,6 +188,10 @@ def main() -> None:
         with busy_process():
             runs = steps(arguments.threads), steps(1)
             print_ratios(arguments.rows, arguments.rounds, *runs, least=BUSY_BLOCK_S)
+    elif arguments.int8:
+        print(f"{title} with int8 layers, step in bfloat16, ratio")
+        ours, other = (steps(arguments.threads, int8=int8) for int8 in (True, False))
+        print_ratios(arguments.rows, arguments.rounds, ours, other)
     else:
         print(f"{title}, torch's products, ratio")
         print_ratios(arguments.rows, arguments.rounds, steps(arguments.threads), packed_products)
