@@ -1,11 +1,14 @@
 """Small random models of transformers, and native decoders with the same weights, for tests."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 
 import pytest
 import torch
+from torch.nn import functional
 from transformers import AutoModelForCausalLM as Auto
 from transformers import (
     LlamaConfig,
@@ -67,6 +70,39 @@ def reference(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
     return model(torch.tensor([ids])).logits[0].float()
 
 
+def int8_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest codes, ties to even, and the scales of each row of a matrix [..., inner]."""
+    scales = matrix.float().abs().amax(-1, keepdim=True) / 127
+    codes = (matrix.float() / scales).nan_to_num().round()
+    return codes.to(torch.int8).contiguous(), scales.squeeze(-1).contiguous()
+
+
+@contextmanager
+def int8_layers(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """A copy of a model whose layers multiply as in int8, router and gate of a shared expert apart:
+    each row of weights and of inputs is rounded."""
+    model, rounded = deepcopy(model), set[int]()
+    linear = functional.linear
+    for name, weight in model.model.layers.named_parameters():
+        exempt = ("norm", "bias", "mlp.gate.weight", "shared_expert_gate")
+        if not any(part in name for part in exempt):
+            codes, scales = int8_rows(weight.data)
+            weight.data = codes * scales[..., None]
+            rounded.add(weight.untyped_storage().data_ptr())
+
+    def rounding(
+        inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if weight.untyped_storage().data_ptr() in rounded:
+            codes, scales = int8_rows(inputs)
+            inputs = codes * scales[..., None]
+        return linear(inputs, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(functional, "linear", rounding)
+        yield model
+
+
 class Native:
     """A decoder in the native library with the weights of a model."""
 
@@ -78,11 +114,12 @@ class Native:
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
         blocks: int = 64,
+        int8: bool = False,
     ) -> None:
         library = native_library()
         if kernels not in library.kernels:
             pytest.skip(f"{kernels}: {library.states()[kernels]}")
-        self.library, self.dtype, self.config = library, dtype, model.config
+        self.library, self.dtype, self.config, self.int8 = library, dtype, model.config, int8
         self.call = library.functions
         c = model.config
         self.shape = interface.Shape(
@@ -114,10 +151,19 @@ class Native:
             kept.append(weight.detach().to(self.dtype).contiguous())
             return kept[-1].data_ptr()
 
+        def weight(matrix: torch.Tensor) -> tuple[int | None, int | None]:
+            """A weight and its scales; of all layers in int8, or as it is."""
+            if not self.int8:
+                return address(matrix), None
+            codes, scales = int8_rows(matrix.detach())
+            kept.extend((codes, scales))
+            return codes.data_ptr(), scales.data_ptr()
+
         def linear(module: torch.nn.Linear | None) -> interface.Linear:
             if module is None:
                 return interface.Linear()
-            return interface.Linear(address(module.weight), address(module.bias))
+            of_weight, scales = weight(module.weight)
+            return interface.Linear(of_weight, address(module.bias), scales)
 
         base = model.model
         cosine, sine = base.rotary_emb(torch.zeros(1), torch.arange(POSITIONS)[None])
@@ -142,8 +188,8 @@ class Native:
                 given.expert_inner = experts.down_proj.shape[2]
                 given.normalize_weights = getattr(self.config, "norm_topk_prob", True)
                 given.router = address(mlp.gate.weight)
-                given.expert_gate_up = address(experts.gate_up_proj)
-                given.expert_down = address(experts.down_proj)
+                given.expert_gate_up, given.expert_gate_up_scales = weight(experts.gate_up_proj)
+                given.expert_down, given.expert_down_scales = weight(experts.down_proj)
                 if dense is not None:
                     given.shared_gate = address(mlp.shared_expert_gate.weight)
             if dense is not None:
@@ -153,7 +199,7 @@ class Native:
             self.ok(self.call.pfx_set_layer(self.decoder, i, ctypes.byref(given)))
         tied = self.config.tie_word_embeddings
         embedding = None if tied else address(base.embed_tokens.weight)
-        head = linear(model.lm_head)
+        head = interface.Linear(address(model.lm_head.weight))
         norm = address(base.norm.weight)
         self.ok(self.call.pfx_set_ends(self.decoder, norm, ctypes.byref(head), embedding))
 
