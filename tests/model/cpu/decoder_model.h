@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <list>
 #include <string>
 #include <vector>
 
@@ -72,7 +73,8 @@ class Array {
 
 class Model {
   public:
-    Model(const Config& config, int32_t dtype, int32_t isa) : config(config), dtype(dtype) {
+    Model(const Config& config, int32_t dtype, int32_t isa, bool int8)
+        : config(config), dtype(dtype), int8(int8) {
         pfx_shape shape = {};
         shape.dtype = dtype;
         shape.num_layers = config.layers;
@@ -100,6 +102,7 @@ class Model {
     static constexpr int32_t kPositions = 256, kBlocks = 24;
     const Config config;
     const int32_t dtype;
+    const bool int8;  // the layers' weights
     pfx_decoder* decoder;
     Random random{42};
 
@@ -128,9 +131,20 @@ class Model {
             held.push_back(array(count, scale, mean));
             return held.back().data();
         };
+        std::list<std::vector<int8_t>> codes;
+        std::list<std::vector<float>> scales;
+        auto weight = [&](size_t outputs, size_t inputs) {
+            if (!int8) return pfx_linear{keep(outputs * inputs, 0.2f), nullptr, nullptr};
+            codes.emplace_back(outputs * inputs);
+            scales.emplace_back(outputs);
+            for (int8_t& code : codes.back()) code = (int8_t)random.next(127.9f);
+            for (float& scale : scales.back()) scale = (1.5f + random.next(0.5f)) * (0.2f / 127);
+            return pfx_linear{codes.back().data(), nullptr, scales.back().data()};
+        };
         auto linear = [&](int32_t outputs, int32_t inputs, bool bias) {
-            const void* weight = keep((size_t)outputs * inputs, 0.2f);
-            return pfx_linear{weight, bias ? keep(outputs, 0.2f) : nullptr, nullptr};
+            pfx_linear linear = weight(outputs, inputs);
+            linear.bias = bias ? keep(outputs, 0.2f) : nullptr;
+            return linear;
         };
         pfx_layer layer = {};
         layer.input_norm = keep(width, 0.3f, 1);
@@ -156,8 +170,12 @@ class Model {
             layer.expert_inner = (int32_t)expert_inner;
             layer.normalize_weights = config.experts_per_token > 1;
             layer.router = keep((size_t)config.experts * width, 1);
-            layer.expert_gate_up = keep(config.experts * 2 * expert_inner * width, 0.2f);
-            layer.expert_down = keep(config.experts * width * expert_inner, 0.2f);
+            pfx_linear gate_up = weight(config.experts * 2 * expert_inner, width);
+            pfx_linear down = weight((size_t)config.experts * width, expert_inner);
+            layer.expert_gate_up = gate_up.weight;
+            layer.expert_gate_up_scales = gate_up.scales;
+            layer.expert_down = down.weight;
+            layer.expert_down_scales = down.scales;
             if (config.shared_expert) layer.shared_gate = keep(width, 0.5f);
         }
         require(pfx_set_layer(decoder, index, &layer) == 0, "pfx_set_layer");

@@ -8,7 +8,8 @@
 
 static void print(const Model& model, const char* pass, const Result& result) {
     for (size_t row = 0; row < result.best.size(); row++) {
-        printf("%s %s %s %zu", model.config.name, model.dtype == PFX_F32 ? "float32" : "bfloat16", pass, row);
+        printf("%s%s %s %s %zu", model.config.name, model.int8 ? "-int8" : "",
+               model.dtype == PFX_F32 ? "float32" : "bfloat16", pass, row);
         for (int32_t i = 0; i < model.config.vocab; i++)
             printf(" %.9g", result.logits[row * model.config.vocab + i]);
         printf("\n");
@@ -109,8 +110,8 @@ int main(int count, char** arguments) {
     require(pfx_abi() == PFX_ABI, "the interface");
     for (int32_t round = 0; round < rounds; round++)
         for (const Config& config : kConfigs)
-            for (int32_t dtype : {PFX_F32, PFX_BF16}) {
-                Model model(config, dtype, isa);
+            for (int32_t kind = 0; kind < 4; kind++) {
+                Model model(config, kind % 2 ? PFX_BF16 : PFX_F32, isa, kind / 2);
                 require(pfx_set_threads(model.decoder, threads, 20) == 0, "pfx_set_threads");
                 check_passes(model, threads);
                 check_pool(model);

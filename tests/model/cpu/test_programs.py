@@ -24,6 +24,7 @@ pytestmark = [
 
 MAIN = Path(__file__).with_name("decoder_tests.cpp")
 ATTENTION = Path(__file__).with_name("kernel_tests.cpp")
+INT8 = Path(__file__).with_name("int8_tests.cpp")
 POOL = Path(__file__).with_name("pool_tests.cpp")
 FULL = os.environ.get("PREFIXD_TEST_SANITIZE") == "full"
 ROUNDS = 5 if FULL else 1
@@ -47,10 +48,10 @@ def kernel_sets() -> tuple[str, ...]:
 
 
 def build(folder: Path, *flags: str, sets: Sequence[str]) -> Path:
-    """The program of MAIN; those of ATTENTION and POOL are next to it."""
+    """The program of MAIN; the others are next to it."""
     emulation = ("-DPFX_EMULATED_TILES",) if FULL else ()
     flags = ("-O1" if FULL else "-O0", "-g", "-Werror", *emulation, *flags)
-    mains = [MAIN, ATTENTION, POOL]
+    mains = [MAIN, ATTENTION, INT8, POOL]
     build_programs(folder, mains, compiler=find_compiler(), sets=sets, flags=flags)
     return folder / MAIN.stem
 
@@ -69,12 +70,13 @@ def run(program: Path, kernels: str, *before: str, threads: int = 2, rounds: int
 
 def assert_close(results: Results, expected: Results) -> None:
     """Logits are of the order of 1: float32 differs by the order of sums, bfloat16 by a rounding of
-    8 bits in each layer."""
+    8 bits in each layer, int8 by inputs that either makes round otherwise."""
     assert set(results) == set(expected)
     assert any("bfloat16" in key for key in results)
     for key, values in results.items():
         scale = max(map(abs, expected[key]))
-        bound = (3e-2 if "bfloat16" in key else 3e-5) * scale
+        half, int8 = "bfloat16" in key, "-int8" in key
+        bound = (0.12 if half and int8 else 3e-2 if half or int8 else 3e-5) * scale
         worst = max(abs(a - b) for a, b in zip(values, expected[key], strict=True))
         assert worst <= bound, f"{key}: expected a difference of at most {bound}, got {worst}"
 
@@ -97,10 +99,13 @@ def test_kernel_sets_agree_without_a_bad_access(checked: Path):
 
 
 @pytest.mark.parametrize("name", KERNEL_SETS["x86_64"])
-def test_attention_agrees_with_float64_without_a_bad_access(checked: Path, name: str):
+@pytest.mark.parametrize("kernels", [ATTENTION, INT8], ids=["attention", "int8"])
+def test_kernels_agree_with_plain_loops_without_a_bad_access(
+    checked: Path, kernels: Path, name: str
+):
     if name not in kernel_sets():
         pytest.skip(f"runs {', '.join(kernel_sets())}, not {name}")
-    command = [str(checked.with_name(ATTENTION.stem)), name, *([] if FULL else ["few"])]
+    command = [str(checked.with_name(kernels.stem)), name, *([] if FULL else ["few"])]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert (ended.returncode, ended.stderr) == (0, ""), ended.stdout + ended.stderr[-4000:]
 
@@ -138,8 +143,12 @@ def test_portable_kernels_run_on_arm64(checked: Path, tmp_path: Path):
     compiler = find_compiler({**os.environ, "CXX": CROSS})
     assert compiler.machine == "aarch64"
     flags = ("-O1", "-Werror", "-static")
-    (program,) = build_programs(tmp_path, [MAIN], compiler=compiler, flags=flags)
+    mains = [MAIN, INT8]
+    program, int8 = build_programs(tmp_path, mains, compiler=compiler, flags=flags)
     assert_close(run(program, "portable", EMULATOR, threads=2), run(checked, "portable"))
+    command = [EMULATOR, str(int8), "portable", "few"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stdout
 
 
 @pytest.mark.parametrize("name", [name for name in KERNEL_SETS["x86_64"] if name != "portable"])
