@@ -26,11 +26,12 @@ static bool same_bits(float a, float b) { return !memcmp(&a, &b, sizeof a); }
 
 // Memory of exactly `bytes` on a cache line's border, so that a sanitizer sees an access past its end.
 struct Lines {
-    size_t bytes;
-    std::unique_ptr<char, void (*)(void*)> data;
+    std::unique_ptr<char, void (*)(void*)> data{nullptr, std::free};
 
-    explicit Lines(size_t bytes) : bytes(bytes), data((char*)std::aligned_alloc(kLine, bytes), std::free) {
-        memset(data.get(), 0x55, bytes);
+    explicit Lines(size_t bytes) {
+        void* memory = nullptr;
+        if (posix_memalign(&memory, kLine, bytes)) abort();
+        data.reset((char*)memset(memory, 0x55, bytes));
     }
 };
 

@@ -163,6 +163,8 @@ def test_row_of_zeros_may_have_a_scale_of_0(name: str) -> None:
     layer = Int8Layer(experts=name.startswith("expert"))
     layer.codes[name][1], layer.scales[name][1] = 0, 0.0
     assert error_of_layer(layer.given()) is None
+    layer.scales[name][1] = float("nan")
+    assert "expected a finite number above 0, got nan" in str(error_of_layer(layer.given()))
 
 
 @pytest.mark.parametrize(
