@@ -107,27 +107,26 @@ class Int8Layer:
     def __init__(self, *, experts: bool) -> None:
         self.norm, self.router = torch.ones(WIDTH), torch.ones(EXPERTS, WIDTH)
         self.codes = {name: torch.ones(*size, dtype=torch.int8) for name, size in SIZES.items()}
-        self.scales: dict[str, torch.Tensor | None] = {
-            name: torch.full((rows,), 0.5) for name, (rows, _) in SIZES.items()
-        }
+        self.scales = {name: torch.full((rows,), 0.5) for name, (rows, _) in SIZES.items()}
+        self.without_scales: set[str] = set()
         self.experts = experts
 
     def given(self) -> interface.Layer:
-        def address(tensor: torch.Tensor | None) -> int | None:
-            return None if tensor is None else tensor.data_ptr()
+        def scales_of(name: str) -> int | None:
+            return None if name in self.without_scales else self.scales[name].data_ptr()
 
         norm = self.norm.data_ptr()
         layer = interface.Layer(input_norm=norm, post_norm=norm, inner=INNER)
         dense = () if self.experts else ("gate", "up", "down")
         for name in ("q", "k", "v", "o", *dense):
-            scales = address(self.scales[name])
-            setattr(layer, name, interface.Linear(self.codes[name].data_ptr(), None, scales))
+            linear = interface.Linear(self.codes[name].data_ptr(), None, scales_of(name))
+            setattr(layer, name, linear)
         if self.experts:
             layer.experts, layer.experts_per_token, layer.expert_inner = EXPERTS, 1, EXPERT_INNER
             layer.router = self.router.data_ptr()
             for name in ("expert_gate_up", "expert_down"):
                 setattr(layer, name, self.codes[name].data_ptr())
-                setattr(layer, f"{name}_scales", address(self.scales[name]))
+                setattr(layer, f"{name}_scales", scales_of(name))
         return layer
 
 
@@ -180,7 +179,7 @@ def test_scales_of_some_that_are_multiplied_together_are_refused(
     without: list[str], message: str
 ) -> None:
     layer = Int8Layer(experts=False)
-    layer.scales.update(dict.fromkeys(without))
+    layer.without_scales.update(without)
     assert error_of_layer(layer.given()) == f"pfx_set_layer: {message}"
 
 
@@ -198,7 +197,7 @@ def test_scales_without_weights_are_refused() -> None:
 
 def test_more_inputs_than_an_int32_sum_holds_are_refused() -> None:
     layer = Int8Layer(experts=False)
-    layer.scales["gate"] = layer.scales["up"] = None
+    layer.without_scales = {"gate", "up"}
     given = layer.given()
     given.inner = 133_145  # refused before any weight is read
     expected = "down: expected at most 133144 inputs of int8, got 133145"
