@@ -4,7 +4,6 @@ They run on the event loop and wait for nothing, so that they respond while a th
 database or the bucket hangs.
 """
 
-from dataclasses import asdict
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Response
@@ -56,7 +55,7 @@ async def ready(
 ) -> Response:
     """The engine steps, the catalog responds and the server takes requests; otherwise ``reason``
     says why not."""
-    decoder = asdict(served.decoder)
+    decoder = served.decoder.facts()
     reason = engine.trouble or catalog.health.trouble
     if drain_state.closed:
         reason = "the server is shutting down"

@@ -7,7 +7,6 @@ vLLM has too have vLLM's names.
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from enum import StrEnum
 from typing import Self
 
@@ -88,7 +87,7 @@ class Metrics:
         self.registry.register(DiskCollector(disk))
         self.registry.register(ThreadCollector())
         info = Info("prefixd_decoder", "What computes the model.", registry=self.registry)
-        info.info(asdict(decoder))
+        info.info({name: str(value) for name, value in decoder.facts().items()})
         self.http = Counter(
             "prefixd_http_requests",
             "HTTP requests answered.",

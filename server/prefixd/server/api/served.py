@@ -1,7 +1,7 @@
 """The served base model for the API: names, limits and a tokenizer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from prefixd.store.artifact.config import BaseSpec
@@ -51,11 +51,23 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecoderInfo:
-    """What computes the model: ``kernels`` is ``module``, ``torch`` or a native set."""
+    """What computes the model: ``kernels`` is ``module``, ``torch`` or a native set.
+
+    With ``quantize`` other than ``none``, ``perplexity_ratio`` says how many times as large the
+    perplexity of ordinary text is as without, and ``top1_agreement`` at which part of the positions
+    the likeliest token is the same.
+    """
 
     kernels: str
     device: str
     dtype: str
+    quantize: str = "none"
+    perplexity_ratio: float | None = None
+    top1_agreement: float | None = None
+
+    def facts(self) -> dict[str, str | float]:
+        """The fields that have a value."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ def make_decoder(
         return ModuleDecoder(base, num_blocks=num_blocks, block_size=block_size)
     if choice != "torch":
         try:
-            library, kernels = _native(parts, choice, block_size, data_folder)
+            library, kernels = native_kernels(parts, choice, block_size, data_folder)
         except (NotExact, LibraryUnavailable) as reason:
             _require_auto(choice, reason)
             log.info("lean layers in torch serve, no native kernels: %s", reason)
@@ -132,10 +132,11 @@ def _require_auto(choice: str, reason: Exception) -> None:
         raise DecoderUnavailable(f"cpu_kernels is {choice}, but {reason}") from reason
 
 
-def _native(
+def native_kernels(
     parts: Parts, choice: str, block_size: int, data_folder: Path
 ) -> tuple[NativeLibrary, str]:
-    """The library, and the kernels of it that serve. Raises NotExact, LibraryUnavailable."""
+    """The library, and the kernels of it that serve: those of ``choice``, ``auto`` or one of
+    KERNELS. Raises NotExact, LibraryUnavailable."""
     refuse_native(parts, block_size=block_size)
     library = find_or_compile_library(data_folder)
     kernels = _best(parts, library) if choice == "auto" else choice

@@ -211,9 +211,19 @@ class _Pointers:
         self._tensors.append(tensor.detach().to(self._dtype).contiguous())
         return self._tensors[-1].data_ptr()
 
+    def rounded(
+        self, weight: torch.Tensor, scales: torch.Tensor | None
+    ) -> tuple[int | None, int | None]:
+        """The addresses of a weight and its scales; with scales the weight stays int8."""
+        if scales is None:
+            return self.of(weight), None
+        self._tensors += [weight.contiguous(), scales.contiguous()]
+        return self._tensors[-2].data_ptr(), self._tensors[-1].data_ptr()
+
     def linear(self, linear: Linear) -> interface.Linear:
-        """The addresses of a weight and its bias."""
-        return interface.Linear(weight=self.of(linear.weight), bias=self.of(linear.bias))
+        """The addresses of a weight, its bias and its scales."""
+        weight, scales = self.rounded(linear.weight, linear.scales)
+        return interface.Linear(weight=weight, bias=self.of(linear.bias), scales=scales)
 
 
 def _layer_of(layer: Layer, weights: _Pointers) -> interface.Layer:
@@ -228,14 +238,18 @@ def _layer_of(layer: Layer, weights: _Pointers) -> interface.Layer:
         fields |= {name: weights.linear(getattr(dense, name)) for name in ("gate", "up", "down")}
         fields["inner"] = len(dense.gate.weight)
     if not isinstance(mlp, Dense):
+        gate_up, gate_up_scales = weights.rounded(mlp.gate_up, mlp.gate_up_scales)
+        down, down_scales = weights.rounded(mlp.down, mlp.down_scales)
         fields |= {
             "experts": len(mlp.router),
             "experts_per_token": mlp.per_token,
             "expert_inner": mlp.down.shape[2],
             "normalize_weights": mlp.normalize,
             "router": weights.of(mlp.router),
-            "expert_gate_up": weights.of(mlp.gate_up),
-            "expert_down": weights.of(mlp.down),
+            "expert_gate_up": gate_up,
+            "expert_gate_up_scales": gate_up_scales,
+            "expert_down": down,
+            "expert_down_scales": down_scales,
             "shared_gate": weights.of(mlp.shared_gate),
         }
     return interface.Layer(**fields)

@@ -16,10 +16,12 @@ from prefixd.server.model.load import LoadedBase
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """``weight`` [out, in] and ``bias`` [out] or None."""
+    """``weight`` [out, in] and ``bias`` [out] or None. With ``scales`` [out], float32, the weight is
+    int8 and stands for weight * scales of its row."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,8 @@ class Experts:
     [experts, width], weighted by it; ``normalize``: the weights of the chosen sum to 1.
 
     ``gate_up`` [experts, 2 * inner, width] with gate above up, ``down`` [experts, width, inner].
-    ``shared`` runs for every token, times sigmoid of ``shared_gate`` [1, width].
+    ``shared`` runs for every token, times sigmoid of ``shared_gate`` [1, width]. With scales
+    [experts, out] both are int8, as in Linear.
     """
 
     router: torch.Tensor
@@ -47,6 +50,8 @@ class Experts:
     normalize: bool
     shared: Dense | None = None
     shared_gate: torch.Tensor | None = None
+    gate_up_scales: torch.Tensor | None = None
+    down_scales: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,25 +25,24 @@ from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.cores import default_threads
-from prefixd.server.model.decoders import DecoderUnavailable, choose_decoder
+from prefixd.server.model.decoders import DecoderUnavailable
 from prefixd.server.model.demo import DemoModelMissing
 from prefixd.server.model.load import (
     LoadedBase,
     check_folder,
     is_folder,
-    load_base,
     resolve_device,
 )
 from prefixd.server.model.prefix import StorePrefixSource
 from prefixd.server.model.runner import Runner
-from prefixd.server.model.selfcheck import Limits, self_check
-from prefixd.server.model.thread_control import ThreadControl
+from prefixd.server.model.selfcheck import Limits
 from prefixd.server.model.threads import compute, limit_thread
 from prefixd.server.model.tokenizer import Tokenizer
 from prefixd.server.serve.artifacts import Artifacts
 from prefixd.server.serve.bounds import tenant_bounds
 from prefixd.server.serve.catalog import CatalogParts, open_catalog, upload_dir
 from prefixd.server.serve.lifespan import make_lifespan
+from prefixd.server.serve.loading import kv_namespace, load_model, pool_tokens
 from prefixd.server.serve.settings import Settings
 from prefixd.server.serve.telemetry import open_tracer
 from prefixd.server.tenants.registry import Tenants
@@ -57,9 +56,6 @@ log = structlog.get_logger("prefixd")
 
 MODEL_ERRORS = (UnsupportedModel, DemoModelMissing, DecoderUnavailable)
 """Errors of a model that cannot be served; their message says why."""
-
-_CHECKED_CHUNK = 256
-"""Tokens of a chunk when the model is checked; the chunks of requests vary."""
 
 _QUEUED_POOLS = 8
 """How many times the pool's size may wait, unless the operator says otherwise."""
@@ -89,12 +85,12 @@ def build_server(settings: Settings) -> Server:
     device = device_of(settings)
     catalog = open_catalog(settings, settings.timeouts)
     threads = threads_of(settings)
-    base, runner, limits = compute(
-        lambda: _load(settings, config, device=device, threads=threads), threads=threads
+    loaded = compute(
+        lambda: load_model(settings, config, device=device, threads=threads), threads=threads
     )
-    decoder = DecoderInfo(runner.decoder.name, str(base.device), settings.dtype)
-    served = _served_model(settings, base, limits, decoder)
-    engine = _engine(settings, config, base, runner=runner, catalog=catalog, served=served)
+    base, decoder = loaded.base, loaded.decoder
+    served = _served_model(settings, base, loaded.limits, decoder)
+    engine = _engine(settings, config, base, runner=loaded.runner, catalog=catalog, served=served)
     trace = open_tracer()
     drain_state = DrainState()
     metrics = Metrics(engine.stats, catalog.disk, decoder)
@@ -143,7 +139,7 @@ def build_server(settings: Settings) -> Server:
         ),
     )
     return Server(
-        app, engine, catalog.tenants, served, drain_state, metrics, device, runner.decoder.name
+        app, engine, catalog.tenants, served, drain_state, metrics, device, decoder.kernels
     )
 
 
@@ -154,40 +150,6 @@ def prepare_upload_folder(root: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     remove_interrupted(folder, prefix=UPLOAD_PREFIX)
     return folder
-
-
-def _load(
-    settings: Settings, config: SchedulerConfig, *, device: str, threads: int
-) -> tuple[LoadedBase, Runner, Limits]:
-    """Load and check the model, and allocate the KV pool."""
-
-    def load() -> LoadedBase:
-        return load_base(
-            settings.model,
-            dtype=settings.dtype,
-            device=device,
-            cache_dir=settings.root / "models",
-            pool_tokens=_pool_tokens(config),
-        )
-
-    base = load()
-    checked = self_check(
-        base,
-        block_size=config.block_size,
-        prefill_chunk=min(config.max_prefill_chunk, _CHECKED_CHUNK),
-    )
-    decoder = choose_decoder(
-        load,
-        base,
-        settings.cpu_kernels,
-        evidence=checked.evidence,
-        num_blocks=config.num_blocks,
-        block_size=config.block_size,
-        data_folder=settings.root,
-        threads=threads,
-    )
-    governed = settings.threads is None and base.device.type == "cpu"
-    return base, Runner(decoder, threads=ThreadControl(threads, governed=governed)), checked.limits
 
 
 def _engine(
@@ -209,7 +171,7 @@ def _engine(
             tokenizer=tokenizer,
         ),
         detokenizer=tokenizer.detokenizer,
-        namespace=f"{base.fingerprint}:{settings.dtype}",
+        namespace=kv_namespace(base.fingerprint, settings),
         watchdog_s=settings.watchdog,
     )
 
@@ -251,13 +213,9 @@ def model_origin(settings: Settings) -> str:
     """Where the model is loaded from. Raises FileNotFoundError for a folder that does not exist and
     UnsupportedModel for one whose config or tokenizer cannot be served."""
     if is_folder(settings.model):
-        check_folder(settings.model, pool_tokens=_pool_tokens(scheduler_config(settings)))
+        check_folder(settings.model, pool_tokens=pool_tokens(scheduler_config(settings)))
         return f"local folder {settings.model}: config and tokenizer can be served"
     return f"{settings.model} would be looked up on Hugging Face"
-
-
-def _pool_tokens(config: SchedulerConfig) -> int:
-    return config.num_usable_blocks * config.block_size
 
 
 def scheduler_config(settings: Settings) -> SchedulerConfig:

@@ -6,7 +6,15 @@ from typing import Any, Literal, Self, get_args, get_origin
 from prefixd.server.serve.settings import ENV_PREFIX, Settings
 
 SETTING_GROUPS = {
-    "Model": ("cpu_kernels", "device", "dtype", "model", "served_model_name", "threads"),
+    "Model": (
+        "cpu_kernels",
+        "device",
+        "dtype",
+        "model",
+        "quantize",
+        "served_model_name",
+        "threads",
+    ),
     "Storage": (
         "audit_days",
         "blobs_timeout",
