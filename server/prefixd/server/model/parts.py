@@ -16,8 +16,8 @@ from prefixd.server.model.load import LoadedBase
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """``weight`` [out, in] and ``bias`` [out] or None. With ``scales`` [out], float32, the weight is
-    int8 and stands for weight * scales of its row."""
+    """``weight`` [out, in] and ``bias`` [out] or None. With ``scales`` [out] in float32 the weight
+    is int8, and stands for weight * scales of its row."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None

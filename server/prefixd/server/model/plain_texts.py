@@ -97,7 +97,8 @@ _FEW = 16
 
 
 def tokens_of(base: LoadedBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts, at most MAX_TOKENS of each, for any tokenizer: ids without a logit are left out, and a text of which too few remain is replaced by random ids."""
+    """Token ids of texts, at most MAX_TOKENS of each, for any tokenizer: ids without a logit are
+    left out, and a text of which too few remain is replaced by random ids."""
     tokenizer = None if base.tokenizer is None else Tokenizer(base.tokenizer)
     length = min(MAX_TOKENS, base.context)
     generator = torch.Generator().manual_seed(len(texts))

@@ -61,14 +61,22 @@ def predict(
     """Run texts over an unused pool of ``num_blocks`` (None: enough), together where they fit, else
     one by one."""
     together = num_blocks is None or count_blocks(texts, decoder.block_size) < num_blocks
-    log_probs, best = [], []
-    for group in [texts] if together else [[text] for text in texts]:
-        for index, start, values in run_texts(decoder, group):
-            following = torch.tensor(group[index][start + 1 : start + 1 + len(values)])
-            logits = values[: len(following)].float().cpu()
-            log_probs.append(logits.log_softmax(-1).gather(1, following[:, None])[:, 0].double())
-            best.append(logits.argmax(-1))
+    groups = [range(len(texts))] if together else [[number] for number in range(len(texts))]
+    parts = {}  # by number of the text and position: the order of passes depends on the pool
+    for group in groups:
+        for index, start, logits in run_texts(decoder, [texts[number] for number in group]):
+            following = torch.tensor(texts[group[index]][start + 1 : start + 1 + len(logits)])
+            parts[group[index], start] = _predicted(logits[: len(following)], following)
+    log_probs, best = zip(*(parts[key] for key in sorted(parts)), strict=True)
     return Predictions(torch.cat(log_probs), torch.cat(best))
+
+
+def _predicted(logits: torch.Tensor, following: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log probabilities of tokens ``following`` [n] under ``logits`` [n, ids], and the likeliest
+    tokens."""
+    logits = logits.float().cpu()
+    log_probs = logits.log_softmax(-1).gather(1, following[:, None])[:, 0]
+    return log_probs.double(), logits.argmax(-1)
 
 
 def require_acceptable(quality: Quality, name: str) -> None:
