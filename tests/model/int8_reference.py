@@ -3,8 +3,6 @@
 The reference for what the native decoder computes from layers that ``Int8Parts`` rounded.
 """
 
-from typing import Any
-
 import torch
 from torch.nn import functional
 
@@ -12,12 +10,12 @@ from prefixd.server.model.parts import Dense, Experts, Layer, Linear, Parts
 
 
 class Reference:
-    """The model of ``parts``, whose layers it takes. ``inputs`` of products are rounded to
-    ``operand`` first, where the decoder does."""
+    """The model of ``parts``, whose layers it takes. KV has the dtype of the base, and the inputs of
+    products are first rounded to ``operand``: kernels of AVX512-BF16 and AMX multiply bfloat16."""
 
     def __init__(self, parts: Parts, *, operand: torch.dtype = torch.float32) -> None:
         self.shape = parts.base.shape
-        self._operand = operand
+        self._operand, self._kv = operand, parts.base.dtype
         self._eps, self._scale = parts.norm_eps, parts.attention_scale
         self._cosine, self._sine = (
             torch.cat([table, table], -1).double() for table in (parts.cosine, parts.sine)
@@ -50,9 +48,17 @@ class Reference:
         if layer.q_norm is not None and layer.k_norm is not None:
             queries = self._normed(queries, layer.q_norm)
             keys = self._normed(keys, layer.k_norm)
+        queries, keys, values = (
+            each.to(dtype).double()
+            for each, dtype in (
+                (self._rotated(queries), self._operand),
+                (self._rotated(keys), self._kv),
+                (values, self._kv),
+            )
+        )
         out = functional.scaled_dot_product_attention(
-            self._rotated(queries)[None],
-            self._rotated(keys)[None],
+            queries[None],
+            keys[None],
             values[None],
             is_causal=True,
             scale=self._scale,
@@ -117,8 +123,3 @@ def codes_of(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = inputs.abs().amax(1) / 127
     codes = (inputs / scales[:, None]).round()
     return torch.where(scales[:, None] > 0, codes, 0.0).to(torch.int8), scales
-
-
-def reference_of(parts: Any) -> Reference:
-    """The reference with operands in the dtype of the base."""
-    return Reference(parts, operand=parts.base.dtype)

@@ -21,7 +21,7 @@ TEXTS = [list(range(5, 60)), list(range(100, 130))]
 
 def biased_base(dtype: str = "float32") -> LoadedBase:
     """A Llama whose linears all have biases."""
-    model = tiny_llama(attention_bias=True, mlp_bias=True)
+    model = tiny_llama(attention_bias=True, mlp_bias=True, hidden_size=40, head_dim=16)
     for name, weight in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             weight.data += 0.3 * torch.randn_like(weight)
