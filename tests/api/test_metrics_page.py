@@ -58,7 +58,8 @@ def test_number_of_series_does_not_grow_with_tenants_and_prefixes(
 
 
 def test_health_and_metrics_say_what_computes_the_model(client: TestClient, world: World) -> None:
-    decoder = {"kernels": "fake", "device": "cpu", "dtype": "float32"}
+    decoder = {"kernels": "fake", "device": "cpu", "dtype": "float32", "quantize": "none"}
     assert client.get("/health/ready").json()["decoder"] == decoder
     registry = world.metrics.registry
-    assert registry.get_sample_value("prefixd_decoder_info", decoder) == 1
+    labels = decoder | {"perplexity_ratio": "", "top1_agreement": ""}
+    assert registry.get_sample_value("prefixd_decoder_info", labels) == 1

@@ -35,8 +35,10 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.engine.stats import EngineStats
 from prefixd.server.engine.step import Step, StepOutput, TokenText
+from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.decoder_check import check_decoder
 from prefixd.server.model.decoders import make_decoder
+from prefixd.server.model.int8_decoder import make_int8_decoder
 from prefixd.server.model.load import LoadedBase, prepare_base
 from prefixd.server.model.prefix import HardPrompt, Prefix, prefix_of
 from prefixd.server.model.runner import Runner
@@ -332,6 +334,7 @@ def serve(
     dtype: str = "float32",
     device: str = DEVICE,
     kernels: str = os.environ.get("PREFIXD_TEST_KERNELS", "auto"),
+    quantize: str = "none",
     **config: Any,
 ) -> Served:
     """Start an engine over a copy of ``model``; call ``served.engine.stop()`` at the end."""
@@ -340,11 +343,14 @@ def serve(
     )
     checked = self_check(base, block_size=block_size)
     COMPILED.mkdir(exist_ok=True)
-    decoder = make_decoder(
-        base, kernels, num_blocks=num_blocks, block_size=block_size, data_folder=COMPILED
-    )
-    if decoder.name != "module":
-        check_decoder(decoder, checked.evidence, num_blocks=num_blocks)
+    pool: dict[str, Any] = {"num_blocks": num_blocks, "block_size": block_size}
+    decoder: Decoder
+    if quantize == "int8":
+        decoder, _ = make_int8_decoder(base, kernels, **pool, data_folder=COMPILED)
+    else:
+        decoder = make_decoder(base, kernels, **pool, data_folder=COMPILED)
+        if decoder.name != "module":
+            check_decoder(decoder, checked.evidence, num_blocks=num_blocks)
     runner = Runner(decoder)
     served = Served(base, engine=None, runner=runner)  # type: ignore[arg-type]  # set below
     served.engine = Engine(

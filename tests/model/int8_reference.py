@@ -10,8 +10,8 @@ from prefixd.server.model.parts import Dense, Experts, Layer, Linear, Parts
 
 
 class Reference:
-    """The model of ``parts``, whose layers it takes. KV has the dtype of the base, and the inputs of
-    products are first rounded to ``operand``: kernels of AVX512-BF16 and AMX multiply bfloat16."""
+    """The model of ``parts``, whose layers it takes. KV has the dtype of the base, and the inputs
+    of products are first rounded to ``operand``: AVX512-BF16 and AMX multiply bfloat16."""
 
     def __init__(self, parts: Parts, *, operand: torch.dtype = torch.float32) -> None:
         self.shape = parts.base.shape

@@ -31,7 +31,7 @@ def biased_base(dtype: str = "float32") -> LoadedBase:
 class SmoothedParts(Int8Parts):
     """Smoothed and not rounded."""
 
-    def take_layers(self):  # type: ignore[no-untyped-def]
+    def take_layers(self):
         for layer, peaks in zip(Parts.take_layers(self), self._peaks, strict=True):
             yield smooth(layer, peaks)
 
@@ -52,9 +52,7 @@ def test_smoothing_is_exact_in_bfloat16() -> None:
     base = biased_base("bfloat16")
     peaks = find_peaks(base, TEXTS, block_size=16)
     original = list(Parts(biased_base("bfloat16")).take_layers())
-    for layer, before, of_layer in zip(
-        Parts(base).take_layers(), original, peaks, strict=True
-    ):
+    for layer, before, of_layer in zip(Parts(base).take_layers(), original, peaks, strict=True):
         smoothed = smooth(layer, of_layer)
         factors = before.input_norm.float() / smoothed.input_norm.float()
         assert set(torch.frexp(factors).mantissa.tolist()) == {0.5}
@@ -161,14 +159,14 @@ class _Watching(Reference):
         super().__init__(parts)
         self._peaks: dict[int, torch.Tensor] = {}
 
-    def _product(self, inputs, linear):  # type: ignore[no-untyped-def]
+    def _product(self, inputs, linear):
         peaks = inputs.abs().amax(0).float()
         key = id(linear)
         before = self._peaks.get(key, peaks)
         self._peaks[key] = torch.maximum(before, peaks)
         return super()._product(inputs, linear)
 
-    def layers(self):  # type: ignore[no-untyped-def]
+    def layers(self):
         for layer in self._layers:
             assert isinstance(layer.mlp, Dense)
             watched = (layer.q, layer.mlp.gate, layer.mlp.down)

@@ -188,7 +188,8 @@ def test_a_model_that_rounding_breaks_does_not_serve(
 
     def spoiled(self: Int8Parts) -> Any:
         for layer in take_layers(self):
-            yield replace(layer, v=replace(layer.v, scales=3 * layer.v.scales))  # type: ignore[operator]
+            assert layer.v.scales is not None
+            yield replace(layer, v=replace(layer.v, scales=3 * layer.v.scales))
 
     monkeypatch.setattr(Int8Parts, "take_layers", spoiled)
     with pytest.raises(
@@ -266,7 +267,7 @@ def test_predictions_are_those_of_the_module() -> None:
     ("log_prob", "equal", "acceptable"),
     [(-2.0, 20, True), (-2.2, 16, True), (-2.3, 20, False), (-2.0, 15, False)],
 )
-def test_quality_has_bounds(log_prob: float, equal: int, acceptable: bool) -> None:  # noqa: FBT001
+def test_quality_has_bounds(log_prob: float, equal: int, acceptable: bool) -> None:
     best = torch.arange(20)
     unrounded = Predictions(torch.full((20,), -2.0).double(), best)
     other = torch.where(best < equal, best, 99)
@@ -276,7 +277,9 @@ def test_quality_has_bounds(log_prob: float, equal: int, acceptable: bool) -> No
     if acceptable:
         require_acceptable(quality, "m")
     else:
-        with pytest.raises(UnsupportedModel, match="expected at most 1.25 times and at least 80%"):
+        with pytest.raises(
+            UnsupportedModel, match=r"expected at most 1\.25 times and at least 80%"
+        ):
             require_acceptable(quality, "m")
 
 

@@ -87,7 +87,7 @@ class Metrics:
         self.registry.register(DiskCollector(disk))
         self.registry.register(ThreadCollector())
         info = Info("prefixd_decoder", "What computes the model.", registry=self.registry)
-        info.info({name: str(value) for name, value in decoder.facts().items()})
+        info.info(decoder.labels())
         self.http = Counter(
             "prefixd_http_requests",
             "HTTP requests answered.",

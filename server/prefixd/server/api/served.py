@@ -69,6 +69,10 @@ class DecoderInfo:
         """The fields that have a value."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def labels(self) -> dict[str, str]:
+        """All fields as text, empty without a value."""
+        return {name: "" if value is None else str(value) for name, value in asdict(self).items()}
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
