@@ -201,5 +201,6 @@ def test_texts_become_tokens_with_any_tokenizer() -> None:
     assert not set(CALIBRATION) & set(EVALUATION)
     few = replace(base, num_logits=40, context=20)  # ids of most letters have no logit
     assert [len(ids) for ids in tokens_of(few, EVALUATION)] == [20] * len(EVALUATION)
+    assert max(max(ids) for ids in tokens_of(few, EVALUATION)) < 40
     without = prepare_base(family_model("llama"), None, name="m", dtype="float32", device="cpu")
     assert [len(ids) for ids in tokens_of(without, CALIBRATION)] == [128] * len(CALIBRATION)

@@ -140,7 +140,7 @@ def test_nan_stays_in_its_own_sequence(family: str, kernels: str) -> None:
 
 @native
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_a_large_input_beside_it_changes_no_row(kernels: str) -> None:
+def test_a_large_input_in_the_pass_changes_no_other_row(kernels: str) -> None:
     """A soft prompt may have entries far larger than those of the base."""
     decoder = decoder_of("llama", "float32", kernels)
     width = decoder.base.shape.embedding_width
@@ -152,8 +152,8 @@ def test_a_large_input_beside_it_changes_no_row(kernels: str) -> None:
         decoder.zero([1, 2, 3])
         both = lay_out([Chunk(1, (3,), 0, [3]), sequence], outputs=list(range(1 + len(TEXTS[1]))))
         both.inputs = [(0, torch.full((1, width), 1e6))]
-        beside = decoder.forward(both).values
-    assert torch.equal(beside[1:], alone)
+        together = decoder.forward(both).values
+    assert torch.equal(together[1:], alone)
 
 
 @pytest.fixture

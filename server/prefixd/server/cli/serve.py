@@ -63,6 +63,7 @@ def _run(server: "Server", settings: Settings, listener: socket.socket) -> None:
         dtype=settings.dtype,
         device=server.device,
         kernels=server.kernels,
+        quantize=settings.quantize,
         kv_tokens=settings.kv_tokens,
         max_positions=server.served.max_positions,
         max_connections=limits.total,

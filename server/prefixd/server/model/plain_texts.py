@@ -56,7 +56,7 @@ EVALUATION = (
     (
         "When the harbour froze in January, the ferries stopped for eleven days. Food was "
         "brought to the islands by sledge, first along the coast and then straight across the "
-        "ice, which the pilots tested with long iron poles. Nobody was hurt, but one horse broke "
+        "ice, which the pilots tested with long iron poles. No one was hurt, but one horse broke "
         "through near the lighthouse and had to be pulled out with ropes. In the evenings people "
         "sat together in the school, because it was the only house with enough coal. A teacher "
         "read aloud from the newspapers of the week before, and the children learned to play "

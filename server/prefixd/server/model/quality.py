@@ -1,4 +1,4 @@
-"""What rounding costs: how well a decoder predicts ordinary text beside the unrounded model."""
+"""What rounding costs: how well a decoder predicts ordinary text, next to the unrounded model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -79,8 +79,8 @@ def load_model(settings: Settings, config: SchedulerConfig, *, device: str, thre
 
 
 def kv_namespace(fingerprint: str, settings: Settings) -> str:
-    """What compiled KV depends on beside its tokens: the base, the dtype, and int8. The fingerprint
-    is that of the checkpoint, for which prefixes are trained."""
+    """What computed KV depends on: the base, the dtype and int8. The fingerprint is that of the
+    checkpoint, for which prefixes are trained."""
     scheme = "" if settings.quantize == "none" else f":{settings.quantize}"
     return f"{fingerprint}:{settings.dtype}{scheme}"
 
