@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefixd.server.model.cpu.interface import KERNELS
-from tests.golden.golden_harness import Served, prompts, tiny_model
+from tests.golden.golden_harness import DEVICE, Served, prompts, tiny_model
 from tests.golden.test_golden_mixed import alone, many_prefixes, preempt_often, together
 from tests.model.cpu.native_library import native_library
 
@@ -23,6 +23,8 @@ pytestmark = [
 def test_a_mixed_batch_gives_the_tokens_of_each_request_alone(
     kernels: str, dtype: str, tmp_path: Path, serving: Callable[..., Served]
 ) -> None:
+    if DEVICE != "cpu":
+        pytest.skip(f"int8 runs on a CPU, not on {DEVICE}")
     if (state := native_library().states()[kernels]) != "available":
         pytest.skip(f"{kernels}: {state}")
     model = tiny_model("qwen3")

@@ -33,7 +33,7 @@ class SmoothedParts(Int8Parts):
 
     def take_layers(self):
         for layer, peaks in zip(Parts.take_layers(self), self._peaks, strict=True):
-            yield smooth(layer, peaks)
+            yield smooth(layer, peaks, name="m")
 
 
 @pytest.mark.parametrize("family", [*EXACT, "biased"])
@@ -53,7 +53,7 @@ def test_smoothing_is_exact_in_bfloat16() -> None:
     peaks = find_peaks(base, TEXTS, block_size=16)
     original = list(Parts(biased_base("bfloat16")).take_layers())
     for layer, before, of_layer in zip(Parts(base).take_layers(), original, peaks, strict=True):
-        smoothed = smooth(layer, of_layer)
+        smoothed = smooth(layer, of_layer, name="m")
         factors = before.input_norm.float() / smoothed.input_norm.float()
         assert set(torch.frexp(factors).mantissa.tolist()) == {0.5}
         assert torch.equal(smoothed.q.weight, before.q.weight.float() * factors)
@@ -67,7 +67,7 @@ def test_smoothing_shares_the_range_of_inputs_and_weights() -> None:
     layer = replace(layer, q=ones, k=ones, v=ones)
     inputs = torch.ones(width)
     inputs[3] = 64
-    smoothed = smooth(layer, Peaks(inputs, None, None))
+    smoothed = smooth(layer, Peaks(inputs, None, None), name="m")
     factors = layer.input_norm / smoothed.input_norm
     assert factors[3] / factors[4] == 8
     assert torch.equal(smoothed.v.weight[0], factors)
@@ -86,7 +86,7 @@ def test_channels_that_were_never_reached_get_finite_factors(dead: str) -> None:
     if dead in {"weights", "both"}:
         for linear in (layer.q, layer.k, layer.v, layer.mlp.gate, layer.mlp.up, layer.mlp.down):
             linear.weight[:, :7] = 0
-    rounded = round_layer(smooth(layer, Peaks(*seen)), name="layer")
+    rounded = round_layer(smooth(layer, Peaks(*seen), name="layer"), name="layer")
     assert isinstance(rounded.mlp, Dense)
     for norm in (rounded.input_norm, rounded.post_norm):
         assert norm.isfinite().all()
@@ -123,14 +123,29 @@ def test_codes_are_symmetric_and_ties_go_to_even() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
-    base = base_of("qwen2_moe")
+@pytest.mark.parametrize(
+    ("family", "weight", "named"),
+    [
+        ("llama", "self_attn.k_proj.weight", "k has the value (nan|inf) in column 3"),
+        ("llama", "self_attn.o_proj.weight", "o has the value (nan|inf) in row 11"),
+        ("llama", "mlp.up_proj.weight", "up has the value (nan|inf) in column 3"),
+        ("llama", "mlp.down_proj.weight", "down has the value (nan|inf) in column 3"),
+        ("mixtral", "mlp.experts.down_proj", "down of expert 2 has the value (nan|inf) in row 11"),
+        (
+            "qwen2_moe",
+            "mlp.shared_expert.gate_proj.weight",
+            "shared expert: gate has the value (nan|inf) in row 11",
+        ),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_named(
+    family: str, weight: str, named: str, value: float
+) -> None:
+    base = base_of(family)
     peaks = find_peaks(base, TEXTS, block_size=16)
-    base.module.model.layers[1].mlp.experts.down_proj.data[2, 11, 3] = value
-    with pytest.raises(
-        UnsupportedModel,
-        match=r"qwen2_moe, layer 1: down of expert 2 has the value (nan|inf) in row 11; expected",
-    ):
+    values = base.module.model.layers[1].get_parameter(weight).data
+    (values[2] if values.dim() == 3 else values)[11, 3] = value
+    with pytest.raises(UnsupportedModel, match=f"{family}, layer 1[:,] {named}; expected finite"):
         list(Int8Parts(base, peaks).take_layers())
 
 

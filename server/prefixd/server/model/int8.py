@@ -48,14 +48,20 @@ class Int8Parts(Parts):
         for index, (layer, peaks) in enumerate(
             zip(super().take_layers(), self._peaks, strict=True)
         ):
-            yield round_layer(smooth(layer, peaks), name=f"{self.base.name}, layer {index}")
+            name = f"{self.base.name}, layer {index}"
+            yield round_layer(smooth(layer, peaks, name=name), name=name)
 
 
 @torch.inference_mode()
-def smooth(layer: Layer, peaks: Peaks) -> Layer:
-    """The same function with smaller differences between the channels of each product's input.
-    The products into the smoothed ones become float32."""
-    factors = _factors(peaks.attention, [layer.q, layer.k, layer.v])
+def smooth(layer: Layer, peaks: Peaks, *, name: str) -> Layer:
+    """The same function with smaller differences between the channels of each product's input, the
+    weights in float32. Raises UnsupportedModel, as ``round_layer`` does."""
+    factors = _factors(
+        peaks.attention,
+        _column_peaks(layer.q, f"{name}: q"),
+        _column_peaks(layer.k, f"{name}: k"),
+        _column_peaks(layer.v, f"{name}: v"),
+    )
     layer = replace(
         layer,
         input_norm=_divided(layer.input_norm, factors),
@@ -66,8 +72,12 @@ def smooth(layer: Layer, peaks: Peaks) -> Layer:
     if not isinstance(layer.mlp, Dense) or peaks.mlp is None or peaks.down is None:
         return layer
     mlp = layer.mlp
-    factors = _factors(peaks.mlp, [mlp.gate, mlp.up])
-    inner = _factors(peaks.down, [mlp.down])
+    factors = _factors(
+        peaks.mlp,
+        _column_peaks(mlp.gate, f"{name}: gate"),
+        _column_peaks(mlp.up, f"{name}: up"),
+    )
+    inner = _factors(peaks.down, _column_peaks(mlp.down, f"{name}: down"))
     up = _wider(mlp.up, factors)
     return replace(
         layer,
@@ -82,10 +92,16 @@ def smooth(layer: Layer, peaks: Peaks) -> Layer:
     )
 
 
-def _factors(inputs: torch.Tensor, weights: Sequence[Linear]) -> torch.Tensor:
+def _column_peaks(linear: Linear, name: str) -> torch.Tensor:
+    """The largest |w| of each input channel [in], float32."""
+    peaks = linear.weight.abs().amax(0).float()
+    _require_finite(peaks, name, "column")
+    return peaks
+
+
+def _factors(inputs: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
     """Powers of two near sqrt(max|x| / max|w|) of each input channel [in], float32."""
-    columns = torch.stack([linear.weight.abs().amax(0).float() for linear in weights]).amax(0)
-    exponents = (_log2(inputs.to(columns.device)) - _log2(columns)) / 2
+    exponents = (_log2(inputs) - _log2(torch.stack(columns).amax(0))) / 2
     return exponents.round().exp2()
 
 
@@ -163,12 +179,18 @@ def round_rows(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Ten
     row, but for rounding. Raises UnsupportedModel for values that are not finite."""
     weight = weight.float()
     largest = weight.abs().amax(1)
-    if not largest.isfinite().all():  # the largest of a row with NaN is NaN
-        row = int((~largest.isfinite()).nonzero()[0])
-        raise UnsupportedModel(
-            f"{name} has the value {float(largest[row])} in row {row}; expected finite weights"
-        )
+    _require_finite(largest, name, "row")
     # A row of zeros, or so small that its scale would be 0, has the codes 0.
     scales = (largest / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
     codes = (weight / scales[:, None]).round().clamp(-LARGEST, LARGEST)
     return codes.to(torch.int8), scales
+
+
+def _require_finite(peaks: torch.Tensor, name: str, place: str) -> None:
+    """Raise UnsupportedModel unless all values are finite; the peak of a row with NaN is NaN."""
+    wrong = (~peaks.isfinite()).nonzero()
+    if len(wrong):
+        index = int(wrong[0])
+        raise UnsupportedModel(
+            f"{name} has the value {float(peaks[index])} in {place} {index}; expected finite ones"
+        )
