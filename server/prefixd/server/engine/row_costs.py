@@ -5,10 +5,7 @@ difference divided by D is the cost of a row. With few sequences it is next to n
 step takes as long as reading the weights; with many it is what each of them costs::
 
     a draft pays   <=>   probability that it is accepted * time of a token > cost of a row
-    time of a token  =   time of a step without drafts / B
-
-Steps with drafts would be the wrong measure of a token: the worse their drafts pay, the longer
-their tokens take, and the better the next ones would seem to pay.
+    time of a token  =   time of a step / tokens that it gives
 """
 
 from collections import defaultdict, deque
@@ -30,6 +27,8 @@ _PLAIN_SAMPLES, _COST_SAMPLES = 3, 15
 _LEAST_DRAFTED = 8
 """A step measures the cost of a row when it has a draft for so many sequences at least."""
 
+_SMOOTHING = 0.9
+
 
 class RowCosts:
     """Times of steps that only decode, by the number of sequences: exact for steps without drafts,
@@ -43,12 +42,15 @@ class RowCosts:
         self._costs: defaultdict[int, deque[float]] = defaultdict(
             lambda: deque(maxlen=_COST_SAMPLES)
         )
+        self._token_times: dict[int, tuple[float, float]] = {}
 
-    def observe(self, step: Step, *, seconds: float) -> None:
-        """Take in how long a step took. Those with prompts or prefixes say nothing."""
+    def observe(self, step: Step, *, num_new: int, seconds: float) -> None:
+        """Take in how long a step took that gave ``num_new`` tokens. Those with prompts or prefixes
+        say nothing."""
         rows, drafts = len(step.chunks), step.num_drafts
         if not rows or step.compiles or step.num_tokens != rows + drafts:
             return
+        size = rows.bit_length()
         if not drafts:
             self._plain[rows].append(seconds)
             self._since_plain[rows] = 0
@@ -56,7 +58,9 @@ class RowCosts:
             self._since_plain[rows] += 1
             if drafts * _LEAST_DRAFTED >= rows and self._plain[rows]:
                 cost = (seconds - median(self._plain[rows])) / drafts
-                self._costs[rows.bit_length()].append(max(0.0, cost))
+                self._costs[size].append(max(0.0, cost))
+        total, tokens = self._token_times.get(size, (0.0, 0.0))
+        self._token_times[size] = _SMOOTHING * total + seconds, _SMOOTHING * tokens + num_new
 
     def needs_plain(self, rows: int) -> bool:
         """Whether the next step of ``rows`` sequences should have no drafts, to be measured."""
@@ -64,8 +68,8 @@ class RowCosts:
 
     def least_probability(self, rows: int) -> float:
         """How likely a draft must be accepted to pay, in a step of ``rows`` sequences."""
-        costs, plain = self._costs[rows.bit_length()], self._plain[rows]
-        if not costs or not plain:
+        costs = self._costs[rows.bit_length()]
+        if not costs:
             return UNMEASURED
-        token_s = max(median(plain), 1e-9) / rows
-        return min(_MOST, max(_LEAST, median(costs) / token_s))
+        seconds, tokens = self._token_times[rows.bit_length()]
+        return min(_MOST, max(_LEAST, median(costs) * tokens / max(seconds, 1e-9)))

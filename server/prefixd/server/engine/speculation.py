@@ -13,7 +13,7 @@ from prefixd.server.engine.prefix_loader import PrefixLoader
 from prefixd.server.engine.recovery import Recovery
 from prefixd.server.engine.row_costs import RowCosts
 from prefixd.server.engine.sequence import Sequence
-from prefixd.server.engine.step import Chunk, Draft, Step
+from prefixd.server.engine.step import Chunk, Draft, Step, StepOutput
 
 
 class Speculation:
@@ -36,10 +36,11 @@ class Speculation:
         self._backoff = recovery.backoff
         self._uniform = uniform
 
-    def observe(self, step: Step, seconds: float) -> None:
+    def observe(self, step: Step, output: StepOutput, seconds: float) -> None:
         """Take in how long a step took."""
         if self._enabled:
-            self.costs.observe(step, seconds=seconds)
+            num_new = sum(len(tokens) for tokens in output.sampled.values())
+            self.costs.observe(step, num_new=num_new, seconds=seconds)
 
     def add_drafts(self, step: Step, decoding: Items[Sequence]) -> None:
         """Add drafts to the first chunks of ``step``, those of ``decoding``, after all else."""
