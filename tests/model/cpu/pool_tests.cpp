@@ -50,6 +50,15 @@ static void check_choice() {
     require(threads.count() == 1, "what a step gained counts once");
 }
 
+// A phase bound by memory takes one thread less than twice as long: the gain counts by half.
+static void check_half() {
+    ActiveThreads threads(2);
+    int64_t now = 0;
+    for (int i = 0; i < 20; i++)  // 8 ms lost in each 10 ms of work of two
+        for (int phase = 0; phase < 10; phase++) threads.end_phase(now += kMs, 10, 5, kMs, phase ? 0 : 8 * kMs);
+    require(threads.count() == 1, "a thread is lost that gains less than it costs where memory is the bound");
+}
+
 // Another thread of the process, as a server's, has the worker's core at the beginning of each step.
 static void check_bursts() {
     ActiveThreads threads(2);
@@ -118,6 +127,7 @@ static void check_pool(int threads, int spin_us) {
 
 int main() {
     check_choice();
+    check_half();
     check_bursts();
     check_many();
     for (int spin_us : {0, 50}) {
