@@ -1,7 +1,11 @@
 """The number of threads that torch uses in each thread, and how many cores there are."""
 
+import signal
+import sys
 import threading
+import time
 from pathlib import Path
+from traceback import format_stack
 
 import pytest
 import torch
@@ -45,6 +49,28 @@ def test_what_a_computing_thread_raises_is_raised_where_it_was_called() -> None:
 
     with pytest.raises(KeyError, match="no such model"):
         compute(fail, threads=1)
+
+
+def test_ctrl_c_interrupts_the_computing_thread_and_waits_for_its_end() -> None:
+    ended: list[str] = []
+    caller = threading.get_ident()
+
+    def load() -> None:
+        try:
+            while not any(
+                "result.result()" in line for line in format_stack(sys._current_frames()[caller])
+            ):
+                pass
+            signal.pthread_kill(caller, signal.SIGINT)
+            while True:
+                time.sleep(0.001)
+        finally:
+            time.sleep(0.1)
+            ended.append("its temporary folder is removed")
+
+    with pytest.raises(KeyboardInterrupt):
+        compute(load, threads=1)
+    assert ended == ["its temporary folder is removed"]
 
 
 @pytest.mark.parametrize(

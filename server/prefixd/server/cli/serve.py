@@ -24,20 +24,20 @@ def serve(settings: Settings) -> None:
     from prefixd.server.serve import logging
     from prefixd.server.serve.data_folder import check_data_folder
     from prefixd.server.serve.http import bind
-    from prefixd.server.serve.shutdown import exit_on_sigterm, exit_process
+    from prefixd.server.serve.shutdown import exit_process, exits_at_signals
 
     logging.configure(settings.log_level, settings.log_format)
-    exit_on_sigterm()
-    with reported_errors():
-        check_data_folder(settings.root)  # before torch is imported: that takes seconds
-        listener = bind(settings.host, settings.port)
-    with listener:
-        structlog.get_logger("prefixd").info(
-            "loading", model=settings.model, dtype=settings.dtype, data_dir=str(settings.root)
-        )
-        server = load_server(settings)
-        show_first_key(server.tenants)
-        _run(server, settings, listener)
+    with exits_at_signals():
+        with reported_errors():
+            check_data_folder(settings.root)  # before torch is imported: that takes seconds
+            listener = bind(settings.host, settings.port)
+        with listener:
+            structlog.get_logger("prefixd").info(
+                "loading", model=settings.model, dtype=settings.dtype, data_dir=str(settings.root)
+            )
+            server = load_server(settings)
+            show_first_key(server.tenants)
+            _run(server, settings, listener)
     exit_process()
 
 

@@ -6,6 +6,7 @@ on every barrier waits in the kernel instead of spinning first: a step takes up 
 pool lasts as long as the thread that started it, so a thread that ends leaves none behind.
 """
 
+import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,6 +15,9 @@ from typing import TypeVar
 import torch
 
 Result = TypeVar("Result")
+
+_INTERRUPTED_S = 5.0
+"""How long an interrupted thread may take to end: it does between two of its operations."""
 
 
 def limit_thread() -> None:
@@ -42,8 +46,12 @@ def compute(function: Callable[[], Result], *, threads: int) -> Result:
 
 
 def run_in_thread(function: Callable[[], Result]) -> Result:
-    """Call ``function`` in a new thread, and wait for it. It is a daemon: when the waiting thread
-    has to exit, the process does not wait for it."""
+    """Call ``function`` in a new thread, and wait for it.
+
+    When a signal ends the wait, as Ctrl-C does, ``function`` is interrupted by SystemExit, so that
+    its temporary folders and compilers go too. A thread that does not end within seconds then is
+    left alone: it is a daemon, and the process does not wait for it.
+    """
     result: Future[Result] = Future()
 
     def call() -> None:
@@ -54,9 +62,18 @@ def run_in_thread(function: Callable[[], Result]) -> Result:
 
     thread = threading.Thread(target=call, name="compute", daemon=True)
     thread.start()
-    value = result.result()
-    thread.join()  # its pool ends with it
-    return value
+    try:
+        return result.result()
+    finally:
+        if not result.done():
+            _interrupt(thread)
+        thread.join(_INTERRUPTED_S)  # its pool ends with it
+
+
+def _interrupt(thread: threading.Thread) -> None:
+    """Raise SystemExit in another thread, once it runs Python code."""
+    ident = ctypes.c_ulong(thread.ident or 0)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
 
 
 def _set_num_threads(count: int) -> None:

@@ -17,7 +17,8 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -35,6 +36,9 @@ CLOSING_S = 5
 
 LONGEST_CLOSING_S = 2 * CLOSING_S
 """How long a shutdown can take after the drain timeout, in seconds."""
+
+_STATUS = {signal.SIGTERM: 0, signal.SIGINT: 130}
+"""The exit status at each signal before a server runs."""
 
 _POLL_S = 0.05
 _REFRESH_S = 1.0
@@ -114,24 +118,34 @@ class DrainingServer(HttpServer):
             await asyncio.wait_for(stopped.wait(), self._closing_s)
 
 
-def exit_process() -> NoReturn:
-    """Exit with status 0 after a complete shutdown, without finalizing the interpreter: with torch
-    loaded that takes seconds."""
+@contextmanager
+def exits_at_signals() -> Iterator[None]:
+    """Exit at SIGTERM with status 0 and at SIGINT with 130, until a server replaces the handlers:
+    while the model loads there is nothing to drain."""
+
+    def exit_now(sig: int, frame: FrameType | None) -> None:
+        del frame
+        _exit_within(LONGEST_CLOSING_S)
+        sys.exit(_STATUS[signal.Signals(sig)])
+
+    for sig in _STATUS:
+        signal.signal(sig, exit_now)
+    try:
+        yield
+    except SystemExit as ended:
+        if isinstance(ended.code, int):
+            exit_process(ended.code)
+        raise
+
+
+def exit_process(status: int = 0) -> NoReturn:
+    """Exit without finalizing the interpreter: with torch loaded that takes seconds, and a thread
+    that still computes would abort the process. Python ends such a thread when it asks for the
+    interpreter again, inside of torch's code, which cannot be unwound there."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
-
-
-def exit_on_sigterm() -> None:
-    """Exit with status 0 at SIGTERM, until a server replaces the handler: while the model loads
-    there is nothing to drain."""
-
-    def exit_now(sig: int, frame: FrameType | None) -> None:
-        del sig, frame
-        sys.exit(0)
-
-    signal.signal(signal.SIGTERM, exit_now)
+    os._exit(status)
 
 
 def _exit_within(timeout_s: float) -> None:
