@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -80,12 +81,36 @@ def test_a_boolean_setting_takes_true_or_false() -> None:
 def test_doctor_reports_each_check(tmp_path: Path) -> None:
     model = str(save_folder(tiny_llama(), tmp_path / "model"))
     results = run_json("doctor", "--model", model, "--device", "cpu")
-    assert set(results) == {"data", "catalog", "torch", "device", "kernels", "model"}
+    assert set(results) == {"data", "catalog", "torch", "device", "kernels", "int8", "model"}
     assert all(result["ok"] for result in results.values())
     blocked = tmp_path / "file"
     blocked.write_text("")
     result = run("doctor", "--data-dir", str(blocked / "x"), "--device", "cpu", code=1)
     assert "FAIL data" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--cpu-kernels", "torch"), "quantize is int8 and cpu_kernels is torch; expected auto or"),
+        (("--dtype", "float16"), "native kernels alone compute, but the dtype is torch.float16"),
+    ],
+)
+def test_doctor_and_start_name_why_int8_cannot_run(
+    words: tuple[str, ...], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(save_folder(tiny_llama(), tmp_path / "model"))
+    common = ("--model", model, "--device", "cpu", *words)
+    results = json.loads(run("doctor", *common, "--quantize", "int8", "--json", code=1).stdout)
+    failed = [name for name, result in results.items() if not result["ok"]]
+    assert failed == ["int8"]
+    assert reason in results["int8"]["detail"]
+    off = run_json("doctor", *common)["int8"]["detail"]
+    assert off == f"off; with it, a start would fail: {results['int8']['detail']}"
+    values: dict[str, Any] = {words[0].removeprefix("--").replace("-", "_"): words[1]}
+    with pytest.raises(typer.Exit):
+        load_server(Settings(model=model, device="cpu", quantize="int8", **values))
+    assert capsys.readouterr().err.splitlines()[-1] == f"prefixd: {results['int8']['detail']}"
 
 
 @pytest.mark.parametrize("model", ["/nowhere/model", "./nowhere", "../nowhere/model", "a/b/c"])

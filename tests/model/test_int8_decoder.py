@@ -2,10 +2,12 @@
 of kernels that is available here; a model that rounding breaks does not serve."""
 
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +18,13 @@ from prefixd.server.model import decoders, int8_decoder
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.batch import lay_out
 from prefixd.server.model.calibration import find_peaks
+from prefixd.server.model.cpu.build import find_compiler
 from prefixd.server.model.cpu.interface import KERNELS
-from prefixd.server.model.cpu.library import LibraryUnavailable
+from prefixd.server.model.cpu.library import LibraryUnavailable, processor_flags
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.decoders import DecoderUnavailable
 from prefixd.server.model.int8 import Int8Parts, Peaks
-from prefixd.server.model.int8_decoder import make_int8_decoder, require_native
+from prefixd.server.model.int8_decoder import describe_int8, make_int8_decoder, require_native
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.native import NativeDecoder
@@ -287,3 +290,50 @@ def test_nan_is_not_acceptable() -> None:
     nan = Predictions(torch.full((4,), torch.nan), torch.zeros(4))
     with pytest.raises(UnsupportedModel, match="perplexity nan"):
         require_acceptable(Quality.of(nan, nan), "m")
+
+
+@pytest.mark.parametrize(
+    ("choice", "dtype", "flags", "text"),
+    [
+        ("auto", torch.bfloat16, {"avx512_vnni"}, "amx, by AMX-INT8"),
+        ("auto", torch.float32, {"avx512_vnni"}, "avx512, by AVX512-VNNI"),
+        ("auto", torch.float32, set(), "avx512, by products of 16-bit pairs"),
+        ("avx512_bf16", torch.bfloat16, set(), "avx512_bf16, by AVX512-VNNI"),
+        ("avx2", torch.bfloat16, {"avx512_vnni"}, "avx2, by products of 16-bit pairs"),
+    ],
+)
+def test_the_kernels_of_int8_and_their_products_are_described(
+    choice: str, dtype: torch.dtype, flags: set[str], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = SimpleNamespace(kernels=KERNELS)
+    monkeypatch.setattr(int8_decoder, "find_library", lambda _folder: library)
+    monkeypatch.setattr(int8_decoder, "processor_flags", lambda: flags)
+    assert describe_int8(choice, dtype, torch.device("cpu"), Path("data")) == text
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_a_missing_library_is_described_by_what_the_next_start_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_folder: Path) -> None:
+        raise LibraryUnavailable("none in this test")
+
+    def describe() -> str:
+        return describe_int8("auto", torch.float32, torch.device("cpu"), tmp_path)
+
+    monkeypatch.setattr(int8_decoder, "find_library", fail)
+    assert (
+        describe() == f"the next start compiles the native library with {find_compiler().version}"
+    )
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        DecoderUnavailable, match="alone compute, but none in this test; CXX names 'no-such-c"
+    ):
+        describe()
+
+
+def test_the_flags_of_the_processor_are_read() -> None:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    listed = [line for line in lines if line.startswith("flags")]
+    assert bool(processor_flags()) == bool(listed)
+    assert all(flag in listed[0].split() for flag in processor_flags())

@@ -17,7 +17,7 @@ from prefixd.server.cli.output import json_text, print_json, printable
 from prefixd.server.serve.settings import Settings
 
 
-@with_settings(*CATALOG_SETTINGS, "model", "device")
+@with_settings(*CATALOG_SETTINGS, "model", "dtype", "device", "cpu_kernels", "quantize")
 def doctor(
     settings: Settings,
     integrity: Annotated[
@@ -31,7 +31,7 @@ def doctor(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Check what a server needs: data folder, catalog, torch, device, CPU kernels and model."""
+    """Check what a server needs: data folder, catalog, torch, device, kernels, int8, model."""
     if integrity:
         _check_integrity(settings, as_json=as_json)
         return
@@ -117,6 +117,13 @@ def _check_kernels(settings: Settings) -> str:
     return describe_kernels(settings)
 
 
+def _check_int8(settings: Settings) -> str:
+    from prefixd.server.serve.build import device_of
+    from prefixd.server.serve.loading import check_int8
+
+    return check_int8(settings, device=device_of(settings))
+
+
 def _check_model(settings: Settings) -> str:
     if settings.model == "demo":
         demo_model_packages()
@@ -132,5 +139,6 @@ _CHECKS: dict[str, Callable[[Settings], str]] = {
     "torch": _check_torch,
     "device": _check_device,
     "kernels": _check_kernels,
+    "int8": _check_int8,
     "model": _check_model,
 }

@@ -139,17 +139,20 @@ def native_kernels(
     KERNELS. Raises NotExact, LibraryUnavailable."""
     refuse_native(parts, block_size=block_size)
     library = find_or_compile_library(data_folder)
-    kernels = _best(parts, library) if choice == "auto" else choice
+    return library, choose_kernels(library, choice, parts.base.dtype)
+
+
+def choose_kernels(library: NativeLibrary, choice: str, dtype: torch.dtype) -> str:
+    """The kernels of ``choice``, ``auto`` or one of KERNELS. Raises LibraryUnavailable."""
+    kernels = _best(library, dtype) if choice == "auto" else choice
     if kernels not in library.kernels:
         raise LibraryUnavailable(
             f"{library.states()[kernels]}; available here: {', '.join(library.kernels)}"
         )
-    return library, kernels
+    return kernels
 
 
-def _best(parts: Parts, library: NativeLibrary) -> str:
+def _best(library: NativeLibrary, dtype: torch.dtype) -> str:
     """The fastest kernels: those after AVX-512 differ from it in bfloat16 alone."""
-    suited = (
-        KERNELS if parts.base.dtype is torch.bfloat16 else KERNELS[: KERNELS.index("avx512") + 1]
-    )
+    suited = KERNELS if dtype is torch.bfloat16 else KERNELS[: KERNELS.index("avx512") + 1]
     return [kernels for kernels in library.kernels if kernels in suited][-1]

@@ -11,14 +11,19 @@ import torch
 
 from prefixd.server.model.calibration import find_peaks
 from prefixd.server.model.cpu.interface import KERNELS
-from prefixd.server.model.cpu.library import LibraryUnavailable
-from prefixd.server.model.decoders import DecoderUnavailable, native_kernels
+from prefixd.server.model.cpu.library import (
+    LibraryUnavailable,
+    compiler_or,
+    find_library,
+    processor_flags,
+)
+from prefixd.server.model.decoders import DecoderUnavailable, choose_kernels, native_kernels
 from prefixd.server.model.exact import NotExact
 from prefixd.server.model.int8 import Int8Parts
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.memory import return_free_memory
 from prefixd.server.model.module_decoder import ModuleDecoder
-from prefixd.server.model.native import NativeDecoder
+from prefixd.server.model.native import NativeDecoder, require_dtype
 from prefixd.server.model.parts import Parts
 from prefixd.server.model.plain_texts import CALIBRATION, EVALUATION, count_blocks, tokens_of
 from prefixd.server.model.quality import Quality, predict, require_acceptable
@@ -38,6 +43,35 @@ def require_native(choice: str, device: torch.device) -> None:
         )
 
 
+def describe_int8(choice: str, dtype: torch.dtype, device: torch.device, data_folder: Path) -> str:
+    """The kernels that would compute int8, and by which products; compiles and loads nothing else.
+    Raises DecoderUnavailable where no model could start, with the reason of a start."""
+    require_native(choice, device)
+    try:
+        require_dtype(dtype)
+        try:
+            library = find_library(data_folder)
+        except LibraryUnavailable as missing:
+            return f"the next start compiles the native library with {compiler_or(missing).version}"
+        kernels = choose_kernels(library, choice, dtype)
+    except (NotExact, LibraryUnavailable) as reason:
+        raise _unavailable(reason) from reason
+    return f"{kernels}, by {_products(kernels)}"
+
+
+def _products(kernels: str) -> str:
+    """The instructions that multiply int8 in a kernel set: those of processor.cpp."""
+    if kernels == "amx":
+        return "AMX-INT8"
+    if kernels == "avx512_bf16" or (kernels == "avx512" and "avx512_vnni" in processor_flags()):
+        return "AVX512-VNNI"
+    return "products of 16-bit pairs"
+
+
+def _unavailable(reason: Exception) -> DecoderUnavailable:
+    return DecoderUnavailable(f"quantize is int8, which native kernels alone compute, but {reason}")
+
+
 def make_int8_decoder(
     base: LoadedBase,
     choice: str,
@@ -53,9 +87,7 @@ def make_int8_decoder(
     try:
         library, kernels = native_kernels(Parts(base), choice, block_size, data_folder)
     except (NotExact, LibraryUnavailable) as reason:
-        raise DecoderUnavailable(
-            f"quantize is int8, which native kernels alone compute, but {reason}"
-        ) from reason
+        raise _unavailable(reason) from reason
     texts = tokens_of(base, EVALUATION)
     unrounded = ModuleDecoder(
         base, num_blocks=1 + count_blocks(texts, block_size), block_size=block_size

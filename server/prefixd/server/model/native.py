@@ -29,14 +29,19 @@ class NativeFailure(RuntimeError):
 def refuse_native(parts: Parts, *, block_size: int) -> None:
     """Raise NotExact for a model that the native decoder does not compute."""
     base = parts.base
-    if base.dtype not in _DTYPES:
-        raise NotExact(f"the dtype is {base.dtype}; expected float32 or bfloat16")
+    require_dtype(base.dtype)
     if base.device.type != "cpu":
         raise NotExact(f"the device is {base.device}; expected the CPU")
     if block_size % 16:
         raise NotExact(f"blocks have {block_size} positions; expected a multiple of 16")
     if base.shape.head_dim % 16 or base.shape.head_dim > 256:
         raise NotExact(f"heads have size {base.shape.head_dim}; expected a multiple of 16 to 256")
+
+
+def require_dtype(dtype: torch.dtype) -> None:
+    """Raise NotExact for a dtype that the native decoder does not compute."""
+    if dtype not in _DTYPES:
+        raise NotExact(f"the dtype is {dtype}; expected float32 or bfloat16")
 
 
 class NativeDecoder:

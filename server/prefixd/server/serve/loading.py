@@ -8,8 +8,8 @@ import torch
 from prefixd.server.api.served import DecoderInfo
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.model.decoder import Decoder
-from prefixd.server.model.decoders import choose_decoder
-from prefixd.server.model.int8_decoder import make_int8_decoder, require_native
+from prefixd.server.model.decoders import DecoderUnavailable, choose_decoder
+from prefixd.server.model.int8_decoder import describe_int8, make_int8_decoder, require_native
 from prefixd.server.model.load import LoadedBase, load_base
 from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import Limits, self_check
@@ -76,6 +76,24 @@ def load_model(settings: Settings, config: SchedulerConfig, *, device: str, thre
         checked.limits,
         DecoderInfo(decoder.name, str(base.device), settings.dtype, settings.quantize, **figures),
     )
+
+
+def check_int8(settings: Settings, *, device: str) -> str:
+    """Whether int8 can be computed here and by what. Raises DecoderUnavailable where the settings
+    ask for it and it cannot, as a start does."""
+    asked = settings.quantize == "int8"
+    try:
+        text = describe_int8(
+            settings.cpu_kernels,
+            getattr(torch, settings.dtype),
+            torch.device(device),
+            settings.root,
+        )
+    except DecoderUnavailable as reason:
+        if asked:
+            raise
+        return f"off; with it, a start would fail: {reason}"
+    return text if asked else f"off; with it: {text}"
 
 
 def kv_namespace(fingerprint: str, settings: Settings) -> str:

@@ -147,6 +147,25 @@ def _open(path: Path, origin: str, sources: Path) -> NativeLibrary:
     return NativeLibrary(functions, path, origin, built)
 
 
+def compiler_or(missing: LibraryUnavailable) -> Compiler:
+    """The compiler that find_or_compile_library uses where find_library raises ``missing``. Raises
+    LibraryUnavailable with both reasons."""
+    _check_platform()
+    try:
+        return _own_compiler()
+    except BuildFailed as error:
+        raise LibraryUnavailable(f"{missing}; {error}") from error
+
+
+def processor_flags() -> frozenset[str]:
+    """What Linux lists as flags of the processor; empty where it lists none, as on arm64."""
+    for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
+        name, _, flags = line.partition(":")
+        if name.strip() == "flags":
+            return frozenset(flags.split())
+    return frozenset()
+
+
 def _is_usable(path: Path, sources: Path) -> bool:
     try:
         _open(path, "compiled", sources)
