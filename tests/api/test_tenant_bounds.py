@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi.security import HTTPAuthorizationCredentials
 from fastapi.testclient import TestClient
 from starlette.datastructures import Address
 
@@ -177,11 +176,11 @@ def test_a_wait_before_a_lookup_counts_as_a_wait_for_the_catalog() -> None:
         )
         request: Any = SimpleNamespace(
             client=Address("10.0.0.1", 1),
+            headers={"Authorization": f"Bearer {key.text}"},
             state=SimpleNamespace(),
             app=SimpleNamespace(state=parts),
         )
-        credentials = HTTPAuthorizationCredentials(scheme="Bearer", credentials=key.text)
-        lookup = authenticated(request, credentials)
+        lookup = authenticated(request)
         async with bounds.lookups_of_key.hold(key.parsed.key_id, LOOKUPS_OF_KEY):
             task = asyncio.create_task(lookup)
             await settle()

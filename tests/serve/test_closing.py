@@ -385,6 +385,28 @@ def test_a_closed_connection_discards_a_bounded_number_of_bytes_for_a_bounded_ti
     assert unread.calls[3:] == ["abort"]
 
 
+def test_what_was_held_is_sent_by_close_and_not_after_abort(
+    transport: LingeringTransport, unread: Unread
+) -> None:
+    transport.hold()
+    transport.write(b"head")
+    transport.hold()
+    transport.write(b"er")
+    assert unread.outstanding == 0
+    transport.close()
+    assert unread.outstanding == len("header")
+    transport.release()
+    assert unread.outstanding == len("header")
+
+
+def test_nothing_is_written_after_an_abort(transport: LingeringTransport, unread: Unread) -> None:
+    transport.hold()
+    transport.write(b"head")
+    transport.abort()
+    transport.release()
+    assert unread.outstanding == 0
+
+
 def test_an_answer_that_was_not_taken_yet_outlasts_the_linger_time(
     transport: LingeringTransport, loop: ManualLoop, unread: Unread, on_stall: Mock
 ) -> None:

@@ -5,14 +5,32 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
 
 from prefixd.server.errors import BadRequest, Conflict, NotAuthenticated, NotFound
 from prefixd.server.tenants.audit import AuditLog
 from prefixd.server.tenants.registry import OPERATOR_TENANT, Scope, Tenants
+from prefixd.store.db.database import writing_relaxed
 from tests.tenants.tenants_clock import Clock
 
 HOUR = timedelta(hours=1)
+
+
+def test_a_lookup_is_one_statement(tenants: Tenants, engine: Engine) -> None:
+    """Every request makes one: it begins no transaction, also after one that commits relaxed."""
+    tenants.create_tenant("acme")
+    key = tenants.create_key(tenant="acme")
+    with writing_relaxed(engine):
+        pass
+    statements: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    event.listen(engine, "before_cursor_execute", note)
+    assert tenants.authenticate(key.text).tenant == "acme"
+    assert len(statements) == 1
+    assert statements[0].startswith("SELECT")
 
 
 def test_a_rotated_key_stays_valid_for_the_overlap(tenants: Tenants, clock: Clock) -> None:

@@ -121,6 +121,14 @@ def reading(engine: Engine) -> AbstractContextManager[Connection]:
     return engine.begin()
 
 
+def single_reads(engine: Engine) -> Engine:
+    """``engine`` for connections that read with one statement each, which is a snapshot by itself:
+    they begin no transaction. To be made once, not for each read."""
+    if engine.dialect.name == "postgresql":
+        return engine.execution_options(isolation_level="AUTOCOMMIT")
+    return engine.execution_options(prefixd_single=True)
+
+
 @contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
     """A transaction that writes, committed at the end of the block, rolled back by an exception.
@@ -235,14 +243,19 @@ def _switch_to_wal(cursor: DBAPICursor, busy_timeout_s: float) -> None:
 
 def _begin_sqlite(connection: Connection) -> None:
     options = connection.get_execution_options()
+    if options.get("prefixd_single", False):
+        return
+    if not options.get("prefixd_write", False):
+        connection.exec_driver_sql("BEGIN")
+        return
     # In WAL mode NORMAL leaves out only the fsync of a commit, not those of a checkpoint. It cannot
-    # be set within a transaction, so each one sets what it needs, if the last one needed other.
+    # be set within a transaction, so each one that writes sets what it needs, if the last one
+    # needed other.
     synchronous = "NORMAL" if options.get("prefixd_relaxed", False) else "FULL"
     if connection.info.get("synchronous") != synchronous:
         connection.exec_driver_sql(f"PRAGMA synchronous={synchronous}")
         connection.info["synchronous"] = synchronous
-    write = options.get("prefixd_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _begin_postgresql(connection: Connection) -> None:

@@ -96,6 +96,12 @@ class CatalogCalls:
         self._threads.shutdown(wait=False, cancel_futures=True)
         wait(tuple(self._calls), timeout_s)
 
+    def check(self, access: Access) -> None:
+        """Raise Unavailable when such a call would be refused at once: for what needs no call now,
+        and must not run either while the catalog does not respond."""
+        if self._refuses(access) or len(self._calls) >= self._max_calls:
+            raise storage_unavailable(CATALOG_UNAVAILABLE)
+
     def _refuses(self, access: Access) -> bool:
         health = self.health
         return health.reads_refused if access is Access.READ else health.writes_refused
@@ -108,8 +114,7 @@ class CatalogCalls:
         waited: float,
         undo: Callable[[Result], object] | None = None,
     ) -> Result:
-        if self._refuses(access) or len(self._calls) >= self._max_calls:
-            raise storage_unavailable(CATALOG_UNAVAILABLE)
+        self.check(access)
         shared = SharedCall(call, undo)
         try:
             running = self._threads.submit(contextvars.copy_context().run, shared.run)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 
 from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.drain_state import DrainState
@@ -67,36 +67,36 @@ ServedDep = Annotated[ServedModel, part("served")]
 StoreDep = Annotated[PrefixStore, part("store")]
 TenantsDep = Annotated[Tenants, part("tenants")]
 
-_bearer = HTTPBearer(auto_error=False, description="An API key: `prefixd key create`.")
+
+class KeyBearer(HTTPBearer):
+    """The dependency of every route that needs a key. It is also the entry of OpenAPI's security:
+    one that named an HTTPBearer of its own would be two dependencies to solve."""
+
+    async def __call__(self, request: Request) -> Principal:  # type: ignore[override]
+        """The principal behind the bearer key. Raises NotAuthenticated."""
+        credentials = await super().__call__(request)
+        if credentials is None:
+            raise NotAuthenticated(
+                "an API key is needed: send the header 'Authorization: Bearer <key>'",
+                code="missing_api_key",
+            )
+        state = request.app.state
+        tenants: Tenants = state.tenants
+        bounds: TenantBounds = state.bounds
+        catalog: CatalogAccess = state.catalog
+        begun = time.monotonic()
+        async with bounds.lookup(credentials.credentials, request.client):
+            principal = await catalog.calls.read(
+                tenants.authenticate, credentials.credentials, waited=time.monotonic() - begun
+            )
+        request.state.catalog_waited = time.monotonic() - begun
+        request.state.principal = principal
+        return principal
 
 
-async def authenticated(
-    request: Request,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> Principal:
-    """The principal behind the bearer key. Raises NotAuthenticated."""
-    state = request.app.state
-    tenants: Tenants = state.tenants
-    bounds: TenantBounds = state.bounds
-    catalog: CatalogAccess = state.catalog
-    if credentials is None:
-        raise NotAuthenticated(
-            "an API key is needed: send the header 'Authorization: Bearer <key>'",
-            code="missing_api_key",
-        )
-    begun = time.monotonic()
-    async with bounds.lookup(credentials.credentials, request.client):
-        principal = await catalog.calls.read(
-            tenants.authenticate, credentials.credentials, waited=time.monotonic() - begun
-        )
-    request.state.catalog_waited = time.monotonic() - begun
-    request.state.principal = principal
-    return principal
-
-
-async def authenticate_request(request: Request) -> Principal:
-    """``authenticated``, of a request that no route takes."""
-    return await authenticated(request, await _bearer(request))
+authenticated = KeyBearer(
+    scheme_name="HTTPBearer", auto_error=False, description="An API key: `prefixd key create`."
+)
 
 
 def principal_of(request: Request) -> Principal:

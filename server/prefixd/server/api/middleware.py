@@ -25,6 +25,9 @@ REQUEST_ID_HEADER = "x-request-id"
 BODY_PENDING = "body_pending"
 """In a request's state: a function that tells whether a part of its body has not arrived."""
 
+WRITES = "writes"
+"""In a request's state: what its response is written to (``HeldWrites``)."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Values of the label; all other methods, which clients may make up, count as one.
 _METHODS = frozenset({"GET", "PUT", "POST", "DELETE", "HEAD", "OPTIONS", "PATCH"})
@@ -38,9 +41,23 @@ def request_id_for(headers: Iterable[tuple[bytes, bytes]]) -> str:
     return offered if _REQUEST_ID.fullmatch(offered) else f"req-{uuid.uuid4().hex}"
 
 
+class HeldWrites:
+    """Writes that can be held back, so that several are sent at once. This one holds none."""
+
+    def hold(self) -> None:
+        """Keep what is written from now on."""
+
+    def release(self) -> None:
+        """Send what was kept."""
+
+
+_NOT_HELD = HeldWrites()
+
+
 class RequestLayer:
-    """Gives each request an id, answers HEAD as GET, ends requests whose body arrives too slowly,
-    logs one line, and responds to an uncaught exception with a 500 without its details."""
+    """Gives each request an id, answers HEAD as GET, sends the head of a response together with the
+    first part of its body, ends requests whose body arrives too slowly, logs one line, and responds
+    to an uncaught exception with a 500 without its details."""
 
     def __init__(
         self,
@@ -70,6 +87,7 @@ class RequestLayer:
         is_head = scope["method"] == "HEAD"
         # Out of the state: it would keep itself alive through this function.
         body_pending = state.pop(BODY_PENDING, lambda: False)
+        writes: HeldWrites = state.pop(WRITES, _NOT_HELD)
         state |= {"request_id": request_id, "status": None, "is_head": is_head}
         if is_head:  # answered as GET; a copy, since the server skips the body by its own
             scope = {**scope, "method": "GET"}
@@ -82,9 +100,13 @@ class RequestLayer:
                 # The rest of the body would have to be received before the next request.
                 if body_pending():
                     headers["connection"] = "close"
-            elif is_head and message["type"] == "http.response.body":
+                writes.hold()
+                await send(message)
+                return
+            if is_head and message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             await send(message)
+            writes.release()
 
         body = ReceiveTimeout(self._body_timeout, self._min_body_rate, receive)
         try:

@@ -14,7 +14,7 @@ from fastapi import Request
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Receive, Scope, Send
 
-from prefixd.server.api.dependencies import authenticate_request
+from prefixd.server.api.dependencies import authenticated
 from prefixd.server.errors import BadRequest, MethodNotAllowed, NotFound
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
@@ -95,7 +95,7 @@ class Unrouted(BaseRoute):
             if route.path_regex.match(scope["path"]) and _is_exact(raw, route.path)
         ]
         if _is_keyed(scope["path"]):
-            await authenticate_request(Request(scope, receive))
+            await authenticated(Request(scope, receive))
         _check_controls(scope["path"])
         if not same_path:
             raise unknown_route()

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import uvicorn
 
 from prefixd.server.api.metrics import Metrics
-from prefixd.server.api.middleware import BODY_PENDING
+from prefixd.server.api.middleware import BODY_PENDING, WRITES
 from prefixd.server.errors import PrefixdError
 from prefixd.server.serve.connection_limits import ConnectionLimits
 from prefixd.server.serve.connections import Connections
@@ -179,6 +179,7 @@ class HttpProtocol(RefusingProtocol):
         self.open_connections.works(self)
         cycle = self.cycle
         self.scope["state"][BODY_PENDING] = lambda: cycle.more_body
+        self.scope["state"][WRITES] = self.transport
 
     def on_response_complete(self) -> None:
         """Wait for the next request, unless it has arrived already."""

@@ -48,12 +48,16 @@ class LingeringTransport(asyncio.Transport):
         self._discarded = 0
         self._linger_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._held: list[bytes] | None = None
         self._written = 0
         self._taken = 0
         self._stalled_since = 0.0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send ``data``, unless the transport was closed."""
+        if self._held is not None:
+            self._held.append(bytes(data))
+            return
         if self._lingering:
             return
         self._written += len(data)
@@ -63,11 +67,23 @@ class LingeringTransport(asyncio.Transport):
             self._stalled_since = self._loop.time()
             self._check_later()
 
+    def hold(self) -> None:
+        """Keep what is written from now on, until ``release``: then it is sent at once."""
+        if self._held is None:
+            self._held = []
+
+    def release(self) -> None:
+        """Send what was kept."""
+        held, self._held = self._held, None
+        if held and not self.is_closing():
+            self.write(b"".join(held))
+
     def close(self) -> None:
         """Send what was written, then the end of the stream; close after LINGER_S, or when the
         client has closed."""
         if self.is_closing():
             return
+        self.release()
         self._lingering = True
         self._inner.resume_reading()
         try:

@@ -25,7 +25,7 @@ from prefixd.server.tenants.principal import (
 from prefixd.server.tenants.quotas import Quota
 from prefixd.server.tenants.tables import api_keys, tenants
 from prefixd.server.tenants.usage import check_quota
-from prefixd.store.db.database import reading, upsert, writing
+from prefixd.store.db.database import reading, single_reads, upsert, writing
 
 _LABEL = re.compile(r"[^\x00-\x1f\x7f]{0,128}")
 # Compared with when the key id is unknown, so that both cases do the same work.
@@ -54,6 +54,7 @@ class Keyring:
         self, engine: Engine, *, now: Callable[[], datetime], default_quota: Quota
     ) -> None:
         self._engine = engine
+        self._lookups = single_reads(engine)
         self._now = now
         self._default_quota = default_quota
 
@@ -202,7 +203,7 @@ class Keyring:
         parsed = parse(text)
         if parsed is None:
             raise _refused()
-        with reading(self._engine) as connection:
+        with self._lookups.connect() as connection:
             row = connection.execute(_PRINCIPAL, {"key_id": parsed.key_id}).first()
         stored = _NO_DIGEST if row is None else row.digest
         matches = hmac.compare_digest(stored, parsed.digest)

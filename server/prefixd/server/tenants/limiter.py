@@ -64,14 +64,18 @@ class Limiter:
     def admit(self, tenant: str, quota: Quota, *, tokens: int, lease: str | None = None) -> Grant:
         """Take one request and ``tokens`` of prompt. Raises RateLimited. ``lease`` is the id for
         its lease: a caller that has it can free a lease of which it was not told."""
-        if not quota.is_metered:
-            return Grant(tenant, quota)
-        grant = self._from_portion(tenant, quota, tokens)
+        grant = self.admit_at_once(tenant, quota, tokens=tokens)
         if grant is not None:
             return grant
         with self._portions.turn(tenant, quota):
             grant = self._from_portion(tenant, quota, tokens)  # another request's, meanwhile
             return grant or self._from_catalog(tenant, quota, tokens, lease=lease or new_lease())
+
+    def admit_at_once(self, tenant: str, quota: Quota, *, tokens: int) -> Grant | None:
+        """As ``admit``, without the catalog: it does not block. None: that needs a transaction."""
+        if not quota.is_metered:
+            return Grant(tenant, quota)
+        return self._from_portion(tenant, quota, tokens)
 
     def _from_portion(self, tenant: str, quota: Quota, tokens: int) -> Grant | None:
         used = self._portions.use(tenant, quota, tokens=tokens)

@@ -8,6 +8,7 @@ import structlog
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from prefixd.server.api.catalog_access import CatalogAccess
+from prefixd.server.api.catalog_calls import Access
 from prefixd.server.api.request_record import Admitted
 from prefixd.server.tenants.leases import new_lease
 from prefixd.server.tenants.limiter import Grant, Limiter
@@ -30,11 +31,22 @@ class Charging:
     disk: DiskGuard
 
     async def admit(
-        self, principal: Principal, admit: Admit, *, waited: float
+        self, principal: Principal, admit: Admit, *, waited: float, is_quick: bool = False
     ) -> tuple[Admitted, Grant]:
         """The request that ``admit`` returns, and what its tenant's limits granted. ``waited`` is
-        as for ``CatalogCalls``. Raises as ``admit``, RateLimited, Unavailable."""
+        as for ``CatalogCalls``; ``is_quick``: ``admit`` neither asks the catalog nor computes for
+        long. Such a request is admitted on the event loop, unless its limits need a transaction.
+        Raises as ``admit``, RateLimited, Unavailable."""
         calls = self.catalog.calls
+        if is_quick:
+            calls.check(Access.WRITE if principal.quota.is_metered else Access.READ)
+            admitted = admit()
+            grant = self.limiter.admit_at_once(
+                principal.tenant, principal.quota, tokens=admitted.prompt_tokens
+            )
+            if grant is not None:
+                return admitted, grant
+            admit = partial(_same, admitted)
         charge = partial(self._charge, principal, admit)
         if not principal.quota.is_metered:
             return await calls.read(charge, waited=waited)
@@ -76,3 +88,7 @@ class Charging:
         if grant.quota.is_metered:
             give_back = partial(self.limiter.give_back, grant, tokens=admitted.prompt_tokens)
             self.catalog.settlements.add(lambda again: give_back(unsure=again), unsure=unsure)
+
+
+def _same(admitted: Admitted) -> Admitted:
+    return admitted

@@ -19,12 +19,18 @@ class PrefixResolver:
     store: PrefixStore
     bindings: Bindings
 
+    def is_base(self, model: str, user: str | None) -> bool:
+        """Whether the request runs on the bare base, as far as is known without the catalog."""
+        return model == self.served.name and user is None
+
     def resolve(self, tenant: str, model: str, user: str | None) -> ResolvedPrefix | None:
         """The prefix of a request; None for the bare base.
 
         Raises NotFound for a prefix that does not exist, which is never answered by the base;
         Conflict for a prefix of another base; EngineFailure for one that is known to be damaged.
         """
+        if self.is_base(model, user):
+            return None
         base = self.served.name
         if model != base:
             reference, chosen_by = model.removeprefix(f"{base}:"), ChosenBy.MODEL

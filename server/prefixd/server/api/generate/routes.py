@@ -13,9 +13,9 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from prefixd.server.api.body import json_body, json_request
+from prefixd.server.api.body import declared_bytes, json_body, json_request
 from prefixd.server.api.catalog_calls import waited_by
-from prefixd.server.api.dependencies import Generator, part
+from prefixd.server.api.dependencies import Generator
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import Admission
@@ -52,6 +52,9 @@ log = structlog.get_logger("prefixd")
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnected first. It is only logged."""
 
+QUICK_BYTES = 4096
+"""Bodies up to this size take less than a millisecond to tokenize, so that streams do not wait."""
+
 TRACE_HEADERS = ("traceparent", "tracestate")
 """W3C trace context."""
 
@@ -85,7 +88,10 @@ class GenerationService:
                 await running.enter_async_context(recorder)
                 self._check_ready(principal)
                 admitted, recorder.grant = await self.charging.admit(
-                    principal, admit, waited=waited_by(request)
+                    principal,
+                    admit,
+                    waited=waited_by(request),
+                    is_quick=self._is_quick(request, body),
                 )
                 recorder.record.admitted = admitted
                 generation = Generation(
@@ -135,6 +141,13 @@ class GenerationService:
             limiter=self.charging.limiter,
             settlements=self.charging.catalog.settlements,
             trace=self.trace,
+        )
+
+    def _is_quick(self, request: Request, body: GenerationFields) -> bool:
+        """Whether admission neither asks the catalog nor computes for long."""
+        # The length of a chunked body is not declared.
+        return 0 < declared_bytes(request) <= QUICK_BYTES and self.admission.resolver.is_base(
+            body.model, body.user
         )
 
     def _check_ready(self, principal: Principal) -> None:
@@ -232,7 +245,11 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     }
 }
 
-GenerationDep = Annotated[GenerationService, part("generation")]
+
+def _service(request: Request) -> GenerationService:
+    # Not a dependency: FastAPI would solve one more for each request.
+    service: GenerationService = request.app.state.generation
+    return service
 
 
 @router.post(
@@ -243,11 +260,11 @@ GenerationDep = Annotated[GenerationService, part("generation")]
 )
 async def create_completion(
     request: Request,
-    generation: GenerationDep,
     principal: Generator,
     body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))],
 ) -> Response:
     """Continue one or more prompts with the base model or a prefix; `stream` for events."""
+    generation = _service(request)
     admit = partial(generation.admission.completion, principal, body)
     formatter = CompletionFormatter(generation.served.tokenizer, body.logprobs)
     return await generation.respond(request, principal, body, admit, formatter)
@@ -261,11 +278,11 @@ async def create_completion(
 )
 async def create_chat_completion(
     request: Request,
-    generation: GenerationDep,
     principal: Generator,
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
 ) -> Response:
     """Answer a conversation with the base model or a prefix; `stream` for events."""
+    generation = _service(request)
     admit = partial(generation.admission.chat, principal, body)
     formatter = ChatFormatter(generation.served.tokenizer, body.num_top_logprobs)
     return await generation.respond(request, principal, body, admit, formatter)

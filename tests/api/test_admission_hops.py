@@ -1,0 +1,114 @@
+"""Which requests are admitted on the event loop, and which by a call in a thread of the catalog."""
+
+import threading
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from prefixd.server.api.catalog_calls import SharedCall
+from prefixd.server.api.generate.admission import Admission
+from prefixd.server.api.generate.routes import QUICK_BYTES
+from tests.api.api_world import World, error_of, fake_text, put_text
+
+PORTION = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9, "max_concurrent_requests": 512}
+"""Limits of which a process takes portions."""
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls in threads of the catalog that any request made, by thread."""
+    seen: list[str] = []
+    run = SharedCall.run
+
+    def counted(self: SharedCall[Any]) -> Any:
+        seen.append(threading.current_thread().name)
+        return run(self)
+
+    monkeypatch.setattr(SharedCall, "run", counted)
+    return seen
+
+
+def complete(client: TestClient, **fields: Any) -> Any:
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 3, **fields}
+    return client.post("/v1/completions", json=body)
+
+
+def test_a_request_for_the_base_needs_the_catalog_for_its_key_alone(
+    client: TestClient, calls: list[str]
+) -> None:
+    assert complete(client).json()["choices"][0]["text"] == fake_text(None, "hello", 3)
+    assert len(calls) == 1
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    assert client.post("/v1/chat/completions", json=chat).is_success
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "fields", [{"model": "voice"}, {"user": "ann"}, {"prompt": "x" * (QUICK_BYTES // 12), "n": None}]
+)
+def test_other_requests_are_admitted_in_a_thread(
+    client: TestClient,
+    world: World,
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+) -> None:
+    monkeypatch.setattr("prefixd.server.api.generate.routes.QUICK_BYTES", QUICK_BYTES // 12)
+    put_text(client, "voice", "a voice", world.headers())
+    calls.clear()
+    assert complete(client, **fields).is_success
+    assert len(calls) == 2
+
+
+def test_a_body_of_undeclared_length_is_admitted_in_a_thread(
+    client: TestClient, calls: list[str]
+) -> None:
+    body = b'{"model": "tiny", "prompt": "hello", "max_tokens": 3}'
+    headers = {"content-type": "application/json"}
+    assert client.post("/v1/completions", content=iter([body]), headers=headers).is_success
+    assert len(calls) == 2
+
+
+def test_limits_with_a_portion_are_charged_without_a_call(
+    client: TestClient, world: World, calls: list[str]
+) -> None:
+    world.tenants.set_quota("acme", PORTION)
+    first = complete(client)
+    assert len(calls) == 2  # it took the portion
+    second = complete(client)
+    assert len(calls) == 3
+    left = [int(a.headers["x-ratelimit-remaining-requests"]) for a in (first, second)]
+    assert left[1] == left[0] - 1
+
+
+def test_a_request_that_needs_a_transaction_is_tokenized_once(
+    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenized: list[str] = []
+    token_ids = Admission._token_ids
+
+    def counted(self: Admission, prompt: Any, *, continues: bool) -> Any:
+        tokenized.append(threading.current_thread().name)
+        return token_ids(self, prompt, continues=continues)
+
+    monkeypatch.setattr(Admission, "_token_ids", counted)
+    world.tenants.set_quota("acme", {"requests_per_minute": 5})
+    assert complete(client).headers["x-ratelimit-remaining-requests"] == "4"
+    assert len(tokenized) == 1
+
+
+@pytest.mark.parametrize("metered", [False, True])
+def test_a_catalog_that_does_not_respond_refuses_them_too(
+    client: TestClient, world: World, metered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads go on while only writes fail, and with them requests that are not counted."""
+    if metered:
+        world.tenants.set_quota("acme", PORTION)
+    assert complete(client).is_success
+    health = client.app.state.catalog.health  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(health), "writes_refused", True)
+    answer = complete(client)
+    assert answer.status_code == (503 if metered else 200)
+    if metered:
+        assert error_of(answer)["code"] == "storage_unavailable"
