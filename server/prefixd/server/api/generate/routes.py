@@ -52,8 +52,8 @@ log = structlog.get_logger("prefixd")
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnected first. It is only logged."""
 
-QUICK_BYTES = 4096
-"""Bodies up to this size take less than a millisecond to tokenize, so that streams do not wait."""
+QUICK_BYTES = 2048
+"""Bodies up to this size take at most about a millisecond to tokenize: so long may streams wait."""
 
 TRACE_HEADERS = ("traceparent", "tracestate")
 """W3C trace context."""
