@@ -1,5 +1,6 @@
 """Which requests are admitted on the event loop, and which by a call in a thread of the catalog."""
 
+import asyncio
 import threading
 from typing import Any
 
@@ -9,8 +10,11 @@ from fastapi.testclient import TestClient
 from prefixd.server.api.catalog_calls import SharedCall
 from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.routes import QUICK_BYTES
+from prefixd.server.tenants.limiter import Limiter
 from tests.api.api_world import World, error_of, fake_text, put_text
+from tests.api.test_disconnect import Caller, run_with_engine
 
+CALLERS = 3
 PORTION = {"requests_per_minute": 10**6, "tokens_per_minute": 10**9, "max_concurrent_requests": 512}
 """Limits of which a process takes portions."""
 
@@ -114,3 +118,59 @@ def test_a_catalog_that_does_not_respond_refuses_them_too(
     assert answer.status_code == (503 if metered else 200)
     if metered:
         assert error_of(answer)["code"] == "storage_unavailable"
+
+
+def test_requests_that_arrive_together_make_one_call_for_their_portion(
+    world: World, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.tenants.set_quota("acme", PORTION)
+    missed: list[None] = []
+    all_missed = threading.Event()
+    at_once, from_catalog = Limiter.admit_at_once, Limiter._from_catalog
+
+    def noted(self: Limiter, *arguments: Any, **options: Any) -> Any:
+        grant = at_once(self, *arguments, **options)
+        if grant is None and threading.current_thread() is threading.main_thread():
+            missed.append(grant)
+            if len(missed) == CALLERS:
+                all_missed.set()
+        return grant
+
+    def late(self: Limiter, *arguments: Any, **options: Any) -> Any:
+        assert all_missed.wait(30)
+        return from_catalog(self, *arguments, **options)
+
+    monkeypatch.setattr("prefixd.server.api.generate.charging.TURN_S", 30.0)
+    monkeypatch.setattr(Limiter, "admit_at_once", noted)
+    monkeypatch.setattr(Limiter, "_from_catalog", late)
+
+    async def scenario() -> None:
+        callers = [Caller(world, {"max_tokens": 1}) for _ in range(CALLERS)]
+        await asyncio.gather(*(caller.run() for caller in callers))
+        for caller in callers:
+            assert caller.sent.get_nowait()["status"] == 200
+
+    run_with_engine(world, scenario)
+    assert len(calls) == CALLERS + 1  # the keys, and one portion
+    assert not world.app.state.generation.charging._taking
+
+
+def test_a_portion_that_takes_long_is_not_waited_for(
+    world: World, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.tenants.set_quota("acme", PORTION)
+    monkeypatch.setattr("prefixd.server.api.generate.charging.TURN_S", 0.0)
+    monkeypatch.setattr("prefixd.server.tenants.portions.TURN_S", 0.0)
+    both, from_catalog = threading.Barrier(2, timeout=30), Limiter._from_catalog
+
+    def together(self: Limiter, *arguments: Any, **options: Any) -> Any:
+        both.wait()
+        return from_catalog(self, *arguments, **options)
+
+    monkeypatch.setattr(Limiter, "_from_catalog", together)
+
+    async def scenario() -> None:
+        await asyncio.gather(*(Caller(world, {"max_tokens": 1}).run() for _ in range(2)))
+
+    run_with_engine(world, scenario)
+    assert len(calls) == 4

@@ -48,7 +48,11 @@ class Caller:
 
     async def run(self) -> None:
         key = self.world.keys["acme"].encode()
-        headers = [(b"authorization", b"Bearer " + key), (b"content-type", b"application/json")]
+        headers = [
+            (b"authorization", b"Bearer " + key),
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(self.body)),
+        ]
         scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},

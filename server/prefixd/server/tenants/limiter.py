@@ -77,6 +77,10 @@ class Limiter:
             return Grant(tenant, quota)
         return self._from_portion(tenant, quota, tokens)
 
+    def takes_portions(self, tenant: str, quota: Quota) -> bool:
+        """Whether a transaction of ``admit`` would take a portion, for other requests too."""
+        return quota.is_metered and self._portions.size_for(tenant, quota) is not None
+
     def _from_portion(self, tenant: str, quota: Quota, tokens: int) -> Grant | None:
         used = self._portions.use(tenant, quota, tokens=tokens)
         if used is None:

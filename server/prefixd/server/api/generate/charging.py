@@ -1,7 +1,10 @@
 """Admission of a request as one call on the catalog: resolve, count, and take from the limits."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 
 import structlog
@@ -12,6 +15,7 @@ from prefixd.server.api.catalog_calls import Access
 from prefixd.server.api.request_record import Admitted
 from prefixd.server.tenants.leases import new_lease
 from prefixd.server.tenants.limiter import Grant, Limiter
+from prefixd.server.tenants.portions import TURN_S
 from prefixd.server.tenants.principal import Principal
 from prefixd.server.tenants.quotas import Quota
 from prefixd.store.disk import DiskGuard
@@ -29,6 +33,7 @@ class Charging:
     limiter: Limiter
     catalog: CatalogAccess
     disk: DiskGuard
+    _taking: dict[str, asyncio.Future[None]] = field(default_factory=dict)
 
     async def admit(
         self, principal: Principal, admit: Admit, *, waited: float, is_quick: bool = False
@@ -37,20 +42,45 @@ class Charging:
         as for ``CatalogCalls``; ``is_quick``: ``admit`` neither asks the catalog nor computes for
         long. Such a request is admitted on the event loop, unless its limits need a transaction.
         Raises as ``admit``, RateLimited, Unavailable."""
-        calls = self.catalog.calls
+        calls, quota = self.catalog.calls, principal.quota
         if is_quick:
-            calls.check(Access.WRITE if principal.quota.is_metered else Access.READ)
-            admitted = admit()
-            grant = self.limiter.admit_at_once(
-                principal.tenant, principal.quota, tokens=admitted.prompt_tokens
-            )
+            calls.check(Access.WRITE if quota.is_metered else Access.READ)
+            admitted, begun = admit(), time.monotonic()
+            grant = await self._without_call(principal, tokens=admitted.prompt_tokens)
             if grant is not None:
                 return admitted, grant
+            waited += time.monotonic() - begun
             admit = partial(_same, admitted)
         charge = partial(self._charge, principal, admit)
-        if not principal.quota.is_metered:
+        if not quota.is_metered:
             return await calls.read(charge, waited=waited)
-        return await calls.write(charge, waited=waited, undo=self._give_back)
+        with self._taking_portion(principal):
+            return await calls.write(charge, waited=waited, undo=self._give_back)
+
+    async def _without_call(self, principal: Principal, *, tokens: int) -> Grant | None:
+        """What the limits grant without a call, after one that takes a portion of them now: of
+        requests that arrive together, the others need no thread to wait for it in."""
+        tenant, quota = principal.tenant, principal.quota
+        latest = time.monotonic() + TURN_S
+        while (grant := self.limiter.admit_at_once(tenant, quota, tokens=tokens)) is None:
+            taking, remaining = self._taking.get(tenant), latest - time.monotonic()
+            if taking is None or remaining <= 0:
+                break
+            await asyncio.wait({taking}, timeout=remaining)
+        return grant
+
+    @contextmanager
+    def _taking_portion(self, principal: Principal) -> Iterator[None]:
+        tenant = principal.tenant
+        if tenant in self._taking or not self.limiter.takes_portions(tenant, principal.quota):
+            yield
+            return
+        taken = self._taking[tenant] = asyncio.get_running_loop().create_future()
+        try:
+            yield
+        finally:
+            del self._taking[tenant]
+            taken.set_result(None)
 
     def _charge(self, principal: Principal, admit: Admit) -> tuple[Admitted, Grant]:
         """Blocking. A charge of which it is unknown whether it was committed is given back."""
