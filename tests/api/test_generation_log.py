@@ -63,6 +63,7 @@ def test_refused_and_failed_generations_are_logged_with_their_outcome(
         complete(client, model="absent")
         world.runner.fail = True
         complete(client)
+        world.tenants.set_quota("acme", {"requests_per_minute": 100})
         monkeypatch.setattr(world.limiter, "admit", lambda *_, **__: 1 / 0)
         assert complete(client).status_code == 500
         monkeypatch.setattr(world.limiter, "admit", database_unavailable)
