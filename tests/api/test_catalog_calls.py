@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import Engine as Database
 from sqlalchemy.exc import OperationalError
 
 from prefixd.server.api.catalog_access import CatalogAccess
@@ -20,6 +21,8 @@ from prefixd.server.api.catalog_health import (
 from prefixd.server.api.catalog_metrics import CatalogCollector
 from prefixd.server.api.settlements import Settlements
 from prefixd.server.errors import Unavailable
+from prefixd.server.serve import catalog_probe, lifespan
+from prefixd.server.serve.catalog_probe import CatalogProbe
 from prefixd.server.tenants.registry import Tenants
 from tests.api.api_world import World, error_of
 
@@ -277,6 +280,38 @@ def test_a_request_refused_during_its_admission_gives_back_what_it_was_charged(
         answer = client.post("/v1/completions", json=body)
         assert answer.status_code == 200
         assert answer.headers["x-ratelimit-remaining-requests"] == "4"
+
+
+def test_the_probe_in_progress_ends_before_the_database_is_disposed_of(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection would stay open after that."""
+    begun, waits, events = threading.Event(), threading.Event(), list[str]()
+    join, dispose = CatalogProbe.join, world.database.dispose
+
+    def check(database: Database) -> None:
+        with database.begin():
+            begun.set()
+            assert waits.wait(30)
+        events.append("connection returned")
+
+    def joined(probe: CatalogProbe, *, timeout_s: float) -> None:
+        waits.set()
+        join(probe, timeout_s=30 * timeout_s)
+
+    def disposed() -> None:
+        events.append("disposed")
+        waits.set()
+        dispose()
+
+    monkeypatch.setattr(catalog_probe, "check_readable", check)
+    monkeypatch.setattr(catalog_probe, "check_writable", lambda _: events.append("next probe"))
+    monkeypatch.setattr(CatalogProbe, "join", joined)
+    monkeypatch.setattr(world.database, "dispose", disposed)
+    monkeypatch.setattr(lifespan, "CLOSING_S", 10.0)
+    with TestClient(world.app):
+        assert begun.wait(30)
+    assert events == ["connection returned", "disposed"]
 
 
 def test_the_metrics_show_the_breaker_and_the_settlements() -> None:

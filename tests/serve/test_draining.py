@@ -17,6 +17,8 @@ from typing import Any
 import httpx2
 import pytest
 
+from prefixd.server.serve.shutdown import CLOSING_S
+
 pytestmark = pytest.mark.slow  # each test starts a server process and waits for its end
 
 ROOT = Path(__file__).parents[2]
@@ -66,9 +68,12 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, *, drain_timeout: float, step_s: float = 0.0) -> Iterator[Served]:
+def served(
+    folder: Path, *, drain_timeout: float, step_s: float = 0.0, closing_s: int = CLOSING_S
+) -> Iterator[Served]:
     log = folder / "log"
-    command = [sys.executable, str(CHILD), str(folder), str(drain_timeout), str(step_s)]
+    numbers = map(str, (drain_timeout, step_s, closing_s))
+    command = [sys.executable, str(CHILD), str(folder), *numbers]
     with (
         log.open("w") as errors,
         subprocess.Popen(
@@ -121,7 +126,7 @@ def test_an_idle_server_exits_immediately(tmp_path: Path, sig: signal.Signals) -
 
 def test_a_stream_that_ends_within_the_drain_timeout_is_complete(tmp_path: Path) -> None:
     with served(tmp_path, drain_timeout=30, step_s=SLOW_STEP_S) as server:
-        with server.stream(12) as lines:
+        with server.stream(40) as lines:  # for as long as several requests take
             server.process.send_signal(signal.SIGTERM)
             rejected = not_ready = None
             while rejected is None or rejected.status_code == 200:
@@ -223,8 +228,8 @@ def test_a_second_signal_ends_the_drain(tmp_path: Path) -> None:
 
 
 def test_a_stalled_upload_gets_a_503(tmp_path: Path) -> None:
-    """The timeout of its body is longer than that of the drain."""
-    with served(tmp_path, drain_timeout=0.1) as server:
+    """The timeout of its body is longer than those of the drain and of the connections."""
+    with served(tmp_path, drain_timeout=0.1, closing_s=1) as server:
         key = server.client.headers["authorization"]
         head = (
             "PUT /v1/prefixes/x HTTP/1.1", "host: x", f"authorization: {key}",
@@ -245,7 +250,7 @@ def test_a_stalled_upload_gets_a_503(tmp_path: Path) -> None:
 
 def test_a_hanging_device_does_not_prevent_the_exit(tmp_path: Path) -> None:
     """Requests still get a response; the exit status is 1."""
-    with served(tmp_path, drain_timeout=0.2, step_s=3600) as server:
+    with served(tmp_path, drain_timeout=0.2, step_s=3600, closing_s=1) as server:
         body = {"model": "tiny", "prompt": "x", "max_tokens": 3}
         pending = PendingRequest(server.client, body)
         while '"a step begins"' not in server.log.read_text():

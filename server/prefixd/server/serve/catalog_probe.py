@@ -36,6 +36,11 @@ class CatalogProbe:
         """Stop after the probe in progress, without waiting for it."""
         self._stop.set()
 
+    def join(self, *, timeout_s: float) -> None:
+        """Wait up to ``timeout_s`` seconds for the probe in progress: a connection that it has, or
+        opens, after the database was disposed of stays open."""
+        self._thread.join(timeout_s)
+
     def _run(self) -> None:
         while not self._stop.is_set():
             self._probe(self._health.reads, check_readable)
@@ -43,6 +48,8 @@ class CatalogProbe:
             self._stop.wait(self._interval_s)
 
     def _probe(self, state: ProbeState, check: Callable[[Database], None]) -> None:
+        if self._stop.is_set():
+            return
         state.begin()
         try:
             check(self._database)

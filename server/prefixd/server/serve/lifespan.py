@@ -85,12 +85,14 @@ def make_lifespan(
             engine.stop()
             if trace is not None:
                 trace.close()
-            _close_catalog(catalog, database, limiter)
+            _close_catalog(catalog, database, limiter, probe)
 
     return lifespan
 
 
-def _close_catalog(catalog: CatalogAccess, database: Database, limiter: Limiter) -> None:
+def _close_catalog(
+    catalog: CatalogAccess, database: Database, limiter: Limiter, probe: CatalogProbe
+) -> None:
     """Close the catalog, which may hang: then the process ends without."""
 
     def close() -> None:
@@ -99,6 +101,7 @@ def _close_catalog(catalog: CatalogAccess, database: Database, limiter: Limiter)
             limiter.return_portions(all_of_them=True)
         except SQLAlchemyError:
             log.warning("what was not used of the tenants' limits was not returned")
+        probe.join(timeout_s=CLOSING_S)
 
     # The last connection to close leaves SQLite's catalog in one file.
     for last_call in (close, database.dispose):
