@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from prefixd.server.engine.config import SchedulerConfig
-from prefixd.server.engine.prefix_loader import Preloads, preloads_full
+from prefixd.server.engine.preloads import Preloads, preloads_full
 from prefixd.server.engine.request import (
     AdmittedRequest,
     FinishReason,

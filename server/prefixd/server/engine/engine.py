@@ -15,7 +15,7 @@ from typing import Any
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.core import EngineCore
 from prefixd.server.engine.output_processor import OutputProcessor
-from prefixd.server.engine.prefix_loader import preloads_full
+from prefixd.server.engine.preloads import preloads_full
 from prefixd.server.engine.queue_limiter import QueueLimiter
 from prefixd.server.engine.request import (
     AdmittedRequest,
