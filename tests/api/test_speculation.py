@@ -23,7 +23,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     )
     # Measured times would decide otherwise how many tokens are proposed.
     monkeypatch.setattr(RowCosts, "needs_plain", lambda *_: False)
-    monkeypatch.setattr(RowCosts, "least_probability", lambda *_: 0.1)
+    monkeypatch.setattr(RowCosts, "slowdown", lambda *_: 1.0)
     with make_world(tmp_path, speculate=True) as world:
         yield world
 

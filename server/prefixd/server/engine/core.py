@@ -141,7 +141,7 @@ class EngineCore:
             return
         seconds = time.perf_counter() - started
         self.num_failures = 0
-        self.scheduler.observe(step, output, seconds)
+        self.scheduler.observe(step, seconds)
         ends = self._outputs.push(output.sampled)
         self._counters.step(step, seconds, output)
         ended = self.scheduler.update(step, output, ends)

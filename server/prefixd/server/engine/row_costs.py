@@ -1,75 +1,105 @@
-"""What one more row costs a step, measured: whether proposed tokens are worth verifying.
+"""What proposed tokens cost a step, measured: how many times as long it takes with so many.
 
-A step of B sequences that decode takes a time without drafts and a longer one with D of them; the
-difference divided by D is the cost of a row. With few sequences it is next to nothing, because a
-step takes as long as reading the weights; with many it is what each of them costs::
+With few sequences additional rows cost next to nothing, because a step takes as long as reading the
+weights; with many each costs as much as a token. The time is a staircase, not even a monotonic one,
+so each number of drafts is measured for itself. Between two that are known it is a straight line,
+and beyond the last one it rises by what a row has cost so far, or by ``UNMEASURED`` if that is
+less::
 
-    a draft pays   <=>   probability that it is accepted * time of a token > cost of a row
-    time of a token  =   time of a step / tokens that it gives
+    slowdown of     1.3 |                . '     . '  assumed
+    8 sequences     1.2 |   x         x          x    measured
+                    1.1 | .   ' x . '
+                    1.0 x-------------------
+                        0   1   3     8  drafts
 """
 
+from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from statistics import median
 
 from prefixd.server.engine.step import Step
 
-UNMEASURED = 0.5
-"""Least probability of a draft before a row's cost is known."""
-
-_LEAST, _MOST = 0.02, 0.95
-"""Bounds of it: a row is never free, and a draft that is nearly certain is always tried, so that
-its cost is measured."""
+UNMEASURED = 0.25
+"""Cost of a row beyond those that are known, in tokens: that of a step without drafts takes its
+time divided by its sequences. It is low, so that a number of drafts which may pay is tried."""
 
 PLAIN_EVERY = 32
-"""A step without drafts comes after so many with them: what rows cost is measured against it."""
+"""A step without drafts comes after so many with them: what drafts cost is measured against it."""
 
-_PLAIN_SAMPLES, _COST_SAMPLES = 3, 15
-_LEAST_DRAFTED = 8
-"""A step measures the cost of a row when it has a draft for so many sequences at least."""
+FORGOTTEN_AFTER = 512
+"""A slowdown that was not measured again for so many steps is forgotten: a number of drafts whose
+first step was slow for another reason would never be tried again."""
 
-_SMOOTHING = 0.9
+_SAMPLES = 5
 
 
 class RowCosts:
-    """Times of steps that only decode, by the number of sequences: exact for steps without drafts,
-    in powers of two for the rest."""
+    """Times of steps that only decode, by the numbers of sequences and of drafts."""
 
     def __init__(self) -> None:
-        self._plain: defaultdict[int, deque[float]] = defaultdict(
-            lambda: deque(maxlen=_PLAIN_SAMPLES)
-        )
-        self._since_plain: defaultdict[int, int] = defaultdict(int)
-        self._costs: defaultdict[int, deque[float]] = defaultdict(
-            lambda: deque(maxlen=_COST_SAMPLES)
-        )
-        self._token_times: dict[int, tuple[float, float]] = {}
+        self._staircases: defaultdict[int, _Staircase] = defaultdict(_Staircase)
 
-    def observe(self, step: Step, *, num_new: int, seconds: float) -> None:
-        """Take in how long a step took that gave ``num_new`` tokens. Those with prompts or prefixes
-        say nothing."""
+    def observe(self, step: Step, *, seconds: float) -> None:
+        """Take in how long a step took. Those with prompts or prefixes say nothing."""
         rows, drafts = len(step.chunks), step.num_drafts
-        if not rows or step.compiles or step.num_tokens != rows + drafts:
-            return
-        size = rows.bit_length()
-        if not drafts:
-            self._plain[rows].append(seconds)
-            self._since_plain[rows] = 0
-        else:
-            self._since_plain[rows] += 1
-            if drafts * _LEAST_DRAFTED >= rows and self._plain[rows]:
-                cost = (seconds - median(self._plain[rows])) / drafts
-                self._costs[size].append(max(0.0, cost))
-        total, tokens = self._token_times.get(size, (0.0, 0.0))
-        self._token_times[size] = _SMOOTHING * total + seconds, _SMOOTHING * tokens + num_new
+        if rows and not step.compiles and step.num_tokens == rows + drafts:
+            self._staircases[rows].observe(drafts, seconds)
 
     def needs_plain(self, rows: int) -> bool:
         """Whether the next step of ``rows`` sequences should have no drafts, to be measured."""
-        return not self._plain[rows] or self._since_plain[rows] >= PLAIN_EVERY
+        return self._staircases[rows].needs_plain
 
-    def least_probability(self, rows: int) -> float:
-        """How likely a draft must be accepted to pay, in a step of ``rows`` sequences."""
-        costs = self._costs[rows.bit_length()]
-        if not costs:
-            return UNMEASURED
-        seconds, tokens = self._token_times[rows.bit_length()]
-        return min(_MOST, max(_LEAST, median(costs) * tokens / max(seconds, 1e-9)))
+    def slowdown(self, rows: int, drafts: int) -> float:
+        """How many times as long a step of ``rows`` sequences takes with ``drafts`` drafts; at
+        least 1."""
+        return max(1.0, self._staircases[rows].slowdown(drafts, unmeasured=UNMEASURED / rows))
+
+
+class _Staircase:
+    """What drafts cost steps of one number of sequences."""
+
+    def __init__(self) -> None:
+        self._plain: deque[float] = deque(maxlen=_SAMPLES)
+        self._num_steps = self._last_plain = 0
+        self._samples: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_SAMPLES))
+        self._measured: dict[int, int] = {}  # in which step
+        self._slowdowns = {0: 1.0}
+        self._known = [0]
+
+    @property
+    def needs_plain(self) -> bool:
+        return not self._plain or self._num_steps - self._last_plain >= PLAIN_EVERY
+
+    def observe(self, drafts: int, seconds: float) -> None:
+        self._num_steps += 1
+        if not drafts:
+            self._plain.append(seconds)
+            self._last_plain = self._num_steps
+        elif self._plain:
+            if drafts not in self._slowdowns:
+                insort(self._known, drafts)
+            self._samples[drafts].append(seconds / max(median(self._plain), 1e-9))
+            self._slowdowns[drafts] = median(self._samples[drafts])
+            self._measured[drafts] = self._num_steps
+        if self._num_steps % FORGOTTEN_AFTER == 0:
+            self._forget(before=self._num_steps - FORGOTTEN_AFTER)
+
+    def _forget(self, *, before: int) -> None:
+        for drafts in [drafts for drafts, step in self._measured.items() if step <= before]:
+            del self._samples[drafts], self._measured[drafts], self._slowdowns[drafts]
+            self._known.remove(drafts)
+
+    def slowdown(self, drafts: int, *, unmeasured: float) -> float:
+        known, slowdowns = self._known, self._slowdowns
+        at = bisect_left(known, drafts)
+        if at == len(known):
+            last = known[-1]
+            if last:
+                unmeasured = min(unmeasured, max(0.0, slowdowns[last] - 1.0) / last)
+            return slowdowns[last] + unmeasured * (drafts - last)
+        above = known[at]
+        if above == drafts:
+            return slowdowns[above]
+        below = known[at - 1]
+        part = (drafts - below) / (above - below)
+        return slowdowns[below] + part * (slowdowns[above] - slowdowns[below])

@@ -225,10 +225,10 @@ class Scheduler:
         if claims + self.memory.residency.num_loading > 1:
             step.max_chunk = min(step.max_chunk, max(1, -(-step.budget // 2)))
 
-    def observe(self, step: Step, output: StepOutput, seconds: float) -> None:
+    def observe(self, step: Step, seconds: float) -> None:
         """Take in how long a step took."""
         self.step_budget.observe(step, seconds)
-        self.speculation.observe(step, output, seconds)
+        self.speculation.observe(step, seconds)
 
     def update(
         self, step: Step, output: StepOutput, ends: Mapping[int, End] | None = None

@@ -6,14 +6,16 @@ a sequence holds and has computed afterwards is as if each accepted token had ha
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from functools import partial
 
-from prefixd.server.engine.lookup import Lookup
+from prefixd.server.engine.draft_plan import Candidate, plan_drafts
+from prefixd.server.engine.lookup import MAX_DRAFTS, Lookup
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.prefix_loader import PrefixLoader
 from prefixd.server.engine.recovery import Recovery
 from prefixd.server.engine.row_costs import RowCosts
 from prefixd.server.engine.sequence import Sequence
-from prefixd.server.engine.step import Chunk, Draft, Step, StepOutput
+from prefixd.server.engine.step import Chunk, Draft, Step
 
 
 class Speculation:
@@ -36,42 +38,57 @@ class Speculation:
         self._backoff = recovery.backoff
         self._uniform = uniform
 
-    def observe(self, step: Step, output: StepOutput, seconds: float) -> None:
+    def observe(self, step: Step, seconds: float) -> None:
         """Take in how long a step took."""
         if self._enabled:
-            num_new = sum(len(tokens) for tokens in output.sampled.values())
-            self.costs.observe(step, num_new=num_new, seconds=seconds)
+            self.costs.observe(step, seconds=seconds)
 
     def add_drafts(self, step: Step, decoding: Items[Sequence]) -> None:
         """Add drafts to the first chunks of ``step``, those of ``decoding``, after all else."""
         rows = len(decoding)
-        if not (self._enabled and decoding and self._backoff.max_drafts):
+        if not (self._enabled and decoding and self._backoff.max_drafts and step.budget > 0):
             return
         if self.costs.needs_plain(rows):
             return
-        least = self.costs.least_probability(rows)
+        proposals = []
         for sequence, chunk in zip(decoding, step.chunks, strict=False):
-            if step.budget == 0:
-                return
             if sequence.speculates:
-                self._add_draft(step, sequence, chunk, least)
+                sequence.lookup = sequence.lookup or Lookup()
+                probability = sequence.lookup.find(sequence.tokens)
+                if probability > 0.0:
+                    candidate = Candidate(probability, self._limit(step, sequence))
+                    proposals.append((candidate, sequence, chunk))
+        counts = plan_drafts(
+            [candidate for candidate, _, _ in proposals],
+            rows=rows,
+            budget=step.budget,
+            slowdown=partial(self.costs.slowdown, rows),
+        )
+        for (_, sequence, chunk), count in zip(proposals, counts, strict=True):
+            if count:
+                # Those before it have taken blocks.
+                self._add_draft(step, sequence, chunk, min(count, self._limit(step, sequence)))
 
-    def _add_draft(self, step: Step, sequence: Sequence, chunk: Chunk, least: float) -> None:
+    def _limit(self, step: Step, sequence: Sequence) -> int:
+        """The most drafts that the sequence may have."""
         pool, size = self._memory.pool, self._memory.block_size
         num_positions = sequence.num_prefix_tokens + len(sequence.tokens)
         num_free = max(0, pool.num_free - self._prefix_loader.promised)
         stop = sequence.request.stop
-        limit = min(
+        return min(
             step.budget,
             self._backoff.max_drafts,
+            MAX_DRAFTS,
             stop.max_tokens - sequence.num_output - 1,  # the last draft is followed by a token
             (len(sequence.block_table) + num_free) * size - num_positions,
         )
-        if sequence.lookup is None:
-            sequence.lookup = Lookup()
-        tokens = sequence.lookup.propose(sequence.tokens, least=least, limit=limit)
-        if not tokens:
+
+    def _add_draft(self, step: Step, sequence: Sequence, chunk: Chunk, count: int) -> None:
+        if count < 1 or sequence.lookup is None:
             return
+        tokens = sequence.lookup.propose(sequence.tokens, count)
+        pool = self._memory.pool
+        num_positions = sequence.num_prefix_tokens + len(sequence.tokens)
         num_lacking = self._blocks_for(num_positions + len(tokens)) - len(sequence.block_table)
         if num_lacking > 0:
             blocks = pool.allocate(num_lacking)
