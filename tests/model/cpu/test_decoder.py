@@ -133,6 +133,8 @@ def test_counters_and_memory() -> None:
     assert counters.steps == 2
     assert 0 <= counters.wait_ns <= counters.step_ns
     assert 0 <= counters.late_steps <= 2
+    assert 1 <= counters.threads <= 2
+    assert counters.thread_changes >= 2 - counters.threads
     pool = 2 * 2 * 64 * 3 * 16 * 16 * 4
     assert native.call.pfx_num_bytes(native.decoder) > pool
 

@@ -21,7 +21,7 @@ _COUNTERS = {
     "steps": ("steps", "Forward passes run."),
     "step_failures": ("step_failures", "Forward passes that failed."),
     "out_of_memory": ("out_of_memory", "Forward passes for which the device had no memory."),
-    "late_steps": ("late_steps", "Forward passes in which the engine's thread lost its core."),
+    "late_steps": ("late_steps", "Forward passes in which a thread that computes lost its core."),
     "thread_changes": ("thread_changes", "Changes of the number of threads that compute."),
     "engine_restarts": ("restarts", "Restarts of the step loop."),
     "prompt_tokens": ("prompt_tokens", "Prompt tokens of requests."),

@@ -207,8 +207,8 @@ class Sampled:
 
 
 class ThreadUse(NamedTuple):
-    """Threads that computed a step; how often their number has changed since the start; and in how
-    many steps the calling thread lost its core for a while."""
+    """Threads that computed at the end of a step; how often their number has changed since the
+    start; and in how many steps one of them lost its core for a while."""
 
     threads: int
     num_changes: int

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from prefixd.server.engine.step import BlockCopy
+from prefixd.server.engine.step import BlockCopy, ThreadUse
 from prefixd.server.model.batch import FlatBatch
 
 
@@ -58,4 +58,9 @@ class Decoder(Protocol):
 
     def set_threads(self, threads: int) -> None:
         """Let the passes that the calling thread runs use this many threads, itself included."""
+        ...
+
+    def thread_use(self) -> ThreadUse | None:
+        """Of the passes so far, where the decoder itself leaves out threads whose cores other
+        processes need; None where every pass uses all that were set."""
         ...

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefixd.server.engine.step import BlockCopy
+from prefixd.server.engine.step import BlockCopy, ThreadUse
 from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.cpu import interface
 from prefixd.server.model.cpu.library import NativeLibrary
@@ -183,6 +183,12 @@ class NativeDecoder:
     def set_threads(self, threads: int) -> None:
         """Let passes use this many threads, the caller's included."""
         self._call("pfx_set_threads", threads, _SPIN_US)
+
+    def thread_use(self) -> ThreadUse:
+        """Of the passes so far: the library leaves out a thread that costs more than it gains."""
+        counters = interface.Counters()
+        self._functions.pfx_read_counters(self._handle, ctypes.byref(counters))
+        return ThreadUse(counters.threads, counters.thread_changes, counters.late_steps)
 
     def _call(self, name: str, *arguments: Any) -> None:
         if getattr(self._functions, name)(self._handle, *arguments):

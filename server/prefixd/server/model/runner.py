@@ -38,7 +38,8 @@ class Runner:
             self.decoder.set_threads(num_threads)
             self._num_threads = num_threads
         output = self._run_or_raise(step)
-        return replace(output, thread_use=self._threads.after_step())
+        counted = self._threads.after_step()
+        return replace(output, thread_use=self.decoder.thread_use() or counted)
 
     def _run_or_raise(self, step: Step) -> StepOutput:
         try:

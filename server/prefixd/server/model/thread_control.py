@@ -1,4 +1,7 @@
-"""The number of threads of the steps: fixed, or governed by how busy the cores are."""
+"""The number of threads of the steps: fixed, or governed by how busy the cores are.
+
+The native decoder needs no governor: it leaves out threads itself, within milliseconds.
+"""
 
 import os
 import resource
@@ -43,7 +46,7 @@ class CoreUse:
 
 
 class ThreadControl:
-    """Says before each step how many threads compute it. Used by one thread."""
+    """Says before each step how many threads may compute it. Used by one thread."""
 
     def __init__(self, threads: int, *, governed: bool) -> None:
         """``threads``: the number, or the largest where it is ``governed``."""

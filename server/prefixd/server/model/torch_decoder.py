@@ -46,3 +46,6 @@ class TorchDecoder:
     def set_threads(self, threads: int) -> None:
         """Let the passes of the calling thread use this many threads."""
         use_threads(threads)
+
+    def thread_use(self) -> None:
+        """Every pass uses all threads."""

@@ -69,7 +69,8 @@ def load_model(settings: Settings, config: SchedulerConfig, *, device: str, thre
         decoder = choose_decoder(
             load, base, settings.cpu_kernels, evidence=checked.evidence, **pool
         )
-    governed = settings.threads is None and base.device.type == "cpu"
+    on_cpu = base.device.type == "cpu"
+    governed = settings.threads is None and on_cpu and decoder.thread_use() is None
     return Loaded(
         base,
         Runner(decoder, threads=ThreadControl(threads, governed=governed)),

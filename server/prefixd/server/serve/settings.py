@@ -59,8 +59,9 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         default=None,
         ge=1,
-        description="CPU threads of the model. By default fewer while other processes need the "
-        "cores; a number that is set here stays.",
+        description="CPU threads of the model; by default as many as there are usable cores. The "
+        "native kernels leave a thread out while another process has its core. Without them, "
+        "fewer compute then unless the number is set here.",
     )
     cpu_kernels: Literal[
         "auto", "module", "torch", "portable", "avx2", "avx512", "avx512_bf16", "amx"

@@ -6,7 +6,7 @@ Field and argument names, their meaning and units are those of the header.
 import ctypes
 from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 
-ABI = 2
+ABI = 3
 F32, BF16 = 0, 1
 """Values of ``pfx_shape.dtype``."""
 
@@ -103,6 +103,8 @@ class Counters(ctypes.Structure):
         ("step_ns", c_int64),
         ("wait_ns", c_int64),
         ("late_steps", c_int64),
+        ("threads", c_int64),
+        ("thread_changes", c_int64),
     ]
 
 

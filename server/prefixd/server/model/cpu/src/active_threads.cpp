@@ -19,6 +19,7 @@ bool ActiveThreads::try_again(int64_t now) {
     retry_at_ = now + rest_ns_;
     balance_ns_ = kMost_ns;
     count_++;
+    changes_++;
     return true;
 }
 
@@ -54,6 +55,7 @@ void ActiveThreads::add(int64_t now, int64_t gain_ns) {
     retry_at_ = now + rest_ns_;
     balance_ns_ = kMost_ns;
     count_--;
+    changes_++;
 }
 
 }  // namespace pfx

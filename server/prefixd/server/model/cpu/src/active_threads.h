@@ -18,6 +18,7 @@ public:
     explicit ActiveThreads(int most) : most_(most), count_(most) {}
 
     int count() const { return count_; }
+    int64_t changes() const { return changes_; }
 
     // Takes a thread back whose rest is over; whether it did.
     bool try_again(int64_t now);
@@ -34,6 +35,7 @@ private:
 
     const int most_;
     int count_;
+    int64_t changes_ = 0;  // of count_
     int64_t balance_ns_ = kMost_ns;
     int64_t step_gain_ns_ = 0;  // of the phases of this step
     int64_t rest_ns_ = kFirstRest_ns;

@@ -40,6 +40,8 @@ void Decoder::run(const pfx_step& step) {
     counters.steps++;
     counters.step_ns += now_ns() - begin;
     counters.wait_ns += threads->wait_ns() - waited;
+    counters.threads = threads->num_active();
+    counters.thread_changes = threads->num_changes();
 }
 
 void Decoder::run_phases(const pfx_step& step) {

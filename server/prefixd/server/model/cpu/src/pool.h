@@ -28,6 +28,7 @@ public:
     ThreadPool& operator=(const ThreadPool&) = delete;
 
     int num_active() const { return active_threads_.count(); }  // threads that compute, now
+    int64_t num_changes() const { return active_threads_.changes(); }  // of that number
 
     // The first item of a thread's share; of thread num_threads: their number.
     static int share_begin(int items, int thread, int num_threads) {

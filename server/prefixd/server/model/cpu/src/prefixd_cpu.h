@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define PFX_ABI 2
+#define PFX_ABI 3
 #define PFX_EXPORT __attribute__((visibility("default")))
 
 enum pfx_dtype { PFX_F32 = 0, PFX_BF16 = 1 };
@@ -97,6 +97,8 @@ typedef struct {
     int64_t step_ns;       /* wall time in pfx_run */
     int64_t wait_ns;       /* of it, the calling thread's wait for other threads at barriers */
     int64_t late_steps;    /* steps in which a thread lost its core: an involuntary switch */
+    int64_t threads;       /* that compute, at the end of the last step */
+    int64_t thread_changes;  /* of that number, since pfx_set_threads */
 } pfx_counters;
 
 typedef struct pfx_decoder pfx_decoder;
