@@ -54,7 +54,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         after = compare_w1(sites, options.rounds)
     return {
         "machine": host.processor(Path("/proc/cpuinfo").read_text()),
-        "options": {name: str(value) for name, value in vars(options).items()},
+        "options": {
+            name: str(value)
+            for name, value in vars(options).items()
+            if not isinstance(value, Path)  # of one machine
+        },
         "before": before,
         "loaded": loaded,
         "after": after,
