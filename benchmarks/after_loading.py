@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import host
 from benchmarks.catalog_folder import name_of
-from benchmarks.serving import write
+from benchmarks.serving import stated, write
 from benchmarks.zipf import FOLDERS, compare_w1, prepare_folders
 from benchmarks.zipf_site import Site, serving, site_of
 
@@ -54,11 +54,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         after = compare_w1(sites, options.rounds)
     return {
         "machine": host.processor(Path("/proc/cpuinfo").read_text()),
-        "options": {
-            name: str(value)
-            for name, value in vars(options).items()
-            if not isinstance(value, Path)  # of one machine
-        },
+        "options": stated(options),
         "before": before,
         "loaded": loaded,
         "after": after,

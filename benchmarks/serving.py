@@ -1,5 +1,6 @@
 """Shared by the benchmarks under load: a server process with flags, tenants, timed streams."""
 
+import argparse
 import asyncio
 import json
 import os
@@ -210,6 +211,12 @@ async def closed_loop(
 def machine() -> dict[str, Any]:
     """What the figures depend on: the number of cores and their load before the run."""
     return {"cores": os.cpu_count(), "load_before": round(os.getloadavg()[0], 2)}
+
+
+def stated(options: argparse.Namespace) -> dict[str, str]:
+    """The options as a report has them, without paths: those are of one machine."""
+    given = vars(options).items()
+    return {name: str(value) for name, value in given if not isinstance(value, Path)}
 
 
 def write(path: Path | None, report: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import catalog_folder, host
-from benchmarks.serving import MODEL, write
+from benchmarks.serving import MODEL, stated, write
 from benchmarks.zipf_site import CLIENTS, Sent, Site, serving, site_of
 from prefixd.server.cli.bench.summary import percentile
 from prefixd.server.model.demo import default_cache_dir, demo_model
@@ -146,7 +146,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     prepare_folders(folders, options)
     report: dict[str, Any] = {
         "machine": host.processor(Path("/proc/cpuinfo").read_text()),
-        "options": {name: str(value) for name, value in vars(options).items()},
+        "options": stated(options),
     }
     with ExitStack() as closing:
         started = time.perf_counter()
