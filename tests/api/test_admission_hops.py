@@ -11,6 +11,7 @@ from prefixd.server.api.catalog_calls import SharedCall
 from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.routes import QUICK_BYTES
 from prefixd.server.tenants.limiter import Limiter
+from prefixd.server.testing import ByteTokenizer
 from tests.api.api_world import World, error_of, fake_text, put_text
 from tests.api.test_disconnect import Caller, run_with_engine
 
@@ -174,3 +175,20 @@ def test_a_portion_that_takes_long_is_not_waited_for(
 
     run_with_engine(world, scenario)
     assert len(calls) == 4
+
+
+def test_stop_strings_are_tokenized_once_for_all_prompts(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small body with many of both would hold up the event loop: each is a call of the
+    tokenizer."""
+    tokenized: list[str] = []
+
+    def spellings(self: ByteTokenizer, text: str) -> tuple[str, ...]:
+        del self
+        tokenized.append(text)
+        return (text,)
+
+    monkeypatch.setattr(ByteTokenizer, "spellings", spellings)
+    assert complete(client, prompt=["a", "b", "c"], stop=["x", "y"]).is_success
+    assert tokenized == ["x", "y"]

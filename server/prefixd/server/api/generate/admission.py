@@ -115,6 +115,7 @@ class Admission:
             for prompt in prompts
         ]
         open_ended = max_tokens is None and default_max_tokens is None
+        stop_strings = self._stop_strings(body)  # once: spellings tokenizes each
         requests = tuple(
             AdmittedRequest(
                 request_id=f"{response_id}-{position}",
@@ -122,7 +123,7 @@ class Admission:
                 prompt=prompt,
                 prefix=handle_of(manifest) if manifest else None,
                 sampling=sampling,
-                stop=self._stop(body, length),
+                stop=self._stop(body, length, strings=stop_strings),
                 n=n,
                 expected_tokens=min(length, _EXPECTED_CHAT_TOKENS) if open_ended else None,
                 max_resident_tokens=max_resident_tokens,
@@ -226,7 +227,14 @@ class Admission:
             top_logprobs=top_logprobs,
         )
 
-    def _stop(self, body: GenerationFields, max_tokens: int) -> StopParams:
+    def _stop_strings(self, body: GenerationFields) -> tuple[str, ...]:
+        texts = [body.stop] if isinstance(body.stop, str) else body.stop or ()
+        spellings = self.served.tokenizer.spellings
+        return tuple(spelling for text in texts for spelling in spellings(text))
+
+    def _stop(
+        self, body: GenerationFields, max_tokens: int, *, strings: tuple[str, ...]
+    ) -> StopParams:
         token_ids = frozenset(body.stop_token_ids or ())
         check_token_ids(token_ids, self.served.logits_size, param="stop_token_ids")
         min_tokens = body.min_tokens or 0
@@ -241,11 +249,7 @@ class Admission:
             max_tokens=max_tokens,
             min_tokens=min_tokens,
             token_ids=token_ids,
-            strings=tuple(
-                spelling
-                for text in ([body.stop] if isinstance(body.stop, str) else body.stop or ())
-                for spelling in self.served.tokenizer.spellings(text)
-            ),
+            strings=strings,
             include_stop_string=bool(body.include_stop_str_in_output),
         )
 
