@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 
 from prefixd.server.api.catalog_calls import SharedCall
 from prefixd.server.api.generate.admission import Admission
+from prefixd.server.api.generate.resolver import PrefixResolver
 from prefixd.server.api.generate.routes import QUICK_BYTES
 from prefixd.server.tenants.limiter import Limiter
 from prefixd.server.testing import ByteTokenizer
@@ -175,6 +176,35 @@ def test_a_portion_that_takes_long_is_not_waited_for(
 
     run_with_engine(world, scenario)
     assert len(calls) == 4
+
+
+def test_a_slow_admission_in_a_thread_is_not_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may use a portion, but takes none before it is done with its prompt."""
+    world.tenants.set_quota("acme", PORTION)
+    monkeypatch.setattr("prefixd.server.api.generate.charging.TURN_S", 30.0)
+    resolves, quick_done = threading.Event(), threading.Event()
+    resolve = PrefixResolver.resolve
+
+    def late(self: PrefixResolver, tenant: str, model: str, user: str | None) -> Any:
+        if user is not None:
+            resolves.set()
+            assert quick_done.wait(5)
+        return resolve(self, tenant, model, user)
+
+    monkeypatch.setattr(PrefixResolver, "resolve", late)
+
+    async def scenario() -> None:
+        slow, quick = (Caller(world, {"max_tokens": 1, **user}) for user in ({"user": "ann"}, {}))
+        running = asyncio.create_task(slow.run())
+        await asyncio.to_thread(resolves.wait, 30)
+        await quick.run()
+        quick_done.set()
+        await running
+        assert slow.sent.get_nowait()["status"] == 200
+
+    run_with_engine(world, scenario)
 
 
 def test_stop_strings_are_tokenized_once_for_all_prompts(

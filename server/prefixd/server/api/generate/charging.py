@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -54,7 +54,8 @@ class Charging:
         charge = partial(self._charge, principal, admit)
         if not quota.is_metered:
             return await calls.read(charge, waited=waited)
-        with self._taking_portion(principal):
+        # A slow ``admit`` is part of the call: no other request waits for that.
+        with self._taking_portion(principal) if is_quick else nullcontext():
             return await calls.write(charge, waited=waited, undo=self._give_back)
 
     async def _without_call(self, principal: Principal, *, tokens: int) -> Grant | None:
