@@ -59,9 +59,8 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         default=None,
         ge=1,
-        description="CPU threads of the model; by default as many as there are usable cores. The "
-        "native kernels leave a thread out while another process has its core. Without them, "
-        "fewer compute then unless the number is set here.",
+        description="CPU threads of the model. Native kernels leave a thread out while another "
+        "process needs its core; torch does so only where no number is set here.",
     )
     cpu_kernels: Literal[
         "auto", "module", "torch", "portable", "avx2", "avx512", "avx512_bf16", "amx"

@@ -53,7 +53,8 @@ CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnected first. It is only logged."""
 
 QUICK_BYTES = 2048
-"""Bodies up to this size take at most about a millisecond to tokenize: so long may streams wait."""
+"""Bodies up to this size take about a millisecond to admit, and three with 128 prompts: so long may
+streams wait."""
 
 TRACE_HEADERS = ("traceparent", "tracestate")
 """W3C trace context."""
