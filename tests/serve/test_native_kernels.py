@@ -12,15 +12,36 @@ from prefixd.server.serve import native_kernels
 from prefixd.server.serve.settings import Settings
 
 
-def test_a_missing_library_is_reported_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def find_library(data_folder: Path) -> object:
-        raise LibraryUnavailable(f"nothing in {data_folder}")
+        raise LibraryUnavailable("nothing is compiled")
 
     monkeypatch.setattr(native_kernels, "find_library", find_library)
+
+
+@pytest.mark.usefixtures("no_library")
+def test_a_missing_library_without_a_compiler_is_reported_with_the_reasons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "absent")
     text = native_kernels.describe_kernels(Settings(data_dir=tmp_path))
-    assert text == f"torch alone, no native library: nothing in {tmp_path}"
+    assert text.startswith(
+        "torch alone, no native kernels: nothing is compiled; CXX names 'absent'"
+    )
+    with pytest.raises(DecoderUnavailable, match="cpu_kernels is avx2, but nothing is compiled"):
+        native_kernels.describe_kernels(Settings(data_dir=tmp_path, cpu_kernels="avx2"))
+
+
+@pytest.mark.usefixtures("no_library")
+@pytest.mark.parametrize(("choice", "named"), [("auto", "the native library"), ("avx2", "avx2")])
+def test_a_missing_library_is_compiled_by_the_next_start(
+    choice: Any, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = SimpleNamespace(version="g++ 12")
+    monkeypatch.setattr(native_kernels, "compiler_or", lambda _: compiler)
+    text = native_kernels.describe_kernels(Settings(data_dir=tmp_path, cpu_kernels=choice))
+    assert text == f"{named}, which the next start compiles with g++ 12: nothing is compiled"
 
 
 STATES = {

@@ -22,9 +22,9 @@ def describe_kernels(settings: Settings) -> str:
         try:
             library = find_library(settings.root)
         except LibraryUnavailable as missing:
-            if choice == "auto":
-                return f"torch alone, no native library: {missing}"
-            return f"{choice}, which the next start compiles with {compiler_or(missing).version}"
+            compiler = compiler_or(missing).version
+            named = "the native library" if choice == "auto" else choice
+            return f"{named}, which the next start compiles with {compiler}: {missing}"
         kernels = choose_kernels(library, choice, dtype)
     except (NotExact, LibraryUnavailable) as reason:
         if choice == "auto":
