@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from prefixd.server.serve.shutdown import exits_at_signals
+
 SIGNALS = [(signal.SIGTERM, 0), (signal.SIGINT, 130)]
 
 BUSY_IN_TORCH = """
@@ -26,6 +28,21 @@ with exits_at_signals():
     thread.start()
     thread.join()
 """
+
+
+def test_a_start_that_fails_gives_the_handlers_back() -> None:
+    def handlers() -> list[object]:
+        return [signal.getsignal(sig) for sig, _ in SIGNALS]
+
+    def start() -> None:
+        with exits_at_signals():
+            assert not set(before) & set(handlers())
+            raise OSError("no port")
+
+    before = handlers()
+    with pytest.raises(OSError, match="no port"):
+        start()
+    assert handlers() == before
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def serve(settings: Settings) -> None:
             server = load_server(settings)
             show_first_key(server.tenants)
             _run(server, settings, listener)
-    exit_process()
+        exit_process()
 
 
 def _run(server: "Server", settings: Settings, listener: socket.socket) -> None:

@@ -128,14 +128,16 @@ def exits_at_signals() -> Iterator[None]:
         _exit_within(LONGEST_CLOSING_S)
         sys.exit(_STATUS[signal.Signals(sig)])
 
-    for sig in _STATUS:
-        signal.signal(sig, exit_now)
+    before = {sig: signal.signal(sig, exit_now) for sig in _STATUS}
     try:
         yield
     except SystemExit as ended:
         if isinstance(ended.code, int):
             exit_process(ended.code)
         raise
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
 
 
 def exit_process(status: int = 0) -> NoReturn:
