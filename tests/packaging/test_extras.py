@@ -36,7 +36,7 @@ NOT_IMPORTED = {
 }
 """Declared packages that no module imports, and what uses them."""
 
-BROUGHT = {"pydantic-core": "pydantic"}
+BROUGHT = {"pydantic-core": "pydantic", "triton": "torch"}
 """Imported packages that another, declared one pins exactly."""
 
 
