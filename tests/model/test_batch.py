@@ -1,10 +1,10 @@
-"""The flat layout of rows, and the positions that each query sees."""
+"""The groups in which rows of similar size attend, and the positions that each query sees."""
 
 import torch
 
-from prefixd.server.model.attention import Group
-from prefixd.server.model.batch import Row, group_rows
-from prefixd.server.model.kv_cache import slots_of
+from prefixd.server.model.batch import FlatBatch, Row
+from prefixd.server.model.buffers import StepBuffers
+from prefixd.server.model.gathered import Group, group_rows
 
 CPU = torch.device("cpu")
 
@@ -14,12 +14,10 @@ def mask_rows(group: Group) -> list[list[str]]:
     return [["".join("01"[int(v)] for v in line) for line in row[0]] for row in group.mask]
 
 
-def groups(*rows: Row) -> tuple[Group, ...]:
-    return group_rows(rows, block_size=4, num_kv_heads=1, device=CPU)
-
-
-def test_slots_of_positions_follow_the_block_table() -> None:
-    assert slots_of([7, 2, 5], 2, 10, 4) == [30, 31, 8, 9, 10, 11, 20, 21]
+def groups(*rows: Row, num_kv_heads: int = 1) -> tuple[Group, ...]:
+    buffers = StepBuffers(block_size=4, scratch_slot=400, device=CPU)
+    buffers.fill(FlatBatch(list(rows), [0] * sum(row.length for row in rows)))
+    return group_rows(rows, buffers, num_kv_heads=num_kv_heads, device=CPU)
 
 
 def test_each_query_of_a_chunk_sees_its_own_and_earlier_positions() -> None:
@@ -54,5 +52,5 @@ def test_a_long_prefix_does_not_pad_other_rows() -> None:
 
 
 def test_kv_heads_of_a_slot_are_adjacent_in_the_pool() -> None:
-    (group,) = group_rows([Row(0, 1, 1, [1])], block_size=4, num_kv_heads=2, device=CPU)
+    (group,) = groups(Row(0, 1, 1, [1]), num_kv_heads=2)
     assert group.kv_rows.tolist() == [8, 10, 9, 11]  # head 0 of slots 4 and 5, then head 1

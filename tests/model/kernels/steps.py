@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from prefixd.server.engine.step import NULL_BLOCK
-from prefixd.server.model import attention
-from prefixd.server.model.batch import Row, group_rows
+from prefixd.server.model import gathered
+from prefixd.server.model.batch import Row
 from prefixd.server.model.kernels import RaggedRows, members_per_tile
+from tests.model.list_layout import group_rows
 
 SCALE = 0.17
 
@@ -131,7 +132,7 @@ def expected(step: Step) -> torch.Tensor:
     out = torch.zeros_like(flat)
     keys, values = step.kv.float().view(2, -1, head_dim)
     for group in groups:
-        attention.attend(group, flat, (keys, values), out, SCALE)
+        gathered.attend(group, flat, (keys, values), out, SCALE)
     return out.view_as(step.queries)
 
 

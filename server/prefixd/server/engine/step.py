@@ -47,7 +47,7 @@ class Chunk:
     draw in [0, 1) that selects the token (0 for a greedy one), ``history`` all tokens so far (empty
     unless penalties need them; the first ``num_prompt_tokens`` are the prompt) and ``banned`` the
     ids that must not be sampled yet. The tokens of ``draft`` run after ``tokens``, and the logits
-    after each of them are sampled too.
+    after each of them are sampled too. The first ``num_prefix_tokens`` positions are the prefix's.
     """
 
     seq_id: int
@@ -61,6 +61,7 @@ class Chunk:
     num_prompt_tokens: int = 0
     banned: Sequence[int] = ()
     draft: Draft | None = None
+    num_prefix_tokens: int = 0
 
     @property
     def num_drafts(self) -> int:

@@ -184,6 +184,7 @@ class StepBuilder:
                 history=tuple(sequence.tokens) if is_last and sampling.needs_history else (),
                 num_prompt_tokens=sequence.num_prompt,
                 banned=tuple(stop.token_ids) if num_output < stop.min_tokens else (),
+                num_prefix_tokens=sequence.num_prefix_tokens,
             )
         )
         step.budget -= size

@@ -1,26 +1,25 @@
 """The flat layout of a step for one forward pass."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from prefixd.server.engine.step import NULL_BLOCK, Chunk, CompileChunk
-from prefixd.server.model.attention import Group
-from prefixd.server.model.kv_cache import slots_of
+from prefixd.server.engine.step import Chunk, CompileChunk
 from prefixd.server.model.prefix import HardPrompt, SoftPrompt
 
 
 @dataclass(slots=True)
 class Row:
     """The part of a pass that belongs to one sequence or compiling prefix: ``length`` positions
-    from ``start``, at ``offset`` in the flat tokens."""
+    from ``start``, at ``offset`` in the flat tokens. The first ``num_prefix_tokens`` positions are
+    those of a prefix, which other rows may have too."""
 
     offset: int
     start: int
     length: int
     block_table: Sequence[int]
+    num_prefix_tokens: int = 0
 
     @property
     def end(self) -> int:
@@ -42,19 +41,6 @@ class FlatBatch:
     inputs: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
 
-    def slots(self, block_size: int) -> list[int]:
-        """Where each flat token's KV is written."""
-        return [
-            slot
-            for row in self.rows
-            for slot in slots_of(row.block_table, row.start, row.end, block_size)
-        ]
-
-    @property
-    def positions(self) -> list[int]:
-        """The position of each flat token in its sequence."""
-        return [position for row in self.rows for position in range(row.start, row.end)]
-
 
 def lay_out(
     chunks: Sequence[Chunk],
@@ -66,7 +52,15 @@ def lay_out(
     ``sampling``, and its proposed tokens."""
     batch = FlatBatch()
     for chunk in chunks:
-        batch.rows.append(Row(len(batch.token_ids), chunk.start, chunk.length, chunk.block_table))
+        batch.rows.append(
+            Row(
+                len(batch.token_ids),
+                chunk.start,
+                chunk.length,
+                chunk.block_table,
+                chunk.num_prefix_tokens,
+            )
+        )
         batch.token_ids += chunk.tokens
         if chunk.sampling is not None:
             batch.outputs.append(len(batch.token_ids) - 1)
@@ -86,57 +80,3 @@ def lay_out(
     if outputs is not None:
         batch.outputs = outputs
     return batch
-
-
-def group_rows(
-    rows: Sequence[Row], *, block_size: int, num_kv_heads: int, device: torch.device
-) -> tuple[Group, ...]:
-    """Group rows of similar size, so that padding at most doubles the work."""
-    by_size: dict[tuple[int, int], list[Row]] = defaultdict(list)
-    for row in rows:
-        by_size[row.length.bit_length(), row.end.bit_length()].append(row)
-    return tuple(
-        _group(members, block_size=block_size, num_kv_heads=num_kv_heads, device=device)
-        for members in by_size.values()
-    )
-
-
-def _group(rows: list[Row], *, block_size: int, num_kv_heads: int, device: torch.device) -> Group:
-    num_queries = max(row.length for row in rows)
-    num_positions = max(row.end for row in rows)
-    slots = torch.full((len(rows), num_positions), NULL_BLOCK * block_size)  # [R, T]
-    queries = torch.zeros(len(rows), num_queries, dtype=torch.long)  # [R, Q]
-    for index, row in enumerate(rows):
-        slots[index, : row.end] = torch.tensor(slots_of(row.block_table, 0, row.end, block_size))
-        queries[index] = row.offset
-        queries[index, : row.length] += torch.arange(row.length)
-    heads = torch.arange(num_kv_heads)[None, :, None]
-    kv_rows = (slots[:, None, :] * num_kv_heads + heads).reshape(-1)  # [R * num_kv_heads * T]
-    lengths = torch.tensor([row.length for row in rows])
-    real = (torch.arange(num_queries)[None] < lengths[:, None]).reshape(-1).nonzero()[:, 0]
-    padded = len(real) < len(rows) * num_queries
-    flat = queries.reshape(-1)
-    return Group(
-        size=len(rows),
-        num_queries=num_queries,
-        queries=flat.to(device),
-        kv_rows=kv_rows.to(device),
-        mask=_visible(rows, num_queries, num_positions, device),
-        real=real.to(device) if padded else None,
-        targets=flat[real].to(device),
-    )
-
-
-def _visible(
-    rows: list[Row], num_queries: int, num_positions: int, device: torch.device
-) -> torch.Tensor | None:
-    """The mask [R, 1, Q, T]: True where a query sees a position, its own and all earlier ones.
-
-    A padding query sees what the last real query of its row sees; its output is dropped.
-    """
-    starts = torch.tensor([row.start for row in rows])
-    ends = torch.tensor([row.end for row in rows])
-    if num_queries == 1 and int(ends.min()) == num_positions:
-        return None
-    sees = torch.minimum(starts[:, None] + torch.arange(num_queries) + 1, ends[:, None])  # [R, Q]
-    return (torch.arange(num_positions) < sees[:, :, None])[:, None].to(device)

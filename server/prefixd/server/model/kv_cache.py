@@ -1,26 +1,23 @@
-"""The KV pool: two tensors for each layer, addressed by slot."""
+"""The KV pool: one tensor for all layers, addressed by slot."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from prefixd.server.engine.step import BlockCopy
 from prefixd.server.model.architecture import Shape
 
 
-def slots_of(block_table: Sequence[int], start: int, end: int, block_size: int) -> list[int]:
-    """Slots of positions ``start .. end`` under a block table."""
-    return [
-        block_table[position // block_size] * block_size + position % block_size
-        for position in range(start, end)
-    ]
-
-
 class KVCache:
     """Keys and values of all blocks. Slot ``block * block_size + offset`` holds one position.
 
-    ``keys[layer]`` and ``values[layer]`` are [num_blocks * block_size, num_kv_heads * head_dim].
-    Keys are stored after the rotary embedding.
+    ``pool`` is [num_layers, 2, num_blocks + 1, block_size, num_kv_heads, head_dim], keys before
+    values. Keys are stored after the rotary embedding. The last block is scratch: padding of a pass
+    writes there and no block table holds it, since the null block must stay zero.
+
+    All layers of a model that can be served have one shape of keys and values. A model whose layers
+    differ would have a pool for each shape here, and a place in it for each layer.
     """
 
     def __init__(
@@ -32,66 +29,76 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """``num_blocks`` counts the null block, and not the scratch block."""
         self.block_size = block_size
         self.shape = shape
-        size = (num_blocks * block_size, shape.num_kv_heads * shape.head_dim)
-        self.keys = [torch.zeros(size, dtype=dtype, device=device) for _ in range(shape.num_layers)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.scratch_slot = num_blocks * block_size
+        self.pool = torch.zeros(
+            (shape.num_layers, 2, num_blocks + 1, block_size, shape.num_kv_heads, shape.head_dim),
+            dtype=dtype,
+            device=device,
+        )
+        self._layers = [self.pool[layer] for layer in range(shape.num_layers)]
+        self._by_block = self.pool.view(2 * shape.num_layers, num_blocks + 1, -1)
+        self._by_slot = self.pool.view(  # [2 * num_layers, slots, num_kv_heads * head_dim]
+            2 * shape.num_layers, -1, shape.num_kv_heads * shape.head_dim
+        )
+        self._rows = [self._by_slot[row] for row in range(2 * shape.num_layers)]
+        self._by_head = [  # keys and values of each layer, [slots * num_kv_heads, head_dim]
+            (
+                self._rows[2 * layer].view(-1, shape.head_dim),
+                self._rows[2 * layer + 1].view(-1, shape.head_dim),
+            )
+            for layer in range(shape.num_layers)
+        ]
 
     def zero(self, blocks: Sequence[int]) -> None:
         """Zero blocks before anything can read them: a mask does not stop NaN from spreading."""
         if blocks:
-            index = torch.tensor(blocks, device=self.keys[0].device)
-            for pool in (*self.keys, *self.values):
-                self._by_block(pool).index_fill_(0, index, 0)
+            self._by_block.index_fill_(1, self._index(blocks), 0)
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copy full blocks: each sequence gets its own copy of a prefix's partial last block."""
         if copies:
-            device = self.keys[0].device
-            source = torch.tensor([copy.source for copy in copies], device=device)
-            target = torch.tensor([copy.target for copy in copies], device=device)
-            for pool in (*self.keys, *self.values):
-                blocks = self._by_block(pool)
-                blocks.index_copy_(0, target, blocks.index_select(0, source))
+            source = self._index([copy.source for copy in copies])
+            target = self._index([copy.target for copy in copies])
+            self._by_block.index_copy_(1, target, self._by_block.index_select(1, source))
+
+    def layer(self, layer: int) -> torch.Tensor:
+        """A layer's part of the pool: [2, num_blocks + 1, block_size, num_kv_heads, head_dim]."""
+        return self._layers[layer]
 
     def write(
         self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Store keys and values, each [n, num_kv_heads * head_dim], at ``slots`` [n]."""
-        self.keys[layer].index_copy_(0, slots, keys)
-        self.values[layer].index_copy_(0, slots, values)
-
-    def read(self, slots: torch.Tensor) -> torch.Tensor:
-        """KV at ``slots`` [n] as [2 * num_layers, n, num_kv_heads * head_dim]: keys of layer i at
-        2i and values at 2i + 1."""
-        pools = (pool for pair in zip(self.keys, self.values, strict=True) for pool in pair)
-        return torch.stack([pool.index_select(0, slots) for pool in pools])
+        """Store keys and values, each [n, num_kv_heads * head_dim], at ``slots`` [n] (int64)."""
+        self._rows[2 * layer].index_copy_(0, slots, keys)
+        self._rows[2 * layer + 1].index_copy_(0, slots, values)
 
     def read_table(self, block_table: Sequence[int], num_tokens: int) -> torch.Tensor:
-        """KV of the first positions of a block table, in host memory, as of ``read``."""
-        return self.read(self._slots(block_table, 0, num_tokens)).cpu()
+        """KV of the first positions of a block table, in host memory, as
+        [2 * num_layers, num_tokens, num_kv_heads * head_dim]: keys of layer i at 2i and values at
+        2i + 1."""
+        return self._by_slot.index_select(1, self._slots(block_table, 0, num_tokens)).cpu()
 
     def write_table(self, block_table: Sequence[int], start: int, kv: torch.Tensor) -> None:
         """Store ``kv`` [2 * num_layers, n, num_kv_heads * head_dim] from position ``start`` on."""
         slots = self._slots(block_table, start, start + kv.shape[1])
-        kv = kv.to(slots.device)
-        for layer in range(self.shape.num_layers):
-            self.write(layer, slots, kv[2 * layer], kv[2 * layer + 1])
+        self._by_slot.index_copy_(1, slots, kv.to(slots.device))
 
     def by_head(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of a layer's pools as [slots * num_kv_heads, head_dim]."""
-        width = self.shape.head_dim
-        return self.keys[layer].view(-1, width), self.values[layer].view(-1, width)
+        """Views of a layer's keys and values as [slots * num_kv_heads, head_dim]."""
+        return self._by_head[layer]
+
+    def largest(self) -> float:
+        """The largest absolute value."""
+        return float(torch.linalg.vector_norm(self.pool, torch.inf))
 
     def _slots(self, block_table: Sequence[int], start: int, end: int) -> torch.Tensor:
-        slots = slots_of(block_table, start, end, self.block_size)
-        return torch.tensor(slots, device=self.keys[0].device)
+        """Slots of positions ``start .. end`` under a block table."""
+        positions = np.arange(start, end)
+        blocks = np.asarray(block_table)[positions // self.block_size]
+        return self._index(blocks * self.block_size + positions % self.block_size)
 
-    def _by_block(self, pool: torch.Tensor) -> torch.Tensor:
-        return pool.view(-1, self.block_size, pool.shape[1])
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the pool in bytes."""
-        return sum(pool.numel() * pool.element_size() for pool in (*self.keys, *self.values))
+    def _index(self, values: "Sequence[int] | np.ndarray") -> torch.Tensor:
+        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.pool.device)

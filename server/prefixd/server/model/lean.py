@@ -4,14 +4,13 @@ The module of transformers computes the same in more and smaller operations; on 
 products pack their weights in every call.
 """
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 from torch.nn import functional
 
-from prefixd.server.model.attention import Group, attend
-from prefixd.server.model.batch import FlatBatch, group_rows
+from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.decoder import Logits
+from prefixd.server.model.gathered import GatheredAttention
 from prefixd.server.model.parts import Dense, Experts, Layer, Linear, Parts
 from prefixd.server.model.products import Product, product_of
 from prefixd.server.model.torch_decoder import TorchDecoder
@@ -43,21 +42,19 @@ class LeanDecoder(TorchDecoder):
     @torch.inference_mode()
     def forward(self, batch: FlatBatch) -> Logits:
         """Run a pass: write the KV of its tokens and return the logits of its outputs."""
-        device, shape = self.device, self.base.shape
+        device = self.device
+        self.buffers.fill(batch)
         hidden = self._embeddings(batch)
-        positions = torch.tensor(batch.positions, device=device)
-        cosine, sine = self._cosine[positions, None], self._sine[positions, None]
-        slots = torch.tensor(batch.slots(self.block_size), device=device)
-        groups = group_rows(
-            batch.rows, block_size=self.block_size, num_kv_heads=shape.num_kv_heads, device=device
-        )
+        positions = self.buffers.positions[: len(batch.token_ids)].astype(np.int64)
+        index = torch.from_numpy(positions).to(device)
+        rotary = self._cosine[index, None], self._sine[index, None]
+        attention = GatheredAttention(self.cache, self.buffers, batch.rows)
         outputs = torch.tensor(batch.outputs, dtype=torch.long, device=device)
         last = len(self._layers) - 1
-        for index, layer in enumerate(self._layers):
+        for number, layer in enumerate(self._layers):
             normed = functional.rms_norm(hidden, hidden.shape[1:], layer.input_norm, self._eps)
-            queries = self._write(index, layer, normed, slots=slots, rotary=(cosine, sine))
-            attended = self._attend(index, queries, groups)
-            if index == last and len(outputs) < len(hidden):
+            attended = self._attend(number, layer, normed, attention, rotary)
+            if number == last and len(outputs) < len(hidden):
                 attended, hidden = attended[outputs], hidden[outputs]
             hidden = hidden + layer.o(attended)
             normed = functional.rms_norm(hidden, hidden.shape[1:], layer.post_norm, self._eps)
@@ -68,17 +65,15 @@ class LeanDecoder(TorchDecoder):
         # An id without an embedding could be sampled, but not be fed in afterwards.
         return Logits(self._head(hidden)[:, : self._num_ids])
 
-    def _write(
+    def _attend(
         self,
-        index: int,
+        number: int,
         layer: "_LeanLayer",
         normed: torch.Tensor,
-        *,
-        slots: torch.Tensor,
+        attention: GatheredAttention,
         rotary: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """Write keys and values to the pool; returns the rotated queries
-        [num_tokens, num_heads, head_dim]."""
+        """Attention of the flat tokens [num_tokens, num_heads * head_dim] in layer ``number``."""
         shape = self.base.shape
         heads, kv_heads = shape.num_heads, shape.num_kv_heads
         qkv = layer.qkv(normed).view(len(normed), heads + 2 * kv_heads, shape.head_dim)
@@ -98,23 +93,14 @@ class LeanDecoder(TorchDecoder):
         half = shape.head_dim // 2
         turned = torch.cat([-rotated[..., half:], rotated[..., :half]], -1)
         rotated = rotated * cosine + turned * sine
-        self.cache.write(
-            index,
-            slots,
-            rotated[:, heads:].reshape(len(normed), -1),
-            qkv[:, heads + kv_heads :].reshape(len(normed), -1),
+        attended = attention.run(
+            number,
+            rotated[:, :heads],
+            rotated[:, heads:],
+            qkv[:, heads + kv_heads :],
+            self._scale,
         )
-        return rotated[:, :heads]
-
-    def _attend(self, index: int, queries: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
-        """Attention of the flat tokens [num_tokens, num_heads * head_dim]."""
-        shape = self.base.shape
-        flat = queries.reshape(len(queries), shape.num_kv_heads, -1, shape.head_dim)
-        out = torch.empty_like(flat)
-        pools = self.cache.by_head(index)
-        for group in groups:
-            attend(group, flat, pools, out, self._scale)
-        return out.view(len(queries), -1)
+        return attended.view(len(normed), -1)
 
     def _embeddings(self, batch: FlatBatch) -> torch.Tensor:
         ids = torch.tensor(batch.token_ids, device=self.device)

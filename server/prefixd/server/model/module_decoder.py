@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from prefixd.server.model.attention import PagedBatch
-from prefixd.server.model.batch import FlatBatch, group_rows
+from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.decoder import Logits
+from prefixd.server.model.gathered import GatheredAttention
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.torch_decoder import TorchDecoder
 
@@ -27,20 +29,16 @@ class ModuleDecoder(TorchDecoder):
     def forward(self, batch: FlatBatch) -> Logits:
         """Run a pass; ``layers_seen`` is then the number of layers that ran our attention."""
         device = self.base.device
+        self.buffers.fill(batch)
         paged = PagedBatch(
-            cache=self.cache,
-            slots=torch.tensor(batch.slots(self.block_size), device=device),
-            groups=group_rows(
-                batch.rows,
-                block_size=self.block_size,
-                num_kv_heads=self.base.shape.num_kv_heads,
-                device=device,
-            ),
+            attention=GatheredAttention(self.cache, self.buffers, batch.rows),
+            shape=self.base.shape,
             context=self.base.context,
         )
+        positions = self.buffers.positions[: len(batch.token_ids)].astype(np.int64)
         output = self.base.module(
             inputs_embeds=self._embeddings(batch)[None],
-            position_ids=torch.tensor([batch.positions], device=device),
+            position_ids=torch.from_numpy(positions)[None].to(device),
             use_cache=False,
             logits_to_keep=torch.tensor(batch.outputs, dtype=torch.long, device=device),
             paged_batch=paged,

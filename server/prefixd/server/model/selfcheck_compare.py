@@ -165,8 +165,7 @@ class Comparison:
                 yield compared
         except _FAILURES as failure:  # RuntimeError includes NotImplementedError
             raise UnsupportedModel(f"{name} cannot be run over KV blocks: {failure}") from failure
-        largest = max(float(p.abs().max()) for p in (*decoder.cache.keys, *decoder.cache.values))
-        self.max_abs_kv = max(self.max_abs_kv, largest)
+        self.max_abs_kv = max(self.max_abs_kv, decoder.cache.largest())
 
     def _describe(self, mismatch: _Mismatch) -> str:
         text, part = mismatch.text, mismatch.part

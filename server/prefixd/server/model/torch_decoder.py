@@ -1,17 +1,19 @@
-"""What decoders in torch have in common: the KV pool in tensors, and torch's threads."""
+"""What decoders in torch have in common: KV pool, buffers of a step, and torch's threads."""
 
 from collections.abc import Sequence
 
 import torch
 
 from prefixd.server.engine.step import BlockCopy
+from prefixd.server.model.buffers import StepBuffers
 from prefixd.server.model.kv_cache import KVCache
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.threads import use_threads
 
 
 class TorchDecoder:
-    """The part of a Decoder that does not compute: ``cache`` is the pool, on the base's device."""
+    """The part of a Decoder that does not compute: ``cache`` is the pool and ``buffers`` hold the
+    last step, on the base's device."""
 
     def __init__(self, base: LoadedBase, *, num_blocks: int, block_size: int) -> None:
         """``num_blocks`` counts the null block."""
@@ -24,6 +26,9 @@ class TorchDecoder:
             block_size=block_size,
             dtype=base.dtype,
             device=base.device,
+        )
+        self.buffers = StepBuffers(
+            block_size=block_size, scratch_slot=self.cache.scratch_slot, device=base.device
         )
 
     def zero(self, blocks: Sequence[int]) -> None:
