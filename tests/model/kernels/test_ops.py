@@ -117,7 +117,7 @@ def test_operators_have_fakes_for_cuda() -> None:
         ({"head_dim": 256}, "heads of size 256; expected a multiple of 16 up to 128"),
         ({"head_dim": 72}, "heads of size 72"),
         ({"num_heads": 9}, "9 query heads for 2 KV heads"),
-        ({"num_heads": 256}, "at most 64 for each"),
+        ({"num_heads": 256}, "at most 32 for each"),
         ({"dtype": torch.float64}, "expected float32, float16 or bfloat16"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value.values())),
