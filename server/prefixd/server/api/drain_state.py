@@ -17,14 +17,17 @@ class Running(Protocol):
 
 
 class DrainState:
-    """Open until it is closed, once. ``running`` is used on the event loop only."""
+    """Open until it is closed, once. ``running`` is used on the event loop only; ``reason`` says
+    why it is closed."""
 
     def __init__(self) -> None:
         self.closed = False
+        self.reason = "the server is shutting down"
         self.running: set[Running] = set()
 
-    def close(self) -> None:
-        """Accept no more work. Safe in a signal handler."""
+    def close(self, reason: str | None = None) -> None:
+        """Accept no more work. Safe in a signal handler, and in any thread."""
+        self.reason = reason or self.reason
         self.closed = True
 
     def end_running(self) -> None:
@@ -32,6 +35,6 @@ class DrainState:
         for response in tuple(self.running):
             response.end()
 
-    def refusal(self, message: str = "the server is shutting down") -> Unavailable:
+    def refusal(self, message: str | None = None) -> Unavailable:
         """The error for a request that came too late or was not complete in time."""
-        return Unavailable(message, code="shutting_down", retry_after=RETRY_AFTER_S)
+        return Unavailable(message or self.reason, code="shutting_down", retry_after=RETRY_AFTER_S)

@@ -58,7 +58,7 @@ async def ready(
     decoder = served.decoder.facts()
     reason = engine.trouble or catalog.health.trouble
     if drain_state.closed:
-        reason = "the server is shutting down"
+        reason = drain_state.reason
     if reason is None:
         return JSONResponse({"status": "ok", "decoder": decoder})
     return JSONResponse({"status": "not ready", "reason": reason, "decoder": decoder}, 503)

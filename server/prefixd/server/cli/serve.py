@@ -37,12 +37,12 @@ def serve(settings: Settings) -> None:
             )
             server = load_server(settings)
             show_first_key(server.tenants)
-            _run(server, settings, listener)
-        exit_process()
+            failed = _run(server, settings, listener)
+        exit_process(1 if failed else 0)
 
 
-def _run(server: "Server", settings: Settings, listener: socket.socket) -> None:
-    """Serve on a bound socket until a signal ends the server."""
+def _run(server: "Server", settings: Settings, listener: socket.socket) -> bool:
+    """Serve on a bound socket until a signal ends the server, or a failure: then True."""
     import structlog
 
     from prefixd.server.serve.connection_limits import ConnectionLimits, raise_descriptor_limit
@@ -64,6 +64,7 @@ def _run(server: "Server", settings: Settings, listener: socket.socket) -> None:
         device=server.device,
         kernels=server.kernels,
         quantize=settings.quantize,
+        tensor_parallel=settings.tensor_parallel,
         kv_tokens=settings.kv_tokens,
         max_positions=server.served.max_positions,
         max_connections=limits.total,
@@ -71,7 +72,7 @@ def _run(server: "Server", settings: Settings, listener: socket.socket) -> None:
     # A full collection of what stays, such as the modules of torch, stops every thread for 0.1 s.
     gc.collect()
     gc.freeze()
-    DrainingServer(
+    serving = DrainingServer(
         uvicorn_config(
             server.app,
             timeouts=ConnectionTimeouts(settings.body_timeout, settings.write_timeout),
@@ -81,7 +82,11 @@ def _run(server: "Server", settings: Settings, listener: socket.socket) -> None:
         drain_state=server.drain_state,
         engine=server.engine,
         drain_timeout_s=settings.shutdown_timeout,
-    ).run(sockets=[listener])
+    )
+    if server.followers is not None:
+        server.followers.watch(serving.fail)
+    serving.run(sockets=[listener])
+    return serving.failure is not None
 
 
 def show_first_key(tenants: "Tenants") -> None:

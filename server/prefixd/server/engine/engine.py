@@ -207,9 +207,9 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
-    def drain(self) -> None:
-        """Admit no new request from now on; those that are alive run on."""
-        self._queue_limiter.closed = "the server is shutting down"
+    def drain(self, reason: str = "the server is shutting down") -> None:
+        """Admit no new request from now on; those that are alive run on. A first reason stays."""
+        self._queue_limiter.closed = self._queue_limiter.closed or reason
 
     def stop(self) -> None:
         """End the thread after the step in flight; sequences still alive are aborted."""

@@ -22,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
 )
+from transformers.distributed import DistributedConfig
 
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.checkpoint_files import (
@@ -93,12 +94,14 @@ def read_config(source: str) -> Any:
     return config
 
 
-def read_weights(source: str, config: Any) -> Any:
-    """The causal language model of ``source`` with its own weights, in the dtype of its files.
+def read_weights(source: str, config: Any, *, ranks: int = 1) -> Any:
+    """The causal language model of ``source`` with its own weights, in the dtype of its files: on
+    one of several ``ranks``, the part of this process, sharded by transformers' own plan.
 
     Raises UnsupportedModel when a weight is missing, has another shape or would be left out.
     """
     refuse_unreadable_files(source)
+    sharded = {"distributed_config": DistributedConfig(tp_size=ranks)} if ranks > 1 else {}
     with _load_report() as lines, _reported(source, "weights", lines):
         module, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -107,6 +110,7 @@ def read_weights(source: str, config: Any) -> Any:
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **sharded,
         )
     if not Path(source).is_dir():  # downloaded meanwhile
         with _reported(source, "weights"):

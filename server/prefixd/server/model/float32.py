@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from prefixd.server.model.memory import free_bytes
+from prefixd.server.model.tensors import Place, places, replace_tensors, restore_tensors
 
 _HALF = frozenset({torch.float16, torch.bfloat16})
 
@@ -22,9 +23,10 @@ def float32_arithmetic(module: Any, *, scratch_bytes: int) -> Iterator[None]:
     All weights are widened at once where twice their size and ``scratch_bytes`` fit free memory,
     else those of one layer at a time, while it runs.
     """
-    half = _half_tensors(module)
+    half = _half_places(module)
     device = next(module.parameters()).device
-    widened = 2 * sum(tensor.numel() * tensor.element_size() for tensor in half)
+    sizes = {id(tensor): tensor.numel() * tensor.element_size() for *_, tensor in half}
+    widened = 2 * sum(sizes.values())
     with ExitStack() as stack:
         stack.enter_context(_full_precision_products())
         stack.enter_context(_restored_state(module))
@@ -35,10 +37,9 @@ def float32_arithmetic(module: Any, *, scratch_bytes: int) -> Iterator[None]:
         yield
 
 
-def _half_tensors(module: Any, *, recurse: bool = True) -> list[torch.Tensor]:
-    """Parameters and buffers in half precision, each once (embeddings may be shared)."""
-    tensors = (*module.parameters(recurse=recurse), *module.buffers(recurse=recurse))
-    return list({id(tensor): tensor for tensor in tensors if tensor.dtype in _HALF}.values())
+def _half_places(module: Any, *, recurse: bool = True) -> list[Place]:
+    """Parameters and buffers in half precision (embeddings may be shared)."""
+    return [place for place in places(module, recurse=recurse) if place[-1].dtype in _HALF]
 
 
 @contextmanager
@@ -72,39 +73,26 @@ def _restored_state(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _widened(tensors: list[torch.Tensor]) -> Iterator[None]:
-    originals = _widen(tensors)
+def _widened(half: list[Place]) -> Iterator[None]:
+    originals = replace_tensors(half, torch.Tensor.float)
     try:
         yield
     finally:
-        _restore(originals)
-
-
-@torch.inference_mode(mode=False)  # an inference tensor cannot replace the data of a parameter
-def _widen(tensors: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    originals = [(tensor, tensor.data) for tensor in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.float()
-    return originals
-
-
-def _restore(originals: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for tensor, data in originals:
-        tensor.data = data
+        restore_tensors(originals)
 
 
 @contextmanager
 def _widened_by_layer(module: Any) -> Iterator[None]:
     """Widen the weights of each part when it begins to run, and drop the wide ones when it ends."""
     with ExitStack() as hooks:
-        for part, tensors in _parts(module):
-            running: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for part, half in _parts(module):
+            running: list[Place] = []
 
-            def begin(*_: Any, tensors: Any = tensors, running: Any = running) -> None:
-                running.extend(_widen(tensors))
+            def begin(*_: Any, half: Any = half, running: Any = running) -> None:
+                running.extend(replace_tensors(half, torch.Tensor.float))
 
             def end(*_: Any, running: Any = running) -> None:
-                _restore(running)
+                restore_tensors(running)
                 running.clear()
 
             hooks.callback(part.register_forward_pre_hook(begin).remove)
@@ -112,15 +100,15 @@ def _widened_by_layer(module: Any) -> Iterator[None]:
         yield
 
 
-def _parts(module: Any) -> Iterator[tuple[Any, list[torch.Tensor]]]:
+def _parts(module: Any) -> Iterator[tuple[Any, list[Place]]]:
     """The modules that run one after another, with their half-precision tensors: the members of
     each list of layers as a whole, and what holds weights outside (embeddings, norms, head)."""
-    if tensors := _half_tensors(module, recurse=False):
-        yield module, tensors
+    if half := _half_places(module, recurse=False):
+        yield module, half
     for child in module.children():
         if not isinstance(child, torch.nn.ModuleList):
             yield from _parts(child)
             continue
         for layer in child:
-            if tensors := _half_tensors(layer):
-                yield layer, tensors
+            if half := _half_places(layer):
+                yield layer, half

@@ -20,6 +20,8 @@ from prefixd.server.model.attention import IMPLEMENTATION
 from prefixd.server.model.checkpoint import read_config, read_tokenizer, read_weights
 from prefixd.server.model.checkpoint_files import refuse_unreadable_files
 from prefixd.server.model.demo import MODEL_ID, demo_model
+from prefixd.server.model.parallel.plan import refuse_indivisible
+from prefixd.server.model.tensors import replace_tensors, saved_places, whole
 
 log = logging.getLogger(__name__)
 
@@ -83,24 +85,40 @@ def check_folder(folder: str, *, pool_tokens: int) -> None:
     refuse_unreadable_files(folder)
 
 
-def load_base(
-    model: str, *, dtype: str, device: str, cache_dir: Path, pool_tokens: int | None = None
-) -> LoadedBase:
-    """Load ``model``: ``demo``, a local folder or a Hugging Face id, for a KV pool of
-    ``pool_tokens`` positions (None: of any size).
-
-    Raises UnsupportedModel for a model that cannot be served correctly, DemoModelMissing when the
-    demo model's package is not installed, and FileNotFoundError when the folder does not exist.
-    """
+def find_model(model: str, *, cache_dir: Path, ranks: int = 1) -> tuple[str, str, Any]:
+    """The folder or Hugging Face id of ``model``, its name and its config. Raises as ``load_base``
+    does, before weights are read."""
     if model == "demo":
         source, name = str(demo_model(cache_dir, progress=log.info)), MODEL_ID.rpartition("/")[2]
     else:
         source, name = model, Path(model).resolve().name if is_folder(model) else model
     config = read_config(source)
+    if ranks > 1:
+        refuse_indivisible(config, ranks=ranks)
+    return source, name, config
+
+
+def load_base(
+    model: str,
+    *,
+    dtype: str,
+    device: str,
+    cache_dir: Path,
+    pool_tokens: int | None = None,
+    ranks: int = 1,
+) -> LoadedBase:
+    """Load ``model``: ``demo``, a local folder or a Hugging Face id, for a KV pool of
+    ``pool_tokens`` positions (None: of any size). With more than one of ``ranks``, all of a process
+    group call this, and each gets a part of the weights.
+
+    Raises UnsupportedModel for a model that cannot be served correctly, DemoModelMissing when the
+    demo model's package is not installed, and FileNotFoundError when the folder does not exist.
+    """
+    source, name, config = find_model(model, cache_dir=cache_dir, ranks=ranks)
     refuse_unsupported(config, context=served_context(config, pool_tokens=pool_tokens))
     tokenizer = read_tokenizer(source)
     # In the checkpoint's dtype: the fingerprint must not depend on the serving dtype.
-    module = read_weights(source, config)
+    module = read_weights(source, config, ranks=ranks)
     return prepare_base(
         module, tokenizer, name=name, dtype=dtype, device=device, pool_tokens=pool_tokens
     )
@@ -150,9 +168,8 @@ def _cast(module: Any, dtype: torch.dtype) -> None:
     """Cast the checkpoint's weights to the serving dtype. Computed buffers keep theirs, as in
     transformers: rotary frequencies rounded to bfloat16 rotate the demo model's position 3000 by up
     to four radians too far."""
-    for weight in module.state_dict(keep_vars=True).values():
-        if weight.is_floating_point():
-            weight.data = weight.data.to(dtype)
+    floating = (place for place in saved_places(module) if place[-1].is_floating_point())
+    replace_tensors(floating, lambda weight: weight.to(dtype))
 
 
 def fingerprint_of(module: Any, tokenizer: Any) -> str:
@@ -160,6 +177,7 @@ def fingerprint_of(module: Any, tokenizer: Any) -> str:
 
     Each weight contributes its name, its shape and evenly spaced elements: all of a small one,
     4096 of a large one. Hashing every byte of a large model would take longer than loading it.
+    The same with sharded weights, which are gathered one at a time.
     """
     digest = hashlib.sha256()
     config = module.config.to_dict()
@@ -169,11 +187,12 @@ def fingerprint_of(module: Any, tokenizer: Any) -> str:
         "torch_dtype",
         "transformers_version",
         "_attn_implementation_autoset",
+        "distributed_config",
     ):
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(module.state_dict().items()):
-        flat = weight.detach().reshape(-1)
+        flat = whole(weight.detach()).reshape(-1)
         step = max(1, flat.numel() // _SAMPLES)
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(flat[::step].float().cpu().numpy().tobytes())

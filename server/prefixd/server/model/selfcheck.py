@@ -23,6 +23,7 @@ from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.onsets import Onset, onsets_of
 from prefixd.server.model.selfcheck_compare import TOLERANCE, Comparison, Truth
 from prefixd.server.model.selfcheck_texts import Text, long_text, short_texts
+from prefixd.server.model.tensors import own_part
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ def self_check(base: LoadedBase, *, block_size: int, prefill_chunk: int = 256) -
     the config begin beyond the longest text that is checked. Raises UnsupportedModel with the
     reason.
     """
-    max_abs_embedding = float(base.module.get_input_embeddings().weight.abs().max())
+    embeddings = own_part(base.module.get_input_embeddings().weight)
+    max_abs_embedding = float(embeddings.abs().max())
     if not isfinite(max_abs_embedding):
         raise UnsupportedModel(f"{base.name} has input embeddings that are not finite")
     context, vocab_size = base.context, base.shape.vocab_size

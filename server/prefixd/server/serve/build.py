@@ -23,6 +23,7 @@ from prefixd.server.api.prefixes.residency import pin_room
 from prefixd.server.api.served import DecoderInfo, ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.step import ModelRunner
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.cores import default_threads
 from prefixd.server.model.decoders import DecoderUnavailable
@@ -33,8 +34,10 @@ from prefixd.server.model.load import (
     is_folder,
     resolve_device,
 )
+from prefixd.server.model.parallel.followers import Followers, RankLost
+from prefixd.server.model.parallel.outcome import RankFailed
+from prefixd.server.model.parallel.plan import ParallelRefused
 from prefixd.server.model.prefix import StorePrefixSource
-from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import Limits
 from prefixd.server.model.threads import compute, limit_thread
 from prefixd.server.model.tokenizer import Tokenizer
@@ -54,7 +57,14 @@ from prefixd.store.names import BlobKey
 
 log = structlog.get_logger("prefixd")
 
-MODEL_ERRORS = (UnsupportedModel, DemoModelMissing, DecoderUnavailable)
+MODEL_ERRORS = (
+    UnsupportedModel,
+    DemoModelMissing,
+    DecoderUnavailable,
+    ParallelRefused,
+    RankFailed,
+    RankLost,
+)
 """Errors of a model that cannot be served; their message says why."""
 
 _QUEUED_POOLS = 8
@@ -73,6 +83,7 @@ class Server:
     metrics: Metrics
     device: str
     kernels: str
+    followers: Followers | None
 
 
 def build_server(settings: Settings) -> Server:
@@ -136,10 +147,19 @@ def build_server(settings: Settings) -> Server:
             trace=trace,
             catalog=access,
             database=catalog.database,
+            followers=loaded.followers,
         ),
     )
     return Server(
-        app, engine, catalog.tenants, served, drain_state, metrics, device, decoder.kernels
+        app,
+        engine,
+        catalog.tenants,
+        served,
+        drain_state,
+        metrics,
+        device,
+        decoder.kernels,
+        loaded.followers,
     )
 
 
@@ -157,7 +177,7 @@ def _engine(
     config: SchedulerConfig,
     base: LoadedBase,
     *,
-    runner: Runner,
+    runner: ModelRunner,
     catalog: CatalogParts,
     served: ServedModel,
 ) -> Engine:

@@ -15,6 +15,7 @@ from prefixd.server.api.catalog_calls import CatalogCalls
 from prefixd.server.api.request_record import Tracer
 from prefixd.server.engine.engine import Engine
 from prefixd.server.errors import Unavailable
+from prefixd.server.model.parallel.followers import Followers
 from prefixd.server.serve.catalog_probe import CatalogProbe, report_health
 from prefixd.server.serve.pin_sync import PinSync
 from prefixd.server.tenants.limiter import RENEW_EVERY_S, Limiter
@@ -45,10 +46,11 @@ def make_lifespan(
     pin_room: PinRoom,
     sweeper: Sweeper | None = None,
     trace: Tracer | None = None,
+    followers: Followers | None = None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """A lifespan that runs the engine, pin sync, lease renewal, the watch over the disk and
-    ``sweeper``, and at the end
-    closes ``trace`` and ``database``. ``fingerprint`` is the served base's."""
+    ``sweeper``, and at the end closes ``trace``, ``database`` and ``followers``. ``fingerprint`` is
+    the served base's."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -83,6 +85,8 @@ def make_lifespan(
             pin_sync.stop()
             disk_watch.stop()
             engine.stop()
+            if followers is not None:
+                followers.close()
             if trace is not None:
                 trace.close()
             _close_catalog(catalog, database, limiter, probe)

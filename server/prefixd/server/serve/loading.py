@@ -10,11 +10,15 @@ from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.decoders import DecoderUnavailable, choose_decoder
 from prefixd.server.model.int8_decoder import describe_int8, make_int8_decoder, require_native
-from prefixd.server.model.load import LoadedBase, load_base
+from prefixd.server.model.load import LoadedBase, find_model, load_base
+from prefixd.server.model.parallel.followers import Followers
+from prefixd.server.model.parallel.plan import Job, refuse_setup
+from prefixd.server.model.parallel.runner import ParallelRunner
 from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import Limits, self_check
 from prefixd.server.model.thread_control import ThreadControl
 from prefixd.server.serve.settings import Settings
+from prefixd.server.serve.shutdown import exit_process
 
 _CHECKED_CHUNK = 256
 """Tokens of a chunk when the model is checked; the chunks of requests vary."""
@@ -22,17 +26,21 @@ _CHECKED_CHUNK = 256
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model that can be served, and what runs it."""
+    """A model that can be served, and what runs it; ``followers`` are the other processes of
+    tensor parallel."""
 
     base: LoadedBase
-    runner: Runner
+    runner: Runner | ParallelRunner
     limits: Limits
     decoder: DecoderInfo
+    followers: Followers | None = None
 
 
 def load_model(settings: Settings, config: SchedulerConfig, *, device: str, threads: int) -> Loaded:
     """Load and check the model, and allocate the KV pool. Raises UnsupportedModel,
-    DecoderUnavailable."""
+    DecoderUnavailable, ParallelRefused."""
+    if settings.tensor_parallel > 1:
+        return _load_on_ranks(settings, config, device=device, threads=threads)
 
     def load() -> LoadedBase:
         return load_base(
@@ -58,7 +66,7 @@ def load_model(settings: Settings, config: SchedulerConfig, *, device: str, thre
         prefill_chunk=min(config.max_prefill_chunk, _CHECKED_CHUNK),
     )
     decoder: Decoder
-    figures = {}
+    figures: dict[str, Any] = {}
     if settings.quantize == "int8":
         decoder, quality = make_int8_decoder(base, settings.cpu_kernels, **pool)
         figures = {
@@ -77,6 +85,56 @@ def load_model(settings: Settings, config: SchedulerConfig, *, device: str, thre
         checked.limits,
         DecoderInfo(decoder.name, str(base.device), settings.dtype, settings.quantize, **figures),
     )
+
+
+def _load_on_ranks(
+    settings: Settings, config: SchedulerConfig, *, device: str, threads: int
+) -> Loaded:
+    """Start the processes of tensor parallel and load the model on all of them."""
+    check_ranks(settings, device=device)
+    find_model(
+        settings.model, cache_dir=settings.root / "models", ranks=settings.tensor_parallel
+    )  # a model that cannot be shared is refused before processes start
+    job = _job(settings, config, device=device, threads=threads)
+    followers = Followers(job, hung_s=settings.watchdog, on_lost=lambda _reason: exit_process(1))
+    model = followers.load()
+    info = DecoderInfo(
+        model.runner.decoder.name,
+        str(model.base.device),
+        settings.dtype,
+        settings.quantize,
+        tensor_parallel=settings.tensor_parallel,
+    )
+    runner = ParallelRunner(model.runner, followers)
+    return Loaded(model.base, runner, model.limits, info, followers)
+
+
+def _job(settings: Settings, config: SchedulerConfig, *, device: str, threads: int) -> Job:
+    """What each rank loads. On a CPU the ranks share the threads."""
+    ranks = settings.tensor_parallel
+    return Job(
+        model=settings.model,
+        dtype=settings.dtype,
+        device=device,
+        cache_dir=settings.root / "models",
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        prefill_chunk=min(config.max_prefill_chunk, _CHECKED_CHUNK),
+        threads=max(1, threads // ranks) if device == "cpu" else threads,
+        ranks=ranks,
+    )
+
+
+def check_ranks(settings: Settings, *, device: str) -> None:
+    """Raise ParallelRefused where the settings and this machine do not allow as many processes as
+    they ask for."""
+    if settings.tensor_parallel > 1:
+        refuse_setup(
+            settings.tensor_parallel,
+            device=torch.device(device),
+            kernels=settings.cpu_kernels,
+            quantize=settings.quantize,
+        )
 
 
 def check_int8(settings: Settings, *, device: str) -> str:

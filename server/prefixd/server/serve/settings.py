@@ -75,6 +75,12 @@ class Settings(BaseSettings):
         description="Round the weights and the inputs of each layer to `int8`: faster on a CPU, "
         "with slightly other answers. Needs native kernels.",
     )
+    tensor_parallel: int = Field(
+        default=1,
+        ge=1,
+        description="Processes that share the layers of a model too large for one GPU, each on a "
+        "GPU of its own; started and ended by the server.",
+    )
     database_url: SecretStr | None = Field(
         default=None,
         description="URL of the catalog's database: postgresql://user@host/name.",

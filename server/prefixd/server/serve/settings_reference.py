@@ -13,6 +13,7 @@ SETTING_GROUPS = {
         "model",
         "quantize",
         "served_model_name",
+        "tensor_parallel",
         "threads",
     ),
     "Storage": (

@@ -66,6 +66,15 @@ class DrainingServer(HttpServer):
         self._drain_timeout_s = drain_timeout_s
         self._closing_s = closing_s
         self._second_signal = False
+        self.failure: str | None = None
+
+    def fail(self, reason: str) -> None:
+        """End at once: no request can succeed any more. ``failure`` is then the reason. Safe in any
+        thread."""
+        self.failure = f"the server ends: {reason}"
+        self._drain_state.close(self.failure)
+        self._engine.drain(self.failure)
+        self._second_signal = self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Start to drain at the first signal, end the drain at the next.
@@ -101,7 +110,7 @@ class DrainingServer(HttpServer):
                 await self.on_tick(0)  # keeps the Date header right, as uvicorn's own loop does
             _, requests = await asyncio.wait(requests, timeout=_POLL_S)
         if requests:
-            cause = "a second signal" if self._second_signal else "the timeout"
+            cause = self.failure or ("a second signal" if self._second_signal else "the timeout")
             log.warning("ending what still runs", requests=len(requests), because=cause)
 
     async def _stop_engine(self) -> None:

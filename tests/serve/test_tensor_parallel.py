@@ -1,0 +1,106 @@
+"""A server with ``tensor_parallel``: what it refuses, shows, and how it and its followers end."""
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import typer
+
+from prefixd.client import Client
+from prefixd.server.cli.demo.child import admin
+from prefixd.server.cli.serve import load_server
+from prefixd.server.serve import loading
+from prefixd.server.serve.build import scheduler_config
+from prefixd.server.serve.settings import Settings
+from tests.faults.faults_process import KillableServer
+from tests.model.tiny_folder import save_folder, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_folder(tiny_llama(num_key_value_heads=2), tmp_path_factory.mktemp("model"))
+
+
+def settings(folder: Path, data_dir: Path, **values: Any) -> Settings:
+    return Settings(model=str(folder), data_dir=data_dir, kv_tokens=1024, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"tensor_parallel": 3}, "llama has 2 KV heads, which 3 ranks cannot share evenly"),
+        ({"tensor_parallel": 2, "quantize": "int8"}, "quantize is int8; expected none"),
+        ({"tensor_parallel": 2, "cpu_kernels": "torch"}, "expected auto or module"),
+    ],
+)
+def test_a_start_that_cannot_succeed_ends_before_processes_start(
+    values: dict[str, Any],
+    expected: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(loading, "Followers", None)
+    with pytest.raises(typer.Exit):
+        load_server(settings(folder, tmp_path, **values))
+    assert expected in capsys.readouterr().err
+
+
+def test_ranks_on_one_cpu_share_its_threads(folder: Path, tmp_path: Path) -> None:
+    chosen = settings(folder, tmp_path, tensor_parallel=2, block_size=4)
+    config = scheduler_config(chosen)
+    threads = {
+        (device, count): loading._job(chosen, config, device=device, threads=count).threads
+        for device in ("cpu", "cuda")
+        for count in (1, 5)
+    }
+    assert threads == {("cpu", 1): 1, ("cpu", 5): 2, ("cuda", 1): 1, ("cuda", 5): 5}
+    job = loading._job(chosen, config, device="cpu", threads=1)
+    assert job.pool_tokens == loading.pool_tokens(config) == 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent_to", ["server", "follower"])
+def test_followers_end_with_the_server_and_the_server_with_a_follower(
+    sent_to: str, folder: Path, tmp_path: Path
+) -> None:
+    admin(tmp_path, "tenant", "create", "acme")
+    key = admin(tmp_path, "key", "create", "--tenant", "acme")
+    assert isinstance(key, dict)
+    flags = ("--tensor-parallel", "2", "--kv-tokens", "1024", "--watchdog", "30")
+    with KillableServer(data_dir=tmp_path, model=folder, flags=flags) as server:
+        url = server.ready()
+        follower = int(re.findall(r"rank 1 of 2 is process (\d+)", server.log.read_text())[0])
+        assert follower in server.family
+        facts = httpx2.get(f"{url}/health/ready").json()["decoder"]
+        assert facts["tensor_parallel"] == 2
+        assert facts["kernels"] == "module"
+        assert 'tensor_parallel="2"' in httpx2.get(f"{url}/metrics").text
+        with Client(url, api_key=str(key["key"])) as client:
+            client.upload_text("dog", "You are a dog.")
+        body = {"model": "dog", "prompt": "Hello", "temperature": 0, "ignore_eos": True}
+        headers = {"authorization": f"Bearer {key['key']}"}
+        answer = httpx2.post(
+            f"{url}/v1/completions", json={**body, "max_tokens": 4}, headers=headers, timeout=60
+        )
+        assert answer.json()["usage"]["completion_tokens"] == 4, answer.text
+        if sent_to == "server":
+            server.send(signal.SIGTERM)
+            assert server.ended(limit=60) == 0
+        else:
+            request = {**body, "max_tokens": 100, "stream": True}
+            with httpx2.stream(
+                "POST", f"{url}/v1/completions", json=request, headers=headers, timeout=60
+            ) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                os.kill(follower, signal.SIGKILL)
+                assert not list(lines)[-1:] == ["data: [DONE]"]
+            assert server.ended(limit=60) == 1
+            assert "the server ends: rank 1 was killed by signal 9" in server.log.read_text()
+        assert server.family == []
