@@ -24,16 +24,11 @@ from prefixd.server.engine.step import OutOfMemory, Sampled, StepOutput
 from prefixd.server.model import load
 from prefixd.server.model.architecture import UnsupportedModel, shape_of
 from prefixd.server.model.float32 import float32_arithmetic
+from prefixd.server.model.heads import local_shape, refuse_indivisible
 from prefixd.server.model.parallel import followers as module
 from prefixd.server.model.parallel.followers import PING, Followers, RankLost, _Follower
 from prefixd.server.model.parallel.outcome import Outcome, RankFailed, raise_failures
-from prefixd.server.model.parallel.plan import (
-    Job,
-    ParallelRefused,
-    local_shape,
-    refuse_indivisible,
-    refuse_setup,
-)
+from prefixd.server.model.parallel.plan import Job, ParallelRefused, refuse_setup
 from tests.model.broken_models import GATED, random_model, right_models
 
 ROOT = Path(__file__).parents[2]
@@ -221,7 +216,7 @@ def test_a_rank_that_fails_while_others_wait_for_it_is_lost(
     assert played.lost.get(timeout=30) == "rank 1 failed while others wait for it: none left"
 
 
-def test_a_later_watch_is_told_of_the_loss(play: Callable[[float], Played]) -> None:
+def test_a_later_watch_receives_the_loss(play: Callable[[float], Played]) -> None:
     played = play(3600)
     played.process.kill()
     reason = played.lost.get(timeout=30)

@@ -90,6 +90,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
             ),
         ),
         ({"cpu_kernels": "torch"}, "torch, no native kernels: cpu_kernels is torch"),
+        ({"tensor_parallel": 2}, "module, no native kernels: tensor_parallel is 2"),
         (
             {"dtype": "float16"},
             (

@@ -17,7 +17,9 @@ from prefixd.server.cli.output import json_text, print_json, printable
 from prefixd.server.serve.settings import Settings
 
 
-@with_settings(*CATALOG_SETTINGS, "model", "dtype", "device", "cpu_kernels", "quantize")
+@with_settings(
+    *CATALOG_SETTINGS, "model", "dtype", "device", "cpu_kernels", "quantize", "tensor_parallel"
+)
 def doctor(
     settings: Settings,
     integrity: Annotated[
@@ -107,8 +109,12 @@ def _check_torch(settings: Settings) -> str:
 
 def _check_device(settings: Settings) -> str:
     from prefixd.server.serve.build import device_of
+    from prefixd.server.serve.loading import check_ranks
 
-    return device_of(settings)
+    device = device_of(settings)
+    check_ranks(settings, device=device)
+    ranks = settings.tensor_parallel
+    return device if ranks == 1 else f"{device}, with {ranks} processes that share the model"
 
 
 def _check_kernels(settings: Settings) -> str:

@@ -20,7 +20,7 @@ from prefixd.server.model.attention import IMPLEMENTATION
 from prefixd.server.model.checkpoint import read_config, read_tokenizer, read_weights
 from prefixd.server.model.checkpoint_files import refuse_unreadable_files
 from prefixd.server.model.demo import MODEL_ID, demo_model
-from prefixd.server.model.parallel.plan import refuse_indivisible
+from prefixd.server.model.heads import refuse_indivisible
 from prefixd.server.model.tensors import replace_tensors, saved_places, whole
 
 log = logging.getLogger(__name__)
@@ -73,13 +73,15 @@ def is_folder(model: str) -> bool:
     return False
 
 
-def check_folder(folder: str, *, pool_tokens: int) -> None:
+def check_folder(folder: str, *, pool_tokens: int, ranks: int = 1) -> None:
     """Check a model's config, tokenizer and files as ``load_base`` does; of the weights only names
     and types are read.
 
     Raises UnsupportedModel.
     """
     config = read_config(folder)
+    if ranks > 1:
+        refuse_indivisible(config, ranks=ranks)
     refuse_unsupported(config, context=served_context(config, pool_tokens=pool_tokens))
     read_tokenizer(folder)
     refuse_unreadable_files(folder)

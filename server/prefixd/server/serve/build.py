@@ -233,7 +233,11 @@ def model_origin(settings: Settings) -> str:
     """Where the model is loaded from. Raises FileNotFoundError for a folder that does not exist and
     UnsupportedModel for one whose config or tokenizer cannot be served."""
     if is_folder(settings.model):
-        check_folder(settings.model, pool_tokens=pool_tokens(scheduler_config(settings)))
+        check_folder(
+            settings.model,
+            pool_tokens=pool_tokens(scheduler_config(settings)),
+            ranks=settings.tensor_parallel,
+        )
         return f"local folder {settings.model}: config and tokenizer can be served"
     return f"{settings.model} would be looked up on Hugging Face"
 

@@ -15,6 +15,8 @@ def describe_kernels(settings: Settings) -> str:
     do not; or why none does. Raises DecoderUnavailable where the settings name one that cannot, as
     a start does."""
     choice, dtype = settings.cpu_kernels, getattr(torch, settings.dtype)
+    if settings.tensor_parallel > 1:
+        return f"module, no native kernels: tensor_parallel is {settings.tensor_parallel}"
     if choice not in {"auto", *KERNELS}:
         return f"{choice}, no native kernels: cpu_kernels is {choice}"
     try:

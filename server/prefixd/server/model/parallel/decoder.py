@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from prefixd.server.model.heads import local_shape
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.module_decoder import ModuleDecoder
-from prefixd.server.model.parallel.plan import local_shape
 
 
 class ParallelDecoder(ModuleDecoder):

@@ -108,7 +108,7 @@ class Followers:
             join(self._job, 0, store=self._store)
             model = load_rank(self._job)
         except Exception:
-            self.close()  # before others fail for want of this rank, and seem to be the cause
+            self.close()  # before others fail without this rank, and seem to be the cause
             raise
         raise_failures(self.end(number, Outcome()))
         return model

@@ -1,15 +1,9 @@
-"""Which models and settings can be served by several processes; others are refused by name."""
+"""What every rank is asked to do, and settings that do not allow it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-
-from prefixd.server.model.architecture import Shape, UnsupportedModel
-
-_HEADS = ("q_proj", "k_proj", "v_proj")
-"""The projections that a plan must cut by head, as attention and the KV pool are cut."""
 
 
 class ParallelRefused(Exception):
@@ -56,32 +50,3 @@ def refuse_setup(ranks: int, *, device: torch.device, kernels: str, quantize: st
             f"{asked} and the device cpu on a machine with a GPU, which transformers would take; "
             "expected cuda, or CUDA_VISIBLE_DEVICES to hide the GPU"
         )
-
-
-def refuse_indivisible(config: Any, *, ranks: int) -> None:
-    """Raise UnsupportedModel for the config of a model that ``ranks`` processes cannot share."""
-    text = config.get_text_config(decoder=True)
-    plan = getattr(text, "base_model_tp_plan", None) or {}
-    cut = {name.rpartition(".")[2] for name, style in plan.items() if style == "colwise"}
-    if not cut.issuperset(_HEADS):
-        raise UnsupportedModel(
-            f"{config.model_type}: transformers has no plan that cuts its attention by head, so "
-            "it cannot be served with tensor_parallel"
-        )
-    heads = int(text.num_attention_heads)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    for what, count in (("KV heads", kv_heads), ("attention heads", heads)):
-        if count % ranks:
-            fitting = [str(n) for n in range(2, kv_heads + 1) if kv_heads % n == heads % n == 0]
-            expected = " or ".join(fitting) or "1, which is no tensor parallel"
-            raise UnsupportedModel(
-                f"{config.model_type} has {count} {what}, which {ranks} ranks cannot share "
-                f"evenly; expected a tensor_parallel of {expected}"
-            )
-
-
-def local_shape(shape: Shape, *, ranks: int) -> Shape:
-    """What one rank holds of a model's heads."""
-    return replace(
-        shape, num_heads=shape.num_heads // ranks, num_kv_heads=shape.num_kv_heads // ranks
-    )
