@@ -205,8 +205,13 @@ def test_full_collections_skip_what_was_loaded_at_start(monkeypatch: pytest.Monk
     frozen: list[int] = []
 
     class Recorder:
+        failure = None
+
         def __init__(self, *_: object, **__: object) -> None:
             pass
+
+        def fail(self, reason: str) -> None:
+            raise AssertionError(reason)
 
         def run(self, **_: object) -> None:
             frozen.append(gc.get_freeze_count())
@@ -219,7 +224,7 @@ def test_full_collections_skip_what_was_loaded_at_start(monkeypatch: pytest.Monk
     before = gc.get_freeze_count()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         try:
-            _run(MagicMock(), Settings(), listener)
+            assert not _run(MagicMock(), Settings(), listener)
         finally:
             gc.unfreeze()
     assert frozen[0] > before + 1000
