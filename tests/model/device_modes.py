@@ -52,8 +52,9 @@ class DeviceOnly(TorchDispatchMode):
 
 
 class _WithoutCuda(TorchFunctionMode):
-    """Lets fake tensors be indexed where torch was built without CUDA: ``x[...]`` itself asks for
-    the device there, and the ops that it stands for do not. What still asks for it is refused."""
+    """Lets fake tensors be indexed where torch was built without CUDA: ``x[...]`` and ``~x`` ask
+    for the device there, and the ops that they stand for do not. What still asks for it is refused.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.backends.cuda.is_built():
@@ -62,6 +63,8 @@ class _WithoutCuda(TorchFunctionMode):
             return _indexed(*args)
         if func is torch.Tensor.__setitem__:
             return _assign(*args)
+        if func is torch.Tensor.__invert__:
+            return torch.ops.aten.bitwise_not(*args)
         try:
             return func(*args, **(kwargs or {}))
         except RuntimeError as error:

@@ -56,6 +56,11 @@ class SamplingParams:
             or self.frequency_penalty != 0.0
         )
 
+    @property
+    def is_filtered(self) -> bool:
+        """Whether top_k, top_p or min_p may cut tokens."""
+        return bool(self.top_k) or self.top_p < 1 or bool(self.min_p)
+
 
 @dataclass(frozen=True, slots=True)
 class StopParams:

@@ -6,16 +6,26 @@ in that row's cumulative distribution.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import torch
 
 from prefixd.server.engine.request import SamplingParams, TokenLogprob
 from prefixd.server.engine.step import Chunk, Sampled
 from prefixd.server.model.decoder import Logits
+from prefixd.server.model.draws import (
+    GREEDY_BELOW,
+    Filters,
+    cut,
+    head,
+    head_width,
+    in_order,
+    likeliest,
+    look_up,
+    weights,
+)
 
 _NEVER = float("-inf")
-_GREEDY_BELOW = 1e-5  # a smaller divisor overflows; vLLM uses the same limit
-_HEAD = 1024  # most probable tokens that are searched for a filter's cut before sorting all
 
 
 def sample(output: Logits, chunks: Sequence[Chunk]) -> list[Sampled]:
@@ -30,13 +40,17 @@ def sample(output: Logits, chunks: Sequence[Chunk]) -> list[Sampled]:
         logits = torch.where(finite[:, None], logits, 0.0)
     adjusted = _adjust(logits, chunks, params)
     token_ids = best_ids if adjusted is logits else adjusted.max(dim=-1).indices
-    random = [i for i, p in enumerate(params) if p.temperature >= _GREEDY_BELOW]
+    random = [i for i, p in enumerate(params) if p.temperature >= GREEDY_BELOW]
     if random:
-        rows = torch.tensor(random, device=logits.device)
-        drawn = _draw(
-            adjusted[rows], [params[i] for i in random], [chunks[i].uniform for i in random]
+        token_ids = token_ids.index_copy(
+            0,
+            torch.tensor(random, device=logits.device),
+            _draw(
+                _select(adjusted, random),
+                [params[i] for i in random],
+                [chunks[i].uniform for i in random],
+            ),
         )
-        token_ids = token_ids.index_copy(0, rows, drawn)
     return _with_logprobs(_sampled(token_ids, finite), logits, params)
 
 
@@ -44,7 +58,7 @@ def _is_plain(chunk: Chunk, setting: SamplingParams) -> bool:
     """Whether the token is the one with the largest logit, and nothing else is asked for: then the
     logits are not read again."""
     return (
-        setting.temperature < _GREEDY_BELOW
+        setting.temperature < GREEDY_BELOW
         and setting.top_logprobs is None
         and not (setting.needs_history or setting.logit_bias or chunk.banned)
     )
@@ -113,27 +127,24 @@ def _draw(
     temperature = torch.tensor([p.temperature for p in params], device=device)
     uniform = torch.tensor(uniforms, device=device, dtype=torch.float64)
     probs = (logits / temperature[:, None]).softmax(dim=-1)
-    filtered = [i for i, p in enumerate(params) if p.top_k or p.top_p < 1 or p.min_p]
-    plain = [i for i in range(len(params)) if i not in set(filtered)]
+    filtered = [i for i, p in enumerate(params) if p.is_filtered]
+    if not filtered:
+        return look_up(weights(probs), uniform)
     drawn = torch.empty(len(params), dtype=torch.long, device=device)
+    plain = [i for i, p in enumerate(params) if not p.is_filtered]
     if plain:
-        rows = torch.tensor(plain, device=device)
-        drawn[rows] = _look_up(probs[rows], uniform[rows])
-    if filtered:
-        rows = torch.tensor(filtered, device=device)
-        drawn[rows] = _draw_filtered(probs[rows], [params[i] for i in filtered], uniform[rows])
+        drawn[plain] = look_up(weights(_select(probs, plain)), _select(uniform, plain))
+    drawn[filtered] = _draw_filtered(
+        _select(probs, filtered), [params[i] for i in filtered], _select(uniform, filtered)
+    )
     return drawn
 
 
-def _look_up(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Index [rows] at which the cumulative distribution of ``probs`` passes ``uniform``.
-
-    Summed in float64: a sum over a large vocabulary loses the tail in float32.
-    """
-    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    target = uniform[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True)
-    return index.clamp(max=probs.shape[1] - 1)[:, 0]
+def _select(values: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Those rows; the tensor itself where they are all."""
+    if len(rows) == len(values):
+        return values
+    return values.index_select(0, torch.tensor(rows, device=values.device))
 
 
 def _draw_filtered(
@@ -144,61 +155,50 @@ def _draw_filtered(
     Filters nearly always cut within the most probable tokens, and selecting those is much cheaper
     than sorting the vocabulary; only rows with a later cut are sorted.
     """
-    ordered, ids = probs.topk(min(_HEAD, probs.shape[1]))
-    kept, settled = _cut(ordered, params, vocab_size=probs.shape[1])
-    drawn = ids.gather(1, _look_up(kept, uniform)[:, None])[:, 0]
+    num_ids = probs.shape[1]
+    width = head_width(max(p.top_k or num_ids for p in params))
+    ordered, ids = head(probs, width)
+    kept, settled = cut(ordered, _filters(params, probs), num_ids=num_ids)
+    drawn = ids.gather(1, look_up(kept, uniform)[:, None])[:, 0]
     unsettled = [i for i, is_settled in enumerate(settled.tolist()) if not is_settled]
     if unsettled:
-        rows = torch.tensor(unsettled, device=probs.device)
-        ordered, ids = probs[rows].sort(dim=-1, descending=True, stable=True)
-        kept, _ = _cut(ordered, [params[i] for i in unsettled], vocab_size=probs.shape[1])
-        drawn[rows] = ids.gather(1, _look_up(kept, uniform[rows])[:, None])[:, 0]
+        ordered, ids = in_order(_select(probs, unsettled))
+        kept, _ = cut(ordered, _filters([params[i] for i in unsettled], probs), num_ids=num_ids)
+        index = look_up(kept, _select(uniform, unsettled))
+        drawn[unsettled] = ids.gather(1, index[:, None])[:, 0]
     return drawn
 
 
-def _cut(
-    ordered: torch.Tensor, params: Sequence[SamplingParams], *, vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zero the probabilities that the filters cut. ``ordered`` holds the largest of
-    ``vocab_size`` in descending order.
-
-    Also returns [rows]: True when every token outside ``ordered`` is cut too.
-    """
-    device, width = ordered.device, ordered.shape[1]
-    top_k = torch.tensor([min(p.top_k or vocab_size, vocab_size) for p in params], device=device)[
-        :, None
-    ]
-    top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
-    min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
-    keep = torch.arange(width, device=device) < top_k
-    keep &= ordered >= min_p * ordered[:, :1]
-    ordered = ordered * keep
-    # top_p applies to the mass that top_k and min_p kept: all of it when they are off.
-    ended = ~keep[:, -1:] | (top_k <= width)
-    unfiltered = (top_k == vocab_size) & (min_p == 0)
-    mass = torch.where(unfiltered & ~ended, 1.0, ordered.sum(dim=-1, keepdim=True))
-    # A token is kept while the mass before it is below top_p. The first is always kept, even when
-    # top_p underflows in float32.
-    before = ordered.cumsum(dim=-1) - ordered
-    short = before < top_p * mass
-    short[:, 0] = True
-    settled = ended | (unfiltered & ~short[:, -1:])
-    return ordered * short, settled[:, 0]
+def _filters(params: Sequence[SamplingParams], probs: torch.Tensor) -> Filters:
+    num_ids, device = probs.shape[1], probs.device
+    return Filters(
+        top_k=torch.tensor([min(p.top_k or num_ids, num_ids) for p in params], device=device),
+        top_p=torch.tensor([p.top_p for p in params], device=device),
+        min_p=torch.tensor([p.min_p for p in params], device=device),
+    )
 
 
 def _with_logprobs(
     sampled: list[Sampled], logits: torch.Tensor, params: Sequence[SamplingParams]
 ) -> list[Sampled]:
     """Add log-probabilities of the unmodified distribution to the rows that request them."""
-    for row, setting in enumerate(params):
-        if setting.top_logprobs is None or not sampled[row].finite:
-            continue
-        logprobs = logits[row].log_softmax(dim=-1)
-        top = logprobs.topk(min(setting.top_logprobs, len(logprobs)))
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    wanted = [
+        row
+        for row, setting in enumerate(params)
+        if setting.top_logprobs is not None and sampled[row].finite
+    ]
+    if not wanted:
+        return sampled
+    logprobs = _select(logits, wanted).log_softmax(dim=-1)
+    chosen = torch.tensor([sampled[row].token_id for row in wanted], device=logits.device)
+    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+    count = max(params[row].top_logprobs or 0 for row in wanted)
+    values, ids = likeliest(logprobs, min(count, logits.shape[1]))
+    for row, logprob, *top in zip(wanted, own, ids.tolist(), values.tolist(), strict=True):
+        pairs = islice(zip(*top, strict=True), params[row].top_logprobs)
         sampled[row] = Sampled(
             sampled[row].token_id,
-            logprob=float(logprobs[sampled[row].token_id]),
-            top_logprobs=tuple(TokenLogprob(token_id, logprob) for token_id, logprob in pairs),
+            logprob=logprob,
+            top_logprobs=tuple(TokenLogprob(token_id, value) for token_id, value in pairs),
         )
     return sampled
