@@ -16,6 +16,7 @@ from prefixd.server.engine.request import (
     SamplingParams,
     StopParams,
 )
+from prefixd.server.engine.runner import BlockingRunner
 from prefixd.server.engine.step import Sampled, Step, StepOutput
 from prefixd.server.testing import ByteDetokenizer, FakeStaged
 
@@ -24,7 +25,7 @@ TENANTS = 50
 SAMPLED = (Sampled(ord("x")),)
 
 
-class InstantRunner:
+class InstantRunner(BlockingRunner):
     """Samples the same token for every row, without any other work."""
 
     def run(self, step: Step) -> StepOutput:
@@ -82,7 +83,8 @@ class CrowdedPool:
             entry = residency.fetch(each)
             residency.staged(entry, FakeStaged(VIRTUAL))
             residency.place(entry, forced=False)
-            residency.compiled(each.key, VIRTUAL)
+            residency.compiles(entry, VIRTUAL)
+            residency.compiled(entry)
 
     def submit(
         self, prefix: PrefixHandle | None = None, *, tokens: int = 2000, tenant: str = "base"

@@ -23,6 +23,8 @@ from prefixd.server.engine.step_budget import StepBudget
 from prefixd.server.testing import ByteDetokenizer, FakeStaged
 from tests.engine.test_engine import PREFIX, PROMPT, Bench, answer, expected, fail_steps
 
+pytestmark = pytest.mark.usefixtures("depth")
+
 UNDELIVERED = "the engine could not deliver this answer"
 
 
@@ -215,6 +217,7 @@ def test_engine_that_ends_with_failing_calls_pending_aborts_all_requests(
     assert "a bug in the core" in caplog.text
 
 
+@pytest.mark.parametrize("depth", [0], indirect=True)  # one behind, they run while the device does
 def test_step_time_excludes_detokenizers_and_handlers() -> None:
     class Slow(ByteDetokenizer):
         def push(self, token_id: int) -> Sequence[TokenText]:
@@ -273,18 +276,23 @@ def test_the_time_of_each_step_is_measured_for_the_budget_of_the_next() -> None:
 
 
 def test_callers_are_woken_when_the_thread_leaves_for_the_device(
-    monkeypatch: pytest.MonkeyPatch,
+    depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not while it runs the Python of a step; and no step is waited for when there is none."""
     bench = Bench()
     seen: list[str] = []
-    schedule = bench.engine.core.scheduler.schedule
+    schedule, submit = bench.engine.core.scheduler.schedule, bench.runner.submit
 
     def record(**values: float) -> Step:
         seen.append("schedule")
         return schedule(**values)
 
+    def record_submitted(step: Step) -> None:
+        seen.append("submit")
+        submit(step)
+
     monkeypatch.setattr(bench.engine.core.scheduler, "schedule", record)
+    monkeypatch.setattr(bench.runner, "submit", record_submitted)
     fail_steps(bench, monkeypatch, lambda _step: seen.append("run"))
     request = AdmittedRequest(
         "r", "acme", PROMPT, None, SamplingParams(temperature=0.0), StopParams(max_tokens=3)
@@ -300,6 +308,11 @@ def test_callers_are_woken_when_the_thread_leaves_for_the_device(
     bench.engine.start()
     assert ended.wait(20)
     bench.engine.stop()
-    step = ["schedule", "deliver", "run", "event"]
-    whole = ["schedule", "run", "event", *step, *step, "event", "deliver"]
+    if depth:  # the next step is submitted before the tokens of the one before are known
+        step = ["schedule", "submit", "deliver", "run", "event"]
+        begin = ["schedule", "submit", "schedule", "submit", "run", "event"]
+        whole = [*begin, *step, "schedule", "deliver", "run", "event", "event", "deliver"]
+    else:
+        step = ["schedule", "submit", "deliver", "run", "event"]
+        whole = ["schedule", "submit", "run", "event", *step, *step, "event", "deliver"]
     assert seen[: len(whole)] == whole

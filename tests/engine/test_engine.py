@@ -32,12 +32,16 @@ from prefixd.server.engine.step import (
 )
 from prefixd.server.testing import ByteDetokenizer, FakeRunner, FakeSource, fake_generate
 
+pytestmark = pytest.mark.usefixtures("depth")
+
 PREFIX = PrefixHandle(PrefixKey("t", "digest"), 5)
 PROMPT = tuple(b"hello")
 
 
 class Bench:
     """An engine over fakes, and a way to submit requests."""
+
+    depth = 0
 
     def __init__(
         self,
@@ -46,7 +50,7 @@ class Bench:
         max_waiting_tokens: int | None = None,
         detokenizer: Callable[[Sequence[int]], Detokenizer] = ByteDetokenizer,
     ) -> None:
-        self.runner = FakeRunner(block_size=4)
+        self.runner = FakeRunner(block_size=4, depth=self.depth)
         self.source = FakeSource({PREFIX.key: 5})
         self.engine = Engine(
             config=SchedulerConfig(
@@ -90,7 +94,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench() -> Iterator[Bench]:
+def bench(depth: int) -> Iterator[Bench]:
+    assert Bench.depth == depth
     bench = Bench()
     bench.engine.start()
     yield bench

@@ -27,7 +27,8 @@ class Pool:
         entry = self.residency.fetch(PrefixHandle(key, 4))
         self.residency.staged(entry, FakeStaged(4))
         self.residency.place(entry, forced=forced)
-        self.residency.compiled(key, 4)
+        self.residency.compiles(entry, 4)
+        self.residency.compiled(entry)
         if used:
             self.memory.pool.release(self.residency.acquire(key).blocks)
             self.residency.release(key)

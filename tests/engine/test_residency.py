@@ -24,7 +24,8 @@ def make_resident(residency: Residency, name: str, *, forced: bool = False) -> E
     entry = residency.fetch(handle(name))
     residency.staged(entry, FakeStaged(entry.num_tokens))
     residency.place(entry, forced=forced)
-    residency.compiled(entry.key, entry.num_tokens)
+    residency.compiles(entry, entry.num_tokens)
+    residency.compiled(entry)
     return entry
 
 
@@ -34,12 +35,13 @@ def test_stages_follow_the_table(residency: Residency) -> None:
     residency.staged(entry, FakeStaged(6))
     stages.append(entry.stage)
     assert len(residency.place(entry, forced=False)) == 2
-    residency.compiled(entry.key, 4)
+    residency.compiles(entry, 4)
     stages.append(entry.stage)
     residency.unplace(entry)
     assert (entry.stage, entry.num_compiled, entry.blocks) == (Stage.STAGED, 0, [])
     residency.place(entry, forced=True)
-    residency.compiled(entry.key, 6)
+    residency.compiles(entry, 6)
+    residency.compiled(entry)
     stages.append(entry.stage)
     residency.leave(entry)
     stages.append(entry.stage)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.runner import BlockingRunner
 from prefixd.server.engine.step import Step, StepOutput
 
 
@@ -26,7 +27,7 @@ class StepRecord:
     held: int
 
 
-class StepRecorder:
+class StepRecorder(BlockingRunner):
     """A runner that records the service of each step.
 
     A step starts only when ``backlog`` sequences wait: otherwise a tiny model is faster than HTTP

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.runner import BlockingRunner
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.step import Chunk, OutOfMemory, Step, StepOutput
 from prefixd.server.model.runner import Runner
@@ -43,7 +44,7 @@ def _fault_of(seed: int | None) -> Fault | None:
     return Fault(kind) if kind else None
 
 
-class FaultyRunner:
+class FaultyRunner(BlockingRunner):
     """Runs steps through ``inner``, and forwards all other attributes to it.
 
     ``fired`` counts faults by kind.

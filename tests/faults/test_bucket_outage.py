@@ -12,6 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from prefixd.server.engine.runner import BlockingRunner
 from prefixd.server.engine.step import Step, StepOutput
 from tests.faults.faults_outage import (
     HealthProber,
@@ -97,7 +98,7 @@ def test_bucket_that_fails(
     check_integrity(tmp_path / "data", "--blobs-url", s3_url)
 
 
-class PacedRunner:
+class PacedRunner(BlockingRunner):
     """A runner whose steps take at least ``STEP_S``."""
 
     def __init__(self, inner: Any) -> None:

@@ -17,6 +17,7 @@ import httpx2
 import pytest
 
 from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.runner import BlockingRunner
 from prefixd.server.engine.step import Step, StepOutput
 from tests.faults.faults_memory import resident_kib
 from tests.faults.faults_model import Reference, make_prompts
@@ -35,7 +36,7 @@ _GROWTH_KIB = 24 * 1024
 
 
 @dataclass
-class QueueRecorder:
+class QueueRecorder(BlockingRunner):
     """A runner that records the number of waiting sequences, and how many steps each one waits.
 
     During an overload a step waits briefly for the queue to fill: on some machines a tiny model is

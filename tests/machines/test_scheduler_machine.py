@@ -2,6 +2,8 @@
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -41,13 +43,24 @@ PREFIXES = [
     PrefixHandle(PrefixKey(tenant, f"{tenant}-{length}"), length)
     for tenant, length in itertools.product(TENANTS, LENGTHS)
 ]
+Ended = list[Sequence]
 PROMPTS = [[1] * 14, [1] * 6 + [2] * 8]
 """Prompts are beginnings of these, so that requests share blocks."""
 
 
+STOPS = (frozenset[int](), frozenset(range(ord("a"), ord("h"))), frozenset({1}))
+
+
+class OddOnes:
+    """A constraint: the parity of the last token decides which may follow."""
+
+    def banned(self, output: Items[int]) -> Items[int]:
+        return range(ord("a") + sum(output[-1:]) % 2, ord("z"), 2)
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests, fetches, failures, aborts, pins, warms, retirements and the passing of time in any
-    order, on pools down to the smallest."""
+    order, on pools down to the smallest, with a step in flight while the next is planned or not."""
 
     sequences = Bundle("sequences")
 
@@ -61,6 +74,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         queue=st.sampled_from([None, 60]),
         looked_at=st.sampled_from([2, 256]),
         speculate=st.booleans(),
+        depth=st.integers(0, 1),
     )
     def start(
         self,
@@ -74,6 +88,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         queue: int | None,
         looked_at: int,
         speculate: bool,
+        depth: int,
     ) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr("prefixd.server.engine.step_builder.LOOKAHEAD", looked_at)
@@ -82,6 +97,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             next_token = testing.fake_next_token
             self.patch.setattr(testing, "fake_next_token", lambda *so_far: next_token(*so_far) % 2)
             self.patch.setattr(RowCosts, "needs_plain", lambda *_: False)
+            if depth:  # drafts are tried where they may pay, which is rare one behind
+                self.patch.setattr(RowCosts, "slowdown", lambda *_: 1.0)
         self.cap = cap
         self.config = SchedulerConfig(
             num_blocks=blocks,
@@ -100,7 +117,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             speculate=speculate,
         )
         self.scheduler = Scheduler(self.config, namespace="model")
-        self.runner = FakeRunner(block_size=BLOCK)
+        self.runner = FakeRunner(block_size=BLOCK, depth=depth)
         self.now = 0.0
         self.ids = itertools.count()
         self.fetching: list[PrefixKey] = []
@@ -129,6 +146,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         timeout=st.sampled_from([None, None, 3.0]),
         kv_reuse=st.booleans(),
+        stop=st.sampled_from(STOPS),
+        min_tokens=st.integers(0, 5),
+        constraint=st.sampled_from([None, None, OddOnes()]),
     )
     def add(
         self,
@@ -141,6 +161,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority: int,
         timeout: float | None,
         kv_reuse: bool,
+        stop: frozenset[int],
+        min_tokens: int,
+        constraint: OddOnes | None,
     ) -> object:
         handle = None if prefix is None else PREFIXES[TENANTS.index(tenant) * 5 + prefix]
         fits = self.config.max_tokens_for(handle.num_tokens if handle else 0)
@@ -155,12 +178,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             prompt=tuple(prompt),
             prefix=handle,
             sampling=SamplingParams(temperature=0),
-            stop=StopParams(max_tokens=max_tokens),
+            stop=StopParams(max_tokens=max_tokens, token_ids=stop, min_tokens=min_tokens),
             max_resident_tokens=self.cap if tenant == "a" else None,
             weight=WEIGHTS[tenant],
             priority=priority,
             timeout_s=timeout,
             kv_reuse=kv_reuse,
+            constraint=constraint,
         )
         sequence = Sequence(seq_id, request, 0, 0, list(prompt))
         self.alive[seq_id] = sequence
@@ -207,26 +231,67 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(speed=st.sampled_from([0.001, 0.02, 0.2]))
     def step(self, speed: float) -> None:
         self.time_passes(0.1)
-        before = {s.seq_id: s.num_remaining for s in self.scheduler.running}
+        before = [s for s in self.scheduler.running if s.num_remaining == 1]
+        decodes = {s.seq_id for s in before if not self.may_wait(s)}
         proving = self.scheduler.recovery.proving
         preemptions = self.scheduler.num_preemptions
         waited = self.ready_tenants()
-        step = self.scheduler.schedule(now=self.now)
-        self.check_step(step)
+        step = self.plan()
         self.check_budgets()
         self.check_fairness(waited & self.ready_tenants())
-        decodes = {i for i, remaining in before.items() if remaining == 1}
-        missed = decodes - {c.seq_id for c in step.chunks}
+        planned = {c.seq_id for c in step.chunks}
+        missed = decodes - planned
         if proving and self.scheduler.recovery.proving:
             assert step.num_parts <= 1, "a sequence of a failed step must run alone"
         elif not proving:
             assert len(missed) <= self.scheduler.num_preemptions - preemptions, "a decode stalled"
-            self.check_step_budget(step, decodes - missed)
+            self.check_step_budget(step, planned & {s.seq_id for s in before})
         self.scheduler.step_budget.observe(step, speed * step.num_tokens)
+        self.end_all(self.run(step))
+
+    def may_wait(self, sequence: Sequence) -> bool:
+        """Whether the sequence may miss a step until its pending token has come."""
+        speculates = self.config.speculate and sequence.speculates
+        return sequence.num_pending > 0 and (sequence.is_complete or speculates)
+
+    def plan(self) -> Step:
+        step = self.scheduler.schedule(now=self.now)
+        self.check_step(step)
         self.fetching += step.fetches
-        output = self.runner.run(step) if step.has_work else StepOutput({})
-        for sequence in self.scheduler.update(step, output):
-            self.check_ended(sequence)
+        return step
+
+    def run(self, step: Step, *, spoil: Callable[[StepOutput], object] | None = None) -> Ended:
+        """Submit a step, and collect what the engine would collect then. ``spoil`` changes the
+        output of the first step that is collected."""
+        if step.has_work:
+            self.runner.submit(step)
+        ended = []
+        in_flight = self.scheduler.in_flight
+        while in_flight and in_flight[0] is not step:
+            ended += self.collect(spoil)
+            spoil = None
+        if step.masked:
+            self.runner.complete(self.scheduler.masks(step))
+        if in_flight and (not self.runner.depth or self.scheduler.recovery.proving):
+            ended += self.collect(spoil)
+        return ended
+
+    def collect(self, spoil: Callable[[StepOutput], object] | None = None) -> Ended:
+        output = self.runner.collect()
+        alive = {i: sampled for i, sampled in output.sampled.items() if i in self.alive}
+        output = StepOutput(alive, output.saved)
+        if spoil is not None:
+            spoil(output)
+        ended = self.scheduler.update(self.scheduler.in_flight[0], output)
+        self.scheduler.check_integrity()
+        return ended
+
+    @rule(which=st.integers(0, 4))
+    def preempt(self, which: int) -> None:
+        """As for another tenant, whenever a step may be in flight."""
+        running = self.scheduler.running
+        if running and not self.scheduler.recovery.proving:
+            self.scheduler.preempt(running[which % len(running)])
 
     def check_step(self, step: Step) -> None:
         assert step.num_tokens <= self.config.max_tokens_per_step
@@ -290,31 +355,42 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_ended(self, sequence: Sequence) -> None:
         del self.alive[sequence.seq_id]
-        assert sequence.reason is FinishReason.LENGTH
         digest = sequence.prefix.key.digest if sequence.prefix else None
-        expected = fake_generate(digest, sequence.request.prompt, sequence.num_output)
-        assert sequence.tokens[sequence.num_prompt :] == expected
+        stop, constraint = sequence.request.stop, sequence.request.constraint
+
+        def banned(output: Items[int]) -> set[int]:
+            ids = set(stop.token_ids) if len(output) < stop.min_tokens else set()
+            return ids if constraint is None else ids | set(constraint.banned(output))
+
+        expected = fake_generate(digest, sequence.request.prompt, stop.max_tokens, banned=banned)
+        ends = [i for i, token in enumerate(expected) if token in stop.token_ids]
+        length = next((i + 1 for i in ends if i >= stop.min_tokens), stop.max_tokens)
+        assert sequence.tokens[sequence.num_prompt :] == expected[:length]
+        is_stopped = length - 1 in ends and length > stop.min_tokens
+        assert sequence.reason is (FinishReason.STOP if is_stopped else FinishReason.LENGTH)
         assert sequence.request.kv_reuse or sequence.num_cached == 0, "KV reuse was off"
         assert sequence.num_cached < sequence.num_prompt
 
     # -- failures ----
 
-    @rule(which=st.integers(0, 5), out_of_memory=st.booleans())
-    def a_step_fails(self, which: int, out_of_memory: bool) -> None:
-        """One part fails every step it is in, or one step is out of memory: no other part ends."""
-        step = self.scheduler.schedule(now=self.now)
-        self.check_step(step)
-        self.fetching += step.fetches
+    @rule(which=st.integers(0, 5), out_of_memory=st.booleans(), late=st.booleans())
+    def a_step_fails(self, which: int, *, out_of_memory: bool, late: bool) -> None:
+        """One part fails every step it is in, or one step is out of memory: no other part ends. A
+        step fails when it is submitted, or ``late``: when it is collected."""
+        in_flight = self.scheduler.in_flight
+        before = list(in_flight)
+        step = self.plan()
         self.backlogged.clear()
-        if not step.num_parts:
-            self.scheduler.update(step, self.runner.run(step))
+        if not late and before:
+            for sequence in self.collect():
+                self.check_ended(sequence)
+        failing = in_flight[0] if in_flight else step
+        if not failing.num_parts:
+            self.end_all(self.run(step))
             return
-        parts = [*(c.seq_id for c in step.chunks), *(c.key for c in step.compiles)]
+        parts = [*(c.seq_id for c in failing.chunks), *(c.key for c in failing.compiles)]
         failing_part = parts[which % len(parts)]
-        if isinstance(failing_part, PrefixKey):
-            self.failed_at[failing_part] = self.now
-        ended = self.scheduler.step_failed(step, "boom", now=self.now, out_of_memory=out_of_memory)
-        self.scheduler.check_integrity()
+        ended = self.fail(failing, out_of_memory=out_of_memory, alone=late or not before)
         if out_of_memory:
             self.mourn(ended)
             return
@@ -322,15 +398,28 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.mourn(ended, only=failing_part)
             if ended or not self.scheduler.recovery.proving:
                 break
-            step = self.scheduler.schedule(now=self.now)
-            self.check_step(step)
-            self.fetching += step.fetches
+            step = self.plan()
+            assert step.num_parts <= 1 or not self.scheduler.recovery.proving
             parts = [*(c.seq_id for c in step.chunks), *(c.key for c in step.compiles)]
             if failing_part in parts:
-                ended = self.scheduler.step_failed(step, "boom", now=self.now)
+                ended = self.fail(step)
+                if isinstance(failing_part, PrefixKey):
+                    self.failed_at[failing_part] = self.now
             else:
-                for sequence in self.scheduler.update(step, self.runner.run(step)):
-                    self.check_ended(sequence)
+                self.end_all(self.run(step))
+
+    def fail(self, step: Step, *, out_of_memory: bool = False, alone: bool = True) -> Ended:
+        """``step`` fails; it has changed nothing, and what is in flight behind it is dropped."""
+        self.runner._submitted.clear()
+        ended = self.scheduler.step_failed(
+            step, "boom", now=self.now, out_of_memory=out_of_memory, alone=alone
+        )
+        self.scheduler.check_integrity()
+        return ended
+
+    def end_all(self, ended: Ended) -> None:
+        for sequence in ended:
+            self.check_ended(sequence)
 
     def mourn(self, ended: list[Sequence], *, only: object = None) -> None:
         for sequence in ended:
@@ -341,16 +430,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 5))
     def a_row_goes_wrong(self, which: int) -> None:
-        step = self.scheduler.schedule(now=self.now)
-        self.check_step(step)
-        self.fetching += step.fetches
-        output = self.runner.run(step) if step.has_work else StepOutput({})
-        sampled = dict(output.sampled)
-        if sampled:
-            wrong = sorted(sampled)[which % len(sampled)]
-            sampled[wrong] = [Sampled(0, finite=False)]
-        for sequence in self.scheduler.update(step, StepOutput(sampled, output.saved)):
-            if sampled and sequence.seq_id == wrong:
+        wrong: list[int] = []
+
+        def spoil(output: StepOutput) -> None:
+            if output.sampled:
+                wrong.append(sorted(output.sampled)[which % len(output.sampled)])
+                output.sampled[wrong[0]] = [Sampled(0, finite=False)]
+
+        for sequence in self.run(self.plan(), spoil=spoil):
+            if sequence.seq_id in wrong:
                 assert sequence.reason is FinishReason.ERROR
                 del self.alive[sequence.seq_id]
             else:

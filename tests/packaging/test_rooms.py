@@ -16,7 +16,7 @@ ALLOWED = {
     "serve": {"api", "model", "tenants", "engine", "store", "store.db", "errors"},
     "api": {"tenants", "store", "engine", "errors"},
     "tenants": {"store", "store.db", "errors"},
-    "model": {"engine.step", "engine.request", "store.artifact"},
+    "model": {"engine.runner", "engine.step", "engine.request", "store.artifact"},
     "testing": {"engine"},
     "engine": set(),
     "errors": set(),

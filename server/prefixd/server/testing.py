@@ -5,10 +5,11 @@ that the right prefix reached the right request.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from prefixd.server.engine.request import PrefixKey, TokenLogprob
+from prefixd.server.engine.runner import BlockingRunner
 from prefixd.server.engine.step import (
     Chunk,
     PrefixUnavailable,
@@ -31,26 +32,44 @@ def fake_next_token(digest: str | None, tokens: Sequence[int]) -> int:
     return ord("a") + hashlib.sha256(text.encode()).digest()[0] % 26
 
 
-def fake_generate(digest: str | None, prompt: Sequence[int], count: int) -> list[int]:
-    """The ``count`` tokens FakeRunner gives for a prompt under a prefix."""
+def fake_generate(
+    digest: str | None,
+    prompt: Sequence[int],
+    count: int,
+    *,
+    banned: Callable[[Sequence[int]], Collection[int]] = lambda _output: (),
+) -> list[int]:
+    """The ``count`` tokens FakeRunner gives for a prompt under a prefix; ``banned(output)`` are
+    those that must not follow an output."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(fake_next_token(digest, tokens))
+        token = fake_next_token(digest, tokens)
+        tokens.append(_allowed(token, banned(tokens[len(prompt) :])))
     return tokens[len(prompt) :]
 
 
+def _allowed(token: int, banned: Collection[int]) -> int:
+    """The first letter from ``token`` on that is not banned."""
+    while token in banned:
+        token = ord("a") + (token + 1 - ord("a")) % 26
+    return token
+
+
 @dataclass
-class FakeRunner:
+class FakeRunner(BlockingRunner):
     """A ModelRunner that records the tokens of every block and checks what it reads.
 
     The tokens so far are read back through the block table from a fake KV pool, so a wrong block
-    table gives a wrong output. ``steps`` keeps every step it ran.
+    table gives a wrong output. ``steps`` keeps every step it ran. With ``depth`` 1 the engine plans
+    and submits the next step before this one runs.
     """
 
+    depth: int = 0
     block_size: int = 16
     vocab_size: int = VOCAB_SIZE
     steps: list[Step] = field(default_factory=list)
     slots: dict[tuple[int, int], object] = field(default_factory=dict)
+    last: dict[int, int] = field(default_factory=dict)
 
     def run(self, step: Step) -> StepOutput:
         """Run one step over plain data. Raises IndexError for a token id beyond the vocabulary, as
@@ -59,7 +78,7 @@ class FakeRunner:
         for chunk in step.chunks:
             biased = chunk.sampling.logit_bias if chunk.sampling is not None else ()
             drafts = () if chunk.draft is None else chunk.draft.tokens
-            for token in (*chunk.tokens, *drafts, *chunk.banned, *biased):
+            for token in (*self._tokens(chunk), *drafts, *chunk.banned, *biased):
                 if not 0 <= token < self.vocab_size:
                     raise IndexError(f"token id {token} of {self.vocab_size}")
         saved: dict[PrefixKey, StagedPrefix] = {s.key: self._read_back(s) for s in step.saves}
@@ -75,18 +94,25 @@ class FakeRunner:
         sampled: dict[int, Sequence[Sampled]] = {}
         for chunk in step.chunks:
             drafts = () if chunk.draft is None else chunk.draft.tokens
-            for offset, token in enumerate((*chunk.tokens, *drafts)):
+            for offset, token in enumerate((*self._tokens(chunk), *drafts)):
                 self._write(chunk.block_table, chunk.start + offset, token)
             if chunk.sampling is not None:
                 positions = [
                     self._sample(chunk, num_drafts) for num_drafts in range(len(drafts) + 1)
                 ]
                 sampled[chunk.seq_id] = chunk.verified(positions)
+        self.last = {seq_id: new[-1].token_id for seq_id, new in sampled.items()}
         return StepOutput(sampled, saved)
+
+    def _tokens(self, chunk: Chunk) -> Sequence[int]:
+        """The tokens of a chunk; a pending one is what the step before sampled."""
+        return (*chunk.tokens[:-1], self.last[chunk.seq_id]) if chunk.is_pending else chunk.tokens
 
     def _sample(self, chunk: Chunk, num_drafts: int) -> Sampled:
         """The token after the first ``num_drafts`` proposed ones."""
         token = self._next(chunk.block_table, chunk.start + len(chunk.tokens) + num_drafts)
+        if chunk.draft is None or num_drafts <= chunk.draft.num_banned:
+            token = _allowed(token, chunk.banned)
         wanted = chunk.sampling.top_logprobs if chunk.sampling is not None else None
         top = tuple(TokenLogprob(token + i, -0.5 - i) for i in range(wanted or 0))
         return Sampled(token, logprob=None if wanted is None else -0.5, top_logprobs=top)

@@ -1,9 +1,11 @@
-"""What runs on the engine's thread: one turn schedules a step, runs it and reports its output.
+"""What runs on the engine's thread: one turn plans a step, submits it and reports a step's output.
 
 ::
 
-    expire ──> schedule ──> fetch ──> deliver ──> run ──> push text ──> update ──> close ──> publish
-                          (threads)  (callers)  (device)
+    expire ──> schedule ──> fetch ──> submit ──> deliver ──> collect ──> push text ──> update ──┐
+                          (threads)  (device)  (callers)   (device)       publish <── close <──┘
+
+The step that is collected is the one submitted; with a runner of ``depth`` 1 it is the one before.
 
 The scheduler and the runner are touched by this thread alone, so neither needs a lock. What other
 threads may read is published: replaced as a whole, and never changed afterwards. Only ``tiers``,
@@ -20,6 +22,7 @@ from math import inf
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.fetcher import Fetcher, FetchResult
 from prefixd.server.engine.output_processor import OutputProcessor
+from prefixd.server.engine.pipeline import Pipeline, StepFailed
 from prefixd.server.engine.queue_limiter import QueueLimiter
 from prefixd.server.engine.recovery import PROBE_ID, probe_step
 from prefixd.server.engine.request import (
@@ -29,11 +32,11 @@ from prefixd.server.engine.request import (
     PrefixHandle,
     PrefixKey,
 )
+from prefixd.server.engine.runner import ModelRunner
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import End, Sequence, seeded_uniform, sequences_of
 from prefixd.server.engine.stats import EngineStats, StatsCounters
 from prefixd.server.engine.step import (
-    ModelRunner,
     OutOfMemory,
     PrefixSource,
     PrefixUnavailable,
@@ -82,6 +85,7 @@ class EngineCore:
         self._next_id = 0
         self._pins: tuple[tuple[PrefixHandle, ...], Mapping[str, int] | None] = (), None
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
+        self._pipeline = Pipeline(runner)
         self._counters = StatsCounters()
         self._stats_built = -inf
         self._preloads_published = -1
@@ -105,23 +109,26 @@ class EngineCore:
     # -- turns ----
 
     def turn(self) -> bool:
-        """Run one step. False: there was none to run."""
+        """Run one step. False: there was none to run, and none is in flight."""
         now = self.turn_began = time.monotonic()
         if self.scheduler.deadlines.next_at <= now:
             self._close(self.scheduler.expire(now=now))
         step = self.scheduler.schedule(now=now)
         for key in step.fetches:
             self._fetch(self.scheduler, key)
-        # Also of the step before. The thread that wakes shares the interpreter with this one, which
+        if step.has_work:
+            self._submit(step, now)
+        # Of the step before. The thread that wakes shares the interpreter with this one, which
         # leaves it for the device now.
         self._outputs.deliver()
-        if step.has_work:
-            self._run(step, now)
+        in_flight = len(self._pipeline)
+        if in_flight:
+            self._collect(step)
             if self.scheduler.idle:
                 self._outputs.deliver()
         self._publish()
         self.turn_began = None
-        return step.has_work
+        return step.has_work or in_flight > 0
 
     def idle_timeout(self) -> float | None:
         """Seconds until the next turn when there was no step to run; None: nothing waits."""
@@ -130,16 +137,37 @@ class EngineCore:
         until_expiry = max(0.0, self.scheduler.deadlines.next_at - time.monotonic())
         return min(_IDLE_POLL_S, until_expiry)
 
-    def _run(self, step: Step, now: float) -> None:
+    def _submit(self, step: Step, now: float) -> None:
         if now - self._stats_built > _MAX_STATS_AGE_S:
             self.build_stats()  # to have recent figures if this step does not end
-        started = time.perf_counter()
         try:
-            output = self._runner.run(step)
-        except Exception as error:  # noqa: BLE001 - logged there; a failed step ends no loop
-            self._step_failed(step, error)
-            return
-        seconds = time.perf_counter() - started
+            self._pipeline.submit(step)
+        except StepFailed as failure:  # a failed step ends no loop
+            # What is in flight comes first: it may have failed too, and this step with it.
+            if failure.alone or self._collect_next():
+                self._step_failed(failure)
+
+    def _collect(self, step: Step) -> None:
+        """Collect what was in flight before ``step``, and ``step`` too, unless the next one is to
+        be planned without its output."""
+        pipeline = self._pipeline
+        if len(pipeline) > 1 or not pipeline.holds(step):
+            self._collect_next()
+        if not len(pipeline):
+            return  # ``step`` had no work, or was discarded
+        if pipeline.needs_masks:
+            pipeline.complete(self.scheduler.masks(step))
+        if not self._runner.depth or self.scheduler.recovery.proving:
+            self._collect_next()
+
+    def _collect_next(self) -> bool:
+        """Collect the oldest step in flight, and report its output. False: it failed, and nothing
+        is in flight any more."""
+        try:
+            step, output, seconds = self._pipeline.collect()
+        except StepFailed as failure:  # it ends no loop
+            self._step_failed(failure)
+            return False
         self.num_failures = 0
         self.scheduler.observe(step, seconds)
         ends = self._outputs.push(output.sampled)
@@ -147,13 +175,17 @@ class EngineCore:
         ended = self.scheduler.update(step, output, ends)
         if ended:
             self._close(ended)
+        return True
 
-    def _step_failed(self, step: Step, error: Exception) -> None:
+    def _step_failed(self, failure: StepFailed) -> None:
         """Log it, and let the scheduler go on with the parts that may succeed."""
-        now = time.monotonic()
+        now, step, error = time.monotonic(), failure.step, failure.error
         out_of_memory = isinstance(error, OutOfMemory)
-        in_step = {chunk.seq_id for chunk in step.chunks}
-        requests = [s.request.request_id for s in self.scheduler.running if s.seq_id in in_step]
+        steps = self.scheduler.in_flight
+        alone = failure.alone and len(steps) == 1
+        in_steps = {chunk.seq_id for each in steps for chunk in each.chunks}
+        living = self.scheduler.sequences()
+        requests = [s.request.request_id for s in living if s.seq_id in in_steps]
         log.error(
             "a step of %d tokens failed (%s); %d sequences start over: %s",
             step.num_tokens,
@@ -168,9 +200,11 @@ class EngineCore:
         else:
             self._counters.step_failures += 1
             message = "the engine failed on this request"
-        ended = self.scheduler.step_failed(step, message, now=now, out_of_memory=out_of_memory)
+        ended = self.scheduler.step_failed(
+            step, message, now=now, out_of_memory=out_of_memory, alone=alone
+        )
         # The parts of a larger step run alone first, so that one tenant's request is known by then.
-        if not out_of_memory and step.is_smallest:
+        if alone and not out_of_memory and step.is_smallest:
             self._explain_failure(now)
         self._close(ended)
 
@@ -189,8 +223,9 @@ class EngineCore:
             return False
         blocks = pool.allocate(1)
         try:
-            output = self._runner.run(probe_step(blocks[0]))
-        except Exception:
+            self._pipeline.submit(probe_step(blocks[0]))
+            output = self._pipeline.collect().output
+        except StepFailed:
             log.exception("a step of the bare base failed too")
             return False
         finally:
@@ -205,6 +240,7 @@ class EngineCore:
         recent = [moment for moment in self._restarts if now - moment < _RESTARTS_WITHIN_S]
         self._restarts.append(now)
         self._counters.restarts += 1
+        self._pipeline.discard()
         self.turn_began = None
         restarts = len(recent) < _MAX_RESTARTS
         message = "had to start over; please try again" if restarts else "stopped unexpectedly"
@@ -222,6 +258,7 @@ class EngineCore:
 
     def shut_down(self) -> None:
         """Abort what is alive."""
+        self._pipeline.discard()
         self._end(self._outputs.all(), FinishReason.ABORT)
         self._outputs.deliver()
         self._publish()

@@ -39,6 +39,23 @@ class Candidate:
     limit: int
 
 
+def least_worth(rows: int) -> float:
+    """What drafts of a step of ``rows`` sequences have to be worth at least."""
+    return min(rows, _LEAST_WORTH_OF) * LEAST_WORTH
+
+
+def is_worth_waiting(candidate: Candidate, *, rows: int, slowdown: Callable[[int], float]) -> bool:
+    """Whether a sequence of ``rows`` runs every other step with drafts, instead of every step
+    without: so that it takes twice the time for the tokens that are expected."""
+    tokens = reached = 1.0
+    for drafts in range(1, candidate.limit + 1 if candidate.probability > 0.5 else 1):
+        reached *= candidate.probability
+        tokens += reached
+        if log(tokens / 2) - rows * log(slowdown(drafts)) > least_worth(rows):
+            return True
+    return False
+
+
 def plan_drafts(
     candidates: Sequence[Candidate],
     *,
@@ -49,7 +66,7 @@ def plan_drafts(
     """The drafts of each candidate in a step of ``rows`` sequences, at most ``budget`` in
     all. ``slowdown(drafts)`` is how many times as long the step takes with so many, at least 1."""
     order: list[int] = []
-    worth, best, num_best = 0.0, min(rows, _LEAST_WORTH_OF) * LEAST_WORTH, 0
+    worth, best, num_best = 0.0, least_worth(rows), 0
     for index, gain in _by_gain(candidates):
         if len(order) >= min(budget, num_best + _LOOKAHEAD):
             break

@@ -26,8 +26,9 @@ from prefixd.server.engine.request import (
     PrefixKey,
     QueueFull,
 )
+from prefixd.server.engine.runner import ModelRunner
 from prefixd.server.engine.stats import EngineStats, debug_state
-from prefixd.server.engine.step import Detokenizer, ModelRunner, PrefixSource
+from prefixd.server.engine.step import Detokenizer, PrefixSource
 
 log = logging.getLogger(__name__)
 

@@ -25,10 +25,10 @@ COMPILED = frozenset({Stage.RESIDENT, Stage.LEAVING})
 class Entry:
     """One prefix that is loading or in the pool. Only Residency changes the first group of fields.
 
-    ``forced``: it was placed by force, for a sequence that had waited too long. ``last_use`` orders
-    compiled entries by when a sequence last started or stopped under them. ``cap``: virtual
-    tokens its tenant may have in the pool, as of the last request. ``requested_at``: the last step
-    that requested it.
+    ``num_compiled`` counts the tokens of steps in flight too. ``forced``: it was placed by force,
+    for a sequence that had waited too long. ``last_use`` orders compiled entries by when a sequence
+    last started or stopped under them. ``cap``: virtual tokens its tenant may have in the pool, as
+    of the last request. ``requested_at``: the last step that requested it.
     """
 
     key: PrefixKey

@@ -15,6 +15,7 @@ no request can reach, or time, KV that another tenant, prefix or model computed.
 
 import hashlib
 from array import array
+from collections.abc import Sequence as Items
 
 from prefixd.server.engine.block_pool import BlockPool
 from prefixd.server.engine.sequence import Sequence
@@ -57,20 +58,22 @@ class KVReuse:
             self.num_queried_tokens += len(sequence.tokens)
             self.num_reused_tokens += reused_tokens
 
-    def remember(self, sequence: Sequence) -> None:
-        """Register the blocks that ``sequence`` has filled. To be called when its logits were
-        finite: only then is all the KV they depend on known to be finite."""
+    def remember(self, sequence: Sequence, *, upto: int) -> None:
+        """Register the blocks that the first ``upto`` tokens of ``sequence`` fill. To be called
+        when its logits after them were finite: only then is all the KV they depend on known to be
+        finite."""
         if not sequence.request.kv_reuse:
             return
         own = sequence.block_table[sequence.num_prefix_tokens // self._block_size :]
-        names = self._names(sequence, upto=sequence.num_computed)
+        names = self._names(sequence, upto=upto)
         for index in range(sequence.num_remembered, len(names)):
             self._pool.remember(own[index], names[index])
         sequence.num_remembered = len(names)
 
-    def forget(self, sequence: Sequence) -> None:
-        """Remove the blocks of a sequence whose logits were not finite from the lookup."""
-        self._pool.forget(sequence.block_table[sequence.num_prefix_tokens // self._block_size :])
+    def forget(self, sequence: Sequence, block_table: Items[int]) -> None:
+        """Remove the blocks of a sequence whose logits were not finite from the lookup;
+        ``block_table`` is what the step read. It may hold no block any more."""
+        self._pool.forget(block_table[sequence.num_prefix_tokens // self._block_size :])
 
     def _names(self, sequence: Sequence, *, upto: int) -> list[bytes]:
         """Names of the blocks that the first ``upto`` tokens fill."""

@@ -130,11 +130,14 @@ class OutputProcessor:
 
     def push(self, sampled: dict[int, Items[Sampled]]) -> dict[int, End]:
         """Send the text that is final with these new tokens, by sequence id. Returns how sequences
-        end by it, and removes the tokens after the one that ends theirs. Tokens of non-finite
-        logits are skipped."""
+        end by it, and removes the tokens after the one that ends theirs, and those of sequences
+        that were closed since. Tokens of non-finite logits are skipped."""
         ends: dict[int, End] = {}
         for seq_id, tokens in sampled.items():
-            stream = self._streams[seq_id]
+            stream = self._streams.get(seq_id)
+            if stream is None:
+                sampled[seq_id] = ()
+                continue
             for index, token in enumerate(tokens):
                 end = self._push(stream, token, index) if token.finite else None
                 if end is not None:

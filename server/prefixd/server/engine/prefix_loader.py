@@ -118,6 +118,15 @@ class PrefixLoader:
         del self.failures[key]
         return None
 
+    def compiled(self, part: CompileChunk) -> None:
+        """A step has compiled ``part``. It counts for nothing if the entry has lost its blocks
+        since: they would be another list."""
+        entry = self._residency.get(part.key)
+        if entry is None or entry.blocks is not part.block_table:
+            return
+        if part.stop == entry.num_tokens:
+            self._residency.compiled(entry)
+
     def saved(self, payloads: dict[PrefixKey, StagedPrefix]) -> None:
         """Evicted prefixes arrived in host memory."""
         for key, payload in payloads.items():
@@ -225,8 +234,10 @@ class PrefixLoader:
         if not size:
             return
         assert entry.payload is not None
-        start, table = entry.num_compiled, tuple(entry.blocks)
-        step.compiles.append(CompileChunk(entry.key, entry.payload, start, start + size, table))
+        start = entry.num_compiled
+        part = CompileChunk(entry.key, entry.payload, start, start + size, entry.blocks)
+        step.compiles.append(part)
+        self._residency.compiles(entry, size)
         step.budget -= size
         self._waiting.charge(entry.key.tenant, size)
 

@@ -4,13 +4,17 @@
 
     a step failed    | its parts                            | limits
     -----------------+--------------------------------------+---------------------------
-    no memory        | start over; the part ends if it was  | halved by what the step
-                     | alone and nothing could be halved    | had; they double again
+    no memory        | start over; if nothing can be halved | halved by what the step
+                     | it ends, or is a suspect [1]         | had; they double again
                      |                                      | every 32 good steps
     any other error  | are suspects: each runs in a step of | unchanged
                      | its own, all others pause; the part  |
                      | ends if the step had no other, and   |
-                     | no proposed tokens                   |
+                     | no proposed tokens [1]               |
+
+[1] A part ends only by a step that was in flight alone: a device may report the failure of one step
+when another is collected. So what was in flight behind the failed step starts over too, and is
+suspected with it. While suspects run nothing else is in flight.
 
 So only the request that breaks a step ends, and all others get the same answer as without it.
 
@@ -18,6 +22,8 @@ A part explains the failure when its step had no other and ``probe_step`` succee
 it: then the failure says nothing about the server. When the probe fails too, it counts against
 readiness.
 """
+
+from collections.abc import Sequence as Items
 
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.entries import Entry
@@ -95,11 +101,18 @@ class Recovery:
         self.suspects: dict[Sequence | Entry, None] = {}
         self._residency = residency
 
-    def step_failed(self, step: Step, sequences: list[Sequence], *, out_of_memory: bool) -> bool:
-        """Take back the blocks of all compiles, and note the suspects. ``sequences`` are those of
-        the step. Returns whether the step's parts have to end."""
-        ends = not self.backoff.shrink(step) if out_of_memory else step.is_smallest
-        in_step = {part.key for part in step.compiles}
+    def step_failed(
+        self, steps: Items[Step], sequences: list[Sequence], *, out_of_memory: bool, alone: bool
+    ) -> bool:
+        """Take back the blocks of all compiles, and note the suspects. The first of ``steps``
+        failed, the others were in flight behind it; ``sequences`` are those of all of them.
+        ``alone``: there was never another in flight. Returns whether the parts have to end."""
+        if out_of_memory:
+            retries = self.backoff.shrink(steps[0])
+            is_suspected = not retries and not alone
+        else:
+            retries = is_suspected = not (alone and steps[0].is_smallest)
+        in_steps = {part.key for step in steps for part in step.compiles}
         compiling = self._residency.compiling()
         for sequence in sequences:
             self.suspects.pop(sequence, None)
@@ -107,10 +120,10 @@ class Recovery:
             self.suspects.pop(entry, None)
             # Also one that this very step placed: its blocks may not have been zeroed.
             self._residency.unplace(entry)
-        if not out_of_memory and not ends:
+        if is_suspected:
             self.suspects.update(dict.fromkeys(sequences))
-            self.suspects.update((entry, None) for entry in compiling if entry.key in in_step)
-        return ends
+            self.suspects.update((entry, None) for entry in compiling if entry.key in in_steps)
+        return not (retries or is_suspected)
 
     def next_suspect(self) -> Sequence | Entry | None:
         """The suspect whose turn it is; None when there is none left."""

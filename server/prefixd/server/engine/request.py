@@ -4,10 +4,10 @@ A request is parsed once into these types: the prefix is a digest and no longer 
 is token ids, and a request that can never fit has already been refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class PrefixKey(NamedTuple):
@@ -74,6 +74,14 @@ class StopParams:
     include_stop_string: bool = False
 
 
+class Constraint(Protocol):
+    """Which tokens may follow an output, decided by its tokens."""
+
+    def banned(self, output: Sequence[int]) -> Sequence[int]:
+        """Token ids that must not follow ``output``."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class AdmittedRequest:
     """One request that fits: ``n`` sequences of the same prompt under the same prefix.
@@ -86,7 +94,7 @@ class AdmittedRequest:
     ``timeout_s`` is how long after its submission the request ends, finished or not, and
     ``kv_reuse`` says whether it may share KV of equal tokens with other requests of its tenant
     under the same prefix, and ``speculate`` whether several tokens of it may be verified in one
-    step.
+    step. ``constraint`` bans tokens by those before them; it is called on the engine's thread.
     """
 
     request_id: str
@@ -103,6 +111,7 @@ class AdmittedRequest:
     timeout_s: float | None = None
     kv_reuse: bool = True
     speculate: bool = True
+    constraint: Constraint | None = None
 
 
 class FinishReason(StrEnum):

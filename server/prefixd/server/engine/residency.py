@@ -168,18 +168,20 @@ class Residency:
         entry.num_compiled = 0
         self._move(entry, Stage.STAGED)
 
-    def compiled(self, key: PrefixKey, upto: int) -> None:
-        """The first ``upto`` tokens are in the pool. When all are: COMPILING to RESIDENT."""
-        entry = self._entries[key]
+    def compiles(self, entry: Entry, num_tokens: int) -> None:
+        """A step that was planned compiles ``num_tokens`` more."""
         assert entry.stage is Stage.COMPILING
-        entry.num_compiled = upto
-        if upto == entry.num_tokens:
-            entry.payload = None
-            self.num_compiles += 1
-            self.num_loading -= 1
-            self._move(entry, Stage.RESIDENT)
-            self.order.use(entry, pinned=key in self.pins)
-            self.missing_pins.pop(key, None)
+        entry.num_compiled += num_tokens
+
+    def compiled(self, entry: Entry) -> None:
+        """COMPILING to RESIDENT: all its tokens are in the pool."""
+        assert entry.stage is Stage.COMPILING
+        entry.payload = None
+        self.num_compiles += 1
+        self.num_loading -= 1
+        self._move(entry, Stage.RESIDENT)
+        self.order.use(entry, pinned=entry.key in self.pins)
+        self.missing_pins.pop(entry.key, None)
 
     def leave(self, entry: Entry) -> None:
         """RESIDENT to LEAVING: no sequence starts under it, because its room is promised."""

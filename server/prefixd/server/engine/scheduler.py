@@ -11,22 +11,33 @@ Order of service within the token budget of a step (``step_builder`` has the par
 
 ``eviction`` has the rules for when blocks run out, ``starvation`` those for a tenant of which
 nothing runs, ``recovery`` those for failed steps. The oldest running sequence always advances.
+
+The next step may be planned while steps are in flight. What a step changes is split in two::
+
+    once it is planned    tokens computed, a token pending, tokens of a prefix compiled
+    once it is collected  which token, how a sequence ends by it, its charge, blocks to reuse,
+                          accepted drafts, a prefix resident
+
+Blocks that are released go to the next step at once, although rows of a step in flight may still
+use them: a runner performs steps one after the other.
 """
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from collections.abc import Sequence as Items
 
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.eviction import EvictionPolicy
 from prefixd.server.engine.fair_queue import FairQueue
 from prefixd.server.engine.memory import Memory
+from prefixd.server.engine.new_tokens import NewTokens
 from prefixd.server.engine.prefix_loader import PrefixLoader
 from prefixd.server.engine.recovery import Recovery
 from prefixd.server.engine.request import FinishReason, PrefixKey
+from prefixd.server.engine.runner import Masks
 from prefixd.server.engine.sequence import Deadlines, End, Sequence, State
 from prefixd.server.engine.speculation import Speculation
 from prefixd.server.engine.starvation import StarvationPolicy
-from prefixd.server.engine.step import Chunk, Sampled, StagedPrefix, Step, StepOutput
+from prefixd.server.engine.step import StagedPrefix, Step, StepOutput
 from prefixd.server.engine.step_budget import StepBudget
 from prefixd.server.engine.step_builder import StepBuilder
 
@@ -67,7 +78,15 @@ class Scheduler:
             recovery=self.recovery,
             uniform=uniform,
         )
+        self._new_tokens = NewTokens(
+            waiting=self.waiting,
+            memory=self.memory,
+            recovery=self.recovery,
+            speculation=self.speculation,
+        )
         self.num_preemptions = 0
+        self.in_flight: deque[Step] = deque()
+        self._living: dict[int, Sequence] = {}
         self._flush = flush
         self._starvation = StarvationPolicy(
             config, waiting=self.waiting, running=self.running, memory=self.memory
@@ -80,6 +99,7 @@ class Scheduler:
             prefix_loader=self.prefix_loader,
             recovery=self.recovery,
             preempt=self.preempt,
+            waits=self._waits,
             uniform=uniform,
         )
 
@@ -101,6 +121,7 @@ class Scheduler:
         max_queue_wait_s = self.config.max_queue_wait_s
         if max_queue_wait_s is not None or sequence.request.timeout_s is not None:
             self.deadlines.add(sequence, max_queue_wait_s=max_queue_wait_s)
+        self._living[sequence.seq_id] = sequence
         self._enqueue(sequence)
         bound = self.config.max_waiting_tokens
         return [] if bound is None or self.waiting.num_tokens <= bound else self._shed(bound)
@@ -112,6 +133,7 @@ class Scheduler:
         elif sequence.state is State.RUNNING:
             self.running.remove(sequence)
             self.memory.free(sequence)
+        del self._living[sequence.seq_id]
         sequence.finish(self._flush(sequence, end))
 
     def expire(self, *, now: float) -> list[Sequence]:
@@ -148,16 +170,31 @@ class Scheduler:
         return failed
 
     def step_failed(
-        self, step: Step, message: str, *, now: float = 0.0, out_of_memory: bool = False
+        self,
+        step: Step,
+        message: str,
+        *,
+        now: float = 0.0,
+        out_of_memory: bool = False,
+        alone: bool = True,
     ) -> list[Sequence]:
-        """The runner raised: the parts of the step start over, or end if ``recovery`` requires it.
+        """The runner raised for ``step``, the oldest in flight. Its parts, and those of the steps
+        behind it, start over, or end if ``recovery`` requires it; what the steps behind it compute
+        is not to be applied. ``alone``: no earlier step was in flight when it began.
 
         Returns the sequences that ended.
         """
-        in_step = {chunk.seq_id for chunk in step.chunks}
-        sequences = [s for s in self.running if s.seq_id in in_step]
-        if not self.recovery.step_failed(step, sequences, out_of_memory=out_of_memory):
-            for sequence in reversed(sequences):
+        steps = [step, *(later for later in self.in_flight if later is not step)]
+        self.in_flight.clear()
+        in_steps = {chunk.seq_id for each in steps for chunk in each.chunks} & self._living.keys()
+        sequences = [self._living[seq_id] for seq_id in sorted(in_steps)]
+        for sequence in sequences:
+            sequence.discard_pending()
+        alone = alone and len(steps) == 1
+        if not self.recovery.step_failed(
+            steps, sequences, out_of_memory=out_of_memory, alone=alone
+        ):
+            for sequence in reversed([s for s in self.running if s.seq_id in in_steps]):
                 self.preempt(sequence)
             return []
         for sequence in sequences:
@@ -191,7 +228,17 @@ class Scheduler:
     # -- one step ----
 
     def schedule(self, *, now: float = 0.0) -> Step:
-        """Plan the next step. It must be run and passed to ``update`` before the next call."""
+        """Plan the next step. One with work must be submitted, and passed to ``update`` or
+        ``step_failed`` in the order of these calls.
+
+        At most one step may be in flight, and none while ``recovery.proving``.
+        """
+        step = self._plan(now)
+        if step.has_work:
+            self.in_flight.append(step)
+        return step
+
+    def _plan(self, now: float) -> Step:
         step = Step(
             budget=self.config.max_tokens_per_step, max_chunk=self.recovery.backoff.max_chunk
         )
@@ -221,9 +268,25 @@ class Scheduler:
         if limit is not None:
             step.limit(limit)
         places = self.recovery.backoff.max_running - len(self.running)
-        claims = len(self.running) - num_decoding + min(self.waiting.num_sequences, max(0, places))
+        claims = min(self.waiting.num_sequences, max(0, places))
+        if num_decoding < len(self.running):
+            claims += sum(sequence.num_remaining > 1 for sequence in self.running)
         if claims + self.memory.residency.num_loading > 1:
             step.max_chunk = min(step.max_chunk, max(1, -(-step.budget // 2)))
+
+    def _waits(self, step: Step, sequence: Sequence) -> bool:
+        return self.speculation.waits(step, sequence, rows=len(self.running))
+
+    def masks(self, step: Step) -> Masks:
+        """The ids that must not be sampled for the ``masked`` rows of ``step``. All earlier
+        steps have been collected."""
+        masks = {}
+        for seq_id in step.masked:
+            sequence = self._living.get(seq_id)
+            if sequence is not None and sequence.request.constraint is not None:
+                output = sequence.tokens[sequence.num_prompt :]
+                masks[seq_id] = sequence.request.constraint.banned(output)
+        return masks
 
     def observe(self, step: Step, seconds: float) -> None:
         """Take in how long a step took."""
@@ -233,73 +296,29 @@ class Scheduler:
     def update(
         self, step: Step, output: StepOutput, ends: Mapping[int, End] | None = None
     ) -> list[Sequence]:
-        """Apply what the step computed. Returns the sequences that ended.
+        """Apply what the oldest step in flight computed. Returns the sequences that ended.
 
         ``ends`` says which sequences end with the last of their new tokens, by sequence id; without
-        it their tokens decide.
+        it their tokens decide. Rows of sequences that have ended since are dropped.
         """
+        if step.has_work:
+            assert self.in_flight.popleft() is step, "steps are collected in order"
         if self.recovery.backoff.is_reduced:
             self.recovery.backoff.step_succeeded()
         if output.saved:
             self.prefix_loader.saved(output.saved)
         for part in step.compiles:
-            self.memory.residency.compiled(part.key, part.stop)
-        running = {sequence.seq_id: sequence for sequence in self.running}
+            self.prefix_loader.compiled(part)
         ended = []
         for chunk in step.chunks:
-            sequence = running[chunk.seq_id]
-            if chunk.sampling is None:
-                sequence.num_computed += len(chunk.tokens)
+            sequence = self._living.get(chunk.seq_id)
+            if sequence is None or chunk.sampling is None:
                 continue
-            end = self._take(sequence, chunk, output.sampled[chunk.seq_id], ends)
+            end = self._new_tokens.take(sequence, chunk, output.sampled[chunk.seq_id], ends)
             if end is not None:
                 self.end(sequence, end)
                 ended.append(sequence)
         return ended
-
-    def _take(
-        self,
-        sequence: Sequence,
-        chunk: Chunk,
-        sampled: Items[Sampled],
-        ends: Mapping[int, End] | None,
-    ) -> End | None:
-        """Take the new tokens of a sequence; returns how it ends by them."""
-        num_before = len(sequence.tokens)
-        finite = True
-        for index, token in enumerate(sampled):
-            finite = token.finite
-            if not finite and chunk.draft is not None:
-                break  # it is computed again, without a draft
-            # The KV of an accepted token was computed with it; that of the last one was not.
-            sequence.num_computed += 1 if index else len(chunk.tokens)
-            if ends is None:
-                end = sequence.end_after(token.token_id)
-            else:
-                end = ends.get(chunk.seq_id) if index == len(sampled) - 1 else None
-            end = self._append(sequence, token, end)
-            if end is not None:
-                return end
-        if chunk.draft is not None:
-            num_new = len(sequence.tokens) - num_before
-            self.speculation.verified(sequence, chunk, num_new=num_new, finite=finite)
-        return None
-
-    def _append(self, sequence: Sequence, sampled: Sampled, end: End | None) -> End | None:
-        """Take one sampled token; returns how the sequence ends by it."""
-        if self.recovery.suspects:
-            self.recovery.suspects.pop(sequence, None)
-        if not sampled.finite:
-            self.memory.reuse.forget(sequence)
-            error = "the model produced non-finite logits for this request"
-            return End(FinishReason.ERROR, error=error)
-        size = self.config.block_size
-        num_full = (sequence.num_prefix_tokens % size + sequence.num_computed) // size
-        if num_full > sequence.num_remembered:
-            self.memory.reuse.remember(sequence)
-        self.waiting.charge(sequence.tenant, 1)
-        sequence.tokens.append(sampled.token_id)
-        return end
 
     # -- inspection ----
 
@@ -322,6 +341,13 @@ class Scheduler:
             if sequence.prefix is not None:
                 waiters[sequence.prefix.key] = waiters.get(sequence.prefix.key, 0) + 1
         assert self.memory.residency.waiters == waiters, "waiters differ from the queue"
+        living = {sequence.seq_id: sequence for sequence in self.sequences()}
+        assert living == self._living, "the living sequences differ from queue and running ones"
+        pending = Counter(
+            chunk.seq_id for step in self.in_flight for chunk in step.chunks if chunk.sampling
+        )
+        for seq_id, sequence in living.items():
+            assert sequence.num_pending == pending[seq_id], f"{sequence} and the steps in flight"
 
     def __repr__(self) -> str:
         return f"Scheduler(running={len(self.running)}, {self.waiting}, {self.memory})"

@@ -47,8 +47,10 @@ class End:
 class Sequence:
     """One request's tokens and state; a request with ``n=4`` has four.
 
-    ``tokens`` is prompt then output. ``num_computed`` counts the tokens whose KV is in the pool,
-    virtual tokens not included. ``block_table`` begins with the shared blocks of the prefix.
+    ``tokens`` is prompt then output. ``num_computed`` counts the tokens whose KV is in the pool
+    once the steps in flight have run, virtual tokens not included, and ``num_pending`` those that
+    these steps sample and that are not in ``tokens`` yet; while ``verifies`` a draft it is not
+    known how many. ``block_table`` begins with the shared blocks of the prefix.
     ``num_cached`` tokens were reused at the first start, ``num_remembered`` own blocks are
     registered for reuse, ``num_yields`` times it was preempted for another tenant. ``end`` is set
     once, by ``finish``. ``lookup`` proposes its next tokens (None: it was not needed yet), while it
@@ -65,6 +67,8 @@ class Sequence:
     tokens: list[int]
     state: State = State.WAITING
     num_computed: int = 0
+    num_pending: int = 0
+    verifies: bool = False
     block_table: list[int] = field(default_factory=list)
     arrived: float = 0.0
     due_since: float | None = None
@@ -88,7 +92,7 @@ class Sequence:
         self.tenant, self.prefix, self.cost = request.tenant, request.prefix, cost_of(request)
         self.num_prefix_tokens = 0 if request.prefix is None else request.prefix.num_tokens
         self.num_prompt = len(request.prompt)
-        self.speculates = request.speculate
+        self.speculates = request.speculate and request.constraint is None
 
     @property
     def num_output(self) -> int:
@@ -97,8 +101,14 @@ class Sequence:
 
     @property
     def num_remaining(self) -> int:
-        """Tokens known but not yet in the pool; 1 while decoding."""
-        return len(self.tokens) - self.num_computed
+        """Tokens, pending ones included, that no step has computed yet; 1 while decoding."""
+        return len(self.tokens) + self.num_pending - self.num_computed
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it ends, at the latest, with the tokens pending."""
+        num_output = len(self.tokens) + self.num_pending - self.num_prompt
+        return num_output >= self.request.stop.max_tokens
 
     @property
     def finished(self) -> bool:
@@ -119,9 +129,14 @@ class Sequence:
             self.started, self.num_cached = now, num_computed
 
     def preempt(self) -> None:
-        """RUNNING back to WAITING: its KV is dropped and will be recomputed."""
+        """RUNNING back to WAITING: its KV is dropped and will be recomputed. A token that is
+        pending still comes."""
         self._move(State.WAITING)
         self.num_computed = self.num_remembered = 0
+
+    def discard_pending(self) -> None:
+        """The steps in flight failed: what they sample does not come."""
+        self.num_pending, self.verifies = 0, False
 
     def finish(self, end: End) -> None:
         """Any living state to FINISHED."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from functools import partial
 
-from prefixd.server.engine.draft_plan import Candidate, plan_drafts
+from prefixd.server.engine.draft_plan import Candidate, is_worth_waiting, plan_drafts
 from prefixd.server.engine.lookup import MAX_DRAFTS, Lookup
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.prefix_loader import PrefixLoader
@@ -52,7 +52,7 @@ class Speculation:
             return
         proposals = []
         for sequence, chunk in zip(decoding, step.chunks, strict=False):
-            if sequence.speculates:
+            if sequence.speculates and not chunk.is_pending:
                 sequence.lookup = sequence.lookup or Lookup()
                 probability = sequence.lookup.find(sequence.tokens)
                 if probability > 0.0:
@@ -68,6 +68,21 @@ class Speculation:
             if count:
                 # Those before it have taken blocks.
                 self._add_draft(step, sequence, chunk, min(count, self._limit(step, sequence)))
+
+    def waits(self, step: Step, sequence: Sequence, *, rows: int) -> bool:
+        """Whether a sequence, one of ``rows`` that run, waits for its pending token: while it
+        verifies a draft, and where a draft after that token is worth a step without it."""
+        if sequence.verifies:
+            return True
+        if not (self._enabled and sequence.speculates) or self.costs.needs_plain(rows):
+            return False
+        limit = self._limit(step, sequence) - 1
+        if limit < 1:
+            return False
+        sequence.lookup = sequence.lookup or Lookup()
+        candidate = Candidate(sequence.lookup.find(sequence.tokens), limit)
+        slowdown = partial(self.costs.slowdown, rows)
+        return is_worth_waiting(candidate, rows=rows, slowdown=slowdown)
 
     def _limit(self, step: Step, sequence: Sequence) -> int:
         """The most drafts that the sequence may have."""
@@ -97,6 +112,7 @@ class Speculation:
             chunk.block_table = tuple(sequence.block_table)
         step.budget -= len(tokens)
         chunk.draft = self._draft(sequence, tokens)
+        sequence.verifies = True
 
     def _draft(self, sequence: Sequence, tokens: list[int]) -> Draft:
         num_output = sequence.num_output
@@ -110,7 +126,7 @@ class Speculation:
 
     def verified(self, sequence: Sequence, chunk: Chunk, *, num_new: int, finite: bool) -> None:
         """After a sequence that goes on has taken ``num_new`` tokens: count what was accepted, and
-        release the blocks that only drafts needed.
+        release the blocks that only drafts needed, if it still runs.
 
         With ``finite`` False the sequence speculates no more: a draft may have caused what was not
         finite, so its next step has none.

@@ -1,6 +1,6 @@
 """Data contracts between scheduler and runner: plain data, no torch.
 
-``scheduler.schedule() -> Step``, ``runner.run(step) -> StepOutput``,
+``scheduler.schedule() -> Step``, ``runner.submit(step)``, ``runner.collect() -> StepOutput``,
 ``scheduler.update(step, output)``.
 
 Positions count virtual tokens: token ``i`` of a sequence under a prefix of P virtual tokens sits
@@ -25,6 +25,11 @@ from prefixd.server.engine.request import PrefixKey, SamplingParams, TokenLogpro
 NULL_BLOCK = 0
 """Block 0 is never allocated and always holds zeros: padding reads it."""
 
+PENDING = -1
+"""In place of a token that the step before samples for the same sequence, and that was not
+collected yet: the runner reads it on the device. One of non-finite logits may have any id of the
+vocabulary."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draft:
@@ -48,6 +53,8 @@ class Chunk:
     unless penalties need them; the first ``num_prompt_tokens`` are the prompt) and ``banned`` the
     ids that must not be sampled yet. The tokens of ``draft`` run after ``tokens``, and the logits
     after each of them are sampled too. The first ``num_prefix_tokens`` positions are the prefix's.
+
+    The last of ``tokens`` may be PENDING. Then ``history`` is without it, and there is no draft.
     """
 
     seq_id: int
@@ -62,6 +69,11 @@ class Chunk:
     banned: Sequence[int] = ()
     draft: Draft | None = None
     num_prefix_tokens: int = 0
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the last token is still to come."""
+        return self.tokens[-1] == PENDING
 
     @property
     def num_drafts(self) -> int:
@@ -143,7 +155,8 @@ class Step:
 
     The runner performs, in this order: ``saves``, zero ``fresh``, ``copies``, then ``chunks`` and
     ``compiles`` in one pass. ``fetches`` is for the engine: prefixes to load from the store, off
-    the hot path.
+    the hot path. ``masked`` are the ids of sequences whose tokens so far decide what may be sampled
+    (see ``ModelRunner.complete``).
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -152,6 +165,7 @@ class Step:
     fresh: list[int] = field(default_factory=list)
     fetches: list[PrefixKey] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
+    masked: list[int] = field(default_factory=list)
     budget: int = 0
     max_chunk: int = 0
 
@@ -273,14 +287,6 @@ class PrefixSource(Protocol):
 
     def fetch(self, key: PrefixKey) -> StagedPrefix:
         """Raise PrefixUnavailable when it fails to load."""
-        ...
-
-
-class ModelRunner(Protocol):
-    """Runs steps on the device. ``run`` is called by one thread only."""
-
-    def run(self, step: Step) -> StepOutput:
-        """Raise OutOfMemory, or any other exception when the pass fails."""
         ...
 
 

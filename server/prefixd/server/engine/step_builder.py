@@ -9,8 +9,9 @@ from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.prefix_loader import PrefixLoader
 from prefixd.server.engine.recovery import Recovery
 from prefixd.server.engine.sequence import Sequence, State
-from prefixd.server.engine.step import Chunk, Step
+from prefixd.server.engine.step import PENDING, Chunk, Step
 
+_PENDING = (PENDING,)
 _LARGE_CHUNK, _MAX_SCORES = 256, 2**24
 """A chunk above _LARGE_CHUNK tokens has at most _MAX_SCORES pairs of a token and a position that it
 sees: attention may need memory for each of them."""
@@ -33,8 +34,11 @@ class StepBuilder:
         prefix_loader: PrefixLoader,
         recovery: Recovery,
         preempt: Callable[[Sequence], None],
+        waits: Callable[[Step, Sequence], bool],
         uniform: Callable[[int, int], float],
     ) -> None:
+        """``waits(step, sequence)``: whether a sequence whose last token is pending runs in no step
+        before that has come."""
         self._waiting = waiting
         self._running = running
         self._memory = memory
@@ -42,6 +46,7 @@ class StepBuilder:
         self._prefix_loader = prefix_loader
         self._recovery = recovery
         self._preempt = preempt
+        self._waits = waits
         self._uniform = uniform
 
     def run_suspect(self, step: Step, now: float) -> bool:
@@ -60,11 +65,17 @@ class StepBuilder:
         return False
 
     def continue_decodes(self, step: Step) -> list[Sequence]:
-        """Plan one token for each sequence that decodes. Returns those planned."""
+        """Plan one token for each sequence that decodes. Returns those planned.
+
+        A token that is pending is run all the same, unless the sequence ends with it at the latest,
+        or gains by waiting for it.
+        """
         decoding = []
         for sequence in tuple(self._running):
-            num_tokens = len(sequence.tokens)
+            num_tokens = len(sequence.tokens) + sequence.num_pending
             if num_tokens - sequence.num_computed != 1 or sequence.state is not State.RUNNING:
+                continue
+            if sequence.num_pending and (sequence.is_complete or self._waits(step, sequence)):
                 continue
             capacity = len(sequence.block_table) * self._memory.block_size
             num_positions = sequence.num_prefix_tokens + num_tokens
@@ -74,12 +85,11 @@ class StepBuilder:
         return decoding
 
     def continue_prefills(self, step: Step) -> None:
-        """Plan the next chunk of each running sequence that is not in the step yet."""
-        planned = {chunk.seq_id for chunk in step.chunks}
+        """Plan the next chunk of each running sequence with more than one token to run."""
         for sequence in self._running:
             if step.budget == 0:
                 return
-            if sequence.seq_id not in planned:
+            if sequence.num_remaining > 1:
                 self._run(step, sequence)
 
     def serve_waiting(self, step: Step, now: float) -> bool:
@@ -94,6 +104,8 @@ class StepBuilder:
         for sequence in self._waiting.in_order(
             ready=ready, depth=room, lookahead=LOOKAHEAD if room else _LOOKAHEAD_WHEN_FULL
         ):
+            if sequence.num_pending:
+                continue  # preempted while a step samples its next token
             is_full = not step.budget or len(self._running) >= max_running
             if not self._memory.is_ready(sequence):
                 if not is_full:
@@ -118,6 +130,8 @@ class StepBuilder:
             if not step.budget or len(self._running) >= self._recovery.backoff.max_running:
                 break
             sequence = self._waiting.first_under(entry.key)
+            if sequence.num_pending:
+                continue
             if self._memory.is_ready(sequence) and not self._start(step, sequence, now):
                 return False
         return True
@@ -163,19 +177,21 @@ class StepBuilder:
 
     def _run(self, step: Step, sequence: Sequence) -> None:
         """Plan the next tokens of a running sequence: as many as the step has room for."""
-        start, num_tokens = sequence.num_computed, len(sequence.tokens)
+        start, num_pending = sequence.num_computed, sequence.num_pending
+        num_tokens = len(sequence.tokens) + num_pending
         size = min(num_tokens - start, step.budget, step.max_chunk)
         if size > _LARGE_CHUNK:
             num_seen = sequence.num_prefix_tokens + start + size
             size = max(_LARGE_CHUNK, min(size, _MAX_SCORES // num_seen))
-        sampling, stop = sequence.request.sampling, sequence.request.stop
+        request = sequence.request
+        sampling, stop = request.sampling, request.stop
         is_last = start + size == num_tokens
         is_drawn = is_last and sampling.temperature > 0
         num_output = num_tokens - sequence.num_prompt
         step.chunks.append(
             Chunk(
                 seq_id=sequence.seq_id,
-                tokens=sequence.tokens[start : start + size],
+                tokens=_PENDING if num_pending else sequence.tokens[start : start + size],
                 start=sequence.num_prefix_tokens + start,
                 block_table=tuple(sequence.block_table),
                 prefix=sequence.prefix.key if sequence.prefix else None,
@@ -188,3 +204,9 @@ class StepBuilder:
             )
         )
         step.budget -= size
+        # What is certain once the step is submitted; ``Scheduler.update`` has the rest.
+        sequence.num_computed += size
+        if is_last:
+            sequence.num_pending += 1
+            if request.constraint is not None:
+                step.masked.append(sequence.seq_id)

@@ -6,6 +6,7 @@ from itertools import islice
 import torch
 
 from prefixd.server.engine.request import PrefixKey
+from prefixd.server.engine.runner import BlockingRunner
 from prefixd.server.engine.step import OutOfMemory, StagedPrefix, Step, StepOutput
 from prefixd.server.model.batch import lay_out
 from prefixd.server.model.decoder import Decoder
@@ -20,7 +21,7 @@ _OUT_OF_MEMORY = (
 )
 
 
-class Runner:
+class Runner(BlockingRunner):
     """Runs steps on a decoder. Not thread-safe."""
 
     def __init__(self, decoder: Decoder, *, threads: ThreadControl | None = None) -> None:

@@ -23,7 +23,7 @@ from prefixd.server.api.prefixes.residency import pin_room
 from prefixd.server.api.served import DecoderInfo, ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
-from prefixd.server.engine.step import ModelRunner
+from prefixd.server.engine.runner import ModelRunner
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.cores import default_threads
 from prefixd.server.model.decoders import DecoderUnavailable

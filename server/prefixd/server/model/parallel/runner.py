@@ -1,5 +1,6 @@
 """The runner of rank 0: has every rank run each step, and makes one outcome of theirs."""
 
+from prefixd.server.engine.runner import BlockingRunner
 from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.parallel.followers import Followers
@@ -7,7 +8,7 @@ from prefixd.server.model.parallel.outcome import Outcome, raise_failures
 from prefixd.server.model.runner import Runner
 
 
-class ParallelRunner:
+class ParallelRunner(BlockingRunner):
     """A ModelRunner over the runners of all ranks. Used by one thread."""
 
     def __init__(self, runner: Runner, followers: Followers) -> None:

@@ -1,0 +1,90 @@
+"""Steps in flight: submitted to the runner, and collected in the same order."""
+
+import logging
+import time
+from collections import deque
+from typing import NamedTuple
+
+from prefixd.server.engine.runner import Masks, ModelRunner
+from prefixd.server.engine.step import Step, StepOutput
+
+log = logging.getLogger(__name__)
+
+
+class StepFailed(Exception):
+    """The runner raised ``error`` for ``step``. ``alone``: no other step was in flight with it."""
+
+    def __init__(self, step: Step, error: Exception, *, alone: bool) -> None:
+        super().__init__(str(error))
+        self.step, self.error, self.alone = step, error, alone
+
+
+class Collected(NamedTuple):
+    """A step that has run, its output, and the seconds that the device spent on it."""
+
+    step: Step
+    output: StepOutput
+    seconds: float
+
+
+class Pipeline:
+    """The steps that were submitted and not collected."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+        self._in_flight: deque[tuple[Step, float]] = deque()
+        self._unmasked: Step | None = None  # whose masks are to come
+        self._collected_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    def holds(self, step: Step) -> bool:
+        """Whether ``step`` is in flight."""
+        return any(step is each for each, _ in self._in_flight)
+
+    def submit(self, step: Step) -> None:
+        """Raise StepFailed when it cannot begin; the steps before it are still in flight then."""
+        submitted_at = time.perf_counter()
+        try:
+            self._runner.submit(step)
+        except Exception as error:
+            raise StepFailed(step, error, alone=not self._in_flight) from error
+        self._in_flight.append((step, submitted_at))
+        self._unmasked = step if step.masked else None
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the step submitted last waits for ``complete``."""
+        return self._unmasked is not None
+
+    def complete(self, masks: Masks) -> None:
+        """Let the masked rows of the step submitted last be sampled."""
+        self._unmasked = None
+        self._runner.complete(masks)
+
+    def collect(self) -> Collected:
+        """The oldest step. Raise StepFailed when it failed; nothing is in flight then: what the
+        steps behind it computed is dropped."""
+        step, submitted_at = self._in_flight.popleft()
+        try:
+            output = self._runner.collect()
+        except Exception as error:
+            alone = not self._in_flight
+            self.discard()
+            raise StepFailed(step, error, alone=alone) from error
+        # The device began with it when it was submitted, or when the step before had ended.
+        began, self._collected_at = max(submitted_at, self._collected_at), time.perf_counter()
+        return Collected(step, output, self._collected_at - began)
+
+    def discard(self) -> None:
+        """Wait for the steps in flight, and drop their output."""
+        while self._in_flight:
+            step, _ = self._in_flight.popleft()
+            try:
+                if step is self._unmasked:
+                    self.complete({})
+                self._runner.collect()
+            except Exception as error:  # noqa: BLE001 - its output is not needed
+                log.warning("a step behind a failed one failed too (%s)", type(error).__name__)
+        self._unmasked = None
