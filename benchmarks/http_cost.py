@@ -89,6 +89,14 @@ def _cpu_seconds() -> dict[str, float]:
     return {"loop": clocks["MainThread"], "all": time.process_time() - clocks["engine"]}
 
 
+def open_when_started(port: int) -> None:
+    """Wait until a server accepts connections: bound already, it refuses them until its application
+    has started."""
+    while True:
+        with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            return
+
+
 class Server:
     """The child process."""
 
@@ -104,12 +112,7 @@ class Server:
         started = self._read()
         self.port: int = started["port"]
         self.keys: dict[str, str] = started["keys"]
-        while True:  # bound already, but it refuses connections until the application has started
-            with (
-                suppress(ConnectionRefusedError),
-                socket.create_connection(("127.0.0.1", self.port)),
-            ):
-                return
+        open_when_started(self.port)
 
     def cpu_seconds(self) -> dict[str, float]:
         assert self._process.stdin is not None
