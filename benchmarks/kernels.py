@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from prefixd.server.model.kernels import attention, elementwise, launch
+from prefixd.server.model.kernels import decode, elementwise, launch, prefill
 
 KV_HEADS, GROUP, WIDTH, INNER = 8, 4, 4096, 14336
 ROWS, MAX_BLOCKS, BLOCK = 64, 256, 16
@@ -84,7 +84,7 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
     record: list[Launch] = []
     kernels = [
         (module, name, kernel)
-        for module in (attention, elementwise)
+        for module in (decode, elementwise, prefill)
         for name, kernel in vars(module).items()
         if isinstance(kernel, JITFunction)
     ]

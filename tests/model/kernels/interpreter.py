@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on a CPU.
+"""The Triton kernels on a CPU, in Triton's interpreter, or on a GPU.
 
 Triton decides when it is imported whether it interprets, and other tests' libraries import it: so
 the kernels run in a process of their own.
@@ -14,9 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 
+DEVICE = os.environ.get("PREFIXD_TEST_DEVICE", "cpu")
+
+
+class OnDevice:
+    """Launches kernels on a GPU."""
+
+    def launch(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """The result of a function of ``launch``; what it writes to its first argument, ``kv`` in
+        some, is written here too."""
+        module = import_module("prefixd.server.model.kernels.launch")
+        tensors = [_to_device(argument) for argument in arguments]
+        result = getattr(module, name)(*tensors, **_each(_to_device, options))
+        arguments[0].copy_(tensors[0])
+        return _each(_to_host, result)
+
 
 class Interpreter:
-    """Launches kernels in another process."""
+    """Launches kernels in the interpreter's process."""
 
     def __init__(self) -> None:
         self._processes = ProcessPoolExecutor(1, get_context("spawn"), initializer=_interpret)
@@ -33,17 +48,20 @@ class Interpreter:
         self._processes.shutdown()
 
     def launch(self, name: str, *arguments: Any, **options: Any) -> Any:
-        """The result of a function of ``launch``; what it writes to its first argument, ``kv`` in
-        some, is written here too."""
+        """As OnDevice.launch."""
         call = (name, *map(_to_numpy, arguments))
         result, first = self._processes.submit(_launch, *call, **_each(_to_numpy, options)).result()
         arguments[0].copy_(torch.from_numpy(first))
         return _each(_to_torch, result)
 
 
+Launcher = Interpreter | OnDevice
+
+
 def _interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills what is not initialized with NaN
     interpreter = import_module("triton.runtime.interpreter")
     interpreter.InterpreterBuilder.create_dot = _dot
 
@@ -74,3 +92,11 @@ def _to_numpy(value: Any) -> Any:
 
 def _to_torch(value: Any) -> Any:
     return torch.from_numpy(value.copy()) if hasattr(value, "dtype") else value
+
+
+def _to_device(value: Any) -> Any:
+    return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+
+def _to_host(value: Any) -> Any:
+    return value.cpu() if isinstance(value, torch.Tensor) else value

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 import triton
 
-from prefixd.server.model.kernels import attention, elementwise
+from prefixd.server.model.kernels import decode, elementwise, prefill
 from prefixd.server.model.kernels.ops import RaggedRows
 from prefixd.server.model.kernels.sizes import SPLIT_LENGTH, TILE_HEIGHT, require_supported
 
@@ -31,10 +31,12 @@ class Tile:
 
 
 def prefill_tile(dtype: torch.dtype, capability: int) -> Tile:
-    """The tile of a prefill. Larger ones load KV less often; these spill no registers."""
-    if capability >= 90 and dtype.itemsize == 2:
+    """The tile of a prefill: larger ones load KV less often, these spill no registers."""
+    if dtype.itemsize != 2:  # for the self-check
+        return Tile(height=64, positions=32, warps=8)
+    if capability >= 90:
         return Tile(height=128, positions=64, warps=8, registers=168)
-    return Tile(height=64, positions=32, warps=8)
+    return Tile(height=64, positions=32, warps=8, registers=168)
 
 
 @cache
@@ -167,7 +169,7 @@ class _Attention:
         index = (rows.query_starts, rows.lengths, rows.block_table, rows.shared)
         counts = (rows.block_table.stride(0), num_splits + 1)
         if len(rows.tiles):
-            attention.decode_shared[(self._kv_heads, num_splits, len(rows.tiles))](
+            decode.decode_shared_prefix[(self._kv_heads, num_splits, len(rows.tiles))](
                 *(*tensors, *index, rows.members, rows.tiles, *counts, self._scale),
                 SPLIT=split_length,
                 M=TILE_HEIGHT,
@@ -175,7 +177,7 @@ class _Attention:
                 num_warps=4,
                 **self._sizes,
             )
-        attention.decode_own[(self._kv_heads, num_splits, num_rows)](
+        decode.decode_own_positions[(self._kv_heads, num_splits, num_rows)](
             *(*tensors, *index, *counts, self._scale),
             SPLIT=split_length,
             M=max(SHORT_TILE, triton.next_power_of_2(self._group)),
@@ -183,7 +185,7 @@ class _Attention:
             num_warps=4,
             **self._sizes,
         )
-        attention.combine[(num_heads, num_rows)](
+        decode.combine[(num_heads, num_rows)](
             *(self._out, partials, powers),
             *(rows.query_starts, rows.lengths, rows.shared, num_splits + 1),
             SPLIT=split_length,
@@ -200,7 +202,7 @@ class _Attention:
         tile = prefill_tile(self._queries.dtype, capability_of(self._queries.device))
         bound = {} if tile.registers is None else {"maxnreg": tile.registers}
         num_rows, tall = len(rows.lengths), tile.height // self._group
-        attention.prefill[(self._kv_heads, len(self._queries) // tall + num_rows)](
+        prefill.prefill_tiles[(self._kv_heads, len(self._queries) // tall + num_rows)](
             *(self._out, self._queries, self._keys, self._values),
             *(rows.query_starts, rows.lengths, rows.block_table),
             *(num_rows, rows.block_table.stride(0), self._scale),
