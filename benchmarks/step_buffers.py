@@ -18,7 +18,7 @@ import torch
 from benchmarks.serving import machine
 from prefixd.server.engine.step import Chunk
 from prefixd.server.model.batch import FlatBatch, lay_out
-from prefixd.server.model.buffers import StepBuffers
+from prefixd.server.model.buffers import StepBuffers, StepSizes
 from prefixd.server.model.gathered import group_rows
 from tests.model import list_layout
 
@@ -38,8 +38,7 @@ class Decode:
             block_size=BLOCK,
             scratch_slot=(1 + blocks) * BLOCK,
             device=CPU,
-            max_rows=ROWS,
-            max_tokens=ROWS,
+            sizes=StepSizes(ROWS, ROWS),
             max_blocks=self._width,
         )
         self._tables = [

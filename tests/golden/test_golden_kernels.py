@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from prefixd.server.model.cpu.interface import KERNELS
+from prefixd.server.model.decoders import PAGED
 from tests.golden.golden_harness import (
     Served,
     make_adapter,
@@ -26,7 +27,7 @@ pytestmark = [
 LENGTHS = [5, 16, 20, 33, 21, 32]  # full and partial blocks of 16
 
 
-@pytest.mark.parametrize("kernels", ["module", "torch", *KERNELS])
+@pytest.mark.parametrize("kernels", ["module", "torch", *PAGED, *KERNELS])
 def test_every_decoder_gives_the_tokens_of_peft(
     kernels: str, tmp_path: Path, serving: Callable[..., Served]
 ) -> None:

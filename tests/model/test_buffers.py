@@ -1,6 +1,5 @@
 """The buffers of a step equal lists built position by position, over successive steps."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -10,17 +9,26 @@ from hypothesis import strategies as st
 
 from prefixd.server.engine.step import NULL_BLOCK, Chunk
 from prefixd.server.model.batch import FlatBatch, lay_out
-from prefixd.server.model.buffers import MIN_SHARED, TILE_ROWS, StepBuffers
+from prefixd.server.model.buffers import StepBuffers, StepSizes
 from prefixd.server.model.gathered import group_rows as groups_of_buffers
+from prefixd.server.model.kernels import MIN_SHARED
 from tests.model import list_layout
 
 CPU = torch.device("cpu")
 SIZE = 4
 SCRATCH = 4000
+TILE_ROWS = 4
 
 
-def make_buffers(**sizes: int) -> StepBuffers:
-    return StepBuffers(block_size=SIZE, scratch_slot=SCRATCH, device=CPU, **sizes)
+def make_buffers(rows: int = 1, tokens: int = 1, max_blocks: int = 1) -> StepBuffers:
+    return StepBuffers(
+        block_size=SIZE,
+        scratch_slot=SCRATCH,
+        device=CPU,
+        tile_rows=TILE_ROWS,
+        sizes=StepSizes(rows, tokens),
+        max_blocks=max_blocks,
+    )
 
 
 @dataclass
@@ -64,15 +72,15 @@ def check_equal(buffers: StepBuffers, batch: FlatBatch) -> None:
     assert tensors.positions.tolist() == list_layout.positions(batch)
     assert tensors.slots.tolist() == list_layout.slots(batch, SIZE)
     assert tensors.outputs.tolist() == batch.outputs
-    assert tensors.query_starts.tolist() == [row.offset for row in batch.rows] + [
+    assert tensors.rows.query_starts.tolist() == [row.offset for row in batch.rows] + [
         len(batch.token_ids)
     ]
-    assert tensors.lengths.tolist() == [row.end for row in batch.rows]
+    assert tensors.rows.lengths.tolist() == [row.end for row in batch.rows]
     assert (tensors.max_queries, tensors.max_length) == (
         max(row.length for row in batch.rows),
         max(row.end for row in batch.rows),
     )
-    for row, table in zip(batch.rows, tensors.block_table.tolist(), strict=True):
+    for row, table in zip(batch.rows, tensors.rows.block_table.tolist(), strict=True):
         rest = [NULL_BLOCK] * (len(table) - len(row.block_table))
         assert table == [*row.block_table, *rest]
     expected = list_layout.group_rows(batch.rows, block_size=SIZE, num_kv_heads=3, device=CPU)
@@ -124,7 +132,7 @@ def test_a_steady_step_writes_the_block_tables_that_grew_alone() -> None:
     site = Site([Running([], num) for num in range(8)])
     for sequence in site.running:
         sequence.table = site.blocks(-(-sequence.num_positions // SIZE))
-    buffers = make_buffers(max_rows=8, max_tokens=8, max_blocks=32)
+    buffers = make_buffers(8, 8, 32)
     buffers.fill(decode(site))
     for _ in range(3 * SIZE):
         before, grown = buffers.entries_written, [len(s.table) for s in site.running]
@@ -136,7 +144,7 @@ def test_a_steady_step_writes_the_block_tables_that_grew_alone() -> None:
 
 
 def test_a_larger_step_gets_larger_buffers_and_the_same_contents() -> None:
-    site, buffers = Site([Running([])]), make_buffers(max_rows=2, max_tokens=2, max_blocks=32)
+    site, buffers = Site([Running([])]), make_buffers(2, 2, 32)
     address = buffers.address
     buffers.fill(decode(site))
     assert buffers.address == address
@@ -152,11 +160,11 @@ def test_padding_writes_to_the_scratch_slot_and_reads_nothing() -> None:
     batch = decode(site)
     buffers.fill(batch, num_rows=4)
     tensors = buffers.tensors()
-    assert tensors.lengths.tolist() == [1, 1, 0, 0]
+    assert tensors.rows.lengths.tolist() == [1, 1, 0, 0]
     assert tensors.slots.tolist() == [*list_layout.slots(batch, SIZE), SCRATCH, SCRATCH]
-    assert tensors.query_starts.tolist() == [0, 1, 2, 3, 4]
+    assert tensors.rows.query_starts.tolist() == [0, 1, 2, 3, 4]
     assert tensors.outputs.tolist() == [0, 1, 2, 3]
-    assert tensors.tiles.tolist() == [[0, 0]] * 4
+    assert tensors.rows.tiles.tolist() == [[0, 0]] * 4
     assert tensors.tokens.shape == tensors.positions.shape == (4,)
 
 
@@ -177,10 +185,10 @@ def test_rows_under_a_long_prefix_are_the_members_of_its_tiles(num_rows: int | N
     buffers.fill(batch, num_rows=num_rows)
     tensors = buffers.tensors()
     expected = [long - 1, other, 0, 0]
-    assert tensors.shared.tolist()[: len(order)] == [expected[i] for i in order]
-    tiles = [(first, count) for first, count in tensors.tiles.tolist() if count]
-    assert len(tensors.tiles) == (num_rows or len(tiles))
-    members = tensors.members.tolist()
+    assert tensors.rows.shared.tolist()[: len(order)] == [expected[i] for i in order]
+    tiles = [(first, count) for first, count in tensors.rows.tiles.tolist() if count]
+    assert len(tensors.rows.tiles) == (num_rows or len(tiles))
+    members = tensors.rows.members.tolist()
     found = [members[first : first + count] for first, count in tiles]
     under_long = [i for i, prefix in enumerate(order) if prefix == 0]
     assert found == [under_long[:TILE_ROWS], under_long[TILE_ROWS:], [1, 5]]
@@ -191,14 +199,12 @@ def test_a_shorter_block_table_is_followed_by_the_null_block() -> None:
     chunks = [Chunk(0, [5], 30, tuple(range(1, 9)))]
     buffers.fill(lay_out(chunks))
     buffers.fill(lay_out([replace(chunks[0], start=0, block_table=(9,))]))
-    assert buffers.tensors().block_table.tolist()[0][:9] == [9, *[NULL_BLOCK] * 8]
+    assert buffers.tensors().rows.block_table.tolist()[0][:9] == [9, *[NULL_BLOCK] * 8]
 
 
 def test_sections_begin_at_multiples_of_128_bytes() -> None:
-    buffers = make_buffers(max_rows=3, max_tokens=5, max_blocks=7)
+    buffers = make_buffers(3, 5, 7)
     buffers.fill(decode(Site([Running([]), Running([])])), num_rows=3)
     tensors = buffers.tensors()
-    names: Sequence[str] = ("tokens", "positions", "slots", "query_starts", "lengths", "tiles")
-    for name in (*names, "outputs", "shared", "members", "block_table"):
-        offset = getattr(tensors, name).data_ptr() - buffers.address
-        assert offset % 128 == 0, name
+    parts = [tensors.tokens, tensors.positions, tensors.slots, tensors.outputs, *tensors.rows]
+    assert {(part.data_ptr() - buffers.address) % 128 for part in parts} == {0}

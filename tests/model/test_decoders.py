@@ -24,7 +24,7 @@ from tests.golden.families import family_model
 
 EXACT = ["llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]
 OTHERS = ["gemma", "glm", "gpt2", "granite", "olmo2", "phi3", "smollm3", "starcoder2"]
-POOL = {"num_blocks": 64, "block_size": 16}
+POOL: dict[str, Any] = {"num_blocks": 64, "block_size": 16}
 
 
 def base_of(family: str = "llama", dtype: str = "float32") -> LoadedBase:

@@ -118,9 +118,10 @@ def _check_device(settings: Settings) -> str:
 
 
 def _check_kernels(settings: Settings) -> str:
+    from prefixd.server.serve.build import device_of
     from prefixd.server.serve.native_kernels import describe_kernels
 
-    return describe_kernels(settings)
+    return describe_kernels(settings, device=device_of(settings))
 
 
 def _check_int8(settings: Settings) -> str:

@@ -17,12 +17,7 @@ import torch
 
 from prefixd.server.engine.step import NULL_BLOCK
 from prefixd.server.model.batch import FlatBatch, Row
-
-MIN_SHARED = 256
-"""Virtual tokens from which the rows under a prefix attend to it together."""
-
-TILE_ROWS = 16
-"""Rows that read a shared prefix together, at most."""
+from prefixd.server.model.kernels import MIN_SHARED, RaggedRows
 
 _ALIGNED = 32
 """Entries: sections begin at multiples of 128 bytes, which kernels may assume."""
@@ -33,27 +28,31 @@ class StepTensors:
     """A pass of T tokens in R rows on the device, all int32.
 
     ``tokens``, ``positions`` and ``slots`` [T] are of each flat token; ``outputs`` [n] the flat
-    tokens whose logits are wanted. Row r has the flat tokens ``query_starts[r] ..
-    query_starts[r + 1]`` (``query_starts`` [R + 1]), and ``lengths[r]`` positions after the pass: 0
-    for padding, which writes to the scratch slot. ``block_table`` is [R, blocks]. The first
-    ``shared[r]`` positions are those of a prefix that is read for several rows at once: ``tiles``
-    [N, 2] holds a first place in ``members`` and a count, and ``members`` row numbers.
-
-    ``max_queries`` and ``max_length`` bound the tokens of a row and ``lengths``.
+    tokens whose logits are wanted. A row of padding has one token, which is written to the scratch
+    slot. ``max_queries`` and ``max_length`` bound the tokens of a row and ``rows.lengths``.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     outputs: torch.Tensor
-    query_starts: torch.Tensor
-    lengths: torch.Tensor
-    block_table: torch.Tensor
-    shared: torch.Tensor
-    members: torch.Tensor
-    tiles: torch.Tensor
+    rows: RaggedRows
     max_queries: int
     max_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepSizes:
+    """The largest step that is expected: its rows and tokens, and the rows of one that only
+    decodes. A larger one is served, at the cost of new buffers."""
+
+    rows: int = 1
+    tokens: int = 1
+    decoding: int = 1
+
+
+NO_STEP = StepSizes()
+"""Nothing is known of the steps to come."""
 
 
 class StepBuffers:
@@ -61,7 +60,7 @@ class StepBuffers:
     CPU both are the same memory. Larger steps than those so far get larger buffers, elsewhere.
 
     ``entries_written`` counts block-table entries since the start. The arrays of the names of
-    StepTensors are the host's.
+    StepTensors and RaggedRows are the host's.
     """
 
     def __init__(
@@ -70,18 +69,19 @@ class StepBuffers:
         block_size: int,
         scratch_slot: int,
         device: torch.device,
-        max_rows: int = 1,
-        max_tokens: int = 1,
+        tile_rows: int = 1,
+        sizes: StepSizes = NO_STEP,
         max_blocks: int = 1,
     ) -> None:
-        """Sizes are those of the largest step that is expected."""
+        """``tile_rows`` rows may read a shared prefix together; a block table is expected to have
+        at most ``max_blocks``."""
         self.block_size = block_size
         self.entries_written = 0
-        self._scratch_slot, self._device = scratch_slot, device
+        self._scratch_slot, self._tile_rows, self._device = scratch_slot, tile_rows, device
         self._copied: torch.cuda.Event | None = None
         self._num_rows = self._num_tokens = self._num_outputs = self._num_tiles = 0
         self.max_queries = self.max_length = 1
-        self._allocate(max_rows, max_tokens, max_blocks)
+        self._allocate(sizes.rows, sizes.tokens, max_blocks)
 
     def _allocate(self, max_rows: int, max_tokens: int, max_blocks: int) -> None:
         self._sizes = (max_rows, max_tokens, max_blocks)
@@ -196,8 +196,8 @@ class StepBuffers:
         first, num_tiles = 0, 0
         for members in by_prefix.values():
             self.members[first : first + len(members)] = members
-            for start in range(0, len(members), TILE_ROWS):
-                size = min(TILE_ROWS, len(members) - start)
+            for start in range(0, len(members), self._tile_rows):
+                size = min(self._tile_rows, len(members) - start)
                 self.tiles[num_tiles] = first + start, size
                 num_tiles += 1
             first += len(members)
@@ -222,12 +222,14 @@ class StepBuffers:
             positions=at["positions"][:tokens],
             slots=at["slots"][:tokens],
             outputs=at["outputs"][: self._num_outputs],
-            query_starts=at["query_starts"][: rows + 1],
-            lengths=at["lengths"][:rows],
-            block_table=self._table_on_device[:rows],
-            shared=at["shared"][:rows],
-            members=at["members"][:rows],
-            tiles=at["tiles"].view(-1, 2)[: self._num_tiles],
+            rows=RaggedRows(
+                query_starts=at["query_starts"][: rows + 1],
+                lengths=at["lengths"][:rows],
+                block_table=self._table_on_device[:rows],
+                shared=at["shared"][:rows],
+                members=at["members"][:rows],
+                tiles=at["tiles"].view(-1, 2)[: self._num_tiles],
+            ),
             max_queries=self.max_queries,
             max_length=max_length or self.max_length,
         )

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefixd.server.model.attention import PagedBatch
+from prefixd.server.model.attention import PagedBatch, StepAttention
 from prefixd.server.model.batch import FlatBatch
+from prefixd.server.model.buffers import NO_STEP, StepSizes
 from prefixd.server.model.decoder import Logits
 from prefixd.server.model.gathered import GatheredAttention
 from prefixd.server.model.load import LoadedBase
@@ -18,9 +19,11 @@ class ModuleDecoder(TorchDecoder):
 
     name = "module"
 
-    def __init__(self, base: LoadedBase, *, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, base: LoadedBase, *, num_blocks: int, block_size: int, sizes: StepSizes = NO_STEP
+    ) -> None:
         """``num_blocks`` counts the null block."""
-        super().__init__(base, num_blocks=num_blocks, block_size=block_size)
+        super().__init__(base, num_blocks=num_blocks, block_size=block_size, sizes=sizes)
         self.layers_seen = 0
         self._embed: Any = base.module.get_input_embeddings()
         self._num_ids = base.num_embeddings
@@ -31,7 +34,7 @@ class ModuleDecoder(TorchDecoder):
         device = self.base.device
         self.buffers.fill(batch)
         paged = PagedBatch(
-            attention=GatheredAttention(self.cache, self.buffers, batch.rows),
+            attention=self._attention(batch),
             shape=self.base.shape,
             context=self.base.context,
         )
@@ -46,6 +49,10 @@ class ModuleDecoder(TorchDecoder):
         self.layers_seen = paged.layers_seen
         # An id without an embedding could be sampled, but not be fed in afterwards.
         return Logits(output.logits[0, :, : self._num_ids])
+
+    def _attention(self, batch: FlatBatch) -> StepAttention:
+        """Attention of the pass that the buffers hold."""
+        return GatheredAttention(self.cache, self.buffers, batch.rows)
 
     def _embeddings(self, batch: FlatBatch) -> torch.Tensor:
         """Input embeddings [num_tokens, embedding_width]: looked up, or those of a soft prompt."""

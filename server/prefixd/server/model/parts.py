@@ -109,6 +109,11 @@ class Parts:
         head, embedding = self._module.lm_head.weight, self._module.model.embed_tokens.weight
         return bool(head.data_ptr() == embedding.data_ptr() and head.shape == embedding.shape)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer has experts."""
+        return any(hasattr(layer.mlp, "experts") for layer in self._layers)
+
     def take_layers(self) -> Iterator[Layer]:
         """All layers in order. Each is removed from the module when the next is asked for: the
         weights are not held twice, and the module cannot be run afterwards."""

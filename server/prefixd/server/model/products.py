@@ -15,23 +15,24 @@ _TYPICAL_ROWS = 32
 """Rows for which oneDNN chooses the layout."""
 
 
+def merged(linears: Sequence[Linear]) -> Linear:
+    """Several weights of the same inputs as one, one above another."""
+    if len(linears) == 1:
+        return Linear(linears[0].weight.contiguous(), linears[0].bias)
+    weight = torch.cat([linear.weight for linear in linears])
+    if all(linear.bias is None for linear in linears):
+        return Linear(weight)
+    biases = [
+        weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+        for linear in linears
+    ]
+    return Linear(weight, torch.cat(biases))
+
+
 def product_of(linears: Sequence[Linear]) -> Product:
     """The product with several weights of the same inputs, one above another."""
-    weight = (
-        torch.cat([linear.weight for linear in linears])
-        if len(linears) > 1
-        else (linears[0].weight.contiguous())
-    )
-    bias = None
-    if any(linear.bias is not None for linear in linears):
-        bias = torch.cat(
-            [
-                torch.zeros(len(linear.weight), dtype=weight.dtype, device=weight.device)
-                if linear.bias is None
-                else linear.bias
-                for linear in linears
-            ]
-        )
+    linear = merged(linears)
+    weight, bias = linear.weight, linear.bias
     if weight.device.type == "cpu" and packs(weight.dtype):
         return _packed(weight, bias)
     return lambda rows: functional.linear(rows, weight, bias)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from prefixd.server.engine.step import BlockCopy
-from prefixd.server.model.buffers import StepBuffers
+from prefixd.server.model.buffers import NO_STEP, StepBuffers, StepSizes
+from prefixd.server.model.kernels import members_per_tile
 from prefixd.server.model.kv_cache import KVCache
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.threads import use_threads
@@ -15,7 +16,9 @@ class TorchDecoder:
     """The part of a Decoder that does not compute: ``cache`` is the pool and ``buffers`` hold the
     last step, on the base's device."""
 
-    def __init__(self, base: LoadedBase, *, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, base: LoadedBase, *, num_blocks: int, block_size: int, sizes: StepSizes = NO_STEP
+    ) -> None:
         """``num_blocks`` counts the null block."""
         self.base = base
         self.block_size = block_size
@@ -28,7 +31,12 @@ class TorchDecoder:
             device=base.device,
         )
         self.buffers = StepBuffers(
-            block_size=block_size, scratch_slot=self.cache.scratch_slot, device=base.device
+            block_size=block_size,
+            scratch_slot=self.cache.scratch_slot,
+            device=base.device,
+            tile_rows=max(1, members_per_tile(base.shape.num_heads // base.shape.num_kv_heads)),
+            sizes=sizes,
+            max_blocks=-(-base.context // block_size),
         )
 
     def zero(self, blocks: Sequence[int]) -> None:

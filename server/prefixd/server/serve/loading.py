@@ -7,6 +7,7 @@ import torch
 
 from prefixd.server.api.served import DecoderInfo
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.model.buffers import StepSizes
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.decoders import DecoderUnavailable, choose_decoder
 from prefixd.server.model.int8_decoder import describe_int8, make_int8_decoder, require_native
@@ -75,7 +76,16 @@ def load_model(settings: Settings, config: SchedulerConfig, *, device: str, thre
         }
     else:
         decoder = choose_decoder(
-            load, base, settings.cpu_kernels, evidence=checked.evidence, **pool
+            load,
+            base,
+            settings.cpu_kernels,
+            evidence=checked.evidence,
+            **pool,
+            sizes=StepSizes(
+                rows=config.max_running + config.max_staged,
+                tokens=config.max_tokens_per_step,
+                decoding=config.max_running,
+            ),
         )
     on_cpu = base.device.type == "cpu"
     governed = settings.threads is None and on_cpu and decoder.thread_use() is None

@@ -1,4 +1,6 @@
-"""What ``prefixd doctor`` reports of the native kernels."""
+"""What ``prefixd doctor`` reports of the kernels that serve."""
+
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -10,7 +12,25 @@ from prefixd.server.model.native import require_dtype
 from prefixd.server.serve.settings import Settings
 
 
-def describe_kernels(settings: Settings) -> str:
+def describe_kernels(settings: Settings, *, device: str) -> str:
+    """What computes the model on ``device``. Raises DecoderUnavailable where the settings name
+    kernels that cannot, as a start does."""
+    if torch.device(device).type == "cpu":
+        return _describe_native(settings)
+    choice = settings.cpu_kernels
+    if choice == "module":
+        return "module, no kernels of its own: cpu_kernels is module"
+    if choice != "auto":
+        raise DecoderUnavailable(
+            f"cpu_kernels is {choice} and the device {device}; expected auto or module there"
+        )
+    try:
+        return f"paged (Triton {version('triton')}), compiled at the first start with a model"
+    except PackageNotFoundError:
+        return "module, no kernels of its own: Triton is not installed"
+
+
+def _describe_native(settings: Settings) -> str:
     """The kernel set that serves by the settings, where its library comes from, and why the others
     do not; or why none does. Raises DecoderUnavailable where the settings name one that cannot, as
     a start does."""

@@ -1,0 +1,113 @@
+"""A steady decode step on the device: nothing in it waits for the device or leaves it.
+
+The body reaches from the filled device buffers to the sampled tokens. The copy in
+(``StepBuffers.send``) and the copy out lie outside.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from prefixd.server.model import kernels, paged
+from prefixd.server.model.batch import FlatBatch
+from prefixd.server.model.buffers import StepBuffers, StepTensors
+from prefixd.server.model.decoders import make_decoder
+from prefixd.server.model.kernels import RaggedRows
+from prefixd.server.model.kv_cache import KVCache
+from prefixd.server.model.paged import PagedDecoder, PagedWeights, hidden_states
+from tests.model.device_modes import Refused, fake_cuda
+from tests.model.test_decoders import POOL, base_of
+
+ROWS = 8
+VIEWS = {"aten::t", "aten::view", "aten::_unsafe_view", "aten::slice", "aten::reshape"}
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> PagedDecoder:
+    folder: Path = tmp_path_factory.mktemp("decode")
+    made = make_decoder(base_of("qwen3"), "paged", **POOL, data_folder=folder)
+    assert isinstance(made, PagedDecoder)
+    return made
+
+
+def on_device(value: Any) -> Any:
+    """The same tree with fake CUDA tensors."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, device="cuda")
+    if isinstance(value, RaggedRows):
+        return RaggedRows(*map(on_device, value))
+    if isinstance(value, tuple):
+        return tuple(map(on_device, value))
+    if is_dataclass(value):
+        kind: Any = type(value)
+        return kind(**{each.name: on_device(getattr(value, each.name)) for each in fields(value)})
+    return value
+
+
+def run_body(decoder: PagedDecoder) -> list[str]:
+    """Run the body of a decode step on fake CUDA tensors; returns its operations."""
+    buffers = StepBuffers(
+        block_size=decoder.block_size, scratch_slot=99, device=torch.device("cpu")
+    )
+    buffers.fill(FlatBatch(), num_rows=ROWS)
+    filled = buffers.tensors()
+    with torch.inference_mode(), fake_cuda() as mode:
+        weights: PagedWeights = on_device(decoder.weights)
+        step: StepTensors = on_device(filled)
+        cache = KVCache(
+            decoder.base.shape,
+            num_blocks=8,
+            block_size=decoder.block_size,
+            dtype=torch.float32,
+            device=torch.device("cuda"),
+        )
+        mode.ops.clear()
+        embeddings = functional.embedding(step.tokens, weights.embedding)
+        hidden = hidden_states(weights, cache, step, embeddings)
+        logits = functional.linear(hidden, weights.head.weight, weights.head.bias)
+        assert logits.argmax(-1).shape == (ROWS,)
+        return [name for name in mode.ops if name.partition(".")[0] not in VIEWS]
+
+
+def test_a_decode_step_neither_leaves_the_device_nor_depends_on_data(
+    decoder: PagedDecoder,
+) -> None:
+    names = run_body(decoder)
+    layers = decoder.base.shape.num_layers
+    for name, count in (
+        ("rotate_and_write", layers),
+        ("attend", layers),
+        ("add_rms_norm", 2 * layers),
+        ("silu_and_mul", layers),
+    ):
+        assert names.count(f"prefixd::{name}") == count
+    # A layer is nine operations; the ends are embedding, first norm, two selections, head, argmax.
+    assert len(names) <= 9 * layers + 8, names
+
+
+WAITING: dict[str, Callable[[torch.Tensor], object]] = {
+    "cpu": lambda x: x.cpu(),
+    "item": lambda x: x.sum().item(),
+    "to": lambda x: x.to("cpu", non_blocking=True),
+    "nonzero": lambda x: x.nonzero(),
+}
+
+
+@pytest.mark.parametrize("wait", WAITING.values(), ids=WAITING.keys())
+def test_a_layer_that_waits_for_the_device_is_refused(
+    wait: Callable[[torch.Tensor], object], decoder: PagedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = kernels.silu_and_mul
+
+    def waiting(gate_up: torch.Tensor) -> torch.Tensor:
+        wait(gate_up)
+        return gate(gate_up)
+
+    monkeypatch.setattr(paged, "silu_and_mul", waiting)
+    with pytest.raises(Refused):
+        run_body(decoder)
