@@ -226,22 +226,6 @@ def test_a_later_watch_receives_the_loss(play: Callable[[float], Played]) -> Non
 
 
 @pytest.mark.slow
-def test_a_follower_that_is_killed_is_lost_by_name(tmp_path: Path) -> None:
-    lost: queue.Queue[str] = queue.Queue()
-    followers = Followers(job(tmp_path), hung_s=60.0, on_lost=lost.put)
-    (follower,) = followers._followers
-    number = followers.run("missing")  # an answer says that the process has started
-    with pytest.raises(RankFailed, match="rank 1: AttributeError"):
-        raise_failures(followers.end(number, Outcome()))
-    number = followers.run("missing")
-    follower.process.kill()
-    assert lost.get(timeout=30) == "rank 1 was killed by signal 9"
-    with pytest.raises(RankLost, match="rank 1 was killed by signal 9"):
-        followers.end(number, Outcome())
-    followers.close()
-
-
-@pytest.mark.slow
 def test_no_follower_outlives_a_killed_rank_0(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.model.test_parallel import *;"

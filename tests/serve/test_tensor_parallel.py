@@ -60,10 +60,7 @@ def test_ranks_on_one_cpu_share_its_threads(folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent_to", ["server", "follower"])
-def test_followers_end_with_the_server_and_the_server_with_a_follower(
-    sent_to: str, folder: Path, tmp_path: Path
-) -> None:
+def test_a_killed_follower_ends_the_server_with_its_name(folder: Path, tmp_path: Path) -> None:
     admin(tmp_path, "tenant", "create", "acme")
     key = admin(tmp_path, "key", "create", "--tenant", "acme")
     assert isinstance(key, dict)
@@ -72,6 +69,8 @@ def test_followers_end_with_the_server_and_the_server_with_a_follower(
         url = server.ready()
         follower = int(re.findall(r"rank 1 of 2 is process (\d+)", server.log.read_text())[0])
         assert follower in server.family
+        for sent in (signal.SIGTERM, signal.SIGINT):  # what ends a server may be sent to all of it
+            os.kill(follower, sent)
         facts = httpx2.get(f"{url}/health/ready").json()["decoder"]
         assert facts["tensor_parallel"] == 2
         assert facts["kernels"] == "module"
@@ -79,23 +78,17 @@ def test_followers_end_with_the_server_and_the_server_with_a_follower(
         with Client(url, api_key=str(key["key"])) as client:
             client.upload_text("dog", "You are a dog.")
         body = {"model": "dog", "prompt": "Hello", "temperature": 0, "ignore_eos": True}
-        headers = {"authorization": f"Bearer {key['key']}"}
-        answer = httpx2.post(
-            f"{url}/v1/completions", json={**body, "max_tokens": 4}, headers=headers, timeout=60
-        )
-        assert answer.json()["usage"]["completion_tokens"] == 4, answer.text
-        if sent_to == "server":
-            server.send(signal.SIGTERM)
-            assert server.ended(limit=60) == 0
-        else:
-            request = {**body, "max_tokens": 100, "stream": True}
-            with httpx2.stream(
-                "POST", f"{url}/v1/completions", json=request, headers=headers, timeout=60
-            ) as stream:
-                lines = stream.iter_lines()
-                next(lines)
-                os.kill(follower, signal.SIGKILL)
-                assert "finish_reason" not in list(lines)[-1]
-            assert server.ended(limit=60) == 1
-            assert "cannot be run any more: rank 1 was killed by signal 9" in server.log.read_text()
+        with httpx2.stream(
+            "POST",
+            f"{url}/v1/completions",
+            json={**body, "max_tokens": 100, "stream": True},
+            headers={"authorization": f"Bearer {key['key']}"},
+            timeout=60,
+        ) as stream:
+            lines = (line for line in stream.iter_lines() if line)
+            assert '"text"' in next(lines)
+            os.kill(follower, signal.SIGKILL)
+            assert not [line for line in lines if '"finish_reason":"length"' in line]
+        assert server.ended(limit=60) == 1
+        assert "cannot be run any more: rank 1 was killed by signal 9" in server.log.read_text()
         assert server.family == []
