@@ -136,8 +136,9 @@ class PrefixdPeer:
 
 def _decoder(engine: Any) -> str:
     """Which decoder runs the passes. Commits before there were several have transformers' modules,
-    as ``module`` has."""
-    runner = vars(engine.core)["_runner"]
+    as ``module`` has; those before steps were in flight have the runner in the core."""
+    core = vars(engine.core)
+    runner = core["_pipeline"].runner if "_pipeline" in core else core["_runner"]
     return str(getattr(getattr(runner, "decoder", None), "name", "module"))
 
 

@@ -103,7 +103,8 @@ def running(
     loaded = build_server(
         Settings(model=str(model), data_dir=data, threads=1, host="127.0.0.1", **settings)
     )
-    runner = loaded.engine.core._runner = wrap(loaded.engine.core._runner)
+    pipeline = loaded.engine.core._pipeline
+    runner = pipeline.runner = wrap(pipeline.runner)
     known = {tenant.name for tenant in loaded.tenants.list_tenants()}
     for name in tenants:
         if name not in known:

@@ -84,7 +84,7 @@ def main(folder: Path) -> None:
         )
     )
     engine = server.engine
-    runner: Any = engine.core._runner
+    runner: Any = engine.core._pipeline.runner
     engine.core._fetcher._source = StorePrefixSource(
         open_artifact=large_prefix, base=runner.decoder.base, tokenizer=None
     )

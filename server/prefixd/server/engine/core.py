@@ -76,7 +76,6 @@ class EngineCore:
     ) -> None:
         """``post`` has a function called on the engine's thread."""
         self._config = config
-        self._runner = runner
         self._outputs = outputs
         self._queue_limiter = queue_limiter
         self._namespace = namespace
@@ -157,7 +156,7 @@ class EngineCore:
             return  # ``step`` had no work, or was discarded
         if pipeline.needs_masks:
             pipeline.complete(self.scheduler.masks(step))
-        if not self._runner.depth or self.scheduler.recovery.proving:
+        if not pipeline.runner.depth or self.scheduler.recovery.proving:
             self._collect_next()
 
     def _collect_next(self) -> bool:

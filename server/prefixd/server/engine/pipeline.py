@@ -31,7 +31,7 @@ class Pipeline:
     """The steps that were submitted and not collected."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
+        self.runner = runner
         self._in_flight: deque[tuple[Step, float]] = deque()
         self._unmasked: Step | None = None  # whose masks are to come
         self._collected_at = 0.0
@@ -47,7 +47,7 @@ class Pipeline:
         """Raise StepFailed when it cannot begin; the steps before it are still in flight then."""
         submitted_at = time.perf_counter()
         try:
-            self._runner.submit(step)
+            self.runner.submit(step)
         except Exception as error:
             raise StepFailed(step, error, alone=not self._in_flight) from error
         self._in_flight.append((step, submitted_at))
@@ -61,14 +61,14 @@ class Pipeline:
     def complete(self, masks: Masks) -> None:
         """Let the masked rows of the step submitted last be sampled."""
         self._unmasked = None
-        self._runner.complete(masks)
+        self.runner.complete(masks)
 
     def collect(self) -> Collected:
         """The oldest step. Raise StepFailed when it failed; nothing is in flight then: what the
         steps behind it computed is dropped."""
         step, submitted_at = self._in_flight.popleft()
         try:
-            output = self._runner.collect()
+            output = self.runner.collect()
         except Exception as error:
             alone = not self._in_flight
             self.discard()
@@ -84,7 +84,7 @@ class Pipeline:
             try:
                 if step is self._unmasked:
                     self.complete({})
-                self._runner.collect()
+                self.runner.collect()
             except Exception as error:  # noqa: BLE001 - its output is not needed
                 log.warning("a step behind a failed one failed too (%s)", type(error).__name__)
         self._unmasked = None
