@@ -11,8 +11,9 @@ KERNELS = {*ATTENTION, "combine", "write", "rotate", "rotate normed", "add_norm"
 
 
 @pytest.fixture(autouse=True)
-def _no_cached_binaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # the default, which Triton 3.9 warns about
 
 
 @pytest.mark.slow
