@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixd.server.engine.request import SamplingParams
-from prefixd.server.engine.step import Chunk, Draft, Sampled
+from prefixd.server.engine.step import PENDING, Chunk, Draft, Sampled
 from prefixd.server.model.decoder import Logits
 from prefixd.server.model.device_sampler import DeviceSampler, sample_rows
 from prefixd.server.model.sampler import sample
@@ -76,7 +76,7 @@ class Text:
 
 def behind(chunk: Chunk) -> Chunk:
     """The chunk while the step that samples its last token is in flight."""
-    return replace(chunk, tokens=[-1], history=chunk.history[:-1])
+    return replace(chunk, tokens=[PENDING], history=chunk.history[:-1])
 
 
 @pytest.fixture(autouse=True)

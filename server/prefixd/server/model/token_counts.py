@@ -53,7 +53,7 @@ class TokenCounts:
 
     def _row(self, chunk: Chunk) -> int:
         slot = self._slots.get(chunk.seq_id)
-        is_pending = chunk.tokens[-1] < 0
+        is_pending = chunk.is_pending
         num_tokens = len(chunk.history) + is_pending
         if slot is None or slot.num_counted > num_tokens:
             assert not is_pending, "the step in flight counts for this sequence"
