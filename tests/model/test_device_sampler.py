@@ -1,5 +1,6 @@
 """The device sampler: the tokens of ``sampler.sample``, and no waiting."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +18,7 @@ from prefixd.server.model.sampler import sample
 from prefixd.server.model.sampling_plan import Plan, num_bytes, views
 from tests.model.device_modes import fake_cuda
 
-CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("PREFIXD_TEST_DEVICE", "cpu"))
 GREEDY = SamplingParams(temperature=0)
 WIDTHS = [40, 1100, 1536, 2049]
 """Logits of a row: fewer than a head, or more; two of them padded."""
@@ -28,7 +29,7 @@ def pool(width: int, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(width)
     logits = 2 * torch.randn(64, width, generator=generator)
     logits[-1, 3], logits[-2, 5], logits[-3] = torch.nan, torch.inf, torch.nan
-    return logits.to(dtype)
+    return logits.to(DEVICE, dtype)
 
 
 POOLS = {
@@ -110,7 +111,7 @@ def test_sequences_get_the_tokens_of_the_sampler_in_every_step(data: st.DataObje
         Text(number, params, tuple(draw(prompts)))
         for number, params in enumerate(draw(st.lists(params_of_a_row, min_size=1, max_size=6)))
     ]
-    sampler = DeviceSampler(CPU, num_ids=width, max_rows=draw(st.sampled_from([len(texts), 6])))
+    sampler = DeviceSampler(DEVICE, num_ids=width, max_rows=draw(st.sampled_from([len(texts), 6])))
     was_drafted = set(range(len(texts)))  # or not sampled yet
     last: set[int] = set()
     for _ in range(draw(st.integers(1, 4))):
@@ -183,7 +184,7 @@ def in_two_calls(
 def test_a_sequence_that_lost_its_row_of_counts_is_counted_again() -> None:
     params = SamplingParams(temperature=0, frequency_penalty=1.5, repetition_penalty=1.2)
     rows = POOLS[40, torch.float32]
-    sampler = DeviceSampler(CPU, num_ids=40, max_rows=2)
+    sampler = DeviceSampler(DEVICE, num_ids=40, max_rows=2)
     texts = [Text(number, params, (1, 2)) for number in range(5)]
     for step in range(20):
         pair = [texts[step % 5], texts[(step * 2 + 1) % 5]] if step % 5 != 4 else [texts[0]]
@@ -199,7 +200,7 @@ def test_a_sequence_that_lost_its_row_of_counts_is_counted_again() -> None:
 
 def test_a_step_that_is_repeated_counts_its_tokens_once() -> None:
     text = Text(0, SamplingParams(temperature=0, frequency_penalty=3.0), (1,))
-    sampler = DeviceSampler(CPU, num_ids=40, max_rows=2)
+    sampler = DeviceSampler(DEVICE, num_ids=40, max_rows=2)
     logits = POOLS[40, torch.float32][:1]
     for _ in range(3):
         for _ in range(2):
@@ -209,7 +210,7 @@ def test_a_step_that_is_repeated_counts_its_tokens_once() -> None:
 
 
 def test_no_counts_are_kept_without_penalties() -> None:
-    sampler = DeviceSampler(CPU, num_ids=40, max_rows=2)
+    sampler = DeviceSampler(DEVICE, num_ids=40, max_rows=2)
     sampler.sample(Logits(POOLS[40, torch.float32][:1]), [Text(0, SamplingParams(), (1,)).chunk()])
     assert sampler.counts.table is None
 
