@@ -34,12 +34,14 @@ from prefixd.server.engine.request import (
     TokenEvent,
 )
 from prefixd.server.engine.stats import EngineStats
-from prefixd.server.engine.step import Step, StepOutput, TokenText
+from prefixd.server.engine.step import Step, TokenText
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.decoder_check import check_decoder
 from prefixd.server.model.decoders import make_decoder
+from prefixd.server.model.device_runner import DeviceRunner
 from prefixd.server.model.int8_decoder import make_int8_decoder
 from prefixd.server.model.load import LoadedBase, prepare_base
+from prefixd.server.model.paged import PagedDecoder
 from prefixd.server.model.prefix import HardPrompt, Prefix, prefix_of
 from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import self_check
@@ -225,7 +227,7 @@ class Served:
 
     base: LoadedBase
     engine: Engine
-    runner: Runner
+    runner: Runner | DeviceRunner
     prefixes: dict[PrefixKey, Prefix] = field(default_factory=dict)
     numbers: Any = field(default_factory=itertools.count)
 
@@ -279,17 +281,17 @@ class Served:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold steps back until the block ends, so that all requests started in it run together."""
-        released, run = threading.Event(), self.runner.run
+        released, submit = threading.Event(), self.runner.submit
 
-        def run_later(step: Step) -> StepOutput:
+        def submit_later(step: Step) -> None:
             released.wait()
-            return run(step)
+            submit(step)
 
-        self.runner.run = run_later  # type: ignore[method-assign]
+        self.runner.submit = submit_later  # type: ignore[method-assign]
         try:
             yield
         finally:
-            self.runner.run = run  # type: ignore[method-assign]
+            self.runner.submit = submit  # type: ignore[method-assign]
             released.set()
 
     def stats(self) -> EngineStats:
@@ -351,7 +353,9 @@ def serve(
         decoder = make_decoder(base, kernels, **pool, data_folder=COMPILED)
         if decoder.name != "module":
             check_decoder(decoder, checked.evidence, num_blocks=num_blocks)
-    runner = Runner(decoder)
+    runner: Runner | DeviceRunner = Runner(decoder)
+    if isinstance(decoder, PagedDecoder):  # one step ahead of the engine, as on a GPU
+        runner = DeviceRunner(decoder, max_rows=config.get("max_running", 64))
     served = Served(base, engine=None, runner=runner)  # type: ignore[arg-type]  # set below
     served.engine = Engine(
         config=SchedulerConfig(num_blocks=num_blocks, block_size=block_size, **config),

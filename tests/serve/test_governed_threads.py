@@ -8,6 +8,7 @@ from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.request import SamplingParams
 from prefixd.server.engine.step import Chunk, Step
 from prefixd.server.model import decoders, thread_control
+from prefixd.server.model.runner import Runner
 from prefixd.server.serve.loading import load_model
 from prefixd.server.serve.settings import Settings
 from tests.model.cpu.native_library import native_library
@@ -39,6 +40,7 @@ def test_only_the_decoders_of_torch_are_governed(
     settings = Settings(model=str(folder), data_dir=tmp_path / "data", cpu_kernels=kernels)
     config = SchedulerConfig(num_blocks=8, block_size=16)
     runner = load_model(settings, config, device="cpu", threads=2).runner
+    assert isinstance(runner, Runner)
     numbers: list[int] = []
     monkeypatch.setattr(runner.decoder, "set_threads", numbers.append)
     monkeypatch.setattr("time.monotonic", lambda: cores.now)

@@ -33,13 +33,15 @@ class FlatBatch:
 
     ``token_ids`` [num_tokens] is 0 where the input is given: ``inputs`` holds the place in the flat
     tokens and the embeddings [n, embedding_width] of each run of n such tokens. ``outputs`` are the
-    flat tokens whose logits are wanted.
+    flat tokens whose logits are wanted. ``pending`` holds the places in the flat tokens of those
+    that the step before samples, and which of its samples each is.
     """
 
     rows: list[Row] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     inputs: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    pending: list[tuple[int, int]] = field(default_factory=list)
 
 
 def lay_out(

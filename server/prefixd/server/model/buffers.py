@@ -2,7 +2,8 @@
 
 All are int32 sections of one buffer, each at a fixed place for as long as a step fits::
 
-    | query_starts | lengths | shared | members | tiles | tokens | positions | slots | outputs |
+    | query_starts | lengths | shared | members | tiles |
+    | tokens | positions | slots | sources | outputs |
     | block table of row 0 | of row 1 | ...
 
 A step is copied up to the block table of its last row. A block table is written where it differs
@@ -28,13 +29,15 @@ class StepTensors:
     """A pass of T tokens in R rows on the device, all int32.
 
     ``tokens``, ``positions`` and ``slots`` [T] are of each flat token; ``outputs`` [n] the flat
-    tokens whose logits are wanted. A row of padding has one token, which is written to the scratch
+    tokens whose logits are wanted. ``sources`` [T] is -1, or which sample of the step before a
+    token is. A row of padding has one token, which is written to the scratch
     slot. ``max_queries`` and ``max_length`` bound the tokens of a row and ``rows.lengths``.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
+    sources: torch.Tensor
     outputs: torch.Tensor
     rows: RaggedRows
     max_queries: int
@@ -94,6 +97,7 @@ class StepBuffers:
             "tokens": max_tokens,
             "positions": max_tokens,
             "slots": max_tokens,
+            "sources": max_tokens,
             "outputs": max_tokens,
         }
         places, end = {}, 0
@@ -106,8 +110,8 @@ class StepBuffers:
         self._host = torch.zeros(end + max_rows * width, dtype=torch.int32, pin_memory=is_cuda)
         self._twin = self._host.to(self._device, copy=is_cuda)
         host = self._host.numpy()
-        self.tokens, self.positions, self.slots, self.outputs = (
-            host[places[name]] for name in ("tokens", "positions", "slots", "outputs")
+        self.tokens, self.positions, self.slots, self.sources, self.outputs = (
+            host[places[name]] for name in ("tokens", "positions", "slots", "sources", "outputs")
         )
         self.query_starts, self.lengths, self.shared, self.members = (
             host[places[name]] for name in ("query_starts", "lengths", "shared", "members")
@@ -147,6 +151,9 @@ class StepBuffers:
         self.max_length = int(self.lengths[:count].max(initial=1))
         self.tokens[:num_tokens] = batch.token_ids
         self.outputs[: len(batch.outputs)] = batch.outputs
+        self.sources[: num_tokens + padding] = -1
+        for place, source in batch.pending:
+            self.sources[place] = source
         row_of = np.repeat(np.arange(count), counts)
         positions = np.arange(num_tokens, dtype=np.int32)
         positions += (starts - self.query_starts[:count])[row_of]
@@ -221,6 +228,7 @@ class StepBuffers:
             tokens=at["tokens"][:tokens],
             positions=at["positions"][:tokens],
             slots=at["slots"][:tokens],
+            sources=at["sources"][:tokens],
             outputs=at["outputs"][: self._num_outputs],
             rows=RaggedRows(
                 query_starts=at["query_starts"][: rows + 1],

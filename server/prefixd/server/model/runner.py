@@ -1,5 +1,7 @@
 """The only code that runs on the device: takes a step, returns sampled tokens."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 
@@ -7,7 +9,7 @@ import torch
 
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.runner import BlockingRunner
-from prefixd.server.engine.step import OutOfMemory, StagedPrefix, Step, StepOutput
+from prefixd.server.engine.step import CompileChunk, OutOfMemory, StagedPrefix, Step, StepOutput
 from prefixd.server.model.batch import lay_out
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.prefix import KVPrefix
@@ -43,34 +45,15 @@ class Runner(BlockingRunner):
         return replace(output, thread_use=self.decoder.thread_use() or counted)
 
     def _run_or_raise(self, step: Step) -> StepOutput:
-        try:
+        with out_of_memory(self.decoder.device):
             return self._run(step)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            if self.decoder.device.type == "cuda":
-                torch.cuda.empty_cache()
-            raise OutOfMemory(str(error).partition("\n")[0]) from error
 
     @torch.inference_mode()
     def _run(self, step: Step) -> StepOutput:
-        decoder = self.decoder
-        saved: dict[PrefixKey, StagedPrefix] = {
-            save.key: KVPrefix(decoder.read_kv(save.block_table, save.num_tokens))
-            for save in step.saves
-        }
-        decoder.zero(step.fresh)
-        decoder.copy(step.copies)
-        forwarded = []
-        for part in step.compiles:
-            if isinstance(part.payload, KVPrefix):  # no forward pass is needed
-                kv = part.payload.kv[:, part.start : part.stop]
-                decoder.write_kv(part.block_table, part.start, kv)
-            else:
-                forwarded.append(part)
+        saved, forwarded = write_pool(self.decoder, step)
         if not step.chunks and not forwarded:
             return StepOutput({}, saved)
-        logits = decoder.forward(lay_out(step.chunks, forwarded))
+        logits = self.decoder.forward(lay_out(step.chunks, forwarded))
         sampled = [chunk for chunk in step.chunks if chunk.sampling is not None]
         if not sampled:
             return StepOutput({}, saved)
@@ -80,6 +63,40 @@ class Runner(BlockingRunner):
             for chunk in sampled
         }
         return StepOutput(by_id, saved)
+
+
+def write_pool(
+    decoder: Decoder, step: Step
+) -> tuple[dict[PrefixKey, StagedPrefix], list[CompileChunk]]:
+    """Do what a step asks of the pool before its pass: saves, zeroed blocks, copies and KV
+    prefixes. Returns the saved prefixes and the compiles that need the pass."""
+    saved: dict[PrefixKey, StagedPrefix] = {
+        save.key: KVPrefix(decoder.read_kv(save.block_table, save.num_tokens))
+        for save in step.saves
+    }
+    decoder.zero(step.fresh)
+    decoder.copy(step.copies)
+    forwarded = []
+    for part in step.compiles:
+        if isinstance(part.payload, KVPrefix):
+            kv = part.payload.kv[:, part.start : part.stop]
+            decoder.write_kv(part.block_table, part.start, kv)
+        else:
+            forwarded.append(part)
+    return saved, forwarded
+
+
+@contextmanager
+def out_of_memory(device: torch.device) -> Iterator[None]:
+    """Raise OutOfMemory for errors of the block that mean it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise OutOfMemory(str(error).partition("\n")[0]) from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -10,8 +10,10 @@ from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.model.buffers import StepSizes
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.decoders import DecoderUnavailable, choose_decoder
+from prefixd.server.model.device_runner import DeviceRunner
 from prefixd.server.model.int8_decoder import describe_int8, make_int8_decoder, require_native
 from prefixd.server.model.load import LoadedBase, find_model, load_base
+from prefixd.server.model.paged import PagedDecoder
 from prefixd.server.model.parallel.followers import Followers
 from prefixd.server.model.parallel.plan import Job, refuse_setup
 from prefixd.server.model.parallel.runner import ParallelRunner
@@ -31,7 +33,7 @@ class Loaded:
     tensor parallel."""
 
     base: LoadedBase
-    runner: Runner | ParallelRunner
+    runner: Runner | DeviceRunner | ParallelRunner
     limits: Limits
     decoder: DecoderInfo
     followers: Followers | None = None
@@ -89,9 +91,14 @@ def load_model(settings: Settings, config: SchedulerConfig, *, device: str, thre
         )
     on_cpu = base.device.type == "cpu"
     governed = settings.threads is None and on_cpu and decoder.thread_use() is None
+    runner: Runner | DeviceRunner
+    if isinstance(decoder, PagedDecoder):
+        runner = DeviceRunner(decoder, max_rows=config.max_running)
+    else:
+        runner = Runner(decoder, threads=ThreadControl(threads, governed=governed))
     return Loaded(
         base,
-        Runner(decoder, threads=ThreadControl(threads, governed=governed)),
+        runner,
         checked.limits,
         DecoderInfo(decoder.name, str(base.device), settings.dtype, settings.quantize, **figures),
     )

@@ -1,0 +1,130 @@
+"""Runs steps on a GPU one ahead of the host: submitted without waiting, collected by an event.
+
+::
+
+    host      buffers, settings ──>                                      ──> event, unpack
+    device        forward ── logits ── sample ── packed ── copy to pinned memory
+                     └─ reads tokens of the step before ──┘ writes its own
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+import torch
+
+from prefixd.server.engine.request import PrefixKey
+from prefixd.server.engine.runner import Masks
+from prefixd.server.engine.step import Chunk, Sampled, StagedPrefix, Step, StepOutput
+from prefixd.server.model.batch import lay_out
+from prefixd.server.model.decoder import Logits
+from prefixd.server.model.device_sampler import DeviceSampler, Prepared
+from prefixd.server.model.paged import PagedDecoder
+from prefixd.server.model.runner import out_of_memory, write_pool
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A step on the device. ``first_rows`` is where the rows of each chunk begin among those that
+    are sampled; ``parts`` are the chunks sampled together, with their results in host memory."""
+
+    saved: dict[PrefixKey, StagedPrefix]
+    chunks: list[Chunk] = field(default_factory=list)
+    masked: list[Chunk] = field(default_factory=list)
+    first_rows: dict[int, int] = field(default_factory=dict)
+    logits: Logits | None = None
+    parts: list[tuple[Sequence[Chunk], Prepared, torch.Tensor]] = field(default_factory=list)
+    ended: torch.cuda.Event | None = None
+
+
+class DeviceRunner:
+    """A ModelRunner whose steps are queued on the device. Not thread-safe."""
+
+    depth = 1
+
+    def __init__(self, decoder: PagedDecoder, *, max_rows: int) -> None:
+        """``max_rows`` is the most sequences of a step."""
+        self.decoder = decoder
+        self._sampler = DeviceSampler(
+            decoder.device, num_ids=decoder.base.num_logits, max_rows=max_rows
+        )
+        self._in_flight: deque[_InFlight] = deque()
+        self._first_rows: dict[int, int] = {}  # of the step submitted last
+
+    def submit(self, step: Step) -> None:
+        """Queue a forward pass, and the sampling of all rows that need no mask. Raises
+        OutOfMemory."""
+        with out_of_memory(self.decoder.device), torch.inference_mode():
+            self._in_flight.append(self._begin(step))
+
+    def complete(self, masks: Masks) -> None:
+        """Queue the sampling of the masked rows of the step submitted last."""
+        flight = self._in_flight[-1]
+        chunks = [
+            replace(chunk, banned=(*chunk.banned, *masks.get(chunk.seq_id, ())))
+            for chunk in flight.masked
+        ]
+        if chunks:
+            with out_of_memory(self.decoder.device), torch.inference_mode():
+                self._sample(flight, chunks)
+
+    def collect(self) -> StepOutput:
+        """Wait for the oldest step. Raises OutOfMemory."""
+        flight = self._in_flight.popleft()
+        with out_of_memory(self.decoder.device):
+            if flight.ended is not None:
+                flight.ended.synchronize()
+        sampled: dict[int, Sequence[Sampled]] = {}
+        for chunks, prepared, packed in flight.parts:
+            tokens = iter(self._sampler.unpack(packed, prepared))
+            for chunk in chunks:
+                new = list(islice(tokens, 1 + chunk.num_drafts))
+                sampled[chunk.seq_id] = chunk.verified(new)
+        return StepOutput(sampled, flight.saved)
+
+    def _begin(self, step: Step) -> _InFlight:
+        saved, forwarded = write_pool(self.decoder, step)
+        flight = _InFlight(saved, [chunk for chunk in step.chunks if chunk.sampling is not None])
+        before, self._first_rows = self._first_rows, flight.first_rows
+        if not step.chunks and not forwarded:
+            return flight
+        batch = lay_out(step.chunks, forwarded)
+        batch.pending = [
+            (row.offset + row.length - 1, before[chunk.seq_id])
+            for chunk, row in zip(step.chunks, batch.rows, strict=False)  # compiles follow
+            if chunk.is_pending
+        ]
+        flight.logits = self.decoder.forward(batch)
+        first = 0
+        for chunk in flight.chunks:
+            flight.first_rows[chunk.seq_id] = first
+            first += 1 + chunk.num_drafts
+        masked = set(step.masked)
+        flight.masked = [chunk for chunk in flight.chunks if chunk.seq_id in masked]
+        free = [chunk for chunk in flight.chunks if chunk.seq_id not in masked]
+        if free:
+            self._sample(flight, free)
+        return flight
+
+    def _sample(self, flight: _InFlight, chunks: Sequence[Chunk]) -> None:
+        """Queue sampling and the copy of its results; the tokens stay on the device for the next
+        step too."""
+        assert flight.logits is not None
+        rows = [
+            row
+            for chunk in chunks
+            for row in range(
+                flight.first_rows[chunk.seq_id],
+                flight.first_rows[chunk.seq_id] + 1 + chunk.num_drafts,
+            )
+        ]
+        is_all = len(chunks) == len(flight.chunks)
+        prepared = self._sampler.prepare(chunks, rows=None if is_all else rows)
+        packed = self._sampler.run(flight.logits, prepared)
+        kept = None if is_all else prepared.inputs["rows"]
+        self.decoder.keep_samples(packed[: len(rows)], kept)
+        flight.parts.append((chunks, prepared, self._sampler.to_host(packed)))
+        if self.decoder.device.type == "cuda":
+            flight.ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            flight.ended.record()
