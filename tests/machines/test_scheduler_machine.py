@@ -390,6 +390,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         parts = [*(c.seq_id for c in failing.chunks), *(c.key for c in failing.compiles)]
         failing_part = parts[which % len(parts)]
+        if isinstance(failing_part, PrefixKey):
+            self.failed_at[failing_part] = self.now
         ended = self.fail(failing, out_of_memory=out_of_memory, alone=late or not before)
         if out_of_memory:
             self.mourn(ended)
@@ -403,8 +405,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             parts = [*(c.seq_id for c in step.chunks), *(c.key for c in step.compiles)]
             if failing_part in parts:
                 ended = self.fail(step)
-                if isinstance(failing_part, PrefixKey):
-                    self.failed_at[failing_part] = self.now
             else:
                 self.end_all(self.run(step))
 
