@@ -268,7 +268,8 @@ class EvictionPolicy:
         for key in list(self.retired):
             retired = self._residency.get(key)
             in_use = retired is not None and not retired.idle
-            if in_use or self._residency.is_claimed(key):
+            # What is saved now would come to the host tier later.
+            if in_use or self._residency.is_claimed(key) or key in self._memory.saving:
                 continue
             self.retired.discard(key)
             self._memory.host.drop(key)

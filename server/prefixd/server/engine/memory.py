@@ -74,6 +74,7 @@ class Memory:
         self.residency = Residency(pool=self.pool, block_size=config.block_size)
         self.reuse = KVReuse(pool=self.pool, block_size=config.block_size, namespace=namespace)
         self.host = HostTier(max_tokens=config.host_tokens)
+        self.saving: set[PrefixKey] = set()  # by a step that was not collected yet
 
     def take_tier_changes(self) -> dict[PrefixKey, str | None]:
         """How far the prefixes are of which that may have changed since the last call; None: in
@@ -142,6 +143,7 @@ class Memory:
         """Evict an idle prefix; with ``save`` and room in the host tier it is read back first."""
         if save and self.host.takes(entry.num_tokens) and entry.key not in self.host:
             step.saves.append(Save(entry.key, entry.num_tokens, tuple(entry.blocks)))
+            self.saving.add(entry.key)
         self.residency.evict(entry)
 
     def check_integrity(self, running: list[Sequence]) -> None:

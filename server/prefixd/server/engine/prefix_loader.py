@@ -130,6 +130,7 @@ class PrefixLoader:
     def saved(self, payloads: dict[PrefixKey, StagedPrefix]) -> None:
         """Evicted prefixes arrived in host memory."""
         for key, payload in payloads.items():
+            self._memory.saving.discard(key)
             if key not in self._eviction.retired:
                 self._memory.host.put(key, payload)
 

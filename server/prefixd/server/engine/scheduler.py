@@ -186,6 +186,7 @@ class Scheduler:
         """
         steps = [step, *(later for later in self.in_flight if later is not step)]
         self.in_flight.clear()
+        self.memory.saving.difference_update(save.key for each in steps for save in each.saves)
         in_steps = {chunk.seq_id for each in steps for chunk in each.chunks} & self._living.keys()
         sequences = [self._living[seq_id] for seq_id in sorted(in_steps)]
         for sequence in sequences:
