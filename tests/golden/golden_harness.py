@@ -42,6 +42,7 @@ from prefixd.server.model.device_runner import DeviceRunner
 from prefixd.server.model.int8_decoder import make_int8_decoder
 from prefixd.server.model.load import LoadedBase, prepare_base
 from prefixd.server.model.paged import PagedDecoder
+from prefixd.server.model.paged_module import PagedModuleDecoder
 from prefixd.server.model.prefix import HardPrompt, Prefix, prefix_of
 from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import self_check
@@ -354,7 +355,9 @@ def serve(
         if decoder.name != "module":
             check_decoder(decoder, checked.evidence, num_blocks=num_blocks)
     runner: Runner | DeviceRunner = Runner(decoder)
-    if isinstance(decoder, PagedDecoder):  # one step ahead of the engine, as on a GPU
+    if isinstance(
+        decoder, PagedDecoder | PagedModuleDecoder
+    ):  # one step ahead of the engine, as on a GPU
         runner = DeviceRunner(decoder, max_rows=config.get("max_running", 64))
     served = Served(base, engine=None, runner=runner)  # type: ignore[arg-type]  # set below
     served.engine = Engine(

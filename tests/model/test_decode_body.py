@@ -21,7 +21,7 @@ from prefixd.server.model.decoders import make_decoder
 from prefixd.server.model.device_sampler import sample_rows
 from prefixd.server.model.kernels import RaggedRows
 from prefixd.server.model.kv_cache import KVCache
-from prefixd.server.model.paged import PagedDecoder, PagedWeights, embedded, hidden_states
+from prefixd.server.model.paged import PagedDecoder, PagedWeights, hidden_states
 from prefixd.server.model.sampling_plan import Plan, num_bytes, views
 from tests.model.device_modes import Refused, fake_cuda
 from tests.model.test_decoders import POOL, base_of
@@ -71,11 +71,10 @@ def run_body(decoder: PagedDecoder) -> list[str]:
             dtype=torch.float32,
             device=torch.device("cuda"),
         )
-        sampled = torch.empty(ROWS, dtype=torch.int32, device="cuda")
         settings = torch.empty(num_bytes(DRAWN), dtype=torch.uint8, device="cuda")
         asked = views(settings, DRAWN)
         mode.ops.clear()
-        embeddings = embedded(weights, step, sampled)
+        embeddings = functional.embedding(step.token_ids(), weights.embedding)
         hidden = hidden_states(weights, cache, step, embeddings)
         logits = functional.linear(hidden, weights.head.weight, weights.head.bias)
         assert sample_rows(Logits(logits), DRAWN, asked, None).shape == (2 * ROWS,)

@@ -1,15 +1,21 @@
 """A runner one step ahead gives the tokens of one that waits: on a CPU, with the same code."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from prefixd.server.engine.request import SamplingParams
-from prefixd.server.engine.step import PENDING, Chunk, Step
+from prefixd.server.engine.step import PENDING, Chunk, OutOfMemory, Step
 from prefixd.server.model.buffers import NO_STEP, StepSizes
+from prefixd.server.model.decoders import make_decoder
 from prefixd.server.model.device_runner import DeviceRunner
+from prefixd.server.model.device_sampler import DeviceSampler
+from prefixd.server.model.paged_module import PagedModuleDecoder
 from prefixd.server.model.runner import Runner
 from tests.model.fake_graph import FakeGraph
+from tests.model.test_decoders import POOL, base_of
 from tests.model.test_graphs import SIZES, make, prompt
 
 SETTINGS = [
@@ -63,6 +69,53 @@ def test_a_step_submitted_before_its_tokens_came_gives_the_same_tokens(
     collect(runner, texts)
     assert texts == expected(tmp_path)
     assert FakeGraph.replays == (STEPS - 1 if captured else 0)
+
+
+def test_layers_of_the_module_read_pending_tokens_too(tmp_path: Path) -> None:
+    decoder = make_decoder(base_of(), "paged_module", **POOL, data_folder=tmp_path)
+    assert isinstance(decoder, PagedModuleDecoder)
+    runner = DeviceRunner(decoder, max_rows=8)
+    texts = {number: list(prompt(number)) for number in range(3)}
+    for step in range(STEPS):
+        masked = [0] if step == 3 else []
+        chunks = [chunk(n, texts[n], step, pending=step > 0) for n in texts]
+        runner.submit(Step(chunks=chunks, masked=masked))
+        if step:
+            collect(runner, texts)
+        if masked:
+            runner.complete({0: (3, 4, texts[0][-1])})
+    collect(runner, texts)
+    assert texts == expected(tmp_path)
+
+
+def test_positions_that_were_not_written_are_never_read(tmp_path: Path) -> None:
+    """Blocks are not zeroed, and may hold anything."""
+    decoder = make(tmp_path, captured=None)
+    with torch.inference_mode():
+        decoder.cache.pool.fill_(float("nan"))
+    runner = DeviceRunner(decoder, max_rows=8)
+    texts = {number: list(prompt(number)) for number in range(3)}
+    runner.submit(Step(chunks=[chunk(n, texts[n], 0) for n in texts], fresh=list(range(1, 10))))
+    collect(runner, texts)
+    runner.submit(Step(chunks=[chunk(n, texts[n], 1) for n in texts]))
+    collect(runner, texts)
+    assert texts == {n: tokens[: len(texts[n])] for n, tokens in expected(tmp_path).items()}
+
+
+def test_a_mask_that_fails_is_a_failure_of_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = DeviceRunner(make(tmp_path, captured=None), max_rows=8)
+    texts = {number: list(prompt(number)) for number in range(3)}
+    runner.submit(Step(chunks=[chunk(n, texts[n], 0) for n in texts], masked=[1]))
+    error = RuntimeError("CUDA error: out of memory")
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceSampler, "run", Mock(side_effect=error))
+        runner.complete({1: ()})
+    with pytest.raises(OutOfMemory):
+        runner.collect()
+    runner.submit(Step(chunks=[chunk(n, texts[n], 0) for n in texts]))
+    assert set(runner.collect().sampled) == {0, 1, 2}
 
 
 def collect(runner: DeviceRunner, texts: dict[int, list[int]]) -> None:

@@ -29,8 +29,8 @@ class StepTensors:
     """A pass of T tokens in R rows on the device, all int32.
 
     ``tokens``, ``positions`` and ``slots`` [T] are of each flat token; ``outputs`` [n] the flat
-    tokens whose logits are wanted. ``sources`` [T] is -1, or which sample of the step before a
-    token is. A row of padding has one token, which is written to the scratch
+    tokens whose logits are wanted. ``sources`` [T] is -1, or the place in ``sampled`` of a token
+    that the step before samples. A row of padding has one token, which is written to the scratch
     slot. ``max_queries`` and ``max_length`` bound the tokens of a row and ``rows.lengths``.
     """
 
@@ -38,10 +38,16 @@ class StepTensors:
     positions: torch.Tensor
     slots: torch.Tensor
     sources: torch.Tensor
+    sampled: torch.Tensor
     outputs: torch.Tensor
     rows: RaggedRows
     max_queries: int
     max_length: int
+
+    def token_ids(self) -> torch.Tensor:
+        """The tokens [T], with those that the step before samples."""
+        pending = self.sampled.index_select(0, self.sources.clamp(min=0))
+        return torch.where(self.sources < 0, self.tokens, pending)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,7 @@ class StepBuffers:
         self._copied: torch.cuda.Event | None = None
         self._num_rows = self._num_tokens = self._num_outputs = self._num_tiles = 0
         self.max_queries = self.max_length = 1
+        self._sampled = torch.zeros(0, dtype=torch.int32, device=device)
         self._allocate(sizes.rows, sizes.tokens, max_blocks)
 
     def _allocate(self, max_rows: int, max_tokens: int, max_blocks: int) -> None:
@@ -121,6 +128,8 @@ class StepBuffers:
         self._on_device = {name: self._twin[place] for name, place in places.items()}
         self._table_on_device = self._twin[end:].view(max_rows, width)
         self._held: list[tuple[int, ...]] = []
+        sampled, self._sampled = self._sampled, self._twin.new_zeros(max_tokens)
+        self._sampled[: len(sampled)] = sampled
 
     @property
     def address(self) -> int:
@@ -229,6 +238,7 @@ class StepBuffers:
             positions=at["positions"][:tokens],
             slots=at["slots"][:tokens],
             sources=at["sources"][:tokens],
+            sampled=self._sampled,
             outputs=at["outputs"][: self._num_outputs],
             rows=RaggedRows(
                 query_starts=at["query_starts"][: rows + 1],
@@ -241,6 +251,14 @@ class StepBuffers:
             max_queries=self.max_queries,
             max_length=max_length or self.max_length,
         )
+
+    def keep_samples(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Keep ``tokens`` [n] that this step samples, for the pending tokens of the next: those of
+        its outputs ``rows`` [n], or of the first n."""
+        if rows is None:
+            self._sampled[: len(tokens)] = tokens
+        else:
+            self._sampled.index_copy_(0, rows, tokens)
 
     def _wait(self) -> None:
         """The last copy reads host memory until it has ended."""

@@ -21,6 +21,7 @@ from prefixd.server.model.batch import lay_out
 from prefixd.server.model.decoder import Logits
 from prefixd.server.model.device_sampler import DeviceSampler, Prepared
 from prefixd.server.model.paged import PagedDecoder
+from prefixd.server.model.paged_module import PagedModuleDecoder
 from prefixd.server.model.runner import out_of_memory, write_pool
 
 
@@ -36,6 +37,7 @@ class _InFlight:
     logits: Logits | None = None
     parts: list[tuple[Sequence[Chunk], Prepared, torch.Tensor]] = field(default_factory=list)
     ended: torch.cuda.Event | None = None
+    error: Exception | None = None
 
 
 class DeviceRunner:
@@ -43,7 +45,7 @@ class DeviceRunner:
 
     depth = 1
 
-    def __init__(self, decoder: PagedDecoder, *, max_rows: int) -> None:
+    def __init__(self, decoder: PagedDecoder | PagedModuleDecoder, *, max_rows: int) -> None:
         """``max_rows`` is the most sequences of a step."""
         self.decoder = decoder
         self._sampler = DeviceSampler(
@@ -59,19 +61,26 @@ class DeviceRunner:
             self._in_flight.append(self._begin(step))
 
     def complete(self, masks: Masks) -> None:
-        """Queue the sampling of the masked rows of the step submitted last."""
+        """Queue the sampling of the masked rows of the step submitted last. What fails is raised
+        when the step is collected."""
         flight = self._in_flight[-1]
         chunks = [
-            replace(chunk, banned=(*chunk.banned, *masks.get(chunk.seq_id, ())))
+            replace(chunk, banned=(*chunk.banned, *masks[chunk.seq_id]))
             for chunk in flight.masked
+            if chunk.seq_id in masks
         ]
-        if chunks:
-            with out_of_memory(self.decoder.device), torch.inference_mode():
-                self._sample(flight, chunks)
+        try:
+            if chunks:
+                with out_of_memory(self.decoder.device), torch.inference_mode():
+                    self._sample(flight, chunks)
+        except Exception as error:  # noqa: BLE001 - raised by collect
+            flight.error = error
 
     def collect(self) -> StepOutput:
         """Wait for the oldest step. Raises OutOfMemory."""
         flight = self._in_flight.popleft()
+        if flight.error is not None:
+            raise flight.error
         with out_of_memory(self.decoder.device):
             if flight.ended is not None:
                 flight.ended.synchronize()
@@ -123,7 +132,7 @@ class DeviceRunner:
         prepared = self._sampler.prepare(chunks, rows=None if is_all else rows)
         packed = self._sampler.run(flight.logits, prepared)
         kept = None if is_all else prepared.inputs["rows"]
-        self.decoder.keep_samples(packed[: len(rows)], kept)
+        self.decoder.buffers.keep_samples(packed[: len(rows)], kept)
         flight.parts.append((chunks, prepared, self._sampler.to_host(packed)))
         if self.decoder.device.type == "cuda":
             flight.ended = torch.cuda.Event()  # type: ignore[no-untyped-call]

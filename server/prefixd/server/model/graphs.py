@@ -116,11 +116,6 @@ class DecodeGraphs:
             (_reserved_bytes() - before) / 2**20,
         )
 
-    def capture_again(self) -> None:
-        """Capture every bucket after a tensor that the body reads has moved."""
-        assert self._new_graph is not None
-        self.capture(self._new_graph)
-
     def run(self, batch: FlatBatch) -> torch.Tensor | None:
         """Fill the buffers with a step and replay its graph. Returns what the body returned, with
         the rows of padding, until the next replay; None: no graph holds the step."""
@@ -134,7 +129,8 @@ class DecodeGraphs:
         length = next(n for n in self._lengths if n >= longest)
         self._buffers.fill(batch, num_rows=rows)
         if self._buffers.address != self._address:  # a larger step came, and the buffers moved
-            self.capture_again()
+            assert self._new_graph is not None
+            self.capture(self._new_graph)
             self._buffers.fill(batch, num_rows=rows)
         self._buffers.send()
         graph, output = self._captured[rows, length]

@@ -7,6 +7,7 @@ import torch
 
 from prefixd.server.engine.step import BlockCopy
 from prefixd.server.model.architecture import Shape
+from prefixd.server.model.transfer import on_device
 
 
 class KVCache:
@@ -101,4 +102,4 @@ class KVCache:
         return self._index(blocks * self.block_size + positions % self.block_size)
 
     def _index(self, values: "Sequence[int] | np.ndarray") -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.pool.device)
+        return on_device(values, self.pool.device)

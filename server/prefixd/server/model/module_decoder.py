@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from prefixd.server.model.attention import PagedBatch, StepAttention
@@ -12,6 +11,7 @@ from prefixd.server.model.decoder import Logits
 from prefixd.server.model.gathered import GatheredAttention
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.torch_decoder import TorchDecoder
+from prefixd.server.model.transfer import on_device
 
 
 class ModuleDecoder(TorchDecoder):
@@ -31,19 +31,18 @@ class ModuleDecoder(TorchDecoder):
     @torch.inference_mode()
     def forward(self, batch: FlatBatch) -> Logits:
         """Run a pass; ``layers_seen`` is then the number of layers that ran our attention."""
-        device = self.base.device
         self.buffers.fill(batch)
         paged = PagedBatch(
             attention=self._attention(batch),
             shape=self.base.shape,
             context=self.base.context,
         )
-        positions = self.buffers.positions[: len(batch.token_ids)].astype(np.int64)
+        token_ids, positions, outputs = self._flat(batch)
         output = self.base.module(
-            inputs_embeds=self._embeddings(batch)[None],
-            position_ids=torch.from_numpy(positions)[None].to(device),
+            inputs_embeds=self._embeddings(token_ids, batch)[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=torch.tensor(batch.outputs, dtype=torch.long, device=device),
+            logits_to_keep=outputs,
             paged_batch=paged,
         )
         self.layers_seen = paged.layers_seen
@@ -54,9 +53,18 @@ class ModuleDecoder(TorchDecoder):
         """Attention of the pass that the buffers hold."""
         return GatheredAttention(self.cache, self.buffers, batch.rows)
 
-    def _embeddings(self, batch: FlatBatch) -> torch.Tensor:
+    def _flat(self, batch: FlatBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids, positions and outputs of the pass that the buffers hold, int64."""
+        positions = self.buffers.positions[: len(batch.token_ids)]
+        return (
+            on_device(batch.token_ids, self.device),
+            on_device(positions, self.device),
+            on_device(batch.outputs, self.device),
+        )
+
+    def _embeddings(self, token_ids: torch.Tensor, batch: FlatBatch) -> torch.Tensor:
         """Input embeddings [num_tokens, embedding_width]: looked up, or those of a soft prompt."""
-        looked_up = self._embed(torch.tensor(batch.token_ids, device=self.base.device))
+        looked_up = self._embed(token_ids)
         embeddings: torch.Tensor = looked_up.to(self.base.dtype)
         for offset, values in batch.inputs:
             embeddings[offset : offset + len(values)] = values.to(self.base.device)

@@ -6,7 +6,7 @@ data, so a decode step can be captured into a graph (``graphs.py``). The kernels
 a CPU, which tests use.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,13 +58,6 @@ class PagedWeights:
     head: Linear
     norm_eps: float
     attention_scale: float
-
-
-def embedded(weights: PagedWeights, step: StepTensors, sampled: torch.Tensor) -> torch.Tensor:
-    """Embeddings [num_tokens, width] of the tokens of a step; of pending ones from ``sampled``."""
-    pending = sampled.index_select(0, step.sources.clamp(min=0))
-    tokens = torch.where(step.sources < 0, step.tokens, pending)
-    return functional.embedding(tokens, weights.embedding)
 
 
 def hidden_states(
@@ -126,17 +119,14 @@ class PagedDecoder(TorchDecoder):
             attention_scale=parts.attention_scale,
         )
         parts.remove_ends()
-        self.sampled = torch.zeros(
-            max(sizes.rows, sizes.tokens), dtype=torch.int32, device=base.device
-        )
-        """What the step before sampled, in the order of its outputs: read for pending tokens."""
-        self._num_outputs = 0
         self._graphs: DecodeGraphs | None = None
+
+    def zero(self, blocks: Sequence[int]) -> None:
+        """Nothing: the kernels read no position that was not written."""
 
     @torch.inference_mode()
     def forward(self, batch: FlatBatch) -> Logits:
         """Run a pass: write the KV of its tokens and return the logits of its outputs."""
-        self._num_outputs = len(batch.outputs)
         hidden = None if self._graphs is None else self._graphs.run(batch)
         if hidden is None:
             self.buffers.fill(batch)
@@ -160,27 +150,11 @@ class PagedDecoder(TorchDecoder):
         graphs.capture(new_graph)
         self._graphs = graphs
 
-    @torch.inference_mode()
-    def keep_samples(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        """Keep sampled ``tokens`` [n] for the pending tokens of the next step: those of ``rows``
-        [n] of this step's outputs, or of the first n."""
-        count = len(tokens) if rows is None else self._num_outputs
-        if count > len(self.sampled):
-            larger = self.sampled.new_zeros(2 * count)
-            larger[: len(self.sampled)] = self.sampled
-            self.sampled = larger
-            if self._graphs is not None:
-                self._graphs.capture_again()
-        if rows is None:
-            self.sampled[:count].copy_(tokens)
-        else:
-            self.sampled.index_copy_(0, rows.long(), tokens)
-
     def _decode(self, step: StepTensors) -> torch.Tensor:
         return hidden_states(self.weights, self.cache, step, self._embeddings(step))
 
     def _embeddings(self, step: StepTensors) -> torch.Tensor:
-        return embedded(self.weights, step, self.sampled)
+        return functional.embedding(step.token_ids(), self.weights.embedding)
 
 
 def require_kernels(base: LoadedBase) -> None:

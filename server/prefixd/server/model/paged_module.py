@@ -1,5 +1,7 @@
 """The unmodified transformers model on a GPU: its own layers, and attention by our kernels."""
 
+from collections.abc import Sequence
+
 import torch
 
 from prefixd.server.model.attention import StepAttention
@@ -24,9 +26,19 @@ class PagedModuleDecoder(ModuleDecoder):
         require_kernels(base)
         super().__init__(base, num_blocks=num_blocks, block_size=block_size, sizes=sizes)
 
+    def zero(self, blocks: Sequence[int]) -> None:
+        """Nothing: the kernels read no position that was not written."""
+
     def _attention(self, batch: FlatBatch) -> StepAttention:  # noqa: ARG002 - the buffers hold it
         self.buffers.send()
         return KernelAttention(self.cache, self.buffers.tensors())
+
+    def _flat(
+        self,
+        batch: FlatBatch,  # noqa: ARG002 - the buffers hold it
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        step = self.buffers.tensors()
+        return step.token_ids().long(), step.positions.long(), step.outputs.long()
 
 
 class KernelAttention:

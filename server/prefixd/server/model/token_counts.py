@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from prefixd.server.engine.step import Chunk
+from prefixd.server.model.transfer import on_device
 
 OF_PROMPT = 1 << 30
 
@@ -84,13 +85,10 @@ class TokenCounts:
             self.table = torch.zeros(size, dtype=torch.int32, device=self._device)
         flat = self.table.view(-1)
         if self._cleared:
-            self.table.index_fill_(0, self._moved(self._cleared), 0)
+            self.table.index_fill_(0, on_device(self._cleared, self._device), 0)
         if self._prompt:
-            flat.index_fill_(0, self._moved(self._prompt), OF_PROMPT)
+            flat.index_fill_(0, on_device(self._prompt, self._device), OF_PROMPT)
         if self._output:
             ones = torch.ones(len(self._output), dtype=torch.int32, device=self._device)
-            flat.index_add_(0, self._moved(self._output), ones)
+            flat.index_add_(0, on_device(self._output, self._device), ones)
         self._cleared, self._prompt, self._output = [], [], []
-
-    def _moved(self, index: list[int]) -> torch.Tensor:
-        return torch.tensor(index).to(self._device)

@@ -14,6 +14,7 @@ from prefixd.server.model.device_runner import DeviceRunner
 from prefixd.server.model.int8_decoder import describe_int8, make_int8_decoder, require_native
 from prefixd.server.model.load import LoadedBase, find_model, load_base
 from prefixd.server.model.paged import PagedDecoder
+from prefixd.server.model.paged_module import PagedModuleDecoder
 from prefixd.server.model.parallel.followers import Followers
 from prefixd.server.model.parallel.plan import Job, refuse_setup
 from prefixd.server.model.parallel.runner import ParallelRunner
@@ -92,7 +93,7 @@ def load_model(settings: Settings, config: SchedulerConfig, *, device: str, thre
     on_cpu = base.device.type == "cpu"
     governed = settings.threads is None and on_cpu and decoder.thread_use() is None
     runner: Runner | DeviceRunner
-    if isinstance(decoder, PagedDecoder):
+    if isinstance(decoder, PagedDecoder | PagedModuleDecoder):
         runner = DeviceRunner(decoder, max_rows=config.max_running)
     else:
         runner = Runner(decoder, threads=ThreadControl(threads, governed=governed))
