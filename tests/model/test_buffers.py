@@ -194,6 +194,16 @@ def test_rows_under_a_long_prefix_are_the_members_of_its_tiles(num_rows: int | N
     assert found == [under_long[:TILE_ROWS], under_long[TILE_ROWS:], [1, 5]]
 
 
+def test_a_graph_without_padding_reads_no_tile_of_an_earlier_step() -> None:
+    """It has as many tiles as rows in every step."""
+    buffers = make_buffers()
+    under_prefixes = Site([under(100 * i + 1, MIN_SHARED) for i in range(8)], next_block=3000)
+    buffers.fill(decode(under_prefixes), num_rows=8)
+    assert (buffers.tensors().rows.tiles[:, 1] > 0).all()
+    buffers.fill(decode(Site([Running([]) for _ in range(4)])), num_rows=4)
+    assert buffers.tensors().rows.tiles.tolist() == [[0, 0]] * 4
+
+
 def test_a_shorter_block_table_is_followed_by_the_null_block() -> None:
     buffers = make_buffers()
     chunks = [Chunk(0, [5], 30, tuple(range(1, 9)))]

@@ -170,10 +170,11 @@ class StepBuffers:
         block, offset = np.divmod(positions, self.block_size)
         self.slots[:num_tokens] = self.block_table[row_of, block] * self.block_size + offset
         self._share(rows)
-        if padding:
+        if num_rows is not None:
             self._pad(padding)
 
     def _pad(self, padding: int) -> None:
+        """Add rows of padding, and as many tiles as there are rows: a graph reads all of them."""
         rows, tokens, outputs = self._num_rows, self._num_tokens, self._num_outputs
         self.query_starts[rows + 1 : rows + padding + 1] = range(tokens + 1, tokens + padding + 1)
         self.lengths[rows : rows + padding] = 0
