@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from prefixd.server.model import kernels, paged
+from prefixd.server.model import kernels, paged_mlp
 from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.buffers import StepBuffers, StepTensors
 from prefixd.server.model.decoder import Logits
@@ -32,12 +32,15 @@ DRAWN = Plan(rows=ROWS, plain=ROWS)
 VIEWS = {"aten::t", "aten::view", "aten::_unsafe_view", "aten::slice", "aten::reshape"}
 
 
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> PagedDecoder:
-    folder: Path = tmp_path_factory.mktemp("decode")
-    made = make_decoder(base_of("qwen3"), "paged", **POOL, data_folder=folder)
+def make(family: str, folder: Path, *, dtype: str = "float32") -> PagedDecoder:
+    made = make_decoder(base_of(family, dtype), "paged", **POOL, data_folder=folder)
     assert isinstance(made, PagedDecoder)
     return made
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> PagedDecoder:
+    return make("qwen3", tmp_path_factory.mktemp("decode"))
 
 
 def on_device(value: Any) -> Any:
@@ -68,7 +71,7 @@ def run_body(decoder: PagedDecoder) -> list[str]:
             decoder.base.shape,
             num_blocks=8,
             block_size=decoder.block_size,
-            dtype=torch.float32,
+            dtype=decoder.base.dtype,
             device=torch.device("cuda"),
         )
         settings = torch.empty(num_bytes(DRAWN), dtype=torch.uint8, device="cuda")
@@ -96,6 +99,14 @@ def test_a_decode_step_neither_leaves_the_device_nor_depends_on_data(
     assert names.count("aten::linear") == 4 * layers + 1
 
 
+def test_experts_neither_leave_the_device_nor_depend_on_data(tmp_path: Path) -> None:
+    decoder = make("qwen2_moe", tmp_path, dtype="bfloat16")
+    names = run_body(decoder)
+    layers = decoder.base.shape.num_layers
+    assert names.count("aten::_grouped_mm") == 2 * layers
+    assert names.count("prefixd::silu_and_mul") == 2 * layers  # those of the experts, and shared
+
+
 WAITING: dict[str, Callable[[torch.Tensor], object]] = {
     "cpu": lambda x: x.cpu(),
     "item": lambda x: x.sum().item(),
@@ -114,6 +125,6 @@ def test_a_layer_that_waits_for_the_device_is_refused(
         wait(gate_up)
         return gate(gate_up)
 
-    monkeypatch.setattr(paged, "silu_and_mul", waiting)
+    monkeypatch.setattr(paged_mlp, "silu_and_mul", waiting)
     with pytest.raises(Refused):
         run_body(decoder)

@@ -15,6 +15,7 @@ from prefixd.server.model.decoder_check import DecoderRefused
 from prefixd.server.model.decoders import choose_decoder, make_decoder
 from prefixd.server.model.exact import NotExact
 from prefixd.server.model.paged import require_kernels
+from prefixd.server.model.paged_mlp import require_grouped_products
 from prefixd.server.model.selfcheck import self_check
 from tests.model.test_decoders import POOL, base_of, check_nan_stays
 
@@ -26,7 +27,9 @@ from tests.model.test_decoders import POOL, base_of, check_nan_stays
         ("mistral", "paged"),
         ("qwen2", "paged"),
         ("qwen3", "paged"),
-        ("qwen3_moe", "paged_module"),
+        ("qwen3_moe", "paged"),
+        ("mixtral", "paged"),
+        ("qwen2_moe", "paged"),
         ("gpt2", "paged_module"),
     ],
 )
@@ -47,9 +50,10 @@ def test_it_serves_in_half_precision(tmp_path: Path) -> None:
     choose_decoder(lambda: base, base, "paged", evidence=evidence, **POOL, data_folder=tmp_path)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
 @pytest.mark.parametrize("kind", decoders.PAGED)
-def test_nan_stays_in_its_own_sequence(kind: str, tmp_path: Path) -> None:
-    check_nan_stays(make_decoder(base_of(), kind, **POOL, data_folder=tmp_path))
+def test_nan_stays_in_its_own_sequence(kind: str, family: str, tmp_path: Path) -> None:
+    check_nan_stays(make_decoder(base_of(family), kind, **POOL, data_folder=tmp_path))
 
 
 def test_the_null_block_stays_zero(tmp_path: Path) -> None:
@@ -64,15 +68,21 @@ def test_the_log_names_what_the_kernels_do_not_compute(
 ) -> None:
     base = base_of("qwen3_moe")
     with caplog.at_level(logging.INFO, logger=decoders.__name__):
-        make_decoder(base, "paged", **POOL, data_folder=tmp_path)
+        with monkeypatch.context() as patch:
+            patch.delattr(torch.nn.functional, "grouped_mm")
+            decoder = make_decoder(base, "paged", **POOL, data_folder=tmp_path)
+        assert decoder.name == "paged_module"
         odd = replace(base, shape=replace(base.shape, head_dim=24))
         with pytest.raises(NotExact, match="heads of size 24; expected a multiple of 16"):
             require_kernels(odd)
         assert make_decoder(odd, "paged", **POOL, data_folder=tmp_path).name == "module"
+    in_float32 = replace(base, device=torch.device("cuda"))
+    with pytest.raises(NotExact, match=r"experts in torch.float32; expected bfloat16 on a GPU"):
+        require_grouped_products(in_float32)
     messages = [record.message for record in caplog.records]
     assert messages[0] == (
-        "the layers of the unmodified module serve: qwen3_moe has experts, whose inputs have sizes "
-        "that depend on data"
+        "the layers of the unmodified module serve: qwen3_moe has experts, for which torch "
+        f"{torch.__version__} has no grouped_mm"
     )
     assert messages[-1].startswith("the unmodified module serves: qwen3_moe has heads of size 24")
 

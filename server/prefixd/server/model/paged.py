@@ -22,18 +22,24 @@ from prefixd.server.model.kernels import (
     attend,
     require_supported,
     rotate_and_write,
-    silu_and_mul,
 )
 from prefixd.server.model.kv_cache import KVCache
 from prefixd.server.model.load import LoadedBase
-from prefixd.server.model.parts import Dense, Layer, Linear, Parts
+from prefixd.server.model.paged_mlp import (
+    PagedDense,
+    PagedExperts,
+    paged_mlp,
+    product,
+    require_grouped_products,
+)
+from prefixd.server.model.parts import Layer, Linear, Parts
 from prefixd.server.model.products import merged
 from prefixd.server.model.torch_decoder import TorchDecoder
 
 
 @dataclass(frozen=True, slots=True)
 class PagedLayer:
-    """One dense layer. Norms are [width], ``q_norm`` and ``k_norm`` [head_dim] or None."""
+    """One layer. Norms are [width], ``q_norm`` and ``k_norm`` [head_dim] or None."""
 
     input_norm: torch.Tensor
     post_norm: torch.Tensor
@@ -41,8 +47,7 @@ class PagedLayer:
     k_norm: torch.Tensor | None
     qkv: Linear
     o: Linear
-    gate_up: Linear
-    down: Linear
+    mlp: PagedDense | PagedExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +78,7 @@ def hidden_states(
         kv, num_tokens = cache.layer(number), len(normed)
         queries = rotate_and_write(
             kv,
-            _product(normed, layer.qkv).view(num_tokens, -1, head_dim),
+            product(normed, layer.qkv).view(num_tokens, -1, head_dim),
             step.positions,
             step.slots,
             cosine=weights.cosine,
@@ -86,15 +91,14 @@ def hidden_states(
         if number == len(layers) - 1:
             attended = attended.index_select(0, step.outputs)
             residual = residual.index_select(0, step.outputs)
-        normed, residual = add_rms_norm(_product(attended, layer.o), residual, layer.post_norm, eps)
-        gated = silu_and_mul(_product(normed, layer.gate_up))
-        normed, residual = add_rms_norm(_product(gated, layer.down), residual, next_norm, eps)
+        normed, residual = add_rms_norm(product(attended, layer.o), residual, layer.post_norm, eps)
+        normed, residual = add_rms_norm(layer.mlp(normed), residual, next_norm, eps)
     return normed
 
 
 class PagedDecoder(TorchDecoder):
-    """Runs a model of an exact family without experts. The weights are taken from the module, which
-    cannot be run afterwards."""
+    """Runs a model of an exact family. The weights are taken from the module, which cannot be run
+    afterwards."""
 
     name = "paged"
 
@@ -106,7 +110,7 @@ class PagedDecoder(TorchDecoder):
         base = parts.base
         require_kernels(base)
         if parts.has_experts:
-            raise NotExact(f"{base.name} has experts, whose inputs have sizes that depend on data")
+            require_grouped_products(base)
         super().__init__(base, num_blocks=num_blocks, block_size=block_size, sizes=sizes)
         self.weights = PagedWeights(
             embedding=parts.embedding,
@@ -138,7 +142,7 @@ class PagedDecoder(TorchDecoder):
                 embeddings[offset : offset + len(values)] = given
             hidden = hidden_states(self.weights, self.cache, step, embeddings)
         # An id without an embedding could be sampled, but not be fed in afterwards.
-        logits = _product(hidden, self.weights.head)
+        logits = product(hidden, self.weights.head)
         return Logits(logits[: len(batch.outputs), : self.base.num_embeddings])
 
     @torch.inference_mode()
@@ -185,12 +189,7 @@ def attend_step(
     )
 
 
-def _product(rows: torch.Tensor, linear: Linear) -> torch.Tensor:
-    return functional.linear(rows, linear.weight, linear.bias)
-
-
 def _paged_layer(layer: Layer) -> PagedLayer:
-    assert isinstance(layer.mlp, Dense)
     return PagedLayer(
         input_norm=layer.input_norm,
         post_norm=layer.post_norm,
@@ -198,6 +197,5 @@ def _paged_layer(layer: Layer) -> PagedLayer:
         k_norm=layer.k_norm,
         qkv=merged([layer.q, layer.k, layer.v]),
         o=layer.o,
-        gate_up=merged([layer.mlp.gate, layer.mlp.up]),
-        down=layer.mlp.down,
+        mlp=paged_mlp(layer.mlp),
     )
