@@ -98,7 +98,7 @@ audit: install ## Look for known vulnerabilities in constraints.txt; exit 2 when
 mutate: install ## Change the code of MODULES, one place at a time, and count what no test notices
 	@$(BIN)/python .ci/mutate.py $(MODULES)
 
-gpu-check: ## Golden tests and a smoke throughput on CUDA (any python with torch; skips without a GPU)
+gpu-check: ## Kernels, graphs, runner and golden tests on a GPU (a python with torch; skips without one)
 	@$(PYTHON) tests/gpu/check.py $(ARGS)
 
 bench: install ## Compare with PEFT, transformers, vLLM, OpenVINO and llama.cpp (BENCH_DIR, ARGS)

@@ -35,10 +35,12 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.engine.stats import EngineStats
 from prefixd.server.engine.step import Step, TokenText
+from prefixd.server.model.buffers import NO_STEP, StepSizes
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.decoder_check import check_decoder
 from prefixd.server.model.decoders import make_decoder
 from prefixd.server.model.device_runner import DeviceRunner
+from prefixd.server.model.graphs import cuda_graphs
 from prefixd.server.model.int8_decoder import make_int8_decoder
 from prefixd.server.model.load import LoadedBase, prepare_base
 from prefixd.server.model.paged import PagedDecoder
@@ -57,6 +59,9 @@ DEVICE = os.environ.get("PREFIXD_TEST_DEVICE", "cpu")
 
 VOCAB = 211
 TASK = 2
+_SIZES = StepSizes(rows=80, tokens=1024, decoding=8)
+"""On a GPU: steps of more rows that decode run without a graph."""
+
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
@@ -351,13 +356,14 @@ def serve(
     if quantize == "int8":
         decoder, _ = make_int8_decoder(base, kernels, **pool, data_folder=COMPILED)
     else:
-        decoder = make_decoder(base, kernels, **pool, data_folder=COMPILED)
+        sizes = NO_STEP if base.device.type == "cpu" else _SIZES
+        decoder = make_decoder(base, kernels, **pool, data_folder=COMPILED, sizes=sizes)
         if decoder.name != "module":
             check_decoder(decoder, checked.evidence, num_blocks=num_blocks)
     runner: Runner | DeviceRunner = Runner(decoder)
-    if isinstance(
-        decoder, PagedDecoder | PagedModuleDecoder
-    ):  # one step ahead of the engine, as on a GPU
+    if isinstance(decoder, PagedDecoder | PagedModuleDecoder):  # as on a GPU: one step ahead
+        if isinstance(decoder, PagedDecoder) and decoder.device.type == "cuda":
+            decoder.capture(_SIZES.decoding, new_graph=cuda_graphs())
         runner = DeviceRunner(decoder, max_rows=config.get("max_running", 64))
     served = Served(base, engine=None, runner=runner)  # type: ignore[arg-type]  # set below
     served.engine = Engine(

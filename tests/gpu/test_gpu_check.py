@@ -1,13 +1,15 @@
 """The parts of `make gpu-check` that can be tested without a GPU."""
 
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.gpu import check
+from tests.gpu.check import Part
 
 ABSENT = (
     *("alembic", "fastapi", "gguf", "httptools", "moto", "multipart", "obstore"),
@@ -17,15 +19,17 @@ ABSENT = (
 """Packages that a machine with only torch, transformers, peft and pytest lacks."""
 
 HIDE_ABSENT = f"import sys\n\nsys.modules.update(dict.fromkeys({ABSENT!r}))\n"
+PLUGINS = ("timeout", "xdist", "anyio", "pytest_cov")
 
 
-def bare_machine(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """Run the pytest command of ``check`` where the ABSENT packages cannot be imported."""
+def bare_machine(part: Part, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run the pytest command of a part where the ABSENT packages cannot be imported."""
     (folder / "bare_machine.py").write_text(HIDE_ABSENT)
-    command, environment = check.pytest_call("cpu")
+    command, environment = check.pytest_call(part, "cpu")
     environment["PYTHONPATH"] += f":{folder}"
+    hidden = [option for plugin in PLUGINS for option in ("-p", f"no:{plugin}")]
     return subprocess.run(
-        [*command, "-p", "bare_machine", *more],
+        [*command, "-p", "bare_machine", *hidden, *more],
         cwd=check.ROOT,
         env=environment,
         check=False,
@@ -35,35 +39,55 @@ def bare_machine(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_gpu_check_runs_without_server_and_database_packages(tmp_path: Path) -> None:
-    collected = bare_machine(tmp_path, "--collect-only", "-qq")
-    assert collected.returncode == 0, collected.stdout
-    rooms = {
-        line.split("/")[1] for line in collected.stdout.splitlines() if line.startswith("tests/")
-    }
-    assert rooms == {"golden", "engine", "machines", "model"}
-    run = bare_machine(tmp_path, "-k", "test_a_prefix_with_nan or test_engine")
+def test_every_part_is_collected_without_server_and_database_packages(tmp_path: Path) -> None:
+    files = tuple(dict.fromkeys(file for part in check.PARTS for file in part.files))
+    collected = bare_machine(Part("all", files), tmp_path, "--collect-only", "-qq")
+    assert collected.returncode == 0, collected.stdout + collected.stderr
+    lines = collected.stdout.splitlines()
+    assert {line.partition(":")[0] for line in lines if line.startswith("tests/")} == set(files)
+
+
+@pytest.mark.slow
+def test_a_part_runs_without_server_and_database_packages(tmp_path: Path) -> None:
+    part = Part("golden", ("tests/golden/test_golden_mixed.py",), "test_a_prefix_with_nan")
+    run = bare_machine(part, tmp_path)
     assert run.returncode == 0, run.stdout
 
 
-def test_gpu_check_measures_throughput_of_base_and_mixed_prefixes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(check, "OUTPUT", 4)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+def run_parts(*parts: Part, budget: float = 500) -> dict[str, Mapping[str, Any]]:
+    results: dict[str, Mapping[str, Any]] = {}
+    check.run_parts(parts, device="cpu", jobs=2, budget=budget, ended=results.__setitem__)
+    return results
+
+
+def test_a_failed_part_stops_no_other_and_its_first_failure_is_reported(tmp_path: Path) -> None:
+    tests = tmp_path / "test_some.py"
+    tests.write_text(
+        "def test_right():\n    pass\n\n\ndef test_wrong():\n    assert 1 == 2, 'bits differ'\n"
     )
-    figures = check.throughput(LlamaForCausalLM(config), device="cpu")
-    assert list(figures) == [
-        *("bfloat16, base", "bfloat16, 32 soft prompts"),
-        *("float32, base", "float32, 32 soft prompts"),
-    ]
-    assert all(figure > 0 for figure in figures.values())
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("import no_such_module\n")
+    results = run_parts(Part("both", (str(tests),)), Part("broken", (str(broken),)))
+    statuses = {name: each["status"] for name, each in results.items()}
+    assert statuses == {"both": "failed (1)", "broken": "failed (2)"}
+    assert (results["both"]["tests"], results["both"]["failures"]) == (2, 1)
+    assert "test_wrong: AssertionError: bits differ" in results["both"]["first_failure"]
+    assert "no_such_module" in results["broken"]["first_failure"]
+
+
+def test_a_part_that_hangs_is_ended_and_later_ones_are_left_out(tmp_path: Path) -> None:
+    tests = tmp_path / "test_hangs.py"
+    tests.write_text("import threading\n\n\ndef test_hangs():\n    threading.Event().wait()\n")
+    part = Part("hangs", (str(tests),))
+    result = check.run_part(part, device="cpu", timeout=2)
+    assert result["status"] == "ran out of time"
+    assert "last_output" in result
+    assert run_parts(part, budget=5) == {"hangs": {"status": "left out", "seconds": 0.0}}
+
+
+def test_the_parts_of_the_kernels_are_all_of_their_tests() -> None:
+    selects = [part.select for part in check.PARTS if part.files == check.KERNELS]
+    assert sorted(selects) == ["bfloat16", "float16 and not bfloat16", "not float16"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

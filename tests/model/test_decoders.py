@@ -27,8 +27,8 @@ OTHERS = ["gemma", "glm", "gpt2", "granite", "olmo2", "phi3", "smollm3", "starco
 POOL: dict[str, Any] = {"num_blocks": 64, "block_size": 16}
 
 
-def base_of(family: str = "llama", dtype: str = "float32") -> LoadedBase:
-    return prepare_base(family_model(family), None, name=family, dtype=dtype, device="cpu")
+def base_of(family: str = "llama", dtype: str = "float32", *, device: str = "cpu") -> LoadedBase:
+    return prepare_base(family_model(family), None, name=family, dtype=dtype, device=device)
 
 
 @pytest.fixture(autouse=True)

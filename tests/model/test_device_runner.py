@@ -14,7 +14,7 @@ from prefixd.server.model.device_runner import DeviceRunner
 from prefixd.server.model.device_sampler import DeviceSampler
 from prefixd.server.model.paged_module import PagedModuleDecoder
 from prefixd.server.model.runner import Runner
-from tests.model.fake_graph import FakeGraph
+from tests.model.fake_graph import DEVICE, FakeGraph
 from tests.model.test_decoders import POOL, base_of
 from tests.model.test_graphs import SIZES, make, prompt
 
@@ -72,7 +72,7 @@ def test_a_step_submitted_before_its_tokens_came_gives_the_same_tokens(
 
 
 def test_layers_of_the_module_read_pending_tokens_too(tmp_path: Path) -> None:
-    decoder = make_decoder(base_of(), "paged_module", **POOL, data_folder=tmp_path)
+    decoder = make_decoder(base_of(device=DEVICE), "paged_module", **POOL, data_folder=tmp_path)
     assert isinstance(decoder, PagedModuleDecoder)
     runner = DeviceRunner(decoder, max_rows=8)
     texts = {number: list(prompt(number)) for number in range(3)}

@@ -126,6 +126,7 @@ STEPS: dict[str, tuple[Case, Sequence[Case]]] = {
 }
 
 
+@pytest.mark.parametrize("dtype", DTYPES[::2])
 @pytest.mark.parametrize(
     ("row", "others"),
     [
@@ -134,9 +135,9 @@ STEPS: dict[str, tuple[Case, Sequence[Case]]] = {
     ],
 )
 def test_row_has_the_same_bits_in_any_step(
-    kernels: Launcher, row: Case, others: Sequence[Case]
+    kernels: Launcher, row: Case, others: Sequence[Case], dtype: str
 ) -> None:
-    sizes = Sizes(kv_heads=1, group=4)
+    sizes = Sizes(kv_heads=1, group=4, dtype=getattr(torch, dtype))
     alone = attended(kernels, lay_out([row], sizes), split=SPLIT_LENGTH)
     place = len(others) // 2
     step = lay_out([*others[:place], row, *others[place:]], sizes)

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from prefixd.server.model.kernels import reference
-from tests.model.kernels.interpreter import Launcher
+from tests.model.kernels.interpreter import DEVICE, Launcher
 
+TOLERANCES = {"float32": 1e-5, "float16": 2e-3} | ({} if DEVICE == "cpu" else {"bfloat16": 2e-2})
 DTYPES = pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [(torch.float32, 1e-5), (torch.float16, 2e-3)],
-    ids=["float32", "float16"],
+    [(getattr(torch, name), tolerance) for name, tolerance in TOLERANCES.items()],
+    ids=TOLERANCES.keys(),
 )
 
 

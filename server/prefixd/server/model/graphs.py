@@ -56,7 +56,9 @@ class CudaGraph:
         with torch.cuda.stream(aside):
             body(step)
         current.wait_stream(aside)
-        with torch.cuda.graph(self._graph, pool=self._pool):
+        # Other threads may use the device meanwhile: those that load prefixes pin memory.
+        mode = "thread_local"
+        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode=mode):
             return body(step)
 
     def replay(self) -> None:
@@ -100,13 +102,15 @@ class DecodeGraphs:
         """Capture every bucket, the largest first: the others reuse its memory."""
         self._new_graph = new_graph
         started, before = time.perf_counter(), _reserved_bytes()
-        self._captured.clear()
+        # Torch refuses captures into a pool whose graphs have all ended: these live until the end.
+        kept, self._captured = self._captured, {}
         for rows, length in product(reversed(self._rows), reversed(self._lengths)):
             self._buffers.fill(FlatBatch(), num_rows=rows)
             self._buffers.send()
             graph = new_graph()
             output = graph.capture(self._body, self._buffers.tensors(max_length=length))
             self._captured[rows, length] = graph, output
+        kept.clear()
         self._address = self._buffers.address
         log.info(
             "captured %d decode graphs of up to %d rows in %.1f s; they hold %.0f MiB",
