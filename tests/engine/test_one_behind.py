@@ -358,6 +358,21 @@ def test_smallest_step_without_memory_runs_alone_before_it_ends() -> None:
     assert failed(step, "no memory", out_of_memory=True) == [sequence]
 
 
+def test_parts_of_a_step_without_memory_that_cannot_be_halved_run_alone() -> None:
+    """One of them may be why it lacks memory, and the other not."""
+    simulation, handle = Simulation(depth=0), PrefixHandle(PrefixKey("t", "digest"), 1)
+    rows = simulation.add(max_tokens=8), simulation.add(prefix=handle, max_tokens=2)
+    (key,) = simulation.turn().fetches
+    simulation.scheduler.prefix_staged(key, FakeStaged(1))
+    step = simulation.plan()
+    assert (len(step.chunks), step.num_tokens, step.num_compiled) == (1, 2, 1)
+    simulation.runner._submitted.clear()
+    assert simulation.scheduler.step_failed(step, "no memory", out_of_memory=True) == []
+    assert [simulation.turn().num_parts for _ in range(2)] == [1, 1]
+    simulation.finish()
+    assert [row.reason for row in rows] == 2 * [FinishReason.LENGTH]
+
+
 def test_aborted_sequence_with_a_step_in_flight_gets_no_more_tokens() -> None:
     simulation = Simulation(depth=1)
     aborted, other = simulation.add(), simulation.add()
@@ -426,6 +441,25 @@ def test_submit_that_fails_leaves_the_step_before_it_intact(
     behind.engine.stop()
     assert behind.engine.stats().out_of_memory == 1
     behind.engine.core.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OutOfMemory])
+def test_last_step_in_flight_that_fails_ends_no_request(
+    behind: Bench, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """It was submitted while another was in flight, and may have failed because of that one."""
+    run, numbers = behind.runner.run, itertools.count()
+
+    def fail_the_last(step: Step) -> StepOutput:
+        if next(numbers) == 11:
+            raise error("injected")
+        return run(step)
+
+    monkeypatch.setattr(behind.runner, "run", fail_the_last)
+    _, events = behind.submit()
+    behind.engine.start()
+    assert answer(events)[0] == expected(12)
+    behind.engine.stop()
 
 
 def test_both_steps_in_flight_fail_and_no_request_ends(

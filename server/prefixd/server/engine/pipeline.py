@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class StepFailed(Exception):
-    """The runner raised ``error`` for ``step``. ``alone``: no other step was in flight with it."""
+    """The runner raised ``error`` for ``step``. ``alone``: no other was ever in flight with it."""
 
     def __init__(self, step: Step, error: Exception, *, alone: bool) -> None:
         super().__init__(str(error))
@@ -32,7 +32,7 @@ class Pipeline:
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
-        self._in_flight: deque[tuple[Step, float]] = deque()
+        self._in_flight: deque[tuple[Step, float, bool]] = deque()
         self._unmasked: Step | None = None  # whose masks are to come
         self._collected_at = 0.0
 
@@ -41,16 +41,16 @@ class Pipeline:
 
     def holds(self, step: Step) -> bool:
         """Whether ``step`` is in flight."""
-        return any(step is each for each, _ in self._in_flight)
+        return any(step is each for each, _, _ in self._in_flight)
 
     def submit(self, step: Step) -> None:
         """Raise StepFailed when it cannot begin; the steps before it are still in flight then."""
-        submitted_at = time.perf_counter()
+        submitted_at, is_first = time.perf_counter(), not self._in_flight
         try:
             self.runner.submit(step)
         except Exception as error:
-            raise StepFailed(step, error, alone=not self._in_flight) from error
-        self._in_flight.append((step, submitted_at))
+            raise StepFailed(step, error, alone=is_first) from error
+        self._in_flight.append((step, submitted_at, is_first))
         self._unmasked = step if step.masked else None
 
     @property
@@ -66,11 +66,11 @@ class Pipeline:
     def collect(self) -> Collected:
         """The oldest step. Raise StepFailed when it failed; nothing is in flight then: what the
         steps behind it computed is dropped."""
-        step, submitted_at = self._in_flight.popleft()
+        step, submitted_at, is_first = self._in_flight.popleft()
         try:
             output = self.runner.collect()
         except Exception as error:
-            alone = not self._in_flight
+            alone = is_first and not self._in_flight
             self.discard()
             raise StepFailed(step, error, alone=alone) from error
         # The device began with it when it was submitted, or when the step before had ended.
@@ -80,7 +80,7 @@ class Pipeline:
     def discard(self) -> None:
         """Wait for the steps in flight, and drop their output."""
         while self._in_flight:
-            step, _ = self._in_flight.popleft()
+            step, _, _ = self._in_flight.popleft()
             try:
                 if step is self._unmasked:
                     self.complete({})

@@ -12,9 +12,10 @@
                      | ends if the step had no other, and   |
                      | no proposed tokens [1]               |
 
-[1] A part ends only by a step that was in flight alone: a device may report the failure of one step
-when another is collected. So what was in flight behind the failed step starts over too, and is
-suspected with it. While suspects run nothing else is in flight.
+[1] A part ends only by a step that had no other part and that was never in flight with another: a
+device may report the failure of one step when another is collected. So what was in flight behind
+the failed step starts over too, and is suspected with it. While suspects run nothing else is in
+flight.
 
 So only the request that breaks a step ends, and all others get the same answer as without it.
 
@@ -106,12 +107,10 @@ class Recovery:
     ) -> bool:
         """Take back the blocks of all compiles, and note the suspects. The first of ``steps``
         failed, the others were in flight behind it; ``sequences`` are those of all of them.
-        ``alone``: there was never another in flight. Returns whether the parts have to end."""
-        if out_of_memory:
-            retries = self.backoff.shrink(steps[0])
-            is_suspected = not retries and not alone
-        else:
-            retries = is_suspected = not (alone and steps[0].is_smallest)
+        ``alone``: there was never another in flight. Returns whether the part has to end."""
+        ends = alone and steps[0].is_smallest
+        retries = out_of_memory and self.backoff.shrink(steps[0])
+        is_suspected = not retries and not ends
         in_steps = {part.key for step in steps for part in step.compiles}
         compiling = self._residency.compiling()
         for sequence in sequences:
