@@ -1,4 +1,4 @@
-# `make` lists the targets. Everything but gpu-check runs from a virtual environment in .venv,
+# `make` lists the targets. Everything but gpu-check and gpu-bench runs from a virtual environment in .venv,
 # made on first use and brought up to date when pyproject.toml or constraints.txt change.
 
 PYTHON          ?= python3
@@ -27,7 +27,7 @@ SPLIT := -n $(JOBS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test check lint types imports words fast slow cover format docs \
-        audit mutate gpu-check bench bench-quick soak hostile chaos clients sanitize lock clean
+        audit mutate gpu-check gpu-bench bench bench-quick soak hostile chaos clients sanitize lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ mutate: install ## Change the code of MODULES, one place at a time, and count wh
 
 gpu-check: ## Kernels, graphs, runner and golden tests on a GPU (a python with torch; skips without one)
 	@$(PYTHON) tests/gpu/check.py $(ARGS)
+
+gpu-bench: ## Tokens/s on a GPU as a share of what its memory allows (as gpu-check)
+	@PYTHONPATH=.:server:prefix_store:clients HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.gpu $(ARGS)
 
 bench: install ## Compare with PEFT, transformers, vLLM, OpenVINO and llama.cpp (BENCH_DIR, ARGS)
 	@PYTHON=$(PYTHON) TORCH_INDEX_URL=$(TORCH_INDEX_URL) benchmarks/peers/install.sh $(BENCH_DIR) || true

@@ -1,0 +1,1 @@
+"""Speed on a GPU, as shares of what its memory allows: ``python -m benchmarks.gpu``."""
