@@ -1,5 +1,6 @@
 """A runner one step ahead gives the tokens of one that waits: on a CPU, with the same code."""
 
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -116,6 +117,27 @@ def test_a_mask_that_fails_is_a_failure_of_its_step(
         runner.collect()
     runner.submit(Step(chunks=[chunk(n, texts[n], 0) for n in texts]))
     assert set(runner.collect().sampled) == {0, 1, 2}
+
+
+def test_a_pending_row_with_a_mask_keeps_its_counts_while_others_begin(tmp_path: Path) -> None:
+    """Its token is counted by the step in flight alone. It is sampled after the others."""
+    runner = DeviceRunner(make(tmp_path, captured=None), max_rows=3)
+    chunks = [
+        Chunk(
+            number, [11, 12, 13], 0, (number + 1,), sampling=SETTINGS[2], history=(11, 12, 13),
+            num_prompt_tokens=3,
+        )
+        for number in range(5)
+    ]  # fmt: skip
+    runner.submit(Step(chunks=chunks[:1]))
+    runner.collect()
+    runner.submit(Step(chunks=chunks[1:3], masked=[1, 2]))
+    runner.complete({1: (), 2: ()})
+    pending = replace(chunks[1], tokens=[PENDING], start=3)
+    runner.submit(Step(chunks=[*chunks[3:], pending], masked=[1]))
+    assert set(runner.collect().sampled) == {1, 2}
+    runner.complete({1: ()})
+    assert set(runner.collect().sampled) == {1, 3, 4}
 
 
 def collect(runner: DeviceRunner, texts: dict[int, list[int]]) -> None:

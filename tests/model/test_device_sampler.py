@@ -1,9 +1,11 @@
 """The device sampler: the tokens of ``sampler.sample``, and no waiting."""
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,10 +14,13 @@ from hypothesis import strategies as st
 
 from prefixd.server.engine.request import SamplingParams
 from prefixd.server.engine.step import PENDING, Chunk, Draft, Sampled
+from prefixd.server.model import token_counts
 from prefixd.server.model.decoder import Logits
 from prefixd.server.model.device_sampler import DeviceSampler, sample_rows
 from prefixd.server.model.sampler import sample
 from prefixd.server.model.sampling_plan import Plan, num_bytes, views
+from prefixd.server.model.token_counts import OF_PROMPT
+from prefixd.server.model.transfer import on_device
 from tests.model.device_modes import fake_cuda
 
 DEVICE = torch.device(os.environ.get("PREFIXD_TEST_DEVICE", "cpu"))
@@ -207,6 +212,42 @@ def test_a_step_that_is_repeated_counts_its_tokens_once() -> None:
             sampled = sampler.sample(Logits(logits), [text.chunk()])
             assert sampled == reference(logits, [text.chunk()])
         text.output.append(sampled[0].token_id)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2], ids=["row", "prompt", "output"])
+def test_a_sequence_whose_counts_failed_to_be_sent_is_counted_again(
+    monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    text = Text(0, SamplingParams(temperature=0, frequency_penalty=0.3), (1,), [7] * 4)
+    sampler, calls = DeviceSampler(DEVICE, num_ids=40, max_rows=2), itertools.count()
+    logits = torch.linspace(0, 1, 40, device=DEVICE)[None]
+
+    def fail_once(values: Sequence[int], device: torch.device) -> torch.Tensor:
+        if next(calls) == failing:
+            raise RuntimeError("CUDA error: out of memory")
+        return on_device(values, device)
+
+    monkeypatch.setattr(token_counts, "on_device", fail_once)
+    with pytest.raises(RuntimeError):
+        sampler.prepare([text.chunk()])
+    sampler.sample(Logits(logits), [text.chunk()])
+    assert sampler.counts.table is not None
+    assert sampler.counts.table[0, [1, 7, 39]].tolist() == [OF_PROMPT, 4, 1]
+
+
+def test_a_draft_whose_counts_failed_to_be_sent_is_counted_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = Text(0, SamplingParams(temperature=0, frequency_penalty=0.3), (1,), [7] * 4)
+    sampler = DeviceSampler(DEVICE, num_ids=40, max_rows=2)
+    draft = Draft([5], [0.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(token_counts, "on_device", Mock(side_effect=RuntimeError))
+        with pytest.raises(RuntimeError):
+            sampler.prepare([text.chunk(draft=draft)])
+    sampler.prepare([text.chunk(draft=draft)])
+    assert sampler.counts.table is not None
+    assert sampler.counts.table[0, [1, 7]].tolist() == [OF_PROMPT, 4]
 
 
 def test_no_counts_are_kept_without_penalties() -> None:

@@ -111,6 +111,7 @@ class DeviceRunner:
             first += 1 + chunk.num_drafts
         masked = set(step.masked)
         flight.masked = [chunk for chunk in flight.chunks if chunk.seq_id in masked]
+        self._sampler.keep(flight.masked)
         free = [chunk for chunk in flight.chunks if chunk.seq_id not in masked]
         if free:
             self._sample(flight, free)

@@ -74,6 +74,11 @@ class DeviceSampler:
         plan, inputs = self._inputs.send(asked, uniforms)
         return Prepared(plan, inputs, params)
 
+    def keep(self, chunks: Sequence[Chunk]) -> None:
+        """Keep what is counted for the penalties of ``chunks``: they are prepared after others of
+        the same step."""
+        self.counts.keep(chunks)
+
     def _penalties(
         self, chunks: Sequence[Chunk]
     ) -> tuple[dict[int, int], dict[int, Sequence[int]]]:

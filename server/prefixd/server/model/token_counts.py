@@ -14,6 +14,7 @@ from prefixd.server.engine.step import Chunk
 from prefixd.server.model.transfer import on_device
 
 OF_PROMPT = 1 << 30
+_UNKNOWN = 1 << 62  # tokens counted: more than any sequence has, so that it is counted again
 
 
 @dataclass(slots=True)
@@ -45,12 +46,24 @@ class TokenCounts:
 
         A history without the pending token is complete: the step that samples it counts it.
         """
-        for chunk in chunks:  # none of these may lose its row to another
+        self.keep(chunks)
+        try:
+            rows = [self._row(chunk) for chunk in chunks]
+            self._send()
+        except Exception:
+            for chunk in chunks:
+                if chunk.seq_id in self._slots:
+                    self._slots[chunk.seq_id].num_counted = _UNKNOWN
+            raise
+        finally:
+            self._cleared, self._prompt, self._output = [], [], []
+        return rows
+
+    def keep(self, chunks: Sequence[Chunk]) -> None:
+        """None of these sequences, of one step, loses its row to another of that step."""
+        for chunk in chunks:
             if chunk.seq_id in self._slots:
                 self._slots[chunk.seq_id] = self._slots.pop(chunk.seq_id)
-        rows = [self._row(chunk) for chunk in chunks]
-        self._send()
-        return rows
 
     def _row(self, chunk: Chunk) -> int:
         slot = self._slots.get(chunk.seq_id)
@@ -91,4 +104,3 @@ class TokenCounts:
         if self._output:
             ones = torch.ones(len(self._output), dtype=torch.int32, device=self._device)
             flat.index_add_(0, on_device(self._output, self._device), ones)
-        self._cleared, self._prompt, self._output = [], [], []
