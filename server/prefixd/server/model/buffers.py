@@ -132,9 +132,9 @@ class StepBuffers:
         self._sampled[: len(sampled)] = sampled
 
     @property
-    def address(self) -> int:
-        """Where the device's buffer is: another one after a step that did not fit."""
-        return self._twin.data_ptr()
+    def memory(self) -> torch.Tensor:
+        """The device's buffer: another one after a step that did not fit."""
+        return self._twin
 
     def fill(self, batch: FlatBatch, *, num_rows: int | None = None) -> None:
         """Write a pass to host memory. ``num_rows`` pads one of a token a row with rows of length

@@ -96,7 +96,8 @@ class DecodeGraphs:
         self._rows, self._lengths = row_buckets(max_rows), length_bounds(max_length)
         self._new_graph: Callable[[], Graph] | None = None
         self._captured: dict[tuple[int, int], tuple[Graph, torch.Tensor]] = {}
-        self._address = 0
+        # Kept, so that no later buffer is at its address.
+        self._memory: torch.Tensor | None = None
 
     def capture(self, new_graph: Callable[[], Graph]) -> None:
         """Capture every bucket, the largest first: the others reuse its memory."""
@@ -111,7 +112,7 @@ class DecodeGraphs:
             output = graph.capture(self._body, self._buffers.tensors(max_length=length))
             self._captured[rows, length] = graph, output
         kept.clear()
-        self._address = self._buffers.address
+        self._memory = self._buffers.memory
         log.info(
             "captured %d decode graphs of up to %d rows in %.1f s; they hold %.0f MiB",
             len(self._captured),
@@ -132,7 +133,7 @@ class DecodeGraphs:
         rows = next(n for n in self._rows if n >= num_rows)
         length = next(n for n in self._lengths if n >= longest)
         self._buffers.fill(batch, num_rows=rows)
-        if self._buffers.address != self._address:  # a larger step came, and the buffers moved
+        if self._buffers.memory is not self._memory:  # a larger step came, and the buffers moved
             assert self._new_graph is not None
             self.capture(self._new_graph)
             self._buffers.fill(batch, num_rows=rows)
