@@ -47,6 +47,7 @@ PARTS = (
     Part("kernels, bfloat16", KERNELS, "bfloat16"),
     Part("CUDA graphs", ("tests/model/test_graphs.py",)),
     Part("one step ahead", ("tests/model/test_device_runner.py",)),
+    Part("decoders", ("tests/model/test_paged.py",)),
     Part("device sampler", ("tests/model/test_device_sampler.py",)),
     Part("golden, one step ahead", (f"{GOLDEN}/test_golden_paged.py",)),
     Part("golden, PEFT", (f"{GOLDEN}/test_golden_peft.py",), "llama or qwen3"),
@@ -62,7 +63,7 @@ PARTS = (
 NOT_HERE = {
     "tests/engine, tests/machines": "use no device",
     "tests/model/kernels/test_ops.py, test_binaries.py": "references and compilation, on a CPU",
-    "tests/model/test_paged.py, test_decode_body.py": "make their own CPU or fake tensors",
+    "tests/model/test_decode_body.py, test_buffers.py": "fake tensors, host memory",
     "golden oracle, families, speculation": "minutes; they compute with the module's layers",
     "golden int8, kernels, parallel": "decoders of a CPU, or two GPUs",
     "golden convert, pull, server": "need the client or the HTTP server",

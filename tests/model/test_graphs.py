@@ -29,9 +29,14 @@ SIZES = StepSizes(16, 128, 8)
 
 
 def make(
-    folder: Path, *, captured: int | None, sizes: StepSizes = SIZES, dtype: str = "float32"
+    folder: Path,
+    *,
+    captured: int | None,
+    sizes: StepSizes = SIZES,
+    family: str = "llama",
+    dtype: str = "float32",
 ) -> PagedDecoder:
-    base = base_of(dtype=dtype, device=DEVICE)
+    base = base_of(family, dtype, device=DEVICE)
     decoder = make_decoder(base, "paged", **POOL, data_folder=folder, sizes=sizes)
     assert isinstance(decoder, PagedDecoder)
     if captured is not None:
@@ -118,11 +123,14 @@ def test_graphs_are_captured_again_when_the_buffers_move(tmp_path: Path) -> None
     assert decoder.buffers.memory is not memory
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", "float32"), ("llama", "bfloat16"), ("qwen3_moe", "bfloat16")],
+)
 def test_a_graph_gives_the_bits_of_an_eager_step_of_as_many_rows(
-    dtype: str, tmp_path: Path
+    family: str, dtype: str, tmp_path: Path
 ) -> None:
-    decoder = make(tmp_path, captured=8, dtype=dtype)
+    decoder = make(tmp_path, captured=8, family=family, dtype=dtype)
     sequences = Sequences(decoder)
     sequences.step(0, 1, 2)
     batch = lay_out([sequences.chunk(n) for n in (0, 2, 1)])

@@ -1,4 +1,4 @@
-"""The decoder of a GPU on a CPU, by the references of its kernels, and what takes its place."""
+"""The decoder of a GPU, on a CPU by the references of its kernels, and what takes its place."""
 
 import logging
 from dataclasses import replace
@@ -17,7 +17,10 @@ from prefixd.server.model.exact import NotExact
 from prefixd.server.model.paged import require_kernels
 from prefixd.server.model.paged_mlp import require_grouped_products
 from prefixd.server.model.selfcheck import self_check
+from tests.model.fake_graph import DEVICE
 from tests.model.test_decoders import POOL, base_of, check_nan_stays
+
+EXPERTS = {"qwen3_moe", "mixtral", "qwen2_moe"}
 
 
 @pytest.mark.parametrize(
@@ -36,16 +39,19 @@ from tests.model.test_decoders import POOL, base_of, check_nan_stays
 def test_a_decoder_on_the_kernels_gives_the_logits_of_the_model(
     family: str, kind: str, tmp_path: Path
 ) -> None:
-    base = base_of(family)
+    # A GPU multiplies the inputs of experts in bfloat16 alone.
+    dtype = "bfloat16" if DEVICE != "cpu" and family in EXPERTS else "float32"
+    base = base_of(family, dtype, device=DEVICE)
     evidence = self_check(base, block_size=16, prefill_chunk=16).evidence
     decoder = choose_decoder(
-        lambda: base_of(family), base, "paged", evidence=evidence, **POOL, data_folder=tmp_path
+        lambda: base, base, "paged", evidence=evidence, **POOL, data_folder=tmp_path
     )
     assert decoder.name == kind
 
 
-def test_it_serves_in_half_precision(tmp_path: Path) -> None:
-    base = base_of(dtype="bfloat16")
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_it_serves_in_half_precision(family: str, tmp_path: Path) -> None:
+    base = base_of(family, "bfloat16", device=DEVICE)
     evidence = self_check(base, block_size=16, prefill_chunk=16).evidence
     choose_decoder(lambda: base, base, "paged", evidence=evidence, **POOL, data_folder=tmp_path)
 
@@ -53,11 +59,13 @@ def test_it_serves_in_half_precision(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
 @pytest.mark.parametrize("kind", decoders.PAGED)
 def test_nan_stays_in_its_own_sequence(kind: str, family: str, tmp_path: Path) -> None:
-    check_nan_stays(make_decoder(base_of(family), kind, **POOL, data_folder=tmp_path))
+    base = base_of(family, device=DEVICE)
+    check_nan_stays(make_decoder(base, kind, **POOL, data_folder=tmp_path))
 
 
 def test_the_null_block_stays_zero(tmp_path: Path) -> None:
-    decoder: Any = make_decoder(base_of(), "paged", **POOL, data_folder=tmp_path)
+    base = base_of(device=DEVICE)
+    decoder: Any = make_decoder(base, "paged", **POOL, data_folder=tmp_path)
     check_nan_stays(decoder)
     assert not decoder.cache.pool[:, :, 0].any()
     assert decoder.cache.pool[:, :, 1].any()
