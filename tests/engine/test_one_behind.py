@@ -1,6 +1,7 @@
 """One step behind: a step is planned and submitted before the output of the last one is known."""
 
 import itertools
+import queue
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -132,7 +133,7 @@ class Simulation:
         while in_flight and in_flight[0] is not step:
             self.collect()
         if step.masked:
-            self.runner.complete(self.scheduler.masks(step))
+            self.runner.complete(self.scheduler.masks(step)[0])
         if in_flight and not self.runner.depth:
             self.collect()
         return step
@@ -480,6 +481,35 @@ def test_both_steps_in_flight_fail_and_no_request_ends(
     behind.engine.stop()
     assert behind.engine.stats().step_failures == 1
     assert behind.engine.stats().generated_tokens == 36
+
+
+class Broken:
+    """A constraint that fails after two tokens."""
+
+    def banned(self, output: Sequence[int]) -> Sequence[int]:
+        if len(output) == 2:
+            raise ValueError("injected")
+        return ()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_constraint_that_fails_ends_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    monkeypatch.setattr(Bench, "depth", depth)
+    bench, broken = Bench(), queue.Queue[Event]()
+    request = AdmittedRequest(
+        "r", "t", PROMPT, None, GREEDY, StopParams(max_tokens=12), constraint=Broken()
+    )
+    bench.engine.submit(request, broken.put)
+    _, events = bench.submit()
+    bench.engine.start()
+    assert answer(events)[0] == expected(12)
+    text, end = answer(broken)
+    assert (text, end.error) == (expected(2), "the engine failed on this request")
+    bench.engine.stop()
+    assert bench.engine.stats().restarts == 0
+    bench.engine.core.scheduler.check_integrity()
 
 
 def test_stop_collects_what_is_in_flight(behind: Bench) -> None:

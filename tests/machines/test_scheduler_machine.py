@@ -271,7 +271,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             ended += self.collect(spoil)
             spoil = None
         if step.masked:
-            self.runner.complete(self.scheduler.masks(step))
+            self.runner.complete(self.scheduler.masks(step)[0])
         if in_flight and (not self.runner.depth or self.scheduler.recovery.proving):
             ended += self.collect(spoil)
         return ended

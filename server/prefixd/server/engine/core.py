@@ -155,9 +155,20 @@ class EngineCore:
         if not len(pipeline):
             return  # ``step`` had no work, or was discarded
         if pipeline.needs_masks:
-            pipeline.complete(self.scheduler.masks(step))
+            self._complete(step)
         if not pipeline.runner.depth or self.scheduler.recovery.proving:
             self._collect_next()
+
+    def _complete(self, step: Step) -> None:
+        """Let the masked rows of ``step`` be sampled; a request whose constraint fails ends."""
+        masks, failed = self.scheduler.masks(step)
+        self._pipeline.complete(masks)
+        for sequence, error in failed.items():
+            request_id = sequence.request.request_id
+            log.error("the constraint of request %s failed", request_id, exc_info=error)
+            end = End(FinishReason.ERROR, error="the engine failed on this request")
+            self.scheduler.end(sequence, end)
+            self._close([sequence])
 
     def _collect_next(self) -> bool:
         """Collect the oldest step in flight, and report its output. False: it failed, and nothing

@@ -38,7 +38,7 @@ class ModelRunner(Protocol):
     def complete(self, masks: Masks) -> None:
         """Let the rows in ``masked`` of the step submitted last be sampled, without the tokens in
         ``masks``: a sequence that is not in it has ended. Called for each step with such rows,
-        after all earlier steps were collected."""
+        after all earlier steps were collected. What fails is raised when the step is collected."""
         ...
 
     def collect(self) -> StepOutput:

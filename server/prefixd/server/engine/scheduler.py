@@ -278,16 +278,20 @@ class Scheduler:
     def _waits(self, step: Step, sequence: Sequence) -> bool:
         return self.speculation.waits(step, sequence, rows=len(self.running))
 
-    def masks(self, step: Step) -> Masks:
-        """The ids that must not be sampled for the ``masked`` rows of ``step``. All earlier
-        steps have been collected."""
-        masks = {}
+    def masks(self, step: Step) -> tuple[Masks, dict[Sequence, Exception]]:
+        """The ids that must not be sampled for the ``masked`` rows of ``step``, and the sequences
+        whose constraint raised instead, which are to be ended. All earlier steps have been
+        collected."""
+        masks, failed = {}, {}
         for seq_id in step.masked:
             sequence = self._living.get(seq_id)
             if sequence is not None and sequence.request.constraint is not None:
                 output = sequence.tokens[sequence.num_prompt :]
-                masks[seq_id] = sequence.request.constraint.banned(output)
-        return masks
+                try:
+                    masks[seq_id] = sequence.request.constraint.banned(output)
+                except Exception as error:  # noqa: BLE001 - of this request alone
+                    failed[sequence] = error
+        return masks, failed
 
     def observe(self, step: Step, seconds: float) -> None:
         """Take in how long a step took."""
