@@ -38,7 +38,7 @@ from prefixd.server.engine.step import Step, TokenText
 from prefixd.server.model.buffers import NO_STEP, StepSizes
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.decoder_check import check_decoder
-from prefixd.server.model.decoders import make_decoder
+from prefixd.server.model.decoders import PAGED, make_decoder
 from prefixd.server.model.device_runner import DeviceRunner
 from prefixd.server.model.graphs import cuda_graphs
 from prefixd.server.model.int8_decoder import make_int8_decoder
@@ -360,6 +360,8 @@ def serve(
         decoder = make_decoder(base, kernels, **pool, data_folder=COMPILED, sizes=sizes)
         if decoder.name != "module":
             check_decoder(decoder, checked.evidence, num_blocks=num_blocks)
+    if base.device.type == "cuda" and kernels == "auto":
+        assert decoder.name in PAGED  # the module alone would give right tokens too
     runner: Runner | DeviceRunner = Runner(decoder)
     if isinstance(decoder, PagedDecoder | PagedModuleDecoder):  # as on a GPU: one step ahead
         if isinstance(decoder, PagedDecoder) and decoder.device.type == "cuda":
