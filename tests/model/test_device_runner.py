@@ -2,18 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import torch
 
-from prefixd.server.engine.request import SamplingParams
-from prefixd.server.engine.step import PENDING, Chunk, OutOfMemory, Step
+from prefixd.server.engine.request import PrefixKey, SamplingParams
+from prefixd.server.engine.step import PENDING, Chunk, CompileChunk, OutOfMemory, Step
+from prefixd.server.model import device_runner
 from prefixd.server.model.buffers import NO_STEP, StepSizes
 from prefixd.server.model.decoders import make_decoder
 from prefixd.server.model.device_runner import DeviceRunner
 from prefixd.server.model.device_sampler import DeviceSampler
 from prefixd.server.model.paged_module import PagedModuleDecoder
+from prefixd.server.model.prefix import HardPrompt
 from prefixd.server.model.runner import Runner
 from tests.model.fake_graph import DEVICE, FakeGraph
 from tests.model.test_decoders import POOL, base_of
@@ -138,6 +140,28 @@ def test_a_pending_row_with_a_mask_keeps_its_counts_while_others_begin(tmp_path:
     assert set(runner.collect().sampled) == {1, 2}
     runner.complete({1: ()})
     assert set(runner.collect().sampled) == {1, 3, 4}
+
+
+def test_a_step_without_samples_is_waited_for_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time is measured, and a failure of it would be reported for another step."""
+    events: list[Mock] = []
+
+    def new_event(_: torch.device) -> Mock:
+        events.append(Mock())
+        return events[-1]
+
+    monkeypatch.setattr(device_runner, "new_event", new_event, raising=False)
+    runner = DeviceRunner(make(tmp_path, captured=None), max_rows=8)
+    prefill = replace(chunk(1, prompt(1), 0), sampling=None)
+    prefix = CompileChunk(PrefixKey("t", "digest"), HardPrompt((5, 6, 7)), 0, 3, (20,))
+    for step in (Step(chunks=[prefill]), Step(compiles=[prefix])):
+        runner.submit(step)
+        assert events[-1].mock_calls == [call.record()]
+        assert not runner.collect().sampled
+        assert events[-1].mock_calls == [call.record(), call.synchronize()]
+    assert len(events) == 2
 
 
 def collect(runner: DeviceRunner, texts: dict[int, list[int]]) -> None:

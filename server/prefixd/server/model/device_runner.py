@@ -58,7 +58,9 @@ class DeviceRunner:
         """Queue a forward pass, and the sampling of all rows that need no mask. Raises
         OutOfMemory."""
         with out_of_memory(self.decoder.device), torch.inference_mode():
-            self._in_flight.append(self._begin(step))
+            flight = self._begin(step)
+            self._mark(flight)
+        self._in_flight.append(flight)
 
     def complete(self, masks: Masks) -> None:
         """Queue the sampling of the masked rows of the step submitted last. What fails is raised
@@ -73,6 +75,7 @@ class DeviceRunner:
             if chunks:
                 with out_of_memory(self.decoder.device), torch.inference_mode():
                     self._sample(flight, chunks)
+                    self._mark(flight)
         except Exception as error:  # noqa: BLE001 - raised by collect
             flight.error = error
 
@@ -135,6 +138,15 @@ class DeviceRunner:
         kept = None if is_all else prepared.inputs["rows"]
         self.decoder.buffers.keep_samples(packed[: len(rows)], kept)
         flight.parts.append((chunks, prepared, self._sampler.to_host(packed)))
-        if self.decoder.device.type == "cuda":
-            flight.ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def _mark(self, flight: _InFlight) -> None:
+        """Have ``collect`` wait for all that is queued now, also where nothing was sampled: what a
+        pass takes is measured, and what fails is a failure of its own step."""
+        flight.ended = new_event(self.decoder.device)
+        if flight.ended is not None:
             flight.ended.record()
+
+
+def new_event(device: torch.device) -> torch.cuda.Event | None:
+    """An event of the device; None on a CPU, where a call has ended when it returns."""
+    return torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
