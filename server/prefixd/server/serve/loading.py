@@ -16,7 +16,7 @@ from prefixd.server.model.load import LoadedBase, find_model, load_base
 from prefixd.server.model.paged import PagedDecoder
 from prefixd.server.model.paged_module import PagedModuleDecoder
 from prefixd.server.model.parallel.followers import Followers
-from prefixd.server.model.parallel.plan import Job, refuse_setup
+from prefixd.server.model.parallel.plan import Job, ParallelRefused, refuse_setup
 from prefixd.server.model.parallel.runner import ParallelRunner
 from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import Limits, self_check
@@ -156,17 +156,18 @@ def check_ranks(settings: Settings, *, device: str) -> None:
 
 
 def check_int8(settings: Settings, *, device: str) -> str:
-    """Whether int8 can be computed here and by what. Raises DecoderUnavailable where the settings
-    ask for it and it cannot, as a start does."""
+    """Whether int8 can be computed here and by what. Raises DecoderUnavailable or ParallelRefused
+    where the settings ask for it and it cannot, as a start does."""
     asked = settings.quantize == "int8"
     try:
+        check_ranks(settings.model_copy(update={"quantize": "int8"}), device=device)
         text = describe_int8(
             settings.cpu_kernels,
             getattr(torch, settings.dtype),
             torch.device(device),
             settings.root,
         )
-    except DecoderUnavailable as reason:
+    except (DecoderUnavailable, ParallelRefused) as reason:
         if asked:
             raise
         return f"off; with it, a start would fail: {reason}"
