@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from prefixd.server.engine.request import SamplingParams
+from prefixd.server.engine.step import Chunk
 from prefixd.server.model import decoders
+from prefixd.server.model.batch import lay_out
 from prefixd.server.model.buffers import NO_STEP
 from prefixd.server.model.decoder_check import DecoderRefused
 from prefixd.server.model.decoders import choose_decoder, make_decoder
@@ -61,6 +64,21 @@ def test_it_serves_in_half_precision(family: str, tmp_path: Path) -> None:
 def test_nan_stays_in_its_own_sequence(kind: str, family: str, tmp_path: Path) -> None:
     base = base_of(family, device=DEVICE)
     check_nan_stays(make_decoder(base, kind, **POOL, data_folder=tmp_path))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_a_step_without_outputs_writes_its_kv(family: str, tmp_path: Path) -> None:
+    """A part of a prompt, or a prefix that is compiled."""
+    dtype = "bfloat16" if DEVICE != "cpu" else "float32"
+    decoder = make_decoder(
+        base_of(family, dtype, device=DEVICE), "paged", **POOL, data_folder=tmp_path
+    )
+    chunk = Chunk(0, [11, 12, 13], 0, (1,), sampling=SamplingParams(temperature=0))
+    whole = decoder.forward(lay_out([chunk])).values
+    kv = decoder.read_kv((1,), 3)
+    part = decoder.forward(lay_out([replace(chunk, sampling=None, block_table=(2,))])).values
+    assert (len(whole), len(part)) == (1, 0)
+    assert torch.equal(decoder.read_kv((2,), 3), kv)
 
 
 def test_the_null_block_stays_zero(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ def hidden_states(
             k_norm=layer.k_norm,
             eps=eps,
         )
+        if number == len(layers) - 1 and not len(step.outputs):
+            return normed[:0]  # only the KV is wanted, and experts need at least one row
         attended = attend_step(queries, kv, step, weights.attention_scale).view(num_tokens, -1)
         if number == len(layers) - 1:
             attended = attended.index_select(0, step.outputs)
