@@ -4,18 +4,15 @@ A request is marked by its sampling seed, which greedy decoding ignores: its pro
 output are those of a request without a fault.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from prefixd.server.engine.engine import Engine
-from prefixd.server.engine.runner import BlockingRunner
-from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.step import Chunk, OutOfMemory, Step, StepOutput
-from prefixd.server.model.runner import Runner
 
 
 class Fault(IntEnum):
@@ -23,7 +20,7 @@ class Fault(IntEnum):
 
     NAN_PREFILL = 1  # the last chunk of the prompt: its KV and its logits
     NAN_LOGITS = 2  # one row of logits while decoding
-    NAN_KV = 3  # KV of one decoded token; it causes NaN logits one step later
+    NAN_KV = 3  # KV of one decoded token; it causes NaN logits in the next step that is submitted
     RAISE = 4  # every step that carries the request
     RAISE_ONCE = 5  # the first step that carries it, after the pass
     MEMORY = 6  # the first step that carries it: out of memory
@@ -44,77 +41,90 @@ def _fault_of(seed: int | None) -> Fault | None:
     return Fault(kind) if kind else None
 
 
-class FaultyRunner(BlockingRunner):
-    """Runs steps through ``inner``, and forwards all other attributes to it.
+class _Marked(NamedTuple):
+    """A row of a marked request: what of its sequence is known when its step is submitted."""
+
+    chunk: Chunk
+    fault: Fault
+    seed: int
+    decodes: bool
+
+    @property
+    def is_spoiled(self) -> bool:
+        """Whether its step makes NaNs: each such step, since what a step behind a failed one has
+        computed is dropped."""
+        is_due = self.decodes is not (self.fault is Fault.NAN_PREFILL)
+        return self.fault in NANS and self.chunk.sampling is not None and is_due
+
+
+class FaultyRunner:
+    """A ModelRunner that runs steps through ``inner``, and forwards all other attributes to it.
 
     ``fired`` counts faults by kind.
     """
 
-    def __init__(self, inner: Runner) -> None:
+    def __init__(self, inner: Any) -> None:
         self.inner = inner
         self.engine: Engine | None = None  # set after the engine is created
         self.fired: Counter[Fault] = Counter()
         self._fired_seeds: set[int] = set()
-
-    @property
-    def _scheduler(self) -> Scheduler:
-        assert self.engine is not None
-        return self.engine.core.scheduler
+        self._submitted: deque[list[_Marked]] = deque()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def run(self, step: Step) -> StepOutput:
-        """Run one step, with the faults of its marked requests."""
-        seeds = {s.seq_id: s.request.sampling.seed or 0 for s in self._scheduler.running}
-        faults = {
-            chunk.seq_id: (chunk, fault)
-            for chunk in step.chunks
-            if (fault := _fault_of(seeds.get(chunk.seq_id))) is not None  # a probe has no seed
-        }
-        self._raise_before(step, seeds, [fault for _, fault in faults.values()])
-        output = self.inner.run(step)
-        for seq_id, (_, fault) in faults.items():
-            if fault is Fault.RAISE_ONCE and self._first(seeds[seq_id]):
-                self.fired[fault] += 1
+    def submit(self, step: Step) -> None:
+        """Submit one step, unless a fault of its marked requests comes before the pass."""
+        assert self.engine is not None
+        running = {each.seq_id: each for each in self.engine.core.scheduler.running}
+        marked = []
+        for chunk in step.chunks:
+            sequence = running.get(chunk.seq_id)  # a probe has none
+            seed = 0 if sequence is None else sequence.request.sampling.seed or 0
+            fault = _fault_of(seed)
+            if sequence is not None and fault is not None:
+                prompt_end = sequence.num_prefix_tokens + sequence.num_prompt
+                decodes = chunk.start + len(chunk.tokens) > prompt_end
+                marked.append(_Marked(chunk, fault, seed, decodes))
+        self._raise_before(marked)
+        self.inner.submit(step)
+        self._submitted.append(marked)
+        if self.inner.depth:  # it has computed: the blocks may be another sequence's when it ends
+            self._spoil_kv(marked)
+
+    def collect(self) -> StepOutput:
+        """Collect one step, with the faults that come after the pass."""
+        marked = self._submitted.popleft()
+        output: StepOutput = self.inner.collect()
+        for row in marked:
+            if row.fault is Fault.RAISE_ONCE and self._first(row.seed):
+                self.fired[row.fault] += 1
                 raise RuntimeError("injected after the pass")
-        for seq_id, (chunk, fault) in faults.items():
-            if chunk.sampling is not None and fault in NANS:
-                self._poison(chunk, fault, seeds[seq_id], output)
+        if not self.inner.depth:
+            self._spoil_kv(marked)
+        for row in marked:
+            if row.is_spoiled:
+                self.fired[row.fault] += 1
+                if row.fault is not Fault.NAN_KV:
+                    self._mark_not_finite(row.chunk, output)
         return output
 
-    def _raise_before(self, step: Step, seeds: dict[int, int], faults: list[Fault]) -> None:
-        if Fault.RAISE in faults:
+    def _spoil_kv(self, marked: list[_Marked]) -> None:
+        for row in marked:
+            if row.is_spoiled and row.fault is not Fault.NAN_LOGITS:
+                count = len(row.chunk.tokens) if row.fault is Fault.NAN_PREFILL else 1
+                self._write_nan(row.chunk, count)
+
+    def _raise_before(self, marked: list[_Marked]) -> None:
+        if any(row.fault is Fault.RAISE for row in marked):
             self.fired[Fault.RAISE] += 1
             raise RuntimeError("injected before the pass")
-        if Fault.MEMORY in faults:
-            fresh = {
-                seed
-                for chunk in step.chunks
-                if _fault_of(seed := seeds[chunk.seq_id]) is Fault.MEMORY and self._first(seed)
-            }
-            if fresh:
-                self.fired[Fault.MEMORY] += 1
-                raise OutOfMemory("injected")
+        fresh = [row for row in marked if row.fault is Fault.MEMORY and self._first(row.seed)]
+        if fresh:
+            self.fired[Fault.MEMORY] += 1
+            raise OutOfMemory("injected")
 
-    def _poison(self, chunk: Chunk, fault: Fault, seed: int, output: StepOutput) -> None:
-        decodes = chunk.start + len(chunk.tokens) > self._prompt_end(chunk)
-        if fault is Fault.NAN_PREFILL:
-            if not decodes and self._first(seed):
-                self._write_nan(chunk, len(chunk.tokens))
-                self._mark_not_finite(chunk, output)
-                self.fired[fault] += 1
-        elif decodes and self._first(seed):
-            if fault is Fault.NAN_LOGITS:
-                self._mark_not_finite(chunk, output)
-            else:
-                self._write_nan(chunk, 1)
-            self.fired[fault] += 1
-
-    def _prompt_end(self, chunk: Chunk) -> int:
-        sequence = next(s for s in self._scheduler.running if s.seq_id == chunk.seq_id)
-        return sequence.num_prefix_tokens + sequence.num_prompt
-
+    @torch.inference_mode()
     def _write_nan(self, chunk: Chunk, count: int) -> None:
         """Write NaN into the KV of the last ``count`` positions that a chunk wrote."""
         decoder = self.inner.decoder

@@ -1,4 +1,6 @@
-"""Mixed traffic with injected faults on native kernels: no leaks, no hangs, no wrong output.
+"""Mixed traffic with injected faults: no leaks, no hangs, no wrong output.
+
+On native kernels, and in every fourth phase on the GPU's decoder and runner, one step ahead.
 
 ``PREFIXD_SOAK_SECONDS`` sets the duration (default 90; ``make soak`` takes 20 minutes),
 ``PREFIXD_SOAK_SEED`` repeats a run.
@@ -20,6 +22,8 @@ import pytest
 
 from prefixd.server.model import decoders
 from prefixd.server.model.cpu.interface import KERNELS
+from prefixd.server.model.decoder import Decoder
+from prefixd.server.model.load import LoadedBase
 from tests.faults.faults_memory import resident_kib
 from tests.faults.faults_model import (
     MAX_TOKENS,
@@ -43,8 +47,13 @@ PROMPTS = make_prompts(14, lengths=(1, 7, 16, 24, 40))
 SMALLEST = sum(-(-tokens // BLOCK) for tokens in (37, 40 + MAX_TOKENS + 37 % BLOCK)) * BLOCK
 """Positions that one sequence of the longest prompt under the longest prefix needs."""
 
+PAGED = "module"
+"""The setting that stands for the GPU's decoder and runner, one step ahead, which no setting takes
+on a CPU."""
+
 SIZES: dict[str, dict[str, Any]] = {
     "large": {"kv_tokens": 2048, "host_kv_tokens": 256},
+    "ahead": {"kv_tokens": 5 * SMALLEST, "host_kv_tokens": 128, "cpu_kernels": PAGED},
     "small": {"kv_tokens": 3 * SMALLEST, "max_resident_tokens": 80},
     "smallest": {"kv_tokens": SMALLEST, "host_kv_tokens": 64},
 }
@@ -69,6 +78,12 @@ def test_mixed_traffic_with_faults_leaks_nothing_and_gives_correct_output(
 ) -> None:
     native = native_library()
     monkeypatch.setattr(decoders, "find_or_compile_library", lambda _folder: native)
+    make = decoders.make_decoder
+
+    def make_any(base: LoadedBase, choice: str, **options: Any) -> Decoder:
+        return make(base, "paged" if choice == PAGED else choice, **options)
+
+    monkeypatch.setattr(decoders, "make_decoder", make_any)
     model = save_model(tmp_path / "model", head_dim=HEAD_DIM)
     logging.disable(logging.CRITICAL)  # pytest would store the log records of all injected failures
     try:
@@ -109,7 +124,9 @@ def _soak(model: Path, scratch: Path) -> str:
             max_running=16,
         ) as server:
             server.runner.engine = server.engine
-            assert server.runner.decoder.name in KERNELS
+            is_ahead = "cpu_kernels" in SIZES[size]
+            assert server.runner.decoder.name in (("paged",) if is_ahead else KERNELS)
+            assert server.runner.depth == is_ahead
             tasks = len(server.tasks())
             ends = time.monotonic() + phase_s
             for round_ in itertools.count():
