@@ -11,6 +11,7 @@ from prefixd.server.model.architecture import (
     UnsupportedModel,
     refuse_unsupported,
     served_context,
+    shape_of,
 )
 from prefixd.server.model.load import fingerprint_of, prepare_base
 from prefixd.server.model.selfcheck import Limits, self_check
@@ -86,6 +87,21 @@ def test_the_served_context_is_what_the_model_and_the_pool_can_hold() -> None:
     assert served_context(config, pool_tokens=1024) == 512
 
 
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (transformers.MptConfig(max_seq_len=96), 96),
+        (transformers.BloomConfig(seq_length=96), 96),
+        (transformers.BloomConfig(), 128),
+    ],
+    ids=["mpt", "bloom", "bloom without a length"],
+)
+def test_positions_under_other_names_and_without_any(config: Any, positions: int) -> None:
+    context = served_context(config, pool_tokens=128)
+    assert context == positions
+    assert shape_of(config, embedding_width=64, context=context).max_positions == positions
+
+
 def check(model: Any, *, dtype: str = "float32", block_size: int = 16) -> Limits:
     base = prepare_base(model, None, name="m", dtype=dtype, device="cpu")
     return self_check(base, block_size=block_size).limits
@@ -95,7 +111,7 @@ def test_alibi_is_rejected_by_name() -> None:
     model = transformers.BloomForCausalLM(
         transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
     )
-    with pytest.raises(UnsupportedModel, match="bloom"):
+    with pytest.raises(UnsupportedModel, match="BloomAttention"):
         check(model)
 
 

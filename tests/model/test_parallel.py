@@ -40,7 +40,7 @@ def test_heads_that_the_ranks_cannot_share_are_refused_by_name() -> None:
     )
     for ranks in (2, 3, 6):
         refuse_indivisible(config, ranks=ranks)
-        shape = local_shape(shape_of(config, embedding_width=96), ranks=ranks)
+        shape = local_shape(shape_of(config, embedding_width=96, context=512), ranks=ranks)
         assert (shape.num_heads, shape.num_kv_heads) == (24 // ranks, 6 // ranks)
     expected = (
         "llama has 6 KV heads, which 4 ranks cannot share evenly; expected a tensor_parallel of "

@@ -27,14 +27,23 @@ class Shape:
     max_positions: int
 
 
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
+"""Config keys that hold the number of positions: of most models, of MPT, of BLOOM."""
+
 _NOUNS = {"sliding_attention": "sliding window", "chunked_attention": "chunk"}
 
 
 def served_context(config: Any, *, pool_tokens: int | None) -> int:
     """Most positions of a sequence: those that the model has and the KV pool can hold."""
-    text = config.get_text_config(decoder=True)
-    limits = (getattr(text, "max_position_embeddings", None), pool_tokens)
+    limits = (_max_positions(config), pool_tokens)
     return min((limit for limit in limits if limit is not None), default=sys.maxsize)
+
+
+def _max_positions(config: Any) -> int | None:
+    """Positions of a model; None where the config names no limit (BLOOM)."""
+    text = config.get_text_config(decoder=True)
+    limits = (getattr(text, key, None) for key in _POSITIONS)
+    return next((int(limit) for limit in limits if limit is not None), None)
 
 
 def refuse_unsupported(config: Any, *, context: int) -> None:
@@ -96,11 +105,12 @@ def _rope_kinds(parameters: Any) -> set[str]:
     return {str(parameters.get("rope_type", "default"))}.union(*nested)
 
 
-def shape_of(config: Any, *, embedding_width: int) -> Shape:
+def shape_of(config: Any, *, embedding_width: int, context: int) -> Shape:
     """Read the sizes of a decoder; raise UnsupportedModel when the config lacks one.
 
-    ``embedding_width`` is that of the loaded input embeddings: some models project narrower ones
-    (OPT-350m: 512) to their hidden size.
+    A model without a number of positions has those of ``context``. ``embedding_width`` is that of
+    the loaded input embeddings: some models project narrower ones (OPT-350m: 512) to their hidden
+    size.
     """
     text = config.get_text_config(decoder=True)
     try:
@@ -112,12 +122,11 @@ def shape_of(config: Any, *, embedding_width: int) -> Shape:
             head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
             embedding_width=embedding_width,
             vocab_size=int(text.vocab_size),
-            max_positions=int(text.max_position_embeddings),
+            max_positions=_max_positions(config) or context,
         )
     except AttributeError as error:
         raise UnsupportedModel(
-            f"{config.model_type}: its config lacks {error.name}; prefixd serves attention "
-            "decoders with a fixed number of positions"
+            f"{config.model_type}: its config lacks {error.name}; prefixd serves attention decoders"
         ) from error
     except RuntimeError as error:  # how transformers answers for a size that layers differ in
         size = str(error).partition(" ")[0]

@@ -140,7 +140,7 @@ def prepare_base(
     refuse_unsupported(module.config, context=context)
     num_embeddings, embedding_width = map(int, module.get_input_embeddings().weight.shape)
     head = module.get_output_embeddings()
-    shape = shape_of(module.config, embedding_width=embedding_width)
+    shape = shape_of(module.config, embedding_width=embedding_width, context=context)
     fingerprint = fingerprint_of(module, tokenizer)
     target = resolve_device(device)
     _cast(module, DTYPES[dtype])

@@ -36,7 +36,7 @@ class TorchDecoder:
             device=base.device,
             tile_rows=max(1, members_per_tile(base.shape.num_heads // base.shape.num_kv_heads)),
             sizes=sizes,
-            max_blocks=-(-base.context // block_size),
+            max_blocks=min(num_blocks, -(-base.context // block_size)),
         )
 
     def zero(self, blocks: Sequence[int]) -> None:
