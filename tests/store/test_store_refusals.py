@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from prefixd.store.artifact.artifact import inspect_peft, inspect_text
-from prefixd.store.artifact.config import MAX_CONFIG_BYTES
+from prefixd.store.artifact.config import MAX_CONFIG_BYTES, Kind
 from prefixd.store.errors import ArtifactRefused
 from tests.store.store_artifacts import (
     BASE,
@@ -468,3 +468,15 @@ def test_validation_uses_bounded_memory(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 8e6
+
+
+def test_a_kind_that_the_base_cannot_take_is_refused_with_the_reason(tmp_path: Path) -> None:
+    base = replace(
+        BASE, refused_kinds={Kind.KV_PREFIX: "expected no KV", Kind.HARD_PROMPT: "expected no text"}
+    )
+    inspect_peft(config_bytes(), spool(tmp_path, soft()), base=base)
+    with pytest.raises(ArtifactRefused, match="kv_prefix on the base tiny: expected no KV") as one:
+        inspect_peft(config_bytes("PREFIX_TUNING"), spool(tmp_path, kv()), base=base)
+    with pytest.raises(ArtifactRefused, match="expected no text") as two:
+        inspect_text("a", base=base, count_tokens=len)
+    assert one.value.code == two.value.code == "unsupported_kind"

@@ -107,6 +107,7 @@ def inspect_peft(
 
 def inspect_text(text: str, *, base: BaseSpec, count_tokens: Callable[[str], int]) -> Summary:
     """Check a hard prompt; raise ArtifactRefused. ``count_tokens`` is the base's tokenizer."""
+    base.require_kind(Kind.HARD_PROMPT)
     encode_text(text)
     count = count_tokens(text)
     if count < 1:

@@ -11,12 +11,20 @@ Metadata is free, with a few known fields::
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from prefixd.store.artifact.strict import StrictJsonError, canonical, parse_object, shown
 from prefixd.store.errors import ArtifactRefused, quoted
+
+
+class Kind(StrEnum):
+    """What a prefix is made of; all compile to KV."""
+
+    SOFT_PROMPT = "soft_prompt"
+    KV_PREFIX = "kv_prefix"
+    HARD_PROMPT = "hard_prompt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +35,7 @@ class BaseSpec:
     ``dtype`` is the serving dtype (``float32``, ``float16`` or ``bfloat16``): values are checked
     after the cast to it. ``max_abs_embedding`` and ``max_abs_kv`` bound |x| of a soft prompt and
     of a KV prefix; the server derives them from the values the base itself produces.
+    ``refused_kinds`` are those that the base cannot take, each with the reason: "expected …".
     """
 
     name: str
@@ -39,11 +48,20 @@ class BaseSpec:
     dtype: str
     max_abs_embedding: float
     max_abs_kv: float
+    refused_kinds: Mapping[Kind, str] = field(default_factory=dict)
 
     @property
     def kv_width(self) -> int:
         """Columns of a KV prefix: layers × (K and V) × KV heads × head_dim."""
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim
+
+    def require_kind(self, kind: Kind) -> None:
+        """Raise ArtifactRefused for a kind that the base cannot take."""
+        reason = self.refused_kinds.get(kind)
+        if reason is not None:
+            raise ArtifactRefused(
+                "unsupported_kind", f"{kind} on the base {self.name}: {reason}", param="kind"
+            )
 
 
 MAX_CONFIG_BYTES = 256 * 1024
@@ -57,14 +75,6 @@ MAX_LABEL_CHARACTERS = 128
 
 METADATA_TEXTS = ("description", "prompt_template", "base_fingerprint")
 """Known fields of the metadata that hold a string."""
-
-
-class Kind(StrEnum):
-    """What a prefix is made of; all compile to KV."""
-
-    SOFT_PROMPT = "soft_prompt"
-    KV_PREFIX = "kv_prefix"
-    HARD_PROMPT = "hard_prompt"
 
 
 KINDS = {
@@ -167,6 +177,7 @@ def check_against_base(config: PeftConfig, base: BaseSpec) -> None:
     A KV prefix needs this: 10 layers of 9 heads are exactly as wide as 30 layers of 3, so the
     tensor's shape alone would pass.
     """
+    base.require_kind(config.kind)
     if config.num_virtual_tokens > base.max_virtual_tokens:
         raise ArtifactRefused(
             "too_many_virtual_tokens",
@@ -181,14 +192,14 @@ def check_against_base(config: PeftConfig, base: BaseSpec) -> None:
         # PEFT saves the KV heads and the KV width here, also under grouped-query attention.
         expected["token_dim"] = base.num_kv_heads * base.head_dim
         expected["num_attention_heads"] = base.num_kv_heads
-    for field, want in expected.items():
-        got = config.fields.get(field)
+    for key, want in expected.items():
+        got = config.fields.get(key)
         if got is not None and (type(got) is not int or got != want):
             raise ArtifactRefused(
                 "base_mismatch",
-                f"the config says {field} {shown(got)}, but {config.peft_type} for the base "
+                f"the config says {key} {shown(got)}, but {config.peft_type} for the base "
                 f"{base.name} needs {want}: this prefix was trained on another model{trained_on}",
-                param=field,
+                param=key,
             )
     submodules = config.fields.get("num_transformer_submodules")
     if submodules is not None and (type(submodules) is not int or submodules != 1):
