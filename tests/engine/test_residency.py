@@ -3,12 +3,13 @@
 import pytest
 
 from prefixd.server.engine.block_pool import BlockPool
+from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.entries import Entry, Stage
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
 from prefixd.server.engine.residency import Residency
 from prefixd.server.testing import FakeStaged
 
-BLOCK = 4
+CONFIG = SchedulerConfig(num_blocks=17, block_size=4)
 
 
 def handle(name: str, length: int = 6) -> PrefixHandle:
@@ -17,7 +18,7 @@ def handle(name: str, length: int = 6) -> PrefixHandle:
 
 @pytest.fixture
 def residency() -> Residency:
-    return Residency(pool=BlockPool(num_blocks=17), block_size=BLOCK)
+    return Residency(CONFIG, pool=BlockPool(num_blocks=CONFIG.num_blocks))
 
 
 def make_resident(residency: Residency, name: str, *, forced: bool = False) -> Entry:

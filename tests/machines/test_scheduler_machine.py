@@ -75,6 +75,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         looked_at=st.sampled_from([2, 256]),
         speculate=st.booleans(),
         depth=st.integers(0, 1),
+        state_blocks=st.sampled_from([0, 3]),
     )
     def start(
         self,
@@ -89,6 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         looked_at: int,
         speculate: bool,
         depth: int,
+        state_blocks: int,
     ) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr("prefixd.server.engine.step_builder.LOOKAHEAD", looked_at)
@@ -101,7 +103,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.patch.setattr(RowCosts, "slowdown", lambda *_: 1.0)
         self.cap = cap
         self.config = SchedulerConfig(
-            num_blocks=blocks,
+            num_blocks=blocks + 2 * state_blocks,
             block_size=BLOCK,
             max_tokens_per_step=12,
             max_prefill_chunk=chunk,
@@ -115,9 +117,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_waiting_tokens=queue,
             max_queue_wait_s=None if queue is None else 4.0,
             speculate=speculate,
+            state_blocks=state_blocks,
         )
         self.scheduler = Scheduler(self.config, namespace="model")
-        self.runner = FakeRunner(block_size=BLOCK, depth=depth)
+        self.runner = FakeRunner(block_size=BLOCK, depth=depth, state_blocks=state_blocks)
         self.now = 0.0
         self.ids = itertools.count()
         self.fetching: list[PrefixKey] = []
@@ -149,6 +152,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop=st.sampled_from(STOPS),
         min_tokens=st.integers(0, 5),
         constraint=st.sampled_from([None, None, OddOnes()]),
+        side_blocks=st.sampled_from([0, 0, 2]),
     )
     def add(
         self,
@@ -164,9 +168,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop: frozenset[int],
         min_tokens: int,
         constraint: OddOnes | None,
+        side_blocks: int,
     ) -> object:
         handle = None if prefix is None else PREFIXES[TENANTS.index(tenant) * 5 + prefix]
-        fits = self.config.max_tokens_for(handle.num_tokens if handle else 0)
+        fits = self.config.max_tokens_for(
+            handle.num_tokens if handle else 0, num_side_blocks=side_blocks
+        )
         if up_to_the_limit and len(prompt) < fits:
             max_tokens = fits - len(prompt)
         if len(prompt) + max_tokens > fits:
@@ -185,6 +192,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             timeout_s=timeout,
             kv_reuse=kv_reuse,
             constraint=constraint,
+            num_side_blocks=side_blocks,
         )
         sequence = Sequence(seq_id, request, 0, 0, list(prompt))
         self.alive[seq_id] = sequence
@@ -319,6 +327,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                     "a shared block is written"
                 )
                 self.writers[block] = owner_key
+            for block in chunk.side_blocks:
+                assert writers.setdefault(block, chunk.seq_id) == chunk.seq_id, "two writers"
+                assert self.writers.get(block) is None, "a side block holds reusable KV"
+        for part in step.compiles:
+            for block in part.side_blocks:
+                assert writers.setdefault(block, part.key) == part.key, "two writers"
 
     def check_step_budget(self, step: Step, decodes: set[int]) -> None:
         limit = self.scheduler.step_budget.prompt_tokens(num_decoding=len(decodes))
@@ -368,15 +382,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert sequence.tokens[sequence.num_prompt :] == expected[:length]
         is_stopped = length - 1 in ends and length > stop.min_tokens
         assert sequence.reason is (FinishReason.STOP if is_stopped else FinishReason.LENGTH)
-        assert sequence.request.kv_reuse or sequence.num_cached == 0, "KV reuse was off"
+        has_side = self.config.state_blocks or sequence.request.num_side_blocks
+        if not sequence.request.kv_reuse or has_side:
+            assert sequence.num_cached == 0, "KV reuse was off"
         assert sequence.num_cached < sequence.num_prompt
 
     # -- failures ----
 
-    @rule(which=st.integers(0, 5), out_of_memory=st.booleans(), late=st.booleans())
-    def a_step_fails(self, which: int, *, out_of_memory: bool, late: bool) -> None:
+    @rule(
+        which=st.integers(0, 5),
+        out_of_memory=st.booleans(),
+        late=st.booleans(),
+        writes=st.booleans(),
+    )
+    def a_step_fails(self, which: int, *, out_of_memory: bool, late: bool, writes: bool) -> None:
         """One part fails every step it is in, or one step is out of memory: no other part ends. A
-        step fails when it is submitted, or ``late``: when it is collected."""
+        step fails when it is submitted, or ``late``: when it is collected. The first failure may
+        come after all that the step, and those behind it, ``writes``: states have advanced then.
+        """
         in_flight = self.scheduler.in_flight
         before = list(in_flight)
         step = self.plan()
@@ -392,6 +415,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         failing_part = parts[which % len(parts)]
         if isinstance(failing_part, PrefixKey):
             self.failed_at[failing_part] = self.now
+        if writes:
+            for submitted in self.runner._submitted or [failing]:
+                self.runner.run(submitted)
         ended = self.fail(failing, out_of_memory=out_of_memory, alone=late or not before)
         if out_of_memory:
             self.mourn(ended)
@@ -409,7 +435,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.end_all(self.run(step))
 
     def fail(self, step: Step, *, out_of_memory: bool = False, alone: bool = True) -> Ended:
-        """``step`` fails; it has changed nothing, and what is in flight behind it is dropped."""
+        """``step`` fails, and what is in flight behind it is dropped."""
         self.runner._submitted.clear()
         ended = self.scheduler.step_failed(
             step, "boom", now=self.now, out_of_memory=out_of_memory, alone=alone

@@ -42,6 +42,7 @@ def random_request(rng: random.Random, config: SchedulerConfig, number: int) -> 
 @settings(max_examples=60, deadline=None)
 @given(
     blocks=st.integers(5, 9),
+    state_blocks=st.sampled_from([0, 1]),
     running=st.integers(1, 4),
     chunk=st.sampled_from([1, 3, 12]),
     staged=st.sampled_from([2, 16]),
@@ -49,18 +50,19 @@ def random_request(rng: random.Random, config: SchedulerConfig, number: int) -> 
     seed=st.integers(0, 10**9),
 )
 def test_requests_that_each_fit_the_pool_all_finish(
-    *, blocks: int, running: int, chunk: int, staged: int, wait: float, seed: int
+    *, blocks: int, state_blocks: int, running: int, chunk: int, staged: int, wait: float, seed: int
 ) -> None:
     config = SchedulerConfig(
-        num_blocks=blocks + 1,
+        num_blocks=blocks + 2 * state_blocks + 1,
         block_size=BLOCK,
         max_tokens_per_step=12,
         max_prefill_chunk=chunk,
         max_running=running,
         max_staged=staged,
         max_prefix_wait_s=wait,
+        state_blocks=state_blocks,
     )
-    scheduler, runner = Scheduler(config), FakeRunner(block_size=BLOCK)
+    scheduler, runner = Scheduler(config), FakeRunner(block_size=BLOCK, state_blocks=state_blocks)
     rng, sequences = random.Random(seed), []
     for number in itertools.count():
         if number < ARRIVALS:

@@ -62,10 +62,15 @@ class FakeRunner(BlockingRunner):
     The tokens so far are read back through the block table from a fake KV pool, so a wrong block
     table gives a wrong output. ``steps`` keeps every step it ran. With ``depth`` 1 the engine plans
     and submits the next step before this one runs.
+
+    The first ``state_blocks`` side blocks hold a state: the values of all positions so far, which
+    must be those of the block table before the state advances. What is in the other side blocks of
+    a sequence is written by its first chunk, and must be there in the later ones.
     """
 
     depth: int = 0
     block_size: int = 16
+    state_blocks: int = 0
     vocab_size: int = VOCAB_SIZE
     steps: list[Step] = field(default_factory=list)
     slots: dict[tuple[int, int], object] = field(default_factory=dict)
@@ -89,13 +94,21 @@ class FakeRunner(BlockingRunner):
                 if (copy.source, offset) in self.slots:
                     self.slots[copy.target, offset] = self.slots[copy.source, offset]
         for part in step.compiles:
+            self._check_state(part.block_table, part.side_blocks, part.start)
             for position in range(part.start, part.stop):
                 self._write(part.block_table, position, (part.key.digest, position))
+            self._advance_state(part.block_table, part.side_blocks, part.stop)
         sampled: dict[int, Sequence[Sampled]] = {}
         for chunk in step.chunks:
             drafts = () if chunk.draft is None else chunk.draft.tokens
+            assert not (drafts and self.state_blocks), "a state cannot be taken back"
+            self._use_side_blocks(chunk)
+            self._check_state(chunk.block_table, chunk.side_blocks, chunk.start)
             for offset, token in enumerate((*self._tokens(chunk), *drafts)):
                 self._write(chunk.block_table, chunk.start + offset, token)
+            self._advance_state(
+                chunk.block_table, chunk.side_blocks, chunk.start + len(chunk.tokens)
+            )
             if chunk.sampling is not None:
                 positions = [
                     self._sample(chunk, num_drafts) for num_drafts in range(len(drafts) + 1)
@@ -121,7 +134,31 @@ class FakeRunner(BlockingRunner):
         held = [self._read(save.block_table, position) for position in range(save.num_tokens)]
         expected = [(save.key.digest, position) for position in range(save.num_tokens)]
         assert held == expected, f"a prefix was saved from blocks that do not hold it: {held}"
+        self._check_state(save.block_table, save.side_blocks, save.num_tokens)
         return FakeStaged(save.num_tokens)
+
+    def _check_state(self, table: Sequence[int], side: Sequence[int], length: int) -> None:
+        """The state must be that after the first ``length`` positions of the block table."""
+        if self.state_blocks:
+            expected = tuple(self._read(table, position) for position in range(length)) or None
+            assert len(side) >= self.state_blocks, "there are too few blocks for the state"
+            for index, block in enumerate(side[: self.state_blocks]):
+                state = self.slots.get((block, 0))
+                assert state == (expected and (index, expected)), (
+                    f"the state is not that after {length} positions: {state}"
+                )
+
+    def _advance_state(self, table: Sequence[int], side: Sequence[int], length: int) -> None:
+        seen = tuple(self._read(table, position) for position in range(length))
+        for index, block in enumerate(side[: self.state_blocks]):
+            self.slots[block, 0] = (index, seen)
+
+    def _use_side_blocks(self, chunk: Chunk) -> None:
+        is_first = chunk.start == chunk.num_prefix_tokens
+        for index, block in enumerate(chunk.side_blocks[self.state_blocks :]):
+            own = ("side", chunk.seq_id, index)
+            held = self.slots.setdefault((block, 0), own) if is_first else self.slots[block, 0]
+            assert held == own, f"a side block of sequence {chunk.seq_id} holds {held}"
 
     def _read(self, table: Sequence[int], position: int) -> object:
         place = (table[position // self.block_size], position % self.block_size)

@@ -20,6 +20,9 @@ class SchedulerConfig:
     - ``max_waiting_tokens``: prompt and output tokens that may wait (None: no bound).
     - ``max_queue_wait_s``: a sequence that has not started by then is shed (None: never).
     - ``speculate``: sequences may have their next tokens proposed from their own text.
+    - ``state_blocks``: side blocks of each sequence and each prefix, for the state of layers that
+      have one instead of KV. With any, KV is not reused and nothing is proposed: a state is that of
+      one position, and cannot be taken back.
     """
 
     num_blocks: int
@@ -37,6 +40,7 @@ class SchedulerConfig:
     max_waiting_tokens: int | None = None
     max_queue_wait_s: float | None = None
     speculate: bool = False
+    state_blocks: int = 0
 
     def __post_init__(self) -> None:
         if min(self.block_size, self.max_prefill_chunk, self.max_running, self.max_staged) < 1:
@@ -58,13 +62,20 @@ class SchedulerConfig:
         """Blocks that hold ``num_tokens`` positions."""
         return -(-num_tokens // self.block_size)
 
-    def max_tokens_for(self, prefix_tokens: int) -> int:
+    def prefix_blocks(self, num_tokens: int) -> int:
+        """Blocks of a prefix of ``num_tokens``, side blocks included; 0 for none."""
+        return self.blocks_needed(num_tokens) + self.state_blocks if num_tokens else 0
+
+    def max_tokens_for(self, prefix_tokens: int, *, num_side_blocks: int = 0) -> int:
         """Most real tokens (prompt and output) that one sequence under a prefix of
         ``prefix_tokens`` can have in an otherwise empty pool; 0 or less: the prefix does not fit.
+        ``num_side_blocks`` are those that the request needs itself.
 
         The KV of the last output token is never written, so one more token fits.
         """
         if self.max_resident_tokens is not None and prefix_tokens > self.max_resident_tokens:
             return 0
-        own = (self.num_usable_blocks - self.blocks_needed(prefix_tokens)) * self.block_size
+        side = self.state_blocks + num_side_blocks
+        own = self.num_usable_blocks - self.prefix_blocks(prefix_tokens) - side
+        own *= self.block_size
         return own - prefix_tokens % self.block_size + 1 if own > 0 else 0

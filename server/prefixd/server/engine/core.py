@@ -229,11 +229,12 @@ class EngineCore:
     def _probe(self) -> bool:
         """Whether a step of the bare base succeeds."""
         pool = self.scheduler.memory.pool
-        if not pool.num_free:
+        num_blocks = 1 + self._config.state_blocks
+        if pool.num_free < num_blocks:
             return False
-        blocks = pool.allocate(1)
+        blocks = pool.allocate(num_blocks)
         try:
-            self._pipeline.submit(probe_step(blocks[0]))
+            self._pipeline.submit(probe_step(blocks))
             output = self._pipeline.collect().output
         except StepFailed:
             log.exception("a step of the bare base failed too")

@@ -25,6 +25,7 @@ COMPILED = frozenset({Stage.RESIDENT, Stage.LEAVING})
 class Entry:
     """One prefix that is loading or in the pool. Only Residency changes the first group of fields.
 
+    ``side_blocks`` hold its state, in a model that has one: after ``num_compiled`` tokens.
     ``num_compiled`` counts the tokens of steps in flight too. ``forced``: it was placed by force,
     for a sequence that had waited too long. ``last_use`` orders compiled entries by when a sequence
     last started or stopped under them. ``cap``: virtual tokens its tenant may have in the pool, as
@@ -36,6 +37,7 @@ class Entry:
     stage: Stage = Stage.FETCHING
     payload: StagedPrefix | None = None
     blocks: list[int] = field(default_factory=list)
+    side_blocks: list[int] = field(default_factory=list)
     num_compiled: int = 0
     num_users: int = 0
     num_uses: int = 0
@@ -44,6 +46,11 @@ class Entry:
 
     cap: int | None = None
     requested_at: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that it holds, side blocks included."""
+        return len(self.blocks) + len(self.side_blocks)
 
     @property
     def is_compiled(self) -> bool:

@@ -80,7 +80,7 @@ class EvictionPolicy:
         """
         pool = self._memory.pool
         held = sum(pool.references(block) > 0 for block in reused)
-        need = self._memory.own_blocks(sequence) - held
+        need = self._memory.blocks_to_start(sequence) - held
         headroom = num_running
         if num_running and not self._is_first_use(sequence):
             headroom += promised
@@ -146,7 +146,7 @@ class EvictionPolicy:
             if entry is None:
                 return None
             victims.append(entry)
-            num_blocks -= len(entry.blocks)
+            num_blocks -= entry.num_blocks
         return victims
 
     def _evict_until(self, step: Step, victims: list[Entry], num_free: int) -> None:
@@ -178,10 +178,10 @@ class EvictionPolicy:
         tenant, size = entry.key.tenant, entry.num_tokens
         over_cap = 0 if cap is None else residency.tokens_of(tenant) + size - cap
         over_budget = 0 if budget is None else residency.num_tokens + size - budget
-        lacking = residency.blocks_needed(size) - self._memory.pool.num_free
+        lacking = self._config.prefix_blocks(size) - self._memory.pool.num_free
         if promised is not None:
             over_budget += 0 if budget is None else promised.num_tokens
-            lacking += residency.blocks_needed(promised.num_tokens)
+            lacking += self._config.prefix_blocks(promised.num_tokens)
         if max(over_cap, over_budget, lacking) <= 0:
             return EvictionPlan([], is_enough=True, lacks_blocks=False)
         victims: dict[PrefixKey, Entry] = {}
@@ -195,13 +195,13 @@ class EvictionPolicy:
             else:
                 return EvictionPlan(list(victims.values()), is_enough=False, lacks_blocks=False)
         over_budget -= sum(victim.num_tokens for victim in victims.values())
-        lacking -= sum(len(victim.blocks) for victim in victims.values())
+        lacking -= sum(victim.num_blocks for victim in victims.values())
         if max(over_budget, lacking) > 0:
             for candidate in candidates(None):
                 if candidate.key not in victims:
                     victims[candidate.key] = candidate
                     over_budget -= candidate.num_tokens
-                    lacking -= len(candidate.blocks)
+                    lacking -= candidate.num_blocks
                     if max(over_budget, lacking) <= 0:
                         break
         is_enough = max(over_budget, lacking) <= 0
@@ -239,8 +239,8 @@ class EvictionPolicy:
         residency, budget = self._residency, self._config.max_resident_tokens
         sizes, own = residency.pin_sizes, residency.pins.get(entry.key)
         added = entry.num_tokens - (own.num_tokens if own else 0)
-        blocks = self._config.blocks_needed(entry.num_tokens)
-        blocks -= self._config.blocks_needed(own.num_tokens) if own else 0
+        blocks = self._config.prefix_blocks(entry.num_tokens)
+        blocks -= self._config.prefix_blocks(own.num_tokens) if own else 0
         fits = sizes.blocks + blocks <= self._config.num_usable_blocks
         fits = fits and (budget is None or sizes.tokens + added <= budget)
         tenant = entry.key.tenant

@@ -26,7 +26,11 @@ _NAME_BYTES = 16
 class KVReuse:
     """Finds and registers the full blocks of sequences; owns no block itself."""
 
-    def __init__(self, *, pool: BlockPool, block_size: int, namespace: str) -> None:
+    def __init__(
+        self, *, pool: BlockPool, block_size: int, namespace: str, enabled: bool = True
+    ) -> None:
+        """Without ``enabled`` nothing is registered, so nothing is found."""
+        self._enabled = enabled
         self._pool = pool
         self._block_size = block_size
         self._namespace = namespace
@@ -36,7 +40,7 @@ class KVReuse:
     def find(self, sequence: Sequence) -> list[int]:
         """Blocks that already hold the first tokens of ``sequence``, in order. At least one token
         always remains to be run: its logits give the next token."""
-        if not sequence.request.kv_reuse:
+        if not self._takes_part(sequence):
             return []
         blocks = []
         for name in self._names(sequence, upto=len(sequence.tokens) - 1):
@@ -54,7 +58,7 @@ class KVReuse:
 
     def count(self, sequence: Sequence, reused_tokens: int) -> None:
         """Count the lookup at a sequence's first start."""
-        if sequence.request.kv_reuse:
+        if self._takes_part(sequence):
             self.num_queried_tokens += len(sequence.tokens)
             self.num_reused_tokens += reused_tokens
 
@@ -62,7 +66,7 @@ class KVReuse:
         """Register the blocks that the first ``upto`` tokens of ``sequence`` fill. To be called
         when its logits after them were finite: only then is all the KV they depend on known to be
         finite."""
-        if not sequence.request.kv_reuse:
+        if not self._takes_part(sequence):
             return
         own = sequence.block_table[sequence.num_prefix_tokens // self._block_size :]
         names = self._names(sequence, upto=upto)
@@ -74,6 +78,11 @@ class KVReuse:
         """Remove the blocks of a sequence whose logits were not finite from the lookup;
         ``block_table`` is what the step read. It may hold no block any more."""
         self._pool.forget(block_table[sequence.num_prefix_tokens // self._block_size :])
+
+    def _takes_part(self, sequence: Sequence) -> bool:
+        """Blocks are named by tokens alone: KV that depends on more is not shared."""
+        request = sequence.request
+        return self._enabled and request.kv_reuse and not request.num_side_blocks
 
     def _names(self, sequence: Sequence, *, upto: int) -> list[bytes]:
         """Names of the blocks that the first ``upto`` tokens fill."""

@@ -1,6 +1,7 @@
 """The KV of sequences and prefixes together: one pool of blocks, and a tier in host memory."""
 
 from collections import OrderedDict
+from itertools import chain
 
 from prefixd.server.engine.block_pool import BlockPool
 from prefixd.server.engine.config import SchedulerConfig
@@ -15,12 +16,14 @@ from prefixd.server.engine.step import BlockCopy, Save, StagedPrefix, Step
 class HostTier:
     """Compiled prefixes in host memory, which return to the pool by a copy.
 
-    Above ``max_tokens`` virtual tokens the least recently used are dropped. ``changed`` are the
-    keys that came or went since the set was cleared.
+    Above ``max_tokens`` virtual tokens the least recently used are dropped; the state of a prefix
+    counts as ``state_tokens`` more. ``num_tokens`` are those it holds, without states. ``changed``
+    are the keys that came or went since the set was cleared.
     """
 
-    def __init__(self, *, max_tokens: int) -> None:
+    def __init__(self, *, max_tokens: int, state_tokens: int = 0) -> None:
         self._max_tokens = max_tokens
+        self._state_tokens = state_tokens
         self._payloads: OrderedDict[PrefixKey, StagedPrefix] = OrderedDict()
         self.num_tokens = 0
         self.changed: set[PrefixKey] = set()
@@ -33,7 +36,7 @@ class HostTier:
 
     def takes(self, num_tokens: int) -> bool:
         """Whether a prefix of this size fits into an empty tier."""
-        return num_tokens <= self._max_tokens
+        return num_tokens + self._state_tokens <= self._max_tokens
 
     def get(self, key: PrefixKey) -> StagedPrefix | None:
         """The compiled prefix, which becomes the most recently used; None when it is not here."""
@@ -50,7 +53,7 @@ class HostTier:
         self._payloads[key] = payload
         self.changed.add(key)
         self.num_tokens += payload.num_tokens
-        while self.num_tokens > self._max_tokens:
+        while self.num_tokens + len(self) * self._state_tokens > self._max_tokens:
             self.drop(next(iter(self._payloads)))
 
     def drop(self, key: PrefixKey) -> None:
@@ -71,9 +74,17 @@ class Memory:
         """``namespace`` seeds KV reuse."""
         self.block_size = config.block_size
         self.pool = BlockPool(num_blocks=config.num_blocks)
-        self.residency = Residency(pool=self.pool, block_size=config.block_size)
-        self.reuse = KVReuse(pool=self.pool, block_size=config.block_size, namespace=namespace)
-        self.host = HostTier(max_tokens=config.host_tokens)
+        self.state_blocks = config.state_blocks
+        self.residency = Residency(config, pool=self.pool)
+        self.reuse = KVReuse(
+            pool=self.pool,
+            block_size=config.block_size,
+            namespace=namespace,
+            enabled=not config.state_blocks,
+        )
+        self.host = HostTier(
+            max_tokens=config.host_tokens, state_tokens=config.state_blocks * config.block_size
+        )
         self.saving: set[PrefixKey] = set()  # by a step that was not collected yet
 
     def take_tier_changes(self) -> dict[PrefixKey, str | None]:
@@ -113,16 +124,26 @@ class Memory:
         prefix, size = sequence.num_prefix_tokens, self.block_size
         return -(-(prefix + len(sequence.tokens)) // size) - prefix // size
 
+    def num_side_blocks(self, sequence: Sequence) -> int:
+        """Side blocks of ``sequence`` while it runs."""
+        return self.state_blocks + sequence.request.num_side_blocks
+
+    def blocks_to_start(self, sequence: Sequence) -> int:
+        """Blocks that ``sequence`` does not share with its prefix when it starts."""
+        return self.own_blocks(sequence) + self.num_side_blocks(sequence)
+
     def hold(self, step: Step, sequence: Sequence, reused: list[int]) -> int:
         """Give a starting sequence its block table. Returns how many of its tokens are in it.
 
         The caller has made room; ``reused`` are the blocks that KV reuse found. The last block of a
         prefix is never shared for writing: unless it is full, its positions are copied into the
-        sequence's first own block (or are already there, where that block is reused).
+        sequence's first own block (or are already there, where that block is reused). So is the
+        state of the prefix; without a prefix the state is that of fresh blocks.
         """
         self.pool.share(reused)
         own = self.pool.allocate(self.own_blocks(sequence) - len(reused))
-        step.fresh += own
+        sequence.side_blocks = self.pool.allocate(self.num_side_blocks(sequence))
+        step.fresh += own + sequence.side_blocks
         sequence.block_table = reused + own
         if sequence.prefix is not None:
             entry = self.residency.acquire(sequence.prefix.key)
@@ -130,26 +151,38 @@ class Memory:
             sequence.block_table = full + sequence.block_table
             if len(full) < len(entry.blocks) and not reused:
                 step.copies.append(BlockCopy(source=entry.blocks[-1], target=own[0]))
+            # Its first side blocks are those of the state; an entry has no others.
+            step.copies += map(BlockCopy, entry.side_blocks, sequence.side_blocks)
         return self.reuse.covered(sequence, len(reused))
 
     def free(self, sequence: Sequence) -> None:
         """Release all blocks of a sequence that stops running."""
         self.pool.release(sequence.block_table)
-        sequence.block_table = []
+        self.pool.release(sequence.side_blocks)
+        sequence.block_table, sequence.side_blocks = [], []
         if sequence.prefix is not None:
             self.residency.release(sequence.prefix.key)
 
     def evict(self, step: Step, entry: Entry, *, save: bool) -> None:
         """Evict an idle prefix; with ``save`` and room in the host tier it is read back first."""
         if save and self.host.takes(entry.num_tokens) and entry.key not in self.host:
-            step.saves.append(Save(entry.key, entry.num_tokens, tuple(entry.blocks)))
+            blocks, side_blocks = tuple(entry.blocks), tuple(entry.side_blocks)
+            step.saves.append(Save(entry.key, entry.num_tokens, blocks, side_blocks))
             self.saving.add(entry.key)
         self.residency.evict(entry)
 
     def check_integrity(self, running: list[Sequence]) -> None:
         """Prove that free + used = total and that every reference is held by a living table."""
         tables = [sequence.block_table for sequence in running]
-        self.pool.check_integrity([*tables, *(entry.blocks for entry in self.residency)])
+        tables += [entry.blocks for entry in self.residency]
+        side = [sequence.side_blocks for sequence in running]
+        side += [entry.side_blocks for entry in self.residency]
+        self.pool.check_integrity([*tables, *side])
+        for block in chain(*side):
+            assert self.pool.references(block) == 1, f"side block {block} is shared"
+        for sequence in running:
+            num_side = self.num_side_blocks(sequence)
+            assert len(sequence.side_blocks) == num_side, f"{sequence} lacks side blocks"
         self.residency.check_integrity()
         for entry in self.residency:
             users = [s for s in running if s.prefix and s.prefix.key == entry.key]

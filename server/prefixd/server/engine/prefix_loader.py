@@ -236,7 +236,9 @@ class PrefixLoader:
             return
         assert entry.payload is not None
         start = entry.num_compiled
-        part = CompileChunk(entry.key, entry.payload, start, start + size, entry.blocks)
+        part = CompileChunk(
+            entry.key, entry.payload, start, start + size, entry.blocks, entry.side_blocks
+        )
         step.compiles.append(part)
         self._residency.compiles(entry, size)
         step.budget -= size
@@ -260,7 +262,7 @@ class PrefixLoader:
         elif forces:
             self.forcing = entry.key
             # Blocks that running sequences release count too: no other sequence gets them.
-            self.promised = self._residency.blocks_needed(entry.num_tokens) * plan.lacks_blocks
+            self.promised = self._config.prefix_blocks(entry.num_tokens) * plan.lacks_blocks
             for victim in plan.victims:
                 self._residency.leave(victim)
 

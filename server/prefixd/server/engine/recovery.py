@@ -41,11 +41,13 @@ PROBE_ID = -1
 """The sequence id of a probe; those of requests start at 0."""
 
 
-def probe_step(block: int) -> Step:
-    """One token of the bare base in a free block: no request has a part in it. It samples, because
-    a device may report a failure only when a result is read."""
-    chunk = Chunk(PROBE_ID, (0,), 0, (block,), sampling=SamplingParams(temperature=0.0))
-    return Step(chunks=[chunk], fresh=[block])
+def probe_step(blocks: Items[int]) -> Step:
+    """One token of the bare base in a free block: no request has a part in it. The other ``blocks``
+    are for its state. It samples, because a device may report a failure only when a result is
+    read."""
+    sampling = SamplingParams(temperature=0.0)
+    chunk = Chunk(PROBE_ID, (0,), 0, blocks[:1], sampling=sampling, side_blocks=blocks[1:])
+    return Step(chunks=[chunk], fresh=list(blocks))
 
 
 class OomBackoff:

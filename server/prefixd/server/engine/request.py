@@ -95,6 +95,8 @@ class AdmittedRequest:
     ``kv_reuse`` says whether it may share KV of equal tokens with other requests of its tenant
     under the same prefix, and ``speculate`` whether several tokens of it may be verified in one
     step. ``constraint`` bans tokens by those before them; it is called on the engine's thread.
+    Each of the sequences has ``num_side_blocks`` blocks in addition to its block table, for KV of
+    something other than its tokens; its KV is then not reused.
     """
 
     request_id: str
@@ -112,6 +114,7 @@ class AdmittedRequest:
     kv_reuse: bool = True
     speculate: bool = True
     constraint: Constraint | None = None
+    num_side_blocks: int = 0
 
 
 class FinishReason(StrEnum):

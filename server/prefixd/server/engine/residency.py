@@ -31,6 +31,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 
 from prefixd.server.engine.block_pool import BlockPool
+from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.entries import COMPILED, Entry, Stage, UseOrder
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
 from prefixd.server.engine.step import StagedPrefix
@@ -41,12 +42,12 @@ _PLACED = COMPILED | {Stage.COMPILING}
 class PinSizes:
     """Virtual tokens and blocks of all pins together, and virtual tokens by tenant."""
 
-    def __init__(self, pins: Iterable[PrefixHandle], *, block_size: int) -> None:
+    def __init__(self, pins: Iterable[PrefixHandle], *, config: SchedulerConfig) -> None:
         self.by_tenant: Counter[str] = Counter()
         self.blocks = 0
         for pin in pins:
             self.by_tenant[pin.key.tenant] += pin.num_tokens
-            self.blocks += -(-pin.num_tokens // block_size)
+            self.blocks += config.prefix_blocks(pin.num_tokens)
         self.tokens = self.by_tenant.total()
 
 
@@ -58,15 +59,16 @@ class Residency:
     compiled; and ``changed``, the keys whose tier may be another since the set was cleared.
     """
 
-    def __init__(self, *, pool: BlockPool, block_size: int) -> None:
+    def __init__(self, config: SchedulerConfig, *, pool: BlockPool) -> None:
+        self._config = config
         self._pool = pool
-        self._block_size = block_size
+        self._block_size = config.block_size
         self._entries: dict[PrefixKey, Entry] = {}
         self._by_stage: dict[Stage, dict[PrefixKey, Entry]] = {stage: {} for stage in Stage}
         self._tokens_by_tenant: Counter[str] = Counter()
         self.waiters: Counter[PrefixKey] = Counter()
         self.pins: Mapping[PrefixKey, PrefixHandle] = {}
-        self.pin_sizes = PinSizes((), block_size=block_size)
+        self.pin_sizes = PinSizes((), config=config)
         self.preloads: Collection[PrefixKey] = ()
         self.order = UseOrder()
         self.ready: dict[PrefixKey, Entry] = {}
@@ -89,10 +91,6 @@ class Residency:
         """The entry of ``key``, or None when it is absent."""
         return self._entries.get(key)
 
-    def blocks_needed(self, num_tokens: int) -> int:
-        """Blocks that hold ``num_tokens`` positions."""
-        return -(-num_tokens // self._block_size)
-
     # -- claims ----
 
     def add_waiter(self, key: PrefixKey) -> None:
@@ -113,7 +111,7 @@ class Residency:
         if handles == self.pins:
             return
         self.pins = handles
-        self.pin_sizes = PinSizes(handles.values(), block_size=self._block_size)
+        self.pin_sizes = PinSizes(handles.values(), config=self._config)
         compiled = {**self._by_stage[Stage.RESIDENT], **self._by_stage[Stage.LEAVING]}
         self.order.rebuild(compiled.values(), pinned=handles.keys())
         self.missing_pins = {key: pin for key, pin in handles.items() if key not in compiled}
@@ -155,14 +153,16 @@ class Residency:
     def place(self, entry: Entry, *, forced: bool) -> list[int]:
         """STAGED to COMPILING: allocate all its blocks, which the caller zeroes."""
         assert entry.stage is Stage.STAGED
-        entry.blocks = self._pool.allocate(self.blocks_needed(entry.num_tokens))
+        entry.blocks = self._pool.allocate(self._config.blocks_needed(entry.num_tokens))
+        entry.side_blocks = self._pool.allocate(self._config.state_blocks)
         entry.forced = forced
         self._count(entry, 1)
         self._move(entry, Stage.COMPILING)
-        return entry.blocks
+        return entry.blocks + entry.side_blocks
 
     def unplace(self, entry: Entry) -> None:
-        """COMPILING back to STAGED: release its blocks. The compile starts over later."""
+        """COMPILING back to STAGED: release its blocks. The compile starts over later, in other
+        side blocks: a state that has advanced is of no use to it."""
         assert entry.stage is Stage.COMPILING
         self._release_blocks(entry)
         entry.num_compiled = 0
@@ -254,7 +254,7 @@ class Residency:
         """Prove that the counts are what the entries add up to."""
         holders = [entry for entry in self if entry.blocks]
         assert self.num_tokens == sum(entry.num_tokens for entry in holders)
-        assert self.num_blocks == sum(len(entry.blocks) for entry in holders)
+        assert self.num_blocks == sum(entry.num_blocks for entry in holders)
         assert self.num_loading == sum(not entry.is_compiled for entry in self)
         for tenant, tokens in self._tokens_by_tenant.items():
             assert tokens == sum(e.num_tokens for e in holders if e.key.tenant == tenant)
@@ -262,6 +262,8 @@ class Residency:
             assert self._by_stage[entry.stage][entry.key] is entry
             placed = entry.stage in _PLACED
             assert bool(entry.blocks) == placed, f"{entry} and its stage differ in blocks"
+            num_side = self._config.state_blocks if placed else 0
+            assert len(entry.side_blocks) == num_side, f"{entry} and its stage differ in its state"
             has_payload = entry.stage in {Stage.STAGED, Stage.COMPILING}
             assert (entry.payload is not None) == has_payload, f"{entry} differs in payload"
             assert entry.is_compiled or not entry.num_uses, f"{entry} was used before its compile"
@@ -302,11 +304,12 @@ class Residency:
     def _release_blocks(self, entry: Entry) -> None:
         self._count(entry, -1)
         self._pool.release(entry.blocks)
-        entry.blocks = []
+        self._pool.release(entry.side_blocks)
+        entry.blocks, entry.side_blocks = [], []
 
     def _count(self, entry: Entry, sign: int) -> None:
         self.num_tokens += sign * entry.num_tokens
-        self.num_blocks += sign * len(entry.blocks)
+        self.num_blocks += sign * entry.num_blocks
         self._tokens_by_tenant[entry.key.tenant] += sign * entry.num_tokens
         if not self._tokens_by_tenant[entry.key.tenant]:
             del self._tokens_by_tenant[entry.key.tenant]

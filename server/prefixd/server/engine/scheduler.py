@@ -72,7 +72,7 @@ class Scheduler:
         self.deadlines = Deadlines()
         self.step_budget = StepBudget(config.max_token_gap_s)
         self.speculation = Speculation(
-            enabled=config.speculate,
+            enabled=config.speculate and not config.state_blocks,
             memory=self.memory,
             prefix_loader=self.prefix_loader,
             recovery=self.recovery,
@@ -342,7 +342,7 @@ class Scheduler:
         waiters: dict[PrefixKey, int] = {}
         for sequence in self.waiting:
             assert sequence.state is State.WAITING, f"{sequence} is queued and not waiting"
-            assert not sequence.block_table, f"{sequence} waits and holds blocks"
+            assert not sequence.num_blocks, f"{sequence} waits and holds blocks"
             if sequence.prefix is not None:
                 waiters[sequence.prefix.key] = waiters.get(sequence.prefix.key, 0) + 1
         assert self.memory.residency.waiters == waiters, "waiters differ from the queue"

@@ -50,7 +50,8 @@ class Sequence:
     ``tokens`` is prompt then output. ``num_computed`` counts the tokens whose KV is in the pool
     once the steps in flight have run, virtual tokens not included, and ``num_pending`` those that
     these steps sample and that are not in ``tokens`` yet; while ``verifies`` a draft it is not
-    known how many. ``block_table`` begins with the shared blocks of the prefix.
+    known how many. ``block_table`` begins with the shared blocks of the prefix; ``side_blocks`` are
+    its own besides, of its state and then those that its request asked for.
     ``num_cached`` tokens were reused at the first start, ``num_remembered`` own blocks are
     registered for reuse, ``num_yields`` times it was preempted for another tenant. ``end`` is set
     once, by ``finish``. ``lookup`` proposes its next tokens (None: it was not needed yet), while it
@@ -70,6 +71,7 @@ class Sequence:
     num_pending: int = 0
     verifies: bool = False
     block_table: list[int] = field(default_factory=list)
+    side_blocks: list[int] = field(default_factory=list)
     arrived: float = 0.0
     due_since: float | None = None
     started: float | None = None
@@ -98,6 +100,11 @@ class Sequence:
     def num_output(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that it holds, shared ones and side blocks included."""
+        return len(self.block_table) + len(self.side_blocks)
 
     @property
     def num_remaining(self) -> int:
@@ -159,7 +166,7 @@ class Sequence:
     def __repr__(self) -> str:
         return (
             f"Sequence({self.seq_id}, {self.tenant}, {self.state.name.lower()}, "
-            f"{self.num_computed}/{len(self.tokens)} tokens, {len(self.block_table)} blocks)"
+            f"{self.num_computed}/{len(self.tokens)} tokens, {self.num_blocks} blocks)"
         )
 
 

@@ -64,7 +64,7 @@ class StarvationPolicy:
         that were served more than ``counter`` says."""
         blocks: Counter[str] = Counter()
         for sequence in self._running:
-            blocks[sequence.tenant] += len(sequence.block_table)
+            blocks[sequence.tenant] += sequence.num_blocks
         held = {
             tenant: count / self._waiting.weight(tenant)
             for tenant, count in blocks.items()
@@ -77,5 +77,5 @@ class StarvationPolicy:
         return None
 
     def _may_yield(self, sequence: Sequence) -> bool:
-        takes_most = 2 * len(sequence.block_table) > self._config.num_usable_blocks
+        takes_most = 2 * sequence.num_blocks > self._config.num_usable_blocks
         return takes_most and sequence.num_output >= _LEAST_PROGRESS * (sequence.num_yields + 1)

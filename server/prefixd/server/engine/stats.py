@@ -254,7 +254,7 @@ def _sequence(sequence: Sequence, now: float) -> dict[str, Any]:
         "output_tokens": sequence.num_output,
         "cached_tokens": sequence.num_cached,
         "computed_tokens": sequence.num_computed,
-        "blocks": len(sequence.block_table),
+        "blocks": sequence.num_blocks,
         "age_s": round(now - sequence.arrived, 3),
     }
 
@@ -279,7 +279,7 @@ def _entry(entry: Entry, *, pinned: bool, retired: bool) -> dict[str, Any]:
         "tier": entry.tier,
         "tokens": entry.num_tokens,
         "compiled": entry.num_compiled,
-        "blocks": len(entry.blocks),
+        "blocks": entry.num_blocks,
         "users": entry.num_users,
         "pinned": pinned,
         "leaving": entry.stage is Stage.LEAVING,

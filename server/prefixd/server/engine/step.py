@@ -14,6 +14,11 @@ at position ``P + i``, in slot ``position % block_size`` of the block
     | 0 ............... 15 | | 16 .. 19      |          |   |
     +---------------------+ +---------------+          |   +-- own: copy of 16..19, then its tokens
                                                        +------ shared, read-only
+
+A sequence and a prefix may have side blocks: blocks of the same pool that are in no block table.
+The first ``SchedulerConfig.state_blocks`` hold the state of layers that have one instead of KV,
+after all positions so far: zeros before the first. A chunk reads the state after its ``start`` and
+leaves that after its end.
 """
 
 from collections.abc import Sequence
@@ -55,6 +60,7 @@ class Chunk:
     after each of them are sampled too. The first ``num_prefix_tokens`` positions are the prefix's.
 
     The last of ``tokens`` may be PENDING. Then ``history`` is without it, and there is no draft.
+    ``side_blocks`` are the sequence's alone; there is no draft either where they hold a state.
     """
 
     seq_id: int
@@ -69,6 +75,7 @@ class Chunk:
     banned: Sequence[int] = ()
     draft: Draft | None = None
     num_prefix_tokens: int = 0
+    side_blocks: Sequence[int] = ()
 
     @property
     def is_pending(self) -> bool:
@@ -126,11 +133,12 @@ class CompileChunk:
     start: int
     stop: int
     block_table: Sequence[int]
+    side_blocks: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """Copy the KV of one block to another: the tail of a prefix becomes a sequence's own."""
+    """Copy one block to another: the tail of a prefix, and its state, become a sequence's own."""
 
     source: int
     target: int
@@ -144,6 +152,7 @@ class Save:
     key: PrefixKey
     num_tokens: int
     block_table: Sequence[int]
+    side_blocks: Sequence[int] = ()
 
 
 @dataclass(slots=True)

@@ -201,6 +201,7 @@ class StepBuilder:
                 num_prompt_tokens=sequence.num_prompt,
                 banned=tuple(stop.token_ids) if num_output < stop.min_tokens else (),
                 num_prefix_tokens=sequence.num_prefix_tokens,
+                side_blocks=tuple(sequence.side_blocks),
             )
         )
         step.budget -= size
