@@ -45,7 +45,7 @@ from prefixd.server.model.int8_decoder import make_int8_decoder
 from prefixd.server.model.load import LoadedBase, prepare_base
 from prefixd.server.model.paged import PagedDecoder
 from prefixd.server.model.paged_module import PagedModuleDecoder
-from prefixd.server.model.prefix import HardPrompt, Prefix, prefix_of
+from prefixd.server.model.prefix import HardPrompt, Prefix, prefix_of, rows_of
 from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import self_check
 from prefixd.server.testing import ByteDetokenizer
@@ -253,7 +253,7 @@ class Served:
 
     def fetch(self, key: PrefixKey) -> Prefix:
         """Implements PrefixSource over ``prefixes``."""
-        return self.prefixes[key]
+        return rows_of(self.prefixes[PrefixKey(key.tenant, key.digest)], key.rows)
 
     def start(
         self,
@@ -263,17 +263,18 @@ class Served:
         count: int = 16,
         sampling: SamplingParams | None = None,
         kv_reuse: bool = True,
+        **more: Any,
     ) -> Callable[[], list[int]]:
         """Submit a request; the returned call waits for its tokens."""
         events: queue.Queue[Event] = queue.Queue()
         request = AdmittedRequest(
             request_id=str(next(self.numbers)),
-            tenant=prefix.key.tenant if prefix else "t",
             prompt=tuple(prompt),
             prefix=prefix,
             sampling=sampling or SamplingParams(temperature=0),
             stop=StopParams(max_tokens=count),
             kv_reuse=kv_reuse,
+            **{"tenant": prefix.key.tenant if prefix else "t", **more},
         )
         self.engine.submit(request, events.put)
         return lambda: collect(events)

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 from prefixd.server import testing
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.entries import Stage
+from prefixd.server.engine.inputs import PLACEHOLDER, InputRun
 from prefixd.server.engine.request import (
     AdmittedRequest,
     FinishReason,
@@ -33,7 +34,7 @@ from prefixd.server.engine.row_costs import RowCosts
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import End, Sequence, State
 from prefixd.server.engine.step import Sampled, Step, StepOutput
-from prefixd.server.testing import FakeRunner, FakeStaged, fake_generate
+from prefixd.server.testing import FakeEmbeddings, FakeRunner, FakeStaged, fake_generate
 
 BLOCK = 4
 TENANTS = "abc"
@@ -41,14 +42,36 @@ WEIGHTS = {"a": 1.0, "b": 1.0, "c": 2.0}
 LENGTHS = (1, 3, 4, 8, 13)
 PREFIXES = [
     PrefixHandle(PrefixKey(tenant, f"{tenant}-{length}"), length)
+    if length != 3
+    else PrefixHandle(PrefixKey(tenant, f"{tenant}-8", ((2, 4), (7, 8))), length)
     for tenant, length in itertools.product(TENANTS, LENGTHS)
 ]
+"""One of them is a part of another."""
+
 Ended = list[Sequence]
 PROMPTS = [[1] * 14, [1] * 6 + [2] * 8]
 """Prompts are beginnings of these, so that requests share blocks."""
 
 
 STOPS = (frozenset[int](), frozenset(range(ord("a"), ord("h"))), frozenset({1}))
+
+
+def place(prompt: list[int], first: int, rows: int) -> tuple[InputRun, ...]:
+    """Replace tokens of ``prompt`` by up to ``rows`` given embeddings from ``first`` on."""
+    rows = min(rows, len(prompt) - first)
+    if rows < 1:
+        return ()
+    prompt[first : first + rows] = [PLACEHOLDER] * rows
+    return (InputRun(first, FakeEmbeddings(b"%d rows" % rows, rows)),)
+
+
+def as_read(request: AdmittedRequest) -> list[int]:
+    """The prompt as FakeRunner reads it."""
+    prompt = list(request.prompt)
+    for run in request.inputs:
+        assert isinstance(run.payload, FakeEmbeddings)
+        prompt[run.place : run.stop] = run.payload.rows()
+    return prompt
 
 
 class OddOnes:
@@ -153,6 +176,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         min_tokens=st.integers(0, 5),
         constraint=st.sampled_from([None, None, OddOnes()]),
         side_blocks=st.sampled_from([0, 0, 2]),
+        first_given=st.integers(0, 13),
+        num_given=st.sampled_from([0, 0, 2, 5, 13]),
     )
     def add(
         self,
@@ -169,6 +194,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         min_tokens: int,
         constraint: OddOnes | None,
         side_blocks: int,
+        first_given: int,
+        num_given: int,
     ) -> object:
         handle = None if prefix is None else PREFIXES[TENANTS.index(tenant) * 5 + prefix]
         fits = self.config.max_tokens_for(
@@ -179,6 +206,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if len(prompt) + max_tokens > fits:
             return multiple()  # admission would reject it
         seq_id = next(self.ids)
+        prompt = list(prompt)
+        inputs = place(prompt, first_given, num_given)
         request = AdmittedRequest(
             request_id=str(seq_id),
             tenant=tenant,
@@ -193,6 +222,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             kv_reuse=kv_reuse,
             constraint=constraint,
             num_side_blocks=side_blocks,
+            inputs=inputs,
         )
         sequence = Sequence(seq_id, request, 0, 0, list(prompt))
         self.alive[seq_id] = sequence
@@ -316,7 +346,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         writers: dict[int, object] = {}
         for chunk in step.chunks:
             owner = self.alive[chunk.seq_id]
-            owner_key = owner.tenant, owner.prefix.key.digest if owner.prefix else None
+            owner_key = owner.tenant, owner.prefix.key.content if owner.prefix else None
             first = chunk.start // BLOCK
             last = (chunk.start + chunk.length - 1) // BLOCK
             for block in chunk.block_table[owner.num_prefix_tokens // BLOCK : first]:
@@ -369,14 +399,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_ended(self, sequence: Sequence) -> None:
         del self.alive[sequence.seq_id]
-        digest = sequence.prefix.key.digest if sequence.prefix else None
+        digest = sequence.prefix.key.content if sequence.prefix else None
         stop, constraint = sequence.request.stop, sequence.request.constraint
 
         def banned(output: Items[int]) -> set[int]:
             ids = set(stop.token_ids) if len(output) < stop.min_tokens else set()
             return ids if constraint is None else ids | set(constraint.banned(output))
 
-        expected = fake_generate(digest, sequence.request.prompt, stop.max_tokens, banned=banned)
+        prompt = as_read(sequence.request)
+        expected = fake_generate(digest, prompt, stop.max_tokens, banned=banned)
         ends = [i for i, token in enumerate(expected) if token in stop.token_ids]
         length = next((i + 1 for i in ends if i >= stop.min_tokens), stop.max_tokens)
         assert sequence.tokens[sequence.num_prompt :] == expected[:length]

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+from prefixd.server.engine.inputs import PLACEHOLDER, InputPart
 from prefixd.server.engine.request import PrefixKey, TokenLogprob
 from prefixd.server.engine.runner import BlockingRunner
 from prefixd.server.engine.step import (
@@ -30,6 +31,24 @@ def fake_next_token(digest: str | None, tokens: Sequence[int]) -> int:
     """The byte (a letter a to z) that FakeRunner samples after ``tokens`` under a prefix."""
     text = f"{digest}|{','.join(map(str, tokens))}"
     return ord("a") + hashlib.sha256(text.encode()).digest()[0] % 26
+
+
+@dataclass(frozen=True)
+class FakeEmbeddings:
+    """Input embeddings that have only a name and a number of rows."""
+
+    name: bytes
+    num_rows: int
+
+    def rows(self) -> list[int]:
+        """What FakeRunner takes each row for: numbers that are no token ids."""
+        return [fake_row(self.name, row) for row in range(self.num_rows)]
+
+
+def fake_row(name: bytes, row: int) -> int:
+    """What FakeRunner takes one row of given embeddings for, in ``fake_next_token``."""
+    digest = hashlib.sha256(b"%d:" % row + name).digest()
+    return 1 << 32 | int.from_bytes(digest[:4], "big")
 
 
 def fake_generate(
@@ -83,8 +102,9 @@ class FakeRunner(BlockingRunner):
         for chunk in step.chunks:
             biased = chunk.sampling.logit_bias if chunk.sampling is not None else ()
             drafts = () if chunk.draft is None else chunk.draft.tokens
-            for token in (*self._tokens(chunk), *drafts, *chunk.banned, *biased):
-                if not 0 <= token < self.vocab_size:
+            given = {place for part in chunk.inputs for place in _places(part)}
+            for place, token in enumerate((*self._tokens(chunk), *drafts, *chunk.banned, *biased)):
+                if place not in given and not 0 <= token < self.vocab_size:
                     raise IndexError(f"token id {token} of {self.vocab_size}")
         saved: dict[PrefixKey, StagedPrefix] = {s.key: self._read_back(s) for s in step.saves}
         fresh = set(step.fresh)
@@ -96,7 +116,7 @@ class FakeRunner(BlockingRunner):
         for part in step.compiles:
             self._check_state(part.block_table, part.side_blocks, part.start)
             for position in range(part.start, part.stop):
-                self._write(part.block_table, position, (part.key.digest, position))
+                self._write(part.block_table, position, (part.key.content, position))
             self._advance_state(part.block_table, part.side_blocks, part.stop)
         sampled: dict[int, Sequence[Sampled]] = {}
         for chunk in step.chunks:
@@ -118,8 +138,18 @@ class FakeRunner(BlockingRunner):
         return StepOutput(sampled, saved)
 
     def _tokens(self, chunk: Chunk) -> Sequence[int]:
-        """The tokens of a chunk; a pending one is what the step before sampled."""
-        return (*chunk.tokens[:-1], self.last[chunk.seq_id]) if chunk.is_pending else chunk.tokens
+        """The tokens of a chunk; a pending one is what the step before sampled, and a placeholder
+        the row that is given for it."""
+        if chunk.is_pending:
+            return (*chunk.tokens[:-1], self.last[chunk.seq_id])
+        if not chunk.inputs:
+            return chunk.tokens
+        tokens = list(chunk.tokens)
+        for part in chunk.inputs:
+            for row, place in enumerate(_places(part), start=part.start):
+                assert tokens[place] == PLACEHOLDER, f"{part} replaces a token"
+                tokens[place] = fake_row(part.payload.name, row)
+        return tokens
 
     def _sample(self, chunk: Chunk, num_drafts: int) -> Sampled:
         """The token after the first ``num_drafts`` proposed ones."""
@@ -132,7 +162,7 @@ class FakeRunner(BlockingRunner):
 
     def _read_back(self, save: Save) -> "FakeStaged":
         held = [self._read(save.block_table, position) for position in range(save.num_tokens)]
-        expected = [(save.key.digest, position) for position in range(save.num_tokens)]
+        expected = [(save.key.content, position) for position in range(save.num_tokens)]
         assert held == expected, f"a prefix was saved from blocks that do not hold it: {held}"
         self._check_state(save.block_table, save.side_blocks, save.num_tokens)
         return FakeStaged(save.num_tokens)
@@ -176,6 +206,10 @@ class FakeRunner(BlockingRunner):
         tokens = [value for value in seen[len(virtual) :] if isinstance(value, int)]
         assert len(tokens) == length - len(virtual), f"a hole in the KV of a sequence: {seen}"
         return fake_next_token(next(iter(digests), None), tokens)
+
+
+def _places(part: InputPart) -> range:
+    return range(part.offset, part.offset + part.stop - part.start)
 
 
 @dataclass(frozen=True)

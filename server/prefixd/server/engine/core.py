@@ -361,7 +361,7 @@ class EngineCore:
 
     def forget_failure(self, key: PrefixKey) -> None:
         """Let a prefix that failed be fetched again at once."""
-        self.scheduler.prefix_loader.failures.pop(key, None)
+        self.scheduler.prefix_loader.forget_failure(key)
 
     def _fetch(self, scheduler: Scheduler, key: PrefixKey) -> None:
         def fetched(result: FetchResult) -> None:

@@ -1,6 +1,7 @@
 """KV reuse: blocks of equal tokens under the same prefix of the same tenant are shared.
 
-A block is named by a hash chain: the digest of its tokens and of everything before them. The chain
+A block is named by a hash chain: the digest of its tokens (of given embeddings the name of their
+rows) and of everything before them. The chain
 begins with tenant, prefix digest and the namespace of the pool (model fingerprint and dtype), so
 no request can reach, or time, KV that another tenant, prefix or model computed.
 
@@ -18,6 +19,7 @@ from array import array
 from collections.abc import Sequence as Items
 
 from prefixd.server.engine.block_pool import BlockPool
+from prefixd.server.engine.inputs import parts_within
 from prefixd.server.engine.sequence import Sequence
 
 _NAME_BYTES = 16
@@ -92,11 +94,12 @@ class KVReuse:
             start, stop = (self.covered(sequence, len(names) + more) for more in (0, 1))
             tokens = array("q", sequence.tokens[start:stop]).tobytes()
             before = names[-1] if names else self._seed(sequence)
-            names.append(_digest(before, tokens))
+            inputs = parts_within(sequence.request.inputs, start, stop)
+            names.append(_digest(before, tokens, *(part.name for part in inputs)))
         return names[:full]
 
     def _seed(self, sequence: Sequence) -> bytes:
-        prefix = "" if sequence.prefix is None else sequence.prefix.key.digest
+        prefix = "" if sequence.prefix is None else sequence.prefix.key.content
         return _digest(*(part.encode() for part in (self._namespace, sequence.tenant, prefix)))
 
 

@@ -13,6 +13,8 @@ with as many tokens as are worth their rows (``draft_plan``), by how many were a
 
 from collections.abc import Sequence
 
+from prefixd.server.engine.inputs import PLACEHOLDER
+
 MAX_DRAFTS = 8
 """Most tokens proposed at a time."""
 
@@ -57,6 +59,8 @@ class NgramIndex:
         last, followers = len(tokens) - 1, self._followers
         stop = min(last, self._num_indexed + _MAX_INDEXED)
         for end in range(self._num_indexed, stop + 1):
+            if tokens[end] == PLACEHOLDER:
+                continue
             for length in _RUNS:
                 if length <= end:
                     followers[tuple(tokens[end - length : end])] = end
@@ -83,8 +87,10 @@ def _match_length(tokens: Sequence[int], follower: int) -> int:
 
 def continuation(tokens: Sequence[int], start: int, count: int) -> list[int]:
     """``count`` tokens from ``start`` on; at the end of ``tokens`` the run from ``start`` repeats,
-    so that a short cycle goes on."""
+    so that a short cycle goes on. Fewer before a placeholder, which can not be proposed."""
     run = list(tokens[start : start + count])
+    if PLACEHOLDER in run:
+        return run[: run.index(PLACEHOLDER)]
     period = len(tokens) - start
     while len(run) < count:
         run.append(run[-period])

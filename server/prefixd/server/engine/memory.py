@@ -1,6 +1,7 @@
 """The KV of sequences and prefixes together: one pool of blocks, and a tier in host memory."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from itertools import chain
 
 from prefixd.server.engine.block_pool import BlockPool
@@ -30,6 +31,9 @@ class HostTier:
 
     def __contains__(self, key: PrefixKey) -> bool:
         return key in self._payloads
+
+    def __iter__(self) -> Iterator[PrefixKey]:
+        return iter(self._payloads)
 
     def __len__(self) -> int:
         return len(self._payloads)

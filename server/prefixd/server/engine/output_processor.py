@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 
+from prefixd.server.engine.inputs import PLACEHOLDER, num_rows_before
 from prefixd.server.engine.request import (
     Event,
     FinishEvent,
@@ -164,7 +165,7 @@ class OutputProcessor:
         sequence, token_id = stream.sequence, sampled.token_id
         detokenizer = stream.detokenizer
         if detokenizer is None:
-            detokenizer = stream.detokenizer = self._new_detokenizer(sequence.request.prompt)
+            detokenizer = stream.detokenizer = self._new_detokenizer(_text_of(sequence))
         queue = stream.logprobs
         if queue is not None:
             queue.add(sampled, detokenizer.previous)
@@ -221,7 +222,8 @@ class OutputProcessor:
             stop=end.stop,
             error=end.error,
             error_code=end.error_code,
-            cached_tokens=sequence.num_cached,
+            cached_tokens=sequence.num_cached
+            - num_rows_before(sequence.request.inputs, sequence.num_cached),
             queue_s=None if started is None else started - sequence.arrived,
             retry_after=retry_after,
         )
@@ -234,6 +236,14 @@ class OutputProcessor:
         stream.on_event(event)
         if stream.deliver is not None:
             self._undelivered[stream.deliver] = None
+
+
+def _text_of(sequence: Sequence) -> Items[int]:
+    """The prompt without given embeddings, which have no text."""
+    request = sequence.request
+    if not request.inputs:
+        return request.prompt
+    return [token for token in request.prompt if token != PLACEHOLDER]
 
 
 def _final_text(

@@ -11,6 +11,7 @@ each other unused. ``eviction`` has the rules of what leaves.
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
+from itertools import chain
 
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.entries import Entry, Stage
@@ -74,8 +75,18 @@ class PrefixLoader:
         self._caps = caps or {}
 
     def retire(self, keys: Iterable[PrefixKey]) -> None:
-        """Let versions that were deleted or replaced leave when their last sequence ends."""
-        self._eviction.retired.update(keys)
+        """Let versions that were deleted or replaced leave when their last sequence ends, with all
+        rows of them that are here by themselves."""
+        retired = {(key.tenant, key.digest) for key in keys}
+        resident = (entry.key for entry in self._residency)
+        held = chain(resident, self._memory.host, self._memory.saving)
+        self._eviction.retired.update(k for k in held if (k.tenant, k.digest) in retired)
+
+    def forget_failure(self, key: PrefixKey) -> None:
+        """Let a prefix that failed be fetched again at once, also parts of it."""
+        for failed in list(self.failures):
+            if failed[:2] == key[:2]:
+                del self.failures[failed]
 
     # -- results ----
 

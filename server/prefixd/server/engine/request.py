@@ -9,15 +9,30 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
+from prefixd.server.engine.inputs import InputRun
+
+Ranges = tuple[tuple[int, int], ...]
+"""Ranges of virtual tokens, each from its first to behind its last, one after another."""
+
 
 class PrefixKey(NamedTuple):
     """Identity of one prefix in the pool: never a name, so a re-upload cannot hit old KV.
 
-    A tuple, because it is a dictionary key in every step, and tuples hash without Python code.
+    ``rows`` are those of its virtual tokens that are meant, one range after another; without any,
+    all of them. A tuple, because it is a dictionary key in every step, and tuples hash without
+    Python code.
     """
 
     tenant: str
     digest: str
+    rows: Ranges = ()
+
+    @property
+    def content(self) -> str:
+        """Digest and rows: what is in the pool, apart from whose it is."""
+        if not self.rows:
+            return self.digest
+        return f"{self.digest}[{','.join(f'{start}:{stop}' for start, stop in self.rows)}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +112,7 @@ class AdmittedRequest:
     step. ``constraint`` bans tokens by those before them; it is called on the engine's thread.
     Each of the sequences has ``num_side_blocks`` blocks in addition to its block table, for KV of
     something other than its tokens; its KV is then not reused.
+    ``inputs``, in order, are embeddings in place of the prompt's placeholders (``inputs``).
     """
 
     request_id: str
@@ -115,6 +131,7 @@ class AdmittedRequest:
     speculate: bool = True
     constraint: Constraint | None = None
     num_side_blocks: int = 0
+    inputs: tuple[InputRun, ...] = ()
 
 
 class FinishReason(StrEnum):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from math import inf
 
+from prefixd.server.engine.inputs import check_runs
 from prefixd.server.engine.lookup import Lookup
 from prefixd.server.engine.request import AdmittedRequest, FinishReason, PrefixHandle
 
@@ -95,6 +96,8 @@ class Sequence:
         self.num_prefix_tokens = 0 if request.prefix is None else request.prefix.num_tokens
         self.num_prompt = len(request.prompt)
         self.speculates = request.speculate and request.constraint is None
+        if request.inputs:
+            check_runs(request.inputs, request.prompt)
 
     @property
     def num_output(self) -> int:

@@ -237,9 +237,9 @@ def debug_state(scheduler: Scheduler, *, now: float) -> dict[str, Any]:
             ],
         },
         "host": {"count": len(memory.host), "tokens": memory.host.num_tokens},
-        "pins": [{"tenant": key.tenant, "digest": key.digest} for key in residency.pins],
+        "pins": [{"tenant": key.tenant, "digest": key.content} for key in residency.pins],
         "warming": len(prefix_loader.preloads),
-        "forcing": None if prefix_loader.forcing is None else prefix_loader.forcing.digest,
+        "forcing": None if prefix_loader.forcing is None else prefix_loader.forcing.content,
         "preemptions": scheduler.num_preemptions,
     }
 
@@ -249,7 +249,7 @@ def _sequence(sequence: Sequence, now: float) -> dict[str, Any]:
         "request_id": sequence.request.request_id,
         "index": sequence.index,
         "tenant": sequence.tenant,
-        "prefix": sequence.prefix.key.digest if sequence.prefix else None,
+        "prefix": sequence.prefix.key.content if sequence.prefix else None,
         "prompt_tokens": sequence.num_prompt,
         "output_tokens": sequence.num_output,
         "cached_tokens": sequence.num_cached,
@@ -275,7 +275,7 @@ def _tenant(scheduler: Scheduler, tenant: str, now: float) -> dict[str, Any]:
 def _entry(entry: Entry, *, pinned: bool, retired: bool) -> dict[str, Any]:
     return {
         "tenant": entry.key.tenant,
-        "digest": entry.key.digest,
+        "digest": entry.key.content,
         "tier": entry.tier,
         "tokens": entry.num_tokens,
         "compiled": entry.num_compiled,

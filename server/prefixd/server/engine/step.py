@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from prefixd.server.engine.inputs import InputPart
 from prefixd.server.engine.request import PrefixKey, SamplingParams, TokenLogprob
 
 NULL_BLOCK = 0
@@ -61,6 +62,7 @@ class Chunk:
 
     The last of ``tokens`` may be PENDING. Then ``history`` is without it, and there is no draft.
     ``side_blocks`` are the sequence's alone; there is no draft either where they hold a state.
+    Tokens that are placeholders have their embeddings in ``inputs``, in order.
     """
 
     seq_id: int
@@ -76,6 +78,7 @@ class Chunk:
     draft: Draft | None = None
     num_prefix_tokens: int = 0
     side_blocks: Sequence[int] = ()
+    inputs: Sequence[InputPart] = ()
 
     @property
     def is_pending(self) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from prefixd.server.engine.entries import Entry
 from prefixd.server.engine.eviction import EvictionPolicy
 from prefixd.server.engine.fair_queue import LOOKAHEAD, FairQueue
+from prefixd.server.engine.inputs import parts_within
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.prefix_loader import PrefixLoader
 from prefixd.server.engine.recovery import Recovery
@@ -202,6 +203,11 @@ class StepBuilder:
                 banned=tuple(stop.token_ids) if num_output < stop.min_tokens else (),
                 num_prefix_tokens=sequence.num_prefix_tokens,
                 side_blocks=tuple(sequence.side_blocks),
+                inputs=(
+                    tuple(parts_within(request.inputs, start, start + size))
+                    if request.inputs
+                    else ()
+                ),
             )
         )
         step.budget -= size

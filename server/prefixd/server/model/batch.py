@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from prefixd.server.engine.step import Chunk, CompileChunk
-from prefixd.server.model.prefix import HardPrompt, SoftPrompt
+from prefixd.server.model.prefix import HardPrompt, InputEmbeddings, SoftPrompt
 
 
 @dataclass(slots=True)
@@ -63,7 +63,14 @@ def lay_out(
                 chunk.num_prefix_tokens,
             )
         )
+        offset = len(batch.token_ids)
         batch.token_ids += chunk.tokens
+        for given in chunk.inputs:
+            assert isinstance(given.payload, InputEmbeddings)
+            first, length = offset + given.offset, given.stop - given.start
+            batch.token_ids[first : first + length] = [0] * length
+            values = given.payload.embeddings[given.start : given.stop]
+            batch.inputs.append((first, values))
         if chunk.sampling is not None:
             batch.outputs.append(len(batch.token_ids) - 1)
         if chunk.draft is not None:

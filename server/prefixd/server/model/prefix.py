@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from prefixd.server.engine.request import PrefixKey
+from prefixd.server.engine.request import PrefixKey, Ranges
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.threads import limit_thread
 from prefixd.store.artifact.artifact import Artifact
@@ -53,6 +53,20 @@ class KVPrefix:
 Prefix = SoftPrompt | HardPrompt | KVPrefix
 
 
+@dataclass(frozen=True, eq=False)
+class InputEmbeddings:
+    """``embeddings`` [num_rows, embedding_width], in the serving dtype, in place of prompt tokens;
+    ``name`` identifies the rows among those of a tenant."""
+
+    embeddings: torch.Tensor
+    name: bytes
+
+    @property
+    def num_rows(self) -> int:
+        """Positions they take."""
+        return self.embeddings.shape[0]
+
+
 def prefix_of(artifact: Artifact, base: LoadedBase, tokenizer: Any) -> Prefix:
     """Cast an artifact's values to the serving dtype, in the layout of the KV pool.
 
@@ -70,6 +84,14 @@ def prefix_of(artifact: Artifact, base: LoadedBase, tokenizer: Any) -> Prefix:
     return KVPrefix(per_layer.contiguous())
 
 
+def rows_of(prefix: Prefix, rows: Ranges) -> Prefix:
+    """These rows of a soft prompt, one range after another; without any, the whole prefix."""
+    if not rows:
+        return prefix
+    assert isinstance(prefix, SoftPrompt), "only virtual tokens of a soft prompt stand apart"
+    return SoftPrompt(torch.cat([prefix.embeddings[start:stop] for start, stop in rows]))
+
+
 @dataclass(frozen=True)
 class StorePrefixSource:
     """A PrefixSource over the prefix store. ``fetch`` runs on the engine's fetch threads.
@@ -83,6 +105,12 @@ class StorePrefixSource:
     tokenizer: Any
 
     def fetch(self, key: PrefixKey) -> Prefix:
-        """Load one prefix into host memory, in the serving dtype."""
+        """Load one prefix, or rows of one, into host memory, in the serving dtype."""
         limit_thread()
-        return prefix_of(self.open_artifact(key), self.base, self.tokenizer)
+        return rows_of(prefix_of(self.open_artifact(key), self.base, self.tokenizer), key.rows)
+
+    def embeddings(self, key: PrefixKey) -> InputEmbeddings:
+        """Load rows of a soft prompt as input embeddings. Raises as ``fetch``."""
+        prefix = self.fetch(key)
+        assert isinstance(prefix, SoftPrompt)
+        return InputEmbeddings(prefix.embeddings, key.content.encode())
