@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 
 from prefixd.server.engine.step import NULL_BLOCK
-from prefixd.server.model.batch import FlatBatch, Row
+from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.gathered import Group
+from prefixd.server.model.rows import Row
 
 
 def slots_of(block_table: Sequence[int], start: int, end: int, block_size: int) -> list[int]:

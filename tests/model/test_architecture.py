@@ -16,6 +16,7 @@ from prefixd.server.model.architecture import (
 from prefixd.server.model.load import fingerprint_of, prepare_base
 from prefixd.server.model.selfcheck import Limits, self_check
 from tests.golden.families import family_model
+from tests.model.broken_models import random_model
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
@@ -147,9 +148,6 @@ REASONS = {
     "falcon": "FalconAttention computes attention in code of its own",
     "gpt_neo": "GPTNeoSelfAttention computes attention in code of its own",
     "xglm": "XGLMAttention computes attention in code of its own",
-    "diffllama": "DiffLlamaAttention computes attention 2 times in each layer",
-    "nemotron": "NemotronAttention drops the keyword arguments that the model was called with",
-    "stablelm": "StableLmAttention drops the keyword arguments that the model was called with",
 }
 
 
@@ -179,9 +177,18 @@ def model_with_option(**option: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("value", [30.0, 0.0, 0, True, "", torch.zeros(2)], ids=repr)
-@pytest.mark.parametrize("name", ["softcap", "sliding_window", "flag_of_tomorrow"])
-def test_an_unknown_attention_option_is_rejected_by_name(name: str, value: Any) -> None:
+UNKNOWN = [("flag_of_tomorrow", value) for value in (30.0, 0.0, 0, True, "", torch.zeros(2))]
+MEANINGLESS = [
+    *(("softcap", value) for value in (0.0, -1.0, True, "", torch.zeros(2))),
+    *(("sliding_window", value) for value in (0, -1, 2.5, True, "")),
+    *(("s_aux", value) for value in (1.0, True, torch.zeros(2, 2))),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [*UNKNOWN, *MEANINGLESS], ids=repr)
+def test_an_attention_option_that_is_not_computed_is_rejected_by_name(
+    name: str, value: Any
+) -> None:
     with pytest.raises(UnsupportedModel, match=f"needs unsupported attention options: {name}"):
         check(model_with_option(**{name: value}))
 
@@ -211,7 +218,15 @@ def test_an_encoder_is_rejected_because_its_tokens_see_later_ones() -> None:
         check(transformers.BertLMHeadModel(config))
 
 
-def test_heads_that_differ_from_the_config_are_rejected_by_their_sizes() -> None:
+@pytest.mark.parametrize(("name", "value"), [("softcap", 1e-3), ("sliding_window", 2)])
+def test_an_option_that_the_models_own_attention_ignores_gives_other_logits(
+    name: str, value: float
+) -> None:
+    with pytest.raises(UnsupportedModel, match="other logits over KV blocks"):
+        check(model_with_option(**{name: value}))
+
+
+def test_latents_of_two_widths_are_cached_as_they_are() -> None:
     config = transformers.DeepseekV3Config(
         **{**GATED, "num_key_value_heads": 4},
         q_lora_rank=None,
@@ -221,8 +236,10 @@ def test_heads_that_differ_from_the_config_are_rejected_by_their_sizes() -> None
         v_head_dim=8,
         first_k_dense_replace=2,
     )
-    with pytest.raises(UnsupportedModel, match=r"keys of 4 heads of size 16; expected .* size 8"):
-        check(transformers.DeepseekV3ForCausalLM(config))
+    model = random_model(config)
+    base = prepare_base(model, None, name="m", dtype="float32", device="cpu")
+    assert [cache.shape for cache in base.layers.caches.values()] == [(1, 16, 8)] * 2
+    self_check(base, block_size=16)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -2,9 +2,10 @@
 
 import torch
 
-from prefixd.server.model.batch import FlatBatch, Row
+from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.buffers import StepBuffers
 from prefixd.server.model.gathered import Group, group_rows
+from prefixd.server.model.rows import Row
 
 CPU = torch.device("cpu")
 

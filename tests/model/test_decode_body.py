@@ -68,7 +68,7 @@ def run_body(decoder: PagedDecoder) -> list[str]:
         weights: PagedWeights = on_device(decoder.weights)
         step: StepTensors = on_device(filled)
         cache = KVCache(
-            decoder.base.shape,
+            decoder.base.layers,
             num_blocks=8,
             block_size=decoder.block_size,
             dtype=decoder.base.dtype,

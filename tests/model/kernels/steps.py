@@ -7,8 +7,9 @@ import torch
 
 from prefixd.server.engine.step import NULL_BLOCK
 from prefixd.server.model import gathered
-from prefixd.server.model.batch import Row
+from prefixd.server.model.attention import Options
 from prefixd.server.model.kernels import RaggedRows, members_per_tile
+from prefixd.server.model.rows import Row
 from tests.model.list_layout import group_rows
 
 SCALE = 0.17
@@ -133,7 +134,7 @@ def expected(step: Step) -> torch.Tensor:
     pool[:, NULL_BLOCK] = 0  # read by the reference for padding, by the kernels never
     keys, values = pool.view(2, -1, head_dim)
     for group in groups:
-        gathered.attend(group, flat, (keys, values), out, SCALE)
+        gathered.attend(group, flat, (keys, values), out, Options(SCALE))
     return out.view_as(step.queries)
 
 

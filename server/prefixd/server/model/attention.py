@@ -1,57 +1,190 @@
-"""Attention of unmodified models over the block tables of a step, through transformers' interface.
+"""Attention of transformers' modules over the block tables of a step.
 
-A step runs as one flat row of tokens, [1, num_tokens]. Each layer writes the new keys and values to
-the pool, then every sequence attends over its own block table.
+A step runs as one flat row of tokens, [1, num_tokens]. A layer gives its new keys and values to the
+cache of the pass, which writes them to the pool; then every sequence attends over its own block
+table. The pass is found by a context variable: some models do not pass on the keyword arguments
+that they were called with.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface
 
-from prefixd.server.model.architecture import Shape
+from prefixd.server.model.layers import Layers
+from prefixd.server.model.rows import Row
 
 IMPLEMENTATION = "prefixd"
 """The name of this attention in transformers' attention interface."""
 
 
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What one call of attention computes, as of LayerAttention. ``sinks`` and ``alibi`` are
+    [num_heads]."""
+
+    scale: float
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    alibi: torch.Tensor | None = None
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether scores are more than scaled products."""
+        return not (self.softcap is None and self.sinks is None and self.alibi is None)
+
+
 class StepAttention(Protocol):
     """Attention of one step over the KV pool."""
 
-    def run(
-        self,
-        layer: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scale: float,
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write keys and values [num_tokens, heads, width] of a layer to the pool."""
+        ...
+
+    def attend(self, layer: int, queries: torch.Tensor, options: Options) -> torch.Tensor:
+        """Attend with ``queries`` [num_tokens, num_heads, key width] over what ``layer`` cached.
+        Returns [num_tokens, num_heads, value width]."""
+        ...
+
+    def cached(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that ``layer`` cached for the rows of the step, one row after another: keys and
+        values [1, heads, sum of the rows' positions, width]."""
+        ...
+
+    def attend_expanded(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, options: Options
     ) -> torch.Tensor:
-        """Write keys and values [num_tokens, num_kv_heads, head_dim] to the pool and attend with
-        ``queries`` [num_tokens, num_heads, head_dim]; returns the shape of ``queries``."""
+        """As ``attend``, over keys and values [heads, sum of the rows' positions, width] that the
+        model computed from what it cached."""
+        ...
+
+
+class CurrentPass(Protocol):
+    """A pass that runs: the model's (Pass), or one that records it (Recorder)."""
+
+    rows: Sequence[Row]
+    cache: Any
+    """Given to the model as ``past_key_values``."""
+
+    def attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: Options,
+    ) -> torch.Tensor:
+        """Attend for ``module``; shapes as of the function ``attend``."""
         ...
 
 
 @dataclass(slots=True)
-class PagedBatch:
-    """A step as attention needs it, the same for all layers. ``context`` is the most positions a
-    sequence may have. ``layers_seen`` counts the layers that ran, for the self-check."""
+class Pass:
+    """One pass of a model whose layers are known. ``context`` is the most positions of a sequence.
+    ``calls`` counts how often it attended."""
 
     attention: StepAttention
-    shape: Shape
-    context: int
-    layers_seen: int = 0
+    layers: Layers
+    cache: Any
+    rows: Sequence[Row] = ()
+    calls: int = field(default=0, init=False)
+
+    def attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: Options,
+    ) -> torch.Tensor:
+        """Attend over the pool, or over keys and values that the model computed from it."""
+        self.calls += 1
+        layer = self.layers.attention[module.layer_idx]
+        queries = query[0].transpose(0, 1)
+        if layer.direct:
+            return self.attention.attend(layer.cache, queries, options)[None]
+        return self.attention.attend_expanded(queries, key[0], value[0], options)[None]
+
+
+_CURRENT: ContextVar[CurrentPass] = ContextVar("current_pass")
+
+
+def current_pass() -> CurrentPass:
+    """The pass that runs on this thread. Raises LookupError outside of one."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def running(current: CurrentPass) -> Iterator[None]:
+    """Make ``current`` the pass that runs on this thread, until the block ends."""
+    token = _CURRENT.set(current)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    alibi: torch.Tensor | None = None,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """Attend the flat batch of the current pass, for the layer ``module.layer_idx``.
+
+    ``query`` is [1, num_heads, num_tokens, width]; ``key`` and ``value`` [1, num_kv_heads, ...] are
+    what ``update`` of the pass's cache returned, or was computed from it. ``sinks`` and ``alibi``
+    are [num_heads]; see LayerAttention. Returns [1, num_tokens, num_heads, value width].
+    """
+    if getattr(module, "is_causal", True) is False:
+        raise NotImplementedError(
+            f"{type(module).__name__} lets tokens see later ones; expected causal attention"
+        )
+    kinds = _kinds(module)
+    if sliding_window is None and kinds == "sliding_attention":
+        sliding_window = getattr(module.config, "sliding_window", None)
+    if chunk is None and kinds == "chunked_attention":
+        chunk = getattr(module.config, "attention_chunk_size", None)
+    options = Options(
+        scale=query.shape[3] ** -0.5 if scaling is None else float(scaling),
+        window=sliding_window,
+        chunk=chunk,
+        softcap=softcap,
+        sinks=sinks,
+        alibi=alibi,
+    )
+    return current_pass().attend(module, query, key, value, options)
+
+
+def _kinds(module: Any) -> str | None:
+    """What the config says of this layer's attention."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    if not kinds or index is None or index >= len(kinds):
+        return None
+    return str(kinds[index])
 
 
 _IGNORED = frozenset(
     {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
 )
 
-_WINDOWS = frozenset({"sliding_window"})
-"""Options that are the length of a window, counted with the query's own position."""
 
-
-def paged_attention(  # noqa: PLR0917  # the order of arguments is given by transformers
+def interface_attention(  # noqa: PLR0917  # the order of arguments is given by transformers
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -60,63 +193,56 @@ def paged_attention(  # noqa: PLR0917  # the order of arguments is given by tran
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    paged_batch: PagedBatch | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **extra: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend the flat batch. ``query`` is [1, num_heads, num_tokens, head_dim], ``key`` and
-    ``value`` [1, num_kv_heads, num_tokens, head_dim]; returns [1, num_tokens, num_heads, head_dim].
+    """``attend`` as transformers calls it.
 
-    Raises NotImplementedError for options that plain attention does not support (a window, a soft
-    cap, sinks) and for heads that the KV pool cannot hold: ignoring one would silently give wrong
-    output. An option that is None or False is off.
+    Raises NotImplementedError for options that are not known or have no meaning: ignoring one would
+    silently give wrong output. An option that is None or False is off.
     """
     del attention_mask, dropout
-    if paged_batch is None:
-        raise NotImplementedError(
-            f"{type(module).__name__} drops the keyword arguments that the model was called with, "
-            "and with them the KV blocks; expected them to reach attention"
-        )
-    _refuse_options(module, extra, paged_batch.context)
-    _refuse_heads(module, key, value, paged_batch.shape)
-    paged_batch.layers_seen += 1
-    out = paged_batch.attention.run(
-        module.layer_idx,
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        query.shape[3] ** -0.5 if scaling is None else scaling,
+    known = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+    _refuse_options(module, {**known, **extra})
+    out = attend(
+        module,
+        query,
+        key,
+        value,
+        scaling=scaling,
+        sliding_window=sliding_window or None,
+        softcap=softcap or None,
+        sinks=s_aux,
     )
-    return out[None], None
+    return out, None
 
 
-def _refuse_options(module: Any, options: dict[str, Any], context: int) -> None:
+def _refuse_options(module: Any, options: Mapping[str, Any]) -> None:
     unsupported = sorted(
         name
         for name, value in options.items()
         if value is not None
         and value is not False
         and name not in _IGNORED
-        and not (name in _WINDOWS and isinstance(value, int) and value >= context)
+        and not (name in _MEANINGS and _MEANINGS[name](value))
     )
     if unsupported:
         raise NotImplementedError(
             f"{type(module).__name__} needs unsupported attention options: {', '.join(unsupported)}"
         )
-    if getattr(module, "is_causal", True) is False:
-        raise NotImplementedError(
-            f"{type(module).__name__} lets tokens see later ones; expected causal attention"
-        )
 
 
-def _refuse_heads(module: Any, key: torch.Tensor, value: torch.Tensor, shape: Shape) -> None:
-    heads, width = shape.num_kv_heads, shape.head_dim
-    for what, states in (("keys", key), ("values", value)):
-        if states.shape[1] != heads or states.shape[3] != width:
-            raise NotImplementedError(
-                f"{type(module).__name__} has {what} of {states.shape[1]} heads of size "
-                f"{states.shape[3]}; expected the config's {heads} KV heads of size {width} for "
-                "both keys and values"
-            )
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-AttentionInterface.register(IMPLEMENTATION, paged_attention)
+_MEANINGS: dict[str, Callable[[Any], bool]] = {
+    "sliding_window": lambda value: _is_number(value) and isinstance(value, int),
+    "softcap": _is_number,
+    "s_aux": lambda value: isinstance(value, torch.Tensor) and value.dim() == 1,
+}
+"""Options that are computed, and whether a value is one that they may have."""
+
+AttentionInterface.register(IMPLEMENTATION, interface_attention)

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from prefixd.server.engine.step import NULL_BLOCK
-from prefixd.server.model.batch import FlatBatch, Row
+from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.kernels import MIN_SHARED, RaggedRows
+from prefixd.server.model.rows import Row
 
 _ALIGNED = 32
 """Entries: sections begin at multiples of 128 bytes, which kernels may assume."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from prefixd.server.model.load import LoadedBase
+
 _FAMILIES = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -42,6 +44,12 @@ _COMMON = {
 
 class NotExact(Exception):
     """The model is not of an exact family; the message says what differs."""
+
+
+def require_plain(base: LoadedBase) -> None:
+    """Raise NotExact for attention beyond that over all positions and over what a layer caches."""
+    if beyond := base.layers.beyond_plain():
+        raise NotExact(f"{base.name} has {beyond}; expected plain attention in all layers")
 
 
 def require_exact(module: Any, name: str) -> None:

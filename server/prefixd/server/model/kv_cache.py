@@ -1,4 +1,11 @@
-"""The KV pool: one tensor for all layers, addressed by slot."""
+"""The KV pool: one tensor for all that has one shape, addressed by slot.
+
+::
+
+    planes of one tensor    | keys 0 | values 0 | keys 1 | values 1 | ...  one shape: most models
+    planes of two tensors   | latents 0 | latents 1 | ...                  DeepSeek: two widths
+                            | keys 0    | keys 1    | ...
+"""
 
 from collections.abc import Sequence
 
@@ -6,24 +13,26 @@ import numpy as np
 import torch
 
 from prefixd.server.engine.step import BlockCopy
-from prefixd.server.model.architecture import Shape
+from prefixd.server.model.layers import LayerCache, Layers
 from prefixd.server.model.transfer import on_device
 
 
 class KVCache:
     """Keys and values of all blocks. Slot ``block * block_size + offset`` holds one position.
 
-    ``pool`` is [num_layers, 2, num_blocks + 1, block_size, num_kv_heads, head_dim], keys before
-    values. Keys are stored after the rotary embedding. The last block is scratch: padding of a pass
-    writes there and no block table holds it, since the null block must stay zero.
+    A plane holds the keys or the values of one layer: [num_blocks + 1, block_size, heads, width],
+    and planes of equal shape are one tensor. Keys are stored as the model caches them: after the
+    rotary embedding. The last block is scratch: padding of a pass writes there and no block table
+    holds it, since the null block must stay zero.
 
-    All layers of a model that can be served have one shape of keys and values. A model whose layers
-    differ would have a pool for each shape here, and a place in it for each layer.
+    KV outside of the pool is [2 * num_layers, n, heads * width] for n positions, keys of layer i at
+    2i and values at 2i + 1, where all planes have one shape, and else [1, n, all widths] in that
+    order.
     """
 
     def __init__(
         self,
-        shape: Shape,
+        layers: Layers,
         *,
         num_blocks: int,
         block_size: int,
@@ -32,68 +41,102 @@ class KVCache:
     ) -> None:
         """``num_blocks`` counts the null block, and not the scratch block."""
         self.block_size = block_size
-        self.shape = shape
         self.scratch_slot = num_blocks * block_size
-        self.pool = torch.zeros(
-            (shape.num_layers, 2, num_blocks + 1, block_size, shape.num_kv_heads, shape.head_dim),
-            dtype=dtype,
-            device=device,
-        )
-        self._layers = [self.pool[layer] for layer in range(shape.num_layers)]
-        self._by_block = self.pool.view(2 * shape.num_layers, num_blocks + 1, -1)
-        self._by_slot = self.pool.view(  # [2 * num_layers, slots, num_kv_heads * head_dim]
-            2 * shape.num_layers, -1, shape.num_kv_heads * shape.head_dim
-        )
-        self._rows = [self._by_slot[row] for row in range(2 * shape.num_layers)]
-        self._by_head = [  # keys and values of each layer, [slots * num_kv_heads, head_dim]
-            (
-                self._rows[2 * layer].view(-1, shape.head_dim),
-                self._rows[2 * layer + 1].view(-1, shape.head_dim),
+        self.device = device
+        self.layers = layers
+        self._one_shape = layers.one_shape
+        counts: dict[tuple[int, int], int] = {}  # planes of each shape so far
+        places: list[tuple[tuple[int, int], int]] = []
+        for layer in layers.caches.values():
+            for shape in _plane_shapes(layer):
+                places.append((shape, counts.get(shape, 0)))
+                counts[shape] = counts.get(shape, 0) + 1
+        tensors = {
+            shape: torch.zeros(
+                (count, num_blocks + 1, block_size, *shape), dtype=dtype, device=device
             )
-            for layer in range(shape.num_layers)
+            for shape, count in counts.items()
+        }
+        self.tensors = tuple(tensors.values())
+        self._by_block = [tensor.view(len(tensor), num_blocks + 1, -1) for tensor in self.tensors]
+        self._by_slot = [
+            tensor.view(len(tensor), -1, tensor.shape[3] * tensor.shape[4])
+            for tensor in self.tensors
         ]
+        planes = [tensors[shape][place] for shape, place in places]
+        # Of each layer, keys and values: [slots, heads * width] and [slots * heads, width].
+        self._rows, self._by_head = {}, {}
+        for index, number in enumerate(layers.caches):
+            keys, values = planes[2 * index : 2 * index + 2]
+            self._rows[number] = _rows(keys), _rows(values)
+            self._by_head[number] = _by_head(keys), _by_head(values)
+        self._layers: list[torch.Tensor] = list(self.pool) if self._one_shape is not None else []
+
+    @property
+    def pool(self) -> torch.Tensor:
+        """All of it where there is one shape:
+        [num_layers, 2, num_blocks + 1, block_size, heads, width]."""
+        (tensor,) = self.tensors
+        return tensor.view(-1, 2, *tensor.shape[1:])
 
     def zero(self, blocks: Sequence[int]) -> None:
         """Zero blocks before anything can read them: a mask does not stop NaN from spreading."""
         if blocks:
-            self._by_block.index_fill_(1, self._index(blocks), 0)
+            index = self._index(blocks)
+            for tensor in self._by_block:
+                tensor.index_fill_(1, index, 0)
 
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Copy full blocks: each sequence gets its own copy of a prefix's partial last block."""
         if copies:
             source = self._index([copy.source for copy in copies])
             target = self._index([copy.target for copy in copies])
-            self._by_block.index_copy_(1, target, self._by_block.index_select(1, source))
+            for tensor in self._by_block:
+                tensor.index_copy_(1, target, tensor.index_select(1, source))
 
     def layer(self, layer: int) -> torch.Tensor:
-        """A layer's part of the pool: [2, num_blocks + 1, block_size, num_kv_heads, head_dim]."""
+        """A layer's part of a pool of one shape: [2, num_blocks + 1, block_size, heads, width]."""
         return self._layers[layer]
 
     def write(
         self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Store keys and values, each [n, num_kv_heads * head_dim], at ``slots`` [n] (int64)."""
-        self._rows[2 * layer].index_copy_(0, slots, keys)
-        self._rows[2 * layer + 1].index_copy_(0, slots, values)
+        """Store keys and values, each [n, heads * width], at ``slots`` [n] (int64)."""
+        key_rows, value_rows = self._rows[layer]
+        key_rows.index_copy_(0, slots, keys)
+        value_rows.index_copy_(0, slots, values)
 
-    def read_table(self, block_table: Sequence[int], num_tokens: int) -> torch.Tensor:
-        """KV of the first positions of a block table, in host memory, as
-        [2 * num_layers, num_tokens, num_kv_heads * head_dim]: keys of layer i at 2i and values at
-        2i + 1."""
-        return self._by_slot.index_select(1, self._slots(block_table, 0, num_tokens)).cpu()
-
-    def write_table(self, block_table: Sequence[int], start: int, kv: torch.Tensor) -> None:
-        """Store ``kv`` [2 * num_layers, n, num_kv_heads * head_dim] from position ``start`` on."""
-        slots = self._slots(block_table, start, start + kv.shape[1])
-        self._by_slot.index_copy_(1, slots, kv.to(slots.device))
+    def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of a layer's keys and values as [slots, heads * width]."""
+        return self._rows[layer]
 
     def by_head(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of a layer's keys and values as [slots * num_kv_heads, head_dim]."""
+        """Views of a layer's keys and values as [slots * heads, width]."""
         return self._by_head[layer]
+
+    def read_table(self, block_table: Sequence[int], num_tokens: int) -> torch.Tensor:
+        """KV of the first positions of a block table, in host memory."""
+        slots = self._slots(block_table, 0, num_tokens)
+        if self._one_shape is not None:
+            return self._by_slot[0].index_select(1, slots).cpu()
+        planes = [plane.index_select(0, slots) for rows in self._rows.values() for plane in rows]
+        return torch.cat(planes, -1)[None].cpu()
+
+    def write_table(self, block_table: Sequence[int], start: int, kv: torch.Tensor) -> None:
+        """Store ``kv`` of n positions from position ``start`` on."""
+        slots = self._slots(block_table, start, start + kv.shape[1])
+        kv = kv.to(slots.device)
+        if self._one_shape is not None:
+            self._by_slot[0].index_copy_(1, slots, kv)
+            return
+        planes = [plane for rows in self._rows.values() for plane in rows]
+        parts = torch.split(kv[0], [plane.shape[1] for plane in planes], dim=1)
+        for plane, part in zip(planes, parts, strict=True):
+            plane.index_copy_(0, slots, part)
 
     def largest(self) -> float:
         """The largest absolute value."""
-        return float(torch.linalg.vector_norm(self.pool, torch.inf))
+        return max(float(torch.linalg.vector_norm(each, torch.inf)) for each in self.tensors)
 
     def _slots(self, block_table: Sequence[int], start: int, end: int) -> torch.Tensor:
         """Slots of positions ``start .. end`` under a block table."""
@@ -102,4 +145,16 @@ class KVCache:
         return self._index(blocks * self.block_size + positions % self.block_size)
 
     def _index(self, values: "Sequence[int] | np.ndarray") -> torch.Tensor:
-        return on_device(values, self.pool.device)
+        return on_device(values, self.device)
+
+
+def _plane_shapes(layer: LayerCache) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (layer.num_heads, layer.key_width), (layer.num_heads, layer.value_width)
+
+
+def _rows(plane: torch.Tensor) -> torch.Tensor:
+    return plane.view(-1, plane.shape[2] * plane.shape[3])
+
+
+def _by_head(plane: torch.Tensor) -> torch.Tensor:
+    return plane.view(-1, plane.shape[3])

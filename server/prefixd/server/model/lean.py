@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from prefixd.server.model.attention import Options
 from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.decoder import Logits
 from prefixd.server.model.gathered import GatheredAttention
@@ -28,7 +29,11 @@ class LeanDecoder(TorchDecoder):
         base = parts.base
         super().__init__(base, num_blocks=num_blocks, block_size=block_size)
         self._num_ids = base.num_embeddings
-        self._eps, self._scale = parts.norm_eps, parts.attention_scale
+        self._eps = parts.norm_eps
+        self._options = [
+            Options(parts.attention_scale, layer.window, layer.chunk)
+            for layer in base.layers.attention.values()
+        ]
         # As transformers: computed in float32, rounded to the serving dtype.
         self._cosine, self._sine = (
             torch.cat([table, table], -1).to(base.device, base.dtype)
@@ -93,13 +98,8 @@ class LeanDecoder(TorchDecoder):
         half = shape.head_dim // 2
         turned = torch.cat([-rotated[..., half:], rotated[..., :half]], -1)
         rotated = rotated * cosine + turned * sine
-        attended = attention.run(
-            number,
-            rotated[:, :heads],
-            rotated[:, heads:],
-            qkv[:, heads + kv_heads :],
-            self._scale,
-        )
+        attention.write(number, rotated[:, heads:], qkv[:, heads + kv_heads :])
+        attended = attention.attend(number, rotated[:, :heads], self._options[number])
         return attended.view(len(normed), -1)
 
     def _embeddings(self, batch: FlatBatch) -> torch.Tensor:

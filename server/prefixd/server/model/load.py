@@ -21,6 +21,8 @@ from prefixd.server.model.checkpoint import read_config, read_tokenizer, read_we
 from prefixd.server.model.checkpoint_files import refuse_unreadable_files
 from prefixd.server.model.demo import MODEL_ID, demo_model
 from prefixd.server.model.heads import refuse_indivisible
+from prefixd.server.model.layers import Layers
+from prefixd.server.model.probe import probe
 from prefixd.server.model.tensors import replace_tensors, saved_places, whole
 
 log = logging.getLogger(__name__)
@@ -37,12 +39,14 @@ _SAMPLES = 4096  # elements of each weight in the fingerprint
 @dataclass(frozen=True)
 class LoadedBase:
     """The frozen base, ready to run. ``module`` is an unmodified transformers causal LM;
-    ``context`` is the most positions that a sequence may have on this server."""
+    ``context`` is the most positions that a sequence may have on this server, and ``layers`` are
+    what this process holds of them."""
 
     name: str
     module: Any
     tokenizer: Any
     shape: Shape
+    layers: Layers
     context: int
     dtype: torch.dtype
     device: torch.device
@@ -156,6 +160,7 @@ def prepare_base(
         module=module,
         tokenizer=tokenizer,
         shape=shape,
+        layers=probe(module, name=name, num_layers=shape.num_layers, context=context),
         context=context,
         dtype=DTYPES[dtype],
         device=target,

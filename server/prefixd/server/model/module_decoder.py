@@ -1,15 +1,16 @@
-"""The unmodified transformers model as a decoder: one flat row through our attention."""
+"""The transformers model as a decoder: one flat row through our attention."""
 
 from typing import Any
 
 import torch
 
-from prefixd.server.model.attention import PagedBatch, StepAttention
+from prefixd.server.model.attention import Pass, StepAttention, running
 from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.buffers import NO_STEP, StepSizes
 from prefixd.server.model.decoder import Logits
 from prefixd.server.model.gathered import GatheredAttention
 from prefixd.server.model.load import LoadedBase
+from prefixd.server.model.step_cache import StepCache
 from prefixd.server.model.torch_decoder import TorchDecoder
 from prefixd.server.model.transfer import on_device
 
@@ -24,28 +25,24 @@ class ModuleDecoder(TorchDecoder):
     ) -> None:
         """``num_blocks`` counts the null block."""
         super().__init__(base, num_blocks=num_blocks, block_size=block_size, sizes=sizes)
-        self.layers_seen = 0
         self._embed: Any = base.module.get_input_embeddings()
         self._num_ids = base.num_embeddings
 
     @torch.inference_mode()
     def forward(self, batch: FlatBatch) -> Logits:
-        """Run a pass; ``layers_seen`` is then the number of layers that ran our attention."""
+        """Run a pass: write the KV of its tokens and return the logits of its outputs."""
         self.buffers.fill(batch)
-        paged = PagedBatch(
-            attention=self._attention(batch),
-            shape=self.base.shape,
-            context=self.base.context,
-        )
+        attention = self._attention(batch)
         token_ids, positions, outputs = self._flat(batch)
-        output = self.base.module(
-            inputs_embeds=self._embeddings(token_ids, batch)[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=outputs,
-            paged_batch=paged,
-        )
-        self.layers_seen = paged.layers_seen
+        cache = StepCache(attention, self.base.layers, positions)
+        with running(Pass(attention, self.base.layers, cache, batch.rows)):
+            output = self.base.module(
+                inputs_embeds=self._embeddings(token_ids, batch)[None],
+                position_ids=positions[None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=outputs,
+            )
         # An id without an embedding could be sampled, but not be fed in afterwards.
         return Logits(output.logits[0, :, : self._num_ids])
 

@@ -13,7 +13,7 @@ from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.cpu import interface
 from prefixd.server.model.cpu.library import NativeLibrary
 from prefixd.server.model.decoder import Logits
-from prefixd.server.model.exact import NotExact
+from prefixd.server.model.exact import NotExact, require_plain
 from prefixd.server.model.parts import Dense, Layer, Linear, Parts
 
 _DTYPES = {torch.float32: interface.F32, torch.bfloat16: interface.BF16}
@@ -30,6 +30,7 @@ def refuse_native(parts: Parts, *, block_size: int) -> None:
     """Raise NotExact for a model that the native decoder does not compute."""
     base = parts.base
     require_dtype(base.dtype)
+    require_plain(base)
     if base.device.type != "cpu":
         raise NotExact(f"the device is {base.device}; expected the CPU")
     if block_size % 16:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.buffers import NO_STEP, StepSizes, StepTensors
 from prefixd.server.model.decoder import Logits
-from prefixd.server.model.exact import NotExact
+from prefixd.server.model.exact import NotExact, require_plain
 from prefixd.server.model.graphs import DecodeGraphs, Graph
 from prefixd.server.model.kernels import (
     add_rms_norm,
@@ -70,7 +70,7 @@ def hidden_states(
 ) -> torch.Tensor:
     """Write the KV of a step and return what the head reads, [outputs, width]. ``embeddings`` is
     [num_tokens, width]."""
-    eps, layers, head_dim = weights.norm_eps, weights.layers, cache.shape.head_dim
+    eps, layers, head_dim = weights.norm_eps, weights.layers, cache.pool.shape[-1]
     residual = embeddings
     normed = functional.rms_norm(embeddings, embeddings.shape[1:], layers[0].input_norm, eps)
     next_norms = [*(layer.input_norm for layer in layers[1:]), weights.final_norm]
@@ -165,6 +165,7 @@ class PagedDecoder(TorchDecoder):
 
 def require_kernels(base: LoadedBase) -> None:
     """Raise NotExact for attention that the kernels do not compute."""
+    require_plain(base)
     shape = base.shape
     try:
         require_supported(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from prefixd.server.model.attention import StepAttention
+from prefixd.server.model.attention import Options, StepAttention
 from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.buffers import NO_STEP, StepSizes, StepTensors
 from prefixd.server.model.kernels import write_kv
@@ -47,16 +47,22 @@ class KernelAttention:
     def __init__(self, cache: KVCache, step: StepTensors) -> None:
         self._cache, self._step = cache, step
 
-    def run(
-        self,
-        layer: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        """Write keys and values [num_tokens, num_kv_heads, head_dim] to the pool and attend with
-        ``queries`` [num_tokens, num_heads, head_dim]; returns the shape of ``queries``."""
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write keys and values [num_tokens, num_kv_heads, head_dim] of a layer to the pool."""
         kv = self._cache.layer(layer)
         write_kv(kv, keys.contiguous(), values.contiguous(), self._step.slots)
-        return attend_step(queries.contiguous(), kv, self._step, scale)
+
+    def attend(self, layer: int, queries: torch.Tensor, options: Options) -> torch.Tensor:
+        """Attend with ``queries`` [num_tokens, num_heads, head_dim]; returns their shape."""
+        kv = self._cache.layer(layer)
+        return attend_step(queries.contiguous(), kv, self._step, options.scale)
+
+    def cached(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Not called: such layers are refused."""
+        raise NotImplementedError(layer)
+
+    def attend_expanded(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, options: Options
+    ) -> torch.Tensor:
+        """Not called: such layers are refused."""
+        raise NotImplementedError(options)

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.memory import free_bytes
 from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.near_ties import near_ties
+from prefixd.server.model.probe import FAILURES
 from prefixd.server.model.selfcheck_texts import Compared, Part, Text, run_in_blocks
 
 TOLERANCE = (1e-4, 1e-3)
@@ -24,8 +24,6 @@ three layers, 3e-5 with the demo model's thirty)."""
 
 _ALWAYS_EAGER = 512
 """Tokens of a text whose eager attention is small for any model."""
-
-_FAILURES = (RuntimeError, TypeError, AttributeError, ValueError, LookupError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +98,7 @@ class Comparison:
                 use_cache=False,
                 logits_to_keep=torch.tensor(positions, device=device),
             ).logits[0]
-        except _FAILURES as failure:
+        except FAILURES as failure:
             raise UnsupportedModel(f"{self.base.name} cannot be run: {failure}") from failure
         finally:
             module.set_attn_implementation(IMPLEMENTATION)
@@ -154,16 +152,12 @@ class Comparison:
 
     def _run(self, texts: Sequence[Text]) -> Iterator[Compared]:
         """Run texts over KV blocks; raises UnsupportedModel when the model cannot be run so."""
-        name, layers = self.base.name, self.base.shape.num_layers
+        name = self.base.name
         num_blocks = 1 + sum(text.num_blocks(self.block_size) for text in texts)
         decoder = ModuleDecoder(self.base, num_blocks=num_blocks, block_size=self.block_size)
         try:
-            for compared in run_in_blocks(decoder, texts):
-                if decoder.layers_seen != layers:
-                    reason = _calls(self.base.module, layers, decoder.layers_seen)
-                    raise UnsupportedModel(f"{name} cannot be run over KV blocks: {reason}")
-                yield compared
-        except _FAILURES as failure:  # RuntimeError includes NotImplementedError
+            yield from run_in_blocks(decoder, texts)
+        except FAILURES as failure:
             raise UnsupportedModel(f"{name} cannot be run over KV blocks: {failure}") from failure
         self.max_abs_kv = max(self.max_abs_kv, decoder.cache.largest())
 
@@ -223,30 +217,3 @@ def _errors(logits: torch.Tensor, own: torch.Tensor) -> list[float]:
     spread = own.std(-1).clamp_min(torch.finfo(torch.float32).tiny)
     errors: list[float] = ((logits.float() - own).abs().amax(-1) / spread).tolist()
     return errors
-
-
-def _calls(module: Any, layers: int, calls: int) -> str:
-    """Why ``calls`` of attention through transformers' interface are not one for each layer."""
-    names = [type(part).__name__ for part in module.modules()]
-    kinds = dict.fromkeys(name for name in names if name.endswith("Attention"))
-    attention = list(kinds)[-1] if kinds else "its attention"
-    if calls > layers and calls % layers == 0:
-        return (
-            f"{attention} computes attention {calls // layers} times in each layer, with different "
-            "values; expected one set of keys and values for each layer"
-        )
-    if calls:
-        return f"{calls} of its {layers} layers use transformers' attention interface; expected all"
-    alibi = " with ALiBi, a bias by distance," if _has_alibi(module) else ""
-    return (
-        f"{attention} computes attention{alibi} in code of its own, which cannot read KV blocks; "
-        "expected a model that uses transformers' attention interface"
-    )
-
-
-def _has_alibi(module: Any) -> bool:
-    """Whether the config turns ALiBi on, or the model always builds it (BLOOM)."""
-    config = module.config
-    nested = getattr(config, "attn_config", None)
-    configured = [getattr(config, "alibi", False), getattr(nested, "alibi", False)]
-    return any(configured) or any(hasattr(part, "build_alibi_tensor") for part in module.modules())

@@ -24,7 +24,7 @@ class TorchDecoder:
         self.block_size = block_size
         self.device = base.device
         self.cache = KVCache(
-            base.shape,
+            base.layers,
             num_blocks=num_blocks,
             block_size=block_size,
             dtype=base.dtype,

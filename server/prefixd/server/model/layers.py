@@ -1,0 +1,88 @@
+"""What a model's layers cache and how they attend, as the probe found it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """What layer ``layer`` caches for a position: keys of ``num_heads`` heads of ``key_width``, and
+    as many values of ``value_width``. In a process of several, those that it holds."""
+
+    layer: int
+    num_heads: int
+    key_width: int
+    value_width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Heads, width of keys, width of values."""
+        return self.num_heads, self.key_width, self.value_width
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """How layer ``layer`` attends: over what layer ``cache`` caches, ``direct`` or after the model
+    computed keys and values from it. ``heads`` is the number of query heads and ``calls`` how often
+    it attends in a pass.
+
+    A ``window`` of W lets a position see itself and the W - 1 before it; a ``chunk`` of C lets it
+    see those from the last multiple of C on. None: all. ``softcap`` bounds scores to its absolute
+    value (None: no bound). With ``sinks`` a learned score for each head joins the softmax, with
+    ``alibi`` a slope for each head times the position is added to scores.
+    """
+
+    layer: int
+    cache: int
+    direct: bool
+    heads: int
+    scale: float
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    alibi: bool = False
+    calls: int = 1
+
+    def options(self) -> list[str]:
+        """What plain attention does not have, for people."""
+        named = {
+            f"a sliding window of {self.window} tokens": self.window is not None,
+            f"chunks of {self.chunk} tokens": self.chunk is not None,
+            f"a soft cap of {self.softcap}": self.softcap is not None,
+            "sinks": self.sinks,
+            "alibi": self.alibi,
+            "keys and values that are computed from what is cached": not self.direct,
+        }
+        return [name for name, is_used in named.items() if is_used]
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The layers of a model that cache keys and values, and those that attend, by index."""
+
+    caches: Mapping[int, LayerCache]
+    attention: Mapping[int, LayerAttention]
+
+    @property
+    def one_shape(self) -> LayerCache | None:
+        """The first layer's, where all cache the same and keys as wide as values, else None."""
+        first, *others = self.caches.values()
+        equal = all(other.shape == first.shape for other in others)
+        return first if equal and first.key_width == first.value_width else None
+
+    @property
+    def calls(self) -> int:
+        """How often a pass attends."""
+        return sum(layer.calls for layer in self.attention.values())
+
+    def beyond_plain(self) -> str | None:
+        """What the first layer that is not plain has or caches, for people; None: all are plain."""
+        for layer in self.attention.values():
+            if options := layer.options():
+                return f"{' and '.join(options)} in layer {layer.layer}"
+            if layer.cache != layer.layer:
+                return f"the keys and values of layer {layer.cache} in layer {layer.layer}"
+        if self.one_shape is None:
+            return "keys and values whose sizes differ"
+        return None

@@ -1,0 +1,182 @@
+"""Find what a model's layers cache and how they attend, by one pass of a few tokens.
+
+A config does not tell it: DeepSeek caches latents of two widths, Gemma 4 has layers of several
+sizes and some that attend over what an earlier one cached, DiffLlama attends twice in each layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from prefixd.server.model.architecture import UnsupportedModel
+from prefixd.server.model.attention import Options, running
+from prefixd.server.model.layers import LayerAttention, LayerCache, Layers
+from prefixd.server.model.rows import Row
+
+_TOKENS = 4
+
+FAILURES = (RuntimeError, TypeError, AttributeError, ValueError, LookupError)
+"""What models raise that cannot be run; RuntimeError includes NotImplementedError."""
+
+
+@torch.no_grad()
+def probe(module: Any, *, name: str, num_layers: int, context: int) -> Layers:
+    """The layers of a transformers causal LM that uses our attention. Windows and chunks of at
+    least ``context`` positions are none.
+
+    Raises UnsupportedModel for a layer that neither caches nor attends as others do.
+    """
+    device = module.get_input_embeddings().weight.device
+    count = min(_TOKENS, context)
+    recorder = Recorder([Row(0, 0, count, ())])
+    token_ids = torch.zeros(1, count, dtype=torch.long, device=device)
+    try:
+        with running(recorder):
+            module(
+                inputs_embeds=module.get_input_embeddings()(token_ids),
+                position_ids=torch.arange(count, device=device)[None],
+                past_key_values=recorder.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+    except FAILURES as failure:
+        raise UnsupportedModel(f"{name} cannot be run over KV blocks: {failure}") from failure
+    caches = {
+        layer: LayerCache(layer, key.shape[1], key.shape[3], value.shape[3])
+        for layer, (key, value) in sorted(recorder.cache.states.items())
+    }
+    attention = {
+        layer: _described(layer, calls, caches, context)
+        for layer, calls in sorted(recorder.calls.items())
+    }
+    if len(attention) != num_layers:
+        raise UnsupportedModel(
+            f"{name} cannot be run over KV blocks: {_lacking(module, num_layers, len(attention))}"
+        )
+    return Layers(caches, attention)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of attention. ``cache``: the layer whose cached keys and values it was given as they
+    are, if any."""
+
+    attention: str
+    heads: int
+    cache: int | None
+    options: Options
+
+
+class _RecordedCache(Cache):  # type: ignore[misc]  # of transformers, which has no types
+    """Keeps what layers cache, and returns it as if nothing had been cached before."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.states[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - of transformers
+        return 0
+
+
+@dataclass(slots=True)
+class Recorder:
+    """A pass that records the calls of attention by layer, and answers with zeros."""
+
+    rows: Sequence[Row]
+    cache: _RecordedCache = field(default_factory=_RecordedCache)
+    calls: dict[int, list[_Call]] = field(default_factory=dict)
+
+    def attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: Options,
+    ) -> torch.Tensor:
+        """Record a call; shapes as of the function ``attend``."""
+        given = [
+            layer
+            for layer, (cached_key, cached_value) in self.cache.states.items()
+            if _same(key, cached_key) and _same(value, cached_value)
+        ]
+        kind = type(module).__name__
+        call = _Call(kind, query.shape[1], given[0] if given else None, options)
+        self.calls.setdefault(module.layer_idx, []).append(call)
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same memory in the same shape."""
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )
+
+
+def _described(
+    layer: int, calls: list[_Call], caches: dict[int, LayerCache], context: int
+) -> LayerAttention:
+    first = calls[0]
+    cache = layer if first.cache is None else first.cache
+    if cache not in caches:
+        raise UnsupportedModel(
+            f"{first.attention} of layer {layer} attends over keys and values that are not cached"
+        )
+    options = first.options
+    return LayerAttention(
+        layer=layer,
+        cache=cache,
+        direct=all(call.cache == cache for call in calls),
+        heads=first.heads,
+        scale=options.scale,
+        window=_effective(options.window, context),
+        chunk=_effective(options.chunk, context),
+        softcap=options.softcap,
+        sinks=options.sinks is not None,
+        alibi=options.alibi is not None,
+        calls=len(calls),
+    )
+
+
+def _effective(length: int | None, context: int) -> int | None:
+    """A window or chunk that hides positions from some token."""
+    return None if length is None or length >= context else length
+
+
+def _lacking(module: Any, layers: int, attending: int) -> str:
+    """Why fewer layers than all attend through transformers' interface."""
+    if attending:
+        attends = f"{attending} of its {layers} layers use transformers' attention interface"
+        return f"{attends}; expected all"
+    names = [type(part).__name__ for part in module.modules()]
+    kinds = dict.fromkeys(name for name in names if name.endswith("Attention"))
+    attention = list(kinds)[-1] if kinds else "its attention"
+    alibi = " with ALiBi, a bias by distance," if _has_alibi(module) else ""
+    return (
+        f"{attention} computes attention{alibi} in code of its own, which cannot read KV blocks; "
+        "expected a model that uses transformers' attention interface"
+    )
+
+
+def _has_alibi(module: Any) -> bool:
+    """Whether the config turns ALiBi on, or the model always builds it (BLOOM)."""
+    config = module.config
+    nested = getattr(config, "attn_config", None)
+    configured = [getattr(config, "alibi", False), getattr(nested, "alibi", False)]
+    return any(configured) or any(hasattr(part, "build_alibi_tensor") for part in module.modules())

@@ -1,0 +1,22 @@
+"""The parts of a pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Row:
+    """The part of a pass that belongs to one sequence or compiling prefix: ``length`` positions
+    from ``start``, at ``offset`` in the flat tokens. The first ``num_prefix_tokens`` positions are
+    those of a prefix, which other rows may have too."""
+
+    offset: int
+    start: int
+    length: int
+    block_table: Sequence[int]
+    num_prefix_tokens: int = 0
+
+    @property
+    def end(self) -> int:
+        """Positions in the pool after this pass; the last token sees all of them."""
+        return self.start + self.length
