@@ -44,6 +44,7 @@ def lay_out(
                 chunk.length,
                 chunk.block_table,
                 chunk.num_prefix_tokens,
+                chunk.gated,
             )
         )
         offset = len(batch.token_ids)

@@ -18,6 +18,7 @@ class SoftPrompt:
     """``embeddings`` [num_tokens, embedding_width] take the place of word embeddings."""
 
     embeddings: torch.Tensor
+    gated_from = None
 
     @property
     def num_tokens(self) -> int:
@@ -30,6 +31,7 @@ class HardPrompt:
     """Token ids, run like any other tokens."""
 
     token_ids: tuple[int, ...]
+    gated_from = None
 
     @property
     def num_tokens(self) -> int:
@@ -40,9 +42,12 @@ class HardPrompt:
 @dataclass(frozen=True)
 class KVPrefix:
     """``kv`` [2 * num_layers, num_tokens, num_kv_heads * head_dim]: keys of layer i at 2i and
-    values at 2i + 1, as the pool stores them (keys after the rotary embedding)."""
+    values at 2i + 1, as the pool stores them (keys after the rotary embedding).
+
+    With ``gated_from`` it is a gated prefix that returns from the host tier."""
 
     kv: torch.Tensor
+    gated_from: int | None = None
 
     @property
     def num_tokens(self) -> int:

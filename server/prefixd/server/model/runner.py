@@ -71,7 +71,7 @@ def write_pool(
     """Do what a step asks of the pool before its pass: saves, zeroed blocks, copies and KV
     prefixes. Returns the saved prefixes and the compiles that need the pass."""
     saved: dict[PrefixKey, StagedPrefix] = {
-        save.key: KVPrefix(decoder.read_kv(save.block_table, save.num_tokens))
+        save.key: KVPrefix(decoder.read_kv(save.block_table, save.num_tokens), save.gated_from)
         for save in step.saves
     }
     decoder.zero(step.fresh)
