@@ -370,7 +370,12 @@ def serve(
         runner = DeviceRunner(decoder, max_rows=config.get("max_running", 64))
     served = Served(base, engine=None, runner=runner)  # type: ignore[arg-type]  # set below
     served.engine = Engine(
-        config=SchedulerConfig(num_blocks=num_blocks, block_size=block_size, **config),
+        config=SchedulerConfig(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            state_blocks=decoder.state_blocks,
+            **config,
+        ),
         runner=runner,
         source=served,
         detokenizer=EmptyDetokenizer,

@@ -30,7 +30,6 @@ GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
         (transformers.MistralConfig(sliding_window=128), "mistral.*sliding window of 128"),
         (transformers.Gemma2Config(num_hidden_layers=2), "gemma2.*sliding_attention"),
         (transformers.Gemma3TextConfig(num_hidden_layers=2), "gemma3_text.*sliding_attention"),
-        (transformers.MambaConfig(num_hidden_layers=2), "mamba.*linear_attention"),
         (transformers.GPT2Config(add_cross_attention=True), "gpt2.*cross-attention"),
         (
             transformers.LlamaConfig(

@@ -14,6 +14,10 @@ class UnsupportedModel(Exception):
     """The model cannot be served correctly; the message names the reason."""
 
 
+FAILURES = (RuntimeError, TypeError, AttributeError, ValueError, LookupError)
+"""What models raise that cannot be run; RuntimeError includes NotImplementedError."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Sizes of a decoder, read from its config."""
@@ -29,6 +33,9 @@ class Shape:
 
 _POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
 """Config keys that hold the number of positions: of most models, of MPT, of BLOOM."""
+
+_WITH_STATES = {"linear_attention", "conv", "hybrid", "mamba", "moe", "mlp"}
+"""Kinds of layers that keep a state, and those of models with such layers that keep nothing."""
 
 _NOUNS = {"sliding_attention": "sliding window", "chunked_attention": "chunk"}
 
@@ -83,7 +90,7 @@ def _refuse_layers(name: str, text: Any, context: int) -> None:
     kinds = getattr(text, "layer_types", None)
     if kinds is None and windows["sliding_attention"] and getattr(text, "use_sliding_window", True):
         kinds = ["sliding_attention"]
-    unsupported = sorted(set(kinds or ()) - {"full_attention"} - ineffective)
+    unsupported = sorted(set(kinds or ()) - {"full_attention"} - _WITH_STATES - ineffective)
     if unsupported:
         described = [
             f"{kind} (a {_NOUNS[kind]} of {windows[kind]} tokens in a context of {context})"
@@ -114,7 +121,7 @@ def shape_of(config: Any, *, embedding_width: int, context: int) -> Shape:
     """
     text = config.get_text_config(decoder=True)
     try:
-        heads = int(text.num_attention_heads)
+        heads = int(getattr(text, "num_attention_heads", None) or text.num_heads)
         shape = Shape(
             num_layers=int(text.num_hidden_layers),
             num_heads=heads,

@@ -71,6 +71,8 @@ class CurrentPass(Protocol):
     rows: Sequence[Row]
     cache: Any
     """Given to the model as ``past_key_values``."""
+    states: Any
+    """Runs mixers (``PassStates``)."""
 
     def attend(
         self,
@@ -87,12 +89,13 @@ class CurrentPass(Protocol):
 @dataclass(slots=True)
 class Pass:
     """One pass of a model whose layers are known. ``context`` is the most positions of a sequence.
-    ``calls`` counts how often it attended."""
+    ``calls`` counts how often it attended. ``states`` runs mixers, if the model has any."""
 
     attention: StepAttention
     layers: Layers
     cache: Any
     rows: Sequence[Row] = ()
+    states: Any = None
     calls: int = field(default=0, init=False)
 
     def attend(

@@ -44,7 +44,7 @@ def lay_out(
                 chunk.length,
                 chunk.block_table,
                 chunk.num_prefix_tokens,
-                chunk.gated,
+                chunk.side_blocks,
             )
         )
         offset = len(batch.token_ids)
@@ -63,7 +63,9 @@ def lay_out(
             batch.outputs += range(num_before, len(batch.token_ids))
     for part in compiles:
         offset, length = len(batch.token_ids), part.stop - part.start
-        batch.rows.append(Row(offset, part.start, length, part.block_table))
+        batch.rows.append(
+            Row(offset, part.start, length, part.block_table, side_blocks=part.side_blocks)
+        )
         if isinstance(part.payload, HardPrompt):
             batch.token_ids += part.payload.token_ids[part.start : part.stop]
         else:

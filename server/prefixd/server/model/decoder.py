@@ -33,6 +33,8 @@ class Decoder(Protocol):
     """Which decoder it is, for people: ``module``, ``torch``, or the set of kernels."""
     block_size: int
     device: torch.device
+    state_blocks: int
+    """Side blocks of a sequence that hold its state; 0 where all layers have KV."""
 
     def forward(self, batch: FlatBatch) -> Logits:
         """Run a pass: write the KV of its tokens and return the logits of its outputs."""

@@ -54,7 +54,7 @@ def check_decoder(decoder: Decoder, evidence: Evidence, *, num_blocks: int) -> N
     fitting = [
         (text, truth)
         for text, truth in zip(evidence.texts, evidence.truths, strict=True)
-        if text.num_blocks(decoder.block_size) < num_blocks
+        if text.num_blocks(decoder.block_size, decoder.state_blocks) < num_blocks
     ]
     groups = [[pair] for pair in fitting]
     if len(fitting) > 1 and _num_blocks([t for t, _ in fitting], decoder) < num_blocks:
@@ -88,7 +88,7 @@ def _run(decoder: Decoder, group: list[tuple[Text, Truth]]) -> list[tuple[int, i
 
 
 def _num_blocks(texts: Sequence[Text], decoder: Decoder) -> int:
-    return sum(text.num_blocks(decoder.block_size) for text in texts)
+    return sum(text.num_blocks(decoder.block_size, decoder.state_blocks) for text in texts)
 
 
 def _follows_tie(truth: Truth, position: int) -> bool:

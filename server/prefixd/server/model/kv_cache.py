@@ -7,14 +7,25 @@
                             | keys 0    | keys 1    | ...
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 import torch
 
 from prefixd.server.engine.step import BlockCopy
+from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.layers import LayerCache, Layers
+from prefixd.server.model.state_pool import StatePool
+from prefixd.server.model.states import ALIGNED, WITHOUT_KV, StateLayout
 from prefixd.server.model.transfer import on_device
+
+_LINE = 64
+"""Bytes of a cache line."""
+
+_STATES = 0, 0
+"""In place of the shape of a plane, where no layer has KV."""
 
 
 class KVCache:
@@ -57,12 +68,22 @@ class KVCache:
             )
             for shape, count in counts.items()
         }
+        self.state_layout = state_layout(layers, block_size=block_size, dtype=dtype)
+        if self.state_layout is not None and not tensors:
+            cell = self.state_layout.cell_bytes
+            tensors[_STATES] = torch.zeros(
+                (1, num_blocks + 1, 1, 1, cell), dtype=torch.uint8, device=device
+            )
         self.tensors = tuple(tensors.values())
         self._by_block = [tensor.view(len(tensor), num_blocks + 1, -1) for tensor in self.tensors]
         self._by_slot = [
             tensor.view(len(tensor), -1, tensor.shape[3] * tensor.shape[4])
             for tensor in self.tensors
         ]
+        self.states = None
+        if self.state_layout is not None:
+            shape = max(counts, key=lambda each: counts[each] * prod(each), default=_STATES)
+            self.states = StatePool(self.state_layout, tensors[shape])
         planes = [tensors[shape][place] for shape, place in places]
         # Of each layer, keys and values: [slots, heads * width] and [slots * heads, width].
         self._rows, self._by_head = {}, {}
@@ -117,6 +138,8 @@ class KVCache:
     def read_table(self, block_table: Sequence[int], num_tokens: int) -> torch.Tensor:
         """KV of the first positions of a block table, in host memory."""
         slots = self._slots(block_table, 0, num_tokens)
+        if not self._rows:
+            return torch.empty(0, num_tokens, 0)
         if self._one_shape is not None:
             return self._by_slot[0].index_select(1, slots).cpu()
         planes = [plane.index_select(0, slots) for rows in self._rows.values() for plane in rows]
@@ -124,6 +147,8 @@ class KVCache:
 
     def write_table(self, block_table: Sequence[int], start: int, kv: torch.Tensor) -> None:
         """Store ``kv`` of n positions from position ``start`` on."""
+        if not self._rows:
+            return
         slots = self._slots(block_table, start, start + kv.shape[1])
         kv = kv.to(slots.device)
         if self._one_shape is not None:
@@ -134,8 +159,21 @@ class KVCache:
         for plane, part in zip(planes, parts, strict=True):
             plane.index_copy_(0, slots, part)
 
+    def read_blocks(self, blocks: Sequence[int]) -> list[torch.Tensor]:
+        """Whole blocks in host memory, for ``write_blocks``."""
+        index = self._index(blocks)
+        return [tensor.index_select(1, index).cpu() for tensor in self._by_block]
+
+    def write_blocks(self, blocks: Sequence[int], content: Sequence[torch.Tensor]) -> None:
+        """Store whole blocks."""
+        index = self._index(blocks)
+        for tensor, values in zip(self._by_block, content, strict=True):
+            tensor.index_copy_(1, index, values.to(self.device))
+
     def largest(self) -> float:
-        """The largest absolute value."""
+        """The largest absolute value; 0 where blocks may hold states, which are bytes."""
+        if self.states is not None:
+            return 0.0
         return max(float(torch.linalg.vector_norm(each, torch.inf)) for each in self.tensors)
 
     def _slots(self, block_table: Sequence[int], start: int, end: int) -> torch.Tensor:
@@ -146,6 +184,29 @@ class KVCache:
 
     def _index(self, values: "Sequence[int] | np.ndarray") -> torch.Tensor:
         return on_device(values, self.device)
+
+
+def state_layout(layers: Layers, *, block_size: int, dtype: torch.dtype) -> StateLayout | None:
+    """Where the states of a sequence lie in the planes of one shape, that which has the most
+    memory; None: no layer has a state.
+
+    Raises UnsupportedModel for blocks that cannot hold numbers of 8 bytes.
+    """
+    if not layers.states:
+        return None
+    counts = Counter(shape for layer in layers.caches.values() for shape in _plane_shapes(layer))
+    if not counts:
+        size = sum(mixer.num_bytes(dtype) for mixer in layers.states)
+        cell = -(-size // (_LINE * WITHOUT_KV)) * _LINE
+        return StateLayout(layers.states, dtype, cell, cells_per_block=1)
+    shape, planes = max(counts.items(), key=lambda each: each[1] * prod(each[0]))
+    cell = block_size * prod(shape) * dtype.itemsize
+    if cell % ALIGNED:
+        raise UnsupportedModel(
+            f"a block of {block_size} positions has {cell} bytes of keys in a layer, where states "
+            f"are kept; expected a multiple of {ALIGNED}"
+        )
+    return StateLayout(layers.states, dtype, cell, planes)
 
 
 def _plane_shapes(layer: LayerCache) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -1,7 +1,9 @@
 """What a model's layers cache and how they attend, as the probe found it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from prefixd.server.model.states import MixerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +61,18 @@ class LayerAttention:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """The layers of a model that cache keys and values, and those that attend, by index."""
+    """The layers of a model that cache keys and values, and those that attend, by index; and the
+    states of its mixers."""
 
     caches: Mapping[int, LayerCache]
     attention: Mapping[int, LayerAttention]
+    states: Sequence[MixerState] = ()
 
     @property
     def one_shape(self) -> LayerCache | None:
         """The first layer's, where all cache the same and keys as wide as values, else None."""
+        if not self.caches:
+            return None
         first, *others = self.caches.values()
         equal = all(other.shape == first.shape for other in others)
         return first if equal and first.key_width == first.value_width else None
@@ -78,6 +84,8 @@ class Layers:
 
     def beyond_plain(self) -> str | None:
         """What the first layer that is not plain has or caches, for people; None: all are plain."""
+        if self.states:
+            return f"the states of {self.states[0].kind}"
         for layer in self.attention.values():
             if options := layer.options():
                 return f"{' and '.join(options)} in layer {layer.layer}"

@@ -10,7 +10,8 @@ from prefixd.server.model.buffers import NO_STEP, StepSizes
 from prefixd.server.model.decoder import Logits
 from prefixd.server.model.gathered import GatheredAttention
 from prefixd.server.model.load import LoadedBase
-from prefixd.server.model.step_cache import StepCache
+from prefixd.server.model.state_pool import PassStates
+from prefixd.server.model.step_cache import StepCache, cache_argument, cache_of
 from prefixd.server.model.torch_decoder import TorchDecoder
 from prefixd.server.model.transfer import on_device
 
@@ -27,6 +28,8 @@ class ModuleDecoder(TorchDecoder):
         super().__init__(base, num_blocks=num_blocks, block_size=block_size, sizes=sizes)
         self._embed: Any = base.module.get_input_embeddings()
         self._num_ids = base.num_embeddings
+        self._cache_type = cache_of(base.module, StepCache)
+        self._cache_argument = cache_argument(base.module)
 
     @torch.inference_mode()
     def forward(self, batch: FlatBatch) -> Logits:
@@ -34,14 +37,16 @@ class ModuleDecoder(TorchDecoder):
         self.buffers.fill(batch)
         attention = self._attention(batch)
         token_ids, positions, outputs = self._flat(batch)
-        cache = StepCache(attention, self.base.layers, positions)
-        with running(Pass(attention, self.base.layers, cache, batch.rows)):
+        cache = self._cache_type(attention, self.base.layers, positions)
+        pool = self.cache.states
+        states = None if pool is None else PassStates(pool, batch.rows)
+        with running(Pass(attention, self.base.layers, cache, batch.rows, states)):
             output = self.base.module(
                 inputs_embeds=self._embeddings(token_ids, batch)[None],
                 position_ids=positions[None],
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=outputs,
+                **{self._cache_argument: cache},
             )
         # An id without an embedding could be sampled, but not be fed in afterwards.
         return Logits(output.logits[0, :, : self._num_ids])

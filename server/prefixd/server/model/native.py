@@ -49,6 +49,8 @@ class NativeDecoder:
     """Runs a model of an exact family. The weights are taken from the module, which cannot be run
     afterwards."""
 
+    state_blocks = 0
+
     def __init__(
         self,
         parts: Parts,

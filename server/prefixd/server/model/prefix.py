@@ -1,6 +1,6 @@
 """Prefixes in host memory: an artifact in the serving dtype, ready to compile to KV."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ class SoftPrompt:
     """``embeddings`` [num_tokens, embedding_width] take the place of word embeddings."""
 
     embeddings: torch.Tensor
-    gated_from = None
 
     @property
     def num_tokens(self) -> int:
@@ -31,7 +30,6 @@ class HardPrompt:
     """Token ids, run like any other tokens."""
 
     token_ids: tuple[int, ...]
-    gated_from = None
 
     @property
     def num_tokens(self) -> int:
@@ -44,10 +42,11 @@ class KVPrefix:
     """``kv`` [2 * num_layers, num_tokens, num_kv_heads * head_dim]: keys of layer i at 2i and
     values at 2i + 1, as the pool stores them (keys after the rotary embedding).
 
-    With ``gated_from`` it is a gated prefix that returns from the host tier."""
+    Of a model whose layers differ, as ``KVCache`` has it. ``side`` is the content of its side
+    blocks, where the prefix was compiled before."""
 
     kv: torch.Tensor
-    gated_from: int | None = None
+    side: Sequence[torch.Tensor] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from prefixd.server.model.architecture import UnsupportedModel
+from prefixd.server.model.architecture import FAILURES, UnsupportedModel
 from prefixd.server.model.attention import Options, running
 from prefixd.server.model.layers import LayerAttention, LayerCache, Layers
+from prefixd.server.model.mixers import MixerRecord, wrap_mixers
 from prefixd.server.model.rows import Row
+from prefixd.server.model.step_cache import cache_argument, cache_of
 
 _TOKENS = 4
-
-FAILURES = (RuntimeError, TypeError, AttributeError, ValueError, LookupError)
-"""What models raise that cannot be run; RuntimeError includes NotImplementedError."""
 
 
 @torch.no_grad()
@@ -31,16 +30,17 @@ def probe(module: Any, *, name: str, num_layers: int, context: int) -> Layers:
     """
     device = module.get_input_embeddings().weight.device
     count = min(_TOKENS, context)
-    recorder = Recorder([Row(0, 0, count, ())])
+    mixers = MixerRecord()
+    recorder = Recorder([Row(0, 0, count, ())], cache_of(module, _RecordedCache)(mixers))
     token_ids = torch.zeros(1, count, dtype=torch.long, device=device)
     try:
-        with running(recorder):
+        with running(recorder), mixers.watch(module):
             module(
                 inputs_embeds=module.get_input_embeddings()(token_ids),
                 position_ids=torch.arange(count, device=device)[None],
-                past_key_values=recorder.cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{cache_argument(module): recorder.cache},
             )
     except FAILURES as failure:
         raise UnsupportedModel(f"{name} cannot be run over KV blocks: {failure}") from failure
@@ -52,11 +52,13 @@ def probe(module: Any, *, name: str, num_layers: int, context: int) -> Layers:
         layer: _described(layer, calls, caches, context)
         for layer, calls in sorted(recorder.calls.items())
     }
-    if len(attention) != num_layers:
+    states = wrap_mixers(mixers, dtype=module.get_input_embeddings().weight.dtype)
+    # A model with mixers may have layers that neither attend nor keep a state (Nemotron-H).
+    if len(attention) != num_layers and not states:
         raise UnsupportedModel(
             f"{name} cannot be run over KV blocks: {_lacking(module, num_layers, len(attention))}"
         )
-    return Layers(caches, attention)
+    return Layers(caches, attention, states)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,9 @@ class _Call:
 class _RecordedCache(Cache):  # type: ignore[misc]  # of transformers, which has no types
     """Keeps what layers cache, and returns it as if nothing had been cached before."""
 
-    def __init__(self) -> None:
-        super().__init__(layers=[])
+    def __init__(self, mixers: MixerRecord) -> None:
+        Cache.__init__(self, layers=mixers)
+        self._mixers = mixers
         self.states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(
@@ -91,13 +94,20 @@ class _RecordedCache(Cache):  # type: ignore[misc]  # of transformers, which has
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - of transformers
         return 0
 
+    def get_linear_cache(self, layer_idx: int) -> None:
+        """None: nothing was cached before."""
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
+        self._mixers.cache().set_linear_cache(layer_idx, linear_cache)
+
 
 @dataclass(slots=True)
 class Recorder:
     """A pass that records the calls of attention by layer, and answers with zeros."""
 
     rows: Sequence[Row]
-    cache: _RecordedCache = field(default_factory=_RecordedCache)
+    cache: _RecordedCache
+    states: None = None
     calls: dict[int, list[_Call]] = field(default_factory=dict)
 
     def attend(

@@ -3,22 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefixd.server.engine.step import GatedRows
-
 
 @dataclass(slots=True)
 class Row:
     """The part of a pass that belongs to one sequence or compiling prefix: ``length`` positions
     from ``start``, at ``offset`` in the flat tokens. The first ``num_prefix_tokens`` positions are
-    those of a prefix, which other rows may have too. Their tokens attend to the
-    rows of ``gated`` too."""
+    those of a prefix, which other rows may have too. ``side_blocks`` hold its state, if any."""
 
     offset: int
     start: int
     length: int
     block_table: Sequence[int]
     num_prefix_tokens: int = 0
-    gated: GatedRows | None = None
+    side_blocks: Sequence[int] = ()
 
     @property
     def end(self) -> int:

@@ -15,6 +15,7 @@ from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.prefix import KVPrefix
 from prefixd.server.model.sampler import sample
 from prefixd.server.model.thread_control import ThreadControl
+from prefixd.server.model.torch_decoder import TorchDecoder
 
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -71,7 +72,10 @@ def write_pool(
     """Do what a step asks of the pool before its pass: saves, zeroed blocks, copies and KV
     prefixes. Returns the saved prefixes and the compiles that need the pass."""
     saved: dict[PrefixKey, StagedPrefix] = {
-        save.key: KVPrefix(decoder.read_kv(save.block_table, save.num_tokens), save.gated_from)
+        save.key: KVPrefix(
+            decoder.read_kv(save.block_table, save.num_tokens),
+            _with_states(decoder).cache.read_blocks(save.side_blocks) if save.side_blocks else (),
+        )
         for save in step.saves
     }
     decoder.zero(step.fresh)
@@ -81,9 +85,17 @@ def write_pool(
         if isinstance(part.payload, KVPrefix):
             kv = part.payload.kv[:, part.start : part.stop]
             decoder.write_kv(part.block_table, part.start, kv)
+            if part.payload.side:
+                states = part.payload.side
+                _with_states(decoder).cache.write_blocks(part.side_blocks, states)
         else:
             forwarded.append(part)
     return saved, forwarded
+
+
+def _with_states(decoder: Decoder) -> TorchDecoder:
+    assert isinstance(decoder, TorchDecoder), f"{decoder.name} keeps no states"
+    return decoder
 
 
 @contextmanager

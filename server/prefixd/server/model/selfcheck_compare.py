@@ -6,14 +6,14 @@ from functools import cached_property
 
 import torch
 
-from prefixd.server.model.architecture import UnsupportedModel
+from prefixd.server.model.architecture import FAILURES, UnsupportedModel
 from prefixd.server.model.attention import IMPLEMENTATION
 from prefixd.server.model.decoder import Decoder
+from prefixd.server.model.kv_cache import state_layout
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.memory import free_bytes
 from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.near_ties import near_ties
-from prefixd.server.model.probe import FAILURES
 from prefixd.server.model.selfcheck_texts import Compared, Part, Text, run_in_blocks
 
 TOLERANCE = (1e-4, 1e-3)
@@ -153,7 +153,10 @@ class Comparison:
     def _run(self, texts: Sequence[Text]) -> Iterator[Compared]:
         """Run texts over KV blocks; raises UnsupportedModel when the model cannot be run so."""
         name = self.base.name
-        num_blocks = 1 + sum(text.num_blocks(self.block_size) for text in texts)
+        base, size = self.base, self.block_size
+        layout = state_layout(base.layers, block_size=size, dtype=base.dtype)
+        state_blocks = 0 if layout is None else layout.num_blocks
+        num_blocks = 1 + sum(text.num_blocks(size, state_blocks) for text in texts)
         decoder = ModuleDecoder(self.base, num_blocks=num_blocks, block_size=self.block_size)
         try:
             yield from run_in_blocks(decoder, texts)

@@ -47,10 +47,11 @@ class Text:
         spread = range(0, length, max(1, length // _COMPARED))
         return sorted(position for position in near | set(spread) if 0 <= position < length)
 
-    def num_blocks(self, block_size: int) -> int:
-        """KV blocks that the prefix and the sequences need."""
+    def num_blocks(self, block_size: int, state_blocks: int) -> int:
+        """Blocks that the prefix and the sequences need, each with ``state_blocks`` for a state."""
         own = -(-len(self.tokens) // block_size) - self.prefix // block_size
-        return -(-self.prefix // block_size) + self.copies * own
+        states = state_blocks * (self.copies + (self.prefix > 0))
+        return -(-self.prefix // block_size) + self.copies * own + states
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ def _tokens(length: int, vocab_size: int, generator: torch.Generator) -> tuple[i
 
 def run_in_blocks(decoder: Decoder, texts: Sequence[Text]) -> Iterator[Compared]:
     """Run all passes on an unused pool; yields the logits at every compared position."""
-    placed = _place(texts, decoder.block_size)
+    placed = _place(texts, decoder.block_size, decoder.state_blocks)
     for number in range(max(len(text.ends) for text in texts)):
         compared = _run_pass(decoder, placed, number)
         if compared is not None:
@@ -112,21 +113,27 @@ def run_in_blocks(decoder: Decoder, texts: Sequence[Text]) -> Iterator[Compared]
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """A text, the blocks of its prefix, and the block table of each of its sequences."""
+    """A text, the blocks of its prefix, and the block table of each of its sequences; ``side``
+    and ``sides`` are the blocks of their states."""
 
     text: Text
     shared: list[int]
     tables: list[list[int]]
+    side: list[int]
+    sides: list[list[int]]
 
     def copies(self, block_size: int) -> list[BlockCopy]:
-        """Copies of the prefix's partial block, one for each sequence."""
+        """Copies of the prefix's partial block and of its state, for each sequence."""
         full = self.text.prefix // block_size
-        if full == len(self.shared):
-            return []
-        return [BlockCopy(self.shared[-1], table[full]) for table in self.tables]
+        copies = [
+            BlockCopy(*pair) for own in self.sides for pair in zip(self.side, own, strict=False)
+        ]
+        if full < len(self.shared):
+            copies += [BlockCopy(self.shared[-1], table[full]) for table in self.tables]
+        return copies
 
 
-def _place(texts: Sequence[Text], block_size: int) -> list[_Placed]:
+def _place(texts: Sequence[Text], block_size: int, state_blocks: int) -> list[_Placed]:
     """Assign blocks, from block 1."""
     free = itertools.count(1)
     placed = []
@@ -135,7 +142,9 @@ def _place(texts: Sequence[Text], block_size: int) -> list[_Placed]:
         full = shared[: text.prefix // block_size]
         own = -(-len(text.tokens) // block_size) - len(full)
         tables = [[*full, *itertools.islice(free, own)] for _ in range(text.copies)]
-        placed.append(_Placed(text, shared, tables))
+        side = list(itertools.islice(free, state_blocks if text.prefix else 0))
+        sides = [list(itertools.islice(free, state_blocks)) for _ in range(text.copies)]
+        placed.append(_Placed(text, shared, tables, side, sides))
     return placed
 
 
@@ -149,12 +158,16 @@ def _run_pass(decoder: Decoder, placed: list[_Placed], number: int) -> Compared 
             continue
         if stop <= text.prefix:
             key, payload = PrefixKey("", str(index)), HardPrompt(text.tokens[: text.prefix])
-            compiles.append((index, CompileChunk(key, payload, start, stop, place.shared)))
+            compiled = CompileChunk(key, payload, start, stop, place.shared, place.side)
+            compiles.append((index, compiled))
             continue
         if start == text.prefix:
             decoder.copy(place.copies(decoder.block_size))
         tokens = text.tokens[start:stop]
-        chunks += [(index, Chunk(0, tokens, start, table)) for table in place.tables]
+        chunks += [
+            (index, Chunk(0, tokens, start, table, side_blocks=side))
+            for table, side in zip(place.tables, place.sides, strict=True)
+        ]
     spans = [(index, chunk.start, chunk.start + len(chunk.tokens)) for index, chunk in chunks]
     spans += [(index, part.start, part.stop) for index, part in compiles]  # the flat order
     if not spans:  # texts cut short by the context

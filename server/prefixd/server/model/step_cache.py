@@ -1,6 +1,8 @@
 """The cache that a model is given for a pass: what it caches goes to the KV pool."""
 
-from typing import Any
+import inspect
+import sys
+from typing import Any, TypeVar
 
 import torch
 from transformers import Cache
@@ -8,13 +10,29 @@ from transformers import Cache
 from prefixd.server.model.attention import StepAttention
 from prefixd.server.model.layers import Layers
 
+_Own = TypeVar("_Own", bound=Cache)
+
+
+def cache_of(module: Any, kind: type[_Own]) -> type[_Own]:
+    """``kind``, as a subclass of the cache in the model's code: MiniMax takes no other."""
+    code = vars(sys.modules[type(module).__module__])
+    own = [c for c in code.values() if isinstance(c, type) and issubclass(c, Cache)]
+    own = [c for c in own if c.__module__ == type(module).__module__]
+    return type(kind.__name__, (kind, *own), {}) if own else kind
+
+
+def cache_argument(module: Any) -> str:
+    """The name under which a model takes its cache."""
+    names = inspect.signature(module.forward).parameters
+    return "cache_params" if "cache_params" in names else "past_key_values"
+
 
 class StepCache(Cache):  # type: ignore[misc]  # of transformers, which has no types
     """The ``past_key_values`` of one pass of a flat batch."""
 
     def __init__(self, attention: StepAttention, layers: Layers, positions: torch.Tensor) -> None:
         """``positions`` [num_tokens] are those of the flat tokens in their sequences."""
-        super().__init__(layers=[])
+        Cache.__init__(self, layers=[])
         self._attention, self._positions = attention, positions
         self._expanded = {layer.cache for layer in layers.attention.values() if not layer.direct}
 

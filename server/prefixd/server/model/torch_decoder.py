@@ -30,6 +30,8 @@ class TorchDecoder:
             dtype=base.dtype,
             device=base.device,
         )
+        layout = self.cache.state_layout
+        self.state_blocks = 0 if layout is None else layout.num_blocks
         self.buffers = StepBuffers(
             block_size=block_size,
             scratch_slot=self.cache.scratch_slot,
