@@ -33,21 +33,25 @@ from prefixd.server.engine.request import (
 from prefixd.server.engine.row_costs import RowCosts
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import End, Sequence, State
-from prefixd.server.engine.step import Sampled, Step, StepOutput
+from prefixd.server.engine.step import Chunk, Sampled, Step, StepOutput
 from prefixd.server.testing import FakeEmbeddings, FakeRunner, FakeStaged, fake_generate
 
 BLOCK = 4
 TENANTS = "abc"
 WEIGHTS = {"a": 1.0, "b": 1.0, "c": 2.0}
 LENGTHS = (1, 3, 4, 8, 13)
+GATED = 6
+"""The length of the gated prefix of each tenant."""
+
 PREFIXES = [
-    PrefixHandle(PrefixKey(tenant, f"{tenant}-{length}"), length)
+    PrefixHandle(PrefixKey(tenant, f"{tenant}-{length}"), length, gated=length == GATED)
     if length != 3
     else PrefixHandle(PrefixKey(tenant, f"{tenant}-8", ((2, 4), (7, 8))), length)
-    for tenant, length in itertools.product(TENANTS, LENGTHS)
+    for tenant, length in itertools.product(TENANTS, (*LENGTHS, GATED))
 ]
 """One of them is a part of another."""
 
+EACH = len(PREFIXES) // len(TENANTS)
 Ended = list[Sequence]
 PROMPTS = [[1] * 14, [1] * 6 + [2] * 8]
 """Prompts are beginnings of these, so that requests share blocks."""
@@ -165,7 +169,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         target=sequences,
         tenant=st.sampled_from(TENANTS),
-        prefix=st.none() | st.integers(0, 4),
+        prefix=st.none() | st.integers(0, EACH - 1),
         prompt=st.builds(lambda text, n: text[:n], st.sampled_from(PROMPTS), st.integers(1, 14)),
         max_tokens=st.integers(1, 16),
         up_to_the_limit=st.booleans(),
@@ -197,9 +201,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         first_given: int,
         num_given: int,
     ) -> object:
-        handle = None if prefix is None else PREFIXES[TENANTS.index(tenant) * 5 + prefix]
+        handle = None if prefix is None else PREFIXES[TENANTS.index(tenant) * EACH + prefix]
         fits = self.config.max_tokens_for(
-            handle.num_tokens if handle else 0, num_side_blocks=side_blocks
+            handle.num_tokens if handle else 0,
+            num_side_blocks=side_blocks,
+            gated=handle is not None and handle.gated,
         )
         if up_to_the_limit and len(prompt) < fits:
             max_tokens = fits - len(prompt)
@@ -347,6 +353,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for chunk in step.chunks:
             owner = self.alive[chunk.seq_id]
             owner_key = owner.tenant, owner.prefix.key.content if owner.prefix else None
+            self.check_gated(chunk, owner)
             first = chunk.start // BLOCK
             last = (chunk.start + chunk.length - 1) // BLOCK
             for block in chunk.block_table[owner.num_prefix_tokens // BLOCK : first]:
@@ -363,6 +370,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         for part in step.compiles:
             for block in part.side_blocks:
                 assert writers.setdefault(block, part.key) == part.key, "two writers"
+
+    def check_gated(self, chunk: Chunk, owner: Sequence) -> None:
+        is_gated = owner.prefix is not None and owner.prefix.gated
+        assert (chunk.gated is not None) == is_gated
+        if owner.prefix is not None and chunk.gated is not None:
+            entry = self.scheduler.memory.residency.get(owner.prefix.key)
+            assert entry is not None
+            assert list(chunk.gated.block_table) == entry.blocks, "another prefix is read"
+            assert not set(chunk.block_table) & set(entry.blocks), "it takes positions"
+            assert chunk.num_prefix_tokens == 0
 
     def check_step_budget(self, step: Step, decodes: set[int]) -> None:
         limit = self.scheduler.step_budget.prompt_tokens(num_decoding=len(decodes))
@@ -508,8 +525,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not self.fetching:
             return
         key = self.fetching.pop(which % len(self.fetching))
-        length = next(p.num_tokens for p in PREFIXES if p.key == key)
-        assert self.scheduler.prefix_staged(key, FakeStaged(length), now=self.now) == []
+        handle = next(p for p in PREFIXES if p.key == key)
+        payload = FakeStaged(handle.num_tokens, 2 if handle.gated else None)
+        assert self.scheduler.prefix_staged(key, payload, now=self.now) == []
 
     @rule(which=st.integers(0, 5), wrong_length=st.booleans())
     def fetch_fails(self, which: int, wrong_length: bool) -> None:
@@ -527,19 +545,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sequence.reason is FinishReason.ERROR
             del self.alive[sequence.seq_id]
 
-    @rule(which=st.sets(st.integers(0, 14), max_size=2))
+    @rule(which=st.sets(st.integers(0, len(PREFIXES) - 1), max_size=2))
     def pin(self, which: set[int]) -> None:
         caps = None if self.cap is None else {"a": self.cap}
-        self.scheduler.prefix_loader.set_pins([PREFIXES[index] for index in which], caps=caps)
+        # The catalog gives the length of a pin, and not its kind.
+        pins = [PrefixHandle(PREFIXES[i].key, PREFIXES[i].num_tokens) for i in which]
+        self.scheduler.prefix_loader.set_pins(pins, caps=caps)
 
-    @rule(which=st.integers(0, 14))
+    @rule(which=st.integers(0, len(PREFIXES) - 1))
     def warm(self, which: int) -> None:
         handle = PREFIXES[which]
         cap = self.cap if handle.key.tenant == "a" else None
         if cap is None or handle.num_tokens <= cap:
             self.scheduler.prefix_loader.preloads.add(handle, cap=cap, now=self.now)
 
-    @rule(which=st.integers(0, 14))
+    @rule(which=st.integers(0, len(PREFIXES) - 1))
     def retire(self, which: int) -> None:
         self.scheduler.prefix_loader.retire([PREFIXES[which].key])
 

@@ -27,9 +27,12 @@ def random_request(rng: random.Random, config: SchedulerConfig, number: int) -> 
     tenant = rng.choice("abcd")
     handle = None
     if rng.random() < 0.7:
-        length = rng.choice([1, 4, 8, 13])
-        handle = PrefixHandle(PrefixKey(tenant, f"{rng.choice('xy')}-{length}"), length)
-    fits = config.max_tokens_for(handle.num_tokens if handle else 0)
+        length, place = rng.choice([1, 4, 8, 13]), rng.choice(["in", "in", "gated"])
+        key = PrefixKey(tenant, f"{rng.choice('xy')}-{length}-{place}")
+        handle = PrefixHandle(key, length, gated=place == "gated")
+    fits = config.max_tokens_for(0)
+    if handle is not None:
+        fits = config.max_tokens_for(handle.num_tokens, gated=handle.gated)
     prompt = tuple(rng.choices(range(256), k=rng.randint(1, 10)))
     output = rng.choice([2, 6, fits - len(prompt)])
     if output < 1 or len(prompt) + output > fits:
@@ -76,7 +79,9 @@ def test_requests_that_each_fit_the_pool_all_finish(
         step = scheduler.schedule(now=number / 10)
         scheduler.update(step, runner.run(step))
         for key in step.fetches:
-            scheduler.prefix_staged(key, FakeStaged(int(key.digest.split("-")[1])))
+            _, length, place = key.digest.split("-")
+            payload = FakeStaged(int(length), 0 if place == "gated" else None)
+            scheduler.prefix_staged(key, payload)
     scheduler.check_integrity()
     for sequence in sequences:
         assert sequence.reason is FinishReason.LENGTH

@@ -13,6 +13,7 @@ from prefixd.server.engine.request import PrefixKey, TokenLogprob
 from prefixd.server.engine.runner import BlockingRunner
 from prefixd.server.engine.step import (
     Chunk,
+    GatedRows,
     PrefixUnavailable,
     Sampled,
     Save,
@@ -153,7 +154,11 @@ class FakeRunner(BlockingRunner):
 
     def _sample(self, chunk: Chunk, num_drafts: int) -> Sampled:
         """The token after the first ``num_drafts`` proposed ones."""
-        token = self._next(chunk.block_table, chunk.start + len(chunk.tokens) + num_drafts)
+        table, length = chunk.block_table, chunk.start + len(chunk.tokens) + num_drafts
+        if chunk.gated is None:
+            token = self._next(table, length)
+        else:
+            token = self._next_gated(chunk.gated, table, length)
         if chunk.draft is None or num_drafts <= chunk.draft.num_banned:
             token = _allowed(token, chunk.banned)
         wanted = chunk.sampling.top_logprobs if chunk.sampling is not None else None
@@ -165,7 +170,7 @@ class FakeRunner(BlockingRunner):
         expected = [(save.key.content, position) for position in range(save.num_tokens)]
         assert held == expected, f"a prefix was saved from blocks that do not hold it: {held}"
         self._check_state(save.block_table, save.side_blocks, save.num_tokens)
-        return FakeStaged(save.num_tokens)
+        return FakeStaged(save.num_tokens, save.gated_from)
 
     def _check_state(self, table: Sequence[int], side: Sequence[int], length: int) -> None:
         """The state must be that after the first ``length`` positions of the block table."""
@@ -198,13 +203,21 @@ class FakeRunner(BlockingRunner):
         self.slots[table[position // self.block_size], position % self.block_size] = value
 
     def _next(self, table: Sequence[int], length: int) -> int:
-        seen = [self._read(table, position) for position in range(length)]
+        return self._after([self._read(table, position) for position in range(length)])
+
+    def _next_gated(self, gated: GatedRows, table: Sequence[int], length: int) -> int:
+        """As if the rows of the gated prefix came first."""
+        rows = [self._read(gated.block_table, row) for row in range(gated.num_tokens)]
+        assert all(isinstance(row, tuple) for row in rows), f"a hole in a gated prefix: {rows}"
+        return self._after(rows + [self._read(table, position) for position in range(length)])
+
+    def _after(self, seen: list[object]) -> int:
         virtual = [value for value in seen if isinstance(value, tuple)]
         digests = {value[0] for value in virtual}
         assert len(digests) <= 1, f"one sequence read the KV of several prefixes: {digests}"
         assert [value[1] for value in virtual] == list(range(len(virtual))), "prefix out of order"
         tokens = [value for value in seen[len(virtual) :] if isinstance(value, int)]
-        assert len(tokens) == length - len(virtual), f"a hole in the KV of a sequence: {seen}"
+        assert len(tokens) == len(seen) - len(virtual), f"a hole in the KV of a sequence: {seen}"
         return fake_next_token(next(iter(digests), None), tokens)
 
 
@@ -214,16 +227,19 @@ def _places(part: InputPart) -> range:
 
 @dataclass(frozen=True)
 class FakeStaged:
-    """A staged prefix that has only a length."""
+    """A staged prefix that has only a length, and the first layer of a gated one."""
 
     num_tokens: int
+    gated_from: int | None = None
 
 
 @dataclass
 class FakeSource:
-    """A PrefixSource over a table of lengths; a missing key raises PrefixUnavailable."""
+    """A PrefixSource over a table of lengths; a missing key raises PrefixUnavailable. Those in
+    ``gated`` are gated."""
 
     lengths: dict[PrefixKey, int] = field(default_factory=dict)
+    gated: set[PrefixKey] = field(default_factory=set)
     fetched: list[PrefixKey] = field(default_factory=list)
 
     def fetch(self, key: PrefixKey) -> FakeStaged:
@@ -231,7 +247,7 @@ class FakeSource:
         self.fetched.append(key)
         if key not in self.lengths:
             raise PrefixUnavailable("the prefix is gone from the store")
-        return FakeStaged(self.lengths[key])
+        return FakeStaged(self.lengths[key], 0 if key in self.gated else None)
 
 
 class ByteTokenizer:

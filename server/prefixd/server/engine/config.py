@@ -66,10 +66,12 @@ class SchedulerConfig:
         """Blocks of a prefix of ``num_tokens``, side blocks included; 0 for none."""
         return self.blocks_needed(num_tokens) + self.state_blocks if num_tokens else 0
 
-    def max_tokens_for(self, prefix_tokens: int, *, num_side_blocks: int = 0) -> int:
+    def max_tokens_for(
+        self, prefix_tokens: int, *, num_side_blocks: int = 0, gated: bool = False
+    ) -> int:
         """Most real tokens (prompt and output) that one sequence under a prefix of
-        ``prefix_tokens`` can have in an otherwise empty pool; 0 or less: the prefix does not fit.
-        ``num_side_blocks`` are those that the request needs itself.
+        ``prefix_tokens``, which may be ``gated``, can have in an otherwise empty pool; 0 or less:
+        the prefix does not fit. ``num_side_blocks`` are those that the request needs itself.
 
         The KV of the last output token is never written, so one more token fits.
         """
@@ -78,4 +80,5 @@ class SchedulerConfig:
         side = self.state_blocks + num_side_blocks
         own = self.num_usable_blocks - self.prefix_blocks(prefix_tokens) - side
         own *= self.block_size
-        return own - prefix_tokens % self.block_size + 1 if own > 0 else 0
+        shared = 0 if gated else prefix_tokens % self.block_size
+        return own - shared + 1 if own > 0 else 0

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.step import StagedPrefix
+from prefixd.server.engine.step import GatedRows, StagedPrefix
 
 
 class Stage(Enum):
@@ -29,11 +29,13 @@ class Entry:
     ``num_compiled`` counts the tokens of steps in flight too. ``forced``: it was placed by force,
     for a sequence that had waited too long. ``last_use`` orders compiled entries by when a sequence
     last started or stopped under them. ``cap``: virtual tokens its tenant may have in the pool, as
-    of the last request. ``requested_at``: the last step that requested it.
+    of the last request. ``requested_at``: the last step that requested it. ``gated_from`` is that
+    of its payload.
     """
 
     key: PrefixKey
     num_tokens: int
+    gated_from: int | None = None
     stage: Stage = Stage.FETCHING
     payload: StagedPrefix | None = None
     blocks: list[int] = field(default_factory=list)
@@ -61,6 +63,22 @@ class Entry:
     def idle(self) -> bool:
         """Compiled, and no running sequence under it."""
         return self.num_users == 0 and self.stage in COMPILED
+
+    def head(self, block_size: int) -> list[int]:
+        """The full blocks, with which the block tables under it begin; none where it is gated."""
+        return [] if self.is_gated else self.blocks[: self.num_tokens // block_size]
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether it takes no positions of its sequences."""
+        return self.gated_from is not None
+
+    @property
+    def gated(self) -> GatedRows | None:
+        """What the tokens under a gated prefix attend to, in addition to their positions."""
+        if self.gated_from is None:
+            return None
+        return GatedRows(tuple(self.blocks), self.num_tokens, self.gated_from)
 
     @property
     def tier(self) -> str:

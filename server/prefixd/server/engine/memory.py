@@ -113,14 +113,14 @@ class Memory:
         return entry is not None and entry.stage is Stage.RESIDENT
 
     def adopt_prefix(self, sequence: Sequence) -> None:
-        """Give a ready sequence the size of its prefix in the pool.
+        """Give a ready sequence the positions of its prefix in the pool.
 
         It was admitted with the size in the manifest, which may have been corrected since.
         """
         if sequence.prefix is not None:
             entry = self.residency.get(sequence.prefix.key)
             assert entry is not None
-            sequence.num_prefix_tokens = entry.num_tokens
+            sequence.num_prefix_tokens = 0 if entry.is_gated else entry.num_tokens
 
     def own_blocks(self, sequence: Sequence) -> int:
         """Blocks that ``sequence`` does not share with its prefix, once all its tokens are in the
@@ -151,19 +151,20 @@ class Memory:
         sequence.block_table = reused + own
         if sequence.prefix is not None:
             entry = self.residency.acquire(sequence.prefix.key)
-            full = entry.blocks[: entry.num_tokens // self.block_size]
+            full, sequence.gated = entry.head(self.block_size), entry.gated
             sequence.block_table = full + sequence.block_table
-            if len(full) < len(entry.blocks) and not reused:
+            if sequence.num_prefix_tokens % self.block_size and not reused:
                 step.copies.append(BlockCopy(source=entry.blocks[-1], target=own[0]))
             # Its first side blocks are those of the state; an entry has no others.
-            step.copies += map(BlockCopy, entry.side_blocks, sequence.side_blocks)
+            if not entry.is_gated:
+                step.copies += map(BlockCopy, entry.side_blocks, sequence.side_blocks)
         return self.reuse.covered(sequence, len(reused))
 
     def free(self, sequence: Sequence) -> None:
         """Release all blocks of a sequence that stops running."""
         self.pool.release(sequence.block_table)
         self.pool.release(sequence.side_blocks)
-        sequence.block_table, sequence.side_blocks = [], []
+        sequence.block_table, sequence.side_blocks, sequence.gated = [], [], None
         if sequence.prefix is not None:
             self.residency.release(sequence.prefix.key)
 
@@ -171,7 +172,9 @@ class Memory:
         """Evict an idle prefix; with ``save`` and room in the host tier it is read back first."""
         if save and self.host.takes(entry.num_tokens) and entry.key not in self.host:
             blocks, side_blocks = tuple(entry.blocks), tuple(entry.side_blocks)
-            step.saves.append(Save(entry.key, entry.num_tokens, blocks, side_blocks))
+            step.saves.append(
+                Save(entry.key, entry.num_tokens, blocks, side_blocks, entry.gated_from)
+            )
             self.saving.add(entry.key)
         self.residency.evict(entry)
 

@@ -37,10 +37,17 @@ class PrefixKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PrefixHandle:
-    """A resolved prefix: its identity and the number of positions it occupies (virtual tokens)."""
+    """A resolved prefix: its identity and its virtual tokens. A ``gated`` one takes no
+    positions of its sequences."""
 
     key: PrefixKey
     num_tokens: int
+    gated: bool = False
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that it takes at the start of each sequence."""
+        return 0 if self.gated else self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ in is reserved for the sequences that wait for it.
 
 A prefix is claimed by each sequence that waits for it (``waiters``), by a pin (``pins``) and by a
 preload (``preloads``). The blocks of an entry are referenced by the entry itself and by the block
-table of each sequence under it.
+table of each sequence under it, unless the prefix is gated: then by the entry alone, which cannot
+leave while it has users.
 """
 
 from collections import Counter
@@ -148,6 +149,7 @@ class Residency:
         checked that it is not larger than the entry's."""
         assert entry.stage is Stage.FETCHING
         entry.payload, entry.num_tokens = payload, payload.num_tokens
+        entry.gated_from = payload.gated_from
         self._move(entry, Stage.STAGED)
 
     def place(self, entry: Entry, *, forced: bool) -> list[int]:
@@ -199,7 +201,7 @@ class Residency:
         assert entry.stage is Stage.RESIDENT
         entry.num_users += 1
         entry.num_uses += 1
-        self._pool.share(entry.blocks[: entry.num_tokens // self._block_size])
+        self._pool.share(entry.head(self._block_size))
         self.order.use(entry, pinned=key in self.pins)
         self.reserved.pop(key, None)
         return entry

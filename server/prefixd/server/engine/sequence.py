@@ -17,6 +17,7 @@ from math import inf
 from prefixd.server.engine.inputs import check_runs
 from prefixd.server.engine.lookup import Lookup
 from prefixd.server.engine.request import AdmittedRequest, FinishReason, PrefixHandle
+from prefixd.server.engine.step import GatedRows
 
 
 class State(Enum):
@@ -52,7 +53,8 @@ class Sequence:
     once the steps in flight have run, virtual tokens not included, and ``num_pending`` those that
     these steps sample and that are not in ``tokens`` yet; while ``verifies`` a draft it is not
     known how many. ``block_table`` begins with the shared blocks of the prefix; ``side_blocks`` are
-    its own besides, of its state and then those that its request asked for.
+    its own besides, of its state and then those that its request asked for. ``gated`` is set while
+    it runs under a gated prefix.
     ``num_cached`` tokens were reused at the first start, ``num_remembered`` own blocks are
     registered for reuse, ``num_yields`` times it was preempted for another tenant. ``end`` is set
     once, by ``finish``. ``lookup`` proposes its next tokens (None: it was not needed yet), while it
@@ -73,6 +75,7 @@ class Sequence:
     verifies: bool = False
     block_table: list[int] = field(default_factory=list)
     side_blocks: list[int] = field(default_factory=list)
+    gated: GatedRows | None = None
     arrived: float = 0.0
     due_since: float | None = None
     started: float | None = None
@@ -93,11 +96,16 @@ class Sequence:
     def __post_init__(self) -> None:
         request = self.request
         self.tenant, self.prefix, self.cost = request.tenant, request.prefix, cost_of(request)
-        self.num_prefix_tokens = 0 if request.prefix is None else request.prefix.num_tokens
+        self.num_prefix_tokens = 0 if request.prefix is None else request.prefix.num_positions
         self.num_prompt = len(request.prompt)
         self.speculates = request.speculate and request.constraint is None
         if request.inputs:
             check_runs(request.inputs, request.prompt)
+
+    @property
+    def num_attended(self) -> int:
+        """Rows of its prefix that its tokens attend to: in its positions, or gated."""
+        return self.num_prefix_tokens if self.gated is None else self.gated.num_tokens
 
     @property
     def num_output(self) -> int:

@@ -50,6 +50,17 @@ class Draft:
     num_banned: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class GatedRows:
+    """A gated prefix (an adaption prompt): ``num_tokens`` rows of keys and values in blocks of its
+    own. In the layers from ``first_layer`` on, every token of a sequence attends to all of them
+    too, with a softmax of their own; the values hold the gate."""
+
+    block_table: Sequence[int]
+    num_tokens: int
+    first_layer: int = 0
+
+
 @dataclass(slots=True)  # a frozen one takes twice as long to make, and a step makes many
 class Chunk:
     """Consecutive tokens of one sequence to run through the model in this step.
@@ -58,7 +69,8 @@ class Chunk:
     draw in [0, 1) that selects the token (0 for a greedy one), ``history`` all tokens so far (empty
     unless penalties need them; the first ``num_prompt_tokens`` are the prompt) and ``banned`` the
     ids that must not be sampled yet. The tokens of ``draft`` run after ``tokens``, and the logits
-    after each of them are sampled too. The first ``num_prefix_tokens`` positions are the prefix's.
+    after each of them are sampled too. The first ``num_prefix_tokens`` positions are the prefix's,
+    unless it is ``gated``.
 
     The last of ``tokens`` may be PENDING. Then ``history`` is without it, and there is no draft.
     ``side_blocks`` are the sequence's alone; there is no draft either where they hold a state.
@@ -79,6 +91,7 @@ class Chunk:
     num_prefix_tokens: int = 0
     side_blocks: Sequence[int] = ()
     inputs: Sequence[InputPart] = ()
+    gated: GatedRows | None = None
 
     @property
     def is_pending(self) -> bool:
@@ -150,12 +163,13 @@ class BlockCopy:
 @dataclass(frozen=True, slots=True)
 class Save:
     """Read a compiled prefix back to host memory: its blocks are free again, and may already be
-    among this step's ``fresh``."""
+    among this step's ``fresh``. ``gated_from`` is the payload's."""
 
     key: PrefixKey
     num_tokens: int
     block_table: Sequence[int]
     side_blocks: Sequence[int] = ()
+    gated_from: int | None = None
 
 
 @dataclass(slots=True)
@@ -258,11 +272,16 @@ class StepOutput:
 class StagedPrefix(Protocol):
     """A prefix fetched, verified and validated, in host memory, ready to compile.
 
-    The engine only counts its positions; the content is private to the source and the runner.
+    The engine only counts its rows; the content is private to the source and the runner. One that
+    is gated, which takes no positions of its sequences, has its first layer in ``gated_from``; of
+    others that is None.
     """
 
     @property
     def num_tokens(self) -> int: ...
+
+    @property
+    def gated_from(self) -> int | None: ...
 
 
 class OutOfMemory(Exception):

@@ -156,7 +156,7 @@ class StepBuilder:
         num_reused = memory.hold(step, sequence, reused)
         if sequence.started is None:
             memory.reuse.count(sequence, num_reused)
-            self._waiting.charge(sequence.tenant, sequence.num_prefix_tokens + sequence.num_prompt)
+            self._waiting.charge(sequence.tenant, sequence.num_attended + sequence.num_prompt)
         sequence.admit(num_computed=num_reused, now=now)
         self._running.append(sequence)
         self._run(step, sequence)
@@ -208,6 +208,7 @@ class StepBuilder:
                     if request.inputs
                     else ()
                 ),
+                gated=sequence.gated,
             )
         )
         step.budget -= size

@@ -45,6 +45,7 @@ def lay_out(
                 chunk.block_table,
                 chunk.num_prefix_tokens,
                 chunk.side_blocks,
+                chunk.gated,
             )
         )
         offset = len(batch.token_ids)

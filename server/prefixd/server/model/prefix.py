@@ -18,6 +18,7 @@ class SoftPrompt:
     """``embeddings`` [num_tokens, embedding_width] take the place of word embeddings."""
 
     embeddings: torch.Tensor
+    gated_from = None
 
     @property
     def num_tokens(self) -> int:
@@ -30,6 +31,7 @@ class HardPrompt:
     """Token ids, run like any other tokens."""
 
     token_ids: tuple[int, ...]
+    gated_from = None
 
     @property
     def num_tokens(self) -> int:
@@ -43,10 +45,12 @@ class KVPrefix:
     values at 2i + 1, as the pool stores them (keys after the rotary embedding).
 
     Of a model whose layers differ, as ``KVCache`` has it. ``side`` is the content of its side
-    blocks, where the prefix was compiled before."""
+    blocks, where the prefix was compiled before. With ``gated_from`` it is a gated prefix that
+    returns from the host tier."""
 
     kv: torch.Tensor
     side: Sequence[torch.Tensor] = ()
+    gated_from: int | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from prefixd.server.engine.step import GatedRows
+
 
 @dataclass(slots=True)
 class Row:
     """The part of a pass that belongs to one sequence or compiling prefix: ``length`` positions
     from ``start``, at ``offset`` in the flat tokens. The first ``num_prefix_tokens`` positions are
-    those of a prefix, which other rows may have too. ``side_blocks`` hold its state, if any."""
+    those of a prefix, which other rows may have too. ``side_blocks`` hold its state, if any. Its
+    tokens attend to the rows of ``gated`` too."""
 
     offset: int
     start: int
@@ -16,6 +19,7 @@ class Row:
     block_table: Sequence[int]
     num_prefix_tokens: int = 0
     side_blocks: Sequence[int] = ()
+    gated: GatedRows | None = None
 
     @property
     def end(self) -> int:

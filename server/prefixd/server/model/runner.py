@@ -75,6 +75,7 @@ def write_pool(
         save.key: KVPrefix(
             decoder.read_kv(save.block_table, save.num_tokens),
             _with_states(decoder).cache.read_blocks(save.side_blocks) if save.side_blocks else (),
+            save.gated_from,
         )
         for save in step.saves
     }
