@@ -184,9 +184,9 @@ EXPERTS = [
 """Mixtures of experts that pass flags along to attention."""
 
 
-def family_model(name: str) -> Any:
-    """A random model of one row."""
-    fields = {**_SIZES, **FAMILIES[name]}
+def family_model(name: str, **changes: Any) -> Any:
+    """A random model of one row, whose config has ``changes``."""
+    fields = {**_SIZES, **FAMILIES[name], **changes}
     fields = {field: value for field, value in fields.items() if value is not None}
     kind = name.partition(",")[0]
     return random_model(transformers.AutoConfig.for_model(kind, **fields))

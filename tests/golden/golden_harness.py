@@ -45,7 +45,7 @@ from prefixd.server.model.int8_decoder import make_int8_decoder
 from prefixd.server.model.load import LoadedBase, prepare_base
 from prefixd.server.model.paged import PagedDecoder
 from prefixd.server.model.paged_module import PagedModuleDecoder
-from prefixd.server.model.prefix import HardPrompt, Prefix, prefix_of, rows_of
+from prefixd.server.model.prefix import HardPrompt, Prefix, prefix_of, refused_kinds, rows_of
 from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import self_check
 from prefixd.server.testing import ByteDetokenizer
@@ -214,6 +214,7 @@ def spec_of(base: LoadedBase, *, max_virtual_tokens: int = 256) -> BaseSpec:
         dtype=str(base.dtype).removeprefix("torch."),
         max_abs_embedding=1e4,
         max_abs_kv=1e4,
+        refused_kinds=refused_kinds(base),
     )
 
 

@@ -27,9 +27,6 @@ GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
     [
         (transformers.T5Config(), "t5.*encoder-decoder"),
         (transformers.BartConfig(), "bart.*encoder-decoder"),
-        (transformers.MistralConfig(sliding_window=128), "mistral.*sliding window of 128"),
-        (transformers.Gemma2Config(num_hidden_layers=2), "gemma2.*sliding_attention"),
-        (transformers.Gemma3TextConfig(num_hidden_layers=2), "gemma3_text.*sliding_attention"),
         (transformers.GPT2Config(add_cross_attention=True), "gpt2.*cross-attention"),
         (
             transformers.LlamaConfig(
@@ -45,21 +42,6 @@ def test_unsupported_configs_are_rejected_by_name(config: Any, message: str) -> 
         refuse_unsupported(config, context=served_context(config, pool_tokens=16384))
 
 
-def test_attention_scaled_by_the_place_in_the_pass_is_rejected_from_its_floor_on() -> None:
-    layers = {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2}
-    config = transformers.Llama4TextConfig(**layers, floor_scale=8192)
-    refuse_unsupported(config, context=8191)
-    with pytest.raises(UnsupportedModel, match=r"llama4_text.*position 8191.*floor_scale"):
-        refuse_unsupported(config, context=8192)
-    config.attn_temperature_tuning = False
-    refuse_unsupported(config, context=16384)
-
-
-def test_a_disabled_sliding_window_is_accepted() -> None:
-    refuse_unsupported(transformers.MistralConfig(sliding_window=None), context=16384)
-    refuse_unsupported(transformers.Qwen2Config(use_sliding_window=False), context=16384)
-
-
 WINDOWED = [
     transformers.MistralConfig(**GATED, sliding_window=64),
     transformers.Qwen2Config(
@@ -73,11 +55,25 @@ WINDOWED = [
 @pytest.mark.parametrize("config", WINDOWED, ids=lambda config: config.model_type)
 def test_a_window_as_long_as_the_served_context_is_no_window(config: Any) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config)
-    base = prepare_base(model, None, name="m", dtype="float32", device="cpu", pool_tokens=64)
-    assert base.context == 64
+    fitting, longer = (
+        prepare_base(model, None, name="m", dtype="float32", device="cpu", pool_tokens=tokens)
+        for tokens in (64, 65)
+    )
+    assert (fitting.context, longer.context) == (64, 65)
+    assert fitting.layers.beyond_plain() is None
+    assert longer.layers.beyond_plain() == "a sliding window of 64 tokens in layer 0"
+
+
+def test_attention_may_be_scaled_by_the_position_of_a_token() -> None:
+    """Llama 4 asks its cache for the position of the first token of a pass."""
+    config = transformers.Llama4TextConfig(
+        **{**GATED, "num_hidden_layers": 4}, head_dim=8, intermediate_size_mlp=48,
+        num_local_experts=2, floor_scale=8, attn_scale=2.0,
+    )  # fmt: skip
+    assert not config.no_rope_layers[3]
+    model = random_model(config)
+    base = prepare_base(model, None, name="m", dtype="float32", device="cpu", pool_tokens=256)
     self_check(base, block_size=16)
-    with pytest.raises(UnsupportedModel, match="a sliding window of 64 tokens in a context of 80"):
-        prepare_base(model, None, name="m", dtype="float32", device="cpu", pool_tokens=80)
 
 
 def test_the_served_context_is_what_the_model_and_the_pool_can_hold() -> None:

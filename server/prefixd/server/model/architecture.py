@@ -1,8 +1,8 @@
 """Which models can be served: others are rejected by name at start.
 
-Compiling a prefix to KV is correct only if every later token sees it at every layer. Models that
-break this are rejected here by their config; ``prefixd.server.model.selfcheck`` runs the model to
-detect what the config does not show.
+Compiling a prefix to KV is correct only if it affects later tokens through what attention caches
+alone. Models that break this are rejected here by their config;
+``prefixd.server.model.selfcheck`` runs the model to detect what the config does not show.
 """
 
 import sys
@@ -20,7 +20,8 @@ FAILURES = (RuntimeError, TypeError, AttributeError, ValueError, LookupError)
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a decoder, read from its config."""
+    """Sizes of a decoder, read from its config. Those of keys and values are of the first layer
+    that caches them; layers may differ."""
 
     num_layers: int
     num_heads: int
@@ -37,7 +38,8 @@ _POSITIONS = ("max_position_embeddings", "max_seq_len", "seq_length")
 _WITH_STATES = {"linear_attention", "conv", "hybrid", "mamba", "moe", "mlp"}
 """Kinds of layers that keep a state, and those of models with such layers that keep nothing."""
 
-_NOUNS = {"sliding_attention": "sliding window", "chunked_attention": "chunk"}
+_ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Kinds of layers that cache keys and values, and nothing else."""
 
 
 def served_context(config: Any, *, pool_tokens: int | None) -> int:
@@ -66,41 +68,21 @@ def refuse_unsupported(config: Any, *, context: int) -> None:
         )
     if getattr(text, "add_cross_attention", False):
         raise UnsupportedModel(f"{name} has cross-attention; prefixd serves decoder-only models")
-    _refuse_layers(name, text, context)
+    _refuse_layers(name, text)
     if kind := _rope_kinds(getattr(text, "rope_parameters", None)) & {"dynamic", "longrope"}:
         raise UnsupportedModel(
             f"{name} uses {kind.pop()} rotary embeddings, which change with the longest sequence "
             "of a batch: one request would change another's output"
         )
-    if getattr(text, "attn_temperature_tuning", False) and text.floor_scale <= context:
-        raise UnsupportedModel(
-            f"{name} scales attention by a token's place in the forward pass, which changes with "
-            f"the batch, from position {text.floor_scale - 1} on (floor_scale of its config); "
-            f"expected to serve fewer than {text.floor_scale} positions, received {context}"
-        )
 
 
-def _refuse_layers(name: str, text: Any, context: int) -> None:
-    """Every layer must let a token see all of the context; a window at least as long does."""
-    windows = {
-        "sliding_attention": getattr(text, "sliding_window", None),
-        "chunked_attention": getattr(text, "attention_chunk_size", None),
-    }
-    ineffective = {kind for kind, window in windows.items() if window and window >= context}
-    kinds = getattr(text, "layer_types", None)
-    if kinds is None and windows["sliding_attention"] and getattr(text, "use_sliding_window", True):
-        kinds = ["sliding_attention"]
-    unsupported = sorted(set(kinds or ()) - {"full_attention"} - _WITH_STATES - ineffective)
+def _refuse_layers(name: str, text: Any) -> None:
+    """Every layer must be attention, or keep a state of a fixed size."""
+    unsupported = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION - _WITH_STATES)
     if unsupported:
-        described = [
-            f"{kind} (a {_NOUNS[kind]} of {windows[kind]} tokens in a context of {context})"
-            if windows.get(kind)
-            else kind
-            for kind in unsupported
-        ]
         raise UnsupportedModel(
-            f"{name} has layers of the kinds {', '.join(described)}; only with full_attention "
-            "every token sees the prefix"
+            f"{name} has layers of the kinds {', '.join(unsupported)}; expected "
+            f"{', '.join(sorted(_ATTENTION))}"
         )
 
 
@@ -125,8 +107,8 @@ def shape_of(config: Any, *, embedding_width: int, context: int) -> Shape:
         shape = Shape(
             num_layers=int(text.num_hidden_layers),
             num_heads=heads,
-            num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
-            head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+            num_kv_heads=_size(text, "num_key_value_heads") or heads,
+            head_dim=_size(text, "head_dim") or int(text.hidden_size) // heads,
             embedding_width=embedding_width,
             vocab_size=int(text.vocab_size),
             max_positions=_max_positions(config) or context,
@@ -135,11 +117,15 @@ def shape_of(config: Any, *, embedding_width: int, context: int) -> Shape:
         raise UnsupportedModel(
             f"{config.model_type}: its config lacks {error.name}; prefixd serves attention decoders"
         ) from error
-    except RuntimeError as error:  # how transformers answers for a size that layers differ in
-        size = str(error).partition(" ")[0]
-        raise UnsupportedModel(
-            f"{config.model_type}: its layers differ in {size}; expected layers of one size"
-        ) from error
     if shape.num_layers < 1:
         raise UnsupportedModel(f"{config.model_type}: expected at least 1 layer, got none")
     return shape
+
+
+def _size(text: Any, key: str) -> int | None:
+    """A size that a config may lack, and that layers may differ in."""
+    try:
+        size = getattr(text, key, None)
+    except RuntimeError:  # how transformers answers where layers differ
+        return None
+    return None if size is None else int(size)

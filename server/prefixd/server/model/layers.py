@@ -77,6 +77,22 @@ class Layers:
         equal = all(other.shape == first.shape for other in others)
         return first if equal and first.key_width == first.value_width else None
 
+    def kv_prefix_refused(self, num_layers: int) -> str | None:
+        """Why KV prefixes, which are of one shape in all layers, do not fit; None: they do."""
+        if self.states:
+            return f"a prefix is also a state of its layers ({self.states[0].kind})"
+        if len(self.caches) < num_layers:
+            return f"{len(self.caches)} of its {num_layers} layers cache keys and values"
+        if self.one_shape is not None:
+            return None
+        first = next(iter(self.caches.values()))
+        if first.key_width != first.value_width:
+            return (
+                f"it caches two states of {first.key_width} and {first.value_width} numbers for a "
+                "position, from which it computes keys and values"
+            )
+        return "its layers differ in the size of their keys and values"
+
     @property
     def calls(self) -> int:
         """How often a pass attends."""

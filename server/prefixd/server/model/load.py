@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,13 @@ def load_base(
     # In the checkpoint's dtype: the fingerprint must not depend on the serving dtype.
     module = read_weights(source, config, ranks=ranks)
     return prepare_base(
-        module, tokenizer, name=name, dtype=dtype, device=device, pool_tokens=pool_tokens
+        module,
+        tokenizer,
+        name=name,
+        dtype=dtype,
+        device=device,
+        pool_tokens=pool_tokens,
+        ranks=ranks,
     )
 
 
@@ -138,6 +144,7 @@ def prepare_base(
     dtype: str,
     device: str,
     pool_tokens: int | None = None,
+    ranks: int = 1,
 ) -> LoadedBase:
     """Freeze a transformers causal LM that is already in memory and compute its fingerprint."""
     context = served_context(module.config, pool_tokens=pool_tokens)
@@ -155,12 +162,16 @@ def prepare_base(
         raise UnsupportedModel(
             f"{name} does not accept an attention implementation: {error}"
         ) from error
+    layers = probe(module, name=name, num_layers=shape.num_layers, context=context)
+    if ranks == 1 and layers.caches:  # a config may name other sizes: those of JetMoE, Gemma 4
+        first = next(iter(layers.caches.values()))
+        shape = replace(shape, num_kv_heads=first.num_heads, head_dim=first.key_width)
     return LoadedBase(
         name=name,
         module=module,
         tokenizer=tokenizer,
         shape=shape,
-        layers=probe(module, name=name, num_layers=shape.num_layers, context=context),
+        layers=layers,
         context=context,
         dtype=DTYPES[dtype],
         device=target,

@@ -10,6 +10,7 @@ from prefixd.server.model.buffers import NO_STEP, StepSizes
 from prefixd.server.model.decoder import Logits
 from prefixd.server.model.gathered import GatheredAttention
 from prefixd.server.model.load import LoadedBase
+from prefixd.server.model.per_layer import PerLayerInputs
 from prefixd.server.model.state_pool import PassStates
 from prefixd.server.model.step_cache import StepCache, cache_argument, cache_of
 from prefixd.server.model.torch_decoder import TorchDecoder
@@ -27,6 +28,7 @@ class ModuleDecoder(TorchDecoder):
         """``num_blocks`` counts the null block."""
         super().__init__(base, num_blocks=num_blocks, block_size=block_size, sizes=sizes)
         self._embed: Any = base.module.get_input_embeddings()
+        self._per_layer = PerLayerInputs(base.module)
         self._num_ids = base.num_embeddings
         self._cache_type = cache_of(base.module, StepCache)
         self._cache_argument = cache_argument(base.module)
@@ -37,6 +39,7 @@ class ModuleDecoder(TorchDecoder):
         self.buffers.fill(batch)
         attention = self._attention(batch)
         token_ids, positions, outputs = self._flat(batch)
+        given = [slice(offset, offset + len(values)) for offset, values in batch.inputs]
         cache = self._cache_type(attention, self.base.layers, positions)
         pool = self.cache.states
         states = None if pool is None else PassStates(pool, batch.rows)
@@ -47,6 +50,7 @@ class ModuleDecoder(TorchDecoder):
                 use_cache=True,
                 logits_to_keep=outputs,
                 **{self._cache_argument: cache},
+                **self._per_layer(token_ids, given),
             )
         # An id without an embedding could be sampled, but not be fed in afterwards.
         return Logits(output.logits[0, :, : self._num_ids])

@@ -100,6 +100,14 @@ def rows_of(prefix: Prefix, rows: Ranges) -> Prefix:
     return SoftPrompt(torch.cat([prefix.embeddings[start:stop] for start, stop in rows]))
 
 
+def refused_kinds(base: LoadedBase) -> dict[Kind, str]:
+    """Kinds of prefixes that a base cannot take, with the reason."""
+    reason = base.layers.kv_prefix_refused(base.shape.num_layers)
+    if reason is None:
+        return {}
+    return {Kind.KV_PREFIX: f"expected a soft prompt or a text, since {reason}"}
+
+
 @dataclass(frozen=True)
 class StorePrefixSource:
     """A PrefixSource over the prefix store. ``fetch`` runs on the engine's fetch threads.

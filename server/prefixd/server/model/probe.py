@@ -15,6 +15,7 @@ from prefixd.server.model.architecture import FAILURES, UnsupportedModel
 from prefixd.server.model.attention import Options, running
 from prefixd.server.model.layers import LayerAttention, LayerCache, Layers
 from prefixd.server.model.mixers import MixerRecord, wrap_mixers
+from prefixd.server.model.per_layer import PerLayerInputs
 from prefixd.server.model.rows import Row
 from prefixd.server.model.step_cache import cache_argument, cache_of
 
@@ -39,8 +40,9 @@ def probe(module: Any, *, name: str, num_layers: int, context: int) -> Layers:
                 inputs_embeds=module.get_input_embeddings()(token_ids),
                 position_ids=torch.arange(count, device=device)[None],
                 use_cache=True,
-                logits_to_keep=1,
                 **{cache_argument(module): recorder.cache},
+                logits_to_keep=torch.arange(count, device=device),
+                **PerLayerInputs(module)(token_ids[0]),
             )
     except FAILURES as failure:
         raise UnsupportedModel(f"{name} cannot be run over KV blocks: {failure}") from failure

@@ -37,7 +37,7 @@ from prefixd.server.model.load import (
 from prefixd.server.model.parallel.followers import Followers, RankLost
 from prefixd.server.model.parallel.outcome import RankFailed
 from prefixd.server.model.parallel.plan import ParallelRefused
-from prefixd.server.model.prefix import StorePrefixSource
+from prefixd.server.model.prefix import StorePrefixSource, refused_kinds
 from prefixd.server.model.selfcheck import Limits
 from prefixd.server.model.threads import compute, limit_thread
 from prefixd.server.model.tokenizer import Tokenizer
@@ -277,6 +277,7 @@ def _served_model(
             dtype=settings.dtype,
             max_abs_embedding=limits.max_abs_embedding,
             max_abs_kv=limits.max_abs_kv,
+            refused_kinds=refused_kinds(base),
         ),
         decoder=decoder,
         max_positions=base.shape.max_positions,
