@@ -39,6 +39,7 @@ from prefixd.server.testing import (
     VOCAB_SIZE,
     ByteDetokenizer,
     ByteTokenizer,
+    FakeEmbeddings,
     FakeRunner,
     FakeStaged,
     fake_generate,
@@ -100,7 +101,11 @@ class StoreBackedSource:
         except Exception as error:
             raise PrefixUnavailable("the prefix is no longer in the store") from error
         artifact = read_artifact(path, base=self.base, count_tokens=lambda text: len(text.encode()))
-        return FakeStaged(artifact.num_virtual_tokens)
+        counts = [stop - start for start, stop in key.rows]
+        return FakeStaged(sum(counts) if counts else artifact.num_virtual_tokens)
+
+    def embeddings(self, key: PrefixKey) -> FakeEmbeddings:
+        return FakeEmbeddings(key.content.encode(), self.fetch(key).num_tokens)
 
 
 class GatedRunner(FakeRunner):
@@ -190,6 +195,7 @@ class World:
             drain_state=self.drain_state,
             pin_room=room,
             catalog=access,
+            embeddings=StoreBackedSource(self.store, self.served.base).embeddings,
             body_limits=self.body_limits,
             disk=self.disk,
             trace=trace,

@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from prefixd.server.api.catalog_calls import SharedCall
-from prefixd.server.api.generate.admission import Admission
+from prefixd.server.api.generate.prompts import PromptEncoder
 from prefixd.server.api.generate.resolver import PrefixResolver
 from prefixd.server.api.generate.routes import QUICK_BYTES
 from prefixd.server.tenants.limiter import Limiter
@@ -94,13 +94,13 @@ def test_a_request_that_needs_a_transaction_is_tokenized_once(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenized: list[str] = []
-    token_ids = Admission._token_ids
+    completion = PromptEncoder.completion
 
-    def counted(self: Admission, prompt: Any, *, continues: bool) -> Any:
+    def counted(*arguments: Any, **options: Any) -> Any:
         tokenized.append(threading.current_thread().name)
-        return token_ids(self, prompt, continues=continues)
+        return completion(*arguments, **options)
 
-    monkeypatch.setattr(Admission, "_token_ids", counted)
+    monkeypatch.setattr(PromptEncoder, "completion", counted)
     world.tenants.set_quota("acme", {"requests_per_minute": 5})
     assert complete(client).headers["x-ratelimit-remaining-requests"] == "4"
     assert len(tokenized) == 1

@@ -5,6 +5,7 @@ the row of the version: a version always has its blob, and a blob without a vers
 acknowledged.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
@@ -25,6 +26,7 @@ from prefixd.store.artifact.artifact import (
     pack_text,
 )
 from prefixd.store.artifact.config import BaseSpec, encode_metadata
+from prefixd.store.artifact.template import check_template
 from prefixd.store.blobs.blobs import Blobs
 from prefixd.store.catalog.blob_rows import BlobCollected, BlobRows
 from prefixd.store.catalog.changes import Change, Draft, Precondition, Published, unconditional
@@ -169,6 +171,8 @@ class Publisher:
         replaces_metadata: bool = False,
     ) -> Iterator[tuple[CatalogTransaction, Published]]:
         check_tenant(tenant)
+        template = json.loads(metadata_json).get("prompt_template")
+        check_template(template, kind=summary.kind, num_virtual_tokens=summary.num_virtual_tokens)
         for _ in range(_PUBLISH_ATTEMPTS):
             # Raised when the publish took longer than the grace of a concurrent collection.
             with suppress(BlobCollected):

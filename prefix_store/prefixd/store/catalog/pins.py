@@ -1,9 +1,20 @@
 """Pins, and the blobs that no name, alias or pin refers to any more."""
 
+import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, delete, func, or_, select, text
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Table,
+    and_,
+    delete,
+    func,
+    or_,
+    select,
+    text,
+)
 
 from prefixd.store.catalog.tables import aliases, blobs, latest_versions, pins, versions
 from prefixd.store.db.database import insert_into
@@ -15,17 +26,25 @@ _LOCK = 0x70696E73  # an arbitrary number, the same in all processes: "pins"
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """A pinned blob and the number of its positions."""
+    """A pinned blob, the number of its positions, and the template of its version, if
+    that places virtual tokens."""
 
     key: BlobKey
     num_virtual_tokens: int
+    prompt_template: str | None = None
 
 
 def pinned(connection: Connection, *, fingerprint: str) -> tuple[Pinned, ...]:
-    """Pinned prefixes of one base, of all tenants, the oldest pin first; equal bytes once for each
-    tenant. Without corrupt blobs: they cannot be loaded."""
+    """Pinned prefixes of one base, of all tenants, the oldest pin first; equal bytes under equal
+    templates once for each tenant. Without corrupt blobs: they cannot be loaded."""
+    columns = (
+        pins.c.tenant,
+        versions.c.digest,
+        versions.c.num_virtual_tokens,
+        versions.c.metadata_json,
+    )
     statement = (
-        select(pins.c.tenant, versions.c.digest, versions.c.num_virtual_tokens)
+        select(*columns)
         .join_from(
             pins,
             versions,
@@ -35,13 +54,22 @@ def pinned(connection: Connection, *, fingerprint: str) -> tuple[Pinned, ...]:
             blobs, and_(blobs.c.tenant == pins.c.tenant, blobs.c.digest == versions.c.digest)
         )
         .where(versions.c.fingerprint == fingerprint, blobs.c.corrupt_at.is_(None))
-        .group_by(pins.c.tenant, versions.c.digest, versions.c.num_virtual_tokens)
+        .group_by(*columns)
         .order_by(func.min(pins.c.since), pins.c.tenant, versions.c.digest)
     )
-    return tuple(
-        Pinned(BlobKey(row.tenant, row.digest), row.num_virtual_tokens)
+    found = (
+        Pinned(
+            BlobKey(row.tenant, row.digest), row.num_virtual_tokens, _template(row.metadata_json)
+        )
         for row in connection.execute(statement)
     )
+    return tuple(dict.fromkeys(found))
+
+
+def _template(metadata_json: str) -> str | None:
+    template = json.loads(metadata_json).get("prompt_template")
+    # One without markers says nothing about the pool.
+    return template if isinstance(template, str) and "{prefix:" in template else None
 
 
 def put_pin(

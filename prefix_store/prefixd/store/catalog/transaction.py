@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, select
 
 from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.template import check_template
 from prefixd.store.catalog.alias_rows import Pointed, highest_left, point, pointed, replace_latest
 from prefixd.store.catalog.blob_rows import claim, release
 from prefixd.store.catalog.changes import (
@@ -124,7 +125,15 @@ class CatalogTransaction:
         precondition((manifest.revision, row.revision))
         merge_metadata(tx, row.id, manifest.version, patch)
         self._changed(row, raise_revision(tx, row.id), now=manifest.version)
-        return numbered(tx, self._tenant, name, manifest.version)
+        merged = numbered(tx, self._tenant, name, manifest.version)
+        if "prompt_template" in patch:
+            check_template(
+                merged.prompt_template,
+                kind=merged.kind,
+                num_virtual_tokens=merged.num_virtual_tokens,
+            )
+            self._pins_changed |= merged.pinned  # what stands in front may be another part of it
+        return merged
 
     def set_alias(
         self,

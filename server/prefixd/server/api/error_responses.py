@@ -201,7 +201,8 @@ def from_finish(event: FinishEvent, drain_state: DrainState) -> PrefixdError:
     """The error for a sequence that has no complete output."""
     match event.reason:
         case FinishReason.ERROR:
-            return _from_failure(event.error or "the engine failed on this request", event)
+            message = event.error or "the engine failed on this request"
+            return from_unavailable(message, event.error_code)
         case FinishReason.TIMEOUT:
             return DeadlineExceeded(event.error or "the request's timeout has passed")
         case FinishReason.SHED:
@@ -216,17 +217,18 @@ def from_finish(event: FinishEvent, drain_state: DrainState) -> PrefixdError:
             raise AssertionError(f"a complete sequence has no error: {event}")
 
 
-def _from_failure(message: str, event: FinishEvent) -> PrefixdError:
-    match event.error_code:
-        case code if code == STORAGE_UNAVAILABLE:
+def from_unavailable(message: str, code: str | None) -> PrefixdError:
+    """The error for a prefix that failed to load, by its code, or for a failure of the engine."""
+    match code:
+        case _ if code == STORAGE_UNAVAILABLE:
             return storage_unavailable(message)
-        case code if code == STORAGE_FULL:
+        case _ if code == STORAGE_FULL:
             return InsufficientStorage(message)
-        case code if code == PREFIX_NOT_FOUND:
+        case _ if code == PREFIX_NOT_FOUND:
             return NotFound(message, code=code)
-        case code if code == CORRUPT_PREFIX:
+        case _ if code == CORRUPT_PREFIX:
             return EngineFailure(message, code=code, param="model")
-        case code if code == PREFIX_REFUSED:
+        case _ if code == PREFIX_REFUSED:
             return Unprocessable(message, code=code, param="model")
         case _:
             return EngineFailure(message)

@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.api.metrics import Endpoint, Metrics, Outcome, TenantClass
 from prefixd.server.api.settlements import Settlements
-from prefixd.server.engine.request import AdmittedRequest, FinishEvent
+from prefixd.server.engine.request import AdmittedRequest, FinishEvent, PrefixKey
 from prefixd.server.errors import (
     DeadlineExceeded,
     InsufficientStorage,
@@ -46,7 +46,8 @@ class Admitted:
 
     ``model`` is the caller's name for it; ``prefix`` is None for the bare base. Choice
     ``i * n + j`` of the response is sequence ``j`` of request ``i``; ``num_choices`` counts all
-    sequences, ``prompt_tokens`` each prompt once and no virtual tokens.
+    sequences, ``prompt_tokens`` each prompt once and no virtual tokens. ``unloaded`` are the
+    embeddings that each request lacks: their place in its prompt, and their key.
     """
 
     id: str
@@ -55,6 +56,13 @@ class Admitted:
     requests: tuple[AdmittedRequest, ...]
     num_choices: int
     prompt_tokens: int
+    unloaded: tuple[tuple[tuple[int, PrefixKey], ...], ...] = ()
+
+    @property
+    def charged_tokens(self) -> int:
+        """Tokens that the tenant's limits count at admission: virtual ones inside a prompt too,
+        since each request computes them."""
+        return sum(len(request.prompt) for request in self.requests)
 
 
 class ClientGone(Exception):
@@ -272,7 +280,7 @@ class RequestRecorder:
         Raises SQLAlchemyError."""
         record, limiter = self.record, self.limiter
         if self._is_unserved:
-            prompt_tokens = record.admitted.prompt_tokens if record.admitted else 0
-            limiter.give_back(grant, tokens=prompt_tokens, unsure=unsure)
+            tokens = record.admitted.charged_tokens if record.admitted else 0
+            limiter.give_back(grant, tokens=tokens, unsure=unsure)
         else:
             limiter.settle(grant, output_tokens=record.generated_tokens, unsure=unsure)

@@ -101,7 +101,12 @@ def build_server(settings: Settings) -> Server:
     )
     base, decoder = loaded.base, loaded.decoder
     served = _served_model(settings, base, loaded.limits, decoder)
-    engine = _engine(settings, config, base, runner=loaded.runner, catalog=catalog, served=served)
+    source = StorePrefixSource(
+        open_artifact=Artifacts(catalog.store, served, catalog.disk),
+        base=base,
+        tokenizer=Tokenizer(base.tokenizer),
+    )
+    engine = _engine(settings, config, base, runner=loaded.runner, source=source)
     trace = open_tracer()
     drain_state = DrainState()
     metrics = Metrics(engine.stats, catalog.disk, decoder)
@@ -120,6 +125,7 @@ def build_server(settings: Settings) -> Server:
         metrics=metrics,
         disk=catalog.disk,
         catalog=access,
+        embeddings=source.embeddings,
         drain_state=drain_state,
         pin_room=room,
         body_limits=BodyLimits(
@@ -178,19 +184,13 @@ def _engine(
     base: LoadedBase,
     *,
     runner: ModelRunner,
-    catalog: CatalogParts,
-    served: ServedModel,
+    source: StorePrefixSource,
 ) -> Engine:
-    tokenizer = Tokenizer(base.tokenizer)
     return Engine(
         config=config,
         runner=runner,
-        source=StorePrefixSource(
-            open_artifact=Artifacts(catalog.store, served, catalog.disk),
-            base=base,
-            tokenizer=tokenizer,
-        ),
-        detokenizer=tokenizer.detokenizer,
+        source=source,
+        detokenizer=Tokenizer(base.tokenizer).detokenizer,
         namespace=kv_namespace(base.fingerprint, settings),
         watchdog_s=settings.watchdog,
     )

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from prefixd.server.api.placement import pinned_handle
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
 from prefixd.server.tenants.pin_room import PinRoom, pins_that_fit
 from prefixd.store.names import BlobKey
@@ -95,10 +96,8 @@ class PinSync:
                 _log.exception("the pins could not be read; those known stay")
                 return
             fitting = pins_that_fit(pins, caps, self._room)
-            self._pool.set_pins(
-                [PrefixHandle(_prefix_key(pin.key), pin.num_virtual_tokens) for pin in fitting],
-                caps=caps,
-            )
+            handles = (pinned_handle(pin) for pin in fitting)
+            self._pool.set_pins([handle for handle in handles if handle is not None], caps=caps)
             if len(pins) - len(fitting) != self._num_omitted:
                 self._num_omitted = len(pins) - len(fitting)
                 _log.warning("%d pins have no room here", self._num_omitted)

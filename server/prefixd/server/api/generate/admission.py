@@ -5,16 +5,22 @@ later changes nothing about an admitted request.
 """
 
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from prefixd.server.api.generate.prompts import (
+    PromptEncoder,
+    PromptTokens,
+    chat_layout,
+    check_token_ids,
+)
 from prefixd.server.api.generate.requests import (
-    ChatMessage,
     ChatRequest,
     CompletionRequest,
     GenerationFields,
 )
 from prefixd.server.api.generate.resolver import PrefixResolver
+from prefixd.server.api.placement import Layout, front_of, layout_of, whole_of
 from prefixd.server.api.request_record import Admitted, ResolvedPrefix
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.request import (
@@ -66,12 +72,15 @@ class Admission:
         prompts = body.prompts
         self._check_choices(len(prompts), 1)  # before any of them is tokenized
         prefix = self.resolver.resolve(principal.tenant, body.model, body.user)
+        layout, continues = _layout_of(prefix), _is_text(prefix)
+        encode = PromptEncoder(self.served).completion
         return self._admit(
             "cmpl",
             principal,
             body,
             prefix=prefix,
-            prompts=[self._token_ids(prompt, continues=_is_text(prefix)) for prompt in prompts],
+            layout=layout,
+            prompts=[encode(prompt, layout, continues=continues) for prompt in prompts],
             sampling=self._sampling(body, top_logprobs=body.logprobs),
             max_tokens=body.max_tokens,
             default_max_tokens=DEFAULT_COMPLETION_TOKENS,
@@ -80,13 +89,18 @@ class Admission:
     def chat(self, principal: Principal, body: ChatRequest) -> Admitted:
         """Admit a chat. Raises as ``completion`` does. Blocking."""
         prefix = self.resolver.resolve(principal.tenant, body.model, body.user)
+        encoder = PromptEncoder(self.served)
+        rendered = encoder.render(body.messages)
+        manifest = prefix.manifest if prefix else None
+        layout = chat_layout(rendered, manifest, _layout_of(prefix))
         return self._admit(
             "chatcmpl",
             principal,
             body,
             prefix=prefix,
             sampling=self._sampling(body, top_logprobs=body.num_top_logprobs),
-            prompts=[self._render(body.messages, continues=_is_text(prefix))],
+            layout=layout,
+            prompts=[encoder.chat(rendered, layout, continues=_is_text(prefix))],
             max_tokens=body.max_completion_tokens or body.max_tokens,
             default_max_tokens=None,
         )
@@ -98,7 +112,8 @@ class Admission:
         body: GenerationFields,
         *,
         prefix: ResolvedPrefix | None,
-        prompts: list[tuple[int, ...]],
+        layout: Layout | None,
+        prompts: list[PromptTokens],
         sampling: SamplingParams,
         max_tokens: int | None,
         default_max_tokens: int | None,
@@ -108,11 +123,12 @@ class Admission:
         response_id = f"{kind}-{uuid.uuid4().hex}"
         manifest = prefix.manifest if prefix else None
         max_resident_tokens = principal.quota.max_resident_tokens
-        check_resident(manifest, max_resident_tokens)
+        front = None if manifest is None else front_of(whole_of(manifest), layout)
+        if manifest is not None:
+            check_resident(manifest, front, max_resident_tokens)
         timeouts = [limit for limit in (body.timeout, self.max_seconds) if limit is not None]
         lengths = [
-            self._output_tokens(len(prompt), manifest, max_tokens, default_max_tokens)
-            for prompt in prompts
+            self._output_tokens(prompt, front, max_tokens, default_max_tokens) for prompt in prompts
         ]
         open_ended = max_tokens is None and default_max_tokens is None
         stop_strings = self._stop_strings(body)  # once: spellings tokenizes each
@@ -120,8 +136,8 @@ class Admission:
             AdmittedRequest(
                 request_id=f"{response_id}-{position}",
                 tenant=principal.tenant,
-                prompt=prompt,
-                prefix=handle_of(manifest) if manifest else None,
+                prompt=prompt.token_ids,
+                prefix=front,
                 sampling=sampling,
                 stop=self._stop(body, length, strings=stop_strings),
                 n=n,
@@ -141,7 +157,8 @@ class Admission:
             prefix=prefix,
             requests=requests,
             num_choices=len(prompts) * n,
-            prompt_tokens=sum(len(prompt) for prompt in prompts),
+            prompt_tokens=sum(prompt.num_tokens for prompt in prompts),
+            unloaded=tuple(_keys(prompt, manifest) for prompt in prompts) if layout else (),
         )
 
     def _check_choices(self, num_prompts: int, n: int) -> None:
@@ -152,51 +169,15 @@ class Admission:
                 param="n",
             )
 
-    def _token_ids(self, prompt: str | list[int], *, continues: bool) -> tuple[int, ...]:
-        """Token ids of a prompt. A text that ``continues`` a text prefix has no opening tokens: the
-        prefix has them."""
-        if isinstance(prompt, str):
-            prompt = self.served.tokenizer.encode(prompt, add_special_tokens=not continues)
-            if continues:
-                prompt = self.served.tokenizer.without_opening(prompt)
-        if not prompt:
-            raise BadRequest(
-                "expected a prompt of at least one token; received an empty one", param="prompt"
-            )
-        check_token_ids(prompt, self.served.vocab_size, param="prompt")
-        return tuple(prompt)
-
-    def _render(self, messages: list[ChatMessage], *, continues: bool) -> tuple[int, ...]:
-        turns = [
-            {
-                "role": "system" if message.role == "developer" else message.role,
-                "content": message.text,
-                **({"name": message.name} if message.name is not None else {}),
-            }
-            for message in messages
-        ]
-        try:
-            text = self.served.tokenizer.render_chat(turns)
-        except ValueError as error:
-            raise BadRequest(str(error), code="chat_template", param="messages") from error
-        # The template has written the opening tokens.
-        token_ids = self.served.tokenizer.encode(text, add_special_tokens=False)
-        if continues:
-            token_ids = self.served.tokenizer.without_opening(token_ids)
-        if not token_ids:
-            raise BadRequest("the messages render to an empty prompt", param="messages")
-        check_token_ids(token_ids, self.served.vocab_size, param="messages")
-        return tuple(token_ids)
-
     def _output_tokens(
         self,
-        prompt_tokens: int,
-        prefix: Manifest | None,
+        prompt: PromptTokens,
+        front: PrefixHandle | None,
         max_tokens: int | None,
         default_max_tokens: int | None,
     ) -> int:
         """Limit of the output for this prompt. Raises DoesNotFit for one that can never run."""
-        virtual = prefix.num_virtual_tokens if prefix else 0
+        virtual, prompt_tokens = front.num_tokens if front else 0, len(prompt.token_ids)
         positions = self.served.max_positions - virtual
         pool = self.pool_tokens(virtual)
         room = min(positions, pool)
@@ -254,31 +235,27 @@ class Admission:
         )
 
 
-def check_token_ids(token_ids: Collection[int], limit: int, *, param: str) -> None:
-    """Raise BadRequest for an id that is negative or not below ``limit``."""
-    lowest, highest = min(token_ids, default=0), max(token_ids, default=0)
-    if lowest < 0 or highest >= limit:
-        raise BadRequest(
-            f"expected token ids from 0 to {limit - 1}; "
-            f"received {lowest if lowest < 0 else highest}",
-            param=param,
-        )
+def _layout_of(prefix: ResolvedPrefix | None) -> Layout | None:
+    return None if prefix is None else layout_of(prefix.manifest)
+
+
+def _keys(prompt: PromptTokens, manifest: Manifest | None) -> tuple[tuple[int, PrefixKey], ...]:
+    """Place and key of each run of virtual tokens inside a prompt."""
+    assert manifest is not None
+    whole = whole_of(manifest).key
+    return tuple((place, whole._replace(rows=(rows,))) for place, rows in prompt.rows)
 
 
 def _is_text(prefix: ResolvedPrefix | None) -> bool:
     return prefix is not None and prefix.manifest.kind is Kind.HARD_PROMPT
 
 
-def handle_of(manifest: Manifest) -> PrefixHandle:
-    """The engine's handle of a version."""
-    return PrefixHandle(PrefixKey(manifest.tenant, manifest.digest), manifest.num_virtual_tokens)
-
-
-def check_resident(prefix: Manifest | None, cap: int | None) -> None:
-    """Raise QuotaExceeded for a prefix that has more virtual tokens than ``cap``, its tenant's."""
-    if prefix is not None and cap is not None and prefix.num_virtual_tokens > cap:
+def check_resident(manifest: Manifest, front: PrefixHandle | None, cap: int | None) -> None:
+    """Raise QuotaExceeded for a version that keeps more virtual tokens in the pool than ``cap``,
+    its tenant's."""
+    if front is not None and cap is not None and front.num_tokens > cap:
         raise QuotaExceeded(
             f"the tenant may keep {cap} virtual tokens resident; "
-            f"{prefix.name}@{prefix.version} has {prefix.num_virtual_tokens}",
+            f"{manifest.name}@{manifest.version} has {front.num_tokens}",
             param="max_resident_tokens",
         )

@@ -46,7 +46,7 @@ class Charging:
         if is_quick:
             calls.check(Access.WRITE if quota.is_metered else Access.READ)
             admitted, begun = admit(), time.monotonic()
-            grant = await self._without_call(principal, tokens=admitted.prompt_tokens)
+            grant = await self._without_call(principal, tokens=admitted.charged_tokens)
             if grant is not None:
                 return admitted, grant
             waited += time.monotonic() - begun
@@ -87,7 +87,7 @@ class Charging:
         """Blocking. A charge of which it is unknown whether it was committed is given back."""
         admitted, lease = admit(), new_lease()
         try:
-            grant = self._grant(principal, tokens=admitted.prompt_tokens, lease=lease)
+            grant = self._grant(principal, tokens=admitted.charged_tokens, lease=lease)
         except SQLAlchemyError:
             if principal.quota.max_concurrent_requests is not None:
                 taken = Grant(principal.tenant, principal.quota, lease=lease)
@@ -117,7 +117,7 @@ class Charging:
         """Give back, in the background, what a request was charged that was refused."""
         admitted, grant = charged
         if grant.quota.is_metered:
-            give_back = partial(self.limiter.give_back, grant, tokens=admitted.prompt_tokens)
+            give_back = partial(self.limiter.give_back, grant, tokens=admitted.charged_tokens)
             self.catalog.settlements.add(lambda again: give_back(unsure=again), unsure=unsure)
 
 

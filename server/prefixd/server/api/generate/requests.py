@@ -212,8 +212,21 @@ class TextPart(StrictModel):
     text: str
 
 
+class PrefixPart(StrictModel):
+    """Virtual tokens `from` to `to - 1` of the soft prompt that the request names, at this place of
+    the message. Those that no part names stand in front of the conversation."""
+
+    type: Literal["prefix"]
+    start: int = Field(alias="from", ge=0)
+    stop: int = Field(alias="to", ge=1)
+
+
 Content = Annotated[
-    str | list[TextPart], one_of('a text or a list of text parts {"type": "text", "text": …}')
+    str | list[Annotated[TextPart | PrefixPart, Field(discriminator="type")]],
+    one_of(
+        'a text or a list of text parts {"type": "text", "text": …} and prefix parts '
+        '{"type": "prefix", "from": 0, "to": 4}'
+    ),
 ]
 
 
@@ -234,13 +247,6 @@ class ChatMessage(StrictModel):
         return {
             name: value for name, value in data.items() if name not in empty or value not in EMPTY
         }
-
-    @property
-    def text(self) -> str:
-        """The content as one string."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content)
 
 
 EMPTY: tuple[Any, ...] = (None, [])

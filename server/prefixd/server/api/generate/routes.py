@@ -30,6 +30,7 @@ from prefixd.server.api.generate.formatter import (
     ResponseFormatter,
 )
 from prefixd.server.api.generate.generation import Batch, EventDeliveries, Generation
+from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest, GenerationFields
 from prefixd.server.api.metrics import Metrics, TenantClass
 from prefixd.server.api.request_record import (
@@ -70,6 +71,7 @@ class GenerationService:
     drain_state: DrainState
     served: ServedModel
     metrics: Metrics
+    inputs: InputLoader
     trace: Tracer | None = None
     deliveries: EventDeliveries = field(default_factory=EventDeliveries)
 
@@ -95,6 +97,7 @@ class GenerationService:
                     is_quick=self._is_quick(request, body),
                 )
                 recorder.record.admitted = admitted
+                admitted = await self.inputs.fill(admitted)
                 generation = Generation(
                     self.engine, admitted, self.drain_state, recorder, self.deliveries.running()
                 )

@@ -23,16 +23,17 @@ from prefixd.server.api.dependencies import (
 )
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_queue_full
-from prefixd.server.api.generate.admission import check_resident, handle_of
+from prefixd.server.api.generate.admission import check_resident
 from prefixd.server.api.generate.resolver import check_intact
-from prefixd.server.api.prefixes.schemas import PrefixManifest, key_of
+from prefixd.server.api.placement import handle_of
+from prefixd.server.api.prefixes.schemas import PrefixManifest
 from prefixd.server.api.repeats import RepeatableDep
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.values import Reference
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
-from prefixd.server.engine.request import QueueFull
-from prefixd.server.errors import BadRequest, DoesNotFit, PrefixdError, Unavailable
+from prefixd.server.engine.request import PrefixHandle, QueueFull
+from prefixd.server.errors import BadRequest, Conflict, DoesNotFit, PrefixdError, Unavailable
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.idempotency import Keep, Replay
 from prefixd.server.tenants.pin_room import PinRoom, check_pinned
@@ -189,17 +190,26 @@ def _with_version(reference: str, version: int | None) -> str:
 
 def check_fits(
     manifest: Manifest, principal: Principal, *, engine: Engine, served: ServedModel
-) -> None:
-    """Raise BaseMismatch, EngineFailure, QuotaExceeded or DoesNotFit for a version that no request
-    of its tenant can run under on this server."""
+) -> PrefixHandle:
+    """What stays resident of a version. Raises BaseMismatch, EngineFailure, QuotaExceeded or
+    DoesNotFit for one that no request of its tenant can run under on this server, and Conflict
+    where nothing of it would be in the pool."""
     check_base(manifest, served.base)
     check_intact(manifest)
-    check_resident(manifest, principal.quota.max_resident_tokens)
-    if engine.config.max_tokens_for(manifest.num_virtual_tokens) < 1:
+    handle = handle_of(manifest)
+    if handle is None:
+        raise Conflict(
+            f"all virtual tokens of {manifest.name}@{manifest.version} stand inside the prompt, by "
+            "its prompt_template: there is nothing to keep in the KV pool",
+            code="nothing_resident",
+        )
+    check_resident(manifest, handle, principal.quota.max_resident_tokens)
+    if engine.config.max_tokens_for(handle.num_tokens) < 1:
         raise DoesNotFit(
-            f"the {manifest.num_virtual_tokens} virtual tokens of "
+            f"the {handle.num_tokens} virtual tokens of "
             f"{manifest.name}@{manifest.version} can never fit the KV pool"
         )
+    return handle
 
 
 def warm(
@@ -212,16 +222,16 @@ def warm(
 ) -> str:
     """Start loading a version, and return where it is now. Raises as ``check_fits``, and
     Unavailable when the engine accepts no more requests."""
-    check_fits(manifest, principal, engine=engine, served=served)
+    handle = check_fits(manifest, principal, engine=engine, served=served)
     if drain_state.closed:
         raise drain_state.refusal()
     if not engine.ready:
         raise Unavailable("the engine is not running", retry_after=1)
-    state = engine.tier(key_of(manifest))
+    state = engine.tier(handle.key)
     if state == RESIDENT:
         return state
     try:
-        engine.preload(handle_of(manifest), max_resident_tokens=principal.quota.max_resident_tokens)
+        engine.preload(handle, max_resident_tokens=principal.quota.max_resident_tokens)
     except QueueFull as full:
         raise from_queue_full(full, drain_state) from None
     return state or QUEUED

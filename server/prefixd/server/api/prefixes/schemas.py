@@ -5,14 +5,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from prefixd.server.api.placement import key_of
 from prefixd.server.engine.engine import Engine
-from prefixd.server.engine.request import PrefixKey
 from prefixd.store.store import Manifest
-
-
-def key_of(manifest: Manifest) -> PrefixKey:
-    """The key of a version in the engine."""
-    return PrefixKey(tenant=manifest.tenant, digest=manifest.digest)
 
 
 class PrefixManifest(BaseModel):
@@ -62,7 +57,8 @@ class PrefixShown(PrefixManifest):
     @classmethod
     def now(cls, manifest: Manifest, engine: Engine) -> Self:
         """``manifest`` with its present tier."""
-        tier = engine.tier(key_of(manifest))
+        key = key_of(manifest)
+        tier = None if key is None else engine.tier(key)
         return cls.model_validate(manifest).model_copy(update={"tier": tier})
 
 

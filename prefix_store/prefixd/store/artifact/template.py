@@ -1,0 +1,111 @@
+"""Where the virtual tokens of a soft prompt stand among the text: markers in ``prompt_template``.
+
+::
+
+    {prefix:0:4}Tweet: {prompt}{prefix:4:8} Label:
+
+    {prompt}              the prompt of the request, inserted as it is
+    {prefix:4:8}          virtual tokens 4 to 7
+    {{prompt} {{prefix:   the texts {prompt} and {prefix:
+
+All other braces are text. A template without markers says nothing about virtual tokens: it is kept,
+and not applied. Only a template is parsed, never the text of a request.
+"""
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.strict import shown
+from prefixd.store.errors import ArtifactRefused
+
+
+class Rows(NamedTuple):
+    """Virtual tokens ``start`` to ``stop - 1``."""
+
+    start: int
+    stop: int
+
+
+class Prompt(NamedTuple):
+    """The place of the request's prompt."""
+
+
+PROMPT = Prompt()
+
+Piece = str | Rows | Prompt
+
+_SPECIAL = re.compile(
+    r"\{(?=\{prompt\}|\{prefix:)(?P<escaped>\{)"
+    r"|(?P<prompt>\{prompt\})"
+    r"|\{prefix:(?P<start>0|[1-9][0-9]{0,8}):(?P<stop>0|[1-9][0-9]{0,8})\}"
+    r"|(?P<malformed>\{prefix:[^{}]{0,40}\}?)"
+)
+
+
+@lru_cache(maxsize=1024)
+def parse_template(template: str) -> tuple[Piece, ...] | None:
+    """The pieces of a template in order; None: it has no markers. Raises ArtifactRefused for what
+    begins as a marker and is none."""
+    pieces: list[Piece] = []
+    text, end = "", 0
+    for match in _SPECIAL.finditer(template):
+        text += template[end : match.start()]
+        end = match.end()
+        if match["escaped"]:
+            text += "{"
+            continue
+        if match["malformed"]:
+            raise _refused(
+                "a marker {prefix:FROM:TO} of whole numbers (or {{prefix: for that text)",
+                shown(match["malformed"]),
+            )
+        if text:
+            pieces.append(text)
+        text = ""
+        pieces.append(PROMPT if match["prompt"] else Rows(int(match["start"]), int(match["stop"])))
+    text += template[end:]
+    if text:
+        pieces.append(text)
+    return tuple(pieces) if any(isinstance(piece, Rows) for piece in pieces) else None
+
+
+def check_template(template: str | None, *, kind: Kind, num_virtual_tokens: int) -> None:
+    """Raise ArtifactRefused for a template whose markers do not fit the prefix."""
+    pieces = None if template is None else parse_template(template)
+    if pieces is None:
+        return
+    if kind is not Kind.SOFT_PROMPT:
+        raise _refused("a soft prompt for {prefix:…} markers", kind.value)
+    num_prompts = sum(isinstance(piece, Prompt) for piece in pieces)
+    if num_prompts != 1:
+        raise _refused("{prompt} once among {prefix:…} markers", f"{num_prompts} times")
+    rows = [piece for piece in pieces if isinstance(piece, Rows)]
+    problem = rows_problem(rows, num_virtual_tokens)
+    if problem is not None:
+        raise _refused(*problem)
+
+
+def rows_problem(rows: Iterable[Rows], num_virtual_tokens: int) -> tuple[str, str] | None:
+    """What was expected of ranges of a prefix of so many virtual tokens, and what is wrong; None:
+    nothing is."""
+    taken: set[int] = set()
+    for start, stop in rows:
+        if not 0 <= start < stop <= num_virtual_tokens:
+            expected = f"ranges FROM:TO of the virtual tokens 0 to {num_virtual_tokens - 1}"
+            return f"{expected}, at most 0:{num_virtual_tokens}", f"{start}:{stop}"
+        twice = taken.intersection(range(start, stop))
+        if twice:
+            return "each virtual token at most once", f"{min(twice)} twice"
+        taken.update(range(start, stop))
+    return None
+
+
+def _refused(expected: str, received: str) -> ArtifactRefused:
+    return ArtifactRefused(
+        "malformed_template",
+        f"expected prompt_template to have {expected}; got {received}",
+        param="metadata.prompt_template",
+    )

@@ -1,0 +1,209 @@
+"""From the text of a request to the tokens of its prompt, with places for virtual tokens.
+
+The text between two virtual tokens is tokenized as one run, whether it is the template's or the
+request's. Only the first run gets the model's opening tokens: after the virtual tokens in front, as
+in PEFT. The text of a request is never parsed: what looks like a marker in it is text.
+"""
+
+import secrets
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from prefixd.server.api.generate.requests import ChatMessage, PrefixPart
+from prefixd.server.api.placement import Layout, lay_out
+from prefixd.server.api.served import ServedModel
+from prefixd.server.engine.inputs import PLACEHOLDER
+from prefixd.server.errors import BadRequest
+from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.template import PROMPT, Prompt, Rows, rows_problem
+from prefixd.store.store import Manifest
+
+Run = str | Sequence[int] | Rows
+"""Text, token ids, or virtual tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """Token ids of a prompt, with placeholders for virtual tokens; ``rows`` says which, and at
+    which place they begin."""
+
+    token_ids: tuple[int, ...]
+    rows: tuple[tuple[int, Rows], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not virtual."""
+        return len(self.token_ids) - sum(rows.stop - rows.start for _, rows in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEncoder:
+    """Tokenizes prompts for the served model."""
+
+    served: ServedModel
+
+    def completion(
+        self, prompt: str | list[int], layout: Layout | None, *, continues: bool
+    ) -> PromptTokens:
+        """Tokens of a prompt in its place. A text that ``continues`` a text prefix has no opening
+        tokens: the prefix has them. Raises BadRequest."""
+        runs = _in_place(prompt, layout)
+        return self._encode(runs, opens=not continues, continues=continues, param="prompt")
+
+    def chat(
+        self, rendered: Sequence[str | Rows], layout: Layout | None, *, continues: bool
+    ) -> PromptTokens:
+        """Tokens of a rendered conversation, whose template has written the opening tokens. Raises
+        BadRequest."""
+        if any(isinstance(piece, Rows) for piece in rendered):
+            assert layout is not None
+            runs: list[Run] = [p for p in layout.pieces if not isinstance(p, Prompt)]
+        else:
+            runs = _in_place("".join(map(str, rendered)), layout)
+        return self._encode(runs, opens=False, continues=continues, param="messages")
+
+    def render(self, messages: Sequence[ChatMessage]) -> list[str | Rows]:
+        """The conversation in the model's chat template, split at its prefix parts. Raises
+        BadRequest."""
+        marks = _Marks()
+        turns = [
+            {
+                "role": "system" if message.role == "developer" else message.role,
+                "content": marks.text_of(message),
+                **({"name": message.name} if message.name is not None else {}),
+            }
+            for message in messages
+        ]
+        try:
+            text = self.served.tokenizer.render_chat(turns)
+        except ValueError as error:
+            raise BadRequest(str(error), code="chat_template", param="messages") from error
+        return marks.split(text)
+
+    def _encode(
+        self, runs: Iterable[Run], *, opens: bool, continues: bool, param: str
+    ) -> PromptTokens:
+        tokenizer, token_ids = self.served.tokenizer, list[int]()
+        rows = []
+        for run in _joined(runs):
+            if isinstance(run, Rows):
+                rows.append((len(token_ids), run))
+                token_ids += [PLACEHOLDER] * (run.stop - run.start)
+                continue
+            ids = run
+            if isinstance(ids, str):
+                ids = tokenizer.encode(ids, add_special_tokens=opens and not token_ids)
+                ids = tokenizer.without_opening(ids) if continues else ids
+            check_token_ids(ids, self.served.vocab_size, param=param)
+            token_ids += ids
+        if not token_ids:
+            raise BadRequest(
+                "expected a prompt of at least one token; received an empty one", param=param
+            )
+        return PromptTokens(tuple(token_ids), tuple(rows))
+
+
+class _Marks:
+    """Stands for prefix parts in a conversation while it is rendered: text that no message can
+    contain, of letters and digits alone, which templates leave as they are."""
+
+    def __init__(self) -> None:
+        self._nonce = secrets.token_hex(16)
+        self._parts: list[PrefixPart] = []
+
+    def text_of(self, message: ChatMessage) -> str:
+        """The content of a message as one string. A line break joins text to text."""
+        if isinstance(message.content, str):
+            return message.content
+        text, after_text = "", False
+        for part in message.content:
+            if isinstance(part, PrefixPart):
+                text += self._mark(len(self._parts))
+                self._parts.append(part)
+            else:
+                text += "\n" * after_text + part.text
+            after_text = not isinstance(part, PrefixPart)
+        return text
+
+    def split(self, text: str) -> list[str | Rows]:
+        """The rendered text with the parts in place of their marks. Raises BadRequest."""
+        pieces: list[str | Rows] = []
+        for index, part in enumerate(self._parts):
+            before, mark, text = text.partition(self._mark(index))
+            if not mark:
+                break
+            pieces += [before, Rows(part.start, part.stop)]
+        else:
+            if self._nonce not in text:
+                return [piece for piece in (*pieces, text) if piece]
+        raise BadRequest(
+            "expected a chat template that writes each message once and in order around its parts "
+            "of type prefix; the model's drops, repeats or reorders them",
+            code="chat_template",
+            param="messages",
+        )
+
+    def _mark(self, index: int) -> str:
+        return f"PREFIX{self._nonce}N{index}N"
+
+
+def chat_layout(
+    rendered: Sequence[str | Rows], manifest: Manifest | None, template: Layout | None
+) -> Layout | None:
+    """The layout of a conversation: by its prefix parts, if it has any, else by the ``template`` of
+    the version. Raises BadRequest for parts that do not fit the version."""
+    rows = [piece for piece in rendered if isinstance(piece, Rows)]
+    if not rows:
+        return template
+    if manifest is None:
+        raise _misplaced("a soft prompt as the model", "the base model, which has none")
+    version = f"{manifest.name}@{manifest.version}"
+    if manifest.kind is not Kind.SOFT_PROMPT:
+        raise _misplaced("a soft prompt as the model", f"{version}, a {manifest.kind}")
+    if template is not None:
+        raise _misplaced(
+            "virtual tokens that the version's prompt_template does not place", version
+        )
+    problem = rows_problem(rows, manifest.num_virtual_tokens)
+    if problem is not None:
+        raise _misplaced(*problem)
+    return lay_out(rendered, manifest.num_virtual_tokens)
+
+
+def _misplaced(expected: str, received: str) -> BadRequest:
+    return BadRequest(
+        f"content parts of type prefix: expected {expected}; received {received}",
+        code="misplaced_prefix",
+        param="messages",
+    )
+
+
+def _in_place(prompt: str | list[int], layout: Layout | None) -> list[Run]:
+    pieces = (PROMPT,) if layout is None else layout.pieces
+    return [prompt if isinstance(piece, Prompt) else piece for piece in pieces]
+
+
+def _joined(runs: Iterable[Run]) -> Iterator[Run]:
+    """The runs, with text next to text as one."""
+    text: str | None = None
+    for run in runs:
+        if isinstance(run, str):
+            text = (text or "") + run
+            continue
+        if text is not None:
+            yield text
+            text = None
+        yield run
+    if text is not None:
+        yield text
+
+
+def check_token_ids(token_ids: Collection[int], limit: int, *, param: str) -> None:
+    """Raise BadRequest for an id that is negative or not below ``limit``."""
+    lowest, highest = min(token_ids, default=0), max(token_ids, default=0)
+    if lowest < 0 or highest >= limit:
+        raise BadRequest(
+            f"expected token ids from 0 to {limit - 1}; "
+            f"received {lowest if lowest < 0 else highest}",
+            param=param,
+        )

@@ -1,0 +1,116 @@
+"""Where the virtual tokens of a version stand: in front as a resident prefix, or inside a prompt.
+
+Virtual tokens that nothing places stand in front, in order, and so do those that are placed before
+any text. These are a prefix in the pool, shared as ever. The others are embeddings in the prompt.
+
+::
+
+    8 virtual tokens, "{prefix:2:4}Tweet: {prompt}{prefix:4:8} Label:"
+    in front 0 1 2 3, then: "Tweet: ", the prompt, 4 5 6 7, " Label:"
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from prefixd.server.engine.request import PrefixHandle, PrefixKey, Ranges
+from prefixd.server.errors import Conflict
+from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.template import Piece, Rows, check_template, parse_template
+from prefixd.store.catalog.pins import Pinned
+from prefixd.store.errors import ArtifactRefused
+from prefixd.store.store import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Virtual tokens in front, of which there are ``num_front``, and the pieces behind them."""
+
+    front: Ranges
+    num_front: int
+    pieces: tuple[Piece, ...]
+
+
+def lay_out(pieces: Sequence[Piece], num_virtual_tokens: int) -> Layout:
+    """The layout of pieces whose ranges fit a prefix of so many virtual tokens."""
+    first = next((i for i, piece in enumerate(pieces) if not isinstance(piece, Rows)), len(pieces))
+    front: list[tuple[int, int]] = []
+    placed = sorted(piece for piece in pieces if isinstance(piece, Rows))
+    stops, starts = [0, *(rows.stop for rows in placed)], [rows.start for rows in placed]
+    unplaced = zip(stops, [*starts, num_virtual_tokens], strict=True)
+    leading = (piece for piece in pieces[:first] if isinstance(piece, Rows))
+    for start, stop in (*unplaced, *leading):
+        if front and front[-1][1] == start:
+            front[-1] = front[-1][0], stop
+        elif start < stop:
+            front.append((start, stop))
+    return Layout(tuple(front), sum(stop - start for start, stop in front), tuple(pieces[first:]))
+
+
+def template_layout(template: str | None, *, kind: Kind, num_virtual_tokens: int) -> Layout | None:
+    """The layout of a template; None: it places nothing. Raises ArtifactRefused."""
+    check_template(template, kind=kind, num_virtual_tokens=num_virtual_tokens)
+    pieces = None if template is None else parse_template(template)
+    return None if pieces is None else lay_out(pieces, num_virtual_tokens)
+
+
+def layout_of(manifest: Manifest) -> Layout | None:
+    """The layout of a version's template; None: it places nothing. Raises Conflict for a template
+    that was stored before templates were checked, and does not fit."""
+    try:
+        return template_layout(
+            manifest.prompt_template,
+            kind=manifest.kind,
+            num_virtual_tokens=manifest.num_virtual_tokens,
+        )
+    except ArtifactRefused as refused:
+        raise Conflict(
+            f"the metadata of {manifest.name}@{manifest.version} must be changed before it can be "
+            f"used: {refused.message}",
+            code=refused.code,
+            param="model",
+        ) from None
+
+
+def front_of(whole: PrefixHandle, layout: Layout | None) -> PrefixHandle | None:
+    """What stands in front of the text, of a whole prefix: all of it without a layout; None:
+    nothing."""
+    if layout is None or layout.front == ((0, whole.num_tokens),):
+        return whole
+    if not layout.num_front:
+        return None
+    return PrefixHandle(whole.key._replace(rows=layout.front), layout.num_front)
+
+
+def whole_of(manifest: Manifest) -> PrefixHandle:
+    """The whole prefix of a version."""
+    return PrefixHandle(PrefixKey(manifest.tenant, manifest.digest), manifest.num_virtual_tokens)
+
+
+def handle_of(manifest: Manifest) -> PrefixHandle | None:
+    """What the engine keeps of a version for its requests; None: nothing stands in front. Raises
+    Conflict as ``layout_of``."""
+    return front_of(whole_of(manifest), layout_of(manifest))
+
+
+def key_of(manifest: Manifest) -> PrefixKey | None:
+    """The key of that; None also for a template that does not fit."""
+    with suppress(Conflict):
+        handle = handle_of(manifest)
+        return None if handle is None else handle.key
+    return None
+
+
+def pinned_handle(pin: Pinned) -> PrefixHandle | None:
+    """What a pin keeps resident; None: nothing."""
+    whole = PrefixHandle(PrefixKey(pin.key.tenant, pin.key.digest), pin.num_virtual_tokens)
+    with suppress(ArtifactRefused):
+        return front_of(
+            whole,
+            template_layout(
+                pin.prompt_template,
+                kind=Kind.SOFT_PROMPT,
+                num_virtual_tokens=pin.num_virtual_tokens,
+            ),
+        )
+    return None
