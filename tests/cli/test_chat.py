@@ -1,6 +1,7 @@
 """A conversation in the terminal keeps its messages, and continues after an error."""
 
 import io
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from prefixd.client import Client
 from prefixd.server.cli.chat import Conversation, interact
+from tests.cli.cli_runner import run
 from tests.clients.loopback import Loopback
 
 
@@ -58,6 +60,20 @@ def test_earlier_messages_are_sent_again(
     ]
     assert isinstance(terminal.file, io.StringIO)
     assert "bob@2" in terminal.file.getvalue()
+
+
+def test_content_parts_are_read_from_json(server: Loopback) -> None:
+    parts = '[{"type": "text", "text": "[1]"}, {"type": "prefix", "from": 0, "to": 4}]'
+    options = ("--url", server.url, "--model", "bob", "--parts")
+    server.stream(_answer("Ahoy"))
+    assert run("chat", parts, *options).output == "Ahoy\n"
+    assert _sent(server) == [("bob", [json.loads(parts)])]
+    for wrong in ("Hi", "[1]", '{"type": "text"}'):
+        refused = run("chat", wrong, *options, code=2)
+        assert "list of content parts" in " ".join(refused.output.split())
+    server.stream(_answer("Ahoy"))
+    run("chat", parts, *options[:-1])
+    assert _sent(server)[1] == ("bob", [parts]), "without the flag it is text"
 
 
 def test_a_rejected_message_is_removed(

@@ -124,6 +124,16 @@ def test_streamed_chat_text_equals_the_whole_chat_response(client: Client):
     assert "".join(pieces) == whole.text
 
 
+def test_parts_of_a_message_are_sent_as_they_are(client: Client):
+    client.upload_text("words", "Chat.")
+    content: list[dict[str, str | int]] = [
+        {"type": "text", "text": "a"},
+        {"type": "prefix", "from": 0, "to": 4},
+    ]
+    with pytest.raises(errors.BadRequestError, match=r"soft prompt.*words@1, a hard_prompt"):
+        client.chat([{"role": "user", "content": content}], model="words")
+
+
 def test_error_responses_raise_the_error_of_their_status(
     client: Client, served: tuple[World, str], tmp_path: Path
 ):

@@ -25,6 +25,7 @@ from tests.golden.golden_harness import (
     prompts,
     tiny_model,
 )
+from tests.golden.placed import reference
 
 pytestmark = [
     pytest.mark.slow,
@@ -151,3 +152,47 @@ def test_a_text_prefix_gives_the_tokens_of_the_full_text(served: ModelUnderTest)
         client.upload_text("head", text)
     expected = served.texts(plain_generate(served.model, tokens + rest, COUNT))
     assert served.complete([rest], "head") == [expected]
+
+
+def test_virtual_tokens_are_placed_over_http_as_in_transformers(
+    served: ModelUnderTest, tmp_path: Path
+) -> None:
+    adapter = make_adapter(served.model, "PROMPT_TUNING", 9, tmp_path / "adapter")
+    rows = adapter.model.get_prompt_embedding_to_save("default").float()
+    prefix, text = f"placed-{served.base.lower()}", "w7 w8"
+    with Client(served.url, api_key=served.key) as client:
+        template = "{prefix:0:4}w5 w6 {prompt}{prefix:4:9} w9"
+        client.upload_folder(prefix, adapter.folder, metadata={"prompt_template": template})
+    before, after = served.tokenizer("w5 w6 ").input_ids, served.tokenizer(" w9").input_ids
+    ids = prompts(1, seed=7)[0]
+    expected = reference(served.model, rows, [(0, 4), [*before, *ids], (4, 9), after], COUNT)
+    assert served.complete([ids], prefix) == [served.texts(expected)]
+    whole = served.tokenizer(f"w5 w6 {text}").input_ids
+    expected = reference(served.model, rows, [(0, 4), whole, (4, 9), after], COUNT)
+    assert served.complete([text], prefix) == [served.texts(expected)]  # type: ignore[list-item]
+
+    if served.tokenizer.chat_template is None:
+        return
+    with Client(served.url, api_key=served.key) as client:
+        client.upload_folder(f"{prefix}-parts", adapter.folder)
+        parts: list[dict[str, str | int]] = [
+            {"type": "text", "text": "Say it"},
+            {"type": "prefix", "from": 2, "to": 9},
+            {"type": "text", "text": " now."},
+        ]
+        answer = client.chat(
+            [{"role": "user", "content": parts}],
+            model=f"{prefix}-parts",
+            max_tokens=COUNT,
+            temperature=0.0,
+            ignore_eos=True,
+        )
+    turns = [{"role": "user", "content": "Say it@@ now."}]
+    rendered = served.tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True
+    )
+    runs = [
+        served.tokenizer(run, add_special_tokens=False).input_ids for run in rendered.split("@@")
+    ]
+    expected = reference(served.model, rows, [(0, 2), runs[0], (2, 9), runs[1]], COUNT)
+    assert answer.text == served.tokenizer.decode(expected, skip_special_tokens=True)

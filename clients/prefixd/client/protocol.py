@@ -37,7 +37,8 @@ from prefixd.client.wire import (
     request_of,
 )
 
-Message = Mapping[str, str]
+ContentPart = Mapping[str, str | int]
+Message = Mapping[str, str | Sequence[ContentPart]]
 Bases = Literal["served", "all"]
 
 

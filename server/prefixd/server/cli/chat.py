@@ -1,15 +1,16 @@
 """``prefixd chat``: one answer, or a conversation in the terminal."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from prefixd.client.errors import ApiError
-from prefixd.client.protocol import Sampling
+from prefixd.client.protocol import Message, Sampling
 from prefixd.client.sync import Client, Stream
 from prefixd.server.cli.options import connected
 from prefixd.server.cli.output import console, printable
@@ -34,6 +35,14 @@ def chat(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
+    parts: Annotated[
+        bool,
+        typer.Option(
+            "--parts",
+            help="The message is JSON: a list of content parts, such as "
+            '{"type": "prefix", "from": 0, "to": 4} for virtual tokens.',
+        ),
+    ] = False,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, help="Most tokens of one answer.")
     ] = 256,
@@ -49,13 +58,26 @@ def chat(
         system=system,
     )
     if message is None and sys.stdin.isatty():
+        if parts:
+            raise typer.BadParameter("--parts needs a message")
         interact(conversation, console())
         return
     text = sys.stdin.read().strip() if message is None else message
     if not text:
         raise typer.BadParameter("no message on standard input")
-    conversation.send(text, write)
+    conversation.send(_parts(text) if parts else text, write)
     write("\n")
+
+
+def _parts(text: str) -> list[dict[str, Any]]:
+    """The content parts that ``text`` is. Raises BadParameter."""
+    try:
+        parts = json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"expected a JSON list of content parts: {error}") from None
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise typer.BadParameter("expected a JSON list of content parts, which are objects")
+    return parts
 
 
 def _base(client: Client) -> str:
@@ -70,7 +92,7 @@ class Conversation:
     model: str
     sampling: Sampling
     system: str | None = None
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.clear()
@@ -79,8 +101,8 @@ class Conversation:
         """Start over, with the system message alone."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-    def send(self, message: str, write: Callable[[str], None]) -> Stream:
-        """Send ``message`` and pass each piece of the answer to ``write``.
+    def send(self, message: str | list[dict[str, Any]], write: Callable[[str], None]) -> Stream:
+        """Send ``message``, text or content parts, and pass each piece of the answer to ``write``.
 
         After an API error the message is removed, so that the conversation can continue. After
         Ctrl-C what was received until then is kept as the answer.

@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from prefixd.client.errors import ClientError
-from prefixd.client.protocol import Message
+
+Message = dict[str, str]
 
 # Two tenants with different prefixes, to show that neither sees the other's.
 SUPPORT, FRIENDS = "acme-support", "penpals"
