@@ -137,7 +137,7 @@ class Packed(nn.Module):
         return (rows.half() * scales).to(rows.dtype)
 
 
-def test_scales_beside_packed_weights_are_never_cast() -> None:
+def test_scales_of_packed_weights_are_never_cast() -> None:
     model = nn.ModuleDict({"packed": Packed(), "norm": nn.LayerNorm(4, dtype=torch.float16)})
     _cast(model, torch.bfloat16)
     assert model["packed"].scales.dtype == torch.float16

@@ -99,7 +99,7 @@ def refuse_unloadable(source: str, config: Any, device: torch.device) -> None:
         extra = " (the extra prefixd[torchao])" if name == "torchao" else ""
         raise UnsupportedModel(
             f"{what}, which transformers reads with {' and '.join(method.packages)}; "
-            f"not installed here: {' and '.join(missing)}; expected it beside prefixd{extra}"
+            f"not installed here: {' and '.join(missing)}; expected it to be installed with prefixd{extra}"
         )
     if method.gpu and device.type == "cpu":
         raise UnsupportedModel(
@@ -209,8 +209,8 @@ def _failure(part: Any, rows: torch.Tensor) -> str | None:
 
 def _require_rows_apart(what: str, part: Any, rows: torch.Tensor) -> None:
     loud = rows * torch.tensor([[1.0], [_LOUD]]).to(rows)
-    alone, beside = part(rows)[0].float(), part(loud)[0].float()
-    change = (alone - beside).norm() / alone.norm()
+    alone, together = part(rows)[0].float(), part(loud)[0].float()
+    change = (alone - together).norm() / alone.norm()
     if not change <= _APART:
         raise UnsupportedModel(
             f"{what} that rounds its inputs by all rows of a batch: a loud neighbour changes a row "

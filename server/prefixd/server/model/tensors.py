@@ -63,7 +63,7 @@ def is_packed(part: Any) -> bool:
 
 
 def _is_cast(part: Any) -> bool:
-    """Whether the tensors of a part may be cast: a wrapped one casts what it may, but scales beside
+    """Whether the tensors of a part may be cast: a wrapped one casts what it may, but scales of
     packed weights have the dtype that their kernels expect."""
     return not any(tensor.dtype in _PACKED for tensor in _held(part))
 
