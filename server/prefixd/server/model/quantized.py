@@ -99,7 +99,8 @@ def refuse_unloadable(source: str, config: Any, device: torch.device) -> None:
         extra = " (the extra prefixd[torchao])" if name == "torchao" else ""
         raise UnsupportedModel(
             f"{what}, which transformers reads with {' and '.join(method.packages)}; "
-            f"not installed here: {' and '.join(missing)}; expected it to be installed with prefixd{extra}"
+            f"not installed here: {' and '.join(missing)}; expected it to be installed with "
+            f"prefixd{extra}"
         )
     if method.gpu and device.type == "cpu":
         raise UnsupportedModel(
