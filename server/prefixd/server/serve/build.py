@@ -5,7 +5,7 @@ server starts and not before.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,7 +34,6 @@ from prefixd.server.model.load import (
     is_folder,
     resolve_device,
 )
-from prefixd.server.model.original import check_original
 from prefixd.server.model.parallel.followers import Followers, RankLost
 from prefixd.server.model.parallel.outcome import RankFailed
 from prefixd.server.model.parallel.plan import ParallelRefused
@@ -101,6 +100,8 @@ def build_server(settings: Settings) -> Server:
         lambda: load_model(settings, config, device=device, threads=threads), threads=threads
     )
     base, decoder = loaded.base, loaded.decoder
+    if loaded.state_blocks:
+        config = with_states(config, base, state_blocks=loaded.state_blocks)
     served = _served_model(settings, base, loaded.limits, decoder)
     source = StorePrefixSource(
         open_artifact=Artifacts(catalog.store, served, catalog.disk),
@@ -192,7 +193,7 @@ def _engine(
         runner=runner,
         source=source,
         detokenizer=Tokenizer(base.tokenizer).detokenizer,
-        namespace=kv_namespace(base.weights_fingerprint, settings),
+        namespace=kv_namespace(base.fingerprint, settings),
         watchdog_s=settings.watchdog,
     )
 
@@ -234,23 +235,38 @@ def model_origin(settings: Settings) -> str:
     """Where the model is loaded from. Raises FileNotFoundError for a folder that does not exist and
     UnsupportedModel for one whose config or tokenizer cannot be served."""
     if is_folder(settings.model):
-        scheme = check_folder(
+        check_folder(
             settings.model,
             pool_tokens=pool_tokens(scheduler_config(settings)),
-            device=device_of(settings),
             ranks=settings.tensor_parallel,
-            rounded=settings.quantize == "int8",
         )
-        text = f"local folder {settings.model}: config and tokenizer can be served"
-        if scheme is not None:
-            text += f", quantized with {scheme}"
-        if settings.fingerprint_of is not None:
-            check_original(
-                settings.fingerprint_of, settings.model, cache_dir=settings.root / "models"
-            )
-            text += f", for prefixes of {settings.fingerprint_of}"
-        return text
+        return f"local folder {settings.model}: config and tokenizer can be served"
     return f"{settings.model} would be looked up on Hugging Face"
+
+
+def with_states(config: SchedulerConfig, base: LoadedBase, *, state_blocks: int) -> SchedulerConfig:
+    """The slice of a model whose layers keep states, which take ``state_blocks`` of each sequence
+    and prefix. Says in the log what that costs and turns off.
+
+    Raises UnsupportedModel for a pool without room for a sequence under a prefix.
+    """
+    config = replace(config, state_blocks=state_blocks)
+    kind, positions = base.layers.states[0].kind, state_blocks * config.block_size
+    if config.max_tokens_for(1) < 1:
+        raise UnsupportedModel(
+            f"{base.name} keeps a state in its layers of {kind}, which takes {state_blocks} blocks "
+            f"of each sequence and prefix; expected kv_tokens of at least "
+            f"{2 * (positions + config.block_size)}, received "
+            f"{config.num_usable_blocks * config.block_size}"
+        )
+    log.info(
+        "layers keep a state: it takes blocks of each sequence and prefix, no KV is reused between "
+        "requests, and no tokens are proposed",
+        layers=kind,
+        state_blocks=state_blocks,
+        as_much_as_tokens=positions,
+    )
+    return config
 
 
 def scheduler_config(settings: Settings) -> SchedulerConfig:
