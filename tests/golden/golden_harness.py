@@ -180,15 +180,19 @@ def make_adapter(
     *,
     seed: int = 0,
     token_dim: int | None = None,
+    num_attention_heads: int | None = None,
 ) -> Adapter:
     """Wrap a copy of ``model`` with a random adapter strong enough to change the output.
 
-    ``token_dim`` is the width of its rows where PEFT takes it wrongly from the model's config.
+    ``token_dim`` is the width of its rows where PEFT takes it wrongly from the model's config, and
+    ``num_attention_heads`` the number of KV heads where it does not find that there.
     """
     torch.manual_seed(seed)
     config = peft_configs(num_virtual_tokens)[peft_type]
     if token_dim is not None:
         config.token_dim = token_dim
+    if num_attention_heads is not None:
+        config.num_attention_heads = num_attention_heads
     wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
     for name, weight in wrapped.named_parameters():
         if weight.requires_grad and weight.dim() > 1:

@@ -50,10 +50,10 @@ def alone(served: Served, requests: list[tuple[list[int], PrefixHandle | None]])
 
 
 def together(
-    served: Served, requests: list[tuple[list[int], PrefixHandle | None]]
+    served: Served, requests: list[tuple[list[int], PrefixHandle | None]], count: int = COUNT
 ) -> list[list[int]]:
     with served.held():
-        waits = [served.start(prompt, prefix, count=COUNT) for prompt, prefix in requests]
+        waits = [served.start(prompt, prefix, count=count) for prompt, prefix in requests]
     return [wait() for wait in waits]
 
 

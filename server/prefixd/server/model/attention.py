@@ -24,8 +24,8 @@ IMPLEMENTATION = "prefixd"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What one call of attention computes, as of LayerAttention. ``sinks`` and ``alibi`` are
-    [num_heads]."""
+    """What one call of attention computes, as of LayerAttention. ``sinks`` is [num_heads], and
+    ``alibi`` too, or [num_heads, positions]."""
 
     scale: float
     window: int | None = None
@@ -118,6 +118,11 @@ class Pass:
 _CURRENT: ContextVar[CurrentPass] = ContextVar("current_pass")
 
 
+def in_pass() -> bool:
+    """Whether a pass runs on this thread."""
+    return _CURRENT.get(None) is not None
+
+
 def current_pass() -> CurrentPass:
     """The pass that runs on this thread. Raises LookupError outside of one."""
     return _CURRENT.get()
@@ -149,8 +154,9 @@ def attend(
     """Attend the flat batch of the current pass, for the layer ``module.layer_idx``.
 
     ``query`` is [1, num_heads, num_tokens, width]; ``key`` and ``value`` [1, num_kv_heads, ...] are
-    what ``update`` of the pass's cache returned, or was computed from it. ``sinks`` and ``alibi``
-    are [num_heads]; see LayerAttention. Returns [1, num_tokens, num_heads, value width].
+    what ``update`` of the pass's cache returned, or was computed from it. ``sinks`` is
+    [num_heads]; ``alibi`` [num_heads] are slopes, or [num_heads, positions] what each position
+    adds; see LayerAttention. Returns [1, num_tokens, num_heads, value width].
     """
     if getattr(module, "is_causal", True) is False:
         raise NotImplementedError(

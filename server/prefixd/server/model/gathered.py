@@ -53,7 +53,7 @@ class Group:
     values by position and KV head; ``mask`` [R, 1, Q, T] is True where a query sees a position
     (None: every query sees all); ``real`` [n] indexes the unpadded of the R * Q queries (None: no
     padding) and ``targets`` [n] are their positions in the flat tokens; ``places`` [R, T] are the
-    positions in the sequence, where scores depend on them.
+    positions in the sequence, where scores depend on them; padding has the row's last one.
     """
 
     size: int
@@ -230,7 +230,7 @@ class _Layout:
             queries=_on(device, queries),
             kv_rows=_on(device, kv_rows.reshape(-1)),
             mask=self._visible(places, ends - lengths, ends, num_queries),
-            places=_on(device, places) if self.with_places else None,
+            places=_on(device, np.minimum(places, ends[:, None] - 1)) if self.with_places else None,
             real=_on(device, real) if len(real) < is_real.size else None,
             targets=_on(device, queries[real]),
         )
@@ -319,10 +319,20 @@ def _weights(
         scores = (scores / options.softcap).tanh_().mul_(options.softcap)
     if options.alibi is not None:
         assert group.places is not None
-        scores = scores + of_heads(options.alibi) * group.places[:, None, None]
+        bias = _bias(options.alibi, group.places)  # [num_heads, R, T]
+        bias = bias.view(kv_heads, -1, *group.places.shape).permute(2, 0, 1, 3)
+        scores = scores + bias.repeat_interleave(group.num_queries, 2)
     if mask is not None:
         scores = scores.masked_fill_(~mask, float("-inf"))
     if options.sinks is None:
         return scores.softmax(-1)
     sinks = of_heads(options.sinks).expand(rows, kv_heads, queries, 1)
     return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+
+
+def _bias(alibi: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """What is added to scores of positions ``places`` [R, T]: [num_heads, R, T]."""
+    if alibi.dim() > 1:
+        return alibi.float()[:, places]
+    # Counted from the row's last position, which changes no weight: far from 0 a product rounds.
+    return alibi.float()[:, None, None] * (places - places[:, -1:])

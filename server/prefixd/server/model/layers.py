@@ -31,7 +31,7 @@ class LayerAttention:
     A ``window`` of W lets a position see itself and the W - 1 before it; a ``chunk`` of C lets it
     see those from the last multiple of C on. None: all. ``softcap`` bounds scores to its absolute
     value (None: no bound). With ``sinks`` a learned score for each head joins the softmax, with
-    ``alibi`` a slope for each head times the position is added to scores.
+    ``alibi`` scores grow with the position: by a slope for each head, or as a table says.
     """
 
     layer: int

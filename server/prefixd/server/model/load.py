@@ -16,10 +16,10 @@ from prefixd.server.model.architecture import (
     served_context,
     shape_of,
 )
-from prefixd.server.model.attention import IMPLEMENTATION
 from prefixd.server.model.checkpoint import read_config, read_tokenizer, read_weights
 from prefixd.server.model.checkpoint_files import refuse_unreadable_files
 from prefixd.server.model.demo import MODEL_ID, demo_model
+from prefixd.server.model.families import adapt
 from prefixd.server.model.heads import refuse_indivisible
 from prefixd.server.model.layers import Layers
 from prefixd.server.model.probe import probe
@@ -38,7 +38,7 @@ _SAMPLES = 4096  # elements of each weight in the fingerprint
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """The frozen base, ready to run. ``module`` is an unmodified transformers causal LM;
+    """The frozen base, ready to run. ``module`` is a transformers causal LM;
     ``context`` is the most positions that a sequence may have on this server, and ``layers`` are
     what this process holds of them."""
 
@@ -163,7 +163,7 @@ def prepare_base(
     _cast(module, DTYPES[dtype])
     module = module.to(target).eval().requires_grad_(requires_grad=False)
     try:
-        module.set_attn_implementation(IMPLEMENTATION)
+        adapt(module)
     except ValueError as error:
         raise UnsupportedModel(
             f"{name} does not accept an attention implementation: {error}"

@@ -179,16 +179,7 @@ def _lacking(module: Any, layers: int, attending: int) -> str:
     names = [type(part).__name__ for part in module.modules()]
     kinds = dict.fromkeys(name for name in names if name.endswith("Attention"))
     attention = list(kinds)[-1] if kinds else "its attention"
-    alibi = " with ALiBi, a bias by distance," if _has_alibi(module) else ""
     return (
-        f"{attention} computes attention{alibi} in code of its own, which cannot read KV blocks; "
-        "expected a model that uses transformers' attention interface"
+        f"{attention} computes attention in code of its own, which cannot read KV blocks; expected "
+        "a model that uses transformers' attention interface"
     )
-
-
-def _has_alibi(module: Any) -> bool:
-    """Whether the config turns ALiBi on, or the model always builds it (BLOOM)."""
-    config = module.config
-    nested = getattr(config, "attn_config", None)
-    configured = [getattr(config, "alibi", False), getattr(nested, "alibi", False)]
-    return any(configured) or any(hasattr(part, "build_alibi_tensor") for part in module.modules())

@@ -4,7 +4,7 @@ The config does not show everything. The check compares the logits of several te
 model's own eager attention, each text alone and whole, with those of the same texts run as the
 server runs them: compiled as a prefix, in chunks, token by token, and several in one pass. So a
 model is rejected whose logits depend on later tokens, on the chunk or on the batch, or that needs
-something else (alibi, a soft cap, state-space layers). All arithmetic is in float32, in any
+something else (a soft cap, state-space layers). All arithmetic is in float32, in any
 serving dtype: the rounding of bfloat16 would hide differences below one percent (decision 0010).
 """
 
