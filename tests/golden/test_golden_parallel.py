@@ -20,8 +20,9 @@ from prefixd.server.model.parallel.outcome import RankFailed
 from prefixd.server.model.parallel.plan import Job
 from prefixd.server.model.parallel.rank import RankModel
 from prefixd.server.model.parallel.runner import ParallelRunner
-from prefixd.server.model.prefix import KVPrefix
+from prefixd.server.model.prefix import KVPrefix, SoftPrompt
 from tests.golden.golden_harness import EmptyDetokenizer, Served, prompts, tiny_model
+from tests.golden.placed import Piece, place, reference, soft_prompt
 from tests.golden.test_golden_mixed import many_prefixes, preempt_often
 from tests.golden.test_golden_server import folder_of
 
@@ -130,6 +131,17 @@ def test_tokens_under_all_kinds_of_prefix_equal_those_of_one_process(
         assert stats.preemptions >= 10
         assert stats.prefix_loads["host"] > 0
         assert stats.step_failures == 0
+
+
+def test_virtual_tokens_inside_a_prompt_reach_all_ranks(ranks: Ranks) -> None:
+    model = tiny_model("llama")
+    with ranks.serving(max_prefill_chunk=7) as served:
+        rows = soft_prompt(served, 20, seed=1)
+        key = served.put(SoftPrompt(rows)).key
+        first, second = prompts(2, seed=2)
+        pieces: list[Piece] = [(0, 7), first, (7, 20), second]
+        expected = reference(model, rows, pieces, 12)
+        assert place(served, key, pieces).start(served, count=12)() == expected
 
 
 def test_the_kv_of_all_heads_is_saved(ranks: Ranks, serving: Callable[..., Served]) -> None:

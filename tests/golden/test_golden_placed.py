@@ -1,22 +1,25 @@
 """Virtual tokens anywhere in a prompt give transformers' tokens for the same input embeddings."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from prefixd.server.engine.inputs import PLACEHOLDER, InputRun
-from prefixd.server.engine.request import PrefixKey, SamplingParams
+from prefixd.server.engine.request import PrefixHandle, PrefixKey, SamplingParams
 from prefixd.server.model.cpu.interface import KERNELS
 from prefixd.server.model.decoders import PAGED
-from prefixd.server.model.prefix import InputEmbeddings, SoftPrompt
+from prefixd.server.model.prefix import InputEmbeddings, Prefix, SoftPrompt
 from tests.golden.golden_harness import (
     RequestFailed,
     Served,
     make_adapter,
     plain_generate,
     prompts,
+    serve,
     tiny_model,
 )
 from tests.golden.placed import Piece, place, reference, soft_prompt
@@ -82,47 +85,65 @@ def test_with_all_pieces_in_front_tokens_equal_those_of_peft(
     assert served.stats().prefix_compiles == 3, "the whole prompt, two pieces, two swapped ones"
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """Requests of all kinds: under other prefixes, and with the virtual tokens of ``key`` placed.
+    ``expected`` are the tokens of the one after those of the other."""
+
+    model: Any
+    prefixes: dict[PrefixKey, Prefix]
+    others: list[tuple[list[int], PrefixHandle | None]]
+    key: PrefixKey
+    expected: list[list[int]]
+
+    def start(self, served: Served) -> list[Callable[[], list[int]]]:
+        with served.held():
+            waits = [served.start(text, other, count=COUNT) for text, other in self.others]
+            waits += [
+                place(served, self.key, pieces).start(served, count=COUNT)
+                for pieces in layouts(prompts(3, seed=2))
+            ]
+        return waits
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    model = tiny_model("llama")
+    single = serve(model, block_size=4, num_blocks=300)
+    others = many_prefixes(single, model, tmp_path_factory.mktemp("adapters"))
+    texts = list(zip(prompts(len(others), seed=3), others, strict=True))
+    expected = [single.generate(text, other, count=COUNT) for text, other in texts]
+    embeddings = soft_prompt(single, ROWS, seed=1)
+    key = single.put(SoftPrompt(embeddings)).key
+    expected += [
+        reference(model, embeddings, pieces, COUNT) for pieces in layouts(prompts(3, seed=2))
+    ]
+    single.engine.stop()
+    return Mixed(model, single.prefixes, texts, key, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernels", "chunk"),
     [("module", 1), ("module", 7), ("module", 64), *((k, 7) for k in ("torch", *PAGED, *KERNELS))],
 )
 def test_mixed_with_all_other_kinds_under_preemption(
-    kernels: str, chunk: int, tmp_path: Path, serving: Callable[..., Served]
+    kernels: str, chunk: int, mixed: Mixed, serving: Callable[..., Served]
 ) -> None:
     if kernels in KERNELS and (state := native_library().states()[kernels]) != "available":
         pytest.skip(f"{kernels}: {state}")
-    model = tiny_model("llama")
-    block_size = 16 if kernels in KERNELS else 4
-    num_blocks = 40 if kernels in KERNELS else 110
-    single = serving(model, block_size=block_size, num_blocks=300)
-    others = many_prefixes(single, model, tmp_path)
-    texts = prompts(len(others), seed=3)
-    expected = [
-        single.generate(text, other, count=COUNT) for text, other in zip(texts, others, strict=True)
-    ]
-    embeddings = soft_prompt(single, ROWS, seed=1)
-    key = single.put(SoftPrompt(embeddings)).key
-    pieces = layouts(prompts(3, seed=2))
-    expected += [reference(model, embeddings, each, COUNT) for each in pieces]
-
+    block_size, num_blocks = (16, 120) if kernels in KERNELS else (4, 400)
     served = serving(
-        model,
+        mixed.model,
         kernels=kernels,
         max_prefill_chunk=chunk,
         block_size=block_size,
         num_blocks=num_blocks,
     )
-    served.prefixes = single.prefixes
+    served.prefixes = mixed.prefixes
     preempt_often(served)
     for _ in range(2):  # the second time, KV is reused
-        with served.held():
-            waits = [
-                served.start(text, other, count=COUNT)
-                for text, other in zip(texts, others, strict=True)
-            ]
-            waits += [place(served, key, each).start(served, count=COUNT) for each in pieces]
-        assert [wait() for wait in waits] == expected
+        assert [wait() for wait in mixed.start(served)] == mixed.expected
     stats = served.stats()
     assert stats.preemptions > 0
     assert stats.kv_reused_tokens > 0
