@@ -183,23 +183,23 @@ def test_layers_may_differ_in_size_and_share_keys_and_values(
     require_equal(served, kinds)
 
 
-BLOCK, HONEST, BAD = 4, tuple(range(1, 13)), tuple(range(20, 28))
+BLOCK, OWN, BAD = 4, tuple(range(1, 13)), tuple(range(20, 28))
 
 
-def run_beside(decoder: ModuleDecoder, neighbour: torch.Tensor) -> torch.Tensor:
+def run_next_to(decoder: ModuleDecoder, neighbour: torch.Tensor) -> torch.Tensor:
     """The logits of a sequence over five passes, while a soft prompt is compiled and used."""
     tokens = some_prompts()[2]
     key, payload = PrefixKey("t", "bad"), SoftPrompt(neighbour)
-    decoder.zero([*HONEST, *BAD])
+    decoder.zero([*OWN, *BAD])
     batches = [
         lay_out(
-            [Chunk(0, tokens, 0, HONEST)],
+            [Chunk(0, tokens, 0, OWN)],
             [CompileChunk(key, payload, 0, len(neighbour), BAD)],
             outputs=[len(tokens) - 1],
         )
     ]
     for step in range(4):
-        own = Chunk(0, [step + 5], len(tokens) + step, HONEST)
+        own = Chunk(0, [step + 5], len(tokens) + step, OWN)
         other = Chunk(1, [step + 5], len(neighbour) + step, BAD)
         batches.append(lay_out([own, other], outputs=[0]))
     return torch.stack([decoder.forward(batch).values[0] for batch in batches])
@@ -208,15 +208,15 @@ def run_beside(decoder: ModuleDecoder, neighbour: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "family", ["gemma3_text", "gpt_oss", "gemma2", "llama4_text", "deepseek_v3", "gemma4_text"]
 )
-def test_nan_beside_a_sequence_and_in_freed_blocks_leaves_it_bit_equal(family: str) -> None:
+def test_nan_next_to_a_sequence_and_in_freed_blocks_leaves_it_bit_equal(family: str) -> None:
     model = windowed_model(family)
     base = prepare_base(model, None, name=family, dtype="float32", device="cpu")
     decoder = ModuleDecoder(base, num_blocks=40, block_size=BLOCK)
     width = base.shape.embedding_width
     good = torch.randn(PREFIX, width, generator=torch.Generator().manual_seed(1))
-    expected = run_beside(decoder, good)
+    expected = run_next_to(decoder, good)
     assert expected.isfinite().all()
-    for tensor in decoder.cache.tensors:  # all but the null block; what is used is zeroed again
+    for tensor in decoder.cache.tensors:  # all except the null block; what is used is zeroed again
         tensor[:, 1:] = torch.nan
-    assert torch.equal(run_beside(decoder, torch.full((PREFIX, width), torch.nan)), expected)
+    assert torch.equal(run_next_to(decoder, torch.full((PREFIX, width), torch.nan)), expected)
     assert any(tensor[:, list(BAD)].isnan().any() for tensor in decoder.cache.tensors)
