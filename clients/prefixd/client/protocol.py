@@ -18,7 +18,6 @@ from prefixd.client.types import (
     Prefix,
     PrefixPage,
     Uploaded,
-    UploadWarnings,
     VersionPage,
     Warmed,
 )
@@ -102,11 +101,7 @@ def upload(
 
 
 def _uploaded(response: Response) -> Uploaded:
-    return Uploaded(
-        prefix=parse_body(Prefix, response),
-        created=response.status == 201,
-        warnings=parse_body(UploadWarnings, response).warnings,
-    )
+    return Uploaded(prefix=parse_body(Prefix, response), created=response.status == 201)
 
 
 def upload_text(

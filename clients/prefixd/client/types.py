@@ -87,19 +87,11 @@ class Prefix(PrefixVersion):
     etag: str | None = None
 
 
-class UploadWarnings(ResponseModel):
-    """What the response to an upload says besides the version."""
-
-    warnings: Annotated[tuple[str, ...], Field(strict=False), NullIsDefault] = ()
-
-
 class Uploaded(ResponseModel):
-    """The outcome of an upload. ``created`` is False when the same bytes were already stored.
-    ``warnings`` say what is worth knowing of it on the served base."""
+    """The outcome of an upload. ``created`` is False when the same bytes were already stored."""
 
     prefix: Prefix
     created: bool
-    warnings: tuple[str, ...] = ()
 
 
 class Warmed(PrefixVersion):
