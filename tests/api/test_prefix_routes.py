@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,17 @@ def files(**changes: Any) -> dict[str, Any]:
         **changes,
     }
     return {name: part for name, part in parts.items() if part is not None}
+
+
+def test_an_upload_is_answered_with_what_its_length_means_on_the_base(world: World) -> None:
+    world.served = replace(world.served, prefix_warnings=lambda count: [f"{count} tokens"])
+    with TestClient(world.make_app(), headers=world.headers()) as client:
+        for _ in range(2):
+            answer = client.put(
+                "/v1/prefixes/voice", files=files(), headers={"Idempotency-Key": "once"}
+            )
+            assert answer.json()["warnings"] == ["3 tokens"]
+        assert "warnings" not in client.get("/v1/prefixes/voice").json()
 
 
 def test_equal_bytes_keep_their_version_and_other_bytes_make_a_new_one(client: TestClient) -> None:

@@ -47,6 +47,13 @@ def test_push_a_folder(shell: Shell, server: Loopback, tmp_path: Path):
     assert server.seen[0].headers["authorization"] == "Bearer pfx_secret"
 
 
+def test_push_shows_the_warnings_of_the_server(shell: Shell, server: Loopback):
+    server.reply(MANIFEST | {"warnings": ["3 of 4 layers\x1b[2J see nothing"]}, status=201)
+    result = shell("prefix", "push", "voice", "--text", "Hello")
+    assert result.exit_code == 0
+    assert result.stderr == "prefixd: 3 of 4 layers\\u001b[2J see nothing\n"
+
+
 @pytest.mark.parametrize("source", ["option", "file", "stdin"])
 def test_push_a_text(source: str, shell: Shell, server: Loopback, tmp_path: Path):
     file = tmp_path / "voice.txt"

@@ -147,6 +147,13 @@ def test_upload_reports_whether_it_created_a_version(status: int, created: bool)
     assert call.parse(_response(MANIFEST, status=status)).created is created
 
 
+@pytest.mark.parametrize("warnings", [None, [], ["all layers"]])
+def test_upload_reports_what_the_server_warns_of(warnings: list[str] | None):
+    call = protocol.upload_text("voice", "Hello")
+    uploaded = call.parse(_response(MANIFEST | {"warnings": warnings}, status=201))
+    assert uploaded.warnings == tuple(warnings or ())
+
+
 @pytest.mark.parametrize(
     "broken", [{"version": "3"}, {"version": True}, {"version": None}, {"created_at": "today"}]
 )

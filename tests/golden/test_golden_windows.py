@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from prefixd.server.engine.request import PrefixHandle
+from prefixd.server.engine.request import PrefixHandle, PrefixKey
+from prefixd.server.engine.step import Chunk, CompileChunk
+from prefixd.server.model.batch import lay_out
+from prefixd.server.model.load import prepare_base
+from prefixd.server.model.module_decoder import ModuleDecoder
+from prefixd.server.model.prefix import SoftPrompt
 from prefixd.store.artifact.config import Kind
 from tests.golden.families import family_model
 from tests.golden.golden_harness import (
@@ -43,8 +48,7 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "flint": {"layer_types": ["sliding_attention", "full_attention"]},
     "llama4_text": {"attention_chunk_size": WINDOW, "floor_scale": 8, "num_hidden_layers": 4},
 }
-LATENT = ("deepseek_v2", "deepseek_v3")
-SHARED = {
+SHARED: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -63,9 +67,21 @@ Reference = Callable[[list[int]], list[int]]
 Kinds = list[tuple[PrefixHandle | None, Reference]]
 
 
+OTHER: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {},
+    "deepseek_v3": {},
+    "diffllama": {},
+    "stablelm": {},
+    "nemotron": {},
+    "gemma4_text": SHARED,
+}
+"""Latents, values used twice, arguments that are dropped, and shared keys and values."""
+
+
 def windowed_model(family: str) -> Any:
     untied = {"tie_word_embeddings": False}  # else the models of Gemma repeat a token
-    return family_model(family, **{"sliding_window": WINDOW, **untied, **WINDOWED[family]})
+    changes = WINDOWED.get(family, OTHER.get(family, {}))
+    return family_model(family, **{"sliding_window": WINDOW, **untied, **changes})
 
 
 def all_kinds(served: Served, model: Any, folder: Path) -> Kinds:
@@ -116,3 +132,91 @@ def test_twelve_requests_get_the_tokens_of_peft_past_the_window(
         preempt_often(served)
     require_equal(served, all_kinds(served, model, tmp_path))
     assert ("preempting" in schedule) == (served.stats().preemptions > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in OTHER if family != "gemma4_text"])
+def test_latents_and_repeated_values_give_the_tokens_of_peft(
+    family: str, tmp_path: Path, serving: Callable[..., Served]
+) -> None:
+    model = windowed_model(family)
+    served = serving(model, **SCHEDULES["chunk of 7, preempting"])
+    preempt_often(served)
+    kinds = all_kinds(served, model, tmp_path)
+    assert len(kinds) == (3 if family.startswith("deepseek") else 4)
+    require_equal(served, kinds)
+
+
+def gemma4_tokens(model: Any, prefix: torch.Tensor, prompt: list[int]) -> list[int]:
+    """Greedy tokens after embeddings ``prefix`` [P, width], each from one pass over everything.
+    There is no token at these positions: the layers get the embeddings of padding."""
+    layers, tokens = model.model, list(prompt)
+    padding = torch.full((1, len(prefix)), model.config.pad_token_id)
+    with torch.no_grad():
+        for _ in range(COUNT):
+            ids = torch.tensor([tokens])
+            embeddings = torch.cat([prefix[None], layers.embed_tokens(ids)], 1)
+            per_layer = [layers.get_per_layer_inputs(part, None) for part in (padding, ids)]
+            logits = model(
+                inputs_embeds=embeddings, per_layer_inputs=torch.cat(per_layer, 1), use_cache=False
+            ).logits
+            tokens.append(int(logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.slow
+def test_layers_may_differ_in_size_and_share_keys_and_values(
+    serving: Callable[..., Served],
+) -> None:
+    """PEFT cannot run a soft prompt here: Gemma 4 looks its input up by token in every layer."""
+    model = windowed_model("gemma4_text")
+    served = serving(model, **SCHEDULES["chunk of 7, preempting"])
+    assert len({cache.shape for cache in served.base.layers.caches.values()}) == 2
+    assert [layer.cache for layer in served.base.layers.attention.values()] == [0, 1, 0, 1]
+    soft = torch.randn(PREFIX, 64, generator=torch.Generator().manual_seed(1))
+    text = prompts(3, seed=5)[2][:PREFIX]
+    kinds: Kinds = [
+        (None, lambda prompt: plain_generate(model, prompt, COUNT)),
+        (served.add_tokens(text), lambda prompt: plain_generate(model, [*text, *prompt], COUNT)),
+        (served.put(SoftPrompt(soft)), partial(gemma4_tokens, model, soft)),
+    ]
+    require_equal(served, kinds)
+
+
+BLOCK, OWN, BAD = 4, tuple(range(1, 13)), tuple(range(20, 28))
+
+
+def run_next_to(decoder: ModuleDecoder, neighbour: torch.Tensor) -> torch.Tensor:
+    """The logits of a sequence over five passes, while a soft prompt is compiled and used."""
+    tokens = some_prompts()[2]
+    key, payload = PrefixKey("t", "bad"), SoftPrompt(neighbour)
+    decoder.zero([*OWN, *BAD])
+    batches = [
+        lay_out(
+            [Chunk(0, tokens, 0, OWN)],
+            [CompileChunk(key, payload, 0, len(neighbour), BAD)],
+            outputs=[len(tokens) - 1],
+        )
+    ]
+    for step in range(4):
+        own = Chunk(0, [step + 5], len(tokens) + step, OWN)
+        other = Chunk(1, [step + 5], len(neighbour) + step, BAD)
+        batches.append(lay_out([own, other], outputs=[0]))
+    return torch.stack([decoder.forward(batch).values[0] for batch in batches])
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma3_text", "gpt_oss", "gemma2", "llama4_text", "deepseek_v3", "gemma4_text"]
+)
+def test_nan_next_to_a_sequence_and_in_freed_blocks_leaves_it_bit_equal(family: str) -> None:
+    model = windowed_model(family)
+    base = prepare_base(model, None, name=family, dtype="float32", device="cpu")
+    decoder = ModuleDecoder(base, num_blocks=40, block_size=BLOCK)
+    width = base.shape.embedding_width
+    good = torch.randn(PREFIX, width, generator=torch.Generator().manual_seed(1))
+    expected = run_next_to(decoder, good)
+    assert expected.isfinite().all()
+    for tensor in decoder.cache.tensors:  # all except the null block; what is used is zeroed again
+        tensor[:, 1:] = torch.nan
+    assert torch.equal(run_next_to(decoder, torch.full((PREFIX, width), torch.nan)), expected)
+    assert any(tensor[:, list(BAD)].isnan().any() for tensor in decoder.cache.tensors)

@@ -18,6 +18,7 @@ from prefixd.client.types import (
     Prefix,
     PrefixPage,
     Uploaded,
+    UploadWarnings,
     VersionPage,
     Warmed,
 )
@@ -101,7 +102,11 @@ def upload(
 
 
 def _uploaded(response: Response) -> Uploaded:
-    return Uploaded(prefix=parse_body(Prefix, response), created=response.status == 201)
+    return Uploaded(
+        prefix=parse_body(Prefix, response),
+        created=response.status == 201,
+        warnings=parse_body(UploadWarnings, response).warnings,
+    )
 
 
 def upload_text(

@@ -87,11 +87,19 @@ class Prefix(PrefixVersion):
     etag: str | None = None
 
 
+class UploadWarnings(ResponseModel):
+    """What the response to an upload says besides the version."""
+
+    warnings: Annotated[tuple[str, ...], Field(strict=False), NullIsDefault] = ()
+
+
 class Uploaded(ResponseModel):
-    """The outcome of an upload. ``created`` is False when the same bytes were already stored."""
+    """The outcome of an upload. ``created`` is False when the same bytes were already stored.
+    ``warnings`` say what is worth knowing of it on the served base."""
 
     prefix: Prefix
     created: bool
+    warnings: tuple[str, ...] = ()
 
 
 class Warmed(PrefixVersion):

@@ -1,6 +1,6 @@
 """The served base model for the API: names, limits and a tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -95,6 +95,8 @@ class ServedModel:
     eos_token_ids: frozenset[int]
     created: int
     tokenizer: Tokenizer
+    prefix_warnings: Callable[[int], list[str]] = lambda _: []
+    """What a tenant should know of a prefix of so many virtual tokens on this base."""
 
     def count_prefix_tokens(self, text: str) -> int:
         """Positions that a text prefix occupies. Raises ArtifactRefused for a text with a token

@@ -84,6 +84,8 @@ def push(
     upload = client.upload_content(
         name, prefix.content, metadata=fields, task_id=prefix.task_id, warm=warm
     )
+    for warning in upload.warnings:
+        typer.echo(f"prefixd: {printable(warning)}", err=True)
     if as_json:
         print_json(upload.prefix)
     else:

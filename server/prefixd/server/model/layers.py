@@ -46,6 +46,22 @@ class LayerAttention:
     alibi: bool = False
     calls: int = 1
 
+    def tokens_in_sight(self, num_virtual_tokens: int) -> int | None:
+        """How many tokens after a prefix see any of its virtual tokens; None: all.
+
+        ::
+
+            virtual tokens 0 1 2, window of 4    | v v v t t t t          3 tokens see one
+                                                   0 1 2 3 4 5 6
+            virtual tokens 0 1 2, chunks of 5    | v v v t t | t t t ...  2 tokens see all
+        """
+        ends = []
+        if self.window is not None:
+            ends.append(self.window - 1)
+        if self.chunk is not None:
+            ends.append(-num_virtual_tokens % self.chunk)
+        return min(ends, default=None)
+
     def options(self) -> list[str]:
         """What plain attention does not have, for people."""
         named = {
@@ -92,6 +108,29 @@ class Layers:
                 "position, from which it computes keys and values"
             )
         return "its layers differ in the size of their keys and values"
+
+    def sight_warnings(self, num_virtual_tokens: int) -> list[str]:
+        """Which layers lose sight of a prefix of this many virtual tokens, for people."""
+        lost: dict[int, list[str]] = {}
+        for layer in self.attention.values():
+            tokens = layer.tokens_in_sight(num_virtual_tokens)
+            if tokens is not None:
+                lost.setdefault(tokens, []).append(layer.options()[0])
+        return [
+            f"{len(options)} of {len(self.attention)} layers see no virtual token after the first "
+            f"{tokens} tokens of prompt and output ({', '.join(dict.fromkeys(options))})"
+            for tokens, options in sorted(lost.items())
+        ]
+
+    def unseen_part(self, context: int) -> float:
+        """Which part of the KV of a sequence of ``context`` positions no layer reads any more."""
+        sizes = {i: c.num_heads * (c.key_width + c.value_width) for i, c in self.caches.items()}
+        seen = dict.fromkeys(self.caches, 0)
+        for layer in self.attention.values():
+            spans = (span for span in (layer.window, layer.chunk) if span is not None)
+            seen[layer.cache] = max(seen[layer.cache], min(spans, default=context))
+        held = context * sum(sizes.values())
+        return sum(sizes[i] * (context - seen[i]) for i in sizes) / held if held else 0.0
 
     @property
     def calls(self) -> int:

@@ -139,6 +139,14 @@ def load_base(
             f"{name} keeps a state in its layers of {base.layers.states[0].kind}, which is not "
             "cut by head, so it cannot be served with tensor_parallel"
         )
+    if unseen := base.layers.unseen_part(base.context):
+        log.info(
+            "%s has layers with windows; the KV pool holds all positions of all layers, so %.0f %% "
+            "of the KV of a sequence of %d positions is never read again",
+            name,
+            100 * unseen,
+            base.context,
+        )
     return base
 
 

@@ -313,4 +313,5 @@ def _served_model(
         eos_token_ids=frozenset(i for i in base.eos_token_ids if 0 <= i < base.num_logits),
         created=int(time.time()),
         tokenizer=Tokenizer(base.tokenizer),
+        prefix_warnings=base.layers.sight_warnings,
     )

@@ -45,6 +45,12 @@ class PrefixManifest(BaseModel):
     corrupt: bool
 
 
+class UploadedPrefix(PrefixManifest):
+    """A version that was uploaded, and what is worth knowing about it on this base."""
+
+    warnings: list[str] = []
+
+
 class PrefixShown(PrefixManifest):
     """A version, and where this server has it now.
 

@@ -40,7 +40,7 @@ from prefixd.server.api.prefixes.receiving import (
     receive,
 )
 from prefixd.server.api.prefixes.residency import try_warm
-from prefixd.server.api.prefixes.schemas import PrefixManifest
+from prefixd.server.api.prefixes.schemas import PrefixManifest, UploadedPrefix
 from prefixd.server.api.repeats import Repeatable, RepeatableDep, request_digest
 from prefixd.server.api.values import Flag
 from prefixd.server.engine.request import PrefixKey
@@ -63,10 +63,10 @@ Warm = Annotated[
 
 @router.put(
     "/{name}",
-    response_model=PrefixManifest,
+    response_model=UploadedPrefix,
     responses={
         200: WITH_TAG[200] | {"description": "The same bytes were there already, as this version."},
-        201: WITH_TAG[200] | {"description": "A new version.", "model": PrefixManifest},
+        201: WITH_TAG[200] | {"description": "A new version.", "model": UploadedPrefix},
     },
     openapi_extra=UPLOAD_BODY,
 )
@@ -90,7 +90,7 @@ async def put_prefix(
     actor: Acting,
     conditions: ConditionsDep,
     warm: Warm = False,
-) -> PrefixManifest:
+) -> UploadedPrefix:
     """Upload a prefix: PEFT's two files as multipart, a text as JSON, or a stored file as it is.
 
     Durable on return.
@@ -112,7 +112,8 @@ async def put_prefix(
         await run_in_threadpool(disk.check, declared_bytes(request))
         async with receive(request, target) as received:
             body = await catalog.long_calls.write(publish, *received)
-    manifest = PrefixManifest.model_validate(body)
+    manifest = UploadedPrefix.model_validate(body)
+    manifest.warnings = served.prefix_warnings(manifest.num_virtual_tokens)
     engine.forget_failure(PrefixKey(principal.tenant, manifest.digest))
     if warm:
         warm_up = partial(

@@ -1,0 +1,77 @@
+"""What layers see of a prefix, and what is said of them."""
+
+import numpy as np
+import pytest
+
+from prefixd.server.model.gathered import Visibility
+from prefixd.server.model.layers import LayerAttention, LayerCache, Layers
+
+
+def attention(layer: int = 0, **options: object) -> LayerAttention:
+    return LayerAttention(layer, layer, direct=True, heads=4, scale=1.0, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"window": 1}, {"window": 7}, {"chunk": 1}, {"chunk": 5}])
+@pytest.mark.parametrize("count", [1, 4, 5, 6, 12])
+def test_a_token_after_a_prefix_sees_it_as_long_as_attention_does(
+    options: dict[str, int], count: int
+) -> None:
+    positions = np.arange(count, count + 30)
+    sees = Visibility(**options).first(positions) < count
+    expected = attention(**options).tokens_in_sight(count)
+    assert expected == sees.sum()
+    assert sees[:expected].all()
+
+
+def test_a_warning_counts_the_layers_that_lose_sight_of_a_prefix() -> None:
+    layers = Layers(
+        {},
+        {
+            0: attention(0, window=16),
+            1: attention(1),
+            2: attention(2, window=16),
+            3: attention(3, chunk=32),
+        },
+    )
+    sees = "layers see no virtual token after the first"
+    assert layers.sight_warnings(20) == [
+        f"1 of 4 {sees} 12 tokens of prompt and output (chunks of 32 tokens)",
+        f"2 of 4 {sees} 15 tokens of prompt and output (a sliding window of 16 tokens)",
+    ]
+    assert Layers({}, {0: attention()}).sight_warnings(20) == []
+
+
+def plain(**options: object) -> Layers:
+    caches = {layer: LayerCache(layer, 2, 8, 8) for layer in range(2)}
+    return Layers(caches, {0: attention(0), 1: attention(1, **options)})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({}, None),
+        ({"window": 16}, "a sliding window of 16 tokens in layer 1"),
+        ({"chunk": 8, "softcap": 5.0}, "chunks of 8 tokens and a soft cap of 5.0 in layer 1"),
+        ({"sinks": True}, "sinks in layer 1"),
+        ({"alibi": True}, "alibi in layer 1"),
+    ],
+)
+def test_what_is_not_plain_attention_is_named(options: dict[str, object], named: str) -> None:
+    assert plain(**options).beyond_plain() == named
+
+
+@pytest.mark.parametrize(
+    ("caches", "reason"),
+    [
+        ([(2, 8, 8), (2, 8, 8)], None),
+        ([(2, 8, 8)], "1 of its 2 layers cache keys and values"),
+        ([(2, 8, 8), (2, 16, 16)], "its layers differ in the size of their keys and values"),
+        ([(1, 32, 16)] * 2, "it caches two states of 32 and 16 numbers"),
+    ],
+)
+def test_a_kv_prefix_needs_one_shape_in_all_layers(
+    caches: list[tuple[int, int, int]], reason: str | None
+) -> None:
+    layers = Layers({i: LayerCache(i, *shape) for i, shape in enumerate(caches)}, {})
+    refused = layers.kv_prefix_refused(2)
+    assert refused is None if reason is None else reason in str(refused)
