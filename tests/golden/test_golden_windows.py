@@ -78,10 +78,10 @@ OTHER: dict[str, dict[str, Any]] = {
 """Latents, values used twice, arguments that are dropped, and shared keys and values."""
 
 
-def windowed_model(family: str) -> Any:
+def windowed_model(family: str, **more: Any) -> Any:
     untied = {"tie_word_embeddings": False}  # else the models of Gemma repeat a token
     changes = WINDOWED.get(family, OTHER.get(family, {}))
-    return family_model(family, **{"sliding_window": WINDOW, **untied, **changes})
+    return family_model(family, **{"sliding_window": WINDOW, **untied, **changes, **more})
 
 
 def all_kinds(served: Served, model: Any, folder: Path) -> Kinds:
@@ -209,7 +209,9 @@ def run_next_to(decoder: ModuleDecoder, neighbour: torch.Tensor) -> torch.Tensor
     "family", ["gemma3_text", "gpt_oss", "gemma2", "llama4_text", "deepseek_v3", "gemma4_text"]
 )
 def test_nan_next_to_a_sequence_and_in_freed_blocks_leaves_it_bit_equal(family: str) -> None:
-    model = windowed_model(family)
+    # A neighbour's experts change the sizes of products, and so the rounding of others.
+    dense = {"first_k_dense_replace": 2} if family == "deepseek_v3" else {}
+    model = windowed_model(family, **dense)
     base = prepare_base(model, None, name=family, dtype="float32", device="cpu")
     decoder = ModuleDecoder(base, num_blocks=40, block_size=BLOCK)
     width = base.shape.embedding_width
