@@ -65,13 +65,15 @@ def test_several_processes_cannot_share_a_family(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "heads"),
-    [("falcon", 1), ("falcon, ALiBi", 4), ("falcon, new architecture", 4)],
+    ("name", "heads", "width"),
+    [("falcon", 1, 8), ("falcon, ALiBi", 16, 4), ("falcon, new architecture", 4, 8)],
 )
-def test_kv_heads_of_falcon_are_those_that_transformers_caches(name: str, heads: int) -> None:
+def test_kv_heads_of_falcon_are_those_that_transformers_caches(
+    name: str, heads: int, width: int
+) -> None:
     base = prepared(outside_model(name))
-    assert (base.shape.num_kv_heads, base.shape.head_dim) == (heads, 8)
-    assert {layer.shape for layer in base.layers.caches.values()} == {(heads, 8, 8)}
+    assert (base.shape.num_kv_heads, base.shape.head_dim) == (heads, width)
+    assert {layer.shape for layer in base.layers.caches.values()} == {(heads, width, width)}
 
 
 def test_faster_decoders_refuse_a_family_by_name_and_the_module_serves(
