@@ -1,10 +1,16 @@
 """What layers see of a prefix, and what is said of them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import transformers
 
+from prefixd.server.model.decoders import make_decoder
 from prefixd.server.model.gathered import Visibility
 from prefixd.server.model.layers import LayerAttention, LayerCache, Layers
+from prefixd.server.model.load import prepare_base
+from tests.model.broken_models import GATED, random_model
 
 
 def attention(layer: int = 0, **options: object) -> LayerAttention:
@@ -75,3 +81,23 @@ def test_a_kv_prefix_needs_one_shape_in_all_layers(
     layers = Layers({i: LayerCache(i, *shape) for i, shape in enumerate(caches)}, {})
     refused = layers.kv_prefix_refused(2)
     assert refused is None if reason is None else reason in str(refused)
+
+
+def test_unseen_is_what_all_layers_that_read_it_have_lost() -> None:
+    caches = {0: LayerCache(0, 2, 8, 8), 1: LayerCache(1, 2, 8, 8)}
+    first, last = attention(0, window=10), attention(1)
+    assert Layers(caches, {0: first, 1: last}).unseen_part(100) == 0.45
+    shared = LayerAttention(2, 0, direct=True, heads=4, scale=1.0)
+    assert Layers(caches, {0: first, 1: last, 2: shared}).unseen_part(100) == 0
+
+
+@pytest.mark.parametrize(("choice", "name"), [("auto", "torch"), ("paged", "module")])
+def test_windows_are_served_by_the_next_decoder_and_named_in_the_log(
+    choice: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = transformers.MistralConfig(**GATED, sliding_window=64)
+    base = prepare_base(random_model(config), None, name="m", dtype="float32", device="cpu")
+    with caplog.at_level("INFO"):
+        decoder = make_decoder(base, choice, num_blocks=9, block_size=16, data_folder=tmp_path)
+    assert decoder.name == name
+    assert "m has a sliding window of 64 tokens in layer 0" in caplog.text
