@@ -40,6 +40,7 @@ from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.decoder_check import check_decoder
 from prefixd.server.model.decoders import PAGED, make_decoder
 from prefixd.server.model.device_runner import DeviceRunner
+from prefixd.server.model.gated_places import attention_name
 from prefixd.server.model.graphs import cuda_graphs
 from prefixd.server.model.int8_decoder import make_int8_decoder
 from prefixd.server.model.load import LoadedBase, prepare_base
@@ -76,6 +77,7 @@ def tiny_configs() -> dict[str, Any]:
             vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=4, n_positions=512, **ids
         ),
         "qwen3": transformers.Qwen3Config(**gated, **ids, head_dim=32),
+        "mistral": transformers.MistralConfig(**gated, **ids, sliding_window=None),
         "gpt_neox": transformers.GPTNeoXConfig(**common, **ids, intermediate_size=96),
     }
 
@@ -204,6 +206,29 @@ def make_adapter(
     return Adapter(wrapped, folder, TASK if peft_type.startswith("MULTITASK") else None)
 
 
+def make_adaption_prompt(
+    model: Any,
+    length: int,
+    folder: Path,
+    *,
+    layers: int = 2,
+    gate: float = 3.0,
+    seed: int = 0,
+) -> Adapter:
+    """As ``make_adapter``: a random adaption prompt in the last ``layers`` layers."""
+    torch.manual_seed(seed)
+    config = peft.AdaptionPromptConfig(
+        task_type="CAUSAL_LM", adapter_len=length, adapter_layers=layers
+    )
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    for weight in wrapped.parameters():
+        if weight.requires_grad:
+            weight.data = torch.randn(weight.shape) if weight.dim() > 1 else torch.full((1,), gate)
+    wrapped = wrapped.to(DEVICE)
+    wrapped.save_pretrained(folder)
+    return Adapter(wrapped, folder, None)
+
+
 def spec_of(base: LoadedBase, *, max_virtual_tokens: int = 256) -> BaseSpec:
     """The store's view of a base, with bounds wide enough for random adapters."""
     shape = base.shape
@@ -219,6 +244,7 @@ def spec_of(base: LoadedBase, *, max_virtual_tokens: int = 256) -> BaseSpec:
         max_abs_embedding=1e4,
         max_abs_kv=1e4,
         refused_kinds=refused_kinds(base),
+        attention_module=attention_name(base.module),
     )
 
 
@@ -254,7 +280,7 @@ class Served:
         """Make a prefix available."""
         key = PrefixKey(tenant, f"digest-{next(self.numbers)}")
         self.prefixes[key] = prefix
-        return PrefixHandle(key, prefix.num_tokens)
+        return PrefixHandle(key, prefix.num_tokens, gated=prefix.gated_from is not None)
 
     def fetch(self, key: PrefixKey) -> Prefix:
         """Implements PrefixSource over ``prefixes``."""

@@ -13,7 +13,7 @@ from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.attention import Options
 from prefixd.server.model.decoders import DecoderUnavailable, make_decoder
 from prefixd.server.model.families import FAMILIES, adapt
-from prefixd.server.model.gathered import Group, attend
+from prefixd.server.model.gathered import Group, attended_by
 from prefixd.server.model.heads import refuse_indivisible
 from prefixd.server.model.int8_decoder import make_int8_decoder
 from prefixd.server.model.load import LoadedBase, fingerprint_of, prepare_base
@@ -136,6 +136,9 @@ def test_alibi_is_as_exact_far_from_the_start_as_near_it() -> None:
         )
         out = torch.empty(1, 2, 1, 8)
         slopes = torch.tensor([0.84, 0.071])
-        attend(group, query, (states[0], states[1]), out, Options(scale=0.3, alibi=slopes))
+        attended = attended_by(
+            group, query, (states[0], states[1]), Options(scale=0.3, alibi=slopes)
+        )
+        out.index_copy_(0, group.targets, attended)
         outputs.append(out)
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)

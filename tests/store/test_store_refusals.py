@@ -251,7 +251,6 @@ CONFIGS = {
     "lone surrogate": (config_bytes(x="\ud800"), "malformed_config", "surrogate"),
     "no type": (b'{"num_virtual_tokens":4}', "unsupported_peft_type", "got null"),
     "LoRA": (config_bytes("LORA"), "unsupported_peft_type", "got 'LORA'"),
-    "adaption prompt": (config_bytes("ADAPTION_PROMPT"), "unsupported_peft_type", "CARTRIDGE"),
     "lower case": (config_bytes("prompt_tuning"), "unsupported_peft_type", "prompt_tuning"),
     "type is a list": (config_bytes(peft_type=["LORA"]), "unsupported_peft_type", "an array"),
     "seq2seq": (config_bytes(task_type="SEQ_2_SEQ_LM"), "unsupported_task_type", "SEQ_2_SEQ_LM"),

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from prefixd.store.artifact.adaption import AdaptionWeights, open_adaption
 from prefixd.store.artifact.config import (
     KINDS,
     BaseSpec,
@@ -65,11 +66,13 @@ class Artifact(Summary):
 
     ``values`` is float32 as in the file (not yet rounded to the serving dtype): [P, width] for a
     soft prompt, MULTITASK folded for its task, or [P, layers * 2 * kv_heads * head_dim] for a KV
-    prefix; None for text.
+    prefix; None for text. Of an adaption prompt they are [adapted layers * P, width], and ``gates``
+    [adapted layers].
     """
 
     values: Floats | None
     text: str | None
+    gates: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +102,7 @@ def inspect_peft(
     parsed = parse_config(config)
     with weights.open("rb") as file:
         size = weights.stat().st_size
-        opened = open_weights(file, start=0, size=size, config=parsed, base=base, task_id=task_id)
+        opened = _open(file, start=0, size=size, config=parsed, base=base, task_id=task_id)
         for _ in opened.rows():
             pass
     return _summary(parsed, opened)
@@ -149,7 +152,10 @@ def read_artifact(path: Path, *, base: BaseSpec, count_tokens: Callable[[str], i
             return Artifact(**asdict(summary), values=None, text=text)
         config = from_fields(envelope.config)
         opened = _open_payload(file, envelope, config, base)
-        return Artifact(**asdict(_summary(config, opened)), values=opened.load(), text=None)
+        gates = opened.gates() if isinstance(opened, AdaptionWeights) else None
+        return Artifact(
+            **asdict(_summary(config, opened)), values=opened.load(), text=None, gates=gates
+        )
 
 
 def pack_peft(config: bytes, weights: Path, target: Path, *, task_id: int | None = None) -> Packed:
@@ -214,8 +220,8 @@ def _read_text(file: BinaryIO, envelope: Envelope) -> str:
 
 def _open_payload(
     file: BinaryIO, envelope: Envelope, config: PeftConfig, base: BaseSpec
-) -> PeftWeights:
-    return open_weights(
+) -> PeftWeights | AdaptionWeights:
+    return _open(
         file,
         start=envelope.payload_offset,
         size=envelope.payload_bytes,
@@ -225,7 +231,21 @@ def _open_payload(
     )
 
 
-def _summary(config: PeftConfig, weights: PeftWeights) -> Summary:
+def _open(
+    file: BinaryIO,
+    *,
+    start: int,
+    size: int,
+    config: PeftConfig,
+    base: BaseSpec,
+    task_id: int | None,
+) -> PeftWeights | AdaptionWeights:
+    """Check the header of safetensors bytes against config and base; raise ArtifactRefused."""
+    opener = open_adaption if config.kind is Kind.ADAPTION_PROMPT else open_weights
+    return opener(file, start=start, size=size, config=config, base=base, task_id=task_id)
+
+
+def _summary(config: PeftConfig, weights: PeftWeights | AdaptionWeights) -> Summary:
     return Summary(
         kind=config.kind,
         peft_type=config.peft_type,

@@ -25,6 +25,13 @@ class Kind(StrEnum):
     SOFT_PROMPT = "soft_prompt"
     KV_PREFIX = "kv_prefix"
     HARD_PROMPT = "hard_prompt"
+    ADAPTION_PROMPT = "adaption_prompt"
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether its virtual tokens come before the real ones; an adaption prompt is attended to
+        in addition to them."""
+        return self is not Kind.ADAPTION_PROMPT
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,8 @@ class BaseSpec:
     after the cast to it. ``max_abs_embedding`` and ``max_abs_kv`` bound |x| of a soft prompt and
     of a KV prefix; the server derives them from the values the base itself produces.
     ``refused_kinds`` are those that the base cannot take, each with the reason: "expected …".
+    ``attention_module`` is the name of a layer's attention, with ``{}`` for the layer, where the
+    base takes adaption prompts.
     """
 
     name: str
@@ -49,6 +58,7 @@ class BaseSpec:
     max_abs_embedding: float
     max_abs_kv: float
     refused_kinds: Mapping[Kind, str] = field(default_factory=dict)
+    attention_module: str | None = None
 
     @property
     def kv_width(self) -> int:
@@ -58,6 +68,8 @@ class BaseSpec:
     def require_kind(self, kind: Kind) -> None:
         """Raise ArtifactRefused for a kind that the base cannot take."""
         reason = self.refused_kinds.get(kind)
+        if reason is None and kind is Kind.ADAPTION_PROMPT and self.attention_module is None:
+            reason = "expected another kind, since this server has no place for one"
         if reason is not None:
             raise ArtifactRefused(
                 "unsupported_kind", f"{kind} on the base {self.name}: {reason}", param="kind"
@@ -84,6 +96,7 @@ KINDS = {
     "MULTITASK_PROMPT_TUNING": Kind.SOFT_PROMPT,
     "PREFIX_TUNING": Kind.KV_PREFIX,
     "CARTRIDGE": Kind.KV_PREFIX,
+    "ADAPTION_PROMPT": Kind.ADAPTION_PROMPT,
 }
 """The PEFT types served. The type alone decides the kind: where embedding width and KV width are
 equal, the tensor's shape cannot."""
@@ -106,13 +119,17 @@ is frozen and shared: serving the prefix without them would give other outputs t
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """The fields used of an ``adapter_config.json``; ``fields`` is all of it, as parsed."""
+    """The fields used of an ``adapter_config.json``; ``fields`` is all of it, as parsed.
+
+    An adaption prompt has ``adapter_len`` virtual tokens, in the last ``adapter_layers`` layers.
+    """
 
     kind: Kind
     peft_type: str
     num_virtual_tokens: int
     base_model_name_or_path: str | None
     fields: dict[str, Any]
+    adapter_layers: int = 0
 
 
 def parse_config(raw: bytes) -> PeftConfig:
@@ -144,23 +161,34 @@ def from_fields(fields: dict[str, Any]) -> PeftConfig:
             "causal language models only",
             param="task_type",
         )
-    count = fields.get("num_virtual_tokens")
-    if type(count) is not int or count < 1:
-        raise ArtifactRefused(
-            "malformed_config",
-            f"expected num_virtual_tokens to be a whole number from 1; got {shown(count)}",
-            param="num_virtual_tokens",
-        )
+    kind, layers = KINDS[peft_type], 0
+    if kind is Kind.ADAPTION_PROMPT:
+        count, layers = _count(fields, "adapter_len"), _count(fields, "adapter_layers")
+    else:
+        count = _count(fields, "num_virtual_tokens")
     base_name = fields.get("base_model_name_or_path")
     if base_name is not None:
         _check_base_name(base_name)
-    _check_trained_elsewhere(fields)
-    return PeftConfig(KINDS[peft_type], peft_type, count, base_name, fields)
+    _check_trained_elsewhere(fields, kind)
+    return PeftConfig(kind, peft_type, count, base_name, fields, layers)
 
 
-def _check_trained_elsewhere(fields: dict[str, Any]) -> None:
+def _count(fields: dict[str, Any], name: str) -> int:
+    count = fields.get(name)
+    if type(count) is not int or count < 1:
+        raise ArtifactRefused(
+            "malformed_config",
+            f"expected {name} to be a whole number from 1; got {shown(count)}",
+            param=name,
+        )
+    return count
+
+
+def _check_trained_elsewhere(fields: dict[str, Any], kind: Kind) -> None:
     for name in TRAINED_ELSEWHERE:
         value = fields.get(name)
+        if kind is Kind.ADAPTION_PROMPT and name == "target_modules":
+            continue  # the attention of the base: see _check_adaption_prompt
         if value is None or value is False or value in ("", "none", [], {}):
             continue
         raise ArtifactRefused(
@@ -185,6 +213,9 @@ def check_against_base(config: PeftConfig, base: BaseSpec) -> None:
             f"got {shown(config.num_virtual_tokens)}",
             param="num_virtual_tokens",
         )
+    if config.kind is Kind.ADAPTION_PROMPT:
+        _check_adaption_prompt(config, base)
+        return
     name = config.base_model_name_or_path
     trained_on = f", {quoted(name)}" if name else ""
     expected = {"num_layers": base.num_layers, "token_dim": base.embedding_width}
@@ -209,6 +240,26 @@ def check_against_base(config: PeftConfig, base: BaseSpec) -> None:
             f"{config.num_virtual_tokens} rows; got {shown(submodules)}"
             + _rows_stored(submodules, config.num_virtual_tokens),
             param="num_transformer_submodules",
+        )
+
+
+def _check_adaption_prompt(config: PeftConfig, base: BaseSpec) -> None:
+    assert base.attention_module is not None
+    attention = base.attention_module.rpartition(".")[2]
+    target = config.fields.get("target_modules")
+    if target is not None and target != attention:
+        raise ArtifactRefused(
+            "base_mismatch",
+            f"the config says target_modules {shown(target)}, but the attention of the base "
+            f"{base.name} is {attention}: this prefix was trained on another model",
+            param="target_modules",
+        )
+    if config.adapter_layers > base.num_layers:
+        raise ArtifactRefused(
+            "base_mismatch",
+            f"the config says adapter_layers {shown(config.adapter_layers)}, but the base "
+            f"{base.name} has {base.num_layers} layers: this prefix was trained on another model",
+            param="adapter_layers",
         )
 
 

@@ -104,25 +104,32 @@ class PeftWeights:
             return values * (left.reshape(len(values), rank) @ factor)
 
     def _read(self, entry: TensorEntry, *, first: int, count: int) -> Floats:
-        """Elements ``first .. first + count`` of the flat tensor, as float32 and as stored.
+        return read_values(self.file, self.start, entry, first=first, count=count)
 
-        Raises ArtifactRefused ``non_finite`` when one is NaN or infinite.
-        """
-        self.file.seek(self.start + entry.offset + first * entry.itemsize)
-        raw = self.file.read(count * entry.itemsize)
-        if len(raw) != count * entry.itemsize:
-            raise ArtifactRefused("truncated", f"tensor {entry.name} ends early", param=entry.name)
-        values = _decode(raw, entry.dtype)
-        finite = np.isfinite(values)
-        if not finite.all():
-            index = np.unravel_index(first + int(np.argmin(finite)), entry.shape)
-            place = "[" + ", ".join(str(int(i)) for i in index) + "]"
-            raise ArtifactRefused(
-                "non_finite",
-                f"tensor {entry.name}: expected finite values, got NaN or infinity at {place}",
-                param=entry.name,
-            )
-        return values
+
+def read_values(
+    file: BinaryIO, start: int, entry: TensorEntry, *, first: int, count: int
+) -> Floats:
+    """Elements ``first .. first + count`` of a flat tensor, as float32 and as stored. The
+    safetensors bytes begin at byte ``start`` of ``file``.
+
+    Raises ArtifactRefused ``non_finite`` when one is NaN or infinite.
+    """
+    file.seek(start + entry.offset + first * entry.itemsize)
+    raw = file.read(count * entry.itemsize)
+    if len(raw) != count * entry.itemsize:
+        raise ArtifactRefused("truncated", f"tensor {entry.name} ends early", param=entry.name)
+    values = _decode(raw, entry.dtype)
+    finite = np.isfinite(values)
+    if not finite.all():
+        index = np.unravel_index(first + int(np.argmin(finite)), entry.shape)
+        place = "[" + ", ".join(str(int(i)) for i in index) + "]"
+        raise ArtifactRefused(
+            "non_finite",
+            f"tensor {entry.name}: expected finite values, got NaN or infinity at {place}",
+            param=entry.name,
+        )
+    return values
 
 
 def open_weights(
@@ -140,20 +147,12 @@ def open_weights(
     Raises ArtifactRefused.
     """
     multitask = config.peft_type == MULTITASK
-    if task_id is not None and not multitask:
-        raise ArtifactRefused(
-            "unexpected_task_id",
-            f"a task id belongs to {MULTITASK}, but this is {config.peft_type}",
-            param="task_id",
-        )
+    refuse_task_id(config, task_id)
     names = {EMBEDDINGS, TASK_COLS, TASK_ROWS} if multitask else {EMBEDDINGS}
     file.seek(start)
     entries = read_header(file, size=size, allowed=frozenset(names))
     check_against_base(config, base)
-    dtypes = sorted({entry.dtype for entry in entries.values()})
-    if len(dtypes) > 1:
-        message = f"expected all tensors in one dtype, got {', '.join(dtypes)}"
-        raise ArtifactRefused("wrong_dtype", message, param="weights")
+    require_one_dtype(entries)
     _check_embeddings(entries[EMBEDDINGS], config, base)
     if multitask:
         task_id = _check_tasks(entries, config, base, task_id)
@@ -170,6 +169,25 @@ def open_weights(
     )
 
 
+def refuse_task_id(config: PeftConfig, task_id: int | None) -> None:
+    """Raise ArtifactRefused for the task id of another type than MULTITASK."""
+    if task_id is not None and config.peft_type != MULTITASK:
+        raise ArtifactRefused(
+            "unexpected_task_id",
+            f"a task id belongs to {MULTITASK}, but this is {config.peft_type}",
+            param="task_id",
+        )
+
+
+def require_one_dtype(entries: dict[str, TensorEntry]) -> str:
+    """The dtype of all tensors; raises ArtifactRefused where they differ."""
+    first, *others = sorted({entry.dtype for entry in entries.values()})
+    if others:
+        message = f"expected all tensors in one dtype, got {', '.join([first, *others])}"
+        raise ArtifactRefused("wrong_dtype", message, param="weights")
+    return first
+
+
 def _check_embeddings(entry: TensorEntry, config: PeftConfig, base: BaseSpec) -> None:
     width, meaning = base.embedding_width, "embedding width"
     if config.kind is Kind.KV_PREFIX:
@@ -178,7 +196,7 @@ def _check_embeddings(entry: TensorEntry, config: PeftConfig, base: BaseSpec) ->
             f"{base.num_layers} layers x 2 x {base.num_kv_heads} KV heads x "
             f"head size {base.head_dim}"
         )
-    _check_shape(
+    check_shape(
         entry,
         (config.num_virtual_tokens, width),
         f"num_virtual_tokens, and {meaning} of the base {base.name}",
@@ -198,10 +216,10 @@ def _check_tasks(
             f"from 1 to {base.embedding_width}, got {_written(cols.shape)}",
             param=cols.name,
         )
-    _check_shape(
+    check_shape(
         cols, (tasks, config.num_virtual_tokens, rank), "tasks, num_virtual_tokens and rank"
     )
-    _check_shape(rows, (tasks, rank, base.embedding_width), "tasks, rank and embedding width")
+    check_shape(rows, (tasks, rank, base.embedding_width), "tasks, rank and embedding width")
     if task_id is None:
         raise ArtifactRefused(
             "task_id_required",
@@ -218,7 +236,8 @@ def _check_tasks(
     return task_id
 
 
-def _check_shape(entry: TensorEntry, expected: tuple[int, ...], meaning: str) -> None:
+def check_shape(entry: TensorEntry, expected: tuple[int, ...], meaning: str) -> None:
+    """Raise ArtifactRefused for another shape; ``meaning`` says what the extents are."""
     if entry.shape != expected:
         raise ArtifactRefused(
             "wrong_shape",

@@ -62,6 +62,11 @@ class Manifest:
     revision: int = field(default=1, kw_only=True, compare=False)
     prefix_revision: int = field(default=1, kw_only=True, compare=False)
 
+    @property
+    def num_positions(self) -> int:
+        """Positions that it takes before a request's own tokens."""
+        return self.num_virtual_tokens if self.kind.takes_positions else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Page:

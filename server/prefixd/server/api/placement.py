@@ -84,7 +84,11 @@ def front_of(whole: PrefixHandle, layout: Layout | None) -> PrefixHandle | None:
 
 def whole_of(manifest: Manifest) -> PrefixHandle:
     """The whole prefix of a version."""
-    return PrefixHandle(PrefixKey(manifest.tenant, manifest.digest), manifest.num_virtual_tokens)
+    return PrefixHandle(
+        PrefixKey(manifest.tenant, manifest.digest),
+        manifest.num_virtual_tokens,
+        gated=not manifest.kind.takes_positions,
+    )
 
 
 def handle_of(manifest: Manifest) -> PrefixHandle | None:

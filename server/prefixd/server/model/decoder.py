@@ -33,6 +33,7 @@ class Decoder(Protocol):
     """Which decoder it is, for people: ``module``, ``torch``, or the set of kernels."""
     block_size: int
     device: torch.device
+    num_layers: int
     state_blocks: int
     """Side blocks of a sequence that hold its state; 0 where all layers have KV."""
 
@@ -56,6 +57,11 @@ class Decoder(Protocol):
 
     def write_kv(self, block_table: Sequence[int], start: int, kv: torch.Tensor) -> None:
         """Store ``kv`` [2 * num_layers, n, num_kv_heads * head_dim] from position ``start`` on."""
+        ...
+
+    def project(self, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [n, num_kv_heads * head_dim] that the products of a layer, with their
+        biases, make of ``inputs`` [n, width]: neither normalised nor rotated."""
         ...
 
     def set_threads(self, threads: int) -> None:

@@ -139,7 +139,7 @@ class GatheredAttention:
         flat = queries.reshape(len(queries), num_kv_heads, -1, queries.shape[2])
         out = flat.new_empty(*flat.shape[:3], states[1].shape[1])
         for group in groups:
-            attend(group, flat, states, out, options)
+            out.index_copy_(0, group.targets, attended_by(group, flat, states, options))
         return out.view(len(queries), -1, out.shape[3])
 
 
@@ -270,16 +270,15 @@ def _on(device: torch.device, array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array).to(device)
 
 
-def attend(
+def attended_by(
     group: Group,
     flat: torch.Tensor,
     states: tuple[torch.Tensor, torch.Tensor],
-    out: torch.Tensor,
     options: Options,
-) -> None:
+) -> torch.Tensor:
     """Attend one group: queries ``flat`` [num_tokens, num_kv_heads, heads per KV head, key width]
-    over keys and values [positions * num_kv_heads, width], into ``out`` [num_tokens, num_kv_heads,
-    heads per KV head, value width]."""
+    over keys and values [positions * num_kv_heads, width]. Returns [targets, num_kv_heads, heads
+    per KV head, value width]."""
     _, num_kv_heads, fold, head_dim = flat.shape
     rows, queries = group.size, group.num_queries
     # [R, num_kv_heads, fold * Q, key width]: heads that share a KV head become adjacent rows
@@ -302,7 +301,7 @@ def attend(
     attended = attended.reshape(rows * queries, num_kv_heads, fold, -1)
     if group.real is not None:
         attended = attended.index_select(0, group.real)
-    out.index_copy_(0, group.targets, attended)
+    return attended
 
 
 def _weights(

@@ -127,6 +127,8 @@ class DecodeGraphs:
         num_rows = len(batch.rows)
         if batch.inputs or num_rows > self._rows[-1] or not _decodes(batch):
             return None
+        if any(row.gated is not None for row in batch.rows):
+            return None
         longest = max(row.end for row in batch.rows)
         if longest > self._lengths[-1]:
             return None

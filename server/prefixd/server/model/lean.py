@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from prefixd.server.model.attention import Options
+from prefixd.server.model.attention import Options, StepAttention
 from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.decoder import Logits
+from prefixd.server.model.gated import WithGated
 from prefixd.server.model.gathered import GatheredAttention
 from prefixd.server.model.parts import Dense, Experts, Layer, Linear, Parts
 from prefixd.server.model.products import Product, product_of
@@ -53,7 +54,10 @@ class LeanDecoder(TorchDecoder):
         positions = self.buffers.positions[: len(batch.token_ids)].astype(np.int64)
         index = torch.from_numpy(positions).to(device)
         rotary = self._cosine[index, None], self._sine[index, None]
-        attention = GatheredAttention(self.cache, self.buffers, batch.rows)
+        attention: StepAttention = GatheredAttention(self.cache, self.buffers, batch.rows)
+        gated = self.gated(batch.rows)
+        if gated is not None:
+            attention = WithGated(attention, gated, after=False)
         outputs = torch.tensor(batch.outputs, dtype=torch.long, device=device)
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
@@ -70,12 +74,19 @@ class LeanDecoder(TorchDecoder):
         # An id without an embedding could be sampled, but not be fed in afterwards.
         return Logits(self._head(hidden)[:, : self._num_ids])
 
+    @torch.inference_mode()
+    def project(self, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of a Decoder."""
+        width = self.base.shape.num_kv_heads * self.base.shape.head_dim
+        keys_values = self._layers[layer].qkv(inputs.to(self.device))[:, -2 * width :]
+        return keys_values[:, :width], keys_values[:, width:]
+
     def _attend(
         self,
         number: int,
         layer: "_LeanLayer",
         normed: torch.Tensor,
-        attention: GatheredAttention,
+        attention: StepAttention,
         rotary: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """Attention of the flat tokens [num_tokens, num_heads * head_dim] in layer ``number``."""

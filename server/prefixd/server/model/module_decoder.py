@@ -8,6 +8,8 @@ from prefixd.server.model.attention import Pass, StepAttention, running
 from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.buffers import NO_STEP, StepSizes
 from prefixd.server.model.decoder import Logits
+from prefixd.server.model.gated import WithGated
+from prefixd.server.model.gated_places import add_after_projections, place_of, project_module
 from prefixd.server.model.gathered import GatheredAttention
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.per_layer import PerLayerInputs
@@ -30,6 +32,9 @@ class ModuleDecoder(TorchDecoder):
         self._embed: Any = base.module.get_input_embeddings()
         self._per_layer = PerLayerInputs(base.module)
         self._num_ids = base.num_embeddings
+        place = place_of(base.module)
+        self._adds_after = place is not None and place.after_projection
+        add_after_projections(base.module, base.shape)
         self._cache_type = cache_of(base.module, StepCache)
         self._cache_argument = cache_argument(base.module)
 
@@ -38,6 +43,9 @@ class ModuleDecoder(TorchDecoder):
         """Run a pass: write the KV of its tokens and return the logits of its outputs."""
         self.buffers.fill(batch)
         attention = self._attention(batch)
+        gated = self.gated(batch.rows)
+        if gated is not None:
+            attention = WithGated(attention, gated, after=self._adds_after)
         token_ids, positions, outputs = self._flat(batch)
         given = [slice(offset, offset + len(values)) for offset, values in batch.inputs]
         cache = self._cache_type(attention, self.base.layers, positions)
@@ -54,6 +62,11 @@ class ModuleDecoder(TorchDecoder):
             )
         # An id without an embedding could be sampled, but not be fed in afterwards.
         return Logits(output.logits[0, :, : self._num_ids])
+
+    @torch.inference_mode()
+    def project(self, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of a Decoder, for a model that takes gated prefixes."""
+        return project_module(self.base.module, layer, inputs.to(self.device))
 
     def _attention(self, batch: FlatBatch) -> StepAttention:
         """Attention of the pass that the buffers hold."""

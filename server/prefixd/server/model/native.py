@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from prefixd.server.engine.step import BlockCopy, ThreadUse
+from prefixd.server.engine.step import BlockCopy, GatedRows, ThreadUse
 from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.cpu import interface
 from prefixd.server.model.cpu.library import NativeLibrary
 from prefixd.server.model.decoder import Logits
 from prefixd.server.model.exact import NotExact, require_plain
 from prefixd.server.model.parts import Dense, Layer, Linear, Parts
+from prefixd.server.model.rows import Row
 
 _DTYPES = {torch.float32: interface.F32, torch.bfloat16: interface.BF16}
 
@@ -66,6 +67,7 @@ class NativeDecoder:
         self.name, self.block_size, self.device = kernels, block_size, base.device
         self._library, self._functions = library, library.functions
         self._vocab = len(parts.head.weight)
+        self.num_layers = base.shape.num_layers
         self._num_rows = 2 * base.shape.num_layers
         self._width = base.shape.num_kv_heads * base.shape.head_dim
         self._candidates = min(base.num_logits, self._vocab)
@@ -127,6 +129,7 @@ class NativeDecoder:
                 batch.outputs,
             )
         )
+        gated = _gated_of(rows)
         step = interface.Step(
             num_tokens=len(ids),
             token_ids=ids.ctypes.data,
@@ -144,6 +147,10 @@ class NativeDecoder:
             best_value=best_value.data_ptr(),
             candidates=self._candidates,
         )
+        if gated is not None:
+            counts, layers, gated_tables = gated
+            step.gated_counts, step.gated_layers = counts.ctypes.data, layers.ctypes.data
+            step.gated_tables, step.gated_width = gated_tables.ctypes.data, gated_tables.shape[1]
         self._call("pfx_run", ctypes.byref(step))
         return Logits(logits[:, : self._candidates], (best_value, best.long()))
 
@@ -183,6 +190,14 @@ class NativeDecoder:
         table = np.array(block_table, dtype=np.int32)
         self._call("pfx_write_kv", table.ctypes.data, start, kv.shape[1], kv.data_ptr())
 
+    def project(self, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of a Decoder, in float32."""
+        inputs = inputs.to(self.base.dtype).contiguous()
+        keys, values = torch.empty(2, len(inputs), self._width)
+        pointers = (keys.data_ptr(), values.data_ptr())
+        self._call("pfx_project", layer, inputs.data_ptr(), len(inputs), *pointers)
+        return keys, values
+
     def set_threads(self, threads: int) -> None:
         """Let passes use this many threads, the caller's included."""
         self._call("pfx_set_threads", threads, _SPIN_US)
@@ -209,6 +224,17 @@ def _tables(block_tables: Sequence[Sequence[int]]) -> Any:
     for row, table in zip(tables, block_tables, strict=True):
         row[: len(table)] = table
     return tables
+
+
+def _gated_of(rows: Sequence[Row]) -> tuple[Any, Any, Any] | None:
+    """Rows of the gated prefix of each row (0: it has none), its first layer and its blocks; None
+    where no row has one."""
+    if all(row.gated is None for row in rows):
+        return None
+    prefixes = [row.gated or GatedRows((), 0) for row in rows]
+    counts = np.array([prefix.num_tokens for prefix in prefixes], dtype=np.int32)
+    layers = np.array([prefix.first_layer for prefix in prefixes], dtype=np.int32)
+    return counts, layers, _tables([prefix.block_table for prefix in prefixes])
 
 
 class _Pointers:

@@ -16,6 +16,7 @@ from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.buffers import NO_STEP, StepSizes, StepTensors
 from prefixd.server.model.decoder import Logits
 from prefixd.server.model.exact import NotExact, require_plain
+from prefixd.server.model.gated import GatedAttention
 from prefixd.server.model.graphs import DecodeGraphs, Graph
 from prefixd.server.model.kernels import (
     add_rms_norm,
@@ -66,10 +67,14 @@ class PagedWeights:
 
 
 def hidden_states(
-    weights: PagedWeights, cache: KVCache, step: StepTensors, embeddings: torch.Tensor
+    weights: PagedWeights,
+    cache: KVCache,
+    step: StepTensors,
+    embeddings: torch.Tensor,
+    gated: GatedAttention | None = None,
 ) -> torch.Tensor:
     """Write the KV of a step and return what the head reads, [outputs, width]. ``embeddings`` is
-    [num_tokens, width]."""
+    [num_tokens, width]; ``gated`` is what gated prefixes add."""
     eps, layers, head_dim = weights.norm_eps, weights.layers, cache.pool.shape[-1]
     residual = embeddings
     normed = functional.rms_norm(embeddings, embeddings.shape[1:], layers[0].input_norm, eps)
@@ -89,7 +94,10 @@ def hidden_states(
         )
         if number == len(layers) - 1 and not len(step.outputs):
             return normed[:0]  # only the KV is wanted, and experts need at least one row
-        attended = attend_step(queries, kv, step, weights.attention_scale).view(num_tokens, -1)
+        attended = attend_step(queries, kv, step, weights.attention_scale)
+        if gated is not None:
+            gated.add(number, queries.view(num_tokens, -1, head_dim), attended)
+        attended = attended.view(num_tokens, -1)
         if number == len(layers) - 1:
             attended = attended.index_select(0, step.outputs)
             residual = residual.index_select(0, step.outputs)
@@ -142,10 +150,19 @@ class PagedDecoder(TorchDecoder):
             for offset, values in batch.inputs:
                 given = values.to(self.device, non_blocking=True)
                 embeddings[offset : offset + len(values)] = given
-            hidden = hidden_states(self.weights, self.cache, step, embeddings)
+            gated = self.gated(batch.rows)
+            hidden = hidden_states(self.weights, self.cache, step, embeddings, gated)
         # An id without an embedding could be sampled, but not be fed in afterwards.
         logits = product(hidden, self.weights.head)
         return Logits(logits[: len(batch.outputs), : self.base.num_embeddings])
+
+    @torch.inference_mode()
+    def project(self, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of a Decoder."""
+        width = self.base.shape.num_kv_heads * self.base.shape.head_dim
+        given = inputs.to(self.device, non_blocking=True)
+        keys_values = product(given, self.weights.layers[layer].qkv)[:, -2 * width :]
+        return keys_values[:, :width], keys_values[:, width:]
 
     @torch.inference_mode()
     def capture(self, max_rows: int, *, new_graph: Callable[[], Graph]) -> None:

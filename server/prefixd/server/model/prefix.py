@@ -58,7 +58,22 @@ class KVPrefix:
         return self.kv.shape[1]
 
 
-Prefix = SoftPrompt | HardPrompt | KVPrefix
+@dataclass(frozen=True)
+class AdaptionPrompt:
+    """``prompts`` [layers, num_tokens, width] and ``gates`` [layers] float32 of the layers from
+    ``gated_from`` to the last: see ``gated``."""
+
+    prompts: torch.Tensor
+    gates: torch.Tensor
+    gated_from: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of each layer."""
+        return self.prompts.shape[1]
+
+
+Prefix = SoftPrompt | HardPrompt | KVPrefix | AdaptionPrompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +102,11 @@ def prefix_of(artifact: Artifact, base: LoadedBase, tokenizer: Any) -> Prefix:
     values = torch.from_numpy(artifact.values).to(base.dtype)
     if artifact.kind is Kind.SOFT_PROMPT:
         return SoftPrompt(values)
+    if artifact.kind is Kind.ADAPTION_PROMPT:
+        assert artifact.gates is not None
+        prompts = values.view(len(artifact.gates), artifact.num_virtual_tokens, -1)
+        gates = torch.from_numpy(artifact.gates)
+        return AdaptionPrompt(prompts, gates, base.shape.num_layers - len(gates))
     layers = 2 * base.shape.num_layers
     per_layer = values.view(artifact.num_virtual_tokens, layers, -1).transpose(0, 1)
     return KVPrefix(per_layer.contiguous())

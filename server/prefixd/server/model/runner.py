@@ -12,7 +12,8 @@ from prefixd.server.engine.runner import BlockingRunner
 from prefixd.server.engine.step import CompileChunk, OutOfMemory, StagedPrefix, Step, StepOutput
 from prefixd.server.model.batch import lay_out
 from prefixd.server.model.decoder import Decoder
-from prefixd.server.model.prefix import KVPrefix
+from prefixd.server.model.gated import gated_kv
+from prefixd.server.model.prefix import AdaptionPrompt, KVPrefix
 from prefixd.server.model.sampler import sample
 from prefixd.server.model.thread_control import ThreadControl
 from prefixd.server.model.torch_decoder import TorchDecoder
@@ -89,6 +90,15 @@ def write_pool(
             if part.payload.side:
                 states = part.payload.side
                 _with_states(decoder).cache.write_blocks(part.side_blocks, states)
+        elif isinstance(part.payload, AdaptionPrompt):
+            kv = gated_kv(
+                part.payload,
+                part.start,
+                part.stop,
+                num_layers=decoder.num_layers,
+                project=decoder.project,
+            )
+            decoder.write_kv(part.block_table, part.start, kv)
         else:
             forwarded.append(part)
     return saved, forwarded

@@ -6,9 +6,11 @@ import torch
 
 from prefixd.server.engine.step import BlockCopy
 from prefixd.server.model.buffers import NO_STEP, StepBuffers, StepSizes
+from prefixd.server.model.gated import GatedAttention
 from prefixd.server.model.kernels import members_per_tile
 from prefixd.server.model.kv_cache import KVCache
 from prefixd.server.model.load import LoadedBase
+from prefixd.server.model.rows import Row
 from prefixd.server.model.threads import use_threads
 
 
@@ -23,6 +25,7 @@ class TorchDecoder:
         self.base = base
         self.block_size = block_size
         self.device = base.device
+        self.num_layers = base.shape.num_layers
         self.cache = KVCache(
             base.layers,
             num_blocks=num_blocks,
@@ -57,6 +60,12 @@ class TorchDecoder:
     def write_kv(self, block_table: Sequence[int], start: int, kv: torch.Tensor) -> None:
         """Store ``kv`` [2 * num_layers, n, num_kv_heads * head_dim] from position ``start`` on."""
         self.cache.write_table(block_table, start, kv)
+
+    def gated(self, rows: Sequence[Row]) -> GatedAttention | None:
+        """What gated prefixes add in a pass of ``rows``; None where there are none."""
+        if all(row.gated is None for row in rows):
+            return None
+        return GatedAttention(self.cache, rows, scale=self.base.shape.head_dim**-0.5)
 
     def set_threads(self, threads: int) -> None:
         """Let the passes of the calling thread use this many threads."""

@@ -28,6 +28,7 @@ from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.cores import default_threads
 from prefixd.server.model.decoders import DecoderUnavailable
 from prefixd.server.model.demo import DemoModelMissing
+from prefixd.server.model.gated_places import attention_name, refuse_gated
 from prefixd.server.model.load import (
     LoadedBase,
     check_folder,
@@ -50,7 +51,7 @@ from prefixd.server.serve.settings import Settings
 from prefixd.server.serve.telemetry import open_tracer
 from prefixd.server.tenants.registry import Tenants
 from prefixd.server.tenants.retention import Expired, remove_expired
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.config import BaseSpec, Kind
 from prefixd.store.files import UPLOAD_PREFIX, remove_interrupted
 from prefixd.store.gc import GcResult, Sweeper
 from prefixd.store.names import BlobKey
@@ -304,7 +305,8 @@ def _served_model(
             dtype=settings.dtype,
             max_abs_embedding=limits.max_abs_embedding,
             max_abs_kv=limits.max_abs_kv,
-            refused_kinds=refused_kinds(base),
+            refused_kinds=_refused_kinds(settings, base),
+            attention_module=attention_name(base.module),
         ),
         decoder=decoder,
         max_positions=base.shape.max_positions,
@@ -315,3 +317,12 @@ def _served_model(
         tokenizer=Tokenizer(base.tokenizer),
         prefix_warnings=base.layers.sight_warnings,
     )
+
+
+def _refused_kinds(settings: Settings, base: LoadedBase) -> dict[Kind, str]:
+    """Kinds of prefixes that the base cannot take, with the reason."""
+    gated = refuse_gated(base.module, base.shape)
+    if settings.tensor_parallel > 1:
+        gated = "expected another kind, since tensor parallel does not compile adaption prompts"
+    refused = refused_kinds(base)
+    return refused if gated is None else refused | {Kind.ADAPTION_PROMPT: gated}

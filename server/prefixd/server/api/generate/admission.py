@@ -61,7 +61,7 @@ class Admission:
 
     served: ServedModel
     resolver: PrefixResolver
-    pool_tokens: Callable[[int], int]
+    pool_tokens: Callable[..., int]
     max_choices: int
     kv_reuse: bool = True
     max_seconds: float | None = None
@@ -178,8 +178,8 @@ class Admission:
     ) -> int:
         """Limit of the output for this prompt. Raises DoesNotFit for one that can never run."""
         virtual, prompt_tokens = front.num_tokens if front else 0, len(prompt.token_ids)
-        positions = self.served.max_positions - virtual
-        pool = self.pool_tokens(virtual)
+        positions = self.served.max_positions - (front.num_positions if front else 0)
+        pool = self.pool_tokens(virtual, gated=front is not None and front.gated)
         room = min(positions, pool)
         output = max_tokens
         if output is None:

@@ -54,7 +54,7 @@ def _prefix(served: ServedModel, manifest: Manifest, *, name: str) -> Model:
         created=int(manifest.created_at.timestamp()),
         owned_by=manifest.tenant,
         parent=served.name,
-        max_model_len=served.max_positions - manifest.num_virtual_tokens,
+        max_model_len=served.max_positions - manifest.num_positions,
     )
 
 

@@ -204,7 +204,7 @@ def check_fits(
             code="nothing_resident",
         )
     check_resident(manifest, handle, principal.quota.max_resident_tokens)
-    if engine.config.max_tokens_for(handle.num_tokens) < 1:
+    if engine.config.max_tokens_for(handle.num_tokens, gated=handle.gated) < 1:
         raise DoesNotFit(
             f"the {handle.num_tokens} virtual tokens of "
             f"{manifest.name}@{manifest.version} can never fit the KV pool"

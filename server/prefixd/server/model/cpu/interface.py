@@ -6,7 +6,7 @@ Field and argument names, their meaning and units are those of the header.
 import ctypes
 from ctypes import c_char_p, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
 
-ABI = 3
+ABI = 4
 F32, BF16 = 0, 1
 """Values of ``pfx_shape.dtype``."""
 
@@ -92,6 +92,10 @@ class Step(ctypes.Structure):
         ("best", c_void_p),
         ("best_value", c_void_p),
         ("candidates", c_int32),
+        ("gated_counts", c_void_p),
+        ("gated_layers", c_void_p),
+        ("gated_tables", c_void_p),
+        ("gated_width", c_int32),
     ]
 
 
@@ -123,6 +127,7 @@ FUNCTIONS = {
     "pfx_set_ends": (c_int, (_DECODER, c_void_p, _POINTER(Linear), c_void_p)),
     "pfx_set_threads": (c_int, (_DECODER, c_int32, c_int32)),
     "pfx_run": (c_int, (_DECODER, _POINTER(Step))),
+    "pfx_project": (c_int, (_DECODER, c_int32, c_void_p, c_int32, c_void_p, c_void_p)),
     "pfx_read_counters": (None, (_DECODER, _POINTER(Counters))),
     "pfx_num_bytes": (c_int64, (_DECODER,)),
     "pfx_set_pool": (c_int, (_DECODER, c_int32)),

@@ -105,6 +105,10 @@ int pfx_run(pfx_decoder* decoder, const pfx_step* step) {
     });
 }
 
+int pfx_project(pfx_decoder* decoder, int32_t layer, const void* inputs, int32_t rows, float* keys, float* values) {
+    return guarded("pfx_project", decoder, [&](auto& d) { d.project(layer, inputs, rows, keys, values); });
+}
+
 void pfx_read_counters(const pfx_decoder* decoder, pfx_counters* counters) {
     if (decoder && counters) *counters = decoder->counters;
 }

@@ -117,6 +117,23 @@ static void check_row(const pfx_step& step, int row, int first_token, const pfx_
     }
 }
 
+static void check_gated(const pfx_step& step, const pfx_shape& shape, int num_blocks) {
+    check(step.gated_layers && step.gated_tables, "expected gated_layers and gated_tables, got NULL");
+    check_range("gated_width", step.gated_width, 0, num_blocks);
+    for (int row = 0; row < step.num_rows; row++) {
+        const int count = step.gated_counts[row];
+        if (count < 0 || count > step.gated_width * shape.block_size)
+            check_range(of_row("gated_count", row), count, 0, step.gated_width * shape.block_size);
+        if (count == 0) continue;
+        check_range(of_row("gated_layer", row), step.gated_layers[row], 0, shape.num_layers - 1);
+        for (int i = 0; i * shape.block_size < count; i++) {
+            const int block = step.gated_tables[(size_t)row * step.gated_width + i];
+            if (block < 0 || block >= num_blocks)
+                check_range(of_row("gated_block", row), block, 0, num_blocks - 1);
+        }
+    }
+}
+
 void check_step(const pfx_step& step, const pfx_shape& shape, int num_blocks) {
     check_range("num_tokens", step.num_tokens, 0, kMaxTokens);
     check_range("num_rows", step.num_rows, 0, step.num_tokens);
@@ -136,6 +153,7 @@ void check_step(const pfx_step& step, const pfx_shape& shape, int num_blocks) {
         check_row(step, row, token, shape, num_blocks);
         token += step.lengths[row];
     }
+    if (step.gated_counts) check_gated(step, shape, num_blocks);
     check(token == step.num_tokens,
           expected("num_tokens", "the sum of lengths " + std::to_string(token), step.num_tokens));
     for (int i = 0; i < step.num_outputs; i++)

@@ -128,7 +128,36 @@ void Decoder::attend(const Layer& layer, int index, int num_tokens) {
     threads->run((int)plan_.items.size(), [&](int item, int thread) {
         weights.kernels.attend(queries, attended, pool, plan_.batch, attention_, plan_.items[item],
                                scratch_[thread]);
+        if (plan_.gated_items.empty()) return;
+        for (int i = plan_.gated_begin[item]; i < plan_.gated_begin[item + 1]; i++)
+            if (index >= plan_.gated_items[i].first_layer)
+                weights.kernels.attend(queries, attended, pool, plan_.gated, attention_,
+                                       plan_.gated_items[i].item, scratch_[thread]);
     });
+}
+
+void Decoder::project(int index, const void* inputs, int rows, float* keys, float* values) {
+    weights.check_complete();
+    const pfx_shape& shape = weights.shape;
+    check(index >= 0 && index < shape.num_layers,
+          expected("layer", "0 to " + std::to_string(shape.num_layers - 1), index));
+    check(rows >= 0, expected("rows", "0 or more", rows));
+    check(rows == 0 || (inputs && keys && values), "expected inputs, keys and values, got NULL");
+    if (rows == 0) return;
+    const Packed& qkv = weights.layers[index].qkv;
+    const void* operand = inputs;
+    if (weights.element_size() != operand_size()) {
+        float* wide = (float*)buffers_.normed.at_least((size_t)rows * shape.width * operand_size());
+        weights.widen(inputs, (size_t)rows * shape.width, wide);
+        operand = wide;
+    }
+    float* product = (float*)buffers_.qkv.at_least((size_t)rows * qkv.outputs * sizeof(float));
+    multiply(operand, rows, qkv, Epilogue::store, product, qkv.outputs);
+    const size_t heads = shape.num_heads * shape.head_dim, kv_heads = shape.num_kv_heads * shape.head_dim;
+    for (int row = 0; row < rows; row++, product += qkv.outputs) {
+        std::memcpy(keys + row * kv_heads, product + heads, kv_heads * sizeof(float));
+        std::memcpy(values + row * kv_heads, product + heads + kv_heads, kv_heads * sizeof(float));
+    }
 }
 
 // The rows of the outputs, copied together unless they are all rows.

@@ -17,6 +17,7 @@ public:
     void set_threads(int threads, int spin_us);
     void set_pool(int num_blocks);
     void run(const pfx_step& step);
+    void project(int layer, const void* inputs, int rows, float* keys, float* values);
     void zero_blocks(const int32_t* blocks, int count);
     void copy_blocks(const int32_t* sources, const int32_t* targets, int count);
     void write_kv(const int32_t* table, int start, int count, const void* kv);

@@ -82,11 +82,15 @@ struct AttentionShape {
     float scale, norm_eps;
 };
 
-// The batch, the same for all layers.
+// The batch, the same for all layers. A query sees the positions of its row up to its own.
+//
+// With `counts` [num_rows] it is that of gated prefixes: every query of a row sees the first `counts`
+// positions of its table, and the result is added to what is in the output.
 struct Batch {
     const int32_t *offsets, *lengths, *starts, *tables;
     int table_width, num_rows;
     const int32_t *row_of, *position_of;  // [num_tokens]
+    const int32_t *counts = nullptr;
 };
 
 // A prefill is fastest with about this many queries times heads of a KV head's group in an item.

@@ -29,12 +29,17 @@ void Plan::fill(const pfx_step& step, const AttentionShape& shape, int threads) 
         }
     batch = {step.offsets, step.lengths, step.starts, step.tables, step.table_width, step.num_rows,
              row_of_.data(), position_of_.data()};
+    gated = batch;
+    gated.tables = step.gated_tables;
+    gated.table_width = step.gated_width;
+    gated.counts = step.gated_counts;
     input_of.resize(step.num_tokens);
     for (int i = 0, next = 0; i < step.num_tokens; i++) input_of[i] = step.token_ids[i] == -1 ? next++ : -1;
     keeps_all = step.num_outputs == step.num_tokens;
     for (int i = 0; keeps_all && i < step.num_outputs; i++) keeps_all = step.outputs[i] == i;
     add_items(step, shape, threads);
     order_items(threads);
+    add_gated(step);
 }
 
 // The number of leading blocks that two rows have in common.
@@ -91,8 +96,10 @@ int Plan::group_end(size_t begin, int largest_group, const AttentionShape& shape
 
 void Plan::add_item(const AttentionItem& item, const AttentionShape& shape) {
     int64_t positions = item.shared * shape.block_size;
-    for (int i = 0; i < item.num_rows; i++)
+    for (int i = 0; i < item.num_rows; i++) {
         positions += batch.starts[item.rows[i]] + item.last_query - item.shared * shape.block_size;
+        if (gated.counts) positions += gated.counts[item.rows[i]];
+    }
     unordered_.push_back(item);
     costs_.push_back((positions + 64) * (item.last_query - item.first_query));
 }
@@ -111,6 +118,23 @@ void Plan::order_items(int threads) {
         if (first + filled_[thread] < last) items[first + filled_[thread]++] = unordered_[by_cost_[i++]];
     }
     for (int i = 0; i + 1 < count; i++) items[i].next = &items[i + 1];
+}
+
+// The thread of an item adds the gated prefixes of its rows.
+void Plan::add_gated(const pfx_step& step) {
+    gated_items.clear();
+    gated_begin.clear();
+    if (!gated.counts) return;
+    for (const AttentionItem& item : items) {
+        gated_begin.push_back(gated_items.size());
+        for (int i = 0; i < item.num_rows; i++) {
+            const int32_t* row = item.rows + i;
+            if (gated.counts[*row] > 0)
+                gated_items.push_back({{row, 1, 0, item.head, item.first_query, item.last_query, nullptr},
+                                        step.gated_layers[*row]});
+        }
+    }
+    gated_begin.push_back(gated_items.size());
 }
 
 }  // namespace pfx

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define PFX_ABI 3
+#define PFX_ABI 4
 #define PFX_EXPORT __attribute__((visibility("default")))
 
 enum pfx_dtype { PFX_F32 = 0, PFX_BF16 = 1 };
@@ -89,6 +89,12 @@ typedef struct {
     int32_t *best;               /* [num_outputs] the id of the largest logit below `candidates` */
     float *best_value;           /* [num_outputs] that logit; NaN where any of them is NaN */
     int32_t candidates;          /* ids below it may be sampled */
+    /* Gated prefixes, or all NULL. In the layers from gated_layers on, every token of a row attends to the first gated_counts positions of its gated_tables too, with a softmax of
+     * their own; the result is added before the output projection. Rows of count 0 have nothing. */
+    const int32_t *gated_counts;  /* [num_rows] */
+    const int32_t *gated_layers;  /* [num_rows] */
+    const int32_t *gated_tables;  /* [num_rows, gated_width] block ids */
+    int32_t gated_width;
 } pfx_step;
 
 /* Counts since the decoder was made. Times in nanoseconds. */
@@ -125,6 +131,10 @@ PFX_EXPORT int pfx_set_ends(pfx_decoder *, const void *final_norm, const pfx_lin
  * microseconds, then sleep. */
 PFX_EXPORT int pfx_set_threads(pfx_decoder *, int32_t threads, int32_t spin_us);
 PFX_EXPORT int pfx_run(pfx_decoder *, const pfx_step *step);
+/* The keys and values [rows, num_kv_heads * head_dim] that a layer's products, with their biases, make
+ * of inputs [rows, width] in the decoder's dtype: neither normalised nor rotated. */
+PFX_EXPORT int pfx_project(pfx_decoder *, int32_t layer, const void *inputs, int32_t rows, float *keys,
+                           float *values);
 PFX_EXPORT void pfx_read_counters(const pfx_decoder *, pfx_counters *counters);
 PFX_EXPORT int64_t pfx_num_bytes(const pfx_decoder *);  /* memory of weights and pool */
 
