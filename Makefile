@@ -20,13 +20,15 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.prefixd-installed
 PIP   := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) --constraint constraints.txt
 # Left out of `make check`: minutes instead of seconds. `make test` and CI run them.
-FAST  := not slow and not demo_model
-# Fast tests run in several processes, each file in one. Slow ones run alone: they measure time.
+FAST  := not slow and not demo_model and not serial and not sweep
+# Tests run in several processes, each file in one, but for those that measure time.
 JOBS  ?= 2
 SPLIT := -n $(JOBS) --dist loadfile
+# Rows of the sweep take one thread each.
+SWEEP := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check lint types imports words fast slow cover format docs \
+.PHONY: help install demo serve test check lint types imports words fast slow sweep cover format docs \
         audit mutate gpu-check gpu-bench bench bench-quick soak hostile chaos clients sanitize lock clean
 
 help: ## List the targets
@@ -51,7 +53,7 @@ demo: install ## Serve the demo model, mix prefixes in one batch, keep serving (
 serve: install ## Run the server: MODEL=demo, a folder or a Hugging Face id
 	@$(BIN)/prefixd serve --model $(MODEL) $(ARGS)
 
-test: lint fast slow ## Everything CI runs: make check plus the slow tests
+test: lint fast slow ## Everything CI runs: make check, the slow tests and all rows of the sweep
 
 check: lint fast ## What a commit passes: format, lint, types, import rules, fast tests
 
@@ -75,8 +77,15 @@ fast: install
 	@$(BIN)/python -m pytest $(SPLIT) -m "$(FAST)" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
 
 slow: install
+	@echo "==> pytest, rows of the sweep"
+	@$(SWEEP) -m sweep $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
 	@echo "==> pytest, slow tests"
-	@$(BIN)/python -m pytest -m "not ($(FAST))" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+	@$(BIN)/python -m pytest $(SPLIT) -m "(slow or demo_model) and not serial" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+	@echo "==> pytest, tests that measure time"
+	@$(BIN)/python -m pytest -m serial $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+
+sweep: install ## All rows of docs/families.md: every family against PEFT and transformers
+	@$(SWEEP) tests/sweep $(ARGS)
 
 cover: install ## Branch coverage of the fast tests; fails below the floor in pyproject.toml
 	@$(BIN)/python -m pytest $(SPLIT) -m "$(FAST)" --cov --cov-report=term $(ARGS)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.gpu.sizes import BLOCK
-from prefixd.server.engine.config import SchedulerConfig
-from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
@@ -22,7 +20,7 @@ from prefixd.server.engine.request import (
 from prefixd.server.model.device_runner import DeviceRunner
 from prefixd.server.model.paged import PagedDecoder
 from prefixd.server.model.prefix import SoftPrompt
-from tests.golden.golden_harness import EmptyDetokenizer, Served
+from tests.golden.golden_harness import Served
 
 WAIT_S = 60.0
 
@@ -31,20 +29,14 @@ WAIT_S = 60.0
 def running(decoder: PagedDecoder, *, num_blocks: int, max_rows: int) -> Iterator[Served]:
     """An engine that runs on the decoder."""
     runner = DeviceRunner(decoder, max_rows=max_rows)
-    served = Served(decoder.base, engine=None, runner=runner)  # type: ignore[arg-type]  # set below
-    served.engine = Engine(
-        config=SchedulerConfig(
-            num_blocks=num_blocks,
-            block_size=BLOCK,
-            max_tokens_per_step=2048,
-            max_prefill_chunk=2048,
-            max_running=max_rows,
-        ),
-        runner=runner,
-        source=served,
-        detokenizer=EmptyDetokenizer,
+    served = Served(decoder.base, runner)
+    served.restart(
+        num_blocks=num_blocks,
+        block_size=BLOCK,
+        max_tokens_per_step=2048,
+        max_prefill_chunk=2048,
+        max_running=max_rows,
     )
-    served.engine.start()
     try:
         yield served
     finally:

@@ -30,7 +30,7 @@ from tests.faults.faults_outage import (
     within,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.serial, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("PREFIXD_TEST_CLIENT_ROUNDS", "1"))

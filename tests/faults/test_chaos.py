@@ -51,7 +51,7 @@ MAX_DEFECTS = 50
 POOLED = 12
 """Descriptors of database connections and threads that a pool may have kept in addition."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(SECONDS * 2 + 600)]
+pytestmark = [pytest.mark.serial, pytest.mark.timeout(SECONDS * 2 + 600)]
 
 
 @dataclass

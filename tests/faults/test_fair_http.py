@@ -19,7 +19,7 @@ from tests.faults.faults_recorder import StepRecorder, drift
 from tests.faults.faults_server import RunningServer, running
 from tests.faults.faults_traffic import caller, complete, greedy
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.serial, pytest.mark.timeout(300)]
 
 CLIENTS, ROWS = 50, 8
 PROMPT, OUTPUT = 32, 12

@@ -20,7 +20,7 @@ import pytest
 
 from tests.faults.faults_outage import within
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.serial, pytest.mark.timeout(300)]
 
 CLIENTS, ROUNDS, CALLS, STEP_S = 24, 3, 20, 0.005
 ALLOWED_S = 0.05

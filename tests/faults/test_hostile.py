@@ -45,7 +45,7 @@ SIZES: dict[str, Any] = {
     "max_prefix_bytes": 128 * 1024,
 }
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.serial
 
 
 class UnrecordedRunner(FakeRunner):

@@ -24,7 +24,7 @@ from tests.faults.faults_model import Reference, make_prompts
 from tests.faults.faults_server import RunningServer, running
 from tests.faults.faults_traffic import caller, greedy, stream
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.serial, pytest.mark.timeout(300)]
 
 ROWS, PROMPT, OUTPUT = 8, 24, 8
 COST = PROMPT + OUTPUT

@@ -19,5 +19,4 @@ def serving() -> Iterator[Callable[..., Served]]:
 
     yield start
     for served in started:
-        served.engine.stop()
-        served.engine.core.scheduler.check_integrity()
+        served.close()

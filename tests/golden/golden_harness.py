@@ -37,7 +37,7 @@ from prefixd.server.engine.stats import EngineStats
 from prefixd.server.engine.step import Step, TokenText
 from prefixd.server.model.buffers import NO_STEP, StepSizes
 from prefixd.server.model.decoder import Decoder
-from prefixd.server.model.decoder_check import check_decoder
+from prefixd.server.model.decoder_check import Evidence, check_decoder
 from prefixd.server.model.decoders import PAGED, make_decoder
 from prefixd.server.model.device_runner import DeviceRunner
 from prefixd.server.model.gated_places import attention_name
@@ -263,10 +263,30 @@ class Served:
     """An engine over a real runner; prefixes are passed to it directly, without a store."""
 
     base: LoadedBase
-    engine: Engine
-    runner: Runner | DeviceRunner
+    runner: Any
+    engine: Engine = field(init=False)
+    evidence: Evidence | None = None
+    pool: dict[str, int] = field(default_factory=dict)
     prefixes: dict[PrefixKey, Prefix] = field(default_factory=dict)
     numbers: Any = field(default_factory=itertools.count)
+
+    def restart(self, **config: Any) -> None:
+        """Serve with a scheduler of ``config`` over the same decoder, whose blocks keep what they
+        hold. ``num_blocks`` may be fewer than the decoder has."""
+        if hasattr(self, "engine"):
+            self.close()
+        self.engine = Engine(
+            config=SchedulerConfig(**{**self.pool, **config}),
+            runner=self.runner,
+            source=self,
+            detokenizer=EmptyDetokenizer,
+        )
+        self.engine.start()
+
+    def close(self) -> None:
+        """Stop the engine; all blocks must be accounted for."""
+        self.engine.stop()
+        self.engine.core.scheduler.check_integrity()
 
     def add(self, adapter: Adapter, *, tenant: str = "t") -> PrefixHandle:
         """Make an adapter available."""
@@ -325,11 +345,11 @@ class Served:
             released.wait()
             submit(step)
 
-        self.runner.submit = submit_later  # type: ignore[method-assign]
+        self.runner.submit = submit_later
         try:
             yield
         finally:
-            self.runner.submit = submit  # type: ignore[method-assign]
+            self.runner.submit = submit
             released.set()
 
     def stats(self) -> EngineStats:
@@ -399,19 +419,9 @@ def serve(
         if isinstance(decoder, PagedDecoder) and decoder.device.type == "cuda":
             decoder.capture(_SIZES.decoding, new_graph=cuda_graphs())
         runner = DeviceRunner(decoder, max_rows=config.get("max_running", 64))
-    served = Served(base, engine=None, runner=runner)  # type: ignore[arg-type]  # set below
-    served.engine = Engine(
-        config=SchedulerConfig(
-            num_blocks=num_blocks,
-            block_size=block_size,
-            state_blocks=decoder.state_blocks,
-            **config,
-        ),
-        runner=runner,
-        source=served,
-        detokenizer=EmptyDetokenizer,
-    )
-    served.engine.start()
+    pool["state_blocks"] = decoder.state_blocks
+    served = Served(base, runner, evidence=checked.evidence, pool=pool)
+    served.restart(**config)
     return served
 
 

@@ -131,7 +131,7 @@ def test_a_gate_of_zero_leaves_the_base_bit_equal(
         logits.append(result.values.clone())
         return result
 
-    served.runner.decoder.forward = watched  # type: ignore[method-assign]
+    served.runner.decoder.forward = watched
     for prefix in (None, closed):
         served.start([5, 6, 7, 8], prefix, count=8, kv_reuse=False)()
     half = len(logits) // 2

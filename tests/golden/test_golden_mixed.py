@@ -122,7 +122,7 @@ def test_concurrent_requests_share_one_compiled_prefix(
         held.append((pool.num_usable - pool.num_free, len(scheduler.running)))
         submit(step)
 
-    served.runner.submit = watch  # type: ignore[method-assign]
+    served.runner.submit = watch
     with served.held():
         waits = [served.start([5, 6, 7], prefix, count=3) for _ in range(10)]
     for wait in waits:

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from prefixd.server.engine.config import SchedulerConfig
-from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixHandle, PrefixKey, SamplingParams
 from prefixd.server.engine.step import Chunk, CompileChunk, OutOfMemory, Save, Step
 from prefixd.server.model.load import load_base
@@ -21,7 +19,7 @@ from prefixd.server.model.parallel.plan import Job
 from prefixd.server.model.parallel.rank import RankModel
 from prefixd.server.model.parallel.runner import ParallelRunner
 from prefixd.server.model.prefix import KVPrefix, SoftPrompt
-from tests.golden.golden_harness import EmptyDetokenizer, Served, prompts, tiny_model
+from tests.golden.golden_harness import Served, prompts, tiny_model
 from tests.golden.placed import Piece, place, reference, soft_prompt
 from tests.golden.test_golden_mixed import many_prefixes, preempt_often
 from tests.golden.test_golden_server import folder_of
@@ -54,19 +52,12 @@ class Ranks:
     @contextmanager
     def serving(self, *, num_blocks: int = POOL["num_blocks"], **config: Any) -> Iterator[Served]:
         """An engine over both of them, which may use ``num_blocks`` of the pool."""
-        served = Served(self.model.base, engine=None, runner=self.runner)  # type: ignore[arg-type]
-        served.engine = Engine(
-            config=SchedulerConfig(num_blocks=num_blocks, block_size=POOL["block_size"], **config),
-            runner=self.runner,
-            source=served,
-            detokenizer=EmptyDetokenizer,
-        )
-        served.engine.start()
+        served = Served(self.model.base, self.runner, pool=POOL)
+        served.restart(num_blocks=num_blocks, **config)
         try:
             yield served
         finally:
-            served.engine.stop()
-            served.engine.core.scheduler.check_integrity()
+            served.close()
 
 
 @pytest.fixture(scope="module")

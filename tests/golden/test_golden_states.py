@@ -13,8 +13,6 @@ import pytest
 import torch
 import transformers
 
-from prefixd.server.engine.config import SchedulerConfig
-from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import PrefixHandle
 from prefixd.server.engine.step import BlockCopy, Chunk
 from prefixd.server.model.batch import lay_out
@@ -23,11 +21,11 @@ from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.prefix import SoftPrompt
 from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import self_check
-from tests.golden.golden_harness import VOCAB, EmptyDetokenizer, Served, prompts, random_model
+from tests.golden.golden_harness import VOCAB, Served, prompts, random_model
 
 BLOCK, NUM_BLOCKS, COUNT = 4, 600, 8
 
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "num_hidden_layers": 3,
@@ -158,7 +156,7 @@ class Model:
 
 @cache
 def model_of(name: str, dtype: str = "float32") -> Model:
-    fields = {k: v for k, v in {**_SIZES, **FAMILIES[name]}.items() if v is not None}
+    fields = {k: v for k, v in {**SIZES, **FAMILIES[name]}.items() if v is not None}
     own = random_model(transformers.AutoConfig.for_model(name, **fields))
     base = prepare_base(copy.deepcopy(own), None, name=name, dtype=dtype, device="cpu")
     if dtype == "float32":
@@ -191,26 +189,16 @@ class Bench:
 @pytest.fixture
 def bench() -> Iterator[Callable[..., Bench]]:
     """Make a bench of a family; keyword arguments are those of the scheduler."""
-    engines = []
+    started = []
 
     def make(name: str, *, num_blocks: int = NUM_BLOCKS, **config: Any) -> Bench:
         model = model_of(name)
         model.fill(float("nan"))
-        runner = Runner(model.decoder)
-        served = Served(model.base, engine=None, runner=runner)  # type: ignore[arg-type]  # below
-        served.engine = Engine(
-            config=SchedulerConfig(
-                num_blocks=num_blocks,
-                block_size=BLOCK,
-                state_blocks=model.decoder.state_blocks,
-                **config,
-            ),
-            runner=runner,
-            source=served,
-            detokenizer=EmptyDetokenizer,
-        )
-        served.engine.start()
-        engines.append(served.engine)
+        pool = {"num_blocks": num_blocks, "block_size": BLOCK}
+        pool["state_blocks"] = model.decoder.state_blocks
+        served = Served(model.base, Runner(model.decoder), pool=pool)
+        served.restart(**config)
+        started.append(served)
         tokens = prompts(3, seed=5)[2][:13]
         width = model.base.shape.embedding_width
         embeddings = 0.3 * torch.randn(21, width, generator=torch.Generator().manual_seed(1))
@@ -218,8 +206,8 @@ def bench() -> Iterator[Callable[..., Bench]]:
         return Bench(model, served, text, soft, tokens, embeddings)
 
     yield make
-    for engine in engines:
-        engine.stop()
+    for served in started:
+        served.close()
 
 
 @pytest.mark.parametrize("name", ALL)

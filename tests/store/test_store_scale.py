@@ -143,7 +143,7 @@ def catalogs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[C
             server.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@pytest.mark.slow
+@pytest.mark.serial
 @pytest.mark.timeout(900)
 def test_queries_on_a_million_prefixes_take_as_long_as_on_a_thousand(
     catalogs: tuple[Catalog, Catalog],
