@@ -250,7 +250,11 @@ CONFIGS = {
     "very deep": (b'{"a":' + b"[" * 99999 + b"]" * 99999 + b"}", "malformed_config", "deep"),
     "lone surrogate": (config_bytes(x="\ud800"), "malformed_config", "surrogate"),
     "no type": (b'{"num_virtual_tokens":4}', "unsupported_peft_type", "got null"),
-    "LoRA": (config_bytes("LORA"), "unsupported_peft_type", "got 'LORA'"),
+    "LoRA": (
+        config_bytes("LORA"),
+        "unsupported_peft_type",
+        "got 'LORA', which changes the layers of the base; here all requests run through the same",
+    ),
     "lower case": (config_bytes("prompt_tuning"), "unsupported_peft_type", "prompt_tuning"),
     "type is a list": (config_bytes(peft_type=["LORA"]), "unsupported_peft_type", "an array"),
     "seq2seq": (config_bytes(task_type="SEQ_2_SEQ_LM"), "unsupported_task_type", "SEQ_2_SEQ_LM"),

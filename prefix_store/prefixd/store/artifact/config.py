@@ -101,6 +101,25 @@ KINDS = {
 """The PEFT types served. The type alone decides the kind: where embedding width and KV width are
 equal, the tensor's shape cannot."""
 
+CHANGES_LAYERS = (
+    "LORA",
+    "ADALORA",
+    "XLORA",
+    "IA3",
+    "LOHA",
+    "LOKR",
+    "OFT",
+    "BOFT",
+    "VERA",
+    "LN_TUNING",
+)
+"""PEFT types that change the layers of the base, which people have next to prefixes."""
+
+_LAYERS = (
+    ", which changes the layers of the base; here all requests run through the same layers, "
+    "so merge it into a base of its own (decision 0023)"
+)
+
 MULTITASK = "MULTITASK_PROMPT_TUNING"
 
 TRAINED_ELSEWHERE = (
@@ -149,7 +168,8 @@ def from_fields(fields: dict[str, Any]) -> PeftConfig:
     if not isinstance(peft_type, str) or peft_type not in KINDS:
         raise ArtifactRefused(
             "unsupported_peft_type",
-            f"expected peft_type to be one of {', '.join(KINDS)}; got {shown(peft_type)}",
+            f"expected peft_type to be one of {', '.join(KINDS)}; got {shown(peft_type)}"
+            f"{_LAYERS if peft_type in CHANGES_LAYERS else ''}",
             param="peft_type",
         )
     # PEFT silently skips the prefix when task_type is null; the trained tensor is the same.
