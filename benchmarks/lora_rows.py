@@ -12,6 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,15 +54,15 @@ def main() -> None:
     seconds: list[float] = []
     ways: dict[str, Callable[[], None]] = {"plain": step}
     for names, held in adapters.items():
-        ways["q, v" if names == SOME else "all linear layers"] = lambda held=held: held.run(step)
+        ways["q, v" if names == SOME else "all linear layers"] = partial(held.run, step)
     times = {way: measured(ways, way, seconds) for way in ways}
     for _ in range(chosen.rounds - 1):
         for way in ways:
             times[way] += measured(ways, way, seconds)
     if chosen.peft:
         mixed = with_peft(model, rows=chosen.rows, rank=chosen.rank)
-        names = [str(row) for row in range(chosen.rows)]
-        ways["PEFT, q, v"] = lambda: step(mixed, adapter_names=names)
+        each_row = [str(row) for row in range(chosen.rows)]
+        ways["PEFT, q, v"] = partial(step, mixed, adapter_names=each_row)
         times["PEFT, q, v"] = [
             each for _ in range(3) for each in measured(ways, "PEFT, q, v", seconds)
         ]
