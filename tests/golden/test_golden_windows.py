@@ -4,6 +4,7 @@ Twelve requests run in one pass: three each of the bare base, a text, a soft pro
 The prefix and one prompt are longer than the window, and generation goes past it.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -61,7 +62,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "chunk of 1": {"max_prefill_chunk": 1},
 }
 FAST = [("gemma3_text", "chunk of 64"), ("gpt_oss", "chunk of 7, preempting")]
-SLOW = [(family, name) for family in WINDOWED for name in SCHEDULES if (family, name) not in FAST]
+SLOW = list(zip(list(WINDOWED)[len(FAST) :], itertools.cycle(SCHEDULES), strict=False))
 
 Reference = Callable[[list[int]], list[int]]
 Kinds = list[tuple[PrefixHandle | None, Reference]]
@@ -71,11 +72,9 @@ OTHER: dict[str, dict[str, Any]] = {
     "deepseek_v2": {},
     "deepseek_v3": {},
     "diffllama": {},
-    "stablelm": {},
-    "nemotron": {},
     "gemma4_text": SHARED,
 }
-"""Latents, values used twice, arguments that are dropped, and shared keys and values."""
+"""Latents, values used twice, and shared keys and values."""
 
 
 def windowed_model(family: str, **more: Any) -> Any:
@@ -183,7 +182,7 @@ def test_layers_may_differ_in_size_and_share_keys_and_values(
     require_equal(served, kinds)
 
 
-BLOCK, OWN, BAD = 4, tuple(range(1, 13)), tuple(range(20, 28))
+BLOCK, OWN, BAD = 4, tuple(range(1, 13)), tuple(range(20, 33))
 
 
 def run_next_to(decoder: ModuleDecoder, neighbour: torch.Tensor) -> torch.Tensor:
@@ -201,7 +200,7 @@ def run_next_to(decoder: ModuleDecoder, neighbour: torch.Tensor) -> torch.Tensor
     for step in range(4):
         own = Chunk(0, [step + 5], len(tokens) + step, OWN)
         other = Chunk(1, [step + 5], len(neighbour) + step, BAD)
-        batches.append(lay_out([own, other], outputs=[0]))
+        batches.append(lay_out([other, own], outputs=[1]))
     return torch.stack([decoder.forward(batch).values[0] for batch in batches])
 
 
@@ -215,10 +214,11 @@ def test_nan_next_to_a_sequence_and_in_freed_blocks_leaves_it_bit_equal(family: 
     base = prepare_base(model, None, name=family, dtype="float32", device="cpu")
     decoder = ModuleDecoder(base, num_blocks=40, block_size=BLOCK)
     width = base.shape.embedding_width
-    good = torch.randn(PREFIX, width, generator=torch.Generator().manual_seed(1))
+    count = 45  # the two rows share a group, and the sequence is padded there
+    good = torch.randn(count, width, generator=torch.Generator().manual_seed(1))
     expected = run_next_to(decoder, good)
     assert expected.isfinite().all()
     for tensor in decoder.cache.tensors:  # all except the null block; what is used is zeroed again
         tensor[:, 1:] = torch.nan
-    assert torch.equal(run_next_to(decoder, torch.full((PREFIX, width), torch.nan)), expected)
+    assert torch.equal(run_next_to(decoder, torch.full((count, width), torch.nan)), expected)
     assert any(tensor[:, list(BAD)].isnan().any() for tensor in decoder.cache.tensors)
