@@ -1,9 +1,10 @@
 """Models whose layers keep a state instead of KV: the greedy tokens of transformers.
 
-The reference is transformers' own ``generate`` from the same input embeddings.
+The reference is transformers' own ``generate`` from the same input embeddings, where it takes them.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -130,6 +131,9 @@ class Model:
         """The tokens of transformers after embeddings ``before`` [n, width] and a prompt."""
         inputs = self.embed(prompt)
         inputs = inputs if before is None else torch.cat([before, inputs])
+        parameters = inspect.signature(self.own.prepare_inputs_for_generation).parameters
+        if "inputs_embeds" not in parameters:  # generate refuses them (Falcon-H1, Nemotron-H)
+            return self._recomputed(inputs, count)
         with torch.no_grad():
             out = self.own.generate(
                 inputs_embeds=inputs[None],
@@ -141,6 +145,16 @@ class Model:
             )
         tokens: list[int] = out[0].tolist()
         assert len(tokens) == count
+        return tokens
+
+    def _recomputed(self, inputs: torch.Tensor, count: int) -> list[int]:
+        """Greedy tokens after ``inputs`` [n, width], the whole text in one pass for each."""
+        tokens: list[int] = []
+        with torch.no_grad():
+            for _ in range(count):
+                logits = self.own(inputs_embeds=inputs[None], use_cache=False).logits
+                tokens.append(int(logits[0, -1].argmax()))
+                inputs = torch.cat([inputs, self.embed(tokens[-1:])])
         return tokens
 
     def embed(self, tokens: list[int]) -> torch.Tensor:
