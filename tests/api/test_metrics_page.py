@@ -61,6 +61,6 @@ def test_health_and_metrics_say_what_computes_the_model(client: TestClient, worl
     decoder = {"kernels": "fake", "device": "cpu", "dtype": "float32", "quantize": "none"}
     assert client.get("/health/ready").json()["decoder"] == decoder
     registry = world.metrics.registry
-    empty = ("perplexity_ratio", "top1_agreement", "tensor_parallel")
+    empty = ("perplexity_ratio", "top1_agreement", "tensor_parallel", "weights")
     labels = decoder | dict.fromkeys(empty, "")
     assert registry.get_sample_value("prefixd_decoder_info", labels) == 1

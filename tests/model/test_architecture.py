@@ -12,7 +12,8 @@ from prefixd.server.model.architecture import (
     served_context,
     shape_of,
 )
-from prefixd.server.model.load import fingerprint_of, prepare_base
+from prefixd.server.model.fingerprint import fingerprint_of
+from prefixd.server.model.load import prepare_base
 from prefixd.server.model.selfcheck import Limits, self_check
 from tests.model.broken_models import random_model
 

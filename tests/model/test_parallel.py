@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from prefixd.server.engine.step import OutOfMemory, Sampled, StepOutput
 from prefixd.server.model import load
 from prefixd.server.model.architecture import UnsupportedModel, shape_of
+from prefixd.server.model.fingerprint import fingerprint_of
 from prefixd.server.model.float32 import float32_arithmetic
 from prefixd.server.model.heads import local_shape, refuse_indivisible
 from prefixd.server.model.parallel import followers as module
@@ -103,12 +104,12 @@ def group() -> Iterator[Any]:
 
 def test_sharded_weights_change_their_dtype(group: Any) -> None:
     model = random_model(right_models()["llama"])
-    fingerprint = load.fingerprint_of(model, None)
+    fingerprint = fingerprint_of(model, None)
     attention = model.model.layers[0].self_attn
     weight = attention.q_proj.weight.detach()
     sharded = distribute_tensor(weight, group, [Shard(0)])
     attention.q_proj.weight = torch.nn.Parameter(sharded, requires_grad=False)
-    assert load.fingerprint_of(model, None) == fingerprint
+    assert fingerprint_of(model, None) == fingerprint
     base = load.prepare_base(model, None, name="m", dtype="bfloat16", device="cpu")
     assert base.fingerprint == fingerprint
     assert isinstance(attention.q_proj.weight, DTensor)

@@ -33,6 +33,7 @@ OPTIONAL = {
 
 NOT_IMPORTED = {
     "gguf": "transformers reads the demo model's file with it",
+    "torchao": "transformers reads and writes quantized checkpoints with it",
 }
 """Declared packages that no module imports, and what uses them."""
 
@@ -153,5 +154,5 @@ def test_every_declared_dependency_is_used() -> None:
     used = set()
     for _, path in modules():
         used |= third_party(imports(tree(path).body, at_import=False))
-    everything = declared("serve", "convert", "bench", "demo", "postgres", "s3", "otel")
+    everything = declared("serve", "convert", "bench", "demo", "postgres", "s3", "otel", "torchao")
     assert everything - used == set(NOT_IMPORTED)

@@ -88,7 +88,10 @@ def test_health_and_metrics_show_what_int8_costs(
     assert shown["kernels"] in KERNELS
     assert 0.9 < shown["perplexity_ratio"] < 1.1
     assert 0.8 <= shown["top1_agreement"] <= 1
-    labels = {name: str(value) for name, value in shown.items()} | {"tensor_parallel": ""}
+    labels = {name: str(value) for name, value in shown.items()} | {
+        "tensor_parallel": "",
+        "weights": "",
+    }
     registry = servers["int8"][0].metrics.registry
     assert registry.get_sample_value("prefixd_decoder_info", labels) == 1
     plain = servers["none"][1].get("/health/ready").json()["decoder"]

@@ -51,8 +51,9 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecoderInfo:
-    """What computes the model: ``kernels`` is ``module``, ``torch`` or a native set, and
-    ``tensor_parallel`` the number of processes that share it (None: one).
+    """What computes the model: ``kernels`` is ``module``, ``torch`` or a native set,
+    ``tensor_parallel`` the number of processes that share it (None: one), and ``weights`` how the
+    checkpoint is quantized (None: it is not).
 
     With ``quantize`` other than ``none``, ``perplexity_ratio`` says how many times as large the
     perplexity of ordinary text is as without, and ``top1_agreement`` at which part of the positions
@@ -66,6 +67,7 @@ class DecoderInfo:
     perplexity_ratio: float | None = None
     top1_agreement: float | None = None
     tensor_parallel: int | None = None
+    weights: str | None = None
 
     def facts(self) -> dict[str, str | float]:
         """The fields that have a value."""

@@ -64,6 +64,7 @@ def _run(server: "Server", settings: Settings, listener: socket.socket) -> bool:
         device=server.device,
         kernels=server.kernels,
         quantize=settings.quantize,
+        weights=server.served.decoder.weights or "plain",
         tensor_parallel=settings.tensor_parallel,
         kv_tokens=settings.kv_tokens,
         max_positions=server.served.max_positions,

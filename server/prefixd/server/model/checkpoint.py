@@ -8,10 +8,10 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch.nn import ModuleList
 from transformers import (
@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
+from prefixd.server.model import quantized
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.checkpoint_files import (
     COMPUTED,
@@ -35,36 +36,10 @@ from prefixd.server.model.checkpoint_files import (
     snapshot,
 )
 
-_PACKAGES = {
-    "aqlm": "aqlm",
-    "auto-round": "auto_round",
-    "awq": "gptqmodel",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed_tensors",
-    "eetq": "kernels",
-    "fbgemm_fp8": "fbgemm_gpu",
-    "fouroversix": "fouroversix",
-    "fp8": "kernels",
-    "fp_quant": "fp_quant",
-    "gptq": "gptqmodel",
-    "higgs": "flute",
-    "hqq": "hqq",
-    "mxfp4": "kernels",
-    "mxfp8": "kernels",
-    "quanto": "optimum.quanto",
-    "quark": "quark",
-    "sinq": "sinq",
-    "spqr": "spqr_quant",
-    "torchao": "torchao",
-    "vptq": "vptq",
-}
-"""The package behind each quantization method of transformers that needs one."""
-
 _ADVICE = re.compile(r"trust_remote_code|pip install|weights_only|You (can|may|should)|[Pp]lease ")
 """Marks the sentences of transformers that advise what cannot be done here."""
 
-_QUANTIZED = ("quantization_config", "compression_config")
-"""Config keys that describe quantized weights."""
+_CPU = torch.device("cpu")
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the class names of models that predict tokens end."""
@@ -90,19 +65,22 @@ def read_config(source: str) -> Any:
             "expected a decoder-only language model"
         )
     _refuse_own_code(source, config)
-    _refuse_quantized(source, config)
     return config
 
 
-def read_weights(source: str, config: Any, *, ranks: int = 1) -> Any:
+def read_weights(source: str, config: Any, *, ranks: int = 1, device: torch.device = _CPU) -> Any:
     """The causal language model of ``source`` with its own weights, in the dtype of its files: on
     one of several ``ranks``, the part of this process, sharded by transformers' own plan.
+    ``device`` is where the model will run, for packages that prepare quantized weights there.
 
     Raises UnsupportedModel when a weight is missing, has another shape or would be left out.
     """
-    refuse_unreadable_files(source)
+    scheme = quantized.scheme_of(config)
+    quantized.restore_at_load(config)
+    refuse_unreadable_files(source, quantized=scheme is not None)
     sharded = {"distributed_config": DistributedConfig(tp_size=ranks)} if ranks > 1 else {}
-    with _load_report() as lines, _reported(source, "weights", lines):
+    what = f"weights, quantized with {scheme}," if scheme else "weights"
+    with _load_report() as lines, _reported(source, what, lines):
         module, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -111,10 +89,11 @@ def read_weights(source: str, config: Any, *, ranks: int = 1) -> Any:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **sharded,
+            **quantized.placement(config, device),
         )
     if not Path(source).is_dir():  # downloaded meanwhile
         with _reported(source, "weights"):
-            refuse_unreadable_files(snapshot(source), source=source)
+            refuse_unreadable_files(snapshot(source), source=source, quantized=scheme is not None)
     _refuse_incomplete(source, module, info)
     return module
 
@@ -155,7 +134,7 @@ def _refuse_unknown_type(source: str, fields: Any) -> None:
             f"{source}: expected a list of class names as architectures in config.json, got "
             f"{classes!r}"
         )
-    for field in _QUANTIZED:
+    for field in quantized.FIELDS:
         if not isinstance(fields.get(field, {}), dict | None):
             raise UnsupportedModel(
                 f"{source}: expected an object as {field} in config.json, got {fields[field]!r}"
@@ -187,30 +166,6 @@ def _own_code(source: str) -> str:
     return (
         f"{source} needs code of its own (auto_map), which prefixd does not run; expected a model "
         "that transformers implements"
-    )
-
-
-def _refuse_quantized(source: str, config: Any) -> None:
-    for holder in (config, config.get_text_config(decoder=True)):
-        for field in _QUANTIZED:
-            value = getattr(holder, field, None)
-            if value is None:
-                continue
-            fields = value if isinstance(value, dict) else value.to_dict()
-            method = fields.get("quant_method") or "an unnamed method"
-            method = str(getattr(method, "value", method))
-            if method != "gguf":  # weights read from a GGUF file and saved as plain ones
-                raise UnsupportedModel(_quantized(source, method))
-
-
-def _quantized(source: str, method: str) -> str:
-    package = _PACKAGES.get(method)
-    missing = ""
-    if package and find_spec(package.partition(".")[0]) is None:
-        missing = f" and needs the package {package}, which is not installed"
-    return (
-        f"{source} is quantized with {method}{missing}; expected unquantized weights in float32, "
-        "bfloat16 or float16, the only ones that prefixd serves"
     )
 
 

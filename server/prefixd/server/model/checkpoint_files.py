@@ -58,9 +58,11 @@ def snapshot(model: str) -> str:
     return str(Path(str(cached_file(model, "config.json"))).parent)
 
 
-def refuse_unreadable_files(folder: str, *, source: str | None = None) -> None:
-    """Raise UnsupportedModel unless the weights of ``folder`` are there, readable and unquantized,
-    and its generation config is readable.
+def refuse_unreadable_files(
+    folder: str, *, source: str | None = None, quantized: bool = False
+) -> None:
+    """Raise UnsupportedModel unless the weights of ``folder`` are there and readable, of a plain
+    type unless its config says that they are ``quantized``, and its generation config is readable.
 
     Reads headers, not values. ``source`` is the name in messages. A Hugging Face id passes.
     """
@@ -73,13 +75,17 @@ def refuse_unreadable_files(folder: str, *, source: str | None = None) -> None:
     for path in _weight_files(Path(folder), source):
         if damage := _damage(path):
             raise UnsupportedModel(f"{source}: its weights cannot be loaded: {path.name} {damage}")
-        others = {
-            name: dtype
-            for name, dtype in _dtypes(path)
-            if dtype not in _FLOATS
-            and name.endswith(("weight", "bias", "proj"))
-            and not COMPUTED.search(name)
-        }
+        others = (
+            {}
+            if quantized
+            else {
+                name: dtype
+                for name, dtype in _dtypes(path)
+                if dtype not in _FLOATS
+                and name.endswith(("weight", "bias", "proj"))
+                and not COMPUTED.search(name)
+            }
+        )
         if others:
             kinds = ", ".join(sorted(set(others.values())))
             raise UnsupportedModel(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prefixd.server.model.load import LoadedBase
+from prefixd.server.model.tensors import is_packed
 
 _FAMILIES = {
     "llama": "Llama",
@@ -65,6 +66,8 @@ def require_exact(module: Any, name: str) -> None:
         where = part_name or "its root"
         if _path(type(part)) not in known:
             raise NotExact(f"{name} has a {_path(type(part))} at {where}, which lean layers lack")
+        if is_packed(part):
+            raise NotExact(f"{name} has quantized weights at {where}, which lean layers lack")
         if "forward" in vars(part):
             raise NotExact(f"{name} has a changed forward at {where}")
         if part._forward_hooks or part._forward_pre_hooks:  # noqa: SLF001 - torch has no question for it

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 
 from prefixd.server.model.memory import free_bytes
-from prefixd.server.model.tensors import Place, places, replace_tensors, restore_tensors
+from prefixd.server.model.tensors import (
+    Place,
+    is_packed,
+    places,
+    replace_tensors,
+    restore_tensors,
+)
 
 _HALF = frozenset({torch.float16, torch.bfloat16})
 
@@ -58,7 +64,8 @@ def _full_precision_products() -> Iterator[None]:
 def _restored_state(module: Any) -> Iterator[None]:
     """Restore buffers and attributes afterwards: some modules keep caches and rotary frequencies of
     the longest text they saw."""
-    contents = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    cast = [part for part in module.modules() if not is_packed(part)]
+    contents = [(held, held.clone()) for part in cast for held in part.buffers(recurse=False)]
     saved = [(part, dict(vars(part)), dict(vars(part)["_buffers"])) for part in module.modules()]
     try:
         yield

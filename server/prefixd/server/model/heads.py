@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from prefixd.server.model.architecture import Shape, UnsupportedModel
+from prefixd.server.model.quantized import refuse_divided
 
 _HEADS = ({"q_proj", "k_proj", "v_proj"}, {"query_key_value"})
 """The projections that a plan must cut by head, as attention and the KV pool are cut: those of one
@@ -12,6 +13,7 @@ of these sets."""
 
 def refuse_indivisible(config: Any, *, ranks: int) -> None:
     """Raise UnsupportedModel for the config of a model that ``ranks`` processes cannot share."""
+    refuse_divided(config, ranks=ranks)
     text = config.get_text_config(decoder=True)
     plan = getattr(text, "base_model_tp_plan", None) or {}
     cut = {name.rpartition(".")[2] for name, style in plan.items() if style == "colwise"}

@@ -1,7 +1,5 @@
 """Load the base model: weights, tokenizer, fingerprint."""
 
-import hashlib
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +18,17 @@ from prefixd.server.model.checkpoint import read_config, read_tokenizer, read_we
 from prefixd.server.model.checkpoint_files import refuse_unreadable_files
 from prefixd.server.model.demo import MODEL_ID, demo_model
 from prefixd.server.model.families import adapt
+from prefixd.server.model.fingerprint import fingerprint_of
 from prefixd.server.model.heads import refuse_indivisible
 from prefixd.server.model.layers import Layers
 from prefixd.server.model.probe import probe
-from prefixd.server.model.tensors import replace_tensors, saved_places, whole
+from prefixd.server.model.quantized import (
+    computes_exactly,
+    refuse_rounded,
+    refuse_unloadable,
+    scheme_of,
+)
+from prefixd.server.model.tensors import is_packed, replace_tensors, saved_places
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +37,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-_SAMPLES = 4096  # elements of each weight in the fingerprint
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,18 @@ class LoadedBase:
     """Token ids that can be fed in; the tokenizer may have more."""
     num_logits: int
     """Token ids that can be sampled: those with a logit, and with an embedding to feed in."""
+    scheme: str | None = None
+    """How the checkpoint is quantized (None: plain weights)."""
+    computes_exactly: bool = True
+    """Whether no layer rounds its inputs, and all compute in float32 where these are float32."""
+    own_fingerprint: str | None = None
+    """That of a quantized model whose ``fingerprint`` is its original's."""
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """That of the weights that compute: a quantized model that takes its original's prefixes
+        computes other KV of them, by each scheme."""
+        return self.own_fingerprint or self.fingerprint
 
 
 def resolve_device(device: str) -> torch.device:
@@ -77,9 +92,11 @@ def is_folder(model: str) -> bool:
     return False
 
 
-def check_folder(folder: str, *, pool_tokens: int, ranks: int = 1) -> None:
+def check_folder(
+    folder: str, *, pool_tokens: int, device: str, ranks: int = 1, rounded: bool = False
+) -> str | None:
     """Check a model's config, tokenizer and files as ``load_base`` does; of the weights only names
-    and types are read.
+    and types are read. ``rounded``: they will be rounded to int8. Returns how they are quantized.
 
     Raises UnsupportedModel.
     """
@@ -87,8 +104,13 @@ def check_folder(folder: str, *, pool_tokens: int, ranks: int = 1) -> None:
     if ranks > 1:
         refuse_indivisible(config, ranks=ranks)
     refuse_unsupported(config, context=served_context(config, pool_tokens=pool_tokens))
+    refuse_unloadable(folder, config, resolve_device(device))
+    if rounded:
+        refuse_rounded(config)
     read_tokenizer(folder)
-    refuse_unreadable_files(folder)
+    scheme = scheme_of(config)
+    refuse_unreadable_files(folder, quantized=scheme is not None)
+    return scheme
 
 
 def find_model(model: str, *, cache_dir: Path, ranks: int = 1) -> tuple[str, str, Any]:
@@ -122,9 +144,13 @@ def load_base(
     """
     source, name, config = find_model(model, cache_dir=cache_dir, ranks=ranks)
     refuse_unsupported(config, context=served_context(config, pool_tokens=pool_tokens))
+    target, scheme = resolve_device(device), scheme_of(config)
+    refuse_unloadable(source, config, target)
     tokenizer = read_tokenizer(source)
     # In the checkpoint's dtype: the fingerprint must not depend on the serving dtype.
-    module = read_weights(source, config, ranks=ranks)
+    module = read_weights(source, config, ranks=ranks, device=target)
+    if scheme and not any(map(is_packed, module.modules())):
+        log.info("%s: transformers restored plain weights from %s", name, scheme)
     base = prepare_base(
         module,
         tokenizer,
@@ -133,6 +159,7 @@ def load_base(
         device=device,
         pool_tokens=pool_tokens,
         ranks=ranks,
+        scheme=scheme,
     )
     if ranks > 1 and base.layers.states:
         raise UnsupportedModel(
@@ -159,8 +186,10 @@ def prepare_base(
     device: str,
     pool_tokens: int | None = None,
     ranks: int = 1,
+    scheme: str | None = None,
 ) -> LoadedBase:
-    """Freeze a transformers causal LM that is already in memory and compute its fingerprint."""
+    """Freeze a transformers causal LM that is already in memory and compute its fingerprint.
+    ``scheme`` is how its checkpoint is quantized."""
     context = served_context(module.config, pool_tokens=pool_tokens)
     refuse_unsupported(module.config, context=context)
     num_embeddings, embedding_width = map(int, module.get_input_embeddings().weight.shape)
@@ -176,6 +205,7 @@ def prepare_base(
         raise UnsupportedModel(
             f"{name} does not accept an attention implementation: {error}"
         ) from error
+    computes = computes_exactly(module, name=name, device=target, dtype=DTYPES[dtype])
     layers = probe(module, name=name, num_layers=shape.num_layers, context=context)
     if ranks == 1 and layers.caches:  # a config may name other sizes: those of JetMoE, Gemma 4
         first = next(iter(layers.caches.values()))
@@ -192,8 +222,16 @@ def prepare_base(
         fingerprint=fingerprint,
         eos_token_ids=_eos_token_ids(name, module, tokenizer),
         num_embeddings=num_embeddings,
-        num_logits=num_embeddings if head is None else min(num_embeddings, len(head.weight)),
+        num_logits=num_embeddings if head is None else min(num_embeddings, _rows(head)),
+        scheme=scheme,
+        computes_exactly=computes,
     )
+
+
+def _rows(head: Any) -> int:
+    """Ids with a logit. The weight of a quantized head may have another name or shape."""
+    size = getattr(head, "out_features", None)
+    return len(head.weight) if size is None else int(size)
 
 
 def _cast(module: Any, dtype: torch.dtype) -> None:
@@ -202,35 +240,6 @@ def _cast(module: Any, dtype: torch.dtype) -> None:
     to four radians too far."""
     floating = (place for place in saved_places(module) if place[-1].is_floating_point())
     replace_tensors(floating, lambda weight: weight.to(dtype))
-
-
-def fingerprint_of(module: Any, tokenizer: Any) -> str:
-    """The SHA-256 of the base's config, weights and tokenizer.
-
-    Each weight contributes its name, its shape and evenly spaced elements: all of a small one,
-    4096 of a large one. Hashing every byte of a large model would take longer than loading it.
-    The same with sharded weights, which are gathered one at a time.
-    """
-    digest = hashlib.sha256()
-    config = module.config.to_dict()
-    for volatile in (
-        "_name_or_path",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "_attn_implementation_autoset",
-        "distributed_config",
-    ):
-        config.pop(volatile, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(module.state_dict().items()):
-        flat = whole(weight.detach()).reshape(-1)
-        step = max(1, flat.numel() // _SAMPLES)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
-    if tokenizer is not None:
-        digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    return digest.hexdigest()
 
 
 def _eos_token_ids(name: str, module: Any, tokenizer: Any) -> frozenset[int]:

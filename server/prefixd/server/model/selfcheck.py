@@ -21,6 +21,7 @@ from prefixd.server.model.decoder_check import Evidence
 from prefixd.server.model.float32 import float32_arithmetic
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.onsets import Onset, onsets_of
+from prefixd.server.model.quantized import plain
 from prefixd.server.model.selfcheck_compare import TOLERANCE, Comparison, Truth
 from prefixd.server.model.selfcheck_texts import Text, long_text, short_texts
 from prefixd.server.model.tensors import own_part
@@ -72,12 +73,14 @@ def self_check(base: LoadedBase, *, block_size: int, prefill_chunk: int = 256) -
     the config begin beyond the longest text that is checked. Raises UnsupportedModel with the
     reason.
     """
-    embeddings = own_part(base.module.get_input_embeddings().weight)
+    embeddings = own_part(plain(base.module.get_input_embeddings().weight))
     max_abs_embedding = float(embeddings.abs().max())
     if not isfinite(max_abs_embedding):
         raise UnsupportedModel(f"{base.name} has input embeddings that are not finite")
     context, vocab_size = base.context, base.shape.vocab_size
     chunk = _chunk(base, prefill_chunk)
+    if not base.computes_exactly:
+        return _check_rounded(base, block_size, chunk, max_abs_embedding)
     lengths = _lengths(base, onsets_of(base.module.config, context=context))
     with float32_arithmetic(base.module, scratch_bytes=_scratch_bytes(base, max([0, *lengths]))):
         comparison = Comparison(dataclasses.replace(base, dtype=torch.float32), block_size)
@@ -106,6 +109,34 @@ def self_check(base: LoadedBase, *, block_size: int, prefill_chunk: int = 256) -
         max_abs_kv=_MARGIN * comparison.max_abs_kv,
     )
     return Checked(limits, evidence)
+
+
+def _check_rounded(
+    base: LoadedBase, block_size: int, chunk: int, max_abs_embedding: float
+) -> Checked:
+    """Check a model whose quantized layers round their inputs, or compute in half precision alone:
+    a difference of a millionth moves a rounded input by a whole step, so that the bound is that of
+    half precision, in the serving dtype."""
+    texts = short_texts(
+        block_size=block_size,
+        chunk=chunk,
+        context=base.context,
+        vocab_size=base.shape.vocab_size,
+        seed=0,
+    )
+    comparison = Comparison(base, block_size)
+    truths = [comparison.truth(text) for text in texts]
+    errors = [error for *_, error in comparison.differences(texts, truths)]
+    if not median(errors) <= _HALF_TOLERANCE:
+        raise UnsupportedModel(
+            f"{base.name}, quantized with {base.scheme}, gives other logits over KV blocks than by "
+            f"itself: they differ by {median(errors):.2g} of their standard deviation (expected at "
+            f"most {_HALF_TOLERANCE:g})"
+        )
+    limits = Limits(
+        max_abs_embedding=_MARGIN * max_abs_embedding, max_abs_kv=_MARGIN * comparison.max_abs_kv
+    )
+    return Checked(limits, Evidence.of_rounding(texts, truths, errors))
 
 
 def _chunk(base: LoadedBase, prefill_chunk: int) -> int:

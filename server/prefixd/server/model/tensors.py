@@ -8,13 +8,31 @@ from typing import Any
 
 import torch
 
+_PACKED = frozenset(
+    {
+        torch.int8,
+        torch.uint8,
+        torch.int16,
+        torch.int32,
+        torch.float8_e4m3fn,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2,
+        torch.float8_e5m2fnuz,
+        torch.float8_e8m0fnu,
+    }
+)
+"""Types of quantized weights."""
+
 Place = tuple[dict[str, Any], str, torch.Tensor]
 """The parameters or buffers of one part of a module, a name among them, and the tensor there."""
 
 
 def places(module: Any, *, recurse: bool = True) -> Iterator[Place]:
-    """Where ``module`` and its parts hold parameters and buffers. A shared one has several."""
+    """Where ``module`` and its parts hold parameters and buffers that may be cast. A shared one has
+    several."""
     for part in module.modules() if recurse else (module,):
+        if not _is_cast(part):
+            continue
         for held in (vars(part)["_parameters"], vars(part)["_buffers"]):
             for name, tensor in tuple(held.items()):
                 if tensor is not None:
@@ -31,6 +49,37 @@ def saved_places(module: Any) -> Iterator[Place]:
     for held, name, tensor in places(module):
         if (id(held), name) not in computed:
             yield held, name, tensor
+
+
+def is_wrapped(tensor: Any) -> bool:
+    """Whether a tensor is one of several under one name, such as the integers and the scales of a
+    weight that torchao or quanto quantized."""
+    return hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "full_tensor")
+
+
+def is_packed(part: Any) -> bool:
+    """Whether a part of a model holds quantized weights itself."""
+    return not _is_cast(part) or any(is_wrapped(tensor) for tensor in _held(part))
+
+
+def _is_cast(part: Any) -> bool:
+    """Whether the tensors of a part may be cast: a wrapped one casts what it may, but scales of
+    packed weights have the dtype that their kernels expect."""
+    return not any(tensor.dtype in _PACKED for tensor in _held(part))
+
+
+def _held(part: Any) -> list[torch.Tensor]:
+    tensors = (*vars(part)["_parameters"].values(), *vars(part)["_buffers"].values())
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def unwrapped(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor by its name, or the parts of a wrapped one by names of their own."""
+    if not is_wrapped(tensor):
+        yield name, tensor
+        return
+    for inner in sorted(tensor.__tensor_flatten__()[0]):  # type: ignore[attr-defined]
+        yield from unwrapped(f"{name}.{inner}", getattr(tensor, inner))
 
 
 @torch.inference_mode(mode=False)  # an inference tensor cannot be a parameter

@@ -35,6 +35,7 @@ from prefixd.server.model.load import (
     is_folder,
     resolve_device,
 )
+from prefixd.server.model.original import check_original
 from prefixd.server.model.parallel.followers import Followers, RankLost
 from prefixd.server.model.parallel.outcome import RankFailed
 from prefixd.server.model.parallel.plan import ParallelRefused
@@ -194,7 +195,7 @@ def _engine(
         runner=runner,
         source=source,
         detokenizer=Tokenizer(base.tokenizer).detokenizer,
-        namespace=kv_namespace(base.fingerprint, settings),
+        namespace=kv_namespace(base.weights_fingerprint, settings),
         watchdog_s=settings.watchdog,
     )
 
@@ -236,12 +237,22 @@ def model_origin(settings: Settings) -> str:
     """Where the model is loaded from. Raises FileNotFoundError for a folder that does not exist and
     UnsupportedModel for one whose config or tokenizer cannot be served."""
     if is_folder(settings.model):
-        check_folder(
+        scheme = check_folder(
             settings.model,
             pool_tokens=pool_tokens(scheduler_config(settings)),
+            device=device_of(settings),
             ranks=settings.tensor_parallel,
+            rounded=settings.quantize == "int8",
         )
-        return f"local folder {settings.model}: config and tokenizer can be served"
+        text = f"local folder {settings.model}: config and tokenizer can be served"
+        if scheme is not None:
+            text += f", quantized with {scheme}"
+        if settings.fingerprint_of is not None:
+            check_original(
+                settings.fingerprint_of, settings.model, cache_dir=settings.root / "models"
+            )
+            text += f", for prefixes of {settings.fingerprint_of}"
+        return text
     return f"{settings.model} would be looked up on Hugging Face"
 
 

@@ -13,11 +13,13 @@ from prefixd.server.model.decoders import DecoderUnavailable, choose_decoder
 from prefixd.server.model.device_runner import DeviceRunner
 from prefixd.server.model.int8_decoder import describe_int8, make_int8_decoder, require_native
 from prefixd.server.model.load import LoadedBase, find_model, load_base
+from prefixd.server.model.original import read_original
 from prefixd.server.model.paged import PagedDecoder
 from prefixd.server.model.paged_module import PagedModuleDecoder
 from prefixd.server.model.parallel.followers import Followers
 from prefixd.server.model.parallel.plan import Job, ParallelRefused, refuse_setup
 from prefixd.server.model.parallel.runner import ParallelRunner
+from prefixd.server.model.quantized import refuse_rounded
 from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import Limits, self_check
 from prefixd.server.model.thread_control import ThreadControl
@@ -47,14 +49,20 @@ def load_model(settings: Settings, config: SchedulerConfig, *, device: str, thre
     if settings.tensor_parallel > 1:
         return _load_on_ranks(settings, config, device=device, threads=threads)
 
+    cache_dir = settings.root / "models"
+    original = None
+    if settings.fingerprint_of is not None:
+        original = read_original(settings.fingerprint_of, cache_dir=cache_dir)
+
     def load() -> LoadedBase:
-        return load_base(
+        base = load_base(
             settings.model,
             dtype=settings.dtype,
             device=device,
-            cache_dir=settings.root / "models",
+            cache_dir=cache_dir,
             pool_tokens=pool_tokens(config),
         )
+        return base if original is None else original.bind(base)
 
     pool: dict[str, Any] = {
         "num_blocks": config.num_blocks,
@@ -64,6 +72,7 @@ def load_model(settings: Settings, config: SchedulerConfig, *, device: str, thre
     }
     if settings.quantize == "int8":  # before the seconds that loading takes
         require_native(settings.cpu_kernels, torch.device(device))
+        refuse_rounded(find_model(settings.model, cache_dir=cache_dir)[2])
     base = load()
     checked = self_check(
         base,
@@ -102,7 +111,14 @@ def load_model(settings: Settings, config: SchedulerConfig, *, device: str, thre
         base,
         runner,
         checked.limits,
-        DecoderInfo(decoder.name, str(base.device), settings.dtype, settings.quantize, **figures),
+        DecoderInfo(
+            decoder.name,
+            str(base.device),
+            settings.dtype,
+            settings.quantize,
+            weights=base.scheme,
+            **figures,
+        ),
         state_blocks=decoder.state_blocks,
     )
 
@@ -177,8 +193,7 @@ def check_int8(settings: Settings, *, device: str) -> str:
 
 
 def kv_namespace(fingerprint: str, settings: Settings) -> str:
-    """What computed KV depends on: the base, the dtype and int8. The fingerprint is that of the
-    checkpoint, for which prefixes are trained."""
+    """What computed KV depends on: the weights that compute, the dtype and int8."""
     scheme = "" if settings.quantize == "none" else f":{settings.quantize}"
     return f"{fingerprint}:{settings.dtype}{scheme}"
 

@@ -45,6 +45,12 @@ class Settings(BaseSettings):
         description="The frozen base model: a Hugging Face id, a local folder, or `demo` for the "
         "bundled SmolLM2-135M-Instruct.",
     )
+    fingerprint_of: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The original of a quantized `model`, named like it: the server then takes "
+        "prefixes that were made for the original.",
+    )
     served_model_name: str | None = Field(
         default=None,
         min_length=1,
