@@ -243,6 +243,7 @@ def spec_of(base: LoadedBase, *, max_virtual_tokens: int = 256) -> BaseSpec:
         dtype=str(base.dtype).removeprefix("torch."),
         max_abs_embedding=1e4,
         max_abs_kv=1e4,
+        encoder_layers=None if base.pair is None else base.pair.encoder_layers,
         refused_kinds=refused_kinds(base),
         attention_module=attention_name(base.module),
     )

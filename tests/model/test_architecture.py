@@ -25,7 +25,6 @@ GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
     ("config", "message"),
     [
         (transformers.T5Config(), "t5.*encoder-decoder"),
-        (transformers.BartConfig(), "bart.*encoder-decoder"),
         (transformers.GPT2Config(add_cross_attention=True), "gpt2.*cross-attention"),
         (
             transformers.LlamaConfig(

@@ -40,8 +40,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
             )
         ),
-        "translator": transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_layers=1)
+        "translator": transformers.PegasusForConditionalGeneration(
+            transformers.PegasusConfig(
+                vocab_size=300,
+                d_model=16,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_ffn_dim=16,
+                decoder_ffn_dim=16,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                max_position_embeddings=32,
+            )
         ),
     }
     folders = {name: save_folder(model, root / name) for name, model in models.items()}

@@ -286,7 +286,7 @@ CONFIGS = {
     "encoder-decoder": (
         config_bytes(num_transformer_submodules=2),
         "encoder_decoder",
-        "which stores 4 rows; got 2, which stores 8",
+        "1 of PROMPT_TUNING for the base tiny, which is a decoder; got 2, which stores 8 rows",
     ),
     "base is a number": (config_bytes(base_model_name_or_path=7), "malformed_config", "got 7"),
     "base with newlines": (

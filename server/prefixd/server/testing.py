@@ -13,10 +13,10 @@ from prefixd.server.engine.request import PrefixKey, TokenLogprob
 from prefixd.server.engine.runner import BlockingRunner
 from prefixd.server.engine.step import (
     Chunk,
-    GatedRows,
     PrefixUnavailable,
     Sampled,
     Save,
+    Source,
     StagedPrefix,
     Step,
     StepOutput,
@@ -154,11 +154,11 @@ class FakeRunner(BlockingRunner):
 
     def _sample(self, chunk: Chunk, num_drafts: int) -> Sampled:
         """The token after the first ``num_drafts`` proposed ones."""
-        table, length = chunk.block_table, chunk.start + len(chunk.tokens) + num_drafts
-        if chunk.gated is None:
-            token = self._next(table, length)
+        length = chunk.start + len(chunk.tokens) + num_drafts
+        if chunk.gated is None and chunk.source is None:
+            token = self._next(chunk.block_table, length)
         else:
-            token = self._next_gated(chunk.gated, table, length)
+            token = self._after(self._seen(chunk, length))
         if chunk.draft is None or num_drafts <= chunk.draft.num_banned:
             token = _allowed(token, chunk.banned)
         wanted = chunk.sampling.top_logprobs if chunk.sampling is not None else None
@@ -194,6 +194,23 @@ class FakeRunner(BlockingRunner):
             own = ("side", chunk.seq_id, index)
             held = self.slots.setdefault((block, 0), own) if is_first else self.slots[block, 0]
             assert held == own, f"a side block of sequence {chunk.seq_id} holds {held}"
+        if chunk.source is not None:
+            assert is_first == bool(chunk.source.token_ids), "the encoder runs with the first chunk"
+            self._encode(chunk, chunk.source)
+
+    def _encode(self, chunk: Chunk, source: Source) -> None:
+        """Write the input to the side blocks, behind the soft prompt that stands in front of it."""
+        for place, token in zip(self._source_places(chunk), source.token_ids, strict=False):
+            self.slots[place] = token
+
+    def _source_places(self, chunk: Chunk) -> list[tuple[int, int]]:
+        """Where the input is: behind the places of a block that show whose it is."""
+        if chunk.source is None:
+            return []
+        num_soft = 0 if chunk.gated is None else chunk.gated.num_tokens
+        size, blocks = self.block_size, chunk.side_blocks
+        positions = range(num_soft, chunk.source.num_tokens)
+        return [(blocks[place // size], size + place % size) for place in positions]
 
     def _read(self, table: Sequence[int], position: int) -> object:
         place = (table[position // self.block_size], position % self.block_size)
@@ -205,11 +222,19 @@ class FakeRunner(BlockingRunner):
     def _next(self, table: Sequence[int], length: int) -> int:
         return self._after([self._read(table, position) for position in range(length)])
 
-    def _next_gated(self, gated: GatedRows, table: Sequence[int], length: int) -> int:
-        """As if the rows of the gated prefix came first."""
-        rows = [self._read(gated.block_table, row) for row in range(gated.num_tokens)]
-        assert all(isinstance(row, tuple) for row in rows), f"a hole in a gated prefix: {rows}"
-        return self._after(rows + [self._read(table, position) for position in range(length)])
+    def _seen(self, chunk: Chunk, length: int) -> list[object]:
+        """What the first ``length`` positions hold: as if the rows of a gated prefix came first,
+        and the input of an encoder between prefix and tokens."""
+        own = [self._read(chunk.block_table, position) for position in range(length)]
+        source: list[object] = [
+            self.slots.get(place, "hole") for place in self._source_places(chunk)
+        ]
+        rows: list[object] = []
+        if chunk.gated is not None:
+            table = chunk.gated.block_table
+            rows = [self._read(table, row) for row in range(chunk.gated.num_tokens)]
+            assert all(isinstance(row, tuple) for row in rows), f"a hole in a gated prefix: {rows}"
+        return rows + own[: chunk.num_prefix_tokens] + source + own[chunk.num_prefix_tokens :]
 
     def _after(self, seen: list[object]) -> int:
         virtual = [value for value in seen if isinstance(value, tuple)]
@@ -257,6 +282,10 @@ class ByteTokenizer:
         """UTF-8 bytes; there are no special tokens to add."""
         del add_special_tokens
         return list(text.encode())
+
+    def encode_whole(self, text: str) -> list[int]:
+        """UTF-8 bytes, and the end of sequence."""
+        return [*text.encode(), EOS]
 
     def encode_prefix(self, text: str) -> list[int]:
         """UTF-8 bytes."""

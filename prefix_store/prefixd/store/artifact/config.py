@@ -42,6 +42,7 @@ class BaseSpec:
     ``dtype`` is the serving dtype (``float32``, ``float16`` or ``bfloat16``): values are checked
     after the cast to it. ``max_abs_embedding`` and ``max_abs_kv`` bound |x| of a soft prompt and
     of a KV prefix; the server derives them from the values the base itself produces.
+    ``encoder_layers`` is None for a decoder. ``num_layers`` are those of the decoder.
     ``refused_kinds`` are those that the base cannot take, each with the reason: "expected …".
     ``attention_module`` is the name of a layer's attention, with ``{}`` for the layer, where the
     base takes adaption prompts.
@@ -57,13 +58,25 @@ class BaseSpec:
     dtype: str
     max_abs_embedding: float
     max_abs_kv: float
+    encoder_layers: int | None = None
     refused_kinds: Mapping[Kind, str] = field(default_factory=dict)
     attention_module: str | None = None
 
     @property
     def kv_width(self) -> int:
         """Columns of a KV prefix: layers × (K and V) × KV heads × head_dim."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim
+        return self.prefix_layers * 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def prefix_layers(self) -> int:
+        """Layers of a KV prefix. PEFT counts those of the encoder, where there is one, which are
+        too few for a longer decoder: its config must then name the decoder's."""
+        return max(self.num_layers, self.encoder_layers or 0)
+
+    @property
+    def task_type(self) -> str:
+        """PEFT's name for what the base does."""
+        return "CAUSAL_LM" if self.encoder_layers is None else SEQ_2_SEQ
 
     def require_kind(self, kind: Kind) -> None:
         """Raise ArtifactRefused for a kind that the base cannot take."""
@@ -122,6 +135,8 @@ _LAYERS = (
 
 MULTITASK = "MULTITASK_PROMPT_TUNING"
 
+SEQ_2_SEQ = "SEQ_2_SEQ_LM"
+
 TRAINED_ELSEWHERE = (
     "modules_to_save",
     "trainable_token_indices",
@@ -174,11 +189,11 @@ def from_fields(fields: dict[str, Any]) -> PeftConfig:
         )
     # PEFT silently skips the prefix when task_type is null; the trained tensor is the same.
     task_type = fields.get("task_type")
-    if task_type is not None and task_type != "CAUSAL_LM":
+    if task_type not in (None, "CAUSAL_LM", SEQ_2_SEQ):
         raise ArtifactRefused(
             "unsupported_task_type",
-            f"expected task_type CAUSAL_LM or null, got {shown(task_type)}: this server runs "
-            "causal language models only",
+            f"expected task_type CAUSAL_LM, {SEQ_2_SEQ} or null, got {shown(task_type)}: this "
+            "server runs language models only",
             param="task_type",
         )
     kind, layers = KINDS[peft_type], 0
@@ -226,6 +241,7 @@ def check_against_base(config: PeftConfig, base: BaseSpec) -> None:
     tensor's shape alone would pass.
     """
     base.require_kind(config.kind)
+    _check_task(config, base)
     if config.num_virtual_tokens > base.max_virtual_tokens:
         raise ArtifactRefused(
             "too_many_virtual_tokens",
@@ -238,9 +254,13 @@ def check_against_base(config: PeftConfig, base: BaseSpec) -> None:
         return
     name = config.base_model_name_or_path
     trained_on = f", {quoted(name)}" if name else ""
-    expected = {"num_layers": base.num_layers, "token_dim": base.embedding_width}
+    expected = {
+        "num_layers": base.encoder_layers or base.num_layers,
+        "token_dim": base.embedding_width,
+    }
     if config.kind is Kind.KV_PREFIX:
         # PEFT saves the KV heads and the KV width here, also under grouped-query attention.
+        expected["num_layers"] = base.prefix_layers
         expected["token_dim"] = base.num_kv_heads * base.head_dim
         expected["num_attention_heads"] = base.num_kv_heads
     for key, want in expected.items():
@@ -252,13 +272,50 @@ def check_against_base(config: PeftConfig, base: BaseSpec) -> None:
                 f"{base.name} needs {want}: this prefix was trained on another model{trained_on}",
                 param=key,
             )
+
+
+def stored_rows(config: PeftConfig, base: BaseSpec) -> int:
+    """Rows of a prefix's tensor. For an encoder-decoder PEFT stores twice as many of a soft prompt,
+    unless its config says otherwise, and uses the first ``num_virtual_tokens`` alone."""
+    count = config.num_virtual_tokens
+    if base.encoder_layers is None or config.kind is Kind.KV_PREFIX:
+        return count
     submodules = config.fields.get("num_transformer_submodules")
-    if submodules is not None and (type(submodules) is not int or submodules != 1):
+    if submodules is None and config.fields.get("task_type") is None:
+        return count
+    return count if submodules == 1 else 2 * count
+
+
+def _check_task(config: PeftConfig, base: BaseSpec) -> None:
+    """Refuse what was trained for a base of the other kind, a decoder or an encoder-decoder."""
+    task_type = config.fields.get("task_type")
+    what = "a decoder" if base.encoder_layers is None else "an encoder-decoder"
+    if task_type is not None and task_type != base.task_type:
+        raise ArtifactRefused(
+            "unsupported_task_type",
+            f"expected task_type {base.task_type} or null for the base {base.name}, which is "
+            f"{what}; got {shown(task_type)}",
+            param="task_type",
+        )
+    if base.encoder_layers is not None and config.peft_type == "CPT":
+        raise ArtifactRefused(
+            "unsupported_peft_type",
+            f"expected another peft_type than CPT for the base {base.name}, which is {what}: PEFT "
+            "has none for such models",
+            param="peft_type",
+        )
+    submodules = config.fields.get("num_transformer_submodules")
+    if submodules is None:
+        return
+    served = [1] if base.encoder_layers is None else [1, 2]
+    if base.encoder_layers is not None and config.kind is Kind.KV_PREFIX:
+        served = [2]  # with 1, PEFT gives self- and cross-attention one cache
+    if type(submodules) is not int or submodules not in served:
         raise ArtifactRefused(
             "encoder_decoder",
-            "expected num_transformer_submodules 1, for a decoder-only base, which stores "
-            f"{config.num_virtual_tokens} rows; got {shown(submodules)}"
-            + _rows_stored(submodules, config.num_virtual_tokens),
+            f"expected num_transformer_submodules {' or '.join(map(str, served))} of "
+            f"{config.peft_type} for the base {base.name}, which is {what}; got "
+            f"{shown(submodules)}" + _rows_stored(submodules, config.num_virtual_tokens),
             param="num_transformer_submodules",
         )
 
@@ -286,7 +343,7 @@ def _check_adaption_prompt(config: PeftConfig, base: BaseSpec) -> None:
 def _rows_stored(submodules: object, count: int) -> str:
     if type(submodules) is not int or not 1 < submodules < 2**16:
         return ""
-    return f", which stores {submodules * count}"
+    return f", which stores {submodules * count} rows of a soft prompt"
 
 
 def _check_base_name(name: object) -> None:

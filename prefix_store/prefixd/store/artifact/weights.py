@@ -8,6 +8,8 @@
                                    prefix_task_cols   [tasks, P, rank]
                                    prefix_task_rows   [tasks, rank, width]
 
+A soft prompt for an encoder-decoder has 2 P rows or columns for P, of which the first P are used.
+
 Values are read in bounded pieces and checked after the cast to the serving dtype: 7e4 is infinite
 in float16, 3.4e38 in bfloat16. Finite is not enough: 3e38 in a key poisons attention through a
 masked slot.
@@ -21,7 +23,14 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from prefixd.store.artifact.config import MULTITASK, BaseSpec, Kind, PeftConfig, check_against_base
+from prefixd.store.artifact.config import (
+    MULTITASK,
+    BaseSpec,
+    Kind,
+    PeftConfig,
+    check_against_base,
+    stored_rows,
+)
 from prefixd.store.artifact.strict import TensorEntry, read_header, shown
 from prefixd.store.errors import ArtifactRefused
 
@@ -61,9 +70,10 @@ class PeftWeights:
 
     def rows(self) -> Iterator[tuple[int, Floats]]:
         """The prefix as (first row, [some rows, width]) float32 pieces of bounded size, MULTITASK
-        folded for its task, every value validated. Raises ArtifactRefused at the first bad one."""
+        folded for its task, every value validated, also of rows that are not used. Raises
+        ArtifactRefused at the first bad one."""
         task_factor = None if self.task_id is None else self._task_factor(self.task_id)
-        height, width = self.shape
+        height, width = self.entries[EMBEDDINGS].shape
         step = max(1, CHUNK_ELEMENTS // width)
         for row in range(0, height, step):
             count = min(step, height - row)
@@ -72,7 +82,8 @@ class PeftWeights:
             if task_factor is not None and self.task_id is not None:
                 values = self._fold(values, task_factor, task=self.task_id, first_row=row)
             check_range(values, self.rule, first_row=row, name=EMBEDDINGS)
-            yield row, values
+            if row < self.shape[0]:
+                yield row, values[: self.shape[0] - row]
 
     def load(self) -> Floats:
         """The whole validated prefix, [virtual tokens, width] float32."""
@@ -153,11 +164,12 @@ def open_weights(
     entries = read_header(file, size=size, allowed=frozenset(names))
     check_against_base(config, base)
     require_one_dtype(entries)
-    _check_embeddings(entries[EMBEDDINGS], config, base)
+    rows = stored_rows(config, base)
+    _check_embeddings(entries[EMBEDDINGS], config, base, rows=rows)
     if multitask:
-        task_id = _check_tasks(entries, config, base, task_id)
+        task_id = _check_tasks(entries, base, task_id, rows=rows)
     limit = base.max_abs_kv if config.kind is Kind.KV_PREFIX else base.max_abs_embedding
-    height, width = entries[EMBEDDINGS].shape
+    width = entries[EMBEDDINGS].shape[1]
     return PeftWeights(
         file=file,
         start=start,
@@ -165,7 +177,7 @@ def open_weights(
         rule=ValueRule(base.dtype, limit),
         task_id=task_id,
         dtype=entries[EMBEDDINGS].dtype,
-        shape=(height, width),
+        shape=(config.num_virtual_tokens, width),
     )
 
 
@@ -188,38 +200,35 @@ def require_one_dtype(entries: dict[str, TensorEntry]) -> str:
     return first
 
 
-def _check_embeddings(entry: TensorEntry, config: PeftConfig, base: BaseSpec) -> None:
+def _check_embeddings(entry: TensorEntry, config: PeftConfig, base: BaseSpec, *, rows: int) -> None:
     width, meaning = base.embedding_width, "embedding width"
     if config.kind is Kind.KV_PREFIX:
         width = base.kv_width
         meaning = (
-            f"{base.num_layers} layers x 2 x {base.num_kv_heads} KV heads x "
+            f"{base.prefix_layers} layers x 2 x {base.num_kv_heads} KV heads x "
             f"head size {base.head_dim}"
         )
+    count = "" if rows == config.num_virtual_tokens else "2 x "
     check_shape(
-        entry,
-        (config.num_virtual_tokens, width),
-        f"num_virtual_tokens, and {meaning} of the base {base.name}",
+        entry, (rows, width), f"{count}num_virtual_tokens, and {meaning} of the base {base.name}"
     )
 
 
 def _check_tasks(
-    entries: dict[str, TensorEntry], config: PeftConfig, base: BaseSpec, task_id: int | None
+    entries: dict[str, TensorEntry], base: BaseSpec, task_id: int | None, *, rows: int
 ) -> int:
-    cols, rows = entries[TASK_COLS], entries[TASK_ROWS]
+    cols, factors = entries[TASK_COLS], entries[TASK_ROWS]
     tasks = cols.shape[0] if cols.shape else 0
     rank = cols.shape[-1] if cols.shape else 0
     if len(cols.shape) != 3 or not 1 <= rank <= base.embedding_width or tasks < 1:
         raise ArtifactRefused(
             "wrong_shape",
-            f"tensor {cols.name}: expected [tasks, {config.num_virtual_tokens}, rank] with a rank "
+            f"tensor {cols.name}: expected [tasks, {rows}, rank] with a rank "
             f"from 1 to {base.embedding_width}, got {_written(cols.shape)}",
             param=cols.name,
         )
-    check_shape(
-        cols, (tasks, config.num_virtual_tokens, rank), "tasks, num_virtual_tokens and rank"
-    )
-    check_shape(rows, (tasks, rank, base.embedding_width), "tasks, rank and embedding width")
+    check_shape(cols, (tasks, rows, rank), "tasks, rows of prompt_embeddings and rank")
+    check_shape(factors, (tasks, rank, base.embedding_width), "tasks, rank and embedding width")
     if task_id is None:
         raise ArtifactRefused(
             "task_id_required",

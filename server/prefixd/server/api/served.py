@@ -16,6 +16,11 @@ class Tokenizer(Protocol):
         ones."""
         ...
 
+    def encode_whole(self, text: str) -> list[int]:
+        """Token ids of a whole text, with the tokens that the tokenizer puts around one: for an
+        encoder."""
+        ...
+
     def encode_prefix(self, text: str) -> list[int]:
         """Token ids of a text prefix: the opening tokens once, also when the text has them."""
         ...
@@ -79,13 +84,27 @@ class DecoderInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderInfo:
+    """What an encoder-decoder has and a decoder has not: the tokens that its decoder begins with,
+    ``max_tokens`` of an input, soft prompt included, and the positions of a block of KV."""
+
+    start: tuple[int, ...]
+    max_tokens: int
+    block_size: int
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Blocks for the KV of an input."""
+        return -(-num_tokens // self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
 class ServedModel:
     """Facts about the one base model. ``created`` is a Unix time; ``max_positions`` counts
     virtual tokens too.
 
     ``vocab_size`` is the number of ids that can be fed in: the rows of the input embeddings, which
     may differ from the tokenizer's size. ``logits_size`` is the number of ids that can be sampled;
-    ``eos_token_ids`` are below it.
+    ``eos_token_ids`` are below it. ``encoder`` is None for a decoder.
     """
 
     name: str
@@ -97,6 +116,7 @@ class ServedModel:
     eos_token_ids: frozenset[int]
     created: int
     tokenizer: Tokenizer
+    encoder: EncoderInfo | None = None
     prefix_warnings: Callable[[int], list[str]] = lambda _: []
     """What a tenant should know of a prefix of so many virtual tokens on this base."""
 

@@ -316,7 +316,7 @@ class EngineCore:
         now = time.monotonic()
         seed = request.sampling.seed
         base_seed = secrets.randbits(63) if seed is None else seed
-        self._counters.prompt_tokens += len(request.prompt) * request.n
+        self._counters.prompt_tokens += request.num_prompt_tokens * request.n
         sequences = sequences_of(request, first_id=self._next_id, seed=base_seed)
         self._next_id += request.n
         self._outputs.open(sequences, on_event, deliver)

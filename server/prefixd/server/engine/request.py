@@ -120,6 +120,8 @@ class AdmittedRequest:
     Each of the sequences has ``num_side_blocks`` blocks in addition to its block table, for KV of
     something other than its tokens; its KV is then not reused.
     ``inputs``, in order, are embeddings in place of the prompt's placeholders (``inputs``).
+    ``source`` is the input of an encoder-decoder's encoder, whose KV is in the side blocks;
+    ``prompt`` is then what the decoder begins with.
     """
 
     request_id: str
@@ -139,6 +141,12 @@ class AdmittedRequest:
     constraint: Constraint | None = None
     num_side_blocks: int = 0
     inputs: tuple[InputRun, ...] = ()
+    source: tuple[int, ...] = ()
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the caller's prompt, which are counted and charged."""
+        return len(self.source or self.prompt)
 
 
 class FinishReason(StrEnum):

@@ -268,6 +268,7 @@ class Scheduler:
         limit = self.step_budget.prompt_tokens(num_decoding=num_decoding)
         if limit is not None:
             step.limit(limit)
+        self._builder.pay_overdraft(step)
         places = self.recovery.backoff.max_running - len(self.running)
         claims = min(self.waiting.num_sequences, max(0, places))
         if num_decoding < len(self.running):

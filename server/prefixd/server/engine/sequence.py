@@ -184,7 +184,7 @@ class Sequence:
 def cost_of(request: AdmittedRequest) -> int:
     """Tokens that each sequence of ``request`` adds to the queue: prompt and output."""
     expected = request.expected_tokens
-    return len(request.prompt) + (request.stop.max_tokens if expected is None else expected)
+    return request.num_prompt_tokens + (request.stop.max_tokens if expected is None else expected)
 
 
 def sequences_of(request: AdmittedRequest, *, first_id: int, seed: int) -> list[Sequence]:

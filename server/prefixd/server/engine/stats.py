@@ -250,7 +250,7 @@ def _sequence(sequence: Sequence, now: float) -> dict[str, Any]:
         "index": sequence.index,
         "tenant": sequence.tenant,
         "prefix": sequence.prefix.key.content if sequence.prefix else None,
-        "prompt_tokens": sequence.num_prompt,
+        "prompt_tokens": sequence.request.num_prompt_tokens,
         "output_tokens": sequence.num_output,
         "cached_tokens": sequence.num_cached,
         "computed_tokens": sequence.num_computed,

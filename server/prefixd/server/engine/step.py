@@ -61,6 +61,17 @@ class GatedRows:
     first_layer: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The input of the encoder, for a sequence of an encoder-decoder: ``num_tokens`` positions, of
+    a soft prompt that is ``gated`` and of ``token_ids`` behind it. The keys and values that
+    the decoder reads of them are in the first positions of the sequence's side blocks, which a step
+    writes that has the ids; later chunks have none."""
+
+    num_tokens: int
+    token_ids: Sequence[int] = ()
+
+
 @dataclass(slots=True)  # a frozen one takes twice as long to make, and a step makes many
 class Chunk:
     """Consecutive tokens of one sequence to run through the model in this step.
@@ -92,6 +103,7 @@ class Chunk:
     side_blocks: Sequence[int] = ()
     inputs: Sequence[InputPart] = ()
     gated: GatedRows | None = None
+    source: Source | None = None
 
     @property
     def is_pending(self) -> bool:
@@ -102,6 +114,12 @@ class Chunk:
     def num_drafts(self) -> int:
         """Proposed tokens."""
         return 0 if self.draft is None else len(self.draft.tokens)
+
+    @property
+    def num_encoded(self) -> int:
+        """Positions of the encoder that run before the tokens."""
+        source = self.source
+        return source.num_tokens if source is not None and source.token_ids else 0
 
     @property
     def length(self) -> int:
@@ -212,8 +230,13 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens this step runs, virtual and proposed ones included."""
-        return sum(c.length for c in self.chunks) + self.num_compiled
+        """Tokens this step runs, virtual and proposed ones included, and those of encoders."""
+        return sum(c.length for c in self.chunks) + self.num_encoded + self.num_compiled
+
+    @property
+    def num_encoded(self) -> int:
+        """Positions of encoders that this step runs."""
+        return sum(c.num_encoded for c in self.chunks if c.source is not None)
 
     @property
     def num_drafts(self) -> int:

@@ -52,6 +52,7 @@ class StepBudget:
         if self._max_gap_s is None or step.compiles:
             return
         num_prompt = sum(len(chunk.tokens) for chunk in step.chunks if len(chunk.tokens) > 1)
+        num_prompt += step.num_encoded
         if num_prompt >= LEAST:
             decodes = len(step.chunks) > 1 and any(len(c.tokens) == 1 for c in step.chunks)
             own = seconds - self.decode_s if decodes else seconds

@@ -10,7 +10,7 @@ from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.prefix_loader import PrefixLoader
 from prefixd.server.engine.recovery import Recovery
 from prefixd.server.engine.sequence import Sequence, State
-from prefixd.server.engine.step import PENDING, Chunk, Step
+from prefixd.server.engine.step import PENDING, Chunk, Source, Step
 
 _PENDING = (PENDING,)
 _LARGE_CHUNK, _MAX_SCORES = 256, 2**24
@@ -49,6 +49,7 @@ class StepBuilder:
         self._preempt = preempt
         self._waits = waits
         self._uniform = uniform
+        self._overdraft = 0
 
     def run_suspect(self, step: Step, now: float) -> bool:
         """Plan the next suspect of a failed step, alone; False: there is none that can run."""
@@ -118,7 +119,7 @@ class StepBuilder:
             level = self._waiting.counter(sequence.tenant)
             if is_full or not self._start(step, sequence, now):
                 # A sequence that does not fit blocks those behind it, or they would take its room.
-                return is_full
+                return is_full or not step.budget
             for tenant in passed_over - {sequence.tenant}:
                 self._waiting.lift(tenant, level)
         return True
@@ -140,6 +141,9 @@ class StepBuilder:
     def _start(self, step: Step, sequence: Sequence, now: float) -> bool:
         """Let a waiting sequence run if there is room for it."""
         memory = self._memory
+        if sequence.request.source and step.num_encoded and step.budget < _num_source(sequence):
+            step.budget = 0  # the next step begins with it
+            return False
         memory.adopt_prefix(sequence)
         reused = memory.reuse.find(sequence)
         if not self._eviction.room_to_start(
@@ -156,7 +160,8 @@ class StepBuilder:
         num_reused = memory.hold(step, sequence, reused)
         if sequence.started is None:
             memory.reuse.count(sequence, num_reused)
-            self._waiting.charge(sequence.tenant, sequence.num_attended + sequence.num_prompt)
+            num_prompt = sequence.request.num_prompt_tokens
+            self._waiting.charge(sequence.tenant, sequence.num_attended + num_prompt)
         sequence.admit(num_computed=num_reused, now=now)
         self._running.append(sequence)
         self._run(step, sequence)
@@ -209,12 +214,39 @@ class StepBuilder:
                     else ()
                 ),
                 gated=sequence.gated,
+                source=self._encode(step, sequence) if request.source else None,
             )
         )
-        step.budget -= size
+        step.budget = max(0, step.budget - size)
         # What is certain once the step is submitted; ``Scheduler.update`` has the rest.
         sequence.num_computed += size
         if is_last:
             sequence.num_pending += 1
             if request.constraint is not None:
                 step.masked.append(sequence.seq_id)
+
+    def _encode(self, step: Step, sequence: Sequence) -> Source:
+        """The input of a sequence of an encoder-decoder: its encoder runs in one pass, with the
+        first chunk after a start. What exceeds the step's budget is taken from later ones."""
+        num_tokens = _num_source(sequence)
+        if sequence.num_computed:
+            return Source(num_tokens)
+        self._overdraft += max(0, num_tokens - step.budget)
+        step.budget = max(0, step.budget - num_tokens)
+        return Source(num_tokens, sequence.request.source)
+
+    def pay_overdraft(self, step: Step) -> None:
+        """Take from the budget for prompts what encoders had in excess of earlier ones. To be
+        called when the decode rows are planned: where there are none, no stream waits."""
+        if not step.chunks:
+            self._overdraft = 0
+        paid = min(self._overdraft, step.budget)
+        if paid:
+            self._overdraft -= paid
+            step.limit(step.budget - paid)
+
+
+def _num_source(sequence: Sequence) -> int:
+    """Positions of a sequence's encoder: those of a soft prompt, and of its input."""
+    prefix, source = sequence.prefix, sequence.request.source
+    return len(source) + (prefix.num_tokens if prefix is not None and prefix.gated else 0)

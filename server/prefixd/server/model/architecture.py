@@ -60,7 +60,7 @@ def refuse_unsupported(config: Any, *, context: int) -> None:
     sequences of at most ``context`` positions."""
     name = f"{config.model_type} ({', '.join(config.architectures or ['no architecture named'])})"
     if config.is_encoder_decoder:
-        raise UnsupportedModel(f"{name} is an encoder-decoder; prefixd serves decoder-only models")
+        raise UnsupportedModel(f"{name} is an encoder-decoder; expected a decoder")
     text = config.get_text_config(decoder=True)
     if context < 1:
         raise UnsupportedModel(

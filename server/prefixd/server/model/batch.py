@@ -46,6 +46,7 @@ def lay_out(
                 chunk.num_prefix_tokens,
                 chunk.side_blocks,
                 chunk.gated,
+                chunk.source,
             )
         )
         offset = len(batch.token_ids)

@@ -19,6 +19,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
 )
@@ -69,7 +70,7 @@ def read_config(source: str) -> Any:
 
 
 def read_weights(source: str, config: Any, *, ranks: int = 1, device: torch.device = _CPU) -> Any:
-    """The causal language model of ``source`` with its own weights, in the dtype of its files: on
+    """The language model of ``source`` with its own weights, in the dtype of its files: on
     one of several ``ranks``, the part of this process, sharded by transformers' own plan.
     ``device`` is where the model will run, for packages that prepare quantized weights there.
 
@@ -80,8 +81,9 @@ def read_weights(source: str, config: Any, *, ranks: int = 1, device: torch.devi
     refuse_unreadable_files(source, quantized=scheme is not None)
     sharded = {"distributed_config": DistributedConfig(tp_size=ranks)} if ranks > 1 else {}
     what = f"weights, quantized with {scheme}," if scheme else "weights"
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with _load_report() as lines, _reported(source, what, lines):
-        module, info = AutoModelForCausalLM.from_pretrained(
+        module, info = kind.from_pretrained(
             source,
             config=config,
             dtype="auto",

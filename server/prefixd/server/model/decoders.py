@@ -25,6 +25,7 @@ from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.native import NativeDecoder, refuse_native
 from prefixd.server.model.paged import PagedDecoder
 from prefixd.server.model.paged_module import PagedModuleDecoder
+from prefixd.server.model.pair_decoder import PairDecoder
 from prefixd.server.model.parts import Parts
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,19 @@ def _checked(decoder: Decoder, evidence: Evidence, *, num_blocks: int, sizes: St
             log.warning("decode steps run without graphs: %s", reason)
     return_free_memory()
     return decoder
+
+
+def make_pair_decoder(
+    base: LoadedBase, choice: str, *, num_blocks: int, block_size: int
+) -> PairDecoder:
+    """Make the decoder of an encoder-decoder, which ``check_pair`` has checked. Raises
+    DecoderUnavailable for a choice other than ``auto`` and ``module``."""
+    if choice not in {"auto", "module"}:
+        raise DecoderUnavailable(
+            f"cpu_kernels is {choice}, but {base.name} is an encoder-decoder, which its module's "
+            "layers alone compute; expected auto or module"
+        )
+    return PairDecoder(base, num_blocks=num_blocks, block_size=block_size)
 
 
 def make_decoder(

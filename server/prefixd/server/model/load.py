@@ -1,6 +1,7 @@
 """Load the base model: weights, tokenizer, fingerprint."""
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,14 @@ from prefixd.server.model.architecture import (
 from prefixd.server.model.checkpoint import read_config, read_tokenizer, read_weights
 from prefixd.server.model.checkpoint_files import refuse_unreadable_files
 from prefixd.server.model.demo import MODEL_ID, demo_model
+from prefixd.server.model.encoder_decoder.facts import (
+    EncoderDecoder,
+    decoder_layers,
+    decoder_shape,
+    kept_in_float32,
+    prepare_pair,
+    refuse_unsupported_pair,
+)
 from prefixd.server.model.families import adapt
 from prefixd.server.model.fingerprint import fingerprint_of
 from prefixd.server.model.heads import refuse_indivisible
@@ -41,9 +50,9 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """The frozen base, ready to run. ``module`` is a transformers causal LM;
-    ``context`` is the most positions that a sequence may have on this server, and ``layers`` are
-    what this process holds of them."""
+    """The frozen base, ready to run. ``module`` is a transformers causal LM, or an
+    encoder-decoder with what ``pair`` says; ``context`` is the most positions that a sequence may
+    have on this server, and ``layers`` are what this process holds of them."""
 
     name: str
     module: Any
@@ -65,6 +74,8 @@ class LoadedBase:
     """Whether no layer rounds its inputs, and all compute in float32 where these are float32."""
     own_fingerprint: str | None = None
     """That of a quantized model whose ``fingerprint`` is its original's."""
+    pair: EncoderDecoder | None = None
+    """None for a decoder."""
 
     @property
     def weights_fingerprint(self) -> str:
@@ -101,9 +112,7 @@ def check_folder(
     Raises UnsupportedModel.
     """
     config = read_config(folder)
-    if ranks > 1:
-        refuse_indivisible(config, ranks=ranks)
-    refuse_unsupported(config, context=served_context(config, pool_tokens=pool_tokens))
+    _refuse(config, pool_tokens=pool_tokens, ranks=ranks)
     refuse_unloadable(folder, config, resolve_device(device))
     if rounded:
         refuse_rounded(config)
@@ -121,9 +130,21 @@ def find_model(model: str, *, cache_dir: Path, ranks: int = 1) -> tuple[str, str
     else:
         source, name = model, Path(model).resolve().name if is_folder(model) else model
     config = read_config(source)
-    if ranks > 1:
+    if config.is_encoder_decoder:
+        refuse_unsupported_pair(config, ranks=ranks)
+    elif ranks > 1:
         refuse_indivisible(config, ranks=ranks)
     return source, name, config
+
+
+def _refuse(config: Any, *, pool_tokens: int | None, ranks: int = 1) -> None:
+    """Raise UnsupportedModel for a config that cannot be served."""
+    if config.is_encoder_decoder:
+        refuse_unsupported_pair(config, ranks=ranks)
+        return
+    if ranks > 1:
+        refuse_indivisible(config, ranks=ranks)
+    refuse_unsupported(config, context=served_context(config, pool_tokens=pool_tokens))
 
 
 def load_base(
@@ -143,7 +164,7 @@ def load_base(
     demo model's package is not installed, and FileNotFoundError when the folder does not exist.
     """
     source, name, config = find_model(model, cache_dir=cache_dir, ranks=ranks)
-    refuse_unsupported(config, context=served_context(config, pool_tokens=pool_tokens))
+    _refuse(config, pool_tokens=pool_tokens)
     target, scheme = resolve_device(device), scheme_of(config)
     refuse_unloadable(source, config, target)
     tokenizer = read_tokenizer(source)
@@ -190,14 +211,18 @@ def prepare_base(
 ) -> LoadedBase:
     """Freeze a transformers causal LM that is already in memory and compute its fingerprint.
     ``scheme`` is how its checkpoint is quantized."""
+    _refuse(module.config, pool_tokens=pool_tokens)
+    is_pair = module.config.is_encoder_decoder
+    sizes = decoder_shape if is_pair else shape_of
     context = served_context(module.config, pool_tokens=pool_tokens)
-    refuse_unsupported(module.config, context=context)
     num_embeddings, embedding_width = map(int, module.get_input_embeddings().weight.shape)
     head = module.get_output_embeddings()
-    shape = shape_of(module.config, embedding_width=embedding_width, context=context)
+    shape = sizes(module.config, embedding_width=embedding_width, context=context)
     fingerprint = fingerprint_of(module, tokenizer)
     target = resolve_device(device)
-    _cast(module, DTYPES[dtype])
+    if is_pair and dtype == "float16":
+        log.warning("%s may overflow in float16; expected bfloat16 or float32", name)
+    _cast(module, DTYPES[dtype], kept=kept_in_float32(module) if is_pair else ())
     module = module.to(target).eval().requires_grad_(requires_grad=False)
     try:
         adapt(module)
@@ -206,7 +231,10 @@ def prepare_base(
             f"{name} does not accept an attention implementation: {error}"
         ) from error
     computes = computes_exactly(module, name=name, device=target, dtype=DTYPES[dtype])
-    layers = probe(module, name=name, num_layers=shape.num_layers, context=context)
+    if is_pair:
+        layers = decoder_layers(shape)
+    else:
+        layers = probe(module, name=name, num_layers=shape.num_layers, context=context)
     if ranks == 1 and layers.caches:  # a config may name other sizes: those of JetMoE, Gemma 4
         first = next(iter(layers.caches.values()))
         shape = replace(shape, num_kv_heads=first.num_heads, head_dim=first.key_width)
@@ -225,6 +253,7 @@ def prepare_base(
         num_logits=num_embeddings if head is None else min(num_embeddings, _rows(head)),
         scheme=scheme,
         computes_exactly=computes,
+        pair=prepare_pair(module) if is_pair else None,
     )
 
 
@@ -234,12 +263,15 @@ def _rows(head: Any) -> int:
     return len(head.weight) if size is None else int(size)
 
 
-def _cast(module: Any, dtype: torch.dtype) -> None:
+def _cast(module: Any, dtype: torch.dtype, *, kept: Collection[torch.Tensor] = ()) -> None:
     """Cast the checkpoint's weights to the serving dtype. Computed buffers keep theirs, as in
     transformers: rotary frequencies rounded to bfloat16 rotate the demo model's position 3000 by up
-    to four radians too far."""
+    to four radians too far. In float16 the weights ``kept`` are float32."""
     floating = (place for place in saved_places(module) if place[-1].is_floating_point())
-    replace_tensors(floating, lambda weight: weight.to(dtype))
+    wide = {id(weight) for weight in kept} if dtype is torch.float16 else set()
+    replace_tensors(
+        floating, lambda weight: weight.float() if id(weight) in wide else weight.to(dtype)
+    )
 
 
 def _eos_token_ids(name: str, module: Any, tokenizer: Any) -> frozenset[int]:

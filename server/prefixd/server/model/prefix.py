@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from prefixd.server.engine.request import PrefixKey, Ranges
+from prefixd.server.model.encoder_decoder.layout import decoder_kv, packed
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.threads import limit_thread
 from prefixd.store.artifact.artifact import Artifact
@@ -93,22 +94,28 @@ class InputEmbeddings:
 def prefix_of(artifact: Artifact, base: LoadedBase, tokenizer: Any) -> Prefix:
     """Cast an artifact's values to the serving dtype, in the layout of the KV pool.
 
-    The KV layout of an artifact is PEFT's: ``w.view(P, 2L, H_kv, hd).permute(1, 2, 0, 3)``.
+    The KV layout of an artifact is PEFT's: ``w.view(P, 2L, H_kv, hd).permute(1, 2, 0, 3)``. A soft
+    prompt of an encoder-decoder stays embeddings, and takes no positions of its sequences.
     """
     if artifact.kind is Kind.HARD_PROMPT:
         assert artifact.text is not None
         return HardPrompt(tuple(tokenizer.encode_prefix(artifact.text)))
     assert artifact.values is not None
-    values = torch.from_numpy(artifact.values).to(base.dtype)
+    values, shape = torch.from_numpy(artifact.values).to(base.dtype), base.shape
+    kv_width = shape.num_kv_heads * shape.head_dim
     if artifact.kind is Kind.SOFT_PROMPT:
-        return SoftPrompt(values)
+        if base.pair is None:
+            return SoftPrompt(values)
+        kv = packed(values, num_layers=shape.num_layers, kv_width=kv_width)
+        return KVPrefix(kv, gated_from=0)
     if artifact.kind is Kind.ADAPTION_PROMPT:
         assert artifact.gates is not None
         prompts = values.view(len(artifact.gates), artifact.num_virtual_tokens, -1)
         gates = torch.from_numpy(artifact.gates)
         return AdaptionPrompt(prompts, gates, base.shape.num_layers - len(gates))
-    layers = 2 * base.shape.num_layers
-    per_layer = values.view(artifact.num_virtual_tokens, layers, -1).transpose(0, 1)
+    per_layer = values.view(artifact.num_virtual_tokens, -1, kv_width).transpose(0, 1)
+    if base.pair is not None:
+        per_layer = decoder_kv(per_layer, num_layers=shape.num_layers)
     return KVPrefix(per_layer.contiguous())
 
 
@@ -120,8 +127,19 @@ def rows_of(prefix: Prefix, rows: Ranges) -> Prefix:
     return SoftPrompt(torch.cat([prefix.embeddings[start:stop] for start, stop in rows]))
 
 
+_NO_TEXTS = (
+    "expected a soft prompt or a KV prefix, since the encoder of an encoder-decoder reads all of a "
+    "prompt together; put the text in front of the prompt"
+)
+
+
 def refused_kinds(base: LoadedBase) -> dict[Kind, str]:
     """Kinds of prefixes that a base cannot take, with the reason."""
+    if base.pair is not None:
+        return {
+            Kind.HARD_PROMPT: _NO_TEXTS,
+            Kind.ADAPTION_PROMPT: "expected a soft prompt or a KV prefix for an encoder-decoder",
+        }
     reason = base.layers.kv_prefix_refused(base.shape.num_layers)
     if reason is None:
         return {}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefixd.server.engine.step import GatedRows
+from prefixd.server.engine.step import GatedRows, Source
 
 
 @dataclass(slots=True)
@@ -11,7 +11,11 @@ class Row:
     """The part of a pass that belongs to one sequence or compiling prefix: ``length`` positions
     from ``start``, at ``offset`` in the flat tokens. The first ``num_prefix_tokens`` positions are
     those of a prefix, which other rows may have too. ``side_blocks`` hold its state, if any. Its
-    tokens attend to the rows of ``gated`` too."""
+    tokens attend to the rows of ``gated`` too.
+
+    In an encoder-decoder ``source`` is its input, behind the soft prompt that is in ``gated``, and
+    ``side_blocks`` hold the KV of both.
+    """
 
     offset: int
     start: int
@@ -20,6 +24,7 @@ class Row:
     num_prefix_tokens: int = 0
     side_blocks: Sequence[int] = ()
     gated: GatedRows | None = None
+    source: Source | None = None
 
     @property
     def end(self) -> int:

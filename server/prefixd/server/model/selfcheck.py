@@ -28,7 +28,7 @@ from prefixd.server.model.tensors import own_part
 
 log = logging.getLogger(__name__)
 
-_HALF_TOLERANCE = 0.5
+HALF_TOLERANCE = 0.5
 """Largest difference of a logit at the median position, in the serving dtype. Correct ways of
 running a model in bfloat16 differ by 0.1; a wrong position or a missing prefix differs by 1."""
 
@@ -45,7 +45,7 @@ _LARGE, _LARGE_CHUNK = 50_000_000, 64
 _TEXTS_TRIED = 3
 """A text whose routing to experts is a near tie says nothing; another one is tried."""
 
-_MARGIN = 1024.0
+MARGIN = 1024.0
 """An uploaded value may be this many times larger than the largest one of the base."""
 
 
@@ -105,8 +105,8 @@ def self_check(base: LoadedBase, *, block_size: int, prefill_chunk: int = 256) -
         errors = _check_serving_dtype(Comparison(base, block_size), texts[:2], truths[:2])
         evidence = Evidence.of_rounding(texts, truths, errors)
     limits = Limits(
-        max_abs_embedding=_MARGIN * max_abs_embedding,
-        max_abs_kv=_MARGIN * comparison.max_abs_kv,
+        max_abs_embedding=MARGIN * max_abs_embedding,
+        max_abs_kv=MARGIN * comparison.max_abs_kv,
     )
     return Checked(limits, evidence)
 
@@ -127,14 +127,14 @@ def _check_rounded(
     comparison = Comparison(base, block_size)
     truths = [comparison.truth(text) for text in texts]
     errors = [error for *_, error in comparison.differences(texts, truths)]
-    if not median(errors) <= _HALF_TOLERANCE:
+    if not median(errors) <= HALF_TOLERANCE:
         raise UnsupportedModel(
             f"{base.name}, quantized with {base.scheme}, gives other logits over KV blocks than by "
             f"itself: they differ by {median(errors):.2g} of their standard deviation (expected at "
-            f"most {_HALF_TOLERANCE:g})"
+            f"most {HALF_TOLERANCE:g})"
         )
     limits = Limits(
-        max_abs_embedding=_MARGIN * max_abs_embedding, max_abs_kv=_MARGIN * comparison.max_abs_kv
+        max_abs_embedding=MARGIN * max_abs_embedding, max_abs_kv=MARGIN * comparison.max_abs_kv
     )
     return Checked(limits, Evidence.of_rounding(texts, truths, errors))
 
@@ -182,9 +182,9 @@ def _check_serving_dtype(
     errors = [error for *_, error in comparison.differences(texts, truths)]
     if not all(isfinite(error) for error in errors):
         raise UnsupportedModel(f"{name} gives logits that are not finite in {dtype}")
-    if (error := median(errors)) > _HALF_TOLERANCE:
+    if (error := median(errors)) > HALF_TOLERANCE:
         raise UnsupportedModel(
             f"{name} gives other logits in {dtype} than in float32: they differ by {error:.2g} of "
-            f"their standard deviation (expected at most {_HALF_TOLERANCE:g})"
+            f"their standard deviation (expected at most {HALF_TOLERANCE:g})"
         )
     return errors

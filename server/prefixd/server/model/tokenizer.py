@@ -28,6 +28,12 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return [*self._opening, *ids] if add_special_tokens else ids
 
+    def encode_whole(self, text: str) -> list[int]:
+        """Token ids of a whole text, with the tokens that the tokenizer puts around one (BOS, EOS):
+        for an encoder."""
+        ids: list[int] = self._tokenizer.encode(text)
+        return ids
+
     def encode_prefix(self, text: str) -> list[int]:
         """Token ids of a text prefix: the opening tokens once, also when the text has them."""
         ids = self.encode(text, add_special_tokens=False)

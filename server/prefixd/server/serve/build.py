@@ -4,6 +4,7 @@ The only module that imports both the model and the API, and with them torch: it
 server starts and not before.
 """
 
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -20,7 +21,7 @@ from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.prefixes.residency import pin_room
-from prefixd.server.api.served import DecoderInfo, ServedModel
+from prefixd.server.api.served import DecoderInfo, EncoderInfo, ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.runner import ModelRunner
@@ -104,7 +105,9 @@ def build_server(settings: Settings) -> Server:
     base, decoder = loaded.base, loaded.decoder
     if loaded.state_blocks:
         config = with_states(config, base, state_blocks=loaded.state_blocks)
-    served = _served_model(settings, base, loaded.limits, decoder)
+    if base.pair is not None:
+        config = replace(config, speculate=False)
+    served = _served_model(settings, config, base, loaded.limits, decoder)
     source = StorePrefixSource(
         open_artifact=Artifacts(catalog.store, served, catalog.disk),
         base=base,
@@ -300,9 +303,14 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
 
 
 def _served_model(
-    settings: Settings, base: LoadedBase, limits: Limits, decoder: DecoderInfo
+    settings: Settings,
+    config: SchedulerConfig,
+    base: LoadedBase,
+    limits: Limits,
+    decoder: DecoderInfo,
 ) -> ServedModel:
     name = settings.served_model_name or base.name
+    pair = base.pair
     return ServedModel(
         name=name,
         base=BaseSpec(
@@ -318,6 +326,7 @@ def _served_model(
             max_abs_kv=limits.max_abs_kv,
             refused_kinds=_refused_kinds(settings, base),
             attention_module=attention_name(base.module),
+            encoder_layers=None if pair is None else pair.encoder_layers,
         ),
         decoder=decoder,
         max_positions=base.shape.max_positions,
@@ -327,11 +336,20 @@ def _served_model(
         created=int(time.time()),
         tokenizer=Tokenizer(base.tokenizer),
         prefix_warnings=base.layers.sight_warnings,
+        encoder=None
+        if pair is None
+        else EncoderInfo(
+            start=pair.start,
+            max_tokens=min(config.max_tokens_per_step, pair.max_source or sys.maxsize),
+            block_size=config.block_size,
+        ),
     )
 
 
 def _refused_kinds(settings: Settings, base: LoadedBase) -> dict[Kind, str]:
     """Kinds of prefixes that the base cannot take, with the reason."""
+    if base.pair is not None:
+        return refused_kinds(base)
     gated = refuse_gated(base.module, base.shape)
     if settings.tensor_parallel > 1:
         gated = "expected another kind, since tensor parallel does not compile adaption prompts"

@@ -3,19 +3,21 @@
 from dataclasses import dataclass
 from typing import Any
 
+import structlog
 import torch
 
 from prefixd.server.api.served import DecoderInfo
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.model.buffers import StepSizes
 from prefixd.server.model.decoder import Decoder
-from prefixd.server.model.decoders import DecoderUnavailable, choose_decoder
+from prefixd.server.model.decoders import DecoderUnavailable, choose_decoder, make_pair_decoder
 from prefixd.server.model.device_runner import DeviceRunner
 from prefixd.server.model.int8_decoder import describe_int8, make_int8_decoder, require_native
 from prefixd.server.model.load import LoadedBase, find_model, load_base
 from prefixd.server.model.original import read_original
 from prefixd.server.model.paged import PagedDecoder
 from prefixd.server.model.paged_module import PagedModuleDecoder
+from prefixd.server.model.pair_check import check_pair
 from prefixd.server.model.parallel.followers import Followers
 from prefixd.server.model.parallel.plan import Job, ParallelRefused, refuse_setup
 from prefixd.server.model.parallel.runner import ParallelRunner
@@ -25,6 +27,8 @@ from prefixd.server.model.selfcheck import Limits, self_check
 from prefixd.server.model.thread_control import ThreadControl
 from prefixd.server.serve.settings import Settings
 from prefixd.server.serve.shutdown import exit_process
+
+log = structlog.get_logger("prefixd")
 
 _CHECKED_CHUNK = 256
 """Tokens of a chunk when the model is checked; the chunks of requests vary."""
@@ -74,6 +78,8 @@ def load_model(settings: Settings, config: SchedulerConfig, *, device: str, thre
         require_native(settings.cpu_kernels, torch.device(device))
         refuse_rounded(find_model(settings.model, cache_dir=cache_dir)[2])
     base = load()
+    if base.pair is not None:
+        return _load_pair(settings, config, base, threads=threads)
     checked = self_check(
         base,
         block_size=config.block_size,
@@ -120,6 +126,29 @@ def load_model(settings: Settings, config: SchedulerConfig, *, device: str, thre
             **figures,
         ),
         state_blocks=decoder.state_blocks,
+    )
+
+
+def _load_pair(
+    settings: Settings, config: SchedulerConfig, base: LoadedBase, *, threads: int
+) -> Loaded:
+    """Check an encoder-decoder, and allocate the KV pool."""
+    if settings.quantize != "none":
+        raise DecoderUnavailable(
+            f"quantize is {settings.quantize}, but {base.name} is an encoder-decoder; expected none"
+        )
+    limits = check_pair(base, block_size=config.block_size)
+    decoder = make_pair_decoder(
+        base, settings.cpu_kernels, num_blocks=config.num_blocks, block_size=config.block_size
+    )
+    log.info("an encoder-decoder serves: KV is not reused, and no tokens are proposed")
+    governed = settings.threads is None and base.device.type == "cpu"
+    info = DecoderInfo(decoder.name, str(base.device), settings.dtype)
+    return Loaded(
+        base,
+        Runner(decoder, threads=ThreadControl(threads, governed=governed)),
+        limits,
+        info,
     )
 
 

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from prefixd.server.api.generate.encoder_inputs import EncoderInputs
 from prefixd.server.api.generate.prompts import (
     PromptEncoder,
     PromptTokens,
@@ -127,8 +128,15 @@ class Admission:
         if manifest is not None:
             check_resident(manifest, front, max_resident_tokens)
         timeouts = [limit for limit in (body.timeout, self.max_seconds) if limit is not None]
+        encoder = self.served.encoder
+        inputs = encoder and EncoderInputs(self.served, encoder, manifest, self.pool_tokens)
+        if inputs:
+            inputs.refuse_layout(layout)
         lengths = [
-            self._output_tokens(prompt, front, max_tokens, default_max_tokens) for prompt in prompts
+            inputs.output_tokens(prompt.num_tokens, max_tokens, default_max_tokens)
+            if inputs
+            else self._output_tokens(prompt, front, max_tokens, default_max_tokens)
+            for prompt in prompts
         ]
         open_ended = max_tokens is None and default_max_tokens is None
         stop_strings = self._stop_strings(body)  # once: spellings tokenizes each
@@ -155,7 +163,7 @@ class Admission:
             id=response_id,
             model=body.model,
             prefix=prefix,
-            requests=requests,
+            requests=tuple(map(inputs.admit, requests)) if inputs else requests,
             num_choices=len(prompts) * n,
             prompt_tokens=sum(prompt.num_tokens for prompt in prompts),
             unloaded=tuple(_keys(prompt, manifest) for prompt in prompts) if layout else (),

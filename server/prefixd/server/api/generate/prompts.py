@@ -91,7 +91,9 @@ class PromptEncoder:
                 token_ids += [PLACEHOLDER] * (run.stop - run.start)
                 continue
             ids = run
-            if isinstance(ids, str):
+            if isinstance(ids, str) and self.served.encoder is not None:
+                ids = tokenizer.encode_whole(ids)
+            elif isinstance(ids, str):
                 ids = tokenizer.encode(ids, add_special_tokens=opens and not token_ids)
                 ids = tokenizer.without_opening(ids) if continues else ids
             check_token_ids(ids, self.served.vocab_size, param=param)
