@@ -55,6 +55,7 @@ SHARED: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "head_dim": 16,
     "global_head_dim": 32,
+    "sliding_window": WINDOW,
 }
 SCHEDULES: dict[str, dict[str, Any]] = {
     "chunk of 64": {"max_prefill_chunk": 64},
@@ -79,8 +80,8 @@ OTHER: dict[str, dict[str, Any]] = {
 
 def windowed_model(family: str, **more: Any) -> Any:
     untied = {"tie_word_embeddings": False}  # else the models of Gemma repeat a token
-    changes = WINDOWED.get(family, OTHER.get(family, {}))
-    return family_model(family, **{"sliding_window": WINDOW, **untied, **changes, **more})
+    changes = OTHER[family] if family in OTHER else {"sliding_window": WINDOW, **WINDOWED[family]}
+    return family_model(family, **{**untied, **changes, **more})
 
 
 def all_kinds(served: Served, model: Any, folder: Path) -> Kinds:
