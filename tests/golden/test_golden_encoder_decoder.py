@@ -12,7 +12,9 @@ import torch
 
 from prefixd.server.engine.request import PrefixHandle
 from prefixd.server.engine.step import Step, StepOutput
-from prefixd.server.model.decoders import make_pair_decoder
+from prefixd.server.model.architecture import UnsupportedModel
+from prefixd.server.model.decoders import DecoderUnavailable, make_pair_decoder
+from prefixd.server.model.encoder_decoder.facts import refuse_unsupported_pair
 from prefixd.server.model.load import prepare_base
 from prefixd.server.model.pair_check import check_pair
 from prefixd.server.model.pair_decoder import PairDecoder
@@ -176,6 +178,25 @@ def test_a_prefix_of_nan_leaves_its_neighbours_as_they_were(
             wait()
     again = known.start(served)  # in blocks that held NaN
     assert [wait() for wait in again] == known.expected
+
+
+def test_other_decoders_than_the_module_are_refused_by_name() -> None:
+    base = prepare_base(model_of("t5"), None, name="pair", dtype="float32", device=DEVICE)
+    with pytest.raises(DecoderUnavailable, match="cpu_kernels is avx2, but pair is an encoder-"):
+        make_pair_decoder(base, "avx2", num_blocks=8, block_size=BLOCK)
+    with pytest.raises(UnsupportedModel, match=r"t5 .* cannot be served with tensor_parallel"):
+        refuse_unsupported_pair(base.module.config, ranks=2)
+
+
+def test_the_check_passes_in_bfloat16_and_finds_other_logits() -> None:
+    base = prepare_base(model_of("bart"), None, name="pair", dtype="bfloat16", device=DEVICE)
+    check_pair(base, block_size=BLOCK)
+    assert base.pair is not None
+    cross = base.pair.hooks.cross
+    cross[0], cross[1] = cross[1], cross[0]
+    cross[:2] = [replace(cross[0], layer=0), replace(cross[1], layer=1)]
+    with pytest.raises(UnsupportedModel, match="other logits over KV blocks than by itself"):
+        check_pair(base, block_size=BLOCK)
 
 
 def kv_width(served: PairServed) -> int:

@@ -473,6 +473,45 @@ def test_validation_uses_bounded_memory(tmp_path: Path) -> None:
     assert peak < 8e6
 
 
+SEQ2SEQ = replace(BASE, encoder_layers=3)
+
+
+def test_prefixes_of_encoder_decoders_have_other_sizes(tmp_path: Path) -> None:
+    """Twice the rows of a soft prompt, of which the first half is used; the encoder's layers."""
+    task = {"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 2, "num_layers": 3}
+    both = spool(tmp_path, soft(ramp(2 * P, HIDDEN)))
+    assert inspect_peft(config_bytes(**task), both, base=SEQ2SEQ).num_virtual_tokens == P
+    values = ramp(P, 3 * 2 * 2 * 4)
+    config = config_bytes("PREFIX_TUNING", **task)
+    assert inspect_peft(config, spool(tmp_path, kv(values)), base=SEQ2SEQ).num_virtual_tokens == P
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "changes", "code"),
+    [
+        ("PROMPT_TUNING", {"task_type": "CAUSAL_LM"}, "unsupported_task_type"),
+        ("CPT", {"task_type": "SEQ_2_SEQ_LM"}, "unsupported_peft_type"),
+        ("PREFIX_TUNING", {"num_transformer_submodules": 1}, "encoder_decoder"),
+        ("PROMPT_TUNING", {"num_transformer_submodules": 3}, "encoder_decoder"),
+    ],
+)
+def test_what_an_encoder_decoder_does_not_take_is_refused(
+    tmp_path: Path, peft_type: str, changes: dict[str, object], code: str
+) -> None:
+    config = config_bytes(peft_type, **{"task_type": "SEQ_2_SEQ_LM"} | changes)
+    with pytest.raises(ArtifactRefused) as refusal:
+        inspect_peft(config, spool(tmp_path, soft()), base=SEQ2SEQ)
+    assert refusal.value.code == code
+
+
+def test_unused_rows_of_a_soft_prompt_are_validated(tmp_path: Path) -> None:
+    values = ramp(2 * P, HIDDEN)
+    values[-1, -1] = np.nan
+    config = config_bytes(task_type="SEQ_2_SEQ_LM")
+    with pytest.raises(ArtifactRefused, match="NaN or infinity at"):
+        inspect_peft(config, spool(tmp_path, soft(values)), base=SEQ2SEQ)
+
+
 def test_a_kind_that_the_base_cannot_take_is_refused_with_the_reason(tmp_path: Path) -> None:
     base = replace(
         BASE, refused_kinds={Kind.KV_PREFIX: "expected no KV", Kind.HARD_PROMPT: "expected no text"}
