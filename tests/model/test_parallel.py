@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from prefixd.server.engine.step import OutOfMemory, Sampled, StepOutput
 from prefixd.server.model import load
@@ -107,8 +108,7 @@ def test_sharded_weights_change_their_dtype(group: Any) -> None:
     fingerprint = fingerprint_of(model, None)
     attention = model.model.layers[0].self_attn
     weight = attention.q_proj.weight.detach()
-    sharded = distribute_tensor(weight, group, [Shard(0)])
-    attention.q_proj.weight = torch.nn.Parameter(sharded, requires_grad=False)
+    parallelize_module(attention.q_proj, group, ColwiseParallel())
     assert fingerprint_of(model, None) == fingerprint
     base = load.prepare_base(model, None, name="m", dtype="bfloat16", device="cpu")
     assert base.fingerprint == fingerprint
