@@ -70,12 +70,12 @@ def place(prompt: list[int], first: int, rows: int) -> tuple[InputRun, ...]:
 
 
 def as_read(request: AdmittedRequest) -> list[int]:
-    """The prompt as FakeRunner reads it."""
+    """The input of the encoder, and the prompt as FakeRunner reads it."""
     prompt = list(request.prompt)
     for run in request.inputs:
         assert isinstance(run.payload, FakeEmbeddings)
         prompt[run.place : run.stop] = run.payload.rows()
-    return prompt
+    return [*request.source, *prompt]
 
 
 class OddOnes:
@@ -182,6 +182,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         side_blocks=st.sampled_from([0, 0, 2]),
         first_given=st.integers(0, 13),
         num_given=st.sampled_from([0, 0, 2, 5, 13]),
+        source=st.sampled_from([(), (3,), tuple(range(5)), tuple(range(9))]),
     )
     def add(
         self,
@@ -200,8 +201,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         side_blocks: int,
         first_given: int,
         num_given: int,
+        source: tuple[int, ...],
     ) -> object:
         handle = None if prefix is None else PREFIXES[TENANTS.index(tenant) * EACH + prefix]
+        if self.config.state_blocks:
+            source = ()  # no encoder-decoder has states
+        if source:
+            num_soft = handle.num_tokens if handle is not None and handle.gated else 0
+            side_blocks = self.config.blocks_needed(num_soft + len(source))
         fits = self.config.max_tokens_for(
             handle.num_tokens if handle else 0,
             num_side_blocks=side_blocks,
@@ -229,6 +236,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             constraint=constraint,
             num_side_blocks=side_blocks,
             inputs=inputs,
+            source=source,
         )
         sequence = Sequence(seq_id, request, 0, 0, list(prompt))
         self.alive[seq_id] = sequence
@@ -338,7 +346,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.preempt(running[which % len(running)])
 
     def check_step(self, step: Step) -> None:
-        assert step.num_tokens <= self.config.max_tokens_per_step
+        encoded = [chunk.num_encoded for chunk in step.chunks if chunk.num_encoded]
+        limit = self.config.max_tokens_per_step
+        assert step.num_tokens - step.num_encoded <= limit
+        assert sum(encoded[1:]) < limit, "one encoder alone may exceed the budget"
         assert len(step.chunks) <= self.config.max_running
         compiled = sum(part.stop - part.start for part in step.compiles)
         assert compiled <= self.config.max_prefill_chunk, "a row waits for more than one chunk"
@@ -384,7 +395,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_step_budget(self, step: Step, decodes: set[int]) -> None:
         limit = self.scheduler.step_budget.prompt_tokens(num_decoding=len(decodes))
         assert limit is not None
-        assert step.num_tokens - len(decodes) <= limit, "streams wait too long for prompts"
+        num_prompt = step.num_tokens - step.num_encoded - len(decodes)
+        assert num_prompt <= limit, "streams wait too long for prompts"
 
     def check_budgets(self) -> None:
         residency = self.scheduler.memory.residency
