@@ -1,10 +1,12 @@
-"""What requests with virtual tokens inside their prompts cost the other rows of their passes.
+"""What prefixes that are not in front of the text cost the other rows of their passes.
 
-``python -m benchmarks.placed_prompts [--rounds 7] [--threads 2] [--out results.json]``
+``python -m benchmarks.placed_prompts [--rounds 7] [--threads 2] [--ways base adaption]
+[--out results.json]``
 
 32 streams at once on the demo model, 64 prompt and 64 output tokens each. 28 are on the base; the
-other 4 are on the base too, under a soft prompt of 20 virtual tokens in front, or under the same
-one whose template places 12 of them inside. The ways alternate in each round, with fresh prompts;
+other 4 are on the base too, under a soft prompt of 20 virtual tokens in front, under the same one
+whose template places 12 of them inside, or under an adaption prompt of 10 rows in all 30 layers.
+The ways alternate in each round, with fresh prompts;
 the first round is not counted. The rate is that of the 28: their tokens by the time from the first
 request until the last of their tokens.
 """
@@ -15,6 +17,7 @@ import json
 import os
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx2
@@ -22,6 +25,7 @@ import httpx2
 from benchmarks import host
 from benchmarks.serving import (
     MODEL,
+    adaption_prompt,
     body,
     client,
     prompts,
@@ -34,7 +38,7 @@ from benchmarks.serving import (
 
 ROWS, PLACED, TOKENS, VIRTUAL = 32, 4, 64, 20
 TEMPLATE = "{prefix:0:8}{prompt}{prefix:8:20}"
-WAYS = {"base": MODEL, "in front": "front", "placed": "placed"}
+WAYS = {"base": MODEL, "in front": "front", "placed": "placed", "adaption": "adaption"}
 
 
 async def rate(http: httpx2.AsyncClient, model: str, *, seed: int) -> float:
@@ -49,17 +53,20 @@ async def rate(http: httpx2.AsyncClient, model: str, *, seed: int) -> float:
     return len(others) * TOKENS / seconds
 
 
-async def measure(http: httpx2.AsyncClient, rounds: int) -> dict[str, list[float]]:
+async def measure(
+    http: httpx2.AsyncClient, rounds: int, chosen: Sequence[str]
+) -> dict[str, list[float]]:
     """Rates of each way, one for each round."""
     soft = soft_prompt(VIRTUAL, seed=1)
     await upload(http, "front", soft)
     metadata = ("metadata.json", json.dumps({"prompt_template": TEMPLATE}).encode())
     await upload(http, "placed", {"files": {**soft["files"], "metadata": metadata}})
-    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    await upload(http, "adaption", adaption_prompt(10, layers=30, seed=1))
+    rates: dict[str, list[float]] = {way: [] for way in chosen}
     seed = os.getpid() * 1000  # other prompts in each run
     for number in range(rounds + 1):
-        ways = list(WAYS)
-        for way in ways[number % 3 :] + ways[: number % 3]:
+        ways = list(chosen)
+        for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
             seed += 1
             measured = await rate(http, WAYS[way], seed=seed)
             if number:
@@ -67,9 +74,9 @@ async def measure(http: httpx2.AsyncClient, rounds: int) -> dict[str, list[float
     return rates
 
 
-async def _report(url: str, key: str, rounds: int) -> dict[str, list[float]]:
+async def _report(url: str, key: str, rounds: int, chosen: Sequence[str]) -> dict[str, list[float]]:
     async with client(url, key) as http:
-        return await measure(http, rounds)
+        return await measure(http, rounds, chosen)
 
 
 def main() -> None:
@@ -77,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -85,7 +93,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as scratch,
         serving(Path(scratch) / "data", *flags) as (server, keys),
     ):
-        rates = asyncio.run(_report(server.url, keys["bench"], options.rounds))
+        rates = asyncio.run(_report(server.url, keys["bench"], options.rounds, options.ways))
     of_base = {
         way: [rate / base for rate, base in zip(values, rates["base"], strict=True)]
         for way, values in rates.items()

@@ -19,7 +19,7 @@ from prefixd.server.cli.demo.child import ServerProcess, admin
 from prefixd.server.model.demo import default_cache_dir, demo_model
 
 MODEL = "SmolLM2-135M-Instruct"
-HIDDEN, VOCABULARY = 576, 49152
+HIDDEN, VOCABULARY, NUM_LAYERS = 576, 49152, 30
 HANG_S = 300.0
 
 
@@ -175,6 +175,29 @@ def soft_prompt(length: int, *, seed: int) -> dict[str, Any]:
         "files": {
             "config": ("adapter_config.json", json.dumps(config).encode()),
             "weights": ("adapter_model.safetensors", weights),
+        }
+    }
+
+
+def adaption_prompt(length: int, *, layers: int, seed: int) -> dict[str, Any]:
+    """A random adaption prompt in the last layers of the demo model, as of ``soft_prompt``."""
+    config = {
+        "peft_type": "ADAPTION_PROMPT",
+        "task_type": "CAUSAL_LM",
+        "adapter_len": length,
+        "adapter_layers": layers,
+        "target_modules": "self_attn",
+    }
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in range(NUM_LAYERS - layers, NUM_LAYERS):
+        name = f"base_model.model.model.layers.{layer}.self_attn.adaption_"
+        prompt = torch.randn(1, length, HIDDEN, generator=generator)
+        tensors |= {f"{name}prompt": prompt, f"{name}gate": torch.full((1,), 0.1)}
+    return {
+        "files": {
+            "config": ("adapter_config.json", json.dumps(config).encode()),
+            "weights": ("adapter_model.safetensors", save(tensors)),
         }
     }
 

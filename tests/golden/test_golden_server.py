@@ -20,6 +20,7 @@ from prefixd.server.model.demo import default_cache_dir, demo_model
 from tests.golden.golden_harness import (
     Adapter,
     make_adapter,
+    make_adaption_prompt,
     peft_configs,
     plain_generate,
     prompts,
@@ -122,12 +123,15 @@ def served(
         yield ModelUnderTest(model, tokenizer, url, str(issued["key"]), base)
 
 
-@pytest.mark.parametrize("peft_type", list(peft_configs(1)))
+@pytest.mark.parametrize("peft_type", [*peft_configs(1), "ADAPTION_PROMPT"])
 def test_tokens_over_http_under_a_prefix_equal_those_of_peft(
     served: ModelUnderTest, peft_type: str, tmp_path: Path
 ) -> None:
     length = LENGTHS.get(peft_type, 9)
-    adapter = make_adapter(served.model, peft_type, length, tmp_path / "adapter")
+    if peft_type == "ADAPTION_PROMPT":
+        adapter = make_adaption_prompt(served.model, length, tmp_path / "adapter")
+    else:
+        adapter = make_adapter(served.model, peft_type, length, tmp_path / "adapter")
     name = peft_type.lower().replace("_", "-")
     served.upload(adapter, name)
     token_prompts = prompts(4, seed=length)
