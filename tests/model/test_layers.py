@@ -27,6 +27,8 @@ def test_a_token_after_a_prefix_sees_it_as_long_as_attention_does(
     expected = attention(**options).tokens_in_sight(count)
     assert expected == sees.sum()
     assert sees[:expected].all()
+    hidden = attention(**options).never_in_sight(count)
+    assert hidden == min(count, Visibility(**options).first(positions).min())
 
 
 def test_a_warning_counts_the_layers_that_lose_sight_of_a_prefix() -> None:
@@ -42,7 +44,10 @@ def test_a_warning_counts_the_layers_that_lose_sight_of_a_prefix() -> None:
     sees = "layers see no virtual token after the first"
     assert layers.sight_warnings(20) == [
         f"1 of 4 {sees} 12 tokens of prompt and output (chunks of 32 tokens)",
-        f"2 of 4 {sees} 15 tokens of prompt and output (a sliding window of 16 tokens)",
+        (
+            f"2 of 4 {sees} 15 tokens of prompt and output, and never the first 5 of the prefix "
+            "(a sliding window of 16 tokens)"
+        ),
     ]
     assert Layers({}, {0: attention()}).sight_warnings(20) == []
 

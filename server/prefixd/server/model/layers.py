@@ -62,6 +62,15 @@ class LayerAttention:
             ends.append(-num_virtual_tokens % self.chunk)
         return min(ends, default=None)
 
+    def never_in_sight(self, num_virtual_tokens: int) -> int:
+        """How many of a prefix's virtual tokens, from its first on, no token after it sees."""
+        starts = [0]
+        if self.window is not None:
+            starts.append(num_virtual_tokens - self.window + 1)
+        if self.chunk is not None:
+            starts.append(num_virtual_tokens // self.chunk * self.chunk)
+        return max(starts)
+
     def options(self) -> list[str]:
         """What plain attention does not have, for people."""
         named = {
@@ -111,15 +120,18 @@ class Layers:
 
     def sight_warnings(self, num_virtual_tokens: int) -> list[str]:
         """Which layers lose sight of a prefix of this many virtual tokens, for people."""
-        lost: dict[int, list[str]] = {}
+        lost: dict[tuple[int, int], list[str]] = {}
         for layer in self.attention.values():
             tokens = layer.tokens_in_sight(num_virtual_tokens)
             if tokens is not None:
-                lost.setdefault(tokens, []).append(layer.options()[0])
+                never = layer.never_in_sight(num_virtual_tokens)
+                lost.setdefault((tokens, never), []).append(layer.options()[0])
         return [
             f"{len(options)} of {len(self.attention)} layers see no virtual token after the first "
-            f"{tokens} tokens of prompt and output ({', '.join(dict.fromkeys(options))})"
-            for tokens, options in sorted(lost.items())
+            f"{tokens} tokens of prompt and output"
+            f"{f', and never the first {never} of the prefix' if never else ''} "
+            f"({', '.join(dict.fromkeys(options))})"
+            for (tokens, never), options in sorted(lost.items())
         ]
 
     def unseen_part(self, context: int) -> float:
