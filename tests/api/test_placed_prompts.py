@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -268,6 +269,31 @@ def test_parts_that_do_not_fit_are_refused(
     answer = chat(client, content)
     assert answer.status_code == 400, answer.text
     assert (error_of(answer)["code"], words in error_of(answer)["message"]) == (code, True)
+
+
+def test_the_part_that_is_wrong_is_named(client: TestClient, plain: str) -> None:
+    answer = chat(client, [text("a"), part(0, 4), {"type": "image_url"}])
+    assert "item 2 is not; received a list of 3" in error_of(answer)["message"]
+    assert "item" not in error_of(chat(client, 5))["message"]
+
+
+def test_an_encoder_decoder_takes_no_template_that_moves_virtual_tokens(world: World) -> None:
+    base = replace(world.served.base, encoder_layers=2)
+    world.served = replace(world.served, base=base)
+    config = {**CONFIG, "num_virtual_tokens": ROWS, "task_type": "SEQ_2_SEQ_LM"}
+    changes: dict[str, Any] = {
+        "config": ("c", json.dumps({**config, "num_transformer_submodules": 1}).encode()),
+        "weights": ("w", weights(rows=ROWS)),
+    }
+    wrong, right = "{prefix:0:4}{prompt}", "{prefix:4:8}Q: {prompt}"
+    with TestClient(world.make_app(), headers=world.headers()) as client:
+        for template, status in ((wrong, 422), (right, 201)):
+            metadata = ("m", json.dumps({"prompt_template": template}).encode())
+            answer = client.put("/v1/prefixes/t", files=files(**changes, metadata=metadata))
+            assert answer.status_code == status, answer.text
+        patched = client.patch("/v1/prefixes/t/versions/1", json={"prompt_template": wrong})
+        assert (patched.status_code, error_of(patched)["code"]) == (422, "malformed_template")
+        assert client.get("/v1/prefixes/t").json()["prompt_template"] == right
 
 
 def test_parts_need_a_soft_prompt_that_no_template_places(client: TestClient, digest: str) -> None:

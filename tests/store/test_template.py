@@ -71,3 +71,28 @@ def test_only_a_soft_prompt_has_virtual_tokens_to_place(kind: Kind) -> None:
 def test_a_template_that_fits_may_place_them_in_any_order_and_leave_some_out() -> None:
     check("{prefix:6:8}{prompt}{prefix:0:3} x")
     check("{prompt} twice {prompt}: without markers it is not applied")
+
+
+def in_front(template: str) -> None:
+    check_template(template, kind=Kind.SOFT_PROMPT, num_virtual_tokens=8, all_in_front=True)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{prefix:0:4}{prompt}",
+        "{prefix:6:8}{prefix:4:6}{prompt}",
+        "Q: {prefix:0:8}{prompt}",
+        "{prefix:0:4}{prompt}{prefix:4:8}",
+    ],
+)
+def test_where_all_must_stand_in_front_no_template_moves_one(template: str) -> None:
+    check(template)
+    with pytest.raises(ArtifactRefused, match="encoder-decoder; got others"):
+        in_front(template)
+
+
+def test_where_all_must_stand_in_front_a_template_may_name_them_in_order() -> None:
+    in_front("{prefix:0:8}Q: {prompt}")
+    in_front("{prefix:4:6}{prefix:6:8}{prompt}")
+    in_front("{prompt} Label:")

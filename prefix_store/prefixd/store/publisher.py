@@ -172,7 +172,12 @@ class Publisher:
     ) -> Iterator[tuple[CatalogTransaction, Published]]:
         check_tenant(tenant)
         template = json.loads(metadata_json).get("prompt_template")
-        check_template(template, kind=summary.kind, num_virtual_tokens=summary.num_virtual_tokens)
+        check_template(
+            template,
+            kind=summary.kind,
+            num_virtual_tokens=summary.num_virtual_tokens,
+            all_in_front=base.encoder_layers is not None,
+        )
         for _ in range(_PUBLISH_ATTEMPTS):
             # Raised when the publish took longer than the grace of a concurrent collection.
             with suppress(BlobCollected):

@@ -72,13 +72,16 @@ def parse_template(template: str) -> tuple[Piece, ...] | None:
     return tuple(pieces) if any(isinstance(piece, Rows) for piece in pieces) else None
 
 
-def check_template(template: str | None, *, kind: Kind, num_virtual_tokens: int) -> None:
-    """Raise ArtifactRefused for a template whose markers do not fit the prefix."""
+def check_template(
+    template: str | None, *, kind: Kind, num_virtual_tokens: int, all_in_front: bool = False
+) -> None:
+    """Raise ArtifactRefused for a template whose markers do not fit the prefix, or for
+    ``all_in_front``, which leave a virtual token elsewhere than in front of all text, in order."""
     pieces = None if template is None else parse_template(template)
     if pieces is None:
         return
     if kind is not Kind.SOFT_PROMPT:
-        raise _refused("a soft prompt for {prefix:…} markers", kind.value)
+        raise _refused("{prefix:…} markers only for a soft prompt", kind.value)
     num_prompts = sum(isinstance(piece, Prompt) for piece in pieces)
     if num_prompts != 1:
         raise _refused("{prompt} once among {prefix:…} markers", f"{num_prompts} times")
@@ -86,6 +89,16 @@ def check_template(template: str | None, *, kind: Kind, num_virtual_tokens: int)
     problem = rows_problem(rows, num_virtual_tokens)
     if problem is not None:
         raise _refused(*problem)
+    if not all_in_front:
+        return
+    placed = [token for start, stop in rows for token in range(start, stop)]
+    last = list(range(num_virtual_tokens - len(placed), num_virtual_tokens))
+    if pieces[: len(rows)] != tuple(rows) or placed != last:
+        raise _refused(
+            "all virtual tokens in front of the text, in order, as PEFT places them for an "
+            "encoder-decoder",
+            "others",
+        )
 
 
 def rows_problem(rows: Iterable[Rows], num_virtual_tokens: int) -> tuple[str, str] | None:
@@ -95,7 +108,8 @@ def rows_problem(rows: Iterable[Rows], num_virtual_tokens: int) -> tuple[str, st
     for start, stop in rows:
         if not 0 <= start < stop <= num_virtual_tokens:
             expected = f"ranges FROM:TO of the virtual tokens 0 to {num_virtual_tokens - 1}"
-            return f"{expected}, at most 0:{num_virtual_tokens}", f"{start}:{stop}"
+            limits = f"FROM below TO, at most 0:{num_virtual_tokens}"
+            return f"{expected}, {limits}", f"{start}:{stop}"
         twice = taken.intersection(range(start, stop))
         if twice:
             return "each virtual token at most once", f"{min(twice)} twice"

@@ -131,6 +131,8 @@ class CatalogTransaction:
                 merged.prompt_template,
                 kind=merged.kind,
                 num_virtual_tokens=merged.num_virtual_tokens,
+                all_in_front=base.encoder_layers is not None
+                and merged.fingerprint == base.fingerprint,
             )
             self._pins_changed |= merged.pinned  # what stands in front may be another part of it
         return merged

@@ -161,7 +161,7 @@ def chat_layout(
         raise _misplaced("a soft prompt as the model", "the base model, which has none")
     version = f"{manifest.name}@{manifest.version}"
     if manifest.kind is not Kind.SOFT_PROMPT:
-        raise _misplaced("a soft prompt as the model", f"{version}, a {manifest.kind}")
+        raise _misplaced("a soft prompt as the model", f"{version} of kind {manifest.kind}")
     if template is not None:
         raise _misplaced(
             "virtual tokens that the version's prompt_template does not place", version

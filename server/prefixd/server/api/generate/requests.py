@@ -22,16 +22,25 @@ from prefixd.server.api.body import StrictModel
 from prefixd.server.api.values import User
 
 
-def one_of(expected: str) -> WrapValidator:
-    """A single error for a union, instead of one for each of its members."""
+def one_of(expected: str, *, names_item: bool = False) -> WrapValidator:
+    """A single error for a union, instead of one for each of its members. ``names_item``: it has
+    the index of what is wrong, where only one member of the union is a list."""
 
     def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         try:
             return validate(value)
-        except ValidationError:
-            raise PydanticCustomError("one_of", "{expected}", {"expected": expected}) from None
+        except ValidationError as error:
+            item = _item_of(error) if names_item else None
+            said = expected if item is None else f"{expected}, which item {item} is not"
+            raise PydanticCustomError("one_of", "{expected}", {"expected": said}) from None
 
     return WrapValidator(check)
+
+
+def _item_of(error: ValidationError) -> int | None:
+    """The index, from 0, of the first item of a list that is wrong."""
+    places = (place for problem in error.errors() for place in problem["loc"])
+    return next((place for place in places if isinstance(place, int)), None)
 
 
 NonEmpty = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -225,7 +234,8 @@ Content = Annotated[
     str | list[Annotated[TextPart | PrefixPart, Field(discriminator="type")]],
     one_of(
         'a text or a list of text parts {"type": "text", "text": …} and prefix parts '
-        '{"type": "prefix", "from": 0, "to": 4}'
+        '{"type": "prefix", "from": 0, "to": 4}',
+        names_item=True,
     ),
 ]
 
