@@ -14,8 +14,9 @@ from structlog.testing import capture_logs
 
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.model.architecture import UnsupportedModel
-from prefixd.server.serve.build import build_server, with_states
+from prefixd.server.serve.build import _refused_kinds, build_server, with_states
 from prefixd.server.serve.settings import Settings
+from prefixd.store.artifact.config import Kind
 from tests.model.tiny_folder import SIZES, save_folder
 
 BASE: Any = SimpleNamespace(
@@ -42,6 +43,18 @@ def test_a_pool_without_room_for_a_sequence_under_a_prefix_is_refused() -> None:
     assert with_states(smallest, BASE, state_blocks=20).max_tokens_for(1) >= 1
     with pytest.raises(UnsupportedModel, match=r"Mamba2Mixer.*at least 672, received 656"):
         with_states(SchedulerConfig(num_blocks=42, block_size=16), BASE, state_blocks=20)
+
+
+@pytest.mark.parametrize("takes_kv", [True, False])
+def test_a_refused_kind_is_not_offered_instead_of_another(takes_kv: bool) -> None:
+    base: Any = SimpleNamespace(
+        pair=None,
+        module=SimpleNamespace(config=SimpleNamespace(model_type="qwen3_next")),
+        shape=SimpleNamespace(num_layers=2),
+        layers=SimpleNamespace(kv_prefix_refused=lambda _: None if takes_kv else "so"),
+    )
+    reason = _refused_kinds(Settings(), base)[Kind.ADAPTION_PROMPT]
+    assert ("a KV prefix" in reason) is takes_kv
 
 
 @pytest.mark.slow

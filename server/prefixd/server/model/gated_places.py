@@ -42,22 +42,22 @@ def attention_name(module: Any) -> str | None:
 
 def refuse_gated(module: Any, shape: Shape) -> str | None:
     """Why a model takes no gated prefixes; None where it does."""
-    config, instead = module.config, "expected a soft prompt, a KV prefix or a text"
+    config = module.config
     if place_of(module) is None:
         return (
-            f"{instead}, since PEFT trains adaption prompts for the model types "
+            f"PEFT trains adaption prompts for the model types "
             f"{', '.join(PLACES)} alone, and this one is {config.model_type}"
         )
     width = shape.num_heads * shape.head_dim
     if width != config.hidden_size:
         return (
-            f"{instead}, since PEFT trains adaption prompts only where the heads together are as "
+            "PEFT trains adaption prompts only where the heads together are as "
             f"wide as the hidden size, and here they have {width} and {config.hidden_size}"
         )
     if getattr(config, "attention_bias", False):
         return (
-            f"{instead}, since its output projection has a bias, which PEFT adds a second time "
-            "with an adaption prompt"
+            "its output projection has a bias, which PEFT adds a second time with "
+            " an adaption prompt"
         )
     return None
 

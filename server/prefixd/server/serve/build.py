@@ -350,8 +350,12 @@ def _refused_kinds(settings: Settings, base: LoadedBase) -> dict[Kind, str]:
     """Kinds of prefixes that the base cannot take, with the reason."""
     if base.pair is not None:
         return refused_kinds(base)
-    gated = refuse_gated(base.module, base.shape)
+    refused, reason = refused_kinds(base), refuse_gated(base.module, base.shape)
     if settings.tensor_parallel > 1:
-        gated = "expected another kind, since tensor parallel does not compile adaption prompts"
-    refused = refused_kinds(base)
-    return refused if gated is None else refused | {Kind.ADAPTION_PROMPT: gated}
+        reason = "tensor parallel does not compile adaption prompts"
+    if reason is None:
+        return refused
+    others = "a soft prompt or a text"
+    if Kind.KV_PREFIX not in refused:
+        others = "a soft prompt, a KV prefix or a text"
+    return refused | {Kind.ADAPTION_PROMPT: f"expected {others}, since {reason}"}
