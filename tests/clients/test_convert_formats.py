@@ -115,6 +115,23 @@ def test_a_multitask_adapter_keeps_its_tensors(dtype: torch.dtype, tmp_path: Pat
     assert (content.task_id, prefix.task_id, content.metadata) == (1, 2, {"a": 1})
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_adaption_prompt_keeps_its_tensors(dtype: torch.dtype, tmp_path: Path) -> None:
+    layer = "base_model.model.model.layers.1.self_attn"
+    adapter = {
+        f"{layer}.adaption_prompt": torch.randn(1, 3, 4).to(dtype),
+        f"{layer}.adaption_gate": torch.randn(1).to(dtype),
+    }
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "ADAPTION_PROMPT"}')
+    torch.save(adapter, tmp_path / "adapter_model.bin")
+    loaded = tensors(read(tmp_path))
+    assert loaded.keys() == adapter.keys()
+    assert all(same_bits(loaded[name], adapter[name]) for name in adapter)
+    torch.save({**adapter, "lm_head.weight": torch.zeros(1)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(FormatError, match=r"lm_head\.weight"):
+        read(tmp_path)
+
+
 def test_the_config_of_a_cartridge(tmp_path: Path) -> None:
     keys, values = torch.randn(2, 3, 2, 5, 4).bfloat16()
     save_cartridge(tmp_path / "cache.pt", keys, values, frozen=1)

@@ -35,6 +35,7 @@ from prefixd.client.errors import FormatError
 
 EMBEDDINGS = "prompt_embeddings"
 MULTITASK = {"prefix_task_cols", "prefix_task_rows"}
+ADAPTION = (".adaption_prompt", ".adaption_gate")
 
 Read = Callable[..., Tensor]
 """``read(stored, name=…)``: the values of a tensor of a checkpoint."""
@@ -214,8 +215,10 @@ def _project(
 
 
 def peft_tensors(checkpoint: Mapping[Any, Any], read: Read) -> dict[str, Tensor]:
-    """The tensors of PEFT's ``adapter_model.bin`` for a prompt-learning type."""
+    """The tensors of PEFT's ``adapter_model.bin`` for a prefix."""
     names = {EMBEDDINGS} | (MULTITASK if MULTITASK & set(checkpoint) else set())
+    if checkpoint and all(str(name).endswith(ADAPTION) for name in checkpoint):
+        names = set(checkpoint)  # of which layers, the server compares with the config
     if set(checkpoint) != names:
         raise FormatError(
             f"expected {', '.join(sorted(names))}; found {listed(checkpoint)}. A prefix must not "
