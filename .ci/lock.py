@@ -58,7 +58,7 @@ def image_pins() -> dict[str, dict[str, str]]:
     """The pins of each lock file in docker/, by its name: what runs in the image besides torch and
     prefixd, and what builds prefixd's wheel."""
     project = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text("utf-8"))
-    extras = set(project["project"]["optional-dependencies"]) - {"dev", "bench"}
+    extras = set(project["project"]["optional-dependencies"]) - {"dev", "bench", "torchao"}
     runtime = pins("prefixd", extras) | demo_model_pin()
     del runtime["torch"]
     (backend,) = (Requirement(line).name for line in project["build-system"]["requires"])

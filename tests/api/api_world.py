@@ -303,6 +303,7 @@ def put_text(client: TestClient, name: str, text: str, headers: dict[str, str]) 
     )
     assert answer.status_code in {200, 201}, answer.text
     manifest: dict[str, Any] = answer.json()
+    assert manifest.pop("warnings") == []  # of the upload alone
     return manifest
 
 
