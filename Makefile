@@ -21,10 +21,9 @@ STAMP := $(VENV)/.prefixd-installed
 PIP   := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) --constraint constraints.txt
 # Left out of `make check`: minutes instead of seconds. `make test` and CI run them.
 FAST  := not slow and not demo_model and not serial and not sweep
-# Tests run in several processes, each file in one, but for those that measure time.
+# Fast tests run in several processes, each file in one. Slow ones run alone: some measure time.
 JOBS  ?= 2
-SPLIT := -n $(JOBS) --dist loadfile
-# Rows of the sweep take one thread each.
+SPLIT := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 SWEEP := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
@@ -53,7 +52,7 @@ demo: install ## Serve the demo model, mix prefixes in one batch, keep serving (
 serve: install ## Run the server: MODEL=demo, a folder or a Hugging Face id
 	@$(BIN)/prefixd serve --model $(MODEL) $(ARGS)
 
-test: lint fast slow ## Everything CI runs: make check, the slow tests and all rows of the sweep
+test: lint fast slow ## Everything CI runs: make check plus the slow tests
 
 check: lint fast ## What a commit passes: format, lint, types, import rules, fast tests
 
@@ -74,21 +73,17 @@ imports: install
 # Exit status 5 means that no test was selected: not an error where ARGS select some.
 fast: install
 	@echo "==> pytest, fast tests"
-	@$(BIN)/python -m pytest $(SPLIT) -m "$(FAST)" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+	@$(SPLIT) -m "$(FAST)" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
 
 slow: install
-	@echo "==> pytest, rows of the sweep"
-	@$(SWEEP) -m sweep $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
 	@echo "==> pytest, slow tests"
-	@$(BIN)/python -m pytest $(SPLIT) -m "(slow or demo_model) and not serial" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
-	@echo "==> pytest, tests that measure time"
-	@$(BIN)/python -m pytest -m serial $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+	@$(BIN)/python -m pytest -m "slow or demo_model or serial" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
 
 sweep: install ## All rows of docs/families.md: every family against PEFT and transformers
 	@$(SWEEP) tests/sweep $(ARGS)
 
 cover: install ## Branch coverage of the fast tests; fails below the floor in pyproject.toml
-	@$(BIN)/python -m pytest $(SPLIT) -m "$(FAST)" --cov --cov-report=term $(ARGS)
+	@$(SPLIT) -m "$(FAST)" --cov --cov-report=term $(ARGS)
 
 words: install
 	@echo "==> words"

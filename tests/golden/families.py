@@ -163,7 +163,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 EXPERTS = [
-    "doge",
     "ernie4_5_moe",
     "flex_olmo",
     "granitemoe",

@@ -37,7 +37,6 @@ _SHORT: dict[str, dict[str, Any]] = {
 _VARIANTS: dict[str, dict[str, Any]] = {
     "mistral, no window": {"sliding_window": None},
     "phi3, window": {"sliding_window": WINDOW},
-    "phimoe, window": {"sliding_window": WINDOW},
     "qwen2, window": {**_SLIDING, "use_sliding_window": True},
     "starcoder2, window": {"sliding_window": WINDOW},
     "laguna, window": _SLIDING,

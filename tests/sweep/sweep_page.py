@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,24 +24,33 @@ _PLAIN = "equal"
 
 
 def write_page(names: Sequence[str]) -> None:
-    """Examine rows in as many processes as there are cores, and replace them in the tables."""
-    known = read_page()
+    """Examine rows in as many processes as there are cores, and replace them in the tables. Exits
+    with the rows that could not be examined, if any."""
+    known, failed = read_page(), []
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for row in pool.imap_unordered(_examined, names):
-            known[row.name] = row
+        for name, row in pool.imap_unordered(_examined, names):
             print(row, flush=True)
-    rows = [known[name] for name in SWEEP]
+            if isinstance(row, Row):
+                known[name] = row
+            else:
+                failed.append(name)
+    rows = [known[name] for name in SWEEP if name in known]
     page = PAGE.read_text("utf-8")
     tables = f"{_BEGIN}\n{render(rows)}\n{_END}"
     PAGE.write_text(
         re.sub(f"{_BEGIN}.*{_END}", lambda _: tables, page, flags=re.DOTALL), encoding="utf-8"
     )
+    sys.exit(f"not examined: {'; '.join(failed)}" if failed else None)
 
 
-def _examined(name: str) -> Row:
+def _examined(name: str) -> tuple[str, Row | str]:
+    """A row, or why it could not be examined."""
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        return examine(name, Path(folder))
+        try:
+            return name, examine(name, Path(folder))
+        except Exception:  # noqa: BLE001  # the other rows are examined all the same
+            return name, f"{name}: {traceback.format_exc()}"
 
 
 def render(rows: Sequence[Row]) -> str:
@@ -80,7 +90,7 @@ def read_page() -> dict[str, Row]:
     }
     rows: dict[str, Row] = {}
     for line in text.splitlines():
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         if len(cells) == 2:
             rows[cells[0]] = Row(cells[0], refused=cells[1])
         elif cells:

@@ -82,7 +82,8 @@ def of_peft(wrapped: Any) -> Reference:
 def of_prefix(model: Any, prefix: Prefix, base: LoadedBase) -> Reference:
     """transformers with the embeddings, or the keys and values, that prefixd serves."""
     if isinstance(prefix, SoftPrompt):
-        return lambda prompt: _under_embeddings(model, prefix.embeddings, prompt)
+        rows = (0, prefix.num_tokens)
+        return lambda prompt: _after_pieces(model, prefix.embeddings, [rows, prompt])
     assert isinstance(prefix, KVPrefix)
     return lambda prompt: _generate_after(model, prompt, _cache(model, prefix, base))
 
@@ -99,23 +100,50 @@ def placed_pieces(length: int, prompt: list[int]) -> list[Piece]:
 
 def of_placed(model: Any, embeddings: torch.Tensor) -> Reference:
     """transformers with a soft prompt in two places of the prompt."""
-
-    def reference(prompt: list[int]) -> Greedy:
-        words = model.get_input_embeddings()
-        parts = [
-            words(torch.tensor(piece)) if isinstance(piece, list) else embeddings[slice(*piece)]
-            for piece in placed_pieces(len(embeddings), prompt)
-        ]
-        both = torch.cat(parts)[None]
-        return generate(model, prompt, extra=len(embeddings), inputs_embeds=both)
-
-    return reference
+    length = len(embeddings)
+    return lambda prompt: _after_pieces(model, embeddings, placed_pieces(length, prompt))
 
 
-def _under_embeddings(model: Any, embeddings: torch.Tensor, prompt: list[int]) -> Greedy:
-    words = model.get_input_embeddings()(torch.tensor(prompt))
-    both = torch.cat([embeddings, words])[None]
-    return generate(model, prompt, extra=len(embeddings), inputs_embeds=both)
+def _after_pieces(model: Any, embeddings: torch.Tensor, pieces: list[Piece]) -> Greedy:
+    """The tokens after words and rows of ``embeddings``. Where ``generate`` takes no embeddings,
+    each is that of a pass over the whole text, without a cache."""
+    words = model.get_input_embeddings()
+    parts = [
+        words(torch.tensor(piece)) if isinstance(piece, list) else embeddings[slice(*piece)]
+        for piece in pieces
+    ]
+    inputs = torch.cat(parts)
+    try:
+        return generate(model, [], extra=len(inputs), inputs_embeds=inputs[None])
+    except (ValueError, RuntimeError) as error:
+        if "inputs_embeds" not in str(error):
+            raise
+    ids = [
+        token
+        for piece in pieces
+        for token in (piece if isinstance(piece, list) else [_NO_TOKEN] * (piece[1] - piece[0]))
+    ]
+    logits: list[torch.Tensor] = []
+    with torch.no_grad():
+        for _ in range(COUNT):
+            layers = _per_layer(model, ids)
+            output = model(inputs_embeds=inputs[None], use_cache=False, **layers)
+            logits.append(output.logits[0, -1])
+            ids.append(int(logits[-1].argmax()))
+            inputs = torch.cat([inputs, words(torch.tensor(ids[-1:]))])
+    return _greedy(torch.stack(logits))
+
+
+_NO_TOKEN = 0
+"""The id of the padding token."""
+
+
+def _per_layer(model: Any, ids: list[int]) -> dict[str, torch.Tensor]:
+    """What each layer of Gemma 4 looks up by token: for virtual tokens, as for images, by the
+    padding token."""
+    if not getattr(model.config, "hidden_size_per_layer_input", None):
+        return {}
+    return {"per_layer_inputs": model.model.get_per_layer_inputs(torch.tensor([ids]), None)}
 
 
 def _cache(model: Any, prefix: KVPrefix, base: LoadedBase) -> DynamicCache:

@@ -60,7 +60,8 @@ def examine(name: str, folder: Path, *, served_model: Any = None) -> Row:
     try:
         served = serve(served_model or model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
     except UnsupportedModel as error:
-        return Row(name, refused=str(error))
+        # Without the place and the size of a difference, which rounding changes a little.
+        return Row(name, refused=str(error).partition(": at position")[0])
     try:
         assert served.evidence is not None
         kinds = make_kinds(model, served, folder)
@@ -186,11 +187,10 @@ def _cell(kind: Kind, failed: dict[str, list[str]]) -> str:
 
 def attention_of(served: Served) -> str:
     """What the layers of the model have beyond plain attention."""
-    layers = getattr(served.base, "layers", None)
-    if layers is None:
-        return ""
+    layers = served.base.layers
     options = [option for layer in layers.attention.values() for option in layer.options()]
-    return "; ".join(dict.fromkeys(options))
+    states = [f"a state ({state.kind})" for state in layers.states]
+    return "; ".join(dict.fromkeys([*options, *states]))
 
 
 def _decoders(model: Any, evidence: Evidence, choices: dict[str, str]) -> str:
