@@ -130,7 +130,7 @@ def test_parts_of_a_message_are_sent_as_they_are(client: Client):
         {"type": "text", "text": "a"},
         {"type": "prefix", "from": 0, "to": 4},
     ]
-    with pytest.raises(errors.BadRequestError, match=r"soft prompt.*words@1, a hard_prompt"):
+    with pytest.raises(errors.BadRequestError, match=r"soft prompt.*words@1 of kind hard_prompt"):
         client.chat([{"role": "user", "content": content}], model="words")
 
 
