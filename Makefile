@@ -21,9 +21,9 @@ STAMP := $(VENV)/.prefixd-installed
 PIP   := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) --constraint constraints.txt
 # Left out of `make check`: minutes instead of seconds. `make test` and CI run them.
 FAST  := not slow and not demo_model and not serial and not sweep
-# Fast tests run in several processes, each file in one. Slow ones run alone: some measure time.
+# Tests run in several processes of one thread, each file in one, but for those that measure time.
 JOBS  ?= 2
-SPLIT := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+SPLIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 SWEEP := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
@@ -52,7 +52,7 @@ demo: install ## Serve the demo model, mix prefixes in one batch, keep serving (
 serve: install ## Run the server: MODEL=demo, a folder or a Hugging Face id
 	@$(BIN)/prefixd serve --model $(MODEL) $(ARGS)
 
-test: lint fast slow ## Everything CI runs: make check plus the slow tests
+test: lint fast slow ## Everything CI runs: make check, the slow tests and all rows of the sweep
 
 check: lint fast ## What a commit passes: format, lint, types, import rules, fast tests
 
@@ -76,8 +76,12 @@ fast: install
 	@$(SPLIT) -m "$(FAST)" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
 
 slow: install
+	@echo "==> pytest, rows of the sweep"
+	@$(SWEEP) tests/sweep -m sweep $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
 	@echo "==> pytest, slow tests"
-	@$(BIN)/python -m pytest -m "slow or demo_model or serial" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+	@$(SPLIT) -m "(slow or demo_model) and not serial" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+	@echo "==> pytest, tests that measure time"
+	@$(BIN)/python -m pytest -m serial $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
 
 sweep: install ## All rows of docs/families.md: every family against PEFT and transformers
 	@$(SWEEP) tests/sweep $(ARGS)

@@ -41,6 +41,7 @@ def _engine(series: Series, name: str) -> dict[str, Any]:
         "median": _rounded(median(figures)),
         "values": [_rounded(value) for value in figures],
         "cpu_seconds": _rounded(median(series.cpu_seconds(name))),
+        "cpu_values": [_rounded(value) for value in series.cpu_seconds(name)],
         "wall_seconds": _rounded(median([run.seconds for run in runs])),
         "first_token_seconds": _rounded(
             median([sum(run.first) / len(run.first) for run in runs if run.first])

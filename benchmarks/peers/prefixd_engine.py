@@ -143,12 +143,17 @@ def _decoder(engine: Any) -> str:
 
 
 def _revision() -> str:
-    """The commit of the product's code, with ``+`` when files differ from it; outside a repository
-    the name of the folder, which the comparison names after the commit."""
+    """The commit of the product's code, with ``+`` when files differ from it; for code that no
+    repository tracks the name of its folder, which the comparison names after the commit."""
     folder = Path(build.__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude", "*"]
-    described = subprocess.run(command, capture_output=True, text=True, check=False)
-    return described.stdout.strip() or folder.parents[3].name
+    if not _git(folder, "ls-files", "build.py"):
+        return folder.parents[3].name
+    return _git(folder, "describe", "--always", "--dirty=+", "--exclude", "*")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

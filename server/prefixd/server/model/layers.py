@@ -105,7 +105,10 @@ class Layers:
     def kv_prefix_refused(self, num_layers: int) -> str | None:
         """Why KV prefixes, which are of one shape in all layers, do not fit; None: they do."""
         if self.states:
-            return f"a prefix is also a state of its layers ({self.states[0].kind})"
+            return (
+                f"its layers of type {self.states[0].kind} keep a state, which keys and values "
+                "do not have"
+            )
         if len(self.caches) < num_layers:
             return f"{len(self.caches)} of its {num_layers} layers cache keys and values"
         if self.one_shape is not None:
