@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 import tarfile
 import time
 import tracemalloc
@@ -311,6 +312,13 @@ def test_malformed_configs_are_rejected(tmp_path: Path, case: str) -> None:
     assert len(refusal.value.message) < 700
     assert refusal.value.message.isprintable()
     assert refusal.value.param
+
+
+def test_the_refusal_of_an_adapter_of_layers_names_a_page_that_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactRefused) as refusal:
+        inspect_peft(config_bytes("LORA"), spool(tmp_path, soft()), base=BASE)
+    (page,) = re.findall(r"\((docs/.+\.md)\)", refusal.value.message)
+    assert "LoRA" in (Path(__file__).parents[2] / page).read_text().partition("\n")[0]
 
 
 TASKS = {

@@ -130,7 +130,7 @@ CHANGES_LAYERS = (
 
 _LAYERS = (
     ", which changes the layers of the base; here all requests run through the same layers, "
-    "so merge it into a base of its own (decision 0023)"
+    "so merge it into a base of its own (docs/decisions/0023-lora-stays-outside.md)"
 )
 
 MULTITASK = "MULTITASK_PROMPT_TUNING"
