@@ -104,6 +104,19 @@ def test_a_plain_model_has_no_original(plain: Path) -> None:
         bind(plain, plain)
 
 
+def test_a_quantized_model_is_no_original(plain: Path, rounded: Path, tmp_path: Path) -> None:
+    message = (
+        "fingerprint_of names rounded: expected the model that the served one was quantized from; "
+        "received one that is quantized with torchao Int8WeightOnlyConfig"
+    )
+    other = shutil.copytree(rounded, tmp_path / "other")
+    for model in (rounded, other, plain):
+        with pytest.raises(UnsupportedModel, match=message):
+            check_original(str(rounded), str(model), cache_dir=plain)
+    with pytest.raises(UnsupportedModel, match=message):
+        read_original(str(rounded), cache_dir=plain)
+
+
 def test_the_weights_of_the_original_are_not_kept(
     plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

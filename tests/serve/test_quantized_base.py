@@ -1,5 +1,7 @@
 """A server over a quantized checkpoint: what it answers, shows, shares and refuses."""
 
+import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,6 +18,7 @@ from prefixd.server.cli.serve import load_server
 from prefixd.server.serve.build import Server, build_server, model_origin
 from prefixd.server.serve.settings import Settings
 from tests.api.api_world import put_text
+from tests.cli.cli_runner import run
 from tests.model.quantized_folders import plain_folder, torchao_folder
 from tests.model.tiny_folder import edit_json
 
@@ -136,6 +139,8 @@ def test_doctor_names_the_scheme_and_the_original(
     text = model_origin(settings(rounded, tmp_path, fingerprint_of=str(plain)))
     assert text.endswith(f"can be served, quantized with {SCHEME}, for prefixes of {plain}")
     assert "quantized" not in model_origin(settings(plain, tmp_path))
+    looked_up = settings(Path("org/name"), tmp_path, fingerprint_of=str(plain))
+    assert model_origin(looked_up).endswith(f"Hugging Face, and compared with {plain} at start")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +148,6 @@ def test_doctor_names_the_scheme_and_the_original(
     [
         ({"quantize": "int8", "cpu_kernels": "auto"}, "quantize is int8, which rounds plain"),
         ({"tensor_parallel": 2}, "tensor_parallel is 2: only plain weights can be divided"),
-        ({"fingerprint_of": "other"}, "whose rms_norm_eps is 0.5; rounded has 1e-06"),
     ],
 )
 def test_a_start_that_cannot_be_ends_with_the_reason(
@@ -154,10 +158,42 @@ def test_a_start_that_cannot_be_ends_with_the_reason(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     values, reason = case
-    if "fingerprint_of" in values:
-        other = shutil.copytree(plain, tmp_path / "other")
-        edit_json(other / "config.json", rms_norm_eps=0.5)
-        values = {"fingerprint_of": str(other)}
     with pytest.raises(typer.Exit):
         load_server(settings(rounded, tmp_path, **values))
     assert reason in capsys.readouterr().err
+
+
+QUANTIZED = f"names rounded: expected the model that .*; received one .* quantized with {SCHEME}"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("rounded", "other", "names other, whose rms_norm_eps is 0.5; rounded has 1e-06"),
+        ("rounded", "rounded", QUANTIZED),
+        ("plain", "rounded", QUANTIZED),
+        ("plain", "plain", "original of plain, which is not quantized; expected a quantized"),
+    ],
+)
+def test_doctor_and_start_refuse_an_original_in_the_same_words(
+    case: tuple[str, str, str],
+    plain: Path,
+    rounded: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, original, reason = case
+    folders = {"plain": plain, "rounded": rounded, "other": tmp_path / "other"}
+    shutil.copytree(plain, folders["other"])
+    edit_json(folders["other"] / "config.json", rms_norm_eps=0.5)
+    words = ["--model", str(folders[model]), "--fingerprint-of", str(folders[original])]
+    words += ["--data-dir", str(tmp_path), "--device", "cpu", "--json"]
+    results = json.loads(run("doctor", *words, code=1).stdout)
+    assert [name for name, result in results.items() if not result["ok"]] == ["model"]
+    refusal = results["model"]["detail"]
+    assert re.search(f"fingerprint_of .*{reason}", refusal), refusal
+    for ranks in (1, 2):
+        values = {"fingerprint_of": str(folders[original]), "tensor_parallel": ranks}
+        with pytest.raises(typer.Exit):
+            load_server(settings(folders[model], tmp_path, **values))
+        assert capsys.readouterr().err.splitlines()[-1] == f"prefixd: {refusal}"

@@ -18,7 +18,14 @@ from prefixd.server.serve.settings import Settings
 
 
 @with_settings(
-    *CATALOG_SETTINGS, "model", "dtype", "device", "cpu_kernels", "quantize", "tensor_parallel"
+    *CATALOG_SETTINGS,
+    "model",
+    "fingerprint_of",
+    "dtype",
+    "device",
+    "cpu_kernels",
+    "quantize",
+    "tensor_parallel",
 )
 def doctor(
     settings: Settings,
@@ -134,7 +141,8 @@ def _check_int8(settings: Settings) -> str:
 def _check_model(settings: Settings) -> str:
     if settings.model == "demo":
         demo_model_packages()
-        return "the bundled demo model is installed"
+        if settings.fingerprint_of is None:  # without torch, which takes seconds
+            return "the bundled demo model is installed"
     from prefixd.server.serve.build import model_origin
 
     return model_origin(settings)

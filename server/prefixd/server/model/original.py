@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from prefixd.server.model.architecture import UnsupportedModel
-from prefixd.server.model.checkpoint import read_config, read_tokenizer, read_weights
+from prefixd.server.model.checkpoint import read_tokenizer, read_weights
 from prefixd.server.model.fingerprint import fingerprint_of, sample
 from prefixd.server.model.load import LoadedBase, find_model
 from prefixd.server.model.quantized import plain, scheme_of
@@ -88,7 +88,7 @@ class Original:
 def read_original(model: str, *, cache_dir: Path) -> Original:
     """Read ``model`` (as for ``load_base``) and compute its fingerprint. The weights of safetensors
     are mapped, not copied, and dropped afterwards. Raises as ``load_base`` does."""
-    source, name, config = find_model(model, cache_dir=cache_dir)
+    source, name, config = _find_plain(model, cache_dir=cache_dir)
     tokenizer = read_tokenizer(source)
     module = read_weights(source, config)
     return Original(
@@ -100,15 +100,26 @@ def read_original(model: str, *, cache_dir: Path) -> Original:
     )
 
 
-def check_original(model: str, folder: str, *, cache_dir: Path) -> None:
-    """Raise UnsupportedModel unless the quantized model in ``folder`` agrees with ``model``, as far
-    as config and tokenizer say."""
+def check_original(original: str, model: str, *, cache_dir: Path) -> None:
+    """Raise UnsupportedModel unless ``model`` is quantized and agrees with ``original``, which is
+    not, as far as configs and tokenizers say."""
+    source, name, config = _find_plain(original, cache_dir=cache_dir)
+    own_source, own_name, own_config = find_model(model, cache_dir=cache_dir)
+    if scheme_of(own_config) is None:
+        raise UnsupportedModel(_plain(own_name, name))
+    expected = Original(name, "", config, read_tokenizer(source), torch.empty(0))
+    require_agreement(own_config, read_tokenizer(own_source), expected, name=own_name)
+
+
+def _find_plain(model: str, *, cache_dir: Path) -> tuple[str, str, Any]:
+    """``find_model`` of an original. Raises UnsupportedModel also for a quantized model."""
     source, name, config = find_model(model, cache_dir=cache_dir)
-    original = Original(name, "", config, read_tokenizer(source), torch.empty(0))
-    own = read_config(folder)
-    if scheme_of(own) is None:
-        raise UnsupportedModel(_plain(folder, name))
-    require_agreement(own, read_tokenizer(folder), original, name=folder)
+    if scheme := scheme_of(config):
+        raise UnsupportedModel(
+            f"{_named(name)}: expected the model that the served one was quantized from; received "
+            f"one that is quantized with {scheme}"
+        )
+    return source, name, config
 
 
 def require_agreement(config: Any, tokenizer: Any, original: Original, *, name: str) -> None:

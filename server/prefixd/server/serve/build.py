@@ -238,7 +238,9 @@ def threads_of(settings: Settings) -> int:
 
 def model_origin(settings: Settings) -> str:
     """Where the model is loaded from. Raises FileNotFoundError for a folder that does not exist and
-    UnsupportedModel for one whose config or tokenizer cannot be served."""
+    UnsupportedModel for one whose config or tokenizer cannot be served, or whose original is not
+    the one that the settings name."""
+    text = f"{settings.model} would be looked up on Hugging Face"
     if is_folder(settings.model):
         scheme = check_folder(
             settings.model,
@@ -250,13 +252,12 @@ def model_origin(settings: Settings) -> str:
         text = f"local folder {settings.model}: config and tokenizer can be served"
         if scheme is not None:
             text += f", quantized with {scheme}"
-        if settings.fingerprint_of is not None:
-            check_original(
-                settings.fingerprint_of, settings.model, cache_dir=settings.root / "models"
-            )
-            text += f", for prefixes of {settings.fingerprint_of}"
-        return text
-    return f"{settings.model} would be looked up on Hugging Face"
+    elif settings.fingerprint_of is not None and settings.model != "demo":
+        return f"{text}, and compared with {settings.fingerprint_of} at start"
+    if settings.fingerprint_of is not None:
+        check_original(settings.fingerprint_of, settings.model, cache_dir=settings.root / "models")
+        text += f", for prefixes of {settings.fingerprint_of}"
+    return text
 
 
 def with_states(config: SchedulerConfig, base: LoadedBase, *, state_blocks: int) -> SchedulerConfig:

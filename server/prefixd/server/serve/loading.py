@@ -14,7 +14,7 @@ from prefixd.server.model.decoders import DecoderUnavailable, choose_decoder, ma
 from prefixd.server.model.device_runner import DeviceRunner
 from prefixd.server.model.int8_decoder import describe_int8, make_int8_decoder, require_native
 from prefixd.server.model.load import LoadedBase, find_model, load_base
-from prefixd.server.model.original import read_original
+from prefixd.server.model.original import check_original, read_original
 from prefixd.server.model.paged import PagedDecoder
 from prefixd.server.model.paged_module import PagedModuleDecoder
 from prefixd.server.model.pair_check import check_pair
@@ -50,11 +50,12 @@ class Loaded:
 def load_model(settings: Settings, config: SchedulerConfig, *, device: str, threads: int) -> Loaded:
     """Load and check the model, and allocate the KV pool. Raises UnsupportedModel,
     DecoderUnavailable, ParallelRefused."""
+    cache_dir, original = settings.root / "models", None
+    if settings.fingerprint_of is not None:  # before weights are read
+        check_original(settings.fingerprint_of, settings.model, cache_dir=cache_dir)
     if settings.tensor_parallel > 1:
         return _load_on_ranks(settings, config, device=device, threads=threads)
 
-    cache_dir = settings.root / "models"
-    original = None
     if settings.fingerprint_of is not None:
         original = read_original(settings.fingerprint_of, cache_dir=cache_dir)
 
