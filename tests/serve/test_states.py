@@ -85,7 +85,7 @@ def test_a_server_of_a_hybrid_serves_texts_and_refuses_kv_prefixes(tmp_path: Pat
     assert refused.status_code in {400, 422}
     error = refused.json()["error"]
     assert error["code"] == "unsupported_kind"
-    assert "state of its layers (Qwen3_5GatedDeltaNet)" in error["message"]
+    assert "layers of type Qwen3_5GatedDeltaNet keep a state" in error["message"]
 
 
 def kv_prefix_files(*, num_layers: int, width: int) -> dict[str, Any]:
