@@ -24,7 +24,7 @@ from sqlalchemy import Connection, Table, insert, select
 
 from prefixd.server.serve.catalog import CatalogParts, open_catalog
 from prefixd.server.serve.settings import Settings
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.catalog.tables import blobs, latest_versions, prefixes, versions
 from prefixd.store.names import BlobKey
 

@@ -29,7 +29,7 @@ from benchmarks.serving import MODEL, stated, write
 from benchmarks.zipf_site import CLIENTS, Sent, Site, serving, site_of
 from prefixd.server.cli.bench.summary import percentile
 from prefixd.server.model.demo import default_cache_dir, demo_model
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 
 FOLDERS = Path("~/.cache/prefixd-bench").expanduser()
 

@@ -45,7 +45,7 @@ from prefixd.server.testing import (
     fake_generate,
 )
 from prefixd.store.artifact.artifact import read_artifact
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.blobs.blobs import LocalBlobs
 from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import upgrade

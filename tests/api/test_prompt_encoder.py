@@ -10,7 +10,7 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.inputs import PLACEHOLDER
 from prefixd.server.errors import BadRequest
 from prefixd.server.model.tokenizer import Tokenizer
-from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.template import PROMPT, Piece, Rows
 from tests.api.api_world import BASE, DECODER
 from tests.model.test_opening_tokens import BOS, EOS, byte_tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prefixd.store.artifact.artifact import inspect_peft
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

@@ -51,7 +51,7 @@ from prefixd.server.model.runner import Runner
 from prefixd.server.model.selfcheck import self_check
 from prefixd.server.testing import ByteDetokenizer
 from prefixd.store.artifact.artifact import Artifact, pack_peft, read_artifact
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 from tests.model import broken_models
 from tests.model.cpu.native_library import COMPILED
 

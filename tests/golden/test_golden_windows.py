@@ -19,7 +19,7 @@ from prefixd.server.model.batch import lay_out
 from prefixd.server.model.load import prepare_base
 from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.prefix import SoftPrompt
-from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.kinds import Kind
 from tests.golden.families import family_model
 from tests.golden.golden_harness import (
     VOCAB,

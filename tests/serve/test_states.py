@@ -16,7 +16,7 @@ from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.serve.build import _refused_kinds, build_server, with_states
 from prefixd.server.serve.settings import Settings
-from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.kinds import Kind
 from tests.model.tiny_folder import SIZES, save_folder
 
 BASE: Any = SimpleNamespace(

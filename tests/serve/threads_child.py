@@ -24,7 +24,7 @@ from prefixd.server.model.prefix import StorePrefixSource
 from prefixd.server.serve.build import Server, build_server
 from prefixd.server.serve.settings import Settings
 from prefixd.store.artifact.artifact import Artifact
-from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.kinds import Kind
 from tests.faults.faults_model import HEAD_DIM, KV_HEADS, LAYERS, save_model
 
 PREFIXES, TOKENS = 100, 1024

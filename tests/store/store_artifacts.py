@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 
 P = 4
 HIDDEN = 16

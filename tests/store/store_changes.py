@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.catalog.changes import Removed
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.store import Manifest, PrefixStore, Published

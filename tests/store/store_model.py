@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefixd.server.errors import Conflict
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.errors import ArtifactRefused, BaseMismatch, UnknownPrefix, VersionInUse
 from prefixd.store.names import LATEST
 from tests.store.store_artifacts import BASE

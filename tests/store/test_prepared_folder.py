@@ -6,7 +6,7 @@ from benchmarks.catalog_folder import READY, TENANT, is_prepared, name_of, prepa
 from prefixd.server.serve.catalog import open_catalog, open_integrity
 from prefixd.server.serve.settings import Settings
 from prefixd.store.artifact.artifact import inspect_artifact
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 
 BASE = BaseSpec(
     name="tiny",

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from prefixd.store.artifact.artifact import inspect_peft, pack_peft, read_artifact
-from prefixd.store.artifact.config import BaseSpec, Kind
+from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.errors import ArtifactRefused
 from tests.store.store_artifacts import BASE, HIDDEN, config_bytes, ramp, tensors
 

@@ -27,7 +27,7 @@ from prefixd.server.tenants.principal import COMMAND_LINE
 from prefixd.server.tenants.references import check_unbound
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.artifact.artifact import pack_text, read_artifact
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.blobs.blobs import open_blobs
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.db.database import metadata, open_database, writing

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from prefixd.store.artifact.artifact import Artifact, inspect_peft, pack_peft, read_artifact  # noqa: E402 (only after the imports that may be missing)
-from prefixd.store.artifact.config import BaseSpec  # noqa: E402
+from prefixd.store.artifact.base_spec import BaseSpec  # noqa: E402
 from prefixd.store.errors import ArtifactRefused  # noqa: E402
 
 # PEFT's and transformers' warnings about each other.

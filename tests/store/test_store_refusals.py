@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from prefixd.store.artifact.artifact import inspect_peft, inspect_text
-from prefixd.store.artifact.config import MAX_CONFIG_BYTES, Kind
+from prefixd.store.artifact.config import MAX_CONFIG_BYTES
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.errors import ArtifactRefused
 from tests.store.store_artifacts import (
     BASE,

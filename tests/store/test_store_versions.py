@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 from tests.store.store_artifacts import BASE
 from tests.store.store_model import OTHER
 from tests.store.test_store_machine import Crash, Stack, StoreMachine

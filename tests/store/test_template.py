@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.template import PROMPT, Piece, Rows, check_template, parse_template
 from prefixd.store.errors import ArtifactRefused
 

@@ -11,7 +11,7 @@ import torch
 from prefixd.server.engine.inputs import InputRun
 from prefixd.server.engine.request import PrefixHandle
 from prefixd.server.model.prefix import SoftPrompt
-from prefixd.store.artifact.config import Kind as ArtifactKind
+from prefixd.store.artifact.kinds import Kind as ArtifactKind
 from prefixd.store.errors import ArtifactRefused
 from tests.golden.golden_harness import (
     VOCAB,

@@ -25,7 +25,8 @@ from prefixd.store.artifact.artifact import (
     pack_peft,
     pack_text,
 )
-from prefixd.store.artifact.config import BaseSpec, encode_metadata
+from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.metadata import encode_metadata
 from prefixd.store.artifact.template import check_template
 from prefixd.store.blobs.blobs import Blobs
 from prefixd.store.catalog.blob_rows import BlobCollected, BlobRows

@@ -5,7 +5,7 @@ from datetime import timedelta
 from logging import getLogger
 from pathlib import Path
 
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.catalog.changes import Change, Published
 from prefixd.store.catalog.manifests import (
     Manifest,

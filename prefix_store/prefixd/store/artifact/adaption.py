@@ -14,7 +14,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from prefixd.store.artifact.config import BaseSpec, PeftConfig, check_against_base
+from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.config import PeftConfig, check_against_base
 from prefixd.store.artifact.strict import TensorEntry, read_header
 from prefixd.store.artifact.weights import (
     CHUNK_ELEMENTS,

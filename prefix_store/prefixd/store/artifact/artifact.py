@@ -18,14 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from prefixd.store.artifact.adaption import AdaptionWeights, open_adaption
-from prefixd.store.artifact.config import (
-    KINDS,
-    BaseSpec,
-    Kind,
-    PeftConfig,
-    from_fields,
-    parse_config,
-)
+from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.config import PeftConfig, from_fields, parse_config
+from prefixd.store.artifact.kinds import KINDS, Kind
 from prefixd.store.artifact.strict import (
     MAX_DEPTH,
     StrictJsonError,

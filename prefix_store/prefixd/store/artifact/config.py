@@ -1,141 +1,27 @@
-"""What an upload says of itself: PEFT's ``adapter_config.json`` and metadata; and the base model
-it is checked against.
+"""PEFT's ``adapter_config.json``, checked by itself and against the base.
 
 Shapes come from the base; where the config states them it must agree with the base. Paths in the
 config (PEFT opens ``prompt_tuning_init_state_dict_path``) are data here, and are never opened.
-
-Metadata is free, with a few known fields::
-
-    {"labels": {"team": "search"}, "description": "…", "prompt_template": "Q: {prompt}\\nA:",
-     "base_fingerprint": "…", "task_id": 1, "anything": ["else"]}
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Any
 
-from prefixd.store.artifact.strict import StrictJsonError, canonical, parse_object, shown
+from prefixd.store.artifact.base_spec import SEQ_2_SEQ, BaseSpec
+from prefixd.store.artifact.kinds import CHANGES_LAYERS, KINDS, Kind
+from prefixd.store.artifact.strict import StrictJsonError, parse_object, shown
 from prefixd.store.errors import ArtifactRefused, quoted
-
-
-class Kind(StrEnum):
-    """What a prefix is made of; all compile to KV."""
-
-    SOFT_PROMPT = "soft_prompt"
-    KV_PREFIX = "kv_prefix"
-    HARD_PROMPT = "hard_prompt"
-    ADAPTION_PROMPT = "adaption_prompt"
-
-    @property
-    def takes_positions(self) -> bool:
-        """Whether its virtual tokens come before the real ones; an adaption prompt is attended to
-        in addition to them."""
-        return self is not Kind.ADAPTION_PROMPT
-
-
-@dataclass(frozen=True, slots=True)
-class BaseSpec:
-    """The served base: shapes an artifact must match and bounds its values must satisfy.
-
-    ``embedding_width`` is that of the input embeddings, which may be narrower than the hidden size.
-    ``dtype`` is the serving dtype (``float32``, ``float16`` or ``bfloat16``): values are checked
-    after the cast to it. ``max_abs_embedding`` and ``max_abs_kv`` bound |x| of a soft prompt and
-    of a KV prefix; the server derives them from the values the base itself produces.
-    ``encoder_layers`` is None for a decoder. ``num_layers`` are those of the decoder.
-    ``refused_kinds`` are those that the base cannot take, each with the reason: "expected …".
-    ``attention_module`` is the name of a layer's attention, with ``{}`` for the layer, where the
-    base takes adaption prompts.
-    """
-
-    name: str
-    fingerprint: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    embedding_width: int
-    max_virtual_tokens: int
-    dtype: str
-    max_abs_embedding: float
-    max_abs_kv: float
-    encoder_layers: int | None = None
-    refused_kinds: Mapping[Kind, str] = field(default_factory=dict)
-    attention_module: str | None = None
-
-    @property
-    def kv_width(self) -> int:
-        """Columns of a KV prefix: layers × (K and V) × KV heads × head_dim."""
-        return self.prefix_layers * 2 * self.num_kv_heads * self.head_dim
-
-    @property
-    def prefix_layers(self) -> int:
-        """Layers of a KV prefix. PEFT counts those of the encoder, where there is one, which are
-        too few for a longer decoder: its config must then name the decoder's."""
-        return max(self.num_layers, self.encoder_layers or 0)
-
-    @property
-    def task_type(self) -> str:
-        """PEFT's name for what the base does."""
-        return "CAUSAL_LM" if self.encoder_layers is None else SEQ_2_SEQ
-
-    def require_kind(self, kind: Kind) -> None:
-        """Raise ArtifactRefused for a kind that the base cannot take."""
-        reason = self.refused_kinds.get(kind)
-        if reason is None and kind is Kind.ADAPTION_PROMPT and self.attention_module is None:
-            reason = "expected another kind, since this server has no place for one"
-        if reason is not None:
-            raise ArtifactRefused(
-                "unsupported_kind", f"{kind} on the base {self.name}: {reason}", param="kind"
-            )
-
 
 MAX_CONFIG_BYTES = 256 * 1024
 """CPT repeats its token ids three times; all other types stay under 2 KiB."""
 
 MAX_BASE_NAME_CHARACTERS = 512
 
-MAX_METADATA_BYTES = 16 * 1024
-MAX_LABELS = 32
-MAX_LABEL_CHARACTERS = 128
-
-METADATA_TEXTS = ("description", "prompt_template", "base_fingerprint")
-"""Known fields of the metadata that hold a string."""
-
-
-KINDS = {
-    "PROMPT_TUNING": Kind.SOFT_PROMPT,
-    "P_TUNING": Kind.SOFT_PROMPT,
-    "CPT": Kind.SOFT_PROMPT,
-    "MULTITASK_PROMPT_TUNING": Kind.SOFT_PROMPT,
-    "PREFIX_TUNING": Kind.KV_PREFIX,
-    "CARTRIDGE": Kind.KV_PREFIX,
-    "ADAPTION_PROMPT": Kind.ADAPTION_PROMPT,
-}
-"""The PEFT types served. The type alone decides the kind: where embedding width and KV width are
-equal, the tensor's shape cannot."""
-
-CHANGES_LAYERS = (
-    "LORA",
-    "ADALORA",
-    "XLORA",
-    "IA3",
-    "LOHA",
-    "LOKR",
-    "OFT",
-    "BOFT",
-    "VERA",
-    "LN_TUNING",
-)
-"""PEFT types that change the layers of the base, which people have next to prefixes."""
 
 _LAYERS = (
     ", which changes the layers of the base; here all requests run through the same layers, "
     "so merge it into a base of its own (docs/decisions/0023-lora-stays-outside.md)"
 )
-
-MULTITASK = "MULTITASK_PROMPT_TUNING"
-
-SEQ_2_SEQ = "SEQ_2_SEQ_LM"
 
 TRAINED_ELSEWHERE = (
     "modules_to_save",
@@ -358,67 +244,5 @@ def _check_base_name(name: object) -> None:
         )
 
 
-def encode_metadata(metadata: Mapping[str, Any] | None, *, base: BaseSpec) -> str:
-    """Metadata for ``base`` as one line of JSON.
-
-    Raises ArtifactRefused ``malformed_metadata``, or ``wrong_base`` when it names another base.
-    """
-    encoded = encode_fields(metadata or {})
-    declared = (metadata or {}).get("base_fingerprint")
-    if declared is not None:
-        _check_base(declared, base)
-    return encoded
-
-
-def encode_fields(metadata: Mapping[str, Any]) -> str:
-    """Metadata as one line of JSON; raises ArtifactRefused ``malformed_metadata``."""
-    try:
-        fields = dict(metadata)
-        raw = canonical(fields)
-        if len(raw) > MAX_METADATA_BYTES:
-            raise _malformed_metadata(
-                f"expected metadata of at most {MAX_METADATA_BYTES} bytes as JSON, got {len(raw)}"
-            )
-        parse_object(raw)
-    except (StrictJsonError, TypeError, ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, StrictJsonError) else "it is not JSON"
-        raise _malformed_metadata(f"expected metadata to be a JSON object: {reason}") from None
-    if fields.get("labels") is not None:
-        _check_labels(fields["labels"])
-    for name in METADATA_TEXTS:
-        if not isinstance(fields.get(name), str | None):
-            raise _malformed_metadata(f"expected {name} to be a string", param=f"metadata.{name}")
-    return raw.decode("ascii")
-
-
-def _check_labels(labels: object) -> None:
-    if not isinstance(labels, dict) or len(labels) > MAX_LABELS:
-        raise _malformed_metadata(
-            f"expected labels to be an object of at most {MAX_LABELS} strings",
-            param="metadata.labels",
-        )
-    for label, value in labels.items():
-        if not isinstance(value, str) or max(len(label), len(value)) > MAX_LABEL_CHARACTERS:
-            raise _malformed_metadata(
-                f"expected the label {quoted(label)} to be a string of at most "
-                f"{MAX_LABEL_CHARACTERS} characters",
-                param="metadata.labels",
-            )
-
-
-def _check_base(declared: str, base: BaseSpec) -> None:
-    if declared != base.fingerprint:
-        raise ArtifactRefused(
-            "wrong_base",
-            f"expected a prefix for the base {base.name} with the fingerprint {base.fingerprint}, "
-            f"and this one says it was made for {quoted(declared)}",
-            param="metadata.base_fingerprint",
-        )
-
-
 def _malformed_config(message: str, *, param: str = "config") -> ArtifactRefused:
     return ArtifactRefused("malformed_config", f"adapter_config.json: {message}", param=param)
-
-
-def _malformed_metadata(message: str, *, param: str = "metadata") -> ArtifactRefused:
-    return ArtifactRefused("malformed_metadata", message, param=param)

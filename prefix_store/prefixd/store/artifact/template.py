@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.strict import shown
 from prefixd.store.errors import ArtifactRefused
 

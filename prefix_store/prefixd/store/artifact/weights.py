@@ -23,14 +23,9 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from prefixd.store.artifact.config import (
-    MULTITASK,
-    BaseSpec,
-    Kind,
-    PeftConfig,
-    check_against_base,
-    stored_rows,
-)
+from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.config import PeftConfig, check_against_base, stored_rows
+from prefixd.store.artifact.kinds import MULTITASK, Kind
 from prefixd.store.artifact.strict import TensorEntry, read_header, shown
 from prefixd.store.errors import ArtifactRefused
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from prefixd.store.artifact.artifact import Packed, Summary
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.catalog.manifests import Manifest
 from prefixd.store.names import BlobKey
 

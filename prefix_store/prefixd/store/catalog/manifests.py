@@ -8,7 +8,9 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, exists, select
 
-from prefixd.store.artifact.config import METADATA_TEXTS, BaseSpec, Kind
+from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.kinds import Kind
+from prefixd.store.artifact.metadata import METADATA_TEXTS
 from prefixd.store.catalog.tables import (
     aliases,
     blobs,

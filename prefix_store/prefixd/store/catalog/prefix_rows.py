@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, select, update
 
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.catalog.changes import Draft
 from prefixd.store.catalog.tables import prefixes, versions
 from prefixd.store.db.database import insert_into

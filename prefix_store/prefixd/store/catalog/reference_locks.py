@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from sqlalchemy import Connection, select, tuple_
 
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.catalog.manifests import check_base, find
 from prefixd.store.catalog.tables import prefixes, versions
 from prefixd.store.names import parse_reference

@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, select
 
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.artifact.template import check_template
 from prefixd.store.catalog.alias_rows import Pointed, highest_left, point, pointed, replace_latest
 from prefixd.store.catalog.blob_rows import claim, release

@@ -18,7 +18,7 @@ from sqlalchemy import (
     update,
 )
 
-from prefixd.store.artifact.config import encode_fields
+from prefixd.store.artifact.metadata import encode_fields
 from prefixd.store.artifact.strict import shown
 from prefixd.store.catalog.revisions import raise_revision
 from prefixd.store.catalog.tables import prefixes, versions

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from prefixd.server.engine.request import PrefixHandle, PrefixKey, Ranges
 from prefixd.server.errors import Conflict
-from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.template import Piece, Rows, check_template, parse_template
 from prefixd.store.catalog.pins import Pinned
 from prefixd.store.errors import ArtifactRefused

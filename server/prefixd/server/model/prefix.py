@@ -11,7 +11,7 @@ from prefixd.server.model.encoder_decoder.layout import decoder_kv, packed
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.threads import limit_thread
 from prefixd.store.artifact.artifact import Artifact
-from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.kinds import Kind
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from prefixd.server.engine.step import (
     PrefixUnavailable,
 )
 from prefixd.store.artifact.artifact import Artifact, read_artifact
-from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.disk import DiskGuard
 from prefixd.store.errors import (
     ArtifactRefused,

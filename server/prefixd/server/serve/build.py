@@ -53,7 +53,8 @@ from prefixd.server.serve.settings import Settings
 from prefixd.server.serve.telemetry import open_tracer
 from prefixd.server.tenants.registry import Tenants
 from prefixd.server.tenants.retention import Expired, remove_expired
-from prefixd.store.artifact.config import BaseSpec, Kind
+from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.files import UPLOAD_PREFIX, remove_interrupted
 from prefixd.store.gc import GcResult, Sweeper
 from prefixd.store.names import BlobKey

@@ -33,7 +33,7 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.errors import BadRequest, DoesNotFit, QuotaExceeded
 from prefixd.server.tenants.principal import Principal
-from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.store import Manifest
 
 DEFAULT_COMPLETION_TOKENS = 16

@@ -11,7 +11,7 @@ from prefixd.server.api.placement import Layout
 from prefixd.server.api.served import EncoderInfo, ServedModel
 from prefixd.server.engine.request import AdmittedRequest
 from prefixd.server.errors import BadRequest, DoesNotFit
-from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.store import Manifest
 
 

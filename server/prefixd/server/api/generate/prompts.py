@@ -14,7 +14,7 @@ from prefixd.server.api.placement import Layout, lay_out
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.inputs import PLACEHOLDER
 from prefixd.server.errors import BadRequest
-from prefixd.store.artifact.config import Kind
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.template import PROMPT, Prompt, Rows, rows_problem
 from prefixd.store.store import Manifest
 

@@ -19,7 +19,7 @@ from prefixd.server.api.prefixes.routes import Version
 from prefixd.server.api.prefixes.schemas import PrefixManifest
 from prefixd.server.errors import BadRequest, Unprocessable
 from prefixd.server.tenants.audit import Action, record
-from prefixd.store.artifact.config import MAX_METADATA_BYTES
+from prefixd.store.artifact.metadata import MAX_METADATA_BYTES
 from prefixd.store.artifact.strict import StrictJsonError, parse_object
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], route_class=CatalogRoute)

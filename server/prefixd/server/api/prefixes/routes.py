@@ -24,7 +24,7 @@ from prefixd.server.engine.engine import Engine
 from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.references import check_unbound
-from prefixd.store.artifact.config import MAX_LABELS
+from prefixd.store.artifact.metadata import MAX_LABELS
 from prefixd.store.names import LATEST, MAX_VERSION, REFERENCE, parse_reference
 from prefixd.store.store import Manifest
 

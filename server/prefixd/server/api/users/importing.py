@@ -14,7 +14,7 @@ from prefixd.server.api.values import User
 from prefixd.server.errors import BadRequest, QuotaExceeded
 from prefixd.server.tenants.bindings import Bindings
 from prefixd.server.tenants.principal import Actor
-from prefixd.store.artifact.config import BaseSpec
+from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.catalog.manifests import check_base
 from prefixd.store.catalog.reference_locks import lock_references
 from prefixd.store.disk import DiskGuard
