@@ -93,7 +93,7 @@ def short(room: str) -> str:
 
 def _target(room: str, parts: set[str]) -> str:
     """A room that is imported, with the parts of it where they are few."""
-    few = len(parts) <= 3 and "" not in parts
+    few = len(parts) <= 5 and "" not in parts
     return f"{short(room)} ({', '.join(sorted(parts))})" if few else short(room)
 
 

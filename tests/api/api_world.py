@@ -24,8 +24,9 @@ from prefixd.server.api.request_record import Tracer
 from prefixd.server.api.served import DecoderInfo, ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.prefix_source import PrefixUnavailable
 from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.step import PrefixUnavailable, Step, StepOutput
+from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.errors import Conflict
 from prefixd.server.model.tokenizer import Tokenizer
 from prefixd.server.serve.lifespan import make_lifespan

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from prefixd.server.engine.prefix_source import PrefixUnavailable
 from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.step import PrefixUnavailable
 from prefixd.server.testing import FakeEmbeddings, fake_generate
 from tests.api.api_world import MAX_POSITIONS, World, error_of
 from tests.api.test_prefix_routes import CONFIG, files, weights

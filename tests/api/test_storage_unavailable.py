@@ -14,8 +14,8 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE, DISK_FAILED, DISK_FULL
+from prefixd.server.engine.prefix_source import STORAGE_FULL, STORAGE_UNAVAILABLE, PrefixUnavailable
 from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.step import STORAGE_FULL, STORAGE_UNAVAILABLE, PrefixUnavailable
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.errors import BLOBS_UNAVAILABLE, BlobsUnavailable
 from tests.api.api_world import StoreBackedSource, World, error_of, put_text

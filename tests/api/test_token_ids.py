@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from prefixd.server.engine.step import PREFIX_NOT_FOUND, PREFIX_REFUSED, PrefixUnavailable
+from prefixd.server.engine.prefix_source import PREFIX_NOT_FOUND, PREFIX_REFUSED, PrefixUnavailable
 from prefixd.server.testing import EOS
 from tests.api.api_world import World, error_of, put_text
 from tests.api.test_chat import chat

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from prefixd.server.engine.detokenizer import TokenText
+from prefixd.server.engine.prefix_source import PrefixUnavailable
 from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
@@ -18,7 +20,7 @@ from prefixd.server.engine.request import (
     StopParams,
     TokenEvent,
 )
-from prefixd.server.engine.step import PrefixUnavailable, Step, TokenText
+from prefixd.server.engine.step import Step
 from prefixd.server.engine.step_budget import StepBudget
 from prefixd.server.testing import ByteDetokenizer, FakeStaged
 from tests.engine.test_engine import PREFIX, PROMPT, Bench, answer, expected, fail_steps

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.detokenizer import Detokenizer
 from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.prefix_source import STORAGE_UNAVAILABLE, PrefixUnavailable
 from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
@@ -21,15 +23,9 @@ from prefixd.server.engine.request import (
     StopParams,
     TokenEvent,
 )
+from prefixd.server.engine.runner import OutOfMemory
 from prefixd.server.engine.sequence import seeded_uniform
-from prefixd.server.engine.step import (
-    STORAGE_UNAVAILABLE,
-    Detokenizer,
-    OutOfMemory,
-    PrefixUnavailable,
-    Step,
-    StepOutput,
-)
+from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.testing import ByteDetokenizer, FakeRunner, FakeSource, fake_generate
 
 pytestmark = pytest.mark.usefixtures("depth")

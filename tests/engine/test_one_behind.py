@@ -23,10 +23,11 @@ from prefixd.server.engine.request import (
     TokenEvent,
 )
 from prefixd.server.engine.row_costs import RowCosts
+from prefixd.server.engine.runner import OutOfMemory
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import End
 from prefixd.server.engine.sequence import Sequence as Generated
-from prefixd.server.engine.step import Chunk, OutOfMemory, Sampled, Step, StepOutput
+from prefixd.server.engine.step import Chunk, Sampled, Step, StepOutput
 from prefixd.server.testing import FakeRunner, FakeStaged, fake_generate
 from tests.engine.test_engine import PROMPT, Bench, answer, expected
 

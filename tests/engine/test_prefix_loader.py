@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.prefix_source import CORRUPT_PREFIX, STORAGE_UNAVAILABLE
 from prefixd.server.engine.preloads import Preloads, preloads_full
 from prefixd.server.engine.request import (
     AdmittedRequest,
@@ -18,7 +19,7 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import End, Sequence
-from prefixd.server.engine.step import CORRUPT_PREFIX, STORAGE_UNAVAILABLE, Step
+from prefixd.server.engine.step import Step
 from prefixd.server.testing import FakeRunner, FakeStaged
 
 

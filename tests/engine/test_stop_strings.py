@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixd.server.engine.step import TokenText
+from prefixd.server.engine.detokenizer import TokenText
 from prefixd.server.engine.stop_strings import StopStrings
 
 letters = st.text(alphabet="ab<>", max_size=30)

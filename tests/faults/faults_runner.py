@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from prefixd.server.engine.engine import Engine
-from prefixd.server.engine.step import Chunk, OutOfMemory, Step, StepOutput
+from prefixd.server.engine.runner import OutOfMemory
+from prefixd.server.engine.step import Chunk, Step, StepOutput
 
 
 class Fault(IntEnum):

@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.detokenizer import TokenText
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import (
     AdmittedRequest,
@@ -34,7 +35,7 @@ from prefixd.server.engine.request import (
     TokenEvent,
 )
 from prefixd.server.engine.stats import EngineStats
-from prefixd.server.engine.step import Step, TokenText
+from prefixd.server.engine.step import Step
 from prefixd.server.model.buffers import NO_STEP, StepSizes
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.decoder_check import Evidence, check_decoder

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from prefixd.server.engine.request import PrefixHandle, PrefixKey, SamplingParams
-from prefixd.server.engine.step import Chunk, CompileChunk, OutOfMemory, Save, Step
+from prefixd.server.engine.runner import OutOfMemory
+from prefixd.server.engine.step import Chunk, CompileChunk, Save, Step
 from prefixd.server.model.load import load_base
 from prefixd.server.model.parallel.followers import Followers
 from prefixd.server.model.parallel.outcome import RankFailed

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from prefixd.server.engine.request import SamplingParams
-from prefixd.server.engine.step import Chunk, OutOfMemory, Step
+from prefixd.server.engine.runner import OutOfMemory
+from prefixd.server.engine.step import Chunk, Step
 from prefixd.server.model import decoders
 from prefixd.server.model.cpu.library import LibraryUnavailable
 from prefixd.server.model.decoder import Decoder

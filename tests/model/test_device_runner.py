@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from prefixd.server.engine.request import PrefixKey, SamplingParams
-from prefixd.server.engine.step import PENDING, Chunk, CompileChunk, OutOfMemory, Step
+from prefixd.server.engine.runner import OutOfMemory
+from prefixd.server.engine.step import PENDING, Chunk, CompileChunk, Step
 from prefixd.server.model import device_runner
 from prefixd.server.model.buffers import NO_STEP, StepSizes
 from prefixd.server.model.decoders import make_decoder

@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from prefixd.server.engine.step import OutOfMemory, Sampled, StepOutput
+from prefixd.server.engine.runner import OutOfMemory
+from prefixd.server.engine.step import Sampled, StepOutput
 from prefixd.server.model import load
 from prefixd.server.model.architecture import UnsupportedModel, shape_of
 from prefixd.server.model.fingerprint import fingerprint_of

@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefixd.server.engine.request import SamplingParams
-from prefixd.server.engine.step import Chunk, OutOfMemory, Step
+from prefixd.server.engine.runner import OutOfMemory
+from prefixd.server.engine.step import Chunk, Step
 from prefixd.server.model.load import prepare_base
 from prefixd.server.model.module_decoder import ModuleDecoder
 from prefixd.server.model.runner import Runner

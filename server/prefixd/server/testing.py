@@ -8,20 +8,12 @@ import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+from prefixd.server.engine.detokenizer import TokenText
 from prefixd.server.engine.inputs import PLACEHOLDER, InputPart
+from prefixd.server.engine.prefix_source import PrefixUnavailable, StagedPrefix
 from prefixd.server.engine.request import PrefixKey, TokenLogprob
 from prefixd.server.engine.runner import BlockingRunner
-from prefixd.server.engine.step import (
-    Chunk,
-    PrefixUnavailable,
-    Sampled,
-    Save,
-    Source,
-    StagedPrefix,
-    Step,
-    StepOutput,
-    TokenText,
-)
+from prefixd.server.engine.step import Chunk, Sampled, Save, Source, Step, StepOutput
 
 EOS = 256
 EOS_TEXT = "<end>"

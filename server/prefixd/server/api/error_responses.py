@@ -22,14 +22,14 @@ from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalErr
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from prefixd.server.api.drain_state import DrainState
-from prefixd.server.engine.request import FinishEvent, FinishReason, QueueFull
-from prefixd.server.engine.step import (
+from prefixd.server.engine.prefix_source import (
     CORRUPT_PREFIX,
     PREFIX_NOT_FOUND,
     PREFIX_REFUSED,
     STORAGE_FULL,
     STORAGE_UNAVAILABLE,
 )
+from prefixd.server.engine.request import FinishEvent, FinishReason, QueueFull
 from prefixd.server.errors import (
     BadRequest,
     Conflict,

@@ -23,6 +23,7 @@ from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.fetcher import Fetcher, FetchResult
 from prefixd.server.engine.output_processor import OutputProcessor
 from prefixd.server.engine.pipeline import Pipeline, StepFailed
+from prefixd.server.engine.prefix_source import PrefixSource, PrefixUnavailable
 from prefixd.server.engine.queue_limiter import QueueLimiter
 from prefixd.server.engine.recovery import PROBE_ID, probe_step
 from prefixd.server.engine.request import (
@@ -32,16 +33,11 @@ from prefixd.server.engine.request import (
     PrefixHandle,
     PrefixKey,
 )
-from prefixd.server.engine.runner import ModelRunner
+from prefixd.server.engine.runner import ModelRunner, OutOfMemory
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import End, Sequence, seeded_uniform, sequences_of
 from prefixd.server.engine.stats import EngineStats, StatsCounters
-from prefixd.server.engine.step import (
-    OutOfMemory,
-    PrefixSource,
-    PrefixUnavailable,
-    Step,
-)
+from prefixd.server.engine.step import Step
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.core import EngineCore
+from prefixd.server.engine.detokenizer import Detokenizer
 from prefixd.server.engine.output_processor import OutputProcessor
+from prefixd.server.engine.prefix_source import PrefixSource
 from prefixd.server.engine.preloads import preloads_full
 from prefixd.server.engine.queue_limiter import QueueLimiter
 from prefixd.server.engine.request import (
@@ -28,7 +30,6 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.engine.runner import ModelRunner
 from prefixd.server.engine.stats import EngineStats, debug_state
-from prefixd.server.engine.step import Detokenizer, PrefixSource
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,9 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from prefixd.server.engine.prefix_source import StagedPrefix
 from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.step import GatedRows, StagedPrefix
+from prefixd.server.engine.step import GatedRows
 
 
 class Stage(Enum):

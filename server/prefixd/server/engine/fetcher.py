@@ -4,8 +4,8 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from prefixd.server.engine.prefix_source import PrefixSource, PrefixUnavailable, StagedPrefix
 from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.step import PrefixSource, PrefixUnavailable, StagedPrefix
 
 log = logging.getLogger(__name__)
 

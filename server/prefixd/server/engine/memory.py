@@ -8,10 +8,11 @@ from prefixd.server.engine.block_pool import BlockPool
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.entries import Entry, Stage
 from prefixd.server.engine.kv_reuse import KVReuse
+from prefixd.server.engine.prefix_source import StagedPrefix
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.residency import Residency
 from prefixd.server.engine.sequence import Sequence
-from prefixd.server.engine.step import BlockCopy, Save, StagedPrefix, Step
+from prefixd.server.engine.step import BlockCopy, Save, Step
 
 
 class HostTier:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 
+from prefixd.server.engine.detokenizer import Detokenizer, TokenText
 from prefixd.server.engine.inputs import PLACEHOLDER, num_rows_before
 from prefixd.server.engine.request import (
     Event,
@@ -19,7 +20,7 @@ from prefixd.server.engine.request import (
     TokenLogprob,
 )
 from prefixd.server.engine.sequence import End, Sequence
-from prefixd.server.engine.step import Detokenizer, Sampled, TokenText
+from prefixd.server.engine.step import Sampled
 from prefixd.server.engine.stop_strings import StopStrings
 
 log = logging.getLogger(__name__)

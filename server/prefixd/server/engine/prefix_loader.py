@@ -18,16 +18,11 @@ from prefixd.server.engine.entries import Entry, Stage
 from prefixd.server.engine.eviction import EvictionPolicy
 from prefixd.server.engine.fair_queue import FairQueue
 from prefixd.server.engine.memory import Memory
+from prefixd.server.engine.prefix_source import CORRUPT_PREFIX, STORAGE_UNAVAILABLE, StagedPrefix
 from prefixd.server.engine.preloads import MAX_PRELOADS, Preloads
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
 from prefixd.server.engine.sequence import Sequence
-from prefixd.server.engine.step import (
-    CORRUPT_PREFIX,
-    STORAGE_UNAVAILABLE,
-    CompileChunk,
-    StagedPrefix,
-    Step,
-)
+from prefixd.server.engine.step import CompileChunk, Step
 
 _SHORT_MEMORY_S = 1.0
 _REMEMBERED_FAILURES = 1024

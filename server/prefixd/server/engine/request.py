@@ -203,7 +203,7 @@ class FinishEvent:
 
     ``error`` is a one-line message for the caller, set when and only when ``reason`` is ERROR,
     TIMEOUT or SHED; ``error_code`` is its machine-readable cause, where the prefix source gave one
-    (see ``step.PrefixUnavailable``). ``stop`` is the stop string or token id that ended it;
+    (see PrefixUnavailable). ``stop`` is the stop string or token id that ended it;
     ``cached_tokens`` of its prompt were not computed but shared (KV reuse); ``queue_s`` is how many
     seconds it waited before it ran (None: it never did); ``retry_after`` is in seconds, set with
     SHED.

@@ -34,8 +34,8 @@ from itertools import islice
 from prefixd.server.engine.block_pool import BlockPool
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.entries import COMPILED, Entry, Stage, UseOrder
+from prefixd.server.engine.prefix_source import StagedPrefix
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
-from prefixd.server.engine.step import StagedPrefix
 
 _PLACED = COMPILED | {Stage.COMPILING}
 

@@ -18,6 +18,10 @@ Masks = Mapping[int, Sequence[int]]
 """Token ids that must not be sampled, by sequence id."""
 
 
+class OutOfMemory(Exception):
+    """The device had no memory for a step; smaller steps may succeed."""
+
+
 class ModelRunner(Protocol):
     """Runs steps on the device, one after the other: what a step writes is there for the next, and
     nothing of a later step is written before an earlier one has read. Called by one thread only.

@@ -31,13 +31,14 @@ from prefixd.server.engine.fair_queue import FairQueue
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.new_tokens import NewTokens
 from prefixd.server.engine.prefix_loader import PrefixLoader
+from prefixd.server.engine.prefix_source import StagedPrefix
 from prefixd.server.engine.recovery import Recovery
 from prefixd.server.engine.request import FinishReason, PrefixKey
 from prefixd.server.engine.runner import Masks
 from prefixd.server.engine.sequence import Deadlines, End, Sequence, State
 from prefixd.server.engine.speculation import Speculation
 from prefixd.server.engine.starvation import StarvationPolicy
-from prefixd.server.engine.step import StagedPrefix, Step, StepOutput
+from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.engine.step_budget import StepBudget
 from prefixd.server.engine.step_builder import StepBuilder
 

@@ -23,9 +23,10 @@ leaves that after its end.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from prefixd.server.engine.inputs import InputPart
+from prefixd.server.engine.prefix_source import StagedPrefix
 from prefixd.server.engine.request import PrefixKey, SamplingParams, TokenLogprob
 
 NULL_BLOCK = 0
@@ -163,7 +164,7 @@ class CompileChunk:
     payload: run through the model (soft prompt, text) or copied (KV prefix)."""
 
     key: PrefixKey
-    payload: "StagedPrefix"
+    payload: StagedPrefix
     start: int
     stop: int
     block_table: Sequence[int]
@@ -288,97 +289,5 @@ class StepOutput:
     """
 
     sampled: dict[int, Sequence[Sampled]]
-    saved: "dict[PrefixKey, StagedPrefix]" = field(default_factory=dict)
+    saved: dict[PrefixKey, StagedPrefix] = field(default_factory=dict)
     thread_use: ThreadUse | None = None
-
-
-class StagedPrefix(Protocol):
-    """A prefix fetched, verified and validated, in host memory, ready to compile.
-
-    The engine only counts its rows; the content is private to the source and the runner. One that
-    is gated, which takes no positions of its sequences, has its first layer in ``gated_from``; of
-    others that is None.
-    """
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def gated_from(self) -> int | None: ...
-
-
-class OutOfMemory(Exception):
-    """The device had no memory for a step; smaller steps may succeed."""
-
-
-STORAGE_UNAVAILABLE = "storage_unavailable"
-"""The code of a failure that a retry may cure: the store or the catalog cannot be reached now."""
-
-STORAGE_FULL = "storage_full"
-"""The code of a failure by a full disk: the local copy of a prefix could not be written."""
-
-PREFIX_NOT_FOUND = "prefix_not_found"
-"""The code of a failure of a prefix that was deleted since its request was admitted."""
-
-PREFIX_REFUSED = "prefix_refused"
-"""The code of a failure of a stored prefix that the served base does not accept."""
-
-CORRUPT_PREFIX = "corrupt_prefix"
-"""The code of a failure of a prefix whose stored bytes are damaged: upload them again."""
-
-
-class PrefixUnavailable(Exception):
-    """A prefix failed to load. The message is for the tenant whose request needs it; ``code`` is a
-    machine-readable cause, or None for one that needs no handling of its own."""
-
-    def __init__(self, message: str, *, code: str | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class PrefixSource(Protocol):
-    """Loads a prefix from the store. Blocking; called off the engine's thread."""
-
-    def fetch(self, key: PrefixKey) -> StagedPrefix:
-        """Raise PrefixUnavailable when it fails to load."""
-        ...
-
-
-class TokenText(NamedTuple):
-    """Text of one token that can no longer change.
-
-    ``special`` is the text of a special token: stop strings see it, after ``text``; the answer does
-    not contain it. The first ``lead`` characters of ``text`` belong to earlier tokens.
-    """
-
-    text: str
-    special: str = ""
-    lead: int = 0
-
-
-class Detokenizer(Protocol):
-    """Turns one sequence's growing token ids into text, incrementally.
-
-    ``previous`` is the last token with text, in the prompt or the output; None where the text
-    begins.
-    """
-
-    @property
-    def previous(self) -> int | None: ...
-
-    def push(self, token_id: int) -> Sequence[TokenText]:
-        """Add a token. Returns the tokens whose text is final now, oldest first: often this one,
-        none in the middle of a character."""
-        ...
-
-    def tentative(self, limit: int) -> Sequence[TokenText]:
-        """The last ``limit`` of the tokens added whose text is complete but may still change."""
-        ...
-
-    def flush(self) -> Sequence[TokenText]:
-        """The tokens that were not returned yet, at the end of the text."""
-        ...
-
-    def special(self, token_id: int) -> str:
-        """Text of a special token; empty for any other."""
-        ...

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from prefixd.server.engine.step import TokenText
+from prefixd.server.engine.detokenizer import TokenText
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ it has ``MAX_HELD_BYTES``: an answer written in bytes alone has to be streamed.
 import codecs
 from collections.abc import Callable, Sequence
 
-from prefixd.server.engine.step import TokenText
+from prefixd.server.engine.detokenizer import TokenText
 from prefixd.server.model.token_table import TokenTable
 
 # 85 characters of three bytes. An invalid byte behind them leaves those before it as they are.

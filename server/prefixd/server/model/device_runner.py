@@ -14,9 +14,10 @@ from itertools import islice
 
 import torch
 
+from prefixd.server.engine.prefix_source import StagedPrefix
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.runner import Masks
-from prefixd.server.engine.step import Chunk, Sampled, StagedPrefix, Step, StepOutput
+from prefixd.server.engine.step import Chunk, Sampled, Step, StepOutput
 from prefixd.server.model.batch import lay_out
 from prefixd.server.model.decoder import Logits
 from prefixd.server.model.device_sampler import DeviceSampler, Prepared

@@ -7,9 +7,10 @@ from itertools import islice
 
 import torch
 
+from prefixd.server.engine.prefix_source import StagedPrefix
 from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.runner import BlockingRunner
-from prefixd.server.engine.step import CompileChunk, OutOfMemory, StagedPrefix, Step, StepOutput
+from prefixd.server.engine.runner import BlockingRunner, OutOfMemory
+from prefixd.server.engine.step import CompileChunk, Step, StepOutput
 from prefixd.server.model.batch import lay_out
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.gated import gated_kv

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from prefixd.server.engine.step import Detokenizer
+from prefixd.server.engine.detokenizer import Detokenizer
 from prefixd.server.model.detokenizer import new_detokenizer
 from prefixd.server.model.token_table import TokenTable
 

@@ -5,8 +5,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE, DISK_FAILED, DISK_FULL
 from prefixd.server.api.served import ServedModel
-from prefixd.server.engine.request import PrefixKey
-from prefixd.server.engine.step import (
+from prefixd.server.engine.prefix_source import (
     CORRUPT_PREFIX,
     PREFIX_NOT_FOUND,
     PREFIX_REFUSED,
@@ -14,6 +13,7 @@ from prefixd.server.engine.step import (
     STORAGE_UNAVAILABLE,
     PrefixUnavailable,
 )
+from prefixd.server.engine.request import PrefixKey
 from prefixd.store.artifact.artifact import Artifact, read_artifact
 from prefixd.store.artifact.kinds import Kind
 from prefixd.store.disk import DiskGuard

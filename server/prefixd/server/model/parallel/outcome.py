@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from prefixd.server.engine.step import OutOfMemory, StepOutput
+from prefixd.server.engine.runner import OutOfMemory
+from prefixd.server.engine.step import StepOutput
 
 
 class RankFailed(RuntimeError):
