@@ -3,7 +3,7 @@
 import pytest
 
 from prefixd.server.engine.config import SchedulerConfig
-from prefixd.server.engine.recovery import probe_step
+from prefixd.server.engine.failures import probe_step
 from prefixd.server.engine.request import (
     AdmittedRequest,
     PrefixHandle,

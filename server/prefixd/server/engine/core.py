@@ -8,8 +8,7 @@
 The step that is collected is the one submitted; with a runner of ``depth`` 1 it is the one before.
 
 The scheduler and the runner are touched by this thread alone, so neither needs a lock. What other
-threads may read is published: replaced as a whole, and never changed afterwards. Only ``tiers``,
-which may be long, is changed in place, key by key: others look up a key, or copy it.
+threads may read is ``published``.
 """
 
 import logging
@@ -17,15 +16,15 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from math import inf
 
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.engine.failures import Failures
 from prefixd.server.engine.fetcher import Fetcher, FetchResult
 from prefixd.server.engine.output_processor import OutputProcessor
 from prefixd.server.engine.pipeline import Pipeline, StepFailed
 from prefixd.server.engine.prefix_source import PrefixSource, PrefixUnavailable
+from prefixd.server.engine.published import Published
 from prefixd.server.engine.queue_limiter import QueueLimiter
-from prefixd.server.engine.recovery import PROBE_ID, probe_step
 from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
@@ -51,11 +50,8 @@ _MAX_RESTARTS, _RESTARTS_WITHIN_S = 5, 60.0
 class EngineCore:
     """Owns the scheduler. Called by the engine's thread, except where a comment says otherwise.
 
-    Any thread may read the published fields: ``tiers`` says how far prefixes are, ``preloads`` how
-    many each tenant has, ``stats`` are the figures when they were last built. ``turn_began`` is
-    None between two turns, ``num_failures`` counts the failures that no request explains since a
-    step succeeded, and ``last_failure`` is when the last one was; times are in seconds of
-    ``time.monotonic``.
+    Any thread may read ``published``, ``failures`` and ``turn_began``: in seconds of
+    ``time.monotonic``, None between two turns.
     """
 
     def __init__(
@@ -82,16 +78,12 @@ class EngineCore:
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
         self._pipeline = Pipeline(runner)
         self._counters = StatsCounters()
-        self._stats_built = -inf
-        self._preloads_published = -1
-        self._queue_published = False
         self.scheduler = self._new_scheduler()
         self.turn_began: float | None = None
-        self.num_failures = 0
-        self.last_failure = 0.0
-        self.tiers: dict[PrefixKey, str] = {}
-        self.preloads: Mapping[str, int] = {}
-        self.stats = self.build_stats()
+        self.failures = Failures(self._pipeline, num_blocks=1 + config.state_blocks)
+        self.published = Published(
+            self.scheduler, counters=self._counters, queue_limiter=queue_limiter
+        )
 
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(
@@ -121,7 +113,7 @@ class EngineCore:
             self._collect(step)
             if self.scheduler.idle:
                 self._outputs.deliver()
-        self._publish()
+        self.published.update(self.scheduler)
         self.turn_began = None
         return step.has_work or in_flight > 0
 
@@ -133,7 +125,7 @@ class EngineCore:
         return min(_IDLE_POLL_S, until_expiry)
 
     def _submit(self, step: Step, now: float) -> None:
-        if now - self._stats_built > _MAX_STATS_AGE_S:
+        if now - self.published.stats_built > _MAX_STATS_AGE_S:
             self.build_stats()  # to have recent figures if this step does not end
         try:
             self._pipeline.submit(step)
@@ -174,7 +166,7 @@ class EngineCore:
         except StepFailed as failure:  # it ends no loop
             self._step_failed(failure)
             return False
-        self.num_failures = 0
+        self.failures.count = 0
         self.scheduler.observe(step, seconds)
         ends = self._outputs.push(output.sampled)
         self._counters.step(step, seconds, output)
@@ -211,33 +203,8 @@ class EngineCore:
         )
         # The parts of a larger step run alone first, so that one tenant's request is known by then.
         if alone and not out_of_memory and step.is_smallest:
-            self._explain_failure(now)
+            self.failures.explain(self.scheduler.memory.pool, now=now)
         self._close(ended)
-
-    def _explain_failure(self, now: float) -> None:
-        """Count a failure against readiness unless a probe succeeds now."""
-        if self._probe():
-            self.num_failures = 0
-        else:
-            self.num_failures += 1
-            self.last_failure = now
-
-    def _probe(self) -> bool:
-        """Whether a step of the bare base succeeds."""
-        pool = self.scheduler.memory.pool
-        num_blocks = 1 + self._config.state_blocks
-        if pool.num_free < num_blocks:
-            return False
-        blocks = pool.allocate(num_blocks)
-        try:
-            self._pipeline.submit(probe_step(blocks))
-            output = self._pipeline.collect().output
-        except StepFailed:
-            log.exception("a step of the bare base failed too")
-            return False
-        finally:
-            pool.release(blocks)
-        return output.sampled[PROBE_ID][0].finite
 
     def start_over(self, error: Exception) -> bool:
         """After an exception in a turn: end what is alive and begin with an empty scheduler. False:
@@ -257,10 +224,11 @@ class EngineCore:
                 sequence.finish(self._outputs.flush(sequence, end))
             self._close([sequence])
         self._outputs.deliver()
-        self.scheduler, self.tiers, self._preloads_published = self._new_scheduler(), {}, -1
+        self.scheduler = self._new_scheduler()
+        self.published.clear()
         pins, caps = self._pins
         self.scheduler.prefix_loader.set_pins(pins, caps=caps)
-        self._publish()
+        self.published.update(self.scheduler)
         return restarts
 
     def shut_down(self) -> None:
@@ -268,37 +236,16 @@ class EngineCore:
         self._pipeline.discard()
         self._end(self._outputs.all(), FinishReason.ABORT)
         self._outputs.deliver()
-        self._publish()
+        self.published.update(self.scheduler)
 
     def stop_fetches(self) -> None:
         """End the fetch threads, after the fetches in progress. On the thread that stops the
         engine."""
         self._fetcher.stop()
 
-    # -- publishing ----
-
-    def _publish(self) -> None:
-        """Publish what has changed since the last time."""
-        scheduler, preloads = self.scheduler, self.scheduler.prefix_loader.preloads
-        for key, tier in scheduler.memory.take_tier_changes().items():
-            if tier is None:
-                self.tiers.pop(key, None)
-            else:
-                self.tiers[key] = tier
-        if preloads.num_changes != self._preloads_published:
-            self._preloads_published = preloads.num_changes
-            self.preloads = preloads.by_tenant()
-        self._queue_limiter.rate = self._counters.rate
-        is_queued = scheduler.waiting.num_sequences > 0
-        if is_queued or self._queue_published:
-            self._queue_limiter.publish(scheduler.waiting)
-            self._queue_published = is_queued
-
     def build_stats(self) -> EngineStats:
         """Build and publish the figures of this moment."""
-        self._stats_built = time.monotonic()
-        self.stats = self._counters.snapshot(self.scheduler)
-        return self.stats
+        return self.published.build_stats(self.scheduler, now=time.monotonic())
 
     # -- requests of other threads, called between two turns ----
 
@@ -328,7 +275,7 @@ class EngineCore:
         """Add a preload, and publish how many there are."""
         preloads = self.scheduler.prefix_loader.preloads
         preloads.add(handle, cap=cap, now=time.monotonic())
-        self.preloads = preloads.by_tenant()
+        self.published.update_preloads(preloads)
 
     def set_pins(self, pins: tuple[PrefixHandle, ...], caps: Mapping[str, int] | None) -> None:
         """Pin these prefixes and no others, also after the engine starts over."""

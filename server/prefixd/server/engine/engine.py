@@ -34,8 +34,6 @@ from prefixd.server.engine.stats import EngineStats, debug_state
 log = logging.getLogger(__name__)
 
 _STATS_TIMEOUT_S = 2.0
-_MAX_FAILURES = 3
-_FAILURES_FORGOTTEN_S = 30.0
 
 
 class Engine:
@@ -118,7 +116,7 @@ class Engine:
     def preload(self, handle: PrefixHandle, *, max_resident_tokens: int | None = None) -> None:
         """Load a prefix as soon as there is room for it, under its tenant's cap. Raises QueueFull
         when there are too many preloads and no other tenant has more of them."""
-        if preloads_full(self.core.preloads, handle.key.tenant):
+        if preloads_full(self.core.published.preloads, handle.key.tenant):
             raise QueueFull("too many prefixes are being warmed", retry_after=1.0)
         self._post(lambda: self.core.preload(handle, max_resident_tokens))
 
@@ -142,11 +140,12 @@ class Engine:
 
     def tier(self, key: PrefixKey) -> str | None:
         """How far a prefix is: fetching, staged, compiling, resident, or in host memory."""
-        return self.core.tiers.get(key)
+        return self.core.published.tiers.get(key)
 
     def held_prefixes(self) -> frozenset[PrefixKey]:
         """Prefixes in the pool, loading, or in host memory, after the last step."""
-        return frozenset(self.core.tiers.copy())  # in one go, while the engine's thread goes on
+        tiers = self.core.published.tiers.copy()  # in one go, while the engine's thread goes on
+        return frozenset(tiers)
 
     # -- inspection ----
 
@@ -156,13 +155,13 @@ class Engine:
         request: Future[EngineStats] = Future()
         with self._wake:
             if self._stopping or self._thread is None:
-                return self.core.stats
+                return self.core.published.stats
             self._stats_requests.append(request)
             self._wake.notify()
         try:
             return request.result(_STATS_TIMEOUT_S)
         except TimeoutError:
-            return self.core.stats
+            return self.core.published.stats
 
     def state(self, *, timeout_s: float = 5.0) -> dict[str, Any]:
         """What runs, waits and is resident between two steps (``debug_state``); after the engine
@@ -179,11 +178,8 @@ class Engine:
 
     @property
     def trouble(self) -> str | None:
-        """Why the engine is not ready, for the caller; None when it is.
-
-        Only failures that no request explains count (see ``recovery``). They are forgotten later:
-        an engine that is not ready gets no requests, so no step could succeed.
-        """
+        """Why the engine is not ready, for the caller; None when it is. Of failures only those
+        count that no request explains."""
         if self._queue_limiter.closed is not None:
             return self._queue_limiter.closed
         if self._thread is None or not self._thread.is_alive() or self._stopping:
@@ -192,9 +188,7 @@ class Engine:
         began = core.turn_began
         if began is not None and now - began > self._watchdog_s:
             return f"no step has ended for {now - began:.0f} s"
-        if core.num_failures >= _MAX_FAILURES and now - core.last_failure < _FAILURES_FORGOTTEN_S:
-            return f"the last {core.num_failures} steps failed"
-        return None
+        return core.failures.trouble(now=now)
 
     @property
     def idle(self) -> bool:

@@ -1,4 +1,4 @@
-"""After a failed step: smaller steps, suspects that run alone, and a probe of the bare base.
+"""After a failed step: smaller steps, and suspects that run alone.
 
 ::
 
@@ -18,10 +18,6 @@ the failed step starts over too, and is suspected with it. While suspects run no
 flight.
 
 So only the request that breaks a step ends, and all others get the same answer as without it.
-
-A part explains the failure when its step had no other and ``probe_step`` succeeds straight after
-it: then the failure says nothing about the server. When the probe fails too, it counts against
-readiness.
 """
 
 from collections.abc import Sequence as Items
@@ -29,25 +25,12 @@ from collections.abc import Sequence as Items
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.entries import Entry
 from prefixd.server.engine.lookup import MAX_DRAFTS
-from prefixd.server.engine.request import SamplingParams
 from prefixd.server.engine.residency import Residency
 from prefixd.server.engine.sequence import Sequence
-from prefixd.server.engine.step import Chunk, Step
+from prefixd.server.engine.step import Step
 
 _GROW_EVERY = 32
 """Steps that have to succeed before the limits double again."""
-
-PROBE_ID = -1
-"""The sequence id of a probe; those of requests start at 0."""
-
-
-def probe_step(blocks: Items[int]) -> Step:
-    """One token of the bare base in a free block: no request has a part in it. The other ``blocks``
-    are for its state. It samples, because a device may report a failure only when a result is
-    read."""
-    sampling = SamplingParams(temperature=0.0)
-    chunk = Chunk(PROBE_ID, (0,), 0, blocks[:1], sampling=sampling, side_blocks=blocks[1:])
-    return Step(chunks=[chunk], fresh=list(blocks))
 
 
 class OomBackoff:
