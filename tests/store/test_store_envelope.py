@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefixd.store.artifact.artifact import pack_peft, pack_text, read_artifact, read_envelope
+from prefixd.store.artifact.artifact import pack_peft, pack_text, read_artifact
 from prefixd.store.artifact.config import MAX_CONFIG_BYTES
+from prefixd.store.artifact.envelope import read_envelope
 from prefixd.store.errors import ArtifactRefused
 from tests.store.store_artifacts import (
     BASE,

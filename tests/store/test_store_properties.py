@@ -10,7 +10,8 @@ import numpy as np
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from prefixd.store.artifact.artifact import inspect_peft, pack_peft, read_artifact, read_envelope
+from prefixd.store.artifact.artifact import inspect_peft, pack_peft, read_artifact
+from prefixd.store.artifact.envelope import read_envelope
 from prefixd.store.artifact.weights import cast
 from prefixd.store.errors import ArtifactRefused
 from tests.store.store_artifacts import (

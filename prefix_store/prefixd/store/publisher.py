@@ -16,7 +16,6 @@ from typing import Any
 from sqlalchemy import Engine
 
 from prefixd.store.artifact.artifact import (
-    Packed,
     Summary,
     inspect_artifact,
     inspect_peft,
@@ -26,6 +25,7 @@ from prefixd.store.artifact.artifact import (
     pack_text,
 )
 from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.envelope import Packed
 from prefixd.store.artifact.metadata import encode_metadata
 from prefixd.store.artifact.template import check_template
 from prefixd.store.blobs.blobs import Blobs

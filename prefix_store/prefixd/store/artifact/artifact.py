@@ -1,46 +1,22 @@
-"""Artifacts: a prefix's bytes, parsed and checked against a base. No torch, no SQL.
+"""Artifacts: a prefix's bytes, parsed and checked against a base. No torch, no SQL."""
 
-An artifact file is one self-contained byte string, whose sha256 is the prefix's digest::
-
-    {"config":{...},"format":1,"kind":"soft_prompt",...,"payload_bytes":N}\\n      canonical JSON
-    N bytes: adapter_model.safetensors as uploaded, or the UTF-8 text              verbatim
-
-So ``sha256sum`` on a blob checks it. The digest covers the config and the task id too: the same
-tensor under another type is another prefix.
-"""
-
-import hashlib
 import io
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from prefixd.store.artifact.adaption import AdaptionWeights, open_adaption
 from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.artifact.config import PeftConfig, from_fields, parse_config
-from prefixd.store.artifact.kinds import KINDS, Kind
-from prefixd.store.artifact.strict import (
-    MAX_DEPTH,
-    StrictJsonError,
-    canonical,
-    parse_object,
-    shown,
-)
+from prefixd.store.artifact.envelope import Envelope, Packed, read_envelope, write_artifact
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.weights import Floats, PeftWeights, open_weights
 from prefixd.store.errors import ArtifactRefused
 from prefixd.store.files import copy_durably, sha256_of
 
-FORMAT = 1
 MAX_TEXT_BYTES = 1024 * 1024
 """Checked before tokens are counted: no tokenizer runs over an unlimited text."""
-
-MAX_LINE_BYTES = 2 * 1024 * 1024
-"""Longest first line: a config of 256 KiB, spelt canonically. 1e15 grows most."""
-
-_COPY_BYTES = 1024 * 1024
-_FIELDS = {"config", "format", "kind", "payload_bytes", "peft_type", "task_id"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,26 +46,6 @@ class Artifact(Summary):
     gates: Floats | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A written artifact file: its sha256 in hexadecimal, and its size in bytes."""
-
-    digest: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """The first line of an artifact file, and where its payload begins."""
-
-    kind: Kind
-    peft_type: str | None
-    task_id: int | None
-    config: dict[str, Any] | None
-    payload_offset: int
-    payload_bytes: int
-
-
 def inspect_peft(
     config: bytes, weights: Path, *, base: BaseSpec, task_id: int | None = None
 ) -> Summary:
@@ -106,7 +62,7 @@ def inspect_peft(
 def inspect_text(text: str, *, base: BaseSpec, count_tokens: Callable[[str], int]) -> Summary:
     """Check a hard prompt; raise ArtifactRefused. ``count_tokens`` is the base's tokenizer."""
     base.require_kind(Kind.HARD_PROMPT)
-    encode_text(text)
+    _encode_text(text)
     count = count_tokens(text)
     if count < 1:
         raise ArtifactRefused("empty_text", "expected a text of at least one token", param="text")
@@ -163,14 +119,14 @@ def pack_peft(config: bytes, weights: Path, target: Path, *, task_id: int | None
     size = weights.stat().st_size
     with weights.open("rb") as source:
         fields = {"config": parsed.fields, "peft_type": parsed.peft_type, "task_id": task_id}
-        return _write(parsed.kind, fields, source, size, target)
+        return write_artifact(parsed.kind, fields, source, size, target)
 
 
 def pack_text(text: str, target: Path) -> Packed:
     """Write the artifact file of a hard prompt, and fsync it; raise ArtifactRefused."""
-    payload = encode_text(text)
+    payload = _encode_text(text)
     fields = {"config": None, "peft_type": None, "task_id": None}
-    return _write(Kind.HARD_PROMPT, fields, io.BytesIO(payload), len(payload), target)
+    return write_artifact(Kind.HARD_PROMPT, fields, io.BytesIO(payload), len(payload), target)
 
 
 def pack_artifact(source: Path, target: Path) -> Packed:
@@ -180,37 +136,9 @@ def pack_artifact(source: Path, target: Path) -> Packed:
     return Packed(sha256_of(target), target.stat().st_size)
 
 
-def read_envelope(path: Path) -> Envelope:
-    """Read and check the first line of an artifact file; raise ArtifactRefused."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        line = file.readline(MAX_LINE_BYTES + 1)
-    if line[8:9] == b"{" and line[:1] != b"{":
-        raise _malformed(
-            "it looks like safetensors, which is uploaded as multipart/form-data, with its config"
-        )
-    if not line.endswith(b"\n"):
-        raise _malformed("its first line does not end")
-    try:
-        fields = parse_object(line[:-1], max_depth=MAX_DEPTH + 1)
-    except StrictJsonError as error:
-        raise _malformed(str(error)) from None
-    if set(fields) != _FIELDS or canonical(fields) != line[:-1]:
-        raise _malformed("its first line is not the canonical one")
-    _check_envelope(fields, payload_bytes=size - len(line))
-    return Envelope(
-        kind=Kind(fields["kind"]),
-        peft_type=fields["peft_type"],
-        task_id=fields["task_id"],
-        config=fields["config"],
-        payload_offset=len(line),
-        payload_bytes=size - len(line),
-    )
-
-
 def _read_text(file: BinaryIO, envelope: Envelope) -> str:
     file.seek(envelope.payload_offset)
-    return decode_text(file.read(MAX_TEXT_BYTES + 1))
+    return _decode_text(file.read(MAX_TEXT_BYTES + 1))
 
 
 def _open_payload(
@@ -251,50 +179,7 @@ def _summary(config: PeftConfig, weights: PeftWeights | AdaptionWeights) -> Summ
     )
 
 
-def _write(kind: Kind, fields: dict[str, Any], source: BinaryIO, size: int, target: Path) -> Packed:
-    """Write the envelope line and the ``size`` bytes of ``source``, and fsync them."""
-    head = fields | {"format": FORMAT, "kind": str(kind), "payload_bytes": size}
-    line = canonical(head) + b"\n"
-    digest = hashlib.sha256(line)
-    written = 0
-    with target.open("wb") as file:
-        file.write(line)
-        while piece := source.read(_COPY_BYTES):
-            digest.update(piece)
-            file.write(piece)
-            written += len(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    if written != size:
-        raise ArtifactRefused(
-            "truncated", f"expected {size} bytes of weights, got {written}", param="weights"
-        )
-    return Packed(digest.hexdigest(), len(line) + written)
-
-
-def _check_envelope(fields: dict[str, Any], *, payload_bytes: int) -> None:
-    if type(fields["format"]) is not int or fields["format"] != FORMAT:
-        raise _malformed(f"expected format {FORMAT}, got {shown(fields['format'])}")
-    if fields["payload_bytes"] != payload_bytes or type(fields["payload_bytes"]) is not int:
-        raise _malformed(
-            f"expected {shown(fields['payload_bytes'])} bytes of payload, got {payload_bytes}"
-        )
-    task_id, config = fields["task_id"], fields["config"]
-    if task_id is not None and type(task_id) is not int:
-        raise _malformed(f"expected a whole number or null as task id, got {shown(task_id)}")
-    kind, peft_type = str(Kind.HARD_PROMPT), None
-    if config is None and task_id is not None:
-        raise _malformed("a text has no task id")
-    if config is not None:
-        peft_type = config.get("peft_type") if isinstance(config, dict) else None
-        if not isinstance(peft_type, str) or peft_type not in KINDS:
-            raise _malformed("its config is not a prefix's")
-        kind = str(KINDS[peft_type])
-    if (fields["kind"], fields["peft_type"]) != (kind, peft_type):
-        raise _malformed("its kind and PEFT type do not match its config")
-
-
-def encode_text(text: str) -> bytes:
+def _encode_text(text: str) -> bytes:
     """A hard prompt as UTF-8; raise ArtifactRefused when it is too large or cannot be."""
     try:
         payload = text.encode("utf-8")
@@ -308,7 +193,7 @@ def encode_text(text: str) -> bytes:
     return payload
 
 
-def decode_text(payload: bytes) -> str:
+def _decode_text(payload: bytes) -> str:
     """UTF-8 as a hard prompt; raise ArtifactRefused."""
     _check_text_size(len(payload))
     try:
@@ -324,7 +209,3 @@ def _check_text_size(size: int) -> None:
         raise ArtifactRefused(
             "text_too_large", f"expected at most {MAX_TEXT_BYTES} bytes, got {size}", param="text"
         )
-
-
-def _malformed(message: str) -> ArtifactRefused:
-    return ArtifactRefused("malformed_artifact", f"not an artifact file: {message}")

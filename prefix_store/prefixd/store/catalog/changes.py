@@ -4,8 +4,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 
-from prefixd.store.artifact.artifact import Packed, Summary
+from prefixd.store.artifact.artifact import Summary
 from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.envelope import Packed
 from prefixd.store.catalog.manifests import Manifest
 from prefixd.store.names import BlobKey
 

@@ -33,7 +33,7 @@ from prefixd.server.api.prefixes.multipart import Upload, received
 from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import BadRequest, TooLarge, Unprocessable
 from prefixd.server.tenants.principal import Principal
-from prefixd.store.artifact.artifact import MAX_LINE_BYTES, read_envelope
+from prefixd.store.artifact.envelope import MAX_LINE_BYTES, read_envelope
 from prefixd.store.catalog.changes import Precondition
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.disk import DiskGuard
