@@ -192,10 +192,13 @@ class Model {
     }
 };
 
-// A batch: rows of tokens, each with its first position, block table and kind of input.
+// A batch: rows of tokens, each with its first position and block table, and a gated prefix: its rows (0:
+// none), first layer and blocks.
 struct Row {
     int32_t start;
     std::vector<int32_t> tokens, table;
+    int32_t gated_count = 0, gated_layer = 0;
+    std::vector<int32_t> gated_table = {};
 };
 
 struct Result {
@@ -203,11 +206,15 @@ struct Result {
     std::vector<float> best_value, logits;
 };
 
-// Runs the rows; the last token of each has an output. `inputs`: for tokens of id -1.
-inline Result run(Model& model, const std::vector<Row>& rows, const void* inputs = nullptr) {
-    std::vector<int32_t> ids, offsets, lengths, starts, tables, outputs;
-    size_t table_width = 0;
-    for (const Row& row : rows) table_width = std::max(table_width, row.table.size());
+// Runs the rows; the last token of each has an output. `inputs`: for tokens of id -1. `change`: of the step.
+template <typename Change>
+bool run(Model& model, const std::vector<Row>& rows, const void* inputs, Result& result, const Change& change) {
+    std::vector<int32_t> ids, offsets, lengths, starts, tables, outputs, counts, layers, gated_tables;
+    size_t table_width = 0, gated_width = 0;
+    for (const Row& row : rows) {
+        table_width = std::max(table_width, row.table.size());
+        gated_width = std::max(gated_width, row.gated_table.size());
+    }
     for (const Row& row : rows) {
         offsets.push_back((int32_t)ids.size());
         lengths.push_back((int32_t)row.tokens.size());
@@ -216,8 +223,12 @@ inline Result run(Model& model, const std::vector<Row>& rows, const void* inputs
         tables.insert(tables.end(), row.table.begin(), row.table.end());
         tables.resize(offsets.size() * table_width, 1 << 30);  // never read
         outputs.push_back((int32_t)ids.size() - 1);
+        counts.push_back(row.gated_count);
+        layers.push_back(row.gated_layer);
+        gated_tables.insert(gated_tables.end(), row.gated_table.begin(), row.gated_table.end());
+        gated_tables.resize(counts.size() * gated_width, 1 << 30);  // never read
     }
-    Result result;
+    gated_tables.shrink_to_fit();
     result.best.resize(rows.size());
     result.best_value.resize(rows.size());
     result.logits.resize(rows.size() * model.config.vocab);
@@ -237,6 +248,18 @@ inline Result run(Model& model, const std::vector<Row>& rows, const void* inputs
     step.best = result.best.data();
     step.best_value = result.best_value.data();
     step.candidates = model.config.vocab - 1;
-    require(pfx_run(model.decoder, &step) == 0, "pfx_run");
+    if (gated_width > 0) {
+        step.gated_counts = counts.data();
+        step.gated_layers = layers.data();
+        step.gated_tables = gated_tables.data();
+        step.gated_width = (int32_t)gated_width;
+    }
+    change(step);
+    return pfx_run(model.decoder, &step) == 0;
+}
+
+inline Result run(Model& model, const std::vector<Row>& rows, const void* inputs = nullptr) {
+    Result result;
+    require(run(model, rows, inputs, result, [](pfx_step&) {}), "pfx_run");
     return result;
 }

@@ -101,6 +101,85 @@ static void check_inputs(Model& model) {
     print(model, "inputs", by_inputs);
 }
 
+// Rows of gated prefixes, some of more than a chunk of positions, next to a row without.
+static void check_gated(Model& model) {
+    int32_t size = model.config.block_size, below = model.config.vocab, last = model.config.layers - 1;
+    size_t row = (size_t)model.config.kv_heads * model.config.head_dim;
+    Random random{10};
+    const std::vector<int32_t> few = {17};
+    std::vector<int32_t> blocks;  // each several times: the pool has few
+    for (int32_t i = 0; i < 18; i++) blocks.push_back(18 + i % 6);
+    const int32_t count = 17 * size + 1;
+    Array kv(model.dtype, 2 * model.config.layers * count * row, random, 1);
+    require(pfx_write_kv(model.decoder, blocks.data(), 0, count, kv.data()) == 0, "pfx_write_kv");
+    require(pfx_copy_blocks(model.decoder, blocks.data(), few.data(), 1) == 0, "pfx_copy_blocks");
+    const std::vector<Row> rows = {{0, tokens(random, 9, below), {3}, count, 0, blocks},
+                                   {0, tokens(random, size + 2, below), {4, 5}},
+                                   {0, tokens(random, 4, below), {6}, 3, last, few}};
+    Result batch = run(model, rows);
+    print(model, "gated", batch);
+    for (size_t i = 0; i < rows.size(); i++) {
+        Result alone = run(model, {rows[i]});
+        require(same_row(model, alone, 0, batch, i), "a gated row alone has other bits");
+        Row plain = {0, rows[i].tokens, rows[i].table};
+        bool same = same_row(model, run(model, {plain}), 0, batch, i);
+        require(same == (rows[i].gated_count == 0), "a gated prefix changes the row that has it");
+    }
+}
+
+// Gated rows that no step can have: an error, before any of them is read.
+static void check_refused_gated(Model& model) {
+    int32_t size = model.config.block_size, layers = model.config.layers;
+    auto refused = [&](Row row, const char* what, auto change) {
+        Result result;
+        require(!run(model, {{0, {1}, {4}}, row}, nullptr, result, change), what);
+        require(strstr(pfx_error(), what) && !strncmp(pfx_error(), "pfx_run: ", 9), what);
+    };
+    auto same = [](pfx_step&) {};
+    const Row good = {0, {1, 2}, {3}, size + 1, layers - 1, {5, 6}};
+    auto with = [&](int32_t count, int32_t layer, std::vector<int32_t> table) {
+        return Row{0, {1, 2}, {3}, count, layer, table};
+    };
+    for (int32_t count : {-1, 2 * size + 1, INT32_MAX, INT32_MIN}) refused(with(count, 0, {5, 6}), "gated_count", same);
+    for (int32_t layer : {-1, layers, INT32_MAX}) refused(with(1, layer, {5}), "gated_layer", same);
+    for (int32_t block : {-1, Model::kBlocks, INT32_MAX, INT32_MIN}) refused(with(size + 1, 0, {5, block}), "gated_block", same);
+    for (int32_t width : {-1, Model::kBlocks + 1, INT32_MAX})
+        refused(good, "gated_width", [&](pfx_step& step) { step.gated_width = width; });
+    refused(good, "gated_layers", [](pfx_step& step) { step.gated_layers = nullptr; });
+    refused(good, "gated_tables", [](pfx_step& step) { step.gated_tables = nullptr; });
+    run(model, {good});
+}
+
+// Keys and values that a layer's products make of given rows: any number of them, each as if alone.
+static void check_project(Model& model) {
+    size_t width = model.config.width, of_row = (size_t)model.config.kv_heads * model.config.head_dim;
+    size_t bytes = width * (model.dtype == PFX_F32 ? 4 : 2);
+    Random random{11};
+    for (int32_t count : {1, 7, 33, 130}) {
+        Array inputs(model.dtype, count * width, random, 1);
+        std::vector<float> keys(count * of_row), values(count * of_row), key(of_row), value(of_row);
+        int32_t layer = count % model.config.layers;
+        require(pfx_project(model.decoder, layer, inputs.data(), count, keys.data(), values.data()) == 0, "pfx_project");
+        for (int32_t row = 0; row < count; row += 16) {
+            std::vector<uint8_t> alone((const uint8_t*)inputs.data() + row * bytes,
+                                       (const uint8_t*)inputs.data() + (row + 1) * bytes);
+            require(pfx_project(model.decoder, layer, alone.data(), 1, key.data(), value.data()) == 0, "pfx_project");
+            require(!memcmp(&keys[row * of_row], key.data(), of_row * sizeof(float)) &&
+                        !memcmp(&values[row * of_row], value.data(), of_row * sizeof(float)),
+                    "a projected row alone has other bits");
+        }
+    }
+    std::vector<float> one(std::max(width, of_row));
+    for (int32_t layer : {-1, model.config.layers, INT32_MAX})
+        require(pfx_project(model.decoder, layer, one.data(), 1, one.data(), one.data()) != 0, "a layer is refused");
+    require(pfx_project(model.decoder, 0, one.data(), -1, one.data(), one.data()) != 0, "rows are refused");
+    require(pfx_project(model.decoder, 0, nullptr, 1, one.data(), one.data()) != 0, "no inputs are refused");
+    require(pfx_project(model.decoder, 0, one.data(), 1, nullptr, one.data()) != 0, "no keys are refused");
+    require(pfx_project(model.decoder, 0, one.data(), 1, one.data(), nullptr) != 0, "no values are refused");
+    require(pfx_project(nullptr, 0, one.data(), 1, one.data(), one.data()) != 0, "no decoder is refused");
+    require(pfx_project(model.decoder, 0, nullptr, 0, nullptr, nullptr) == 0, "no rows need nothing");
+}
+
 int main(int count, char** arguments) {
     require(count == 4, "expected: decoder_tests ISA THREADS ROUNDS");
     int32_t isa = -1, threads = atoi(arguments[2]), rounds = atoi(arguments[3]);
@@ -116,6 +195,9 @@ int main(int count, char** arguments) {
                 check_passes(model, threads);
                 check_pool(model);
                 check_inputs(model);
+                check_gated(model);
+                check_refused_gated(model);
+                check_project(model);
                 pfx_counters counters;
                 pfx_read_counters(model.decoder, &counters);
                 require(counters.steps > 10 && counters.step_ns > 0, "the counters");

@@ -209,8 +209,10 @@ class Native:
         outputs: Sequence[int] | None = None,
         inputs: torch.Tensor | None = None,
         width: int = 8,
+        gated: Sequence[tuple[int, int, Sequence[int]] | None] = (),
     ) -> interface.Step:
-        """A step of rows (token ids, start, block table); its arrays live as long as it does."""
+        """A step of rows (token ids, start, block table); its arrays live as long as it does.
+        ``gated``: of each row the rows, first layer and blocks of a gated prefix."""
         ids = [i for row in rows for i in row[0]]
         outputs = range(len(ids)) if outputs is None else outputs
         lengths = [len(row[0]) for row in rows]
@@ -234,6 +236,19 @@ class Native:
             candidates=self.config.vocab_size,
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )  # fmt: skip
+        if any(gated):
+            prefixes = [prefix or (0, 0, []) for prefix in gated]
+            step.gated_width = max(len(blocks) for *_, blocks in prefixes)
+            own = {
+                "gated_counts": array([count for count, *_ in prefixes]),
+                "gated_layers": array([layer for _, layer, _ in prefixes]),
+                "gated_tables": array(
+                    [[*b, *[-7] * (step.gated_width - len(b))] for *_, b in prefixes]
+                ),
+            }
+            for name, tensor in own.items():
+                setattr(step, name, tensor.data_ptr())
+            tensors |= own
         step.tensors = tensors
         return step
 
