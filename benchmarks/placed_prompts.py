@@ -65,12 +65,14 @@ async def measure(
     rates: dict[str, list[float]] = {way: [] for way in chosen}
     seed = os.getpid() * 1000  # other prompts in each run
     for number in range(rounds + 1):
-        ways = list(chosen)
+        ways, results = list(chosen), dict[str, float]()
         for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
             seed += 1
-            measured = await rate(http, WAYS[way], seed=seed)
-            if number:
-                rates[way].append(measured)
+            results[way] = round(await rate(http, WAYS[way], seed=seed), 1)
+        print(f"round {number} of {rounds}, tokens/s: {results}", flush=True)
+        if number:
+            for way, result in results.items():
+                rates[way].append(result)
     return rates
 
 
@@ -102,7 +104,7 @@ def main() -> None:
         "machine": host.processor(Path("/proc/cpuinfo").read_text()),
         "tokens_per_s": {way: round(statistics.median(each), 1) for way, each in rates.items()},
         "ratio_to_base": {way: round(statistics.median(each), 3) for way, each in of_base.items()},
-        "rounds": {way: [round(each, 1) for each in values] for way, values in rates.items()},
+        "rounds": rates,
     }
     print(json.dumps(report, indent=2))
     write(options.out, report)
