@@ -1,6 +1,7 @@
 """Run by ``test_canary``: a server with its logging, and every path that could leak a canary.
 
-Prints one JSON object: the error bodies and the metrics page. The log goes to standard error.
+Prints one JSON object: the error bodies, the metrics page, and whether it has imported torch. The
+log goes to standard error.
 """
 
 import json
@@ -114,7 +115,8 @@ def main() -> None:
         errors = [a.text for a in answers if a.status_code >= 400 or '"error"' in a.text]
         counts = sorted({answer.status_code for answer in answers})
         keys = [key.split("_")[2] for key in world.keys.values()]
-    json.dump({"errors": errors, "metrics": metrics, "statuses": counts, "keys": keys}, sys.stdout)
+    output = {"errors": errors, "metrics": metrics, "statuses": counts, "keys": keys}
+    json.dump({**output, "torch": "torch" in sys.modules}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ def test_logs_metrics_and_errors_contain_no_secret_or_prompt(form: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     output = json.loads(done.stdout)
+    assert not output["torch"], "the tests of the API import torch, which takes most of their time"
     # The scenario reached all its paths, and the log recorded them.
     assert set(output["statuses"]) == {200, 201, 400, 401, 422, 500}
     assert "request failed" in done.stderr

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import TYPE_CHECKING
 
 import structlog
 from fastapi import FastAPI
@@ -15,7 +16,6 @@ from prefixd.server.api.catalog_calls import CatalogCalls
 from prefixd.server.api.request_record import Tracer
 from prefixd.server.engine.engine import Engine
 from prefixd.server.errors import Unavailable
-from prefixd.server.model.parallel.followers import Followers
 from prefixd.server.serve.catalog_probe import CatalogProbe, report_health
 from prefixd.server.serve.pin_sync import PinSync
 from prefixd.server.tenants.limiter import RENEW_EVERY_S, Limiter
@@ -24,6 +24,9 @@ from prefixd.server.tenants.registry import Tenants
 from prefixd.store.disk import DiskGuard, DiskWatch
 from prefixd.store.gc import Sweeper
 from prefixd.store.store import PrefixStore
+
+if TYPE_CHECKING:  # it imports torch, which the tests of the API do without
+    from prefixd.server.model.parallel.followers import Followers
 
 CLOSING_S = 0.5
 """How long the calls on the catalog, and then its connections, may take to end, in seconds."""
@@ -46,7 +49,7 @@ def make_lifespan(
     pin_room: PinRoom,
     sweeper: Sweeper | None = None,
     trace: Tracer | None = None,
-    followers: Followers | None = None,
+    followers: "Followers | None" = None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """A lifespan that runs the engine, pin sync, lease renewal, the watch over the disk and
     ``sweeper``, and at the end closes ``trace``, ``database`` and ``followers``. ``fingerprint`` is
