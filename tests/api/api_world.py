@@ -18,6 +18,7 @@ from prefixd.server.api.catalog_calls import WAIT_S
 from prefixd.server.api.catalog_metrics import CatalogCollector
 from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.drain_state import DrainState
+from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.prefixes.residency import pin_room
 from prefixd.server.api.request_record import Tracer
@@ -183,6 +184,7 @@ class World:
         engine = engine or self.engine
         room = pin_room(engine.config, None)
         access = CatalogAccess.make(wait_s=wait_s)
+        inputs = InputLoader(StoreBackedSource(self.store, self.served.base).embeddings)
         return create_app(
             store=self.store,
             tenants=self.tenants,
@@ -196,7 +198,7 @@ class World:
             drain_state=self.drain_state,
             pin_room=room,
             catalog=access,
-            embeddings=StoreBackedSource(self.store, self.served.base).embeddings,
+            inputs=inputs,
             body_limits=self.body_limits,
             disk=self.disk,
             trace=trace,
@@ -208,6 +210,7 @@ class World:
                 disk=self.disk,
                 fingerprint=self.served.base.fingerprint,
                 pin_room=room,
+                inputs=inputs,
                 catalog=access,
                 database=self.database,
                 trace=trace,

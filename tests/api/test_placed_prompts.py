@@ -1,6 +1,7 @@
 """Virtual tokens inside prompts: placed by the version's template, or by parts of a message."""
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -408,3 +409,18 @@ def test_a_deleted_version_is_not_found(client: TestClient, digest: str) -> None
     assert text_of(complete(client))
     client.delete("/v1/prefixes/tweet")
     assert complete(client).status_code == 404
+
+
+def test_threads_that_load_rows_end_with_the_server(world: World) -> None:
+    def loading() -> list[threading.Thread]:
+        return [t for t in threading.enumerate() if t.name.startswith("prefixd-inputs")]
+
+    others = set(loading())
+    with TestClient(world.make_app(), headers=world.headers()) as client:
+        put_soft(client, "tweet", TEMPLATE)
+        assert complete(client).status_code == 200
+        started = [thread for thread in loading() if thread not in others]
+    assert started
+    for thread in started:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in started)

@@ -21,7 +21,7 @@ from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.generate import routes as generate_routes
 from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.charging import Charging
-from prefixd.server.api.generate.inputs import InputLoader, LoadEmbeddings
+from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.generate.resolver import PrefixResolver
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.middleware import RequestLayer
@@ -81,7 +81,7 @@ def create_app(
     body_limits: BodyLimits,
     disk: DiskGuard,
     catalog: CatalogAccess,
-    embeddings: LoadEmbeddings,
+    inputs: InputLoader,
     bounds: TenantBounds | None = None,
     body_timeout: float,
     min_body_rate: int,
@@ -118,7 +118,7 @@ def create_app(
         drain_state=drain_state,
         served=served,
         metrics=metrics,
-        inputs=InputLoader(embeddings),
+        inputs=inputs,
         trace=trace,
     )
     metrics.registry.register(BucketCollector(lambda: store.num_blob_failures))

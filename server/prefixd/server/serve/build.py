@@ -19,6 +19,7 @@ from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.catalog_metrics import CatalogCollector
 from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.drain_state import DrainState
+from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.prefixes.residency import pin_room
 from prefixd.server.api.served import DecoderInfo, EncoderInfo, ServedModel
@@ -121,6 +122,7 @@ def build_server(settings: Settings) -> Server:
     access = CatalogAccess.make(wait_s=settings.catalog_timeout)
     metrics.registry.register(CatalogCollector(access))
     room = pin_room(config, settings.max_pinned_tokens)
+    inputs = InputLoader(source.embeddings)
     app = create_app(
         store=catalog.store,
         tenants=catalog.tenants,
@@ -133,7 +135,7 @@ def build_server(settings: Settings) -> Server:
         metrics=metrics,
         disk=catalog.disk,
         catalog=access,
-        embeddings=source.embeddings,
+        inputs=inputs,
         drain_state=drain_state,
         pin_room=room,
         body_limits=BodyLimits(
@@ -157,6 +159,7 @@ def build_server(settings: Settings) -> Server:
             disk=catalog.disk,
             fingerprint=base.fingerprint,
             pin_room=room,
+            inputs=inputs,
             sweeper=_make_sweeper(settings, catalog, engine),
             trace=trace,
             catalog=access,

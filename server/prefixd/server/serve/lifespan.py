@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.catalog_calls import CatalogCalls
+from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.request_record import Tracer
 from prefixd.server.engine.engine import Engine
 from prefixd.server.errors import Unavailable
@@ -47,13 +48,14 @@ def make_lifespan(
     database: Database,
     fingerprint: str,
     pin_room: PinRoom,
+    inputs: InputLoader,
     sweeper: Sweeper | None = None,
     trace: Tracer | None = None,
     followers: "Followers | None" = None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """A lifespan that runs the engine, pin sync, lease renewal, the watch over the disk and
-    ``sweeper``, and at the end closes ``trace``, ``database`` and ``followers``. ``fingerprint`` is
-    the served base's."""
+    ``sweeper``, and at the end closes ``inputs``, ``trace``, ``database`` and ``followers``.
+    ``fingerprint`` is the served base's."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -88,6 +90,7 @@ def make_lifespan(
             pin_sync.stop()
             disk_watch.stop()
             engine.stop()
+            inputs.close()
             if followers is not None:
                 followers.close()
             if trace is not None:

@@ -58,6 +58,10 @@ class InputLoader:
             raise from_unavailable(str(error), error.code) from error
         return replace(admitted, requests=tuple(requests), unloaded=())
 
+    def close(self) -> None:
+        """End the threads, without waiting for a load that hangs."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     async def _get(self, key: PrefixKey) -> Embeddings:
         with self._lock:
             kept = self._kept.get(key)
