@@ -15,7 +15,8 @@ import typer
 from fastapi.testclient import TestClient
 
 from prefixd.server.cli.serve import load_server
-from prefixd.server.serve.build import Server, build_server, model_origin
+from prefixd.server.serve.build import Server, build_server
+from prefixd.server.serve.checks import model_origin
 from prefixd.server.serve.settings import Settings
 from tests.api.api_world import put_text
 from tests.cli.cli_runner import run

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from prefixd.server.serve.build import scheduler_config
+from prefixd.server.serve.engine_config import scheduler_config
 from prefixd.server.serve.http import address, bind
 from prefixd.server.serve.settings import ENV_PREFIX, Settings
 from prefixd.server.serve.settings_reference import COMPUTED_DEFAULTS, SETTING_GROUPS

@@ -14,7 +14,9 @@ from structlog.testing import capture_logs
 
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.model.architecture import UnsupportedModel
-from prefixd.server.serve.build import _refused_kinds, build_server, with_states
+from prefixd.server.serve.build import build_server
+from prefixd.server.serve.engine_config import with_states
+from prefixd.server.serve.served_model import _refused_kinds
 from prefixd.server.serve.settings import Settings
 from prefixd.store.artifact.kinds import Kind
 from tests.model.tiny_folder import SIZES, save_folder

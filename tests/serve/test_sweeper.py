@@ -5,9 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from prefixd.server.serve.build import _make_sweeper
 from prefixd.server.serve.catalog import open_catalog
 from prefixd.server.serve.settings import Settings
+from prefixd.server.serve.sweeper import make_sweeper
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.idempotency import Replay
 from prefixd.server.tenants.principal import COMMAND_LINE
@@ -26,7 +26,7 @@ def test_a_sweep_removes_expired_rows(tmp_path: Path) -> None:
         replay = Replay(201, {})
         catalog.idempotency.keep(connection, "acme", "k", request_digest="d", replay=replay)
     engine: Any = SimpleNamespace(held_prefixes=tuple)
-    _make_sweeper(settings, catalog, engine)._sweep()
+    make_sweeper(settings, catalog, engine)._sweep()
     entries, _ = catalog.audit.page(tenant="acme", limit=9)
     assert [entry.action for entry in entries] == [Action.TENANT_CREATE]
     with catalog.database.connect() as connection:
@@ -40,7 +40,7 @@ def test_interrupted_uploads_of_all_folders_are_removed(tmp_path: Path) -> None:
     catalog = open_catalog(settings)
     folders = [tmp_path / "uploads", tmp_path / "blobs" / ".tmp"]
     engine: Any = None
-    sweeper = _make_sweeper(settings, catalog, engine)
+    sweeper = make_sweeper(settings, catalog, engine)
     sweeper._tidy()  # also without the folders
     for folder in folders:
         folder.mkdir(parents=True)

@@ -14,8 +14,8 @@ from prefixd.client import Client
 from prefixd.server.cli.demo.child import admin
 from prefixd.server.cli.serve import load_server
 from prefixd.server.model.parallel.plan import ParallelRefused
-from prefixd.server.serve import loading
-from prefixd.server.serve.build import scheduler_config
+from prefixd.server.serve import checks, loading
+from prefixd.server.serve.engine_config import scheduler_config
 from prefixd.server.serve.settings import Settings
 from tests.faults.faults_process import KillableServer
 from tests.model.tiny_folder import save_folder, tiny_llama
@@ -50,9 +50,9 @@ def test_a_start_that_cannot_succeed_ends_before_processes_start(
 def test_int8_is_not_offered_where_a_start_would_refuse_it(folder: Path, tmp_path: Path) -> None:
     chosen = settings(folder, tmp_path, tensor_parallel=2)
     expected = "a start would fail: tensor_parallel is 2 and quantize is int8; expected none"
-    assert expected in loading.check_int8(chosen, device="cpu")
+    assert expected in checks.check_int8(chosen, device="cpu")
     with pytest.raises(ParallelRefused):
-        loading.check_int8(chosen.model_copy(update={"quantize": "int8"}), device="cpu")
+        checks.check_int8(chosen.model_copy(update={"quantize": "int8"}), device="cpu")
 
 
 def test_ranks_on_one_cpu_share_its_threads(folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixd.server.serve.build import prepare_upload_folder
+from prefixd.server.serve.sweeper import prepare_upload_folder
 from prefixd.store.files import UPLOAD_PREFIX, file_in_progress
 
 

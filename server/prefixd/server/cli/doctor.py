@@ -109,14 +109,13 @@ def _check_catalog(settings: Settings) -> str:
 def _check_torch(settings: Settings) -> str:
     import torch
 
-    from prefixd.server.serve.build import threads_of
+    from prefixd.server.serve.loading import threads_of
 
     return f"torch {torch.__version__}, {threads_of(settings)} threads"
 
 
 def _check_device(settings: Settings) -> str:
-    from prefixd.server.serve.build import device_of
-    from prefixd.server.serve.loading import check_ranks
+    from prefixd.server.serve.loading import check_ranks, device_of
 
     device = device_of(settings)
     check_ranks(settings, device=device)
@@ -125,15 +124,15 @@ def _check_device(settings: Settings) -> str:
 
 
 def _check_kernels(settings: Settings) -> str:
-    from prefixd.server.serve.build import device_of
+    from prefixd.server.serve.loading import device_of
     from prefixd.server.serve.native_kernels import describe_kernels
 
     return describe_kernels(settings, device=device_of(settings))
 
 
 def _check_int8(settings: Settings) -> str:
-    from prefixd.server.serve.build import device_of
-    from prefixd.server.serve.loading import check_int8
+    from prefixd.server.serve.checks import check_int8
+    from prefixd.server.serve.loading import device_of
 
     return check_int8(settings, device=device_of(settings))
 
@@ -143,7 +142,7 @@ def _check_model(settings: Settings) -> str:
         demo_model_packages()
         if settings.fingerprint_of is None:  # without torch, which takes seconds
             return "the bundled demo model is installed"
-    from prefixd.server.serve.build import model_origin
+    from prefixd.server.serve.checks import model_origin
 
     return model_origin(settings)
 

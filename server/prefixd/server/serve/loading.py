@@ -9,17 +9,18 @@ import torch
 from prefixd.server.api.served import DecoderInfo
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.model.buffers import StepSizes
+from prefixd.server.model.cores import default_threads
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.decoders import DecoderUnavailable, choose_decoder, make_pair_decoder
 from prefixd.server.model.device_runner import DeviceRunner
-from prefixd.server.model.int8_decoder import describe_int8, make_int8_decoder, require_native
-from prefixd.server.model.load import LoadedBase, find_model, load_base
+from prefixd.server.model.int8_decoder import make_int8_decoder, require_native
+from prefixd.server.model.load import LoadedBase, find_model, load_base, resolve_device
 from prefixd.server.model.original import check_original, read_original
 from prefixd.server.model.paged import PagedDecoder
 from prefixd.server.model.paged_module import PagedModuleDecoder
 from prefixd.server.model.pair_check import check_pair
 from prefixd.server.model.parallel.followers import Followers
-from prefixd.server.model.parallel.plan import Job, ParallelRefused, refuse_setup
+from prefixd.server.model.parallel.plan import Job, refuse_setup
 from prefixd.server.model.parallel.runner import ParallelRunner
 from prefixd.server.model.quantized import refuse_rounded
 from prefixd.server.model.runner import Runner
@@ -203,23 +204,17 @@ def check_ranks(settings: Settings, *, device: str) -> None:
         )
 
 
-def check_int8(settings: Settings, *, device: str) -> str:
-    """Whether int8 can be computed here and by what. Raises DecoderUnavailable or ParallelRefused
-    where the settings ask for it and it cannot, as a start does."""
-    asked = settings.quantize == "int8"
-    try:
-        check_ranks(settings.model_copy(update={"quantize": "int8"}), device=device)
-        text = describe_int8(
-            settings.cpu_kernels,
-            getattr(torch, settings.dtype),
-            torch.device(device),
-            settings.root,
-        )
-    except (DecoderUnavailable, ParallelRefused) as reason:
-        if asked:
-            raise
-        return f"off; with it, a start would fail: {reason}"
-    return text if asked else f"off; with it: {text}"
+def device_of(settings: Settings) -> str:
+    """The device that the settings select on this machine. Raises ValueError if it is missing."""
+    device = resolve_device(settings.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here")
+    return str(device)
+
+
+def threads_of(settings: Settings) -> int:
+    """The most threads that compute at a time."""
+    return settings.threads or default_threads()
 
 
 def kv_namespace(fingerprint: str, settings: Settings) -> str:

@@ -1,0 +1,75 @@
+"""What the API needs to know of the model that serves."""
+
+import sys
+import time
+
+from prefixd.server.api.served import DecoderInfo, EncoderInfo, ServedModel
+from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.model.gated_places import attention_name, refuse_gated
+from prefixd.server.model.load import LoadedBase
+from prefixd.server.model.prefix import refused_kinds
+from prefixd.server.model.selfcheck import Limits
+from prefixd.server.model.tokenizer import Tokenizer
+from prefixd.server.serve.settings import Settings
+from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.kinds import Kind
+
+
+def served_model(
+    settings: Settings,
+    config: SchedulerConfig,
+    base: LoadedBase,
+    limits: Limits,
+    decoder: DecoderInfo,
+) -> ServedModel:
+    """The model of ``base`` under the settings; ``limits`` bound the values of prefixes."""
+    name = settings.served_model_name or base.name
+    pair = base.pair
+    return ServedModel(
+        name=name,
+        base=BaseSpec(
+            name=name,
+            fingerprint=base.fingerprint,
+            num_layers=base.shape.num_layers,
+            num_kv_heads=base.shape.num_kv_heads,
+            head_dim=base.shape.head_dim,
+            embedding_width=base.shape.embedding_width,
+            max_virtual_tokens=min(settings.max_virtual_tokens, base.shape.max_positions - 1),
+            dtype=settings.dtype,
+            max_abs_embedding=limits.max_abs_embedding,
+            max_abs_kv=limits.max_abs_kv,
+            refused_kinds=_refused_kinds(settings, base),
+            attention_module=attention_name(base.module),
+            encoder_layers=None if pair is None else pair.encoder_layers,
+        ),
+        decoder=decoder,
+        max_positions=base.shape.max_positions,
+        vocab_size=base.num_embeddings,
+        logits_size=base.num_logits,
+        eos_token_ids=frozenset(i for i in base.eos_token_ids if 0 <= i < base.num_logits),
+        created=int(time.time()),
+        tokenizer=Tokenizer(base.tokenizer),
+        prefix_warnings=base.layers.sight_warnings,
+        encoder=None
+        if pair is None
+        else EncoderInfo(
+            start=pair.start,
+            max_tokens=min(config.max_tokens_per_step, pair.max_source or sys.maxsize),
+            block_size=config.block_size,
+        ),
+    )
+
+
+def _refused_kinds(settings: Settings, base: LoadedBase) -> dict[Kind, str]:
+    """Kinds of prefixes that the base cannot take, with the reason."""
+    if base.pair is not None:
+        return refused_kinds(base)
+    refused, reason = refused_kinds(base), refuse_gated(base.module, base.shape)
+    if settings.tensor_parallel > 1:
+        reason = "tensor parallel does not compile adaption prompts"
+    if reason is None:
+        return refused
+    others = "a soft prompt or a text"
+    if Kind.KV_PREFIX not in refused:
+        others = "a soft prompt, a KV prefix or a text"
+    return refused | {Kind.ADAPTION_PROMPT: f"expected {others}, since {reason}"}
