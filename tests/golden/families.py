@@ -153,6 +153,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mellum": {**_HEADS, **_EXPERTS},
     "minimax_m2": {**_HEADS, **_EXPERTS, "rotary_dim": 16},
     "minimax_m3_vl_text": {**_HEADS, **_EXPERTS},
+    "gemma3n_text": {
+        **_HEADS,
+        "vocab_size_per_layer_input": VOCAB,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "num_kv_shared_layers": 0,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.95, 0.0],
+    },
     "lfm2, attention only": {**_GATED, "layer_types": ["full_attention"] * 2},
     "opt, embeddings of 32": {
         "ffn_dim": 96,

@@ -19,6 +19,7 @@ _ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
 OUTSIDE: dict[str, dict[str, Any]] = {
     "bloom": {},
     "bloom, 3 heads": {"hidden_size": 48, "num_attention_heads": 3},
+    "bloom, in slices": {"pretraining_tp": 2, "slow_but_exact": True},
     "codegen": {"rotary_dim": 4},
     "falcon": {},
     "falcon, ALiBi": {  # slopes of 16 heads are not all powers of two: their products are rounded

@@ -1,5 +1,6 @@
 """Models that cannot be served correctly are rejected by name, by config or by self-check."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from prefixd.server.model.architecture import (
     shape_of,
 )
 from prefixd.server.model.fingerprint import fingerprint_of
-from prefixd.server.model.load import prepare_base
+from prefixd.server.model.load import load_base, prepare_base
 from prefixd.server.model.selfcheck import Limits, self_check
 from tests.model.broken_models import random_model
+from tests.model.tiny_folder import SIZES, save_folder
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
@@ -26,12 +28,6 @@ GATED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
     [
         (transformers.T5Config(), "t5.*encoder-decoder"),
         (transformers.GPT2Config(add_cross_attention=True), "gpt2.*cross-attention"),
-        (
-            transformers.LlamaConfig(
-                rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-            ),
-            "llama.*dynamic rotary",
-        ),
     ],
     ids=lambda value: value.model_type if hasattr(value, "model_type") else "",
 )
@@ -79,6 +75,56 @@ def test_the_served_context_is_what_the_model_and_the_pool_can_hold() -> None:
     assert served_context(config, pool_tokens=None) == 512
     assert served_context(config, pool_tokens=80) == 80
     assert served_context(config, pool_tokens=1024) == 512
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [4.0, 5.0, 6.0, 7.0],
+    "original_max_position_embeddings": 96,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+HUNYUAN = {**GATED, "head_dim": 8, "rope_parameters": {**DYNAMIC, "alpha": 1000.0}}
+SCALED_WITH_THE_LENGTH = [
+    (transformers.Phi3Config(**GATED, pad_token_id=0, rope_parameters=LONGROPE,
+        original_max_position_embeddings=96, max_position_embeddings=512), 96),
+    (transformers.PhimoeConfig(**GATED, num_local_experts=4, max_position_embeddings=512,
+        rope_parameters={**LONGROPE, "short_mscale": 1.1, "long_mscale": 1.3}), 96),
+    (transformers.LlamaConfig(**GATED, rope_parameters=DYNAMIC, max_position_embeddings=112), 112),
+    (transformers.HunYuanDenseV1Config(**HUNYUAN, max_position_embeddings=112), 112),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    SCALED_WITH_THE_LENGTH,
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_rotary_embeddings_that_change_with_the_length_are_served_up_to_where_they_do(
+    config: Any, positions: int
+) -> None:
+    base = prepare_base(random_model(config), None, name="m", dtype="float32", device="cpu")
+    assert base.context == base.shape.max_positions == positions
+    self_check(base, block_size=16)
+
+
+def test_the_log_names_the_positions_past_which_rotary_embeddings_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = {**SIZES, "max_position_embeddings": 512, "rope_parameters": LONGROPE}
+    model = random_model(transformers.LlamaConfig(**sizes))
+    save_folder(model, tmp_path)
+    base = load_base(str(tmp_path), dtype="float32", device="cpu", cache_dir=tmp_path)
+    assert base.context == 96
+    assert "served up to 96 positions" in caplog.text
+
+
+def test_a_window_that_transformers_puts_in_the_mask_alone_is_a_window() -> None:
+    config = transformers.PhimoeConfig(**GATED, num_local_experts=4, sliding_window=8)
+    base = prepare_base(random_model(config), None, name="m", dtype="float32", device="cpu")
+    assert base.layers.beyond_plain() == "a sliding window of 8 tokens in layer 0"
+    self_check(base, block_size=16)
 
 
 @pytest.mark.parametrize(
@@ -168,17 +214,27 @@ def test_an_attention_option_that_is_off_is_ignored(name: str, value: Any) -> No
     check(model_with_option(**{name: value}))
 
 
-def test_a_mixture_of_experts_is_served_unless_it_returns_router_logits() -> None:
-    def mixtral(flag: bool) -> Any:
-        return transformers.MixtralForCausalLM(
-            transformers.MixtralConfig(
-                **GATED, num_local_experts=4, sliding_window=None, output_router_logits=flag
-            )
-        )
+EXPERTS = {**GATED, "num_local_experts": 4, "sliding_window": None}
+FALCON = {**SMALL, "max_position_embeddings": 128}
 
-    check(mixtral(False))
-    with pytest.raises(UnsupportedModel, match="attention options: output_router_logits"):
-        check(mixtral(True))
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.MixtralConfig(**EXPERTS, output_router_logits=True),
+        transformers.LlamaConfig(**GATED, output_hidden_states=True, use_cache=False),
+        transformers.LlamaConfig(**GATED, return_dict=False),
+        transformers.FalconConfig(**FALCON, output_attentions=True),
+        transformers.BloomConfig(**SMALL, seq_length=128, return_dict=False),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_configs_with_further_outputs_are_served(config: Any) -> None:
+    model = random_model(config)
+    before = fingerprint_of(model, None)
+    base = prepare_base(model, None, name="m", dtype="float32", device="cpu")
+    assert base.fingerprint == before
+    self_check(base, block_size=16)
 
 
 def test_an_encoder_is_rejected_because_its_tokens_see_later_ones() -> None:

@@ -117,6 +117,8 @@ def _llama_adapter(model: Any, served: Served, folder: Path) -> Kind:
 
 def _placed(model: Any, served: Served) -> Kind:
     """Virtual tokens in front of the prompt and inside of it, which PEFT does not know."""
+    if reason := spec_of(served.base).refused_kinds.get(ArtifactKind.SOFT_PROMPT):
+        return Kind("placed", (), f"refused: {reason}")
     embeddings = soft_prompt(served, PLACED_LENGTH, seed=4)
     key = served.put(SoftPrompt(embeddings)).key
     cases = []

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,9 @@ def examine(name: str, folder: Path, *, served_model: Any = None) -> Row:
 
 
 def _batch(kinds: Sequence[Kind]) -> list[Case]:
-    """All requests of all kinds, short prompts first, some twice so that there are enough."""
+    """All requests of all kinds, short prompts first, some again so that there are enough."""
     cases = [kind.cases[turn] for turn in (0, 1) for kind in kinds if kind.cases]
-    return cases + cases[: LEAST_ROWS - len(cases)] if len(cases) < LEAST_ROWS else cases
+    return list(islice(cycle(cases), max(LEAST_ROWS, len(cases))))
 
 
 def compare(served: Served, batch: Sequence[Case]) -> dict[str, list[str]]:

@@ -52,7 +52,28 @@ def _max_positions(config: Any) -> int | None:
     """Positions of a model; None where the config names no limit (BLOOM)."""
     text = config.get_text_config(decoder=True)
     limits = (getattr(text, key, None) for key in _POSITIONS)
-    return next((int(limit) for limit in limits if limit is not None), None)
+    named = next((int(limit) for limit in limits if limit is not None), None)
+    unscaled = unscaled_positions(config)
+    return named if unscaled is None else min(unscaled, named or unscaled)
+
+
+def unscaled_positions(config: Any) -> int | None:
+    """Positions up to which no longrope of a config changes with the longest sequence of a batch;
+    None: there is none. (``dynamic`` changes past all positions of a model alone.)
+
+    Below it all sequences have the short factors, as transformers gives them. Past it one request
+    would change another's output, and its own keys in the cache, which were rotated otherwise.
+    """
+    text = config.get_text_config(decoder=True)
+    ropes = _ropes(getattr(text, "rope_parameters", None))
+    return min(
+        (
+            int(rope["original_max_position_embeddings"])
+            for rope in ropes
+            if rope.get("rope_type") == "longrope"
+        ),
+        default=None,
+    )
 
 
 def refuse_unsupported(config: Any, *, context: int) -> None:
@@ -69,11 +90,24 @@ def refuse_unsupported(config: Any, *, context: int) -> None:
     if getattr(text, "add_cross_attention", False):
         raise UnsupportedModel(f"{name} has cross-attention; prefixd serves decoder-only models")
     _refuse_layers(name, text)
-    if kind := _rope_kinds(getattr(text, "rope_parameters", None)) & {"dynamic", "longrope"}:
-        raise UnsupportedModel(
-            f"{name} uses {kind.pop()} rotary embeddings, which change with the longest sequence "
-            "of a batch: one request would change another's output"
-        )
+
+
+_OUTPUTS = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "output_router_logits": False,
+    "return_dict": True,
+}
+"""Options of a config that change what a model returns besides logits."""
+
+
+def return_logits_alone(config: Any) -> None:
+    """Let a model return its logits and nothing else: a config saved by training may name more,
+    such as the logits of routers."""
+    for part in (config, config.get_text_config(decoder=True)):
+        for option, value in _OUTPUTS.items():
+            if getattr(part, option, value) != value:
+                setattr(part, option, value)
 
 
 def _refuse_layers(name: str, text: Any) -> None:
@@ -86,12 +120,13 @@ def _refuse_layers(name: str, text: Any) -> None:
         )
 
 
-def _rope_kinds(parameters: Any) -> set[str]:
-    """The kinds of rotary embeddings of ``rope_parameters``: one, or one for each kind of layer."""
+def _ropes(parameters: Any) -> list[dict[str, Any]]:
+    """The settings of rotary embeddings in ``rope_parameters``: one, or one for each kind of
+    layer."""
     if not isinstance(parameters, dict):
-        return set()
-    nested = (_rope_kinds(value) for value in parameters.values())
-    return {str(parameters.get("rope_type", "default"))}.union(*nested)
+        return []
+    nested = [rope for value in parameters.values() for rope in _ropes(value)]
+    return [parameters, *nested]
 
 
 def shape_of(config: Any, *, embedding_width: int, context: int) -> Shape:

@@ -178,9 +178,16 @@ def attend(
     return current_pass().attend(module, query, key, value, options)
 
 
+_WINDOW_IN_MASK = frozenset({"phimoe"})
+"""Types of models whose ``sliding_window`` is that of every layer, and an option of none:
+transformers puts it in the mask."""
+
+
 def _kinds(module: Any) -> str | None:
     """What the config says of this layer's attention."""
     config = getattr(module, "config", None)
+    if getattr(config, "model_type", None) in _WINDOW_IN_MASK:
+        return "sliding_attention"
     kinds = getattr(config, "layer_types", None)
     index = getattr(module, "layer_idx", None)
     if not kinds or index is None or index >= len(kinds):

@@ -12,8 +12,10 @@ from prefixd.server.model.architecture import (
     Shape,
     UnsupportedModel,
     refuse_unsupported,
+    return_logits_alone,
     served_context,
     shape_of,
+    unscaled_positions,
 )
 from prefixd.server.model.checkpoint import read_config, read_tokenizer, read_weights
 from prefixd.server.model.checkpoint_files import refuse_unreadable_files
@@ -187,6 +189,13 @@ def load_base(
             f"{name} keeps a state in its layers of {base.layers.states[0].kind}, which is not "
             "cut by head, so it cannot be served with tensor_parallel"
         )
+    if unscaled := unscaled_positions(config):
+        log.warning(
+            "%s is served up to %d positions: past them its rotary embeddings (longrope) change "
+            "with the longest sequence of a batch",
+            name,
+            unscaled,
+        )
     if unseen := base.layers.unseen_part(base.context):
         log.info(
             "%s has layers with windows; the KV pool holds all positions of all layers, so %.0f %% "
@@ -219,6 +228,7 @@ def prepare_base(
     head = module.get_output_embeddings()
     shape = sizes(module.config, embedding_width=embedding_width, context=context)
     fingerprint = fingerprint_of(module, tokenizer)
+    return_logits_alone(module.config)
     target = resolve_device(device)
     if is_pair and dtype == "float16":
         log.warning("%s may overflow in float16; expected bfloat16 or float32", name)

@@ -12,7 +12,7 @@ from prefixd.server.model.gated import WithGated
 from prefixd.server.model.gated_places import add_after_projections, place_of, project_module
 from prefixd.server.model.gathered import GatheredAttention
 from prefixd.server.model.load import LoadedBase
-from prefixd.server.model.per_layer import PerLayerInputs
+from prefixd.server.model.per_layer import PerLayerInputs, word_scale
 from prefixd.server.model.state_pool import PassStates
 from prefixd.server.model.step_cache import StepCache, cache_argument, cache_of
 from prefixd.server.model.torch_decoder import TorchDecoder
@@ -30,6 +30,7 @@ class ModuleDecoder(TorchDecoder):
         """``num_blocks`` counts the null block."""
         super().__init__(base, num_blocks=num_blocks, block_size=block_size, sizes=sizes)
         self._embed: Any = base.module.get_input_embeddings()
+        self._word_scale = word_scale(base.module)
         self._per_layer = PerLayerInputs(base.module)
         self._num_ids = base.num_embeddings
         place = place_of(base.module)
@@ -84,6 +85,8 @@ class ModuleDecoder(TorchDecoder):
     def _embeddings(self, token_ids: torch.Tensor, batch: FlatBatch) -> torch.Tensor:
         """Input embeddings [num_tokens, embedding_width]: looked up, or those of a soft prompt."""
         looked_up = self._embed(token_ids)
+        if self._word_scale != 1.0:
+            looked_up = looked_up * self._word_scale
         embeddings: torch.Tensor = looked_up.to(self.base.dtype)
         for offset, values in batch.inputs:
             embeddings[offset : offset + len(values)] = values.to(self.base.device)

@@ -1,6 +1,6 @@
 """Prefixes in host memory: an artifact in the serving dtype, ready to compile to KV."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from prefixd.server.engine.request import PrefixKey, Ranges
 from prefixd.server.model.encoder_decoder.layout import decoder_kv, packed
 from prefixd.server.model.load import LoadedBase
+from prefixd.server.model.per_layer import soft_prompt_refused
 from prefixd.server.model.threads import limit_thread
 from prefixd.store.artifact.artifact import Artifact
 from prefixd.store.artifact.kinds import Kind
@@ -127,6 +128,11 @@ def rows_of(prefix: Prefix, rows: Ranges) -> Prefix:
     return SoftPrompt(torch.cat([prefix.embeddings[start:stop] for start, stop in rows]))
 
 
+_NAMES = {
+    Kind.SOFT_PROMPT: "a soft prompt",
+    Kind.KV_PREFIX: "a KV prefix",
+    Kind.HARD_PROMPT: "a text",
+}
 _NO_TEXTS = (
     "expected a soft prompt or a KV prefix, since the encoder of an encoder-decoder reads all of a "
     "prompt together; put the text in front of the prompt"
@@ -140,10 +146,19 @@ def refused_kinds(base: LoadedBase) -> dict[Kind, str]:
             Kind.HARD_PROMPT: _NO_TEXTS,
             Kind.ADAPTION_PROMPT: "expected a soft prompt or a KV prefix for an encoder-decoder",
         }
-    reason = base.layers.kv_prefix_refused(base.shape.num_layers)
-    if reason is None:
-        return {}
-    return {Kind.KV_PREFIX: f"expected a soft prompt or a text, since {reason}"}
+    reasons = {
+        Kind.SOFT_PROMPT: soft_prompt_refused(base.module),
+        Kind.KV_PREFIX: base.layers.kv_prefix_refused(base.shape.num_layers),
+    }
+    refused = {kind: reason for kind, reason in reasons.items() if reason is not None}
+    expected = offered(refused)
+    return {kind: f"expected {expected}, since {reason}" for kind, reason in refused.items()}
+
+
+def offered(refused: Collection[Kind]) -> str:
+    """The kinds that a decoder takes, for people."""
+    *others, last = [name for kind, name in _NAMES.items() if kind not in refused]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 @dataclass(frozen=True)

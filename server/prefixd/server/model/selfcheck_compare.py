@@ -21,7 +21,7 @@ TOLERANCE = (1e-4, 1e-3)
 """Least and greatest bound of a logit's difference in float32, as a multiple of the standard
 deviation of all logits at its position. In between, the bound is ten times the difference between
 the model's own eager and SDPA attention: rounding, which grows with the depth of a model (5e-6 with
-three layers, 3e-5 with the demo model's thirty)."""
+three layers, 3e-5 with the demo model's thirty). It is the greatest for a model with states."""
 
 _ALWAYS_EAGER = 512
 """Tokens of a text whose eager attention is small for any model."""
@@ -119,8 +119,8 @@ class Comparison:
         least, greatest = TOLERANCE
         assert self._first is not None
         text, truth = self._first
-        if reference_attention(self.base.module) == "sdpa":
-            return greatest
+        if reference_attention(self.base.module) == "sdpa" or self.base.layers.states:
+            return greatest  # a scan over 260 tokens rounds more than attention does: by 3e-4
         try:
             other = self._own_logits(text.tokens, text.compared, attention="sdpa")
         except UnsupportedModel:

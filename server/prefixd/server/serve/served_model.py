@@ -7,7 +7,7 @@ from prefixd.server.api.served import DecoderInfo, EncoderInfo, ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.model.gated_places import attention_name, refuse_gated
 from prefixd.server.model.load import LoadedBase
-from prefixd.server.model.prefix import refused_kinds
+from prefixd.server.model.prefix import offered, refused_kinds
 from prefixd.server.model.selfcheck import Limits
 from prefixd.server.model.tokenizer import Tokenizer
 from prefixd.server.serve.settings import Settings
@@ -69,7 +69,4 @@ def _refused_kinds(settings: Settings, base: LoadedBase) -> dict[Kind, str]:
         reason = "tensor parallel does not compile adaption prompts"
     if reason is None:
         return refused
-    others = "a soft prompt or a text"
-    if Kind.KV_PREFIX not in refused:
-        others = "a soft prompt, a KV prefix or a text"
-    return refused | {Kind.ADAPTION_PROMPT: f"expected {others}, since {reason}"}
+    return refused | {Kind.ADAPTION_PROMPT: f"expected {offered(refused)}, since {reason}"}

@@ -27,7 +27,16 @@ class BloomBlockAttention(BloomAttention):
         key, value = kwargs["layer_past"].update(key, value, self.layer_idx)
         slopes = _slopes(self.num_heads, query.device)
         attended = attend(self, query, key, value, scaling=self.inv_norm_factor, alibi=slopes)
-        return self.dense(attended.flatten(2)) + residual, None
+        return self._project(attended.flatten(2)) + residual, None
+
+    def _project(self, attended: torch.Tensor) -> torch.Tensor:
+        """The output projection: in slices, as a model may want it, transformers adds no bias."""
+        projected: torch.Tensor
+        if self.pretraining_tp > 1 and self.slow_but_exact:
+            projected = torch.nn.functional.linear(attended, self.dense.weight)
+        else:
+            projected = self.dense(attended)
+        return projected
 
 
 @cache
