@@ -19,7 +19,7 @@ from benchmarks.serving import machine
 from prefixd.server.engine.step import Chunk
 from prefixd.server.model.batch import FlatBatch, lay_out
 from prefixd.server.model.buffers import StepBuffers, StepSizes
-from prefixd.server.model.gathered import group_rows
+from prefixd.server.model.row_groups import group_rows
 from tests.model import list_layout
 
 ROWS, HEADS, BLOCK = 64, 8, 16

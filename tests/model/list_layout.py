@@ -7,7 +7,7 @@ import torch
 
 from prefixd.server.engine.step import NULL_BLOCK
 from prefixd.server.model.batch import FlatBatch
-from prefixd.server.model.gathered import Group
+from prefixd.server.model.row_groups import Group
 from prefixd.server.model.rows import Row
 
 

@@ -4,7 +4,7 @@ import torch
 
 from prefixd.server.model.batch import FlatBatch
 from prefixd.server.model.buffers import StepBuffers
-from prefixd.server.model.gathered import ALL, Group, Visibility, group_rows
+from prefixd.server.model.row_groups import ALL, Group, Visibility, group_rows
 from prefixd.server.model.rows import Row
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from prefixd.server.engine.step import NULL_BLOCK, Chunk
 from prefixd.server.model.batch import FlatBatch, lay_out
 from prefixd.server.model.buffers import StepBuffers, StepSizes
-from prefixd.server.model.gathered import group_rows as groups_of_buffers
 from prefixd.server.model.kernels import MIN_SHARED
+from prefixd.server.model.row_groups import group_rows as groups_of_buffers
 from tests.model import list_layout
 
 CPU = torch.device("cpu")

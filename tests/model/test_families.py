@@ -14,10 +14,11 @@ from prefixd.server.model.attention import Options
 from prefixd.server.model.decoders import DecoderUnavailable, make_decoder
 from prefixd.server.model.families import FAMILIES, adapt
 from prefixd.server.model.fingerprint import fingerprint_of
-from prefixd.server.model.gathered import Group, attended_by
+from prefixd.server.model.gathered import attended_by
 from prefixd.server.model.heads import refuse_indivisible
 from prefixd.server.model.int8_decoder import make_int8_decoder
 from prefixd.server.model.load import LoadedBase, prepare_base
+from prefixd.server.model.row_groups import Group
 from prefixd.server.model.selfcheck import self_check
 from tests.model.outside_models import OUTSIDE, outside_config, outside_model
 

@@ -7,9 +7,9 @@ import pytest
 import transformers
 
 from prefixd.server.model.decoders import make_decoder
-from prefixd.server.model.gathered import Visibility
 from prefixd.server.model.layers import LayerAttention, LayerCache, Layers
 from prefixd.server.model.load import prepare_base
+from prefixd.server.model.row_groups import Visibility
 from tests.model.broken_models import GATED, random_model
 
 

@@ -18,9 +18,10 @@ import torch
 
 from prefixd.server.engine.step import NULL_BLOCK
 from prefixd.server.model.attention import Options, StepAttention, current_pass
-from prefixd.server.model.gathered import Group, attended_by
+from prefixd.server.model.gathered import attended_by
 from prefixd.server.model.kv_cache import KVCache
 from prefixd.server.model.prefix import AdaptionPrompt
+from prefixd.server.model.row_groups import Group
 from prefixd.server.model.rows import Row
 from prefixd.server.model.transfer import on_device
 
