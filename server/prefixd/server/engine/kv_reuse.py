@@ -67,7 +67,12 @@ class KVReuse:
     def remember(self, sequence: Sequence, *, upto: int) -> None:
         """Register the blocks that the first ``upto`` tokens of ``sequence`` fill. To be called
         when its logits after them were finite: only then is all the KV they depend on known to be
-        finite."""
+        finite.
+
+        Where all layers have windows, that is not all blocks: logits depend on none that is further
+        back than the windows of all layers together, and a block there may hold NaN. Whoever
+        shares it has the same tokens under the same prefix of the same tenant, would compute the
+        same, and fails where it depends on it, which removes the names (``forget``)."""
         if not self._takes_part(sequence):
             return
         own = sequence.block_table[sequence.num_prefix_tokens // self._block_size :]
