@@ -196,6 +196,10 @@ def test_positions_inside_count_for_the_context_and_the_limits(
     )
     refused = complete(client, max_tokens=room + 1)
     assert error_of(refused)["code"] == "context_length_exceeded"
+    assert error_of(refused)["message"] == (
+        f"8 virtual tokens inside the prompt, 9 tokens of the prompt and {room + 1} tokens of "
+        f"output can never fit: the model has {MAX_POSITIONS} positions"
+    )
     world.tenants.set_quota("acme", {"tokens_per_minute": 40})
     answer = complete(client, max_tokens=1)
     left = int(answer.headers["x-ratelimit-remaining-tokens"])
@@ -209,6 +213,37 @@ def test_only_what_stands_in_front_counts_as_resident(client: TestClient, world:
     assert complete(client).status_code == 200
     world.tenants.set_quota("acme", {"max_resident_tokens": 3})
     assert error_of(complete(client))["code"] == "insufficient_quota"
+
+
+def test_a_refusal_says_what_counts_as_what(client: TestClient, world: World, digest: str) -> None:
+    refused = error_of(complete(client, max_tokens=MAX_POSITIONS))
+    assert refused["message"] == (
+        "4 virtual tokens in front of the prompt, 4 virtual tokens inside the prompt, 23 tokens of "
+        f"the prompt and {MAX_POSITIONS} tokens of output can never fit: the model has "
+        f"{MAX_POSITIONS} positions"
+    )
+    world.served = replace(world.served, max_positions=10**6)
+    with TestClient(world.make_app(), headers=world.headers()) as roomier:
+        refused = error_of(complete(roomier, max_tokens=MAX_POSITIONS * 2))
+    assert refused["message"] == (
+        "4 virtual tokens inside the prompt, 23 tokens of the prompt and 800 tokens of output can "
+        "never fit: the KV pool has room for 493 tokens beside the prefix's 4 virtual tokens"
+    )
+
+
+def test_only_what_stands_in_front_counts_as_pinned(client: TestClient, world: World) -> None:
+    put_soft(client, "tweet", TEMPLATE)
+    put_soft(client, "whole", "{prefix:4:8}{prompt}")
+    world.tenants.set_quota("acme", {"max_resident_tokens": 4})
+    assert client.put("/v1/prefixes/tweet/pin").status_code == 200
+    assert world.tenants.used("acme").used["max_resident_tokens"] == 4
+    world.tenants.set_quota("acme", {"max_resident_tokens": ROWS})
+    refused = error_of(client.put("/v1/prefixes/whole/pin"))
+    assert "would have 12 pinned" in refused["message"]
+    inside = {"prompt_template": "{prompt}{prefix:0:8}"}
+    assert client.patch("/v1/prefixes/tweet/versions/1", json=inside).status_code == 200
+    assert world.tenants.used("acme").used["max_resident_tokens"] == 0
+    assert client.put("/v1/prefixes/whole/pin").status_code == 200
 
 
 def test_warming_loads_what_stands_in_front(client: TestClient, world: World, digest: str) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy.exc import OperationalError
 
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
 from prefixd.server.serve.pin_sync import PinSync
-from prefixd.server.tenants.pin_room import PinRoom
+from prefixd.server.tenants.pin_room import PinRoom, pins_that_fit
 from prefixd.store.catalog.pins import Pinned
 from prefixd.store.names import BlobKey
 from prefixd.store.store import Change, PrefixStore
@@ -188,3 +188,14 @@ def test_pins_that_do_not_fit_are_omitted(
         PrefixHandle(PrefixKey("beta", "a"), 9),
     ]
     assert caplog.text.count("2 pins have no room here") == 1
+
+
+def test_a_pin_takes_the_blocks_that_the_pool_holds_of_it() -> None:
+    inside = "{prefix:0:2}{prompt}{prefix:2:20}"
+    room = PinRoom(64, block_size=16, state_blocks=1)
+    assert room.taken_by(Pinned(KEY, 20)) == 3 * 16
+    assert room.taken_by(Pinned(KEY, 20, inside)) == 2 * 16
+    assert room.taken_by(Pinned(KEY, 20, "{prompt}{prefix:0:20}")) == 0
+    pins = [Pinned(BlobKey("acme", digest), 20, inside) for digest in "abc"]
+    assert pins_that_fit(pins, {"acme": 3}, room) == tuple(pins[:1])
+    assert pins_that_fit(pins, {}, room) == tuple(pins[:2])

@@ -2,9 +2,19 @@
 
 import pytest
 
+from prefixd.server.api.placement import pinned_handle
 from prefixd.store.artifact.kinds import Kind
-from prefixd.store.artifact.template import PROMPT, Piece, Rows, check_template, parse_template
+from prefixd.store.artifact.template import (
+    PROMPT,
+    Piece,
+    Rows,
+    check_template,
+    num_in_front,
+    parse_template,
+)
+from prefixd.store.catalog.pins import Pinned
 from prefixd.store.errors import ArtifactRefused
+from prefixd.store.names import BlobKey
 
 
 def check(template: str, *, kind: Kind = Kind.SOFT_PROMPT, count: int = 8) -> None:
@@ -71,6 +81,28 @@ def test_only_a_soft_prompt_has_virtual_tokens_to_place(kind: Kind) -> None:
 def test_a_template_that_fits_may_place_them_in_any_order_and_leave_some_out() -> None:
     check("{prefix:6:8}{prompt}{prefix:0:3} x")
     check("{prompt} twice {prompt}: without markers it is not applied")
+
+
+@pytest.mark.parametrize(
+    ("template", "count"),
+    [
+        (None, 8),
+        ("{prompt} Label:", 8),
+        ("{{prefix:0:4} {prompt}", 8),
+        ("{prefix:6:8}{prefix:0:3}{prompt}", 8),
+        ("{prefix:0:2}Tweet: {prompt}{prefix:4:8} Label:", 4),
+        ("{prompt}{prefix:0:8}", 0),
+        ("{prompt}{prefix:0:9}", 0),
+        ("{prompt}{prefix:0-4}", 0),
+    ],
+)
+def test_virtual_tokens_in_front_are_those_that_the_pool_keeps(
+    template: str | None, count: int
+) -> None:
+    assert num_in_front(template, num_virtual_tokens=8) == count
+    pin = Pinned(BlobKey("acme", "d"), 8, template)
+    handle = pinned_handle(pin)
+    assert pin.num_in_front == (handle.num_tokens if handle else 0) == count
 
 
 def in_front(template: str) -> None:

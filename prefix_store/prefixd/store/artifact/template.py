@@ -15,6 +15,7 @@ and not applied. Only a template is parsed, never the text of a request.
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import dropwhile
 from typing import NamedTuple
 
 from prefixd.store.artifact.kinds import Kind
@@ -99,6 +100,19 @@ def check_template(
             "encoder-decoder",
             "others",
         )
+
+
+def num_in_front(template: str | None, *, num_virtual_tokens: int) -> int:
+    """How many of a soft prompt's virtual tokens stand in front of all text: those that a template
+    does not place, and those that it begins with. 0 for one that does not fit."""
+    try:
+        pieces = parse_template(template or "") or ()
+        check_template(template, kind=Kind.SOFT_PROMPT, num_virtual_tokens=num_virtual_tokens)
+    except ArtifactRefused:
+        return 0  # stored before templates were checked: no request can run under it
+    inside = dropwhile(lambda piece: isinstance(piece, Rows), pieces)
+    rows = (piece for piece in inside if isinstance(piece, Rows))
+    return num_virtual_tokens - sum(stop - start for start, stop in rows)
 
 
 def rows_problem(rows: Iterable[Rows], num_virtual_tokens: int) -> tuple[str, str] | None:

@@ -16,6 +16,7 @@ from sqlalchemy import (
     text,
 )
 
+from prefixd.store.artifact.template import num_in_front
 from prefixd.store.catalog.tables import aliases, blobs, latest_versions, pins, versions
 from prefixd.store.db.database import insert_into
 from prefixd.store.names import BlobKey
@@ -26,12 +27,17 @@ _LOCK = 0x70696E73  # an arbitrary number, the same in all processes: "pins"
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """A pinned blob, the number of its positions, and the template of its version, if
-    that places virtual tokens."""
+    """A pinned blob, the number of its virtual tokens, and the template of its version, if that
+    places some."""
 
     key: BlobKey
     num_virtual_tokens: int
     prompt_template: str | None = None
+
+    @property
+    def num_in_front(self) -> int:
+        """Virtual tokens that stand in front of all text: the pool keeps no others."""
+        return num_in_front(self.prompt_template, num_virtual_tokens=self.num_virtual_tokens)
 
 
 def pinned(connection: Connection, *, fingerprint: str) -> tuple[Pinned, ...]:
@@ -96,11 +102,14 @@ def drop_pin(connection: Connection, tenant: str, prefix_id: int) -> bool:
 
 
 def pinned_tokens(connection: Connection, tenant: str) -> int:
-    """Virtual tokens of the versions that ``tenant`` has pinned, for all bases."""
+    """Virtual tokens that pins of ``tenant`` keep in pools, for all bases."""
     same = and_(versions.c.prefix_id == pins.c.prefix_id, versions.c.version == pins.c.version)
-    total = select(func.coalesce(func.sum(versions.c.num_virtual_tokens), 0))
-    statement = total.join_from(pins, versions, same).where(pins.c.tenant == tenant)
-    return int(connection.execute(statement).scalar_one())
+    columns = versions.c.num_virtual_tokens, versions.c.metadata_json
+    statement = select(*columns).join_from(pins, versions, same).where(pins.c.tenant == tenant)
+    return sum(
+        num_in_front(_template(row.metadata_json), num_virtual_tokens=row.num_virtual_tokens)
+        for row in connection.execute(statement)
+    )
 
 
 def pinned_version(connection: Connection, tenant: str, prefix_id: int) -> int | None:

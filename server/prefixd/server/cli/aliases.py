@@ -57,7 +57,7 @@ def pin(client: Client, *, reference: ReferenceArgument, as_json: JsonFlag = Fal
     if as_json:
         print_json(prefix)
     else:
-        typer.echo(f"{prefix.reference}  pinned  {prefix.num_virtual_tokens} virtual tokens")
+        typer.echo(f"{prefix.reference}  pinned")
 
 
 def unpin(client: Client, *, name: NameArgument) -> None:

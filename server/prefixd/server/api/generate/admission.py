@@ -14,6 +14,7 @@ from prefixd.server.api.generate.prompts import (
     PromptTokens,
     chat_layout,
     check_token_ids,
+    counted,
 )
 from prefixd.server.api.generate.requests import (
     ChatRequest,
@@ -185,26 +186,34 @@ class Admission:
         default_max_tokens: int | None,
     ) -> int:
         """Limit of the output for this prompt. Raises DoesNotFit for one that can never run."""
-        virtual, prompt_tokens = front.num_tokens if front else 0, len(prompt.token_ids)
-        positions = self.served.max_positions - (front.num_positions if front else 0)
+        virtual, length = front.num_tokens if front else 0, len(prompt.token_ids)
+        before = front.num_positions if front else 0
+        positions = self.served.max_positions - before
         pool = self.pool_tokens(virtual, gated=front is not None and front.gated)
         room = min(positions, pool)
         output = max_tokens
         if output is None:
-            output = min(default_max_tokens or 1, max(1, room - prompt_tokens))
-        if prompt_tokens + output > room:
+            output = min(default_max_tokens or 1, max(1, room - length))
+        if length + output > room:
+            beside = f" beside the prefix's {virtual} virtual tokens" if virtual else ""
+            in_front = (0 if pool < positions else before, "virtual tokens in front of the prompt")
             limit = (
-                f"the KV pool has room for {max(0, pool)} more tokens"
+                f"the KV pool has room for {max(0, pool)} tokens{beside}"
                 if pool < positions
                 else f"the model has {self.served.max_positions} positions"
             )
+            needed = counted(
+                in_front,
+                (length - prompt.num_tokens, "virtual tokens inside the prompt"),
+                (prompt.num_tokens, "tokens of the prompt"),
+                (output, "tokens of output"),
+            )
             raise DoesNotFit(
-                f"the prefix's {virtual} virtual tokens, the prompt's {prompt_tokens} tokens and "
-                f"{output} tokens of output can never fit: {limit}",
-                param="prompt" if prompt_tokens >= room else "max_tokens",
+                f"{needed} can never fit: {limit}",
+                param="prompt" if length >= room else "max_tokens",
             )
         open_ended = max_tokens is None and default_max_tokens is None
-        return room - prompt_tokens if open_ended else output
+        return room - length if open_ended else output
 
     def _sampling(self, body: GenerationFields, *, top_logprobs: int | None) -> SamplingParams:
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}

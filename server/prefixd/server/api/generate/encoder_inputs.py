@@ -7,6 +7,7 @@ positions of the decoder. KV of the input stays in blocks of the request's own, 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from prefixd.server.api.generate.prompts import counted
 from prefixd.server.api.placement import Layout
 from prefixd.server.api.served import EncoderInfo, ServedModel
 from prefixd.server.engine.request import AdmittedRequest
@@ -37,12 +38,14 @@ class EncoderInputs:
         return num_tokens + (self._virtual if self._is_soft else 0)
 
     def refuse_layout(self, layout: Layout | None) -> None:
-        """Raise BadRequest for virtual tokens that stand elsewhere than in front of the input."""
+        """Raise BadRequest for virtual tokens of prefix parts that stand elsewhere than in front of
+        the input; templates are checked when they are set."""
         if layout is not None and layout.front != ((0, self._virtual),):
             raise BadRequest(
                 "expected all virtual tokens in front of the prompt, as PEFT places them for an "
                 "encoder-decoder; received others",
                 code="misplaced_prefix",
+                param="messages",
             )
 
     def output_tokens(
@@ -52,29 +55,36 @@ class EncoderInputs:
         encoder, virtual = self.encoder, self._virtual
         encoded = self._num_encoded(num_tokens)
         if encoded > encoder.max_tokens:
-            soft = f"the prefix's {virtual} virtual tokens and " if self._is_soft else ""
+            needed = counted(
+                (encoded - num_tokens, "virtual tokens"), (num_tokens, "tokens of the prompt")
+            )
             raise DoesNotFit(
-                f"{soft}the prompt's {num_tokens} tokens exceed the encoder's limit: expected at "
-                f"most {encoder.max_tokens} in all",
+                f"{needed} exceed the encoder's limit: expected at most {encoder.max_tokens} in "
+                "all",
                 param="prompt",
             )
-        begun = len(encoder.start)
-        positions = self.served.max_positions - (0 if self._is_soft else virtual)
+        begun, before = len(encoder.start), 0 if self._is_soft else virtual
+        positions = self.served.max_positions - before
         side = encoder.num_blocks(encoded)
         pool = self.pool_tokens(virtual, num_side_blocks=side, gated=self._is_soft)
         room = min(positions, pool) - begun
         open_ended = max_tokens is None and default_max_tokens is None
         output = max_tokens or (max(1, room) if open_ended else min(default_max_tokens or 1, room))
         if output > room or room < 1:
+            held = counted((virtual, "virtual tokens"), (num_tokens, "tokens of the prompt"))
+            in_front = (0 if pool < positions else before, "virtual tokens in front of the output")
             limit = (
-                f"the KV pool has room for {max(0, pool - begun)} tokens of output"
+                f"the KV pool has room for {max(0, pool)} tokens beside {held}"
                 if pool < positions
                 else f"the decoder has {self.served.max_positions} positions"
             )
+            needed = counted(
+                in_front,
+                (begun, "tokens that the decoder begins with"),
+                (max(1, output), "tokens of output"),
+            )
             raise DoesNotFit(
-                f"the prefix's {virtual} virtual tokens, the prompt's {num_tokens} tokens and "
-                f"{output} tokens of output can never fit: {limit}",
-                param="max_tokens" if room > 0 else "prompt",
+                f"{needed} can never fit: {limit}", param="max_tokens" if room > 0 else "prompt"
             )
         return output
 

@@ -36,6 +36,16 @@ class PromptTokens:
         return len(self.token_ids) - sum(rows.stop - rows.start for _, rows in self.rows)
 
 
+def counted(*counts: tuple[int, str]) -> str:
+    """``4 virtual tokens and 9 tokens of output``: the counts that are not 0, in words."""
+    *others, last = [
+        f"{count} {what.replace('tokens', 'token') if count == 1 else what}"
+        for count, what in counts
+        if count
+    ]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 @dataclass(frozen=True, slots=True)
 class PromptEncoder:
     """Tokenizes prompts for the served model."""

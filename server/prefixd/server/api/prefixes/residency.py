@@ -261,4 +261,4 @@ def pin_room(config: SchedulerConfig, max_pinned_tokens: int | None) -> PinRoom:
     if tokens is None:
         pool = config.num_usable_blocks * config.block_size
         tokens = min(pool, config.max_resident_tokens or pool) // 4
-    return PinRoom(tokens, config.block_size)
+    return PinRoom(tokens, config.block_size, config.state_blocks)
