@@ -49,6 +49,7 @@ def test_a_text_gets_the_opening_tokens_and_no_closing_ones(
     assert tokenizer.encode("a dog") == opening + plain
     assert tokenizer.encode_prefix("a dog") == opening + plain
     assert tokenizer.without_opening(opening + plain) == plain
+    assert tokenizer.closing == [EOS] * (template or "").count("</s>")
 
 
 def test_a_written_closing_token_stays() -> None:

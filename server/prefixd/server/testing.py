@@ -275,9 +275,10 @@ class ByteTokenizer:
         del add_special_tokens
         return list(text.encode())
 
-    def encode_whole(self, text: str) -> list[int]:
-        """UTF-8 bytes, and the end of sequence."""
-        return [*text.encode(), EOS]
+    @property
+    def closing(self) -> list[int]:
+        """The end of a sequence."""
+        return [EOS]
 
     def encode_prefix(self, text: str) -> list[int]:
         """UTF-8 bytes."""

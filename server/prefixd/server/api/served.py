@@ -16,9 +16,9 @@ class Tokenizer(Protocol):
         ones."""
         ...
 
-    def encode_whole(self, text: str) -> list[int]:
-        """Token ids of a whole text, with the tokens that the tokenizer puts around one: for an
-        encoder."""
+    @property
+    def closing(self) -> list[int]:
+        """The tokens that end the input of an encoder."""
         ...
 
     def encode_prefix(self, text: str) -> list[int]:

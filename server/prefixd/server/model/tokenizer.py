@@ -16,23 +16,17 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._opening = _opening_tokens(tokenizer)
+        self._opening, self.closing = _tokens_around(tokenizer)
         self._table = TokenTable(tokenizer.backend_tokenizer)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens written out in it count as such.
 
-        ``add_special_tokens`` adds the tokenizer's opening tokens (BOS). Closing ones (EOS, SEP)
-        are never added: a prompt goes on.
+        ``add_special_tokens`` adds the tokenizer's opening tokens (BOS). Those of ``closing`` (EOS,
+        SEP) are never added: a prompt of a decoder goes on.
         """
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return [*self._opening, *ids] if add_special_tokens else ids
-
-    def encode_whole(self, text: str) -> list[int]:
-        """Token ids of a whole text, with the tokens that the tokenizer puts around one (BOS, EOS):
-        for an encoder."""
-        ids: list[int] = self._tokenizer.encode(text)
-        return ids
 
     def encode_prefix(self, text: str) -> list[int]:
         """Token ids of a text prefix: the opening tokens once, also when the text has them."""
@@ -110,10 +104,10 @@ class Tokenizer:
         return self._tokenizer.backend_tokenizer
 
 
-def _opening_tokens(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer's post-processor adds before a text."""
+def _tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer's post-processor adds before a text, and after it."""
     encoded = tokenizer(_PROBE)
+    ids: list[int] = encoded["input_ids"]
     sequence_ids = encoded.sequence_ids(0)  # None for an added token
-    size = next((i for i, sequence in enumerate(sequence_ids) if sequence is not None), 0)
-    opening: list[int] = encoded["input_ids"][:size]
-    return opening
+    inner = [place for place, sequence in enumerate(sequence_ids) if sequence is not None]
+    return (ids[: inner[0]], ids[inner[-1] + 1 :]) if inner else ([], [])

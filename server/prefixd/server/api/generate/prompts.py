@@ -2,7 +2,8 @@
 
 The text between two virtual tokens is tokenized as one run, whether it is the template's or the
 request's. Only the first run gets the model's opening tokens: after the virtual tokens in front, as
-in PEFT. The text of a request is never parsed: what looks like a marker in it is text.
+in PEFT. For an encoder, the last run gets the closing ones. The text of a request is never parsed:
+what looks like a marker in it is text.
 """
 
 import secrets
@@ -101,13 +102,13 @@ class PromptEncoder:
                 token_ids += [PLACEHOLDER] * (run.stop - run.start)
                 continue
             ids = run
-            if isinstance(ids, str) and self.served.encoder is not None:
-                ids = tokenizer.encode_whole(ids)
-            elif isinstance(ids, str):
+            if isinstance(ids, str):
                 ids = tokenizer.encode(ids, add_special_tokens=opens and not token_ids)
                 ids = tokenizer.without_opening(ids) if continues else ids
             check_token_ids(ids, self.served.vocab_size, param=param)
             token_ids += ids
+        if opens and isinstance(run, str) and self.served.encoder is not None:
+            token_ids += tokenizer.closing
         if not token_ids:
             raise BadRequest(
                 "expected a prompt of at least one token; received an empty one", param=param

@@ -10,6 +10,7 @@ from prefixd.server.api.dependencies import Reader, ServedDep, StoreDep
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.values import Reference
 from prefixd.server.errors import DoesNotFit, NotFound
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.catalog.manifests import check_base
 from prefixd.store.errors import InvalidReference, UnknownPrefix
 from prefixd.store.store import Manifest
@@ -49,12 +50,13 @@ def _base(served: ServedModel) -> Model:
 
 
 def _prefix(served: ServedModel, manifest: Manifest, *, name: str) -> Model:
+    is_of_input = served.encoder is not None and manifest.kind is Kind.SOFT_PROMPT
     return Model(
         id=name,
         created=int(manifest.created_at.timestamp()),
         owned_by=manifest.tenant,
         parent=served.name,
-        max_model_len=served.max_positions - manifest.num_positions,
+        max_model_len=served.max_positions - (0 if is_of_input else manifest.num_positions),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from prefixd.server.model.architecture import Shape, UnsupportedModel
 from prefixd.server.model.encoder_decoder.hooks import Hooks
 from prefixd.server.model.layers import LayerAttention, LayerCache, Layers
+from prefixd.server.model.quantized import scheme_of
 
 FAMILIES = ("t5", "mt5", "umt5", "bart", "mbart")
 """Model types of transformers whose attention ``hooks`` can replace."""
@@ -38,9 +39,10 @@ def refuse_unsupported_pair(config: Any, *, ranks: int = 1) -> None:
             f"{config.model_type} is an encoder-decoder, which cannot be served with "
             "tensor_parallel"
         )
-    if getattr(config, "quantization_config", None) is not None:
+    if scheme := scheme_of(config):
         raise UnsupportedModel(
-            f"{config.model_type} is an encoder-decoder with quantized weights; expected plain ones"
+            f"{config.model_type} is an encoder-decoder that is quantized with {scheme}; expected "
+            "plain weights"
         )
     layers, _, heads, width = _decoder_sizes(config)
     if layers < 1:
