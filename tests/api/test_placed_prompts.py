@@ -227,7 +227,7 @@ def test_a_refusal_says_what_counts_as_what(client: TestClient, world: World, di
         refused = error_of(complete(roomier, max_tokens=MAX_POSITIONS * 2))
     assert refused["message"] == (
         "4 virtual tokens inside the prompt, 23 tokens of the prompt and 800 tokens of output can "
-        "never fit: the KV pool has room for 493 tokens beside the prefix's 4 virtual tokens"
+        "never fit: the KV pool has room for 493 tokens next to the prefix's 4 virtual tokens"
     )
 
 

@@ -189,13 +189,14 @@ def test_refusals_say_what_was_expected(client: TestClient) -> None:
         (
             {"max_tokens": 3000},
             (
-                "1 token that the decoder begins with and 3000 tokens of output can never fit: the "
-                "KV pool has room for 993 tokens beside 5 virtual tokens and 3 tokens of the prompt"
+                "1 token that the decoder begins with and 3000 tokens of output can never fit: "
+                "the KV pool has room for 993 tokens next to 5 virtual tokens and 3 tokens of "
+                "the prompt"
             ),
         ),
     ],
 )
-def test_a_request_that_cannot_fit_is_told_what_takes_which_room(
+def test_a_refusal_says_what_takes_which_room(
     client: TestClient, fields: dict[str, Any], message: str
 ) -> None:
     assert refused(complete(client, **fields)) == ("context_length_exceeded", message)

@@ -70,9 +70,9 @@ class KVReuse:
         finite.
 
         Where all layers have windows, that is not all blocks: logits depend on none that is further
-        back than the windows of all layers together, and a block there may hold NaN. Whoever
-        shares it has the same tokens under the same prefix of the same tenant, would compute the
-        same, and fails where it depends on it, which removes the names (``forget``)."""
+        back than the windows of all layers together, and a block there may hold NaN. A sequence
+        that shares it has the same tokens under the same prefix of the same tenant, would compute
+        the same, and fails where it depends on it, which removes the names (``forget``)."""
         if not self._takes_part(sequence):
             return
         own = sequence.block_table[sequence.num_prefix_tokens // self._block_size :]

@@ -195,10 +195,10 @@ class Admission:
         if output is None:
             output = min(default_max_tokens or 1, max(1, room - length))
         if length + output > room:
-            beside = f" beside the prefix's {virtual} virtual tokens" if virtual else ""
+            held = f" next to the prefix's {virtual} virtual tokens" if virtual else ""
             in_front = (0 if pool < positions else before, "virtual tokens in front of the prompt")
             limit = (
-                f"the KV pool has room for {max(0, pool)} tokens{beside}"
+                f"the KV pool has room for {max(0, pool)} tokens{held}"
                 if pool < positions
                 else f"the model has {self.served.max_positions} positions"
             )

@@ -74,7 +74,7 @@ class EncoderInputs:
             held = counted((virtual, "virtual tokens"), (num_tokens, "tokens of the prompt"))
             in_front = (0 if pool < positions else before, "virtual tokens in front of the output")
             limit = (
-                f"the KV pool has room for {max(0, pool)} tokens beside {held}"
+                f"the KV pool has room for {max(0, pool)} tokens next to {held}"
                 if pool < positions
                 else f"the decoder has {self.served.max_positions} positions"
             )
