@@ -117,7 +117,7 @@ def served(
     issued = admin(data, "key", "create", "--tenant", "golden")
     assert isinstance(issued, dict)
     with ServerProcess(data_dir=data, port=0, model=str(folder)) as server:
-        url = server.wait_until_ready(timeout=240, on_event=lambda _: None)
+        url = server.wait_until_ready(timeout=540, on_event=lambda _: None)
         with Client(url, api_key=str(issued["key"])) as client:
             base = client.list_models()[0].id
         yield ModelUnderTest(model, tokenizer, url, str(issued["key"]), base)
