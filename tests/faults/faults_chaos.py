@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 import httpx2
 
-from tests.faults.faults_model import TINY, Content, Reference
+from tests.faults.faults_model import TINY, Content
 from tests.faults.faults_outage import REFUSED_WITHIN_S, within
-from tests.faults.faults_traffic import Answer, complete, greedy, stream
+from tests.faults.faults_reference import Reference
+from tests.faults.faults_traffic import Answer, complete, greedy, in_parts, stream
 
 COUNT = 16
 """Output tokens of each request."""
@@ -30,10 +31,10 @@ _PAUSE_S = 0.25
 
 @dataclass
 class Report:
-    """What all clients saw. ``standing`` names the faults that stand or stood
-    last; ``broken`` is true while connections may break."""
+    """What all clients saw; ``answers`` by kind of prefix. ``standing`` names the faults that stand
+    or stood last; ``broken`` is true while connections may break."""
 
-    answers: int = 0
+    answers: Counter[str] = field(default_factory=Counter)
     writes: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -83,6 +84,9 @@ class Tenant:
         """One request under the prefix ``name``, or the base; whether it was answered."""
         prompt = self.rng.randrange(len(self.reference.prompts))
         body = greedy(name or TINY, self.reference.prompts[prompt], COUNT)
+        content = None if name is None else self.contents[name]
+        if content is not None and content.kind == "soft" and self.rng.random() < 0.5:
+            body, content = in_parts(body, content), content.in_parts
         send = self.rng.choice((complete, stream))
         started = time.monotonic()
         try:
@@ -93,10 +97,9 @@ class Tenant:
         if not answer.ok:
             self._refused(answer, time.monotonic() - started)
             return False
-        content = None if name is None else self.contents[name]
         if not self.reference.agrees(content, prompt, answer.tokens, count=COUNT):
             self.report.wrong.append(f"{self.name} {name} {prompt}: {answer}")
-        self.report.answers += 1
+        self.report.answers["base" if content is None else content.kind] += 1
         return True
 
     async def change(self, kind: float) -> bool:

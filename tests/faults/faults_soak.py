@@ -8,53 +8,22 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 
-from prefixd.store.artifact.artifact import pack_peft, pack_text
-from tests.faults.faults_model import MAX_TOKENS, Content, Reference
+from tests.faults.faults_known import KnownState
+from tests.faults.faults_model import MAX_TOKENS, Content
+from tests.faults.faults_reference import Reference
 from tests.faults.faults_runner import EXCEPTIONS, NANS, Fault, marked
 from tests.faults.faults_server import RunningServer
-from tests.faults.faults_traffic import Answer, caller, complete, greedy, stream
+from tests.faults.faults_traffic import Answer, caller, complete, greedy, in_parts, stream
 
 NAN_MESSAGE = "non-finite"
+MISPLACED = "misplaced_prefix"
+"""The code where the number of a soft prompt, which was deleted, is that of another prefix now."""
 REFERENCES = tuple(f"p{i}" for i in range(6))
-
-
-def digest_of(content: Content, scratch: Path) -> str:
-    """The digest that the store computes for an upload of ``content``."""
-    body, target = content.body(), scratch / "packed"
-    if content.kind == "text":
-        return pack_text(body["json"]["text"], target).digest
-    weights = scratch / "weights"
-    weights.write_bytes(body["files"]["weights"][1])
-    return pack_peft(body["files"]["config"][1], weights, target).digest
-
-
-@dataclass
-class PrefixState:
-    """What is certain about one prefix name of one tenant. ``deletions`` counts started deletes."""
-
-    present: bool = False
-    deletions: int = 0
-    versions: dict[int, Content] = field(default_factory=dict)
-    alias: int | None = None
-    alias_changes: int = 0
-
-
-@dataclass
-class KnownState:
-    """The state of the server as its clients know it."""
-
-    contents: list[Content]
-    digests: dict[str, Content]
-    states: dict[tuple[str, str], PrefixState] = field(default_factory=dict)
-
-    def state(self, tenant: str, name: str) -> PrefixState:
-        return self.states.setdefault((tenant, name), PrefixState())
 
 
 class SoakFailure(AssertionError):
@@ -126,14 +95,14 @@ class _Client:
         send = stream if self.rng.random() < 0.6 else complete
         answer = await send(self.http, body)
         if answer.ok:
-            self._check_tokens(answer, model, prompt, body)
-            self._count("completed")
+            content = self._check_tokens(answer, model, prompt, body)
+            self._count("completed, " + ("base" if content is None else content.kind))
             if self._must_fail(fault, body):
                 raise SoakFailure(f"a request marked {fault!r} was completed")
             return
         if answer.code == "deadline_exceeded" and "timeout" in body:
             self._count("deadline")
-        elif answer.status == 404 and not certain():
+        elif (answer.status == 404 or answer.code == MISPLACED) and not certain():
             self._count("absent")
         else:
             self._check_failure(answer, model, fault)
@@ -141,6 +110,7 @@ class _Client:
     def _body(self, model: str, prompt: int, seed: int) -> dict[str, Any]:
         count = self.rng.randint(1, MAX_TOKENS)
         more: dict[str, Any] = {"seed": seed}
+        soft = self.soak.known.soft_version(self.tenant, model)
         if self.rng.random() < 0.1:
             more["n"] = 2
         if self.rng.random() < 0.2:
@@ -151,7 +121,8 @@ class _Client:
             more["timeout"] = self.rng.uniform(0.01, 0.5)
         if model == self.soak.server.base and self.rng.random() < 0.3:
             more["user"] = self.rng.choice(["ann", "bob"])
-        return greedy(model, self.soak.reference.prompts[prompt], count, **more)
+        body = greedy(model, self.soak.reference.prompts[prompt], count, **more)
+        return body if soft is None or self.rng.random() < 0.4 else in_parts(body, soft)
 
     def _model(self) -> tuple[str, Callable[[], Callable[[], bool]]]:
         """The ``model`` of a request, and a function to call before sending it; the function that
@@ -164,28 +135,21 @@ class _Client:
         kind = self.rng.random()
         if kind < 0.3 and state.versions:
             version = self.rng.choice(sorted(state.versions))
-            return f"{name}@{version}", lambda: self._unchanged(state, state.present)
+            return f"{name}@{version}", state.unchanged
         if kind < 0.6 and state.alias is not None:
             changes = state.alias_changes
-            return f"{name}@prod", lambda: self._unchanged(state, state.present, changes)
-        return name, lambda: self._unchanged(state, state.present)
+            return f"{name}@prod", lambda: state.unchanged(changes)
+        return name, state.unchanged
 
-    @staticmethod
-    def _unchanged(
-        state: PrefixState, present: bool, changes: int | None = None
-    ) -> Callable[[], bool]:
-        deletions = state.deletions
-        return lambda: (
-            present
-            and state.deletions == deletions
-            and (changes is None or state.alias_changes == changes)
-        )
-
-    def _check_tokens(self, answer: Answer, model: str, prompt: int, body: dict[str, Any]) -> None:
+    def _check_tokens(
+        self, answer: Answer, model: str, prompt: int, body: dict[str, Any]
+    ) -> Content | None:
+        """Compare with the reference; the content that the request was under."""
         content = None
         if answer.prefix is not None:
             content = self.soak.known.digests[answer.prefix["digest"]]
             self._check_version(answer.prefix, model)
+            content = content.in_parts if "messages" in body else content
         elif model != self.soak.server.base:
             raise SoakFailure(f"{model} was served by the bare base")
         if not self.soak.reference.agrees(content, prompt, answer.tokens, count=body["max_tokens"]):
@@ -193,6 +157,7 @@ class _Client:
             raise SoakFailure(f"{body} under {content}: expected {want}, got {answer}")
         if body.get("kv_reuse") is False and answer.cached:
             raise SoakFailure(f"{body} shared {answer.cached} tokens with kv_reuse off")
+        return content
 
     def _check_version(self, used: dict[str, Any], model: str) -> None:
         name, _, version = model.partition("@")
@@ -262,7 +227,7 @@ class _Client:
         if not state.versions:
             return
         version = self.rng.choice(sorted(state.versions))
-        unchanged = self._unchanged(state, state.present)
+        unchanged = state.unchanged()
         state.alias_changes += 1
         changes = state.alias_changes
         response = await self.http.put(
@@ -287,19 +252,12 @@ class _Client:
     async def _delete(self) -> None:
         name = self.rng.choice(REFERENCES)
         state = self.soak.known.state(self.tenant, name)
-        self._forget(state)
+        state.forget()
         response = await self.http.delete(f"/v1/prefixes/{name}")
         self._expect(response, 204, 404)
         # Again after the response: a concurrent upload may or may not have been deleted.
-        self._forget(state)
+        state.forget()
         self._count("deleted")
-
-    @staticmethod
-    def _forget(state: PrefixState) -> None:
-        state.deletions += 1
-        state.alias_changes += 1
-        state.present, state.alias = False, None
-        state.versions.clear()
 
     async def _bind(self) -> None:
         user, name = self.rng.choice(["ann", "bob"]), self.rng.choice(REFERENCES)
@@ -307,9 +265,7 @@ class _Client:
             response = await self.http.delete(f"/v1/users/{user}/prefix")
             self._expect(response, 204, 404)
         else:
-            unchanged = self._unchanged(
-                state := self.soak.known.state(self.tenant, name), state.present
-            )
+            unchanged = self.soak.known.state(self.tenant, name).unchanged()
             response = await self.http.put(f"/v1/users/{user}/prefix", json={"prefix": name})
             self._expect(response, 200, *(() if unchanged() else (404,)))
         self._count("bound")

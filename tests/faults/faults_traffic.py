@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 
-from tests.faults.faults_model import ids_of
+from tests.faults.faults_model import Content, ids_of
 
 HANG_S = 90.0
 """A request without a response after this time hangs: all loads here finish in seconds."""
@@ -81,16 +81,22 @@ def greedy(
     }
 
 
+def in_parts(body: dict[str, Any], content: Content) -> dict[str, Any]:
+    """A body of ``greedy`` as a chat, with virtual tokens of a soft prompt inside the prompt."""
+    more = {name: value for name, value in body.items() if name != "prompt"}
+    return {**more, "messages": content.messages(body["prompt"])}
+
+
 async def complete(client: httpx2.AsyncClient, body: dict[str, Any]) -> Answer:
-    """Send a request without streaming."""
-    response = await client.post("/v1/completions", json=body)
+    """Send a request without streaming; with messages as a chat."""
+    response = await client.post(_path(body), json=body)
     parsed = response.json()
     if response.status_code != 200:
         return _error(response, parsed)
     choices = sorted(parsed["choices"], key=lambda choice: choice["index"])
     return Answer(
         200,
-        texts=[choice["text"] for choice in choices],
+        texts=[_text(choice, "message") for choice in choices],
         prefix=parsed["prefix"],
         cached=_cached(parsed["usage"]),
         reasons=[choice["finish_reason"] for choice in choices],
@@ -106,11 +112,11 @@ async def stream(
 ) -> Answer:
     """Send a streaming request; disconnect after ``leave_after`` events (0: before the first).
     ``begun`` is set at the first event."""
-    several = isinstance(body["prompt"][0], list)
+    several = isinstance(body.get("prompt", [0])[0], list)
     choices = body.get("n", 1) * (len(body["prompt"]) if several else 1)
     streaming_body = {**body, "stream": True, "stream_options": {"include_usage": True}}
     answer = Answer(200, texts=[""] * choices, complete=False, reasons=[None] * choices)
-    async with client.stream("POST", "/v1/completions", json=streaming_body) as response:
+    async with client.stream("POST", _path(body), json=streaming_body) as response:
         if response.status_code != 200:
             return _error(response, json.loads(await response.aread()))
         seen = 0
@@ -133,9 +139,19 @@ async def stream(
             if event.get("usage"):
                 answer.cached = _cached(event["usage"])
             for choice in event["choices"]:
-                answer.texts[choice["index"]] += choice["text"]
+                answer.texts[choice["index"]] += _text(choice, "delta")
                 answer.reasons[choice["index"]] = choice["finish_reason"]
     return answer
+
+
+def _path(body: dict[str, Any]) -> str:
+    return "/v1/chat/completions" if "messages" in body else "/v1/completions"
+
+
+def _text(choice: dict[str, Any], message: str) -> str:
+    """The text of a choice; that of a chat is in its ``message`` or "delta"."""
+    text = choice[message].get("content") if message in choice else choice["text"]
+    return text or ""
 
 
 def _error(response: httpx2.Response, parsed: Any) -> Answer:

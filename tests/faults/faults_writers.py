@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx2
 
-from tests.faults.faults_model import MAX_TOKENS, Content, Reference
+from tests.faults.faults_model import MAX_TOKENS, Content
+from tests.faults.faults_reference import Reference
 from tests.faults.faults_traffic import greedy, stream
 
 ABSENT = "absent"

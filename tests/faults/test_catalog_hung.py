@@ -17,7 +17,7 @@ import pytest
 
 from prefixd.server.serve.catalog import CatalogParts, open_catalog
 from prefixd.server.serve.settings import Settings
-from tests.faults.faults_model import TINY, Reference, make_prompts
+from tests.faults.faults_model import TINY, make_prompts
 from tests.faults.faults_outage import (
     LIVE_WITHIN_S,
     NOT_READY_WITHIN_S,
@@ -35,6 +35,7 @@ from tests.faults.faults_outage import (
     within,
 )
 from tests.faults.faults_process import KillableServer
+from tests.faults.faults_reference import Reference
 from tests.faults.faults_traffic import Answer, caller, greedy, stream
 from tests.real_services import Postgres, running_postgres
 

@@ -21,7 +21,7 @@ from tests.faults.faults_clock import ServerClock
 from tests.faults.faults_injections import (
     descriptors_and_threads,
 )
-from tests.faults.faults_model import Reference, library
+from tests.faults.faults_model import ALL_KINDS, library
 from tests.faults.faults_outage import (
     RECOVERED_WITHIN_S,
     HealthProber,
@@ -30,12 +30,13 @@ from tests.faults.faults_outage import (
     within,
 )
 from tests.faults.faults_process import KillableServer
+from tests.faults.faults_reference import Reference
 from tests.faults.faults_stacks import NAMES, PROMPTS, Fault, Stack, embedded, plan, shared
 from tests.faults.faults_traffic import caller
 
 SECONDS = float(os.environ.get("PREFIXD_TEST_CHAOS_SECONDS") or "60")
 SEED = os.environ.get("PREFIXD_TEST_CHAOS_SEED") or "2026-11"
-CONTENTS = library(2 * len(NAMES), lengths=(5, 16, 20), seed=9)
+CONTENTS = library(2 * len(NAMES), lengths=(5, 16, 20), seed=9, kinds=ALL_KINDS)
 FLAGS: tuple[str, ...] = (
     "--max-connections",
     "96",
@@ -97,6 +98,7 @@ class Run:
             await self._check_returned(server.pid, start)
             await self._kill(server)
         assert not self.report.wrong, self.report.wrong[:5]
+        assert set(self.report.answers) == {"base", "parts", *ALL_KINDS}, self.report.answers
         assert not self.report.lost, self.report.lost[:5]
         assert not self.report.defects, "\n".join(self.report.defects[:20])
 
@@ -222,7 +224,7 @@ def run_on(stack: Stack, model: Path, log: Path, rows: dict[str, Row], *, second
     lost, wrong = len(run.report.lost), len(run.report.wrong)
     rows["kill -9 and restart"] = Row(1, 0, lost, wrong, 0.0, recovery)
     rows[
-        f"in all: {run.report.answers} answers, {run.report.writes} writes, refusals "
+        f"in all: answers {dict(run.report.answers)}, {run.report.writes} writes, refusals "
         f"{dict(run.report.refusals)}"
     ] = Row()
 

@@ -13,8 +13,9 @@ import httpx2
 import pytest
 
 from prefixd.server.cli.demo.child import admin
-from tests.faults.faults_model import TINY, Reference, make_prompts
+from tests.faults.faults_model import TINY, make_prompts
 from tests.faults.faults_process import KillableServer
+from tests.faults.faults_reference import Reference
 from tests.faults.faults_traffic import Answer, caller, greedy, stream
 from tests.faults.faults_writers import AcknowledgedState, Writer, check
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from prefixd.server.testing import FakeRunner, fake_generate
-from tests.faults.faults_model import KINDS, Content, Reference, make_prompts
+from tests.faults.faults_model import KINDS, Content, make_prompts
+from tests.faults.faults_reference import Reference
 from tests.faults.faults_server import RunningServer, running
 from tests.faults.faults_traffic import Answer, caller, greedy, stream
 

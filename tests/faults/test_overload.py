@@ -20,7 +20,8 @@ from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.runner import BlockingRunner
 from prefixd.server.engine.step import Step, StepOutput
 from tests.faults.faults_memory import resident_kib
-from tests.faults.faults_model import Reference, make_prompts
+from tests.faults.faults_model import make_prompts
+from tests.faults.faults_reference import Reference
 from tests.faults.faults_server import RunningServer, running
 from tests.faults.faults_traffic import caller, greedy, stream
 

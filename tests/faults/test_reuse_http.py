@@ -8,7 +8,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.faults.faults_model import Content, Reference, make_prompts
+from tests.faults.faults_model import Content, make_prompts
+from tests.faults.faults_reference import Reference
 from tests.faults.faults_server import RunningServer, running
 from tests.faults.faults_traffic import Answer, caller, complete, greedy, stream
 

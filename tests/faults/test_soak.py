@@ -24,25 +24,27 @@ from prefixd.server.model import decoders
 from prefixd.server.model.cpu.interface import KERNELS
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.load import LoadedBase
+from tests.faults.faults_known import KnownState, digest_of
 from tests.faults.faults_memory import resident_kib
 from tests.faults.faults_model import (
+    ALL_KINDS,
     MAX_TOKENS,
-    Reference,
     library,
     make_model,
     make_prompts,
     save_model,
 )
+from tests.faults.faults_reference import Reference
 from tests.faults.faults_runner import Fault, FaultyRunner
 from tests.faults.faults_server import RunningServer, running
-from tests.faults.faults_soak import KnownState, Soak, digest_of
+from tests.faults.faults_soak import Soak
 from tests.model.cpu.native_library import native_library
 
 SECONDS = float(os.environ.get("PREFIXD_SOAK_SECONDS", "90"))
 SEED = os.environ.get("PREFIXD_SOAK_SEED") or secrets.token_hex(4)
 TENANTS = ("acme", "beta", "crow")
 BLOCK = HEAD_DIM = 16  # the least that native kernels take
-CONTENTS = library(14, lengths=(5, 16, 20, 37), head_dim=HEAD_DIM)
+CONTENTS = library(14, lengths=(5, 16, 20, 37), head_dim=HEAD_DIM, kinds=ALL_KINDS)
 PROMPTS = make_prompts(14, lengths=(1, 7, 16, 24, 40))
 SMALLEST = sum(-(-tokens // BLOCK) for tokens in (37, 40 + MAX_TOKENS + 37 % BLOCK)) * BLOCK
 """Positions that one sequence of the longest prompt under the longest prefix needs."""
@@ -97,7 +99,8 @@ def test_mixed_traffic_with_faults_leaks_nothing_and_gives_correct_output(
 def _soak(model: Path, scratch: Path) -> str:
     reference = Reference(PROMPTS, make_model(head_dim=HEAD_DIM))
     known = KnownState(CONTENTS, {digest_of(content, scratch): content for content in CONTENTS})
-    for content in (None, *CONTENTS):
+    parts = [content.in_parts for content in CONTENTS if content.kind == "soft"]
+    for content in (None, *CONTENTS, *parts):
         reference.answer(content, 0)
     started = time.monotonic()
     threads = set(threading.enumerate())
@@ -122,6 +125,7 @@ def _soak(model: Path, scratch: Path) -> str:
             max_tokens_per_step=64,
             max_prefill_chunk=16,
             max_running=16,
+            catalog_timeout=60,  # no fault of the catalog is injected
         ) as server:
             server.runner.engine = server.engine
             is_ahead = "cpu_kernels" in SIZES[size]
@@ -148,6 +152,8 @@ def _soak(model: Path, scratch: Path) -> str:
         files.append(open_files())
         assert files[-1] <= files[0], f"{seed}: files are still open: {files}"
     assert set(fired) == set(Fault), f"{SEED}: not every fault occurred: {fired}"
+    kinds = ("base", "parts", *ALL_KINDS)
+    assert all(outcomes[f"completed, {kind}"] for kind in kinds), f"{SEED}: {outcomes}"
     return f"{dict(outcomes)}; faults {dict(fired)}; {_check_memory(memory)}"
 
 
