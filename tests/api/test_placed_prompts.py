@@ -215,16 +215,20 @@ def test_only_what_stands_in_front_counts_as_resident(client: TestClient, world:
     assert error_of(complete(client))["code"] == "insufficient_quota"
 
 
-def test_a_refusal_says_what_counts_as_what(client: TestClient, world: World, digest: str) -> None:
+def test_a_refusal_says_what_counts_as_what(client: TestClient, digest: str) -> None:
     refused = error_of(complete(client, max_tokens=MAX_POSITIONS))
     assert refused["message"] == (
         "4 virtual tokens in front of the prompt, 4 virtual tokens inside the prompt, 23 tokens of "
         f"the prompt and {MAX_POSITIONS} tokens of output can never fit: the model has "
         f"{MAX_POSITIONS} positions"
     )
+
+
+def test_a_refusal_for_the_pool_says_what_it_holds(world: World) -> None:
     world.served = replace(world.served, max_positions=10**6)
-    with TestClient(world.make_app(), headers=world.headers()) as roomier:
-        refused = error_of(complete(roomier, max_tokens=MAX_POSITIONS * 2))
+    with TestClient(world.make_app(), headers=world.headers()) as client:
+        put_soft(client, "tweet", TEMPLATE)
+        refused = error_of(complete(client, max_tokens=MAX_POSITIONS * 2))
     assert refused["message"] == (
         "4 virtual tokens inside the prompt, 23 tokens of the prompt and 800 tokens of output can "
         "never fit: the KV pool has room for 493 tokens next to the prefix's 4 virtual tokens"
