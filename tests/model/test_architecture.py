@@ -162,6 +162,15 @@ def test_the_self_check_rejects_wrong_positions() -> None:
         check(model)
 
 
+def test_a_limit_that_transformers_applies_to_several_tokens_alone_is_named() -> None:
+    config = transformers.Mamba2Config(
+        vocab_size=97, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, n_groups=1,
+        state_size=8, time_step_limit=(0.01, 0.05),
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModel, match="cut into chunks: transformers applies its time_step_limit"):
+        check(random_model(config))
+
+
 def test_the_self_check_rejects_layers_without_attention() -> None:
     class SkippedAttention(transformers.models.llama.modeling_llama.LlamaAttention):
         def forward(self, hidden_states: Any, **_: Any) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 
 import torch
 
@@ -191,8 +192,15 @@ class Comparison:
             return "It needs a feature that prefixd does not support"
         in_chunks = Text(text.tokens, text.ends)
         if self.mismatch([in_chunks], [self.truth(in_chunks)]):
-            return "A token's logits depend on how its text is cut into chunks"
+            return "A token's logits depend on how its text is cut into chunks" + self._why_chunks()
         return "A token's logits depend on the other sequences of the batch"
+
+    def _why_chunks(self) -> str:
+        """What is known to depend on the chunk, for people."""
+        limits = {getattr(part, "time_step_limit", None) for part in self.base.module.modules()}
+        if limits <= {None, (0.0, inf)}:
+            return ""
+        return ": transformers applies its time_step_limit to several tokens at a time, not to one"
 
 
 def differences(
