@@ -88,7 +88,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "olmo_hybrid": {**_LAYERS, **_LINEAR},
     "zamba2": {
-        "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],  # of the same weights
         "mamba_headdim": 32,
         "n_mamba_heads": 4,
         "num_mem_blocks": 1,

@@ -167,7 +167,9 @@ def test_a_limit_that_transformers_applies_to_several_tokens_alone_is_named() ->
         vocab_size=97, hidden_size=32, num_hidden_layers=1, num_heads=4, head_dim=16, n_groups=1,
         state_size=8, time_step_limit=(0.01, 0.05),
     )  # fmt: skip
-    with pytest.raises(UnsupportedModel, match="cut into chunks: transformers applies its time_step_limit"):
+    with pytest.raises(
+        UnsupportedModel, match="cut into chunks: transformers applies its time_step_limit"
+    ):
         check(random_model(config))
 
 

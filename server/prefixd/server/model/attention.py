@@ -108,7 +108,10 @@ class Pass:
     ) -> torch.Tensor:
         """Attend over the pool, or over keys and values that the model computed from it."""
         self.calls += 1
-        layer = self.layers.attention[module.layer_idx]
+        index = module.layer_idx
+        if index in self.layers.shared:
+            index = self.cache.last_layer
+        layer = self.layers.attention[index]
         queries = query[0].transpose(0, 1)
         if layer.direct:
             return self.attention.attend(layer.cache, queries, options)[None]

@@ -87,11 +87,13 @@ class LayerAttention:
 @dataclass(frozen=True, slots=True)
 class Layers:
     """The layers of a model that cache keys and values, and those that attend, by index; and the
-    states of its mixers."""
+    states of its mixers. A module of attention that names one of ``shared`` as its layer attends
+    for the layer that cached last."""
 
     caches: Mapping[int, LayerCache]
     attention: Mapping[int, LayerAttention]
     states: Sequence[MixerState] = ()
+    shared: frozenset[int | None] = frozenset()
 
     @property
     def one_shape(self) -> LayerCache | None:

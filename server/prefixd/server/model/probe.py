@@ -50,9 +50,10 @@ def probe(module: Any, *, name: str, num_layers: int, context: int) -> Layers:
         layer: LayerCache(layer, key.shape[1], key.shape[3], value.shape[3])
         for layer, (key, value) in sorted(recorder.cache.states.items())
     }
+    shared = _shared(recorder.calls)
     attention = {
         layer: _described(layer, calls, caches, context)
-        for layer, calls in sorted(recorder.calls.items())
+        for layer, calls in sorted(_by_layer(recorder.calls, shared).items())
     }
     states = wrap_mixers(mixers, dtype=module.get_input_embeddings().weight.dtype)
     # A model with mixers may have layers that neither attend nor keep a state (Nemotron-H).
@@ -60,14 +61,16 @@ def probe(module: Any, *, name: str, num_layers: int, context: int) -> Layers:
         raise UnsupportedModel(
             f"{name} cannot be run over KV blocks: {_lacking(module, num_layers, len(attention))}"
         )
-    return Layers(caches, attention, states)
+    return Layers(caches, attention, states, shared)
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One call of attention. ``cache``: the layer whose cached keys and values it was given as they
-    are, if any."""
+    """One call of attention by ``module``, which says that it is that of ``layer``. ``cache``: the
+    layer whose cached keys and values it was given as they are, if any."""
 
+    module: int
+    layer: int | None
     attention: str
     heads: int
     cache: int | None
@@ -105,12 +108,12 @@ class _RecordedCache(Cache):  # type: ignore[misc]  # of transformers, which has
 
 @dataclass(slots=True)
 class Recorder:
-    """A pass that records the calls of attention by layer, and answers with zeros."""
+    """A pass that records the calls of attention, and answers with zeros."""
 
     rows: Sequence[Row]
     cache: _RecordedCache
     states: None = None
-    calls: dict[int, list[_Call]] = field(default_factory=dict)
+    calls: list[_Call] = field(default_factory=list)
 
     def attend(
         self,
@@ -127,9 +130,36 @@ class Recorder:
             if _same(key, cached_key) and _same(value, cached_value)
         ]
         kind = type(module).__name__
-        call = _Call(kind, query.shape[1], given[0] if given else None, options)
-        self.calls.setdefault(module.layer_idx, []).append(call)
+        cache = given[0] if given else None
+        call = _Call(id(module), module.layer_idx, kind, query.shape[1], cache, options)
+        self.calls.append(call)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def _shared(calls: Sequence[_Call]) -> frozenset[int | None]:
+    """What modules that several layers share name as their layer: None in Zamba, -1 in Zamba 2."""
+    caches: dict[int, set[int]] = {}
+    for call in calls:
+        caches.setdefault(call.module, set()).update([] if call.cache is None else [call.cache])
+    return frozenset(
+        call.layer
+        for call in calls
+        if call.layer is None or call.layer < 0 or len(caches[call.module]) > 1
+    )
+
+
+def _by_layer(calls: Sequence[_Call], shared: frozenset[int | None]) -> dict[int, list[_Call]]:
+    """Calls by layer: of a shared module, by the layer that gave it keys and values."""
+    layers: dict[int, list[_Call]] = {}
+    for call in calls:
+        layer = call.cache if call.layer in shared else call.layer
+        if layer is None:
+            raise UnsupportedModel(
+                f"{call.attention}, which several layers share, attends over keys and values that "
+                "are not cached"
+            )
+        layers.setdefault(layer, []).append(call)
+    return layers
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

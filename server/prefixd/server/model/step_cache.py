@@ -34,6 +34,8 @@ class StepCache(Cache):  # type: ignore[misc]  # of transformers, which has no t
         """``positions`` [num_tokens] are those of the flat tokens in their sequences."""
         Cache.__init__(self, layers=[])
         self._attention, self._positions = attention, positions
+        self.last_layer = 0
+        """The layer that cached last."""
         self._expanded = {layer.cache for layer in layers.attention.values() if not layer.direct}
 
     def update(
@@ -49,6 +51,7 @@ class StepCache(Cache):  # type: ignore[misc]  # of transformers, which has no t
         Returns them, for attention that reads the pool by itself; or all that the layer cached for
         the rows of the pass, one row after another, where the model computes with it.
         """
+        self.last_layer = layer_idx
         self._attention.write(
             layer_idx, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
         )
