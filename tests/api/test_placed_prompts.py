@@ -263,6 +263,14 @@ def test_warming_loads_what_stands_in_front(client: TestClient, world: World, di
         assert error_of(refused)["code"] == "nothing_resident"
 
 
+def test_an_upload_is_answered_by_where_its_virtual_tokens_stand(world: World) -> None:
+    world.served = replace(world.served, prefix_warnings=lambda count: [f"{count} in front"])
+    with TestClient(world.make_app(), headers=world.headers()) as client:
+        for template, count in ((None, 8), ("{prefix:4:8}{prompt}", 8), (TEMPLATE, None)):
+            answer = put_soft(client, "tweet", template)
+            assert answer.json()["warnings"] == [f"{count} in front"]
+
+
 # -- parts of a message ----
 
 
@@ -296,7 +304,8 @@ def test_without_parts_all_stands_in_front(client: TestClient, plain: str) -> No
         ([part(4, 9)], "misplaced_prefix", "4:9"),
         ([part(4, 4)], "misplaced_prefix", "4:4"),
         ([part(0, 4), part(3, 5)], "misplaced_prefix", "3 twice"),
-        ([{"type": "prefix", "from": -1, "to": 4}], "invalid_request", "prefix parts"),
+        ([part(4, 0)], "misplaced_prefix", "4:0"),
+        ([part(-1, 4)], "misplaced_prefix", "-1:4"),
         ([{"type": "prefix", "from": 0}], "invalid_request", "prefix parts"),
         ([{"type": "prefix", "from": 0, "to": 4, "name": "x"}], "invalid_request", "prefix parts"),
         ([{"type": "prefix", "from": "0", "to": 4}], "invalid_request", "prefix parts"),

@@ -28,8 +28,10 @@ SHOWN = {"kind": "adaption_prompt", "peft_type": "ADAPTION_PROMPT", "num_virtual
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, str]]:
     base = replace(BASE, attention_module="model.layers.{}.self_attn")
     folder = tmp_path_factory.mktemp("world")
-    with make_world(folder, base=base) as world, serving(world.app) as url:
-        yield world, url
+    with make_world(folder, base=base) as world:
+        world.served = replace(world.served, prefix_warnings=lambda _: ["not in sight"])
+        with serving(world.make_app()) as url:
+            yield world, url
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,9 @@ def test_a_folder_that_peft_saved_is_pushed_and_shown(
     folder, name = tmp_path / "saved", "bin" if is_pickled else "safe"
     adapted.save_pretrained(str(folder), safe_serialization=not is_pickled)
     assert (folder / f"adapter_model.{'bin' if is_pickled else 'safetensors'}").is_file()
-    line = shell("prefix", "push", name, folder).stdout
+    pushed = shell("prefix", "push", name, folder)
+    assert "not in sight" not in pushed.stderr  # all tokens see it
+    line = pushed.stdout
     assert line.startswith(f"{name}@1  uploaded  adaption_prompt, 3 virtual tokens, ")
     (row,) = (r for r in shell("prefix", "ls").stdout.splitlines() if r.startswith(name))
     assert row.split()[:5] == [f"{name}@1", "adaption_prompt", "3", "tiny", "latest"]

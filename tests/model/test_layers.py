@@ -49,7 +49,12 @@ def test_a_warning_counts_the_layers_that_lose_sight_of_a_prefix() -> None:
             "(a sliding window of 16 tokens)"
         ),
     ]
-    assert Layers({}, {0: attention()}).sight_warnings(20) == []
+    assert layers.sight_warnings(None) == [
+        "2 of 4 layers see virtual tokens only within a sliding window of 16 tokens",
+        "1 of 4 layers see virtual tokens only within chunks of 32 tokens",
+    ]
+    for count in (20, None):
+        assert Layers({}, {0: attention(softcap=9.0)}).sight_warnings(count) == []
 
 
 def plain(**options: object) -> Layers:

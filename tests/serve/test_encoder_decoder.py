@@ -169,6 +169,11 @@ def test_refusals_say_what_was_expected(client: TestClient) -> None:
     code, message = refused(text, status=422)
     assert code == "unsupported_kind"
     assert "expected a soft prompt or a KV prefix, since the encoder" in message
+    config = {"peft_type": "ADAPTION_PROMPT", "adapter_len": 2, "adapter_layers": 2}
+    files = {"config": ("c", json.dumps(config).encode()), "weights": ("w", b"")}
+    code, message = refused(client.put("/v1/prefixes/adapter", files=files), status=422)
+    assert code == "unsupported_kind"
+    assert "expected a soft prompt or a KV prefix, since PEFT trains no adaption" in message
     assert refused(complete(client, echo=True))[0] == "unsupported_field"
     assert refused(chat(client, "w5"))[0] == "chat_template"
     assert refused(complete(client, []))[0] == "invalid_request"

@@ -117,8 +117,9 @@ class ServedModel:
     created: int
     tokenizer: Tokenizer
     encoder: EncoderInfo | None = None
-    prefix_warnings: Callable[[int], list[str]] = lambda _: []
-    """What a tenant should know of a prefix of so many virtual tokens on this base."""
+    prefix_warnings: Callable[[int | None], list[str]] = lambda _: []
+    """What a tenant should know of so many virtual tokens in front of a prompt on this base; None:
+    some stand inside."""
 
     def count_prefix_tokens(self, text: str) -> int:
         """Positions that a text prefix occupies. Raises ArtifactRefused for a text with a token

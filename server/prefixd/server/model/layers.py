@@ -1,5 +1,6 @@
 """What a model's layers cache and how they attend, as the probe found it."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,13 +124,16 @@ class Layers:
             )
         return "its layers differ in the size of their keys and values"
 
-    def sight_warnings(self, num_virtual_tokens: int) -> list[str]:
-        """Which layers lose sight of a prefix of this many virtual tokens, for people."""
+    def sight_warnings(self, num_in_front: int | None) -> list[str]:
+        """Which layers lose sight of virtual tokens, for people: of so many in front of the prompt;
+        None: of those inside, which may be anywhere."""
+        if num_in_front is None:
+            return self._narrow_layers()
         lost: dict[tuple[int, int], list[str]] = {}
         for layer in self.attention.values():
-            tokens = layer.tokens_in_sight(num_virtual_tokens)
+            tokens = layer.tokens_in_sight(num_in_front)
             if tokens is not None:
-                never = layer.never_in_sight(num_virtual_tokens)
+                never = layer.never_in_sight(num_in_front)
                 lost.setdefault((tokens, never), []).append(layer.options()[0])
         return [
             f"{len(options)} of {len(self.attention)} layers see no virtual token after the first "
@@ -137,6 +141,17 @@ class Layers:
             f"{f', and never the first {never} of the prefix' if never else ''} "
             f"({', '.join(dict.fromkeys(options))})"
             for (tokens, never), options in sorted(lost.items())
+        ]
+
+    def _narrow_layers(self) -> list[str]:
+        counts = Counter(
+            layer.options()[0]
+            for layer in self.attention.values()
+            if layer.window is not None or layer.chunk is not None
+        )
+        return [
+            f"{count} of {len(self.attention)} layers see virtual tokens only within {option}"
+            for option, count in sorted(counts.items())
         ]
 
     def unseen_part(self, context: int) -> float:

@@ -137,6 +137,10 @@ _NO_TEXTS = (
     "expected a soft prompt or a KV prefix, since the encoder of an encoder-decoder reads all of a "
     "prompt together; put the text in front of the prompt"
 )
+_NO_ADAPTION_PROMPTS = (
+    "expected a soft prompt or a KV prefix, since PEFT trains no adaption prompts for "
+    "encoder-decoders"
+)
 
 
 def refused_kinds(base: LoadedBase) -> dict[Kind, str]:
@@ -144,7 +148,7 @@ def refused_kinds(base: LoadedBase) -> dict[Kind, str]:
     if base.pair is not None:
         return {
             Kind.HARD_PROMPT: _NO_TEXTS,
-            Kind.ADAPTION_PROMPT: "expected a soft prompt or a KV prefix for an encoder-decoder",
+            Kind.ADAPTION_PROMPT: _NO_ADAPTION_PROMPTS,
         }
     reasons = {
         Kind.SOFT_PROMPT: soft_prompt_refused(base.module),

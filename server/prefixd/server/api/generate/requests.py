@@ -226,8 +226,8 @@ class PrefixPart(StrictModel):
     the message. Those that no part names stand in front of the conversation."""
 
     type: Literal["prefix"]
-    start: int = Field(alias="from", ge=0)
-    stop: int = Field(alias="to", ge=1)
+    start: int = Field(alias="from")
+    stop: int = Field(alias="to")
 
 
 Content = Annotated[

@@ -42,6 +42,7 @@ from prefixd.server.api.prefixes.receiving import (
 from prefixd.server.api.prefixes.residency import try_warm
 from prefixd.server.api.prefixes.schemas import PrefixManifest, UploadedPrefix
 from prefixd.server.api.repeats import Repeatable, RepeatableDep, request_digest
+from prefixd.server.api.served import ServedModel
 from prefixd.server.api.values import Flag
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.errors import Unavailable
@@ -49,6 +50,8 @@ from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.idempotency import Keep, Replay
 from prefixd.server.tenants.principal import Actor
 from prefixd.server.tenants.usage import added_by_publish, check_quota
+from prefixd.store.artifact.kinds import Kind
+from prefixd.store.artifact.template import num_in_front
 from prefixd.store.files import sha256_of
 from prefixd.store.store import Published
 
@@ -113,7 +116,7 @@ async def put_prefix(
         async with receive(request, target) as received:
             body = await catalog.long_calls.write(publish, *received)
     manifest = UploadedPrefix.model_validate(body)
-    manifest.warnings = served.prefix_warnings(manifest.num_virtual_tokens)
+    manifest.warnings = _warnings(manifest, served)
     engine.forget_failure(PrefixKey(principal.tenant, manifest.digest))
     if warm:
         warm_up = partial(
@@ -128,6 +131,15 @@ async def put_prefix(
         with suppress(Unavailable):  # the upload is durable
             await catalog.calls.read(warm_up)
     return manifest
+
+
+def _warnings(manifest: PrefixManifest, served: ServedModel) -> list[str]:
+    """What a tenant should know of a version on this base. All tokens see an adaption prompt."""
+    if not Kind(manifest.kind).takes_positions:
+        return []
+    count = manifest.num_virtual_tokens
+    is_in_front = num_in_front(manifest.prompt_template, num_virtual_tokens=count) == count
+    return served.prefix_warnings(count if is_in_front else None)
 
 
 def _publish_once(
