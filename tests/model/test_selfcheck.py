@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from prefixd.server.model import cgroups, float32, memory
+from prefixd.server.model import cgroups, float32, memory, selfcheck_compare
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.gated_places import add_after_projections
 from prefixd.server.model.load import LoadedBase, prepare_base
@@ -19,7 +19,15 @@ from prefixd.server.model.near_ties import near_ties
 from prefixd.server.model.onsets import Onset, onsets_of
 from prefixd.server.model.selfcheck import self_check
 from prefixd.server.model.selfcheck_texts import short_texts
-from tests.model.broken_models import BROKEN, GATED, changed, random_model, right_models
+from tests.model.broken_models import (
+    BROKEN,
+    GATED,
+    SMALL,
+    changed,
+    pooled,
+    random_model,
+    right_models,
+)
 
 WAYS = ["float32", "bfloat16", "bfloat16 by layer", "float16"]
 """The serving dtype, and whether the weights are widened one layer at a time."""
@@ -90,6 +98,50 @@ def test_routing_to_experts_is_stable_in_float32(name: str, seed: int) -> None:
     model = random_model(right_models()[name], seed=seed)
     for dtype in ("float32", "bfloat16"):
         base = prepare_base(copy.deepcopy(model), None, name=name, dtype=dtype, device="cpu")
+        self_check(base, block_size=16)
+
+
+def rough_model() -> Any:
+    """A DeepSeek V2 of the published inner sizes, with weights so large that scores are far apart:
+    float32 changes its logits by a hundredth."""
+    torch.manual_seed(0)
+    config = transformers.DeepseekV2Config(
+        **{**SMALL, "hidden_size": 64, "num_hidden_layers": 4},
+        intermediate_size=96,
+        num_key_value_heads=4,
+        first_k_dense_replace=4,
+        max_position_embeddings=512,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(0.21 / weight.std())
+    return model
+
+
+def test_a_model_whose_float32_is_rough_is_compared_as_its_float64_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = rough_model()
+    weights = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict().items()}
+    base = prepare_base(model, None, name="m", dtype="float32", device="cpu")
+    self_check(base, block_size=16)
+    for name, tensor in model.state_dict().items():
+        assert tensor.data_ptr() == weights[name][0].data_ptr()
+        assert torch.equal(tensor, weights[name][1])
+    monkeypatch.setattr(selfcheck_compare, "_GREATEST_OF_ALL", 0.0)
+    with pytest.raises(UnsupportedModel, match="other logits over KV blocks"):
+        self_check(base, block_size=16)
+
+
+def test_a_wrong_model_whose_float32_is_rough_is_refused() -> None:
+    model = rough_model()
+    mlp = model.model.layers[0].mlp
+    inner = mlp.forward
+    mlp.forward = lambda x: pooled(inner(x))
+    base = prepare_base(model, None, name="m", dtype="float32", device="cpu")
+    with pytest.raises(UnsupportedModel, match="other logits over KV blocks"):
         self_check(base, block_size=16)
 
 

@@ -11,6 +11,7 @@ from prefixd.server.model.architecture import FAILURES, UnsupportedModel
 from prefixd.server.model.attention import IMPLEMENTATION
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.families import reference_attention, use_attention
+from prefixd.server.model.float64 import NoFloat64, float64_arithmetic
 from prefixd.server.model.kv_cache import state_layout
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.memory import free_bytes
@@ -23,6 +24,11 @@ TOLERANCE = (1e-4, 1e-3)
 deviation of all logits at its position. In between, the bound is ten times the difference between
 the model's own eager and SDPA attention: rounding, which grows with the depth of a model (5e-6 with
 three layers, 3e-5 with the demo model's thirty). It is the greatest for a model with states."""
+
+_GREATEST_OF_ALL = 0.05
+"""Greatest bound for a text of which ten times what float32 changes in the model's own logits
+exceeds the bound for all: scores far apart and sizes that differ much round a thousand times more
+than usual."""
 
 _ALWAYS_EAGER = 512
 """Tokens of a text whose eager attention is small for any model."""
@@ -128,6 +134,16 @@ class Comparison:
             return greatest
         return min(max(10 * max(_errors(other, truth.logits)), least), greatest)
 
+    def _bound_of(self, text: Text, truth: Truth) -> float:
+        """The bound for a text that exceeds the one for all: more, where the model's own logits in
+        float32 are far from those in float64."""
+        try:
+            with float64_arithmetic(self.base.module):
+                exact = self._own_logits(text.tokens, text.compared)
+        except (NoFloat64, UnsupportedModel):
+            return self._bound
+        return max(self._bound, min(10 * max(_errors(exact, truth.logits)), _GREATEST_OF_ALL))
+
     def mismatch(self, texts: list[Text], truths: list[Truth]) -> _Mismatch | None:
         """The first wrong position of the first wrong text."""
         rows = list(self.differences(texts, truths))
@@ -135,6 +151,8 @@ class Comparison:
             return None
         self._bound = self._rounding
         wrong = [row for row in rows if not row[-1] <= self._bound]
+        bounds = {index: self._bound_of(texts[index], truths[index]) for index in _texts_of(wrong)}
+        wrong = [row for row in wrong if not row[-1] <= bounds[row[0].text]]
         if not wrong:
             return None
         part, position, _ = min(wrong, key=lambda row: (row[0].text, row[1]))
@@ -201,6 +219,10 @@ class Comparison:
         if limits <= {None, (0.0, inf)}:
             return ""
         return ": transformers applies its time_step_limit to several tokens at a time, not to one"
+
+
+def _texts_of(rows: Iterable[tuple[Part, int, float]]) -> set[int]:
+    return {part.text for part, *_ in rows}
 
 
 def differences(
