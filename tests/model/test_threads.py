@@ -68,8 +68,12 @@ def test_ctrl_c_interrupts_the_computing_thread_and_waits_for_its_end() -> None:
             time.sleep(0.1)
             ended.append("its temporary folder is removed")
 
-    with pytest.raises(KeyboardInterrupt):
-        compute(load, threads=1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compute(load, threads=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended == ["its temporary folder is removed"]
 
 
