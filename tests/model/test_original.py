@@ -73,6 +73,7 @@ def other_values(folder: Path) -> None:
     ("change", "message"),
     [
         (config(rms_norm_eps=0.5), "whose rms_norm_eps is 0.5; .* has 1e-06: expected the model"),
+        (config(model_type="mistral"), "whose model_type is 'mistral'; .* has 'llama'"),
         (config(max_position_embeddings=64), "whose max_position_embeddings is 64; .* has 128"),
         (other_words, r"whose tokenizer \(301 tokens\) has another added_tokens .* \(300 tokens\)"),
         (other_values, "whose input embeddings differ .* by 1.4 of their size; expected at most"),

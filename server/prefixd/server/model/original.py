@@ -125,7 +125,7 @@ def _find_plain(model: str, *, cache_dir: Path) -> tuple[str, str, Any]:
 def require_agreement(config: Any, tokenizer: Any, original: Original, *, name: str) -> None:
     """Raise UnsupportedModel unless a model's config and tokenizer are those of its original."""
     expected, got = _config_fields(original.config), _config_fields(config)
-    for key in sorted(expected.keys() | got.keys()):
+    for key in ("model_type", *sorted(expected.keys() | got.keys())):  # the plainest first
         if expected.get(key) != got.get(key):
             raise UnsupportedModel(
                 f"{_named(original.name)}, whose {key} is {_short(expected.get(key))}; {name} has "
