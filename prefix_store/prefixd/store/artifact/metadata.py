@@ -1,7 +1,9 @@
-"""Metadata that the owner of a prefix gives a version. It is free, with a few known fields::
+"""Metadata that the owner of a prefix gives a version.
 
-{"labels": {"team": "search"}, "description": "…", "prompt_template": "Q: {prompt}\\nA:",
- "base_fingerprint": "…", "task_id": 1, "anything": ["else"]}
+It is free, with a few known fields::
+
+    {"labels": {"team": "search"}, "description": "…", "prompt_template": "Q: {prompt}\\nA:",
+     "base_fingerprint": "…", "task_id": 1, "anything": ["else"]}
 """
 
 from collections.abc import Mapping

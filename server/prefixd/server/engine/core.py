@@ -23,7 +23,7 @@ from prefixd.server.engine.fetcher import Fetcher, FetchResult
 from prefixd.server.engine.output_processor import OutputProcessor
 from prefixd.server.engine.pipeline import Pipeline, StepFailed
 from prefixd.server.engine.prefix_source import PrefixSource, PrefixUnavailable
-from prefixd.server.engine.published import Published
+from prefixd.server.engine.published import PublishedState
 from prefixd.server.engine.queue_limiter import QueueLimiter
 from prefixd.server.engine.request import (
     AdmittedRequest,
@@ -81,7 +81,7 @@ class EngineCore:
         self.scheduler = self._new_scheduler()
         self.turn_began: float | None = None
         self.failures = Failures(self._pipeline, num_blocks=1 + config.state_blocks)
-        self.published = Published(
+        self.published = PublishedState(
             self.scheduler, counters=self._counters, queue_limiter=queue_limiter
         )
 

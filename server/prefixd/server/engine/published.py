@@ -14,7 +14,7 @@ from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.stats import EngineStats, StatsCounters
 
 
-class Published:
+class PublishedState:
     """``tiers`` says how far prefixes are, ``preloads`` how many each tenant has, ``stats`` are the
     figures of the moment ``stats_built``. The queue and its rate go to the limiter."""
 
