@@ -97,6 +97,14 @@ def test_another_size_is_refused_by_name(rounded: Path, tmp_path: Path) -> None:
         bind(wider, rounded)
 
 
+def test_the_demo_model_is_not_converted_to_be_refused_an_original(
+    plain: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedModel, match="original of demo, which is not quantized"):
+        check_original(str(plain), "demo", cache_dir=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_plain_model_has_no_original(plain: Path) -> None:
     message = "which is not quantized; expected a quantized model, or no original"
     with pytest.raises(UnsupportedModel, match=message):

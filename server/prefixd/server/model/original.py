@@ -104,6 +104,8 @@ def check_original(original: str, model: str, *, cache_dir: Path) -> None:
     """Raise UnsupportedModel unless ``model`` is quantized and agrees with ``original``, which is
     not, as far as configs and tokenizers say."""
     source, name, config = _find_plain(original, cache_dir=cache_dir)
+    if model == "demo":  # finding it would convert it first
+        raise UnsupportedModel(_plain(model, name))
     own_source, own_name, own_config = find_model(model, cache_dir=cache_dir)
     if scheme_of(own_config) is None:
         raise UnsupportedModel(_plain(own_name, name))
