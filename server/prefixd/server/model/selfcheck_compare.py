@@ -45,12 +45,14 @@ class Truth:
 
 @dataclass(frozen=True, slots=True)
 class _Mismatch:
-    """The first position of a text with other logits, and the text's largest difference."""
+    """The first position of a text with other logits, and the text's largest difference, which
+    exceeds its bound."""
 
     text: Text
     part: Part
     position: int
     error: float
+    bound: float
     near_tie: bool
 
 
@@ -162,6 +164,7 @@ class Comparison:
             part=part,
             position=position,
             error=max(error for other, _, error in wrong if other.text == part.text),
+            bound=bounds[part.text],
             near_tie=tie is not None and tie <= position,
         )
 
@@ -195,15 +198,16 @@ class Comparison:
             f"{mismatch.position} of a text of {len(text.tokens)} tokens, whose positions "
             f"{part.start} to {part.stop - 1} ran {batch} in one pass. Largest difference "
             f"{mismatch.error:.2g} of the logits' standard deviation, expected at most "
-            f"{self._bound:.2g}. {self._reason(text)}"
+            f"{mismatch.bound:.2g}. {self._reason(text, mismatch.bound)}"
         )
 
-    def _reason(self, text: Text) -> str:
-        """What the logits of a wrong text depend on, found by running it alone."""
+    def _reason(self, text: Text, bound: float) -> str:
+        """What the logits of a wrong text depend on, found by running it alone. Differences up to
+        ``bound`` are rounding."""
         half = list(range(-(-len(text.tokens) // 2)))
         first_half = self._own_logits(text.tokens[: len(half)], half)
         whole = self._own_logits(text.tokens, half)
-        if max(_errors(first_half, whole)) > self._bound:
+        if max(_errors(first_half, whole)) > bound:
             return "Logits of earlier tokens depend on later tokens"
         in_one_pass = Text(text.tokens, (len(text.tokens),))
         if self.mismatch([in_one_pass], [self.truth(in_one_pass)]):
