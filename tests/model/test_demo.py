@@ -76,6 +76,23 @@ def test_an_incomplete_copy_is_rebuilt(wheel, tmp_path, damage):
     assert visible(tmp_path / "cache") == [folder.name]
 
 
+def test_nothing_remains_when_a_signal_arrives_as_the_scratch_folder_is_made(
+    wheel, tmp_path, monkeypatch
+):
+    mkdir, cache = os.mkdir, tmp_path / "cache"
+    cache.mkdir()
+
+    def make_and_exit(*args, **kwargs):
+        mkdir(*args, **kwargs)
+        sys.exit(130)  # as the handler of a signal does
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", make_and_exit)
+        with pytest.raises(SystemExit):
+            demo.demo_model(cache)
+    assert visible(cache) == []
+
+
 def test_a_new_converter_version_converts_again(wheel, tmp_path, monkeypatch):
     old = demo.demo_model(tmp_path)
     monkeypatch.setattr(demo, "CONVERTER", demo.CONVERTER + 1)

@@ -12,7 +12,8 @@ import contextlib
 import json
 import os
 import re
-import tempfile
+import shutil
+import uuid
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -62,11 +63,16 @@ def demo_model(cache_dir: Path, *, progress: Callable[[str], None] | None = None
         return folder
     report = progress or (lambda _line: None)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".converting-", dir=cache_dir) as scratch:
-        built = Path(scratch) / "model"  # a subfolder: mkdtemp makes its own folder private
+    # tempfile makes its folder before it can remove it: a signal in between would leave it.
+    scratch = cache_dir / f".converting-{uuid.uuid4().hex}"
+    try:
+        scratch.mkdir(mode=0o700)
+        built = scratch / "model"  # a subfolder: the outer one is private
         _convert(gguf, built, report)
         _write_marker(built, source=f"{PACKAGE} {version}: {gguf.name}")
-        _put_in_place(built, folder, aside=Path(scratch) / "damaged")
+        _put_in_place(built, folder, aside=scratch / "damaged")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     report(f"demo model ready in {folder}")
     return folder
 
