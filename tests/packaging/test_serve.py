@@ -76,7 +76,8 @@ def served_url(process: subprocess.Popen[str]) -> str:
     lines = []
     for line in process.stderr:
         lines.append(line)
-        if line.startswith("{") and (event := json.loads(line))["event"] == "serving":
+        event = json.loads(line)  # a line that is not, such as a progress bar, is a failure
+        if event["event"] == "serving":
             return str(event["url"])
     raise AssertionError("".join(lines))
 

@@ -1,12 +1,14 @@
 """Load the base model: weights, tokenizer, fingerprint."""
 
 import logging
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from prefixd.server.model.architecture import (
     Shape,
@@ -126,7 +128,9 @@ def check_folder(
 
 def find_model(model: str, *, cache_dir: Path, ranks: int = 1) -> tuple[str, str, Any]:
     """The folder or Hugging Face id of ``model``, its name and its config. Raises as ``load_base``
-    does, before weights are read."""
+    does, before weights are read. Turns the progress bars of transformers off in a log."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     if model == "demo":
         source, name = str(demo_model(cache_dir, progress=log.info)), MODEL_ID.rpartition("/")[2]
     else:
