@@ -40,6 +40,28 @@ def postgres_url(postgres_server: "Postgres") -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def migrated_database(postgres_server: "Postgres") -> str:
+    """The name of a database with the tables of this version, to make others from."""
+    from prefixd.store.db.database import open_database
+    from prefixd.store.db.migrate import upgrade
+
+    postgres_server.execute("CREATE DATABASE migrated")
+    engine = open_database(f"{postgres_server.url}migrated")
+    upgrade(engine)
+    engine.dispose()  # no connection: others could not be made from it
+    return "migrated"
+
+
+@pytest.fixture
+def postgres_catalog_url(postgres_server: "Postgres", migrated_database: str) -> Iterator[str]:
+    """As ``postgres_url``, of a database with the tables of this version."""
+    name = f"test_{next(_number)}"
+    postgres_server.execute(f"CREATE DATABASE {name} TEMPLATE {migrated_database}")
+    yield postgres_server.url + name
+    postgres_server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """The endpoint of a running S3."""
     from tests.real_services import running_s3

@@ -53,6 +53,7 @@ from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import upgrade
 from prefixd.store.disk import DiskGuard
 from prefixd.store.store import PrefixStore
+from tests.migrated import migrated
 
 # Through the standard library, whose level hides the access log from the tests' output. Plain
 # tracebacks: formatting the local variables of a server takes seconds.
@@ -244,7 +245,7 @@ def make_world(
 ) -> Iterator[World]:
     """A server of ``base``; two on one folder share the catalog and the blobs. ``tokenizer``: that
     of a vocabulary other than bytes, which ``runner`` must know."""
-    url = database_url or f"sqlite:///{tmp_path / 'catalog.sqlite3'}"
+    url = database_url or migrated(tmp_path / "catalog.sqlite3")
     database: Database = open_database(url)
     upgrade(database)
     store = PrefixStore(database, LocalBlobs(tmp_path / "blobs"))

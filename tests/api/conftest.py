@@ -18,7 +18,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 @pytest.fixture(params=["sqlite", "postgres"])
 def either_world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     """A world on SQLite and one on PostgreSQL, for tests that depend on their locks."""
-    url = None if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+    url = None if request.param == "sqlite" else request.getfixturevalue("postgres_catalog_url")
     with make_world(tmp_path, database_url=url) as world:
         yield world
 

@@ -26,7 +26,7 @@ from tests.faults.faults_outage import (
 from tests.faults.faults_server import RunningServer, running
 from tests.faulty_bucket import Fault, FaultyBucket, faulty_bucket
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 NUM_COLD = 6
 TEXT = " ".join(["a"] * 8)

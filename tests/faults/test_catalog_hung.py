@@ -39,7 +39,7 @@ from tests.faults.faults_reference import Reference
 from tests.faults.faults_traffic import Answer, caller, greedy, stream
 from tests.real_services import Postgres, running_postgres
 
-pytestmark = [pytest.mark.serial, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 CALLERS = 100
 UPLOADS = 6

@@ -17,7 +17,7 @@ from tests.faults.faults_outage import RECOVERED_WITHIN_S, HealthProber, check_i
 from tests.faults.faults_process import KillableServer
 from tests.faults.faults_traffic import Answer, caller, complete, greedy, stream
 
-pytestmark = [pytest.mark.serial, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 HOUR_S = 3600
 PROMPT = make_prompts(1, lengths=(9,), seed=3)[0]

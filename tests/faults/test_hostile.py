@@ -45,7 +45,7 @@ SIZES: dict[str, Any] = {
     "max_prefix_bytes": 128 * 1024,
 }
 
-pytestmark = pytest.mark.serial
+pytestmark = pytest.mark.slow
 
 
 class UnrecordedRunner(FakeRunner):

@@ -73,7 +73,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest.mark.serial
+@pytest.mark.slow
 @pytest.mark.timeout(SECONDS * 3 + 600)
 def test_mixed_traffic_with_faults_leaks_nothing_and_gives_correct_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

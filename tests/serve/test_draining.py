@@ -19,7 +19,7 @@ import pytest
 
 from prefixd.server.serve.shutdown import CLOSING_S
 
-pytestmark = pytest.mark.serial  # each test starts a server process and waits for its end
+pytestmark = pytest.mark.slow  # each test starts a server process and waits for its end
 
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("draining_child.py")

@@ -14,6 +14,7 @@ from prefixd.store.blobs.blobs import open_blobs
 from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import upgrade
 from prefixd.store.store import PrefixStore
+from tests.migrated import migrated
 from tests.real_services import S3_ENVIRONMENT
 from tests.store.store_home import Clock, Home
 
@@ -22,8 +23,8 @@ from tests.store.store_home import Clock, Home
 def stack(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str | None]:
     """Database URL and blobs URL of an empty store."""
     if request.param == "sqlite-files":
-        return f"sqlite:///{tmp_path}/data/catalog.sqlite", None
-    return request.getfixturevalue("postgres_url"), request.getfixturevalue("s3_url")
+        return migrated(tmp_path / "data" / "catalog.sqlite"), None
+    return request.getfixturevalue("postgres_catalog_url"), request.getfixturevalue("s3_url")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from sqlalchemy import Engine
 
 from prefixd.server.tenants.registry import Tenants
 from prefixd.store.db.database import open_database
-from prefixd.store.db.migrate import upgrade
+from tests.migrated import migrated
 from tests.tenants.tenants_clock import Clock
 
 
@@ -17,15 +17,14 @@ def open_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Call
     """Opens one catalog several times, as replicas do."""
     opened: list[Engine] = []
     if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path / 'catalog.sqlite3'}"
+        url = migrated(tmp_path / "catalog.sqlite3")
     else:
-        url = request.getfixturevalue("postgres_url")
+        url = request.getfixturevalue("postgres_catalog_url")
 
     def make() -> Engine:
         opened.append(open_database(url))
         return opened[-1]
 
-    upgrade(make())
     yield make
     for engine in opened:
         engine.dispose()
