@@ -71,13 +71,14 @@ def test_demo_runs_from_the_wheel(complete: Environment, tmp_path: Path) -> None
 
 
 def served_url(process: subprocess.Popen[str]) -> str:
-    """The address in the event ``serving`` of the log; the log itself when the process ends."""
+    """The address in the event ``serving`` of the log, of which each line must be JSON; fails with
+    the log itself when the process ends."""
     assert process.stderr is not None
     lines = []
     for line in process.stderr:
         lines.append(line)
-        event = json.loads(line)  # a line that is not, such as a progress bar, is a failure
-        if event["event"] == "serving":
+        if line.startswith("{") and (event := json.loads(line))["event"] == "serving":
+            assert [each for each in lines if not each.startswith("{")] == []  # no progress bar
             return str(event["url"])
     raise AssertionError("".join(lines))
 
