@@ -1,6 +1,7 @@
 """``prefixd backup`` and ``prefixd restore``: complete under load, and never half of one."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -117,11 +118,11 @@ def test_a_backup_under_load_has_everything_acknowledged_before_it(
     home: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Writers publish, delete and collect while the blobs are copied."""
-    stop, acknowledged = threading.Event(), list[str]()
-    enough = threading.Event()
+    stop, enough, more = threading.Event(), threading.Event(), threading.Event()
+    acknowledged = list[str]()
 
     def write(writer: int) -> None:
-        for number in range(1000):
+        for number in itertools.count():
             if stop.is_set():
                 return
             name = f"w{writer}-{number}"
@@ -130,6 +131,7 @@ def test_a_backup_under_load_has_everything_acknowledged_before_it(
                 changes.delete(home.store, tenant="acme", name=name)
             else:
                 acknowledged.append(name)
+                more.set()
             if len(acknowledged) > 10:
                 enough.set()
 
@@ -138,9 +140,8 @@ def test_a_backup_under_load_has_everything_acknowledged_before_it(
 
     def put_while_others_write(*args: Any, **named: Any) -> None:
         if threading.current_thread() is threading.main_thread():
-            count = len(acknowledged)
-            while len(acknowledged) == count and any(map(threading.Thread.is_alive, writers)):
-                pass
+            more.clear()
+            assert more.wait(60)
             during.append(acknowledged[-1])
         put(*args, **named)
 

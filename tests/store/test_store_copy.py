@@ -23,7 +23,7 @@ from prefixd.store.db.database import metadata, open_database, reading, writing
 from prefixd.store.db.migrate import upgrade
 from prefixd.store.errors import CorruptArtifact
 from prefixd.store.names import BlobKey
-from prefixd.store.store import PrefixStore
+from prefixd.store.store import Manifest, PrefixStore
 from tests.real_services import Postgres
 from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE
@@ -61,11 +61,19 @@ class Opened:
 
     def texts(self) -> dict[str, str | None]:
         """Every name's text, its blob verified."""
-        found = {}
-        for manifest in self.store.list(tenant="acme").manifests:
-            path = self.store.fetch(tenant="acme", digest=manifest.digest)
-            found[manifest.name] = read_artifact(path, base=BASE, count_tokens=len).text
-        return found
+        return {manifest.name: self._text(manifest) for manifest in self._latest()}
+
+    def _latest(self) -> Iterator[Manifest]:
+        after = None
+        while True:
+            page = self.store.list(tenant="acme", limit=5, after=after)
+            yield from page.manifests
+            if (after := page.next_after) is None:
+                return
+
+    def _text(self, manifest: Manifest) -> str | None:
+        path = self.store.fetch(tenant="acme", digest=manifest.digest)
+        return read_artifact(path, base=BASE, count_tokens=len).text
 
 
 @contextmanager
