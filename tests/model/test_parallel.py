@@ -202,11 +202,16 @@ def test_a_follower_that_does_not_respond_is_lost(play: Callable[[float], Played
 
 def test_a_pass_that_does_not_end_on_every_rank_is_lost(play: Callable[[float], Played]) -> None:
     played = play(3600)
-    number = played.followers.begin("run", limit_s=0.05)
-    played.process.pipe.send((number, Outcome()))
+    followers = played.followers
+    number = followers.begin("run", limit_s=3600)
+    call = followers._calls[number]
+    played.process.report(number, Outcome())
+    with followers._changed:
+        assert followers._changed.wait_for(lambda: 1 in call.outcomes, timeout=30)
+        call.limit_s = 0.0
     assert played.lost.get(timeout=30).endswith(" s on rank 0")
     with pytest.raises(RankLost, match="a pass has not ended"):
-        played.followers.end(number, Outcome())
+        followers.end(number, Outcome())
 
 
 def test_a_rank_that_fails_while_others_wait_for_it_is_lost(
