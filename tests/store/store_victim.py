@@ -1,6 +1,6 @@
 """A process that forks one change after another, each to be traced or killed by a test.
 
-For each line ``way folder`` on standard input it forks a child, prints the child's process id, and
+For each line ``way folder`` on standard input it forks a child, which prints its process id, and
 lets it go with the next line; then it prints how the child ended. The child prints ``ack`` when its
 change returned. ``way`` is ``sound`` for a publish, ``stored-file`` for that of a stored file, one
 of the mistakes a store could make in a publish, or one of ``CHANGES``.
@@ -120,6 +120,7 @@ def act(way: str, folder: Path) -> None:
 
 def child(way: str, folder: str, gate: int) -> None:
     ctypes.CDLL(None).prctl(*_ANY_TRACER)
+    os.write(1, b"%d\n" % os.getpid())
     os.read(gate, 1)
     status = 1
     try:
@@ -139,7 +140,6 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             child(way, folder, gate)
-        os.write(1, b"%d\n" % pid)
         sys.stdin.readline()
         os.write(opener, b"!")
         _, status = os.waitpid(pid, 0)
