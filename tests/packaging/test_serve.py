@@ -49,7 +49,8 @@ def test_serve_answers_and_ends_on_sigterm(complete: Environment, tmp_path: Path
     ) as process:
         try:
             url = served_url(process)
-            with httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}) as client:
+            headers = {"Authorization": f"Bearer {key}"}
+            with httpx2.Client(base_url=url, headers=headers, timeout=READY_WITHIN_S) as client:
                 wait_until_ready(client)
                 body = {"model": client.get("/v1/models").json()["data"][0]["id"], "prompt": "w5"}
                 completion = client.post("/v1/completions", json=body | {"max_tokens": 3})
