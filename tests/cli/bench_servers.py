@@ -1,5 +1,6 @@
 """Servers for the tests of ``prefixd bench``: the fake world with a record, and scripted ones."""
 
+import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,19 +19,23 @@ from tests.clients.loopback import serving
 
 @dataclass
 class Recorder:
-    """An ASGI application that records the generations sent to another one."""
+    """An ASGI application that records the generations sent to another one. Those of more than two
+    tokens begin once ``awaited`` of them have run at the same time, or after half a minute."""
 
     app: Callable[..., Any]
     bodies: list[dict[str, Any]] = field(default_factory=list)
     running: int = 0
     most_running: int = 0
+    awaited: int = 0
+    _together: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         message = await receive()
-        self.bodies.append(json.loads(message["body"]))
+        body = json.loads(message["body"])
+        self.bodies.append(body)
         pending = [message]
 
         async def replayed() -> Any:
@@ -39,13 +44,23 @@ class Recorder:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
+            if body["max_tokens"] > 2:  # no probe, which is sent alone
+                await self._gather()
             await self.app(scope, replayed, send)
         finally:
             self.running -= 1
 
+    async def _gather(self) -> None:
+        if self.most_running >= self.awaited:
+            self._together.set()
+        with anyio.move_on_after(30):
+            await self._together.wait()
+        self._together.set()  # the others wait no longer
+
     def reset(self) -> None:
         self.bodies.clear()
-        self.most_running = 0
+        self.most_running = self.awaited = 0
+        self._together = asyncio.Event()
 
 
 def event(value: object) -> bytes:

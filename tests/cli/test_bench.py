@@ -59,15 +59,16 @@ def _sent(recorder: Recorder, output_tokens: int = 6) -> list[dict[str, Any]]:
 
 
 def test_a_sweep_sends_exactly_its_requests_and_no_prompt_twice(bench: Bench, recorder: Recorder):
-    result = bench("--concurrency", "1,3", "--num-prompts", "7", *SMALL)
+    recorder.awaited = 3
+    result = bench("--concurrency", "3,1", "--num-prompts", "7", *SMALL)
     assert len(_sent(recorder)) == 14
     assert recorder.most_running == 3
     prompts = [body["prompt"] for body in recorder.bodies]
     assert len(set(prompts)) == len(prompts)
     rows = [line.split() for line in result.stdout.splitlines()]
     assert [row[:6] for row in rows[1:3]] == [
-        ["1", "at", "a", "time", "7", "0"],
         ["3", "at", "a", "time", "7", "0"],
+        ["1", "at", "a", "time", "7", "0"],
     ]
 
 
@@ -147,6 +148,7 @@ def test_models_take_turns_or_are_drawn_by_popularity(bench: Bench, recorder: Re
 
 
 def test_arrivals_at_a_rate_are_sent_without_waiting_for_others(bench: Bench, recorder: Recorder):
+    recorder.awaited = 2
     result = bench("--request-rate", "200,inf", "--num-prompts", "10", *SMALL)
     assert len(_sent(recorder)) == 20
     assert recorder.most_running > 1
