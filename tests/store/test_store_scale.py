@@ -172,9 +172,9 @@ def test_reading_a_version_takes_time_linear_in_its_aliases(home: Home) -> None:
             )
         taken = []
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.thread_time()  # of this thread, independent of other load
             manifest = home.store.resolve(tenant="acme", reference=name, base=BASE)
-            taken.append(time.perf_counter() - began)
+            taken.append(time.thread_time() - began)
             assert len(manifest.aliases) == count + 1
         return min(taken)
 
