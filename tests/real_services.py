@@ -29,6 +29,9 @@ S3_ENVIRONMENT = {
     "AWS_REGION": "us-east-1",
 }
 
+S3_TIMEOUT_S = 60.0
+"""How long moto may take to respond: a busy machine does not make it unavailable."""
+
 
 @dataclass(frozen=True, slots=True)
 class Postgres:

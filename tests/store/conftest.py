@@ -15,7 +15,7 @@ from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import upgrade
 from prefixd.store.store import PrefixStore
 from tests.migrated import migrated
-from tests.real_services import S3_ENVIRONMENT
+from tests.real_services import S3_ENVIRONMENT, S3_TIMEOUT_S
 from tests.store.store_home import Clock, Home
 
 
@@ -46,7 +46,7 @@ def open_home(stack: tuple[str, str | None], tmp_path: Path) -> Iterator[Callabl
         engine = open_database(database_url)
         engines.append(engine)
         upgrade(engine)
-        blobs = open_blobs(blobs_url, tmp_path / "data")
+        blobs = open_blobs(blobs_url, tmp_path / "data", timeout_s=S3_TIMEOUT_S)
         store = PrefixStore(engine, blobs, clock=clock)
         return Home(tmp_path, store, blobs, engine, clock, damage)
 

@@ -20,7 +20,7 @@ from prefixd.store.errors import (
     UnknownPrefix,
 )
 from prefixd.store.names import BlobKey
-from tests.real_services import S3_ENVIRONMENT, make_bucket, running_s3
+from tests.real_services import S3_ENVIRONMENT, S3_TIMEOUT_S, make_bucket, running_s3
 
 CONTENT = b"a prefix"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -38,7 +38,7 @@ class Place:
             self.bucket = S3Store.from_url(url, client_options={"allow_http": True})
 
     def open(self) -> Blobs:
-        return open_blobs(self.url, self.root)
+        return open_blobs(self.url, self.root, timeout_s=S3_TIMEOUT_S)
 
     def names(self) -> list[str]:
         if self.bucket:

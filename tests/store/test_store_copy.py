@@ -24,7 +24,7 @@ from prefixd.store.db.migrate import upgrade
 from prefixd.store.errors import CorruptArtifact
 from prefixd.store.names import BlobKey
 from prefixd.store.store import Manifest, PrefixStore
-from tests.real_services import Postgres
+from tests.real_services import S3_TIMEOUT_S, Postgres
 from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE
 
@@ -35,7 +35,7 @@ class Opened:
     def __init__(self, database_url: str, blobs_url: str | None, root: Path) -> None:
         self.engine = open_database(database_url)
         upgrade(self.engine)
-        self.blobs = open_blobs(blobs_url, root)
+        self.blobs = open_blobs(blobs_url, root, timeout_s=S3_TIMEOUT_S)
         self.store = PrefixStore(self.engine, self.blobs)
         self.tenants = Tenants(self.engine)
 

@@ -35,6 +35,7 @@ from prefixd.store.db.migrate import upgrade
 from prefixd.store.errors import BaseMismatch, UnknownPrefix
 from prefixd.store.names import BlobKey
 from prefixd.store.store import Change, Manifest, PrefixStore
+from tests.real_services import S3_TIMEOUT_S
 from tests.store import store_changes as changes
 from tests.store.store_artifacts import BASE
 from tests.store.store_model import OTHER, Meaning, Name, Selector
@@ -117,7 +118,7 @@ class StoreMachine(RuleBasedStateMachine):
         database_url, blobs_url = self.urls
         self.engine = open_database(database_url.replace("HOME", str(self.home)))
         upgrade(self.engine)
-        self.blobs = open_blobs(blobs_url, self.home)
+        self.blobs = open_blobs(blobs_url, self.home, timeout_s=S3_TIMEOUT_S)
         self.store = PrefixStore(self.engine, self.blobs, clock=lambda: self.now)
         self.store.watch(self.told.append)
         self.bindings = Bindings(self.engine)
