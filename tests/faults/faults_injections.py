@@ -60,6 +60,20 @@ def connections(url: str, *, sources: Sequence[str], each: int, sent: bytes) -> 
 
 
 @contextmanager
+def open_upload(url: str, key: str) -> Iterator[None]:
+    """A request that runs until the block ends: its body does not end before."""
+    head = (
+        f"PUT /v1/prefixes/open HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
+        "content-type: application/json\r\ncontent-length: 100\r\nexpect: 100-continue\r\n\r\n"
+    )
+    target = urlsplit(url)
+    with socket.create_connection((target.hostname, target.port), timeout=60) as sender:
+        sender.sendall(head.encode())
+        assert sender.recv(4096).startswith(b"HTTP/1.1 100 ")  # the server waits for the body
+        yield
+
+
+@contextmanager
 def dribblers(url: str, *, source: str, count: int) -> Iterator[None]:
     """``count`` clients without a key, which send a byte of their bodies now and then."""
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n"

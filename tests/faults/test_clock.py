@@ -23,10 +23,12 @@ HOUR_S = 3600
 PROMPT = make_prompts(1, lengths=(9,), seed=3)[0]
 SHORT = greedy(TINY, PROMPT, 2)
 LONG = greedy(TINY, PROMPT, 400)
+LONGEST = greedy(TINY, PROMPT, 1900)
 PER_MINUTE, AT_ONCE = 20, 2
 QUOTAS = {
     "rates": {"requests_per_minute": PER_MINUTE},
     "leases": {"max_concurrent_requests": AT_ONCE},
+    "stream": {"max_concurrent_requests": 1},
 }
 
 
@@ -66,7 +68,7 @@ async def empty_the_bucket(http: httpx2.AsyncClient) -> None:
 
 
 async def until_admitted(http: httpx2.AsyncClient) -> None:
-    """Send the request until it is admitted: as soon as the bucket holds one again."""
+    """Send the request until it is admitted: as soon as its limit has room again."""
     async with asyncio.timeout(within(RECOVERED_WITHIN_S)):
         while not (answer := await complete(http, SHORT)).ok:
             assert answer.status == 429, answer
@@ -76,22 +78,30 @@ async def until_admitted(http: httpx2.AsyncClient) -> None:
 async def jump_during_streams(
     url: str, keys: dict[str, str], clock: ServerClock, *, offset_s: float
 ) -> None:
-    """Set the clock while two streams run, as many as their tenant may have."""
-    async with caller(url, keys["rates"]) as rates, caller(url, keys["leases"]) as leases:
-        quiet = await stream(leases, LONG)
+    """Set the clock while streams run: as many as their tenant may have, and one to its end."""
+    async with (
+        caller(url, keys["rates"]) as rates,
+        caller(url, keys["leases"]) as leases,
+        caller(url, keys["stream"]) as one,
+    ):
+        quiet = await stream(one, LONG)
         await empty_the_bucket(rates)
-        begun = [asyncio.Event() for _ in range(AT_ONCE)]
+        begun = [asyncio.Event() for _ in range(AT_ONCE + 1)]
         async with asyncio.TaskGroup() as group:
-            running = [group.create_task(stream(leases, LONG, begun=event)) for event in begun]
+            running = group.create_task(stream(one, LONG, begun=begun[0]))
+            held = [group.create_task(stream(leases, LONGEST, begun=event)) for event in begun[1:]]
             await asyncio.gather(*(event.wait() for event in begun))
             clock.set(offset_s)
             for _ in range(3):
                 third = await complete(leases, SHORT)
                 assert third.code == "concurrency_limit_exceeded", third
-            assert not any(task.done() for task in running), "a stream was shorter than the test"
+            assert not any(task.done() for task in held), "a stream was shorter than the test"
+            for task in held:
+                task.cancel()
             await until_admitted(rates)
-        assert [task.result().tokens for task in running] == [quiet.tokens] * AT_ONCE
-        assert (await complete(leases, SHORT)).ok
+        assert running.result().tokens == quiet.tokens
+        assert (await complete(one, SHORT)).ok
+        await until_admitted(leases)
 
 
 def test_streams_finish_and_limits_hold_while_the_clock_jumps(

@@ -43,7 +43,7 @@ def main() -> None:
         print(json.dumps(ready), flush=True)
         DrainingServer(
             uvicorn_config(
-                world.app,
+                world.make_app(body_timeout=60.0),
                 timeouts=ConnectionTimeouts(30.0, 30.0),
                 limits=ConnectionLimits(100, 100),
                 metrics=world.metrics,

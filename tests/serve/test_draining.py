@@ -18,6 +18,7 @@ import httpx2
 import pytest
 
 from prefixd.server.serve.shutdown import CLOSING_S
+from tests.faults.faults_injections import open_upload
 
 pytestmark = pytest.mark.slow  # each test starts a server process and waits for its end
 
@@ -40,8 +41,9 @@ class Served:
         self._stdout = process.stdout
         ready = json.loads(self._stdout.readline())
         url = f"http://127.0.0.1:{ready['port']}"
-        headers = {"authorization": f"Bearer {ready['key']}"}
-        self.client = httpx2.Client(base_url=url, headers=headers, timeout=20)
+        self.url, self.key = url, ready["key"]
+        headers = {"authorization": f"Bearer {self.key}"}
+        self.client = httpx2.Client(base_url=url, headers=headers, timeout=60)
         while True:
             try:
                 if self.client.get("/health/ready").status_code == 200:
@@ -125,8 +127,9 @@ def test_an_idle_server_exits_immediately(tmp_path: Path, sig: signal.Signals) -
 
 
 def test_a_stream_that_ends_within_the_drain_timeout_is_complete(tmp_path: Path) -> None:
-    with served(tmp_path, drain_timeout=30, step_s=SLOW_STEP_S) as server:
-        with server.stream(40) as lines:  # for as long as several requests take
+    with served(tmp_path, drain_timeout=60, step_s=SLOW_STEP_S) as server:
+        # The server drains for as long as the test needs, however long the stream takes.
+        with server.stream(10) as lines, open_upload(server.url, server.key):
             server.process.send_signal(signal.SIGTERM)
             rejected = not_ready = None
             while rejected is None or rejected.status_code == 200:
@@ -171,7 +174,7 @@ def test_a_response_that_exceeds_the_drain_timeout_is_a_503(tmp_path: Path) -> N
         while '"a step begins"' not in server.log.read_text():
             pass
         server.process.send_signal(signal.SIGTERM)
-        pending.join(20)
+        pending.join(60)
         server.ended()
     assert pending.response.status_code == 503
     assert pending.response.json()["error"]["code"] == "shutting_down"
@@ -193,7 +196,7 @@ def test_every_one_of_many_requests_gets_a_503_or_a_last_event(tmp_path: Path) -
                 break
         server.process.send_signal(signal.SIGTERM)
         for request in requests:
-            request.join(20)
+            request.join(60)
         server.ended()
     endings = Counter(ending_of(request.response) for request in requests)
     assert endings.total() == len(requests)
@@ -256,8 +259,8 @@ def test_a_hanging_device_does_not_prevent_the_exit(tmp_path: Path) -> None:
         while '"a step begins"' not in server.log.read_text():
             pass
         server.process.send_signal(signal.SIGTERM)
-        pending.join(20)
-        assert server.process.wait(20) == 1
+        pending.join(60)
+        assert server.process.wait(60) == 1
         log = server.log.read_text()
     assert pending.response.status_code == 503
     assert "something hangs" in log
