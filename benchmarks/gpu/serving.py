@@ -77,17 +77,18 @@ def run_requests(served: Served, load: Workload, *, prefixes: list[object]) -> l
     ids = served.base.num_embeddings
     prompts = torch.randint(3, ids, (load.requests, load.prompt), generator=generator).tolist()
     streams = [Stream() for _ in prompts]
-    for number, (prompt, stream) in enumerate(zip(prompts, streams, strict=True)):
-        request = AdmittedRequest(
-            request_id=str(next(served.numbers)),
-            tenant="t",
-            prompt=tuple(prompt),
-            prefix=prefixes[number] if prefixes else None,  # type: ignore[arg-type]
-            sampling=SamplingParams(temperature=0),
-            stop=StopParams(max_tokens=load.output),
-            kv_reuse=False,
-        )
-        served.engine.submit(request, stream.put)
+    with served.held():  # or few tokens of the first may have come before the last is submitted
+        for number, (prompt, stream) in enumerate(zip(prompts, streams, strict=True)):
+            request = AdmittedRequest(
+                request_id=str(next(served.numbers)),
+                tenant="t",
+                prompt=tuple(prompt),
+                prefix=prefixes[number] if prefixes else None,  # type: ignore[arg-type]
+                sampling=SamplingParams(temperature=0),
+                stop=StopParams(max_tokens=load.output),
+                kv_reuse=False,
+            )
+            served.engine.submit(request, stream.put)
     for stream in streams:
         if not stream.ended.wait(WAIT_S):
             raise TimeoutError(f"a request did not end within {WAIT_S} s")

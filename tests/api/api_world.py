@@ -14,7 +14,6 @@ from sqlalchemy import Engine as Database
 
 from prefixd.server.api.app import create_app
 from prefixd.server.api.catalog_access import CatalogAccess
-from prefixd.server.api.catalog_calls import WAIT_S
 from prefixd.server.api.catalog_metrics import CatalogCollector
 from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.drain_state import DrainState
@@ -77,6 +76,8 @@ BASE = BaseSpec(
 DECODER = DecoderInfo("fake", "cpu", "float32")
 MAX_POSITIONS = 400
 POOL_BLOCKS = 32
+CATALOG_WAIT_S = 60.0
+"""A busy machine may pause during any call."""
 BODY_LIMITS = {
     "max_body_bytes": 64 * 1024,
     "max_prefix_bytes": 32 * 1024,
@@ -178,7 +179,7 @@ class World:
         *,
         engine: Engine | None = None,
         trace: Tracer | None = None,
-        wait_s: float = WAIT_S,
+        wait_s: float = CATALOG_WAIT_S,
         **limits: Any,
     ) -> FastAPI:
         """An application over these parts, except those given here."""

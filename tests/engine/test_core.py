@@ -3,8 +3,8 @@
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
+from unittest.mock import Mock
 
 import pytest
 
@@ -220,10 +220,13 @@ def test_engine_that_ends_with_failing_calls_pending_aborts_all_requests(
 
 
 @pytest.mark.parametrize("depth", [0], indirect=True)  # one behind, they run while the device does
-def test_step_time_excludes_detokenizers_and_handlers() -> None:
+def test_step_time_excludes_detokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Mock(perf_counter=Mock(return_value=0.0))
+    monkeypatch.setattr("prefixd.server.engine.pipeline.time", clock)
+
     class Slow(ByteDetokenizer):
         def push(self, token_id: int) -> Sequence[TokenText]:
-            time.sleep(0.1)
+            clock.perf_counter.return_value += 1.0
             return super().push(token_id)
 
     bench = Bench(detokenizer=Slow)
@@ -233,7 +236,7 @@ def test_step_time_excludes_detokenizers_and_handlers() -> None:
     bench.engine.stop()
     stats = bench.engine.stats()
     assert stats.generated_tokens == 3
-    assert stats.step_seconds < 0.1
+    assert stats.step_seconds == 0.0
 
 
 class LateDetokenizer(ByteDetokenizer):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
@@ -58,6 +59,18 @@ def serve(
             await running
 
     asyncio.run(main())
+
+
+def abort_of(world: World) -> threading.Event:
+    """Set once the engine received an abort."""
+    abort, aborted = world.engine.abort, threading.Event()
+
+    def abort_and_tell(request_id: str) -> None:
+        abort(request_id)
+        aborted.set()
+
+    world.engine.abort = abort_and_tell  # type: ignore[method-assign]
+    return aborted
 
 
 def read_response(connection: socket.socket) -> tuple[bytes, dict[str, str], Any]:

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import socket
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -18,7 +17,7 @@ from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.serve.http import bind
 from prefixd.server.serve.transport import LINGER_BYTES, LINGER_S, LingeringTransport
 from tests.api.api_world import World
-from tests.serve.listening import SOON_S, Listening, read_response, serve
+from tests.serve.listening import SOON_S, Listening, abort_of, read_response, serve
 
 SEQUENCES = 4
 
@@ -227,13 +226,14 @@ def test_a_unix_socket_is_served(world: World, tmp_path: Path) -> None:
 def test_a_stream_whose_client_stops_reading_is_aborted(world: World) -> None:
     """Its sequences end long before their last token, and their blocks are free."""
     body = {"model": "tiny", "prompt": "x", "ignore_eos": True, "stream": True}
-    run = world.runner.run
+    run, aborted = world.runner.run, abort_of(world)
 
-    def run_slowly(step: Step) -> StepOutput:
-        time.sleep(0.02)
+    def run_until_full(step: Step) -> StepOutput:
+        """After 60 steps the client's window is full: the next ones wait for the abort."""
+        assert len(world.runner.steps) < 60 or aborted.wait(SOON_S)
         return run(step)
 
-    world.runner.run = run_slowly  # type: ignore[method-assign]
+    world.runner.run = run_until_full  # type: ignore[method-assign]
     stall(world, {**body, "n": SEQUENCES, "max_tokens": 100})
     assert world.engine.stats().finished["abort"] == SEQUENCES
     assert len(world.runner.steps) < 100

@@ -10,7 +10,7 @@ import pytest
 from prefixd.server.errors import BadRequest
 from prefixd.server.serve.http_refusals import MAX_HEADER_BYTES, check_head
 from tests.api.api_world import World
-from tests.serve.listening import Listening, serve
+from tests.serve.listening import Listening, abort_of, serve
 from tests.serve.test_http_edges import GET, POST, answer_to, check_refusal
 
 UPGRADE = b"connection: upgrade\r\nupgrade: h2c\r\n"
@@ -127,17 +127,16 @@ def test_a_disconnect_aborts_a_request_that_has_another_behind_it(world: World) 
         b'{"model": "tiny", "prompt": "x", "max_tokens": 300, "ignore_eos": true, "stream": true}'
     )
     world.runner.hold_after = 3
+    aborted = abort_of(world)
 
     async def scenario(server: Listening) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(post(world, endless) + GET + b"\r\n")
         assert await asyncio.to_thread(world.runner.held.wait, 30)
         writer.transport.abort()
-        await server.until_connected(0)
+        assert await asyncio.to_thread(aborted.wait, 30)
         world.runner.gate.set()
-        async with asyncio.timeout(30):
-            while not any(world.engine.stats().finished.values()):  # noqa: ASYNC110 - no event for it
-                await asyncio.sleep(0.005)
+        await asyncio.to_thread(world.engine.state)  # answered after the abort
         assert world.engine.stats().finished["abort"] == 1
 
     serve(world, scenario)

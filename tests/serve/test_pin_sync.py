@@ -158,11 +158,11 @@ def test_an_unavailable_catalog_unpins_nothing_and_does_not_end_pin_sync(
     store.broken = True
     with running(store, pool, interval_s=0.001) as pin_sync:
         pin_sync.changed(Change((KEY,)))
+        assert "could not be read" in caplog.text
         assert pool.calls == [("retire", [PrefixKey("acme", "d" * 64)])]
         store.pins = [Pinned(KEY, 7)]
         store.broken = False
         pool.wait_until(PINNED)
-    assert "could not be read" in caplog.text
 
 
 def test_pins_that_do_not_fit_are_omitted(

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -51,7 +52,9 @@ def test_a_generation_is_a_span(
 ) -> None:
     manifest = put_text(traced, "voice", "acme's", world.headers())
     assert not spans.get_finished_spans()
+    started = time.monotonic()
     answer = complete(traced, model="voice@1", n=2, temperature=0.5, stream=stream)
+    seconds = time.monotonic() - started
     span = only(spans)
     assert span.name == "text_completion tiny"
     assert span.kind is SpanKind.SERVER
@@ -59,7 +62,7 @@ def test_a_generation_is_a_span(
     assert span.resource.attributes["service.name"] == "prefixd"
     assert span.parent is None
     attributes: dict[str, Any] = dict(span.attributes or {})
-    assert 0 < attributes.pop("gen_ai.server.time_to_first_token") < 10
+    assert 0 < attributes.pop("gen_ai.server.time_to_first_token") < seconds
     assert str(attributes.pop("gen_ai.response.id")).startswith("cmpl-")
     attributes.pop("prefixd.queue_time", None)
     assert attributes == {
@@ -83,7 +86,7 @@ def test_a_generation_is_a_span(
     }
     assert span.start_time is not None
     assert span.end_time is not None
-    assert 0 < span.end_time - span.start_time < 10e9
+    assert 0 < span.end_time - span.start_time < 1e9 * (seconds + 1)  # of the wall clock
 
 
 def test_a_span_belongs_to_the_trace_of_its_request(
