@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import upgrade
 from prefixd.store.disk import DiskGuard
 from prefixd.store.store import PrefixStore
-from tests.migrated import migrated
+from tests.migrated import made
 
 # Through the standard library, whose level hides the access log from the tests' output. Plain
 # tracebacks: formatting the local variables of a server takes seconds.
@@ -246,19 +247,9 @@ def make_world(
 ) -> Iterator[World]:
     """A server of ``base``; two on one folder share the catalog and the blobs. ``tokenizer``: that
     of a vocabulary other than bytes, which ``runner`` must know."""
-    url = database_url or migrated(tmp_path / "catalog.sqlite3")
-    database: Database = open_database(url)
-    upgrade(database)
+    database, keys = _open_catalog(database_url, tmp_path / "catalog.sqlite3")
     store = PrefixStore(database, LocalBlobs(tmp_path / "blobs"))
-    tenants = Tenants(database)
     clock = Clock()
-    keys = {}
-    for name in ("acme", "beta"):
-        with suppress(Conflict):  # another world on this folder created it
-            tenants.create_tenant(name)
-        keys[name] = tenants.create_key(tenant=name).text
-    for scope in Scope:
-        keys[f"acme:{scope}"] = tenants.create_key(tenant="acme", scopes=[scope]).text
     runner = runner or GatedRunner()
     engine = Engine(
         config=SchedulerConfig(
@@ -273,7 +264,7 @@ def make_world(
     disk = DiskGuard({"data": tmp_path}, min_free=0, reserve=None)
     yield World(
         store=store,
-        tenants=tenants,
+        tenants=Tenants(database),
         bindings=Bindings(database),
         limiter=Limiter(database, now=lambda: clock.now),
         audit=AuditLog(database),
@@ -301,6 +292,33 @@ def make_world(
     )
     runner.gate.set()
     database.dispose()
+
+
+def _open_catalog(url: str | None, file: Path) -> tuple[Database, dict[str, str]]:
+    """The database ``url``, or the file, with two tenants; the texts of their keys by name."""
+    if url is None and not file.exists():
+        contents, keys = _first_catalog()
+        file.write_bytes(contents)
+        return open_database(f"sqlite:///{file}"), dict(keys)
+    database = open_database(url or f"sqlite:///{file}")
+    upgrade(database)
+    return database, _add_tenants(database)
+
+
+@cache
+def _first_catalog() -> tuple[bytes, dict[str, str]]:
+    return made(_add_tenants)
+
+
+def _add_tenants(database: Database) -> dict[str, str]:
+    tenants, keys = Tenants(database), {}
+    for name in ("acme", "beta"):
+        with suppress(Conflict):  # another world on this folder created it
+            tenants.create_tenant(name)
+        keys[name] = tenants.create_key(tenant=name).text
+    for scope in Scope:
+        keys[f"acme:{scope}"] = tenants.create_key(tenant="acme", scopes=[scope]).text
+    return keys
 
 
 def put_text(client: TestClient, name: str, text: str, headers: dict[str, str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import fastapi.dependencies.utils
@@ -175,47 +175,64 @@ def masked(answer: httpx2.Response, world: World) -> tuple[int, str, dict[str, s
     return answer.status_code, text, headers
 
 
-@pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_resource_of_another_tenant_looks_like_a_missing_one(
-    tmp_path: Path, method: str, path: str
-) -> None:
-    """The tenant beta receives the same bytes whether gamma has the resource or no tenant has."""
-    responses = []
-    for present in (False, True):
-        with make_world(tmp_path / str(present)) as world, TestClient(world.app) as client:
-            world.add_tenant("beta")
+Shared = tuple[World, TestClient]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Shared]]:
+    """A server where gamma has the resources of EXAMPLES, under True, and one without a gamma.
+
+    Each test asks as a tenant of its own, see ``add_caller``.
+    """
+    with ExitStack() as stack:
+        servers = {}
+        for present in (False, True):
+            folder = tmp_path_factory.mktemp(f"gamma-{present}")
+            world = stack.enter_context(make_world(folder))
+            client = stack.enter_context(TestClient(world.app))
             if present:
                 world.add_tenant("gamma")
                 create_examples(client, world, "gamma")
-            headers = {**world.headers("beta:all"), "x-request-id": "same"}
-            answer = ask(client, method, path, headers)
-            assert answer.status_code < 500
-            assert "gamma's" not in answer.text
-            responses.append(masked(answer, world))
-    assert responses[0] == responses[1]
-    named = "{" in path and path != "/v1/prefixes/{name}/aliases" and method == "GET"
-    assert responses[0][0] == 404 or not named
+            servers[present] = world, client
+        yield servers
+
+
+def add_caller(world: World, method: str, path: str) -> dict[str, str]:
+    """Headers with a key of all scopes, of a tenant that no other route was asked with."""
+    name = f"caller-{ROUTES.index((method, path))}"
+    world.tenants.create_tenant(name)
+    key = world.tenants.create_key(tenant=name, scopes=list(Scope))
+    world.keys[name] = key.text
+    return {**world.headers(name), "x-request-id": "same"}
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_requests_leave_resources_of_another_tenant_unchanged(
-    client: TestClient, world: World, method: str, path: str
+def test_resource_of_another_tenant_looks_like_a_missing_one(
+    shared: dict[bool, Shared], method: str, path: str
 ) -> None:
-    world.add_tenant("beta")
-    world.add_tenant("gamma")
-    create_examples(client, world, "gamma")
+    """A tenant receives the same bytes whether gamma has the resource or no tenant has, and
+    changes nothing of gamma's."""
+    world, client = shared[True]
+    before = resources(world, client)
+    responses = []
+    for world, client in shared.values():
+        answer = ask(client, method, path, add_caller(world, method, path))
+        assert answer.status_code < 500
+        assert "gamma's" not in answer.text
+        responses.append(masked(answer, world))
+    assert responses[0] == responses[1]
+    named = "{" in path and path != "/v1/prefixes/{name}/aliases" and method == "GET"
+    assert responses[0][0] == 404 or not named
+    assert resources(world, client) == before
 
-    def resources() -> list[Any]:
-        headers = world.headers("gamma")
-        paths = ("prefixes/voice@prod", "users/ann/prefix", "default/prefix", "models", "users")
-        bodies: list[Any] = [client.get(f"/v1/{path}", headers=headers).json() for path in paths]
-        bodies[0].pop("tier")  # changes while the engine loads gamma's pinned prefix
-        tenants = world.tenants
-        return [*bodies, tenants.tenant("gamma"), tenants.list_keys("gamma")]
 
-    before = resources()
-    ask(client, method, path, world.headers("beta:all"))
-    assert resources() == before
+def resources(world: World, client: TestClient) -> list[Any]:
+    """What gamma has."""
+    headers = world.headers("gamma")
+    paths = ("prefixes/voice@prod", "users/ann/prefix", "default/prefix", "models", "users")
+    bodies: list[Any] = [client.get(f"/v1/{path}", headers=headers).json() for path in paths]
+    bodies[0].pop("tier")  # changes while the engine loads gamma's pinned prefix
+    return [*bodies, world.tenants.tenant("gamma"), world.tenants.list_keys("gamma")]
 
 
 def test_lists_contain_only_resources_of_the_caller(client: TestClient, world: World) -> None:
