@@ -51,7 +51,10 @@ def test_what_a_computing_thread_raises_is_raised_where_it_was_called() -> None:
         compute(fail, threads=1)
 
 
-def test_ctrl_c_interrupts_the_computing_thread_and_waits_for_its_end() -> None:
+def test_ctrl_c_interrupts_the_computing_thread_and_waits_for_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("prefixd.server.model.threads._INTERRUPTED_S", 60.0)
     ended: list[str] = []
     caller = threading.get_ident()
 

@@ -554,6 +554,7 @@ def test_random_operations_match_the_model_on_sqlite_and_files() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes on a busy machine
 def test_random_operations_match_the_model_on_postgres_and_s3(
     postgres_url: str, s3_url: str
 ) -> None:
