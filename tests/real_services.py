@@ -7,6 +7,7 @@ and skipped only with ``PREFIXD_TEST_POSTGRES=skip``.
 import http.client
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -184,6 +185,10 @@ def listens(process: "subprocess.Popen[bytes]", port: int) -> bool:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """One that the system gives to no socket of another test: it chooses from 32768 up. Until the
+    server listens, its port would else answer for another server."""
+    while True:
+        number = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", number))
+            return number
