@@ -126,7 +126,7 @@ def test_an_engine_answers_and_is_stopped_between_runs(
         assert measured.tokens == [[7, 7, 7]] * 2
         assert len(measured.first) == 2
         deadline = time.monotonic() + 60
-        while _state(child) != "T":
+        while _states(child) != {"T"}:
             assert time.monotonic() < deadline
         # Its thread would spin: a stopped process uses no time at all.
         before = host.session_seconds({child.session})
@@ -134,8 +134,10 @@ def test_an_engine_answers_and_is_stopped_between_runs(
         assert host.session_seconds({child.session}) == before
 
 
-def _state(child: Child) -> str:
-    return Path(f"/proc/{child.session}/stat").read_text().rpartition(")")[2].split()[0]
+def _states(child: Child) -> set[str]:
+    """Those of all its threads."""
+    tasks = Path(f"/proc/{child.session}/task").iterdir()
+    return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks}
 
 
 def test_a_wrong_number_of_tokens_and_an_exception_are_failures(

@@ -97,12 +97,12 @@ def running(
 ) -> Iterator[RunningServer]:
     """Serve ``model`` with the data folder ``data`` for the duration of the block.
 
-    At the end the scheduler's integrity is checked.
+    At the end the scheduler's integrity is checked. Calls on the catalog wait for a minute unless
+    ``settings`` say otherwise: a busy machine may pause during any of them.
     """
     data.mkdir(exist_ok=True)
-    loaded = build_server(
-        Settings(model=str(model), data_dir=data, threads=1, host="127.0.0.1", **settings)
-    )
+    given: dict[str, Any] = {"threads": 1, "host": "127.0.0.1", "catalog_timeout": 60, **settings}
+    loaded = build_server(Settings(model=str(model), data_dir=data, **given))
     pipeline = loaded.engine.core._pipeline
     runner = pipeline.runner = wrap(pipeline.runner)
     known = {tenant.name for tenant in loaded.tenants.list_tenants()}

@@ -13,6 +13,7 @@ import httpx2
 import pytest
 
 from prefixd.server.cli.demo.child import admin
+from tests.faults.faults_injections import open_upload
 from tests.faults.faults_model import TINY, make_prompts
 from tests.faults.faults_process import KillableServer
 from tests.faults.faults_reference import Reference
@@ -88,7 +89,9 @@ def test_sigterm_lets_running_streams_finish(
     are rejected."""
     key, acknowledged = make_key(data), AcknowledgedState()
     with KillableServer(
-        data_dir=data, model=tiny_folder, flags=["--shutdown-timeout", "120"]
+        data_dir=data,
+        model=tiny_folder,
+        flags=["--shutdown-timeout", "120", "--body-timeout", "120"],
     ) as server:
         url = server.ready()
 
@@ -96,8 +99,9 @@ def test_sigterm_lets_running_streams_finish(
             async with caller(url, key) as http, writing(http, acknowledged, 0):
                 await until_acknowledged(http, acknowledged, 10)
                 streams = await all_begun(http, reference.prompts[:4], FINITE)
-                server.send(signal.SIGTERM)
-                rejected = await rejected_request(http)
+                with open_upload(url, key):  # however soon the streams end
+                    server.send(signal.SIGTERM)
+                    rejected = await rejected_request(http)
                 return await asyncio.gather(*streams), rejected
 
         answers, rejected = asyncio.run(scenario())

@@ -125,7 +125,6 @@ def _soak(model: Path, scratch: Path) -> str:
             max_tokens_per_step=64,
             max_prefill_chunk=16,
             max_running=16,
-            catalog_timeout=60,  # no fault of the catalog is injected
         ) as server:
             server.runner.engine = server.engine
             is_ahead = "cpu_kernels" in SIZES[size]

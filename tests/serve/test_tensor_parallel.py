@@ -23,7 +23,8 @@ from tests.model.tiny_folder import save_folder, tiny_llama
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_folder(tiny_llama(num_key_value_heads=2), tmp_path_factory.mktemp("model"))
+    model = tiny_llama(num_key_value_heads=2, max_position_embeddings=2048)
+    return save_folder(model, tmp_path_factory.mktemp("model"))
 
 
 def settings(folder: Path, data_dir: Path, **values: Any) -> Settings:
@@ -73,7 +74,7 @@ def test_a_killed_follower_ends_the_server_with_its_name(folder: Path, tmp_path:
     admin(tmp_path, "tenant", "create", "acme")
     key = admin(tmp_path, "key", "create", "--tenant", "acme")
     assert isinstance(key, dict)
-    flags = ("--tensor-parallel", "2", "--kv-tokens", "1024", "--watchdog", "30")
+    flags = ("--tensor-parallel", "2", "--kv-tokens", "4096", "--watchdog", "30")
     with KillableServer(data_dir=tmp_path, model=folder, flags=flags) as server:
         url = server.ready()
         follower = int(re.findall(r"rank 1 of 2 is process (\d+)", server.log.read_text())[0])
@@ -90,7 +91,7 @@ def test_a_killed_follower_ends_the_server_with_its_name(folder: Path, tmp_path:
         with httpx2.stream(
             "POST",
             f"{url}/v1/completions",
-            json={**body, "max_tokens": 100, "stream": True},
+            json={**body, "max_tokens": 1900, "stream": True},
             headers={"authorization": f"Bearer {key['key']}"},
             timeout=60,
         ) as stream:
