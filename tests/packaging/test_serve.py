@@ -57,7 +57,7 @@ def test_serve_answers_and_ends_on_sigterm(complete: Environment, tmp_path: Path
             assert completion.status_code == 200, completion.text
             assert completion.json()["usage"]["completion_tokens"] == 3
             process.send_signal(signal.SIGTERM)
-            _, log = process.communicate(timeout=60)
+            _, log = process.communicate(timeout=READY_WITHIN_S)
             assert process.returncode == 0, log
         finally:
             process.kill()

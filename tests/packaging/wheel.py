@@ -23,7 +23,7 @@ class Environment:
     workplace: Path
 
     def run(
-        self, program: str, *arguments: str, timeout: float = 60, **variables: str
+        self, program: str, *arguments: str, timeout: float = 300, **variables: str
     ) -> subprocess.CompletedProcess[str]:
         """Run a program of the environment in the working folder; the status is not checked."""
         return subprocess.run(
