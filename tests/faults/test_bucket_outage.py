@@ -75,8 +75,12 @@ def test_bucket_that_fails(
     with HealthProber(server.url) as health, ThreadPoolExecutor() as pool:
         for fault, limit in FAULTS.items():
             names = [f"cold-{next(cold)}" for _ in range(NUM_COLD)]
+
+            def begun(before: int = server.runner.num_steps) -> bool:
+                return bool(server.runner.num_steps > before)
+
             running_stream = pool.submit(http.stream, "warm")
-            wait_until(lambda: server.engine.stats().running, timeout_s=30)
+            wait_until(begun, timeout_s=30)
             bucket.limit, bucket.fault = limit, fault
             calls = call_all(server.url, http.requests_of_bucket(names))
             check_refused(calls, status=503, code="storage_unavailable")
@@ -99,7 +103,9 @@ def test_bucket_that_fails(
 
 
 class PacedRunner(BlockingRunner):
-    """A runner whose steps take at least ``STEP_S``."""
+    """A runner whose steps take at least ``STEP_S``, and are counted."""
+
+    num_steps = 0
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -109,6 +115,7 @@ class PacedRunner(BlockingRunner):
         return getattr(self._inner, name)
 
     def run(self, step: Step) -> StepOutput:
+        self.num_steps += 1
         self._never.wait(STEP_S)
         output: StepOutput = self._inner.run(step)
         return output
