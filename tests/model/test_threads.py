@@ -80,6 +80,41 @@ def test_ctrl_c_interrupts_the_computing_thread_and_waits_for_its_end(
     assert ended == ["its temporary folder is removed"]
 
 
+@pytest.mark.parametrize("begins", ["before the signal", "after the signal", "never"])
+def test_ctrl_c_while_a_computing_thread_starts_leaves_none_that_computes(
+    begins: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, threads, start = threading.Event(), list[threading.Thread](), threading.Thread.start
+    ended: list[str] = []
+
+    def load() -> None:
+        try:
+            begun.set()
+            while True:
+                time.sleep(0.001)
+        finally:
+            time.sleep(0.1)
+            ended.append("its temporary folder is removed")
+
+    def interrupted_start(thread: threading.Thread) -> None:
+        threads.append(thread)
+        if begins == "before the signal":
+            start(thread)
+            assert begun.wait(30)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prefixd.server.model.threads._INTERRUPTED_S", 60.0)
+        patch.setattr(threading.Thread, "start", interrupted_start)
+        with pytest.raises(KeyboardInterrupt):
+            run_in_thread(load)
+    if begins == "after the signal":
+        start(threads[0])
+        threads[0].join(30)
+    assert not threads[0].is_alive()
+    assert len(ended) == begun.is_set() == (begins == "before the signal")
+
+
 @pytest.mark.parametrize(
     ("allowed", "siblings", "files", "expected"),
     [

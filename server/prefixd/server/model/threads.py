@@ -53,25 +53,30 @@ def run_in_thread(function: Callable[[], Result]) -> Result:
     left alone: it is a daemon, and the process does not wait for it.
     """
     result: Future[Result] = Future()
+    ended = threading.Event()
 
     def call() -> None:
+        if ended.is_set():
+            return
         try:
             result.set_result(function())
         except BaseException as error:  # noqa: BLE001 - raised where the result is read
             result.set_exception(error)
 
     thread = threading.Thread(target=call, name="compute", daemon=True)
-    thread.start()
     try:
+        thread.start()  # the signal may come here, before or after the thread runs
         return result.result()
     finally:
+        ended.set()  # first: a thread without an identity has not begun, and does not begin now
         if not result.done():
             _interrupt(thread)
-        thread.join(_INTERRUPTED_S)  # its pool ends with it
+        if thread.is_alive():
+            thread.join(_INTERRUPTED_S)  # its pool ends with it
 
 
 def _interrupt(thread: threading.Thread) -> None:
-    """Raise SystemExit in another thread, once it runs Python code."""
+    """Raise SystemExit in another thread that has begun, once it runs Python code."""
     ident = ctypes.c_ulong(thread.ident or 0)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
 
