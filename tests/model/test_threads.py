@@ -4,8 +4,10 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from traceback import format_stack
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -113,6 +115,21 @@ def test_ctrl_c_while_a_computing_thread_starts_leaves_none_that_computes(
         threads[0].join(30)
     assert not threads[0].is_alive()
     assert len(ended) == begun.is_set() == (begins == "before the signal")
+
+
+def test_an_interrupt_after_the_result_leaves_no_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_result = Future.set_result
+
+    def interrupted(future: Future[int], value: int) -> None:
+        set_result(future, value)
+        raise SystemExit
+
+    monkeypatch.setattr(Future, "set_result", interrupted)
+    monkeypatch.setattr(threading, "excepthook", hook := Mock())
+    assert run_in_thread(lambda: 7) == 7
+    assert [call.args[0].exc_type for call in hook.mock_calls] == [SystemExit]  # which it ignores
 
 
 @pytest.mark.parametrize(

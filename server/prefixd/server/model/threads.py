@@ -10,6 +10,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -59,9 +60,11 @@ def run_in_thread(function: Callable[[], Result]) -> Result:
         if ended.is_set():
             return
         try:
-            result.set_result(function())
+            value = function()
         except BaseException as error:  # noqa: BLE001 - raised where the result is read
             result.set_exception(error)
+        else:
+            result.set_result(value)
 
     thread = threading.Thread(target=call, name="compute", daemon=True)
     try:
@@ -71,7 +74,7 @@ def run_in_thread(function: Callable[[], Result]) -> Result:
         ended.set()  # first: a thread without an identity has not begun, and does not begin now
         if not result.done():
             _interrupt(thread)
-        if thread.is_alive():
+        with suppress(RuntimeError):  # it has not begun
             thread.join(_INTERRUPTED_S)  # its pool ends with it
 
 
