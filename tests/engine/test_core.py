@@ -229,14 +229,18 @@ def test_step_time_excludes_detokenizers(monkeypatch: pytest.MonkeyPatch) -> Non
             clock.perf_counter.return_value += 1.0
             return super().push(token_id)
 
+    def take(step: Step) -> None:
+        clock.perf_counter.return_value += 0.125
+
     bench = Bench(detokenizer=Slow)
+    fail_steps(bench, monkeypatch, take)
     _, events = bench.submit(max_tokens=3)
     bench.engine.start()
     answer(events)
     bench.engine.stop()
     stats = bench.engine.stats()
-    assert stats.generated_tokens == 3
-    assert stats.step_seconds == 0.0
+    assert stats.generated_tokens == stats.steps == 3
+    assert stats.step_seconds == 0.375
 
 
 class LateDetokenizer(ByteDetokenizer):

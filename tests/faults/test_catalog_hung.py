@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from prefixd.server.api.catalog_calls import WAIT_S
 from prefixd.server.serve.catalog import CatalogParts, open_catalog
 from prefixd.server.serve.settings import Settings
 from tests.faults.faults_model import TINY, make_prompts
@@ -263,7 +264,7 @@ def on_postgres(
     with serving(tiny_folder, data, "--database-url", f"{postgres.url}hung") as served:
         yield served
     for process in STARTED:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGQUIT)
         process.wait(30)
 
 
@@ -306,7 +307,7 @@ def test_changes_are_refused_in_time_while_sqlite_is_locked(
 ) -> None:
     """Another process has the write lock: what only reads goes on."""
     # Reads wait until the breaker has opened for writes, which a busy machine may delay.
-    slack = {"PREFIXD_CATALOG_TIMEOUT": "10"}
+    slack = {"PREFIXD_CATALOG_TIMEOUT": str(within(WAIT_S))}
     with (
         serving(tiny_folder, tmp_path / "data", **slack) as served,
         HealthProber(served.url) as health,

@@ -13,8 +13,8 @@ from typing import TypeVar
 import pytest
 
 from prefixd.store.blobs.blobs import Blobs, open_blobs
-from prefixd.store.blobs.bucket import MIN_BYTES_PER_S
-from prefixd.store.errors import BlobStoreRefused, BlobsUnavailable
+from prefixd.store.blobs.bucket import MIN_BYTES_PER_S, Circuit
+from prefixd.store.errors import BLOBS_UNAVAILABLE, BlobStoreRefused, BlobsUnavailable
 from tests.faulty_bucket import Fault, FaultyBucket, faulty_bucket
 
 CONTENT = os.urandom(40_000)
@@ -177,3 +177,18 @@ def test_calls_fail_at_once_while_the_bucket_is_known_to_fail(
     assert blobs.num_failures - before == 1  # the others were not sent
     bucket.fault = Fault.NONE
     assert succeeds(lambda: fetch(blobs, digest)) == CONTENT
+
+
+def test_one_request_at_a_time_is_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefixd.store.blobs.bucket._TRIAL_EVERY_S", 0.0)
+    circuit = Circuit()
+    for _ in range(2):  # the second one is a trial that fails
+        with pytest.raises(BlobsUnavailable), circuit.request():
+            raise BlobsUnavailable(BLOBS_UNAVAILABLE)
+    assert circuit.failures == 2
+    with circuit.request():
+        with pytest.raises(BlobsUnavailable):
+            circuit.request().__enter__()
+        assert circuit.failures == 2
+    with circuit.request(), circuit.request():  # the trial has succeeded
+        pass
