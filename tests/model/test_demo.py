@@ -10,7 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+from transformers.utils import logging
 
 from prefixd.server.model import demo
 from tests.faults.faults_disk import small_disk
@@ -91,6 +94,44 @@ def test_nothing_remains_when_a_signal_arrives_as_the_scratch_folder_is_made(
         with pytest.raises(SystemExit):
             demo.demo_model(cache)
     assert visible(cache) == []
+
+
+def write_gguf(path: Path) -> None:
+    """A Llama of one layer with four tokens."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(16)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(4)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<|endoftext|>", "a", "b", "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    shapes = {"token_embd": (4, 8), "output_norm": (8,), "blk.0.attn_norm": (8,)}
+    shapes |= {"blk.0.attn_q": (8, 8), "blk.0.attn_k": (4, 8), "blk.0.attn_v": (4, 8)}
+    shapes |= {"blk.0.attn_output": (8, 8), "blk.0.ffn_norm": (8,), "blk.0.ffn_gate": (16, 8)}
+    shapes |= {"blk.0.ffn_up": (16, 8), "blk.0.ffn_down": (8, 16)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.slow
+def test_a_conversion_shows_no_progress_bar_in_a_log(tmp_path, capfd):
+    logging.disable_progress_bar()  # as ``find_model`` does
+    write_gguf(tmp_path / "tiny.gguf")
+    demo._convert(tmp_path / "tiny.gguf", tmp_path / "model", lambda _line: None)
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_new_converter_version_converts_again(wheel, tmp_path, monkeypatch):

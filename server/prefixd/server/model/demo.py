@@ -104,8 +104,12 @@ def _convert(gguf: Path, built: Path, report: Callable[[str], None]) -> None:
         AutoTokenizer,
         LlamaConfig,
         LlamaForCausalLM,
+        modeling_gguf_pytorch_utils,
     )
+    from transformers.utils import logging  # noqa: PLC0415  # the same
 
+    # Its progress bar is tqdm's own, which ``find_model`` does not turn off in a log.
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm
     report(f"reading {gguf.name} (once; about 20 seconds)")
     where = {"gguf_file": gguf.name, "local_files_only": True}
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, **where)
