@@ -212,8 +212,7 @@ def test_resource_of_another_tenant_looks_like_a_missing_one(
 ) -> None:
     """A tenant receives the same bytes whether gamma has the resource or no tenant has, and
     changes nothing of gamma's."""
-    world, client = shared[True]
-    before = resources(world, client)
+    before = resources(*shared[True])
     responses = []
     for world, client in shared.values():
         answer = ask(client, method, path, add_caller(world, method, path))
@@ -223,7 +222,7 @@ def test_resource_of_another_tenant_looks_like_a_missing_one(
     assert responses[0] == responses[1]
     named = "{" in path and path != "/v1/prefixes/{name}/aliases" and method == "GET"
     assert responses[0][0] == 404 or not named
-    assert resources(world, client) == before
+    assert resources(*shared[True]) == before
 
 
 def resources(world: World, client: TestClient) -> list[Any]:
