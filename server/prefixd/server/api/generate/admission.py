@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from prefixd.server.api.generate.encoder_inputs import EncoderInputs
+from prefixd.server.api.generate.fields import GenerationFields
 from prefixd.server.api.generate.prompts import (
     PromptEncoder,
     PromptTokens,
@@ -16,11 +17,7 @@ from prefixd.server.api.generate.prompts import (
     check_token_ids,
     counted,
 )
-from prefixd.server.api.generate.requests import (
-    ChatRequest,
-    CompletionRequest,
-    GenerationFields,
-)
+from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.generate.resolver import PrefixResolver
 from prefixd.server.api.placement import Layout, front_of, layout_of, whole_of
 from prefixd.server.api.request_record import Admitted, ResolvedPrefix

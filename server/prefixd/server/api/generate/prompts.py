@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from prefixd.server.api.generate.requests import ChatMessage, PrefixPart
+from prefixd.server.api.generate.messages import ChatMessage, PrefixPart
 from prefixd.server.api.placement import Layout, lay_out
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.inputs import PLACEHOLDER

@@ -1,189 +1,16 @@
-"""Bodies of completions and chat completions, with the field names of OpenAI and vLLM.
+"""Bodies of completions and of chat completions."""
 
-Three groups of fields: those that work; those that are ignored because they do not change the
-output; and those that are not supported, refused by name unless their value is neutral.
-"""
+from typing import Annotated
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from pydantic import Field, model_validator
 
-from pydantic import (
-    Field,
-    GetJsonSchemaHandler,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from prefixd.server.api.generate.fields import GenerationFields, one_of
+from prefixd.server.api.generate.messages import ChatMessage
 
-from prefixd.server.api.body import StrictModel
-from prefixd.server.api.values import User
-
-
-def one_of(expected: str, *, names_item: bool = False) -> WrapValidator:
-    """A single error for a union, instead of one for each of its members. ``names_item``: it has
-    the index of what is wrong, where only one member of the union is a list."""
-
-    def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return validate(value)
-        except ValidationError as error:
-            item = _item_of(error) if names_item else None
-            said = expected if item is None else f"{expected}, which item {item} is not"
-            raise PydanticCustomError("one_of", "{expected}", {"expected": said}) from None
-
-    return WrapValidator(check)
-
-
-def _item_of(error: ValidationError) -> int | None:
-    """The index, from 0, of the first item of a list that is wrong."""
-    places = (place for problem in error.errors() for place in problem["loc"])
-    return next((place for place in places if isinstance(place, int)), None)
-
-
-NonEmpty = Annotated[str, Field(min_length=1, max_length=1024)]
-TokenId = Annotated[int, Field(ge=0)]
-BiasKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-Stop = Annotated[
-    NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)],
-    one_of("a text or up to 16 texts, each of 1 to 1024 characters"),
-]
-Seed = Annotated[
-    Annotated[int, Field(ge=-(2**63), lt=2**63)],
-    one_of(f"a whole number from {-(2**63)} to {2**63 - 1}"),
-]
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
     one_of("a text, a list of texts, a list of token ids, or a list of such lists"),
 ]
-
-
-class StreamOptions(StrictModel):
-    """What a stream contains besides text."""
-
-    include_usage: bool | None = Field(
-        default=None, description="One more chunk before the end, with the token counts."
-    )
-    include_obfuscation: bool | None = Field(default=None, description="Ignored.")
-
-
-class GenerationFields(StrictModel):
-    """Fields of both kinds of request."""
-
-    # Unsupported field -> its values that change nothing.
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
-    model: str = Field(
-        min_length=1,
-        max_length=512,
-        description="The base model's name, a prefix reference (`name`, `name@3`, `name@alias`), "
-        "or `base:reference`.",
-    )
-    n: int | None = Field(default=None, ge=1, le=128, description="Answers per prompt.")
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy.")
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        default=None, max_length=1024, description="Token id to a value added to its logit."
-    )
-    seed: Seed | None = Field(
-        default=None, description="A signed 64-bit number, as in the OpenAI API and vLLM."
-    )
-    stop: Stop | None = Field(
-        default=None,
-        description="Text, or up to 16 texts, that end the output and are not part of it.",
-    )
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-
-    top_k: int | None = Field(default=None, ge=-1, description="0 or -1: off.")
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(
-        default=None, ge=0.01, le=10, description="Below 0.01 logits would overflow."
-    )
-    ignore_eos: bool | None = Field(
-        default=None, description="Continue after the model's own end of text."
-    )
-    min_tokens: int | None = Field(default=None, ge=0)
-    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
-    include_stop_str_in_output: bool | None = None
-
-    priority: int | None = Field(
-        default=None,
-        ge=-(2**31),
-        lt=2**31,
-        description="The request of your tenant with the lowest value runs first. Default: 0.",
-    )
-    timeout: float | None = Field(
-        default=None,
-        gt=0,
-        description="Seconds after which the request ends, complete or not. The server's own limit "
-        "applies where it is lower.",
-    )
-    kv_reuse: bool | None = Field(
-        default=None,
-        description="Whether KV of equal prompt beginnings may be shared with your tenant's other "
-        "requests. Default: true, if your tenant allows it.",
-    )
-    speculate: bool | None = Field(
-        default=None,
-        description="Whether several tokens may be verified in one pass, if the server does so. "
-        "The answer is the same. Default: true.",
-    )
-
-    user: User | None = Field(
-        default=None,
-        description="Your end user. With the base as `model`, the prefix "
-        "the user is bound to answers, else your default prefix, else the base.",
-    )
-
-    metadata: dict[str, Any] | None = Field(default=None, description="Ignored.")
-    store: bool | None = Field(default=None, description="Ignored: nothing is stored.")
-    service_tier: str | None = Field(default=None, description="Ignored.")
-    safety_identifier: str | None = Field(default=None, description="Ignored.")
-    prompt_cache_key: str | None = Field(default=None, description="Ignored.")
-    prompt_cache_retention: str | None = Field(default=None, description="Ignored.")
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        """The schema, with the unsupported fields and their neutral values."""
-        schema = handler(core_schema)
-        properties = handler.resolve_ref_schema(schema)["properties"]
-        for name, neutral in cls.NEUTRAL.items():
-            properties[name] = {"enum": list(neutral), "description": "Not supported."}
-        return schema
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for name, neutral in cls.NEUTRAL.items():
-            if name in data and not _is_neutral(data[name], neutral):
-                offered = " or ".join(_shown(value) for value in neutral)
-                raise PydanticCustomError(
-                    "unsupported",
-                    "'{name}' is not supported by this server: leave it out, or send {offered}",
-                    {"name": name, "offered": offered},
-                )
-        return {name: value for name, value in data.items() if name not in cls.NEUTRAL}
-
-    @model_validator(mode="after")
-    def _check_together(self) -> "GenerationFields":
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("'stream_options' needs 'stream': true")
-        return self
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with a usage chunk."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class CompletionRequest(GenerationFields):
@@ -212,54 +39,6 @@ class CompletionRequest(GenerationFields):
         if token_ids or not self.prompt:
             return [token_ids]
         return [part for part in self.prompt if not isinstance(part, int)]
-
-
-class TextPart(StrictModel):
-    """A piece of text content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class PrefixPart(StrictModel):
-    """Virtual tokens `from` to `to - 1` of the soft prompt that the request names, at this place of
-    the message. Those that no part names stand in front of the conversation."""
-
-    type: Literal["prefix"]
-    start: int = Field(alias="from")
-    stop: int = Field(alias="to")
-
-
-Content = Annotated[
-    str | list[Annotated[TextPart | PrefixPart, Field(discriminator="type")]],
-    one_of(
-        'a text or a list of text parts {"type": "text", "text": …} and prefix parts '
-        '{"type": "prefix", "from": 0, "to": 4}',
-        names_item=True,
-    ),
-]
-
-
-class ChatMessage(StrictModel):
-    """One turn of a conversation. `developer` counts as `system`."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: str | None = Field(default=None, max_length=64)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty_extras(cls, data: Any) -> Any:
-        """Assistant turns received from OpenAI have fields that are empty."""
-        if not isinstance(data, dict):
-            return data
-        empty = ("refusal", "audio", "function_call", "tool_calls", "annotations", "prefix")
-        return {
-            name: value for name, value in data.items() if name not in empty or value not in EMPTY
-        }
-
-
-EMPTY: tuple[Any, ...] = (None, [])
 
 
 class ChatRequest(GenerationFields):
@@ -299,18 +78,3 @@ class ChatRequest(GenerationFields):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("'top_logprobs' needs 'logprobs': true")
         return self
-
-
-def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
-    # 1 == True and 0 == False in Python, but not in JSON.
-    return any(type(value) is type(one) and value == one for one in neutral)
-
-
-def _shown(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case _:
-            return str(value).replace("'", '"') if value != "" else '""'

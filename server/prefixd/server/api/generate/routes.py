@@ -22,6 +22,7 @@ from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.charging import Charging
 from prefixd.server.api.generate.event_encoder import EventEncoder
 from prefixd.server.api.generate.event_stream import EventStream, while_connected
+from prefixd.server.api.generate.fields import GenerationFields
 from prefixd.server.api.generate.formatter import (
     ChatAnswer,
     ChatFormatter,
@@ -31,7 +32,7 @@ from prefixd.server.api.generate.formatter import (
 )
 from prefixd.server.api.generate.generation import Batch, EventDeliveries, Generation
 from prefixd.server.api.generate.inputs import InputLoader
-from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest, GenerationFields
+from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.metrics import Metrics, TenantClass
 from prefixd.server.api.request_record import (
     Admitted,
