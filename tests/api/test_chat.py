@@ -31,6 +31,7 @@ def test_chat_response_has_openai_fields_and_the_prefix(client: TestClient, worl
             },
             "logprobs": None,
             "finish_reason": "length",
+            "stop_reason": None,
         }
     ]
     assert body["prefix"]["version"] == 1
@@ -81,7 +82,7 @@ def test_chat_stream_begins_with_the_role(client: TestClient, world: World) -> N
             manifest["digest"], RENDERED, 6
         )
         assert mine[-1]["finish_reason"] == "length"
-        assert mine[-1]["delta"] == {}
+        assert mine[-1]["delta"]["content"]
     assert chunks[-1]["usage"]["completion_tokens"] == 12
 
 

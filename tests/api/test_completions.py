@@ -44,6 +44,7 @@ def test_completion_of_the_base_model(client: TestClient) -> None:
             "text": fake_text(None, "hello", 8),
             "logprobs": None,
             "finish_reason": "length",
+            "stop_reason": None,
         }
     ]
     assert body["usage"] == usage(5, 8)
@@ -136,9 +137,9 @@ def test_completion_logprobs_are_parallel_lists(client: TestClient) -> None:
     assert logprobs["text_offset"] == [0, 1, 2, 3]
     assert [len(table) for table in logprobs["top_logprobs"]] == [2] * 4
     assert logprobs["top_logprobs"][0][text[0]] == -0.5
-    none = complete(client, max_tokens=4, logprobs=0).json()["choices"][0]["logprobs"]
-    assert none["top_logprobs"] is None
-    assert len(none["token_logprobs"]) == 4
+    sampled = complete(client, max_tokens=4, logprobs=0).json()["choices"][0]["logprobs"]
+    assert sampled["top_logprobs"] == [{character: -0.5} for character in text]
+    assert len(sampled["token_logprobs"]) == 4
 
 
 def test_stream_chunks_join_to_the_whole_text(client: TestClient, world: World) -> None:
@@ -169,8 +170,8 @@ def test_stream_chunks_join_to_the_whole_text(client: TestClient, world: World) 
     for index in range(2):
         mine = [c for chunk in pieces for c in chunk["choices"] if c["index"] == index]
         assert "".join(c["text"] for c in mine) == fake_text(manifest["digest"], "hello", 8)
-        assert [c["finish_reason"] for c in mine] == [None] * 8 + ["length"]
-        offsets = [c["logprobs"]["text_offset"][0] for c in mine[:-1]]
+        assert [c["finish_reason"] for c in mine] == [None] * 7 + ["length"]
+        offsets = [c["logprobs"]["text_offset"][0] for c in mine]
         assert offsets == list(range(8))
 
 

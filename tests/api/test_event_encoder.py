@@ -6,6 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from prefixd.server.api.generate import event_encoder
+from prefixd.server.api.generate.answer_options import AnswerOptions
 from prefixd.server.api.generate.event_encoder import EventEncoder, sse_event
 from prefixd.server.api.generate.formatter import ChatFormatter, CompletionFormatter
 from prefixd.server.api.token_times import TokenTimes, TokenTimesCollector
@@ -28,7 +29,7 @@ ENVELOPE = {"id": "<text>", "object": "x", "created": 1, "model": "<text>", "pre
 def test_events_equal_plain_serialization(
     kind: type[CompletionFormatter | ChatFormatter], wants_usage: bool
 ) -> None:
-    formatter = kind(ByteTokenizer(), 1)
+    formatter = kind(ByteTokenizer(), AnswerOptions(top_logprobs=1))
     encoder = EventEncoder(formatter, ENVELOPE, wants_usage=wants_usage)
     usage = {"usage": None} if wants_usage else {}
 
@@ -42,7 +43,7 @@ def test_events_equal_plain_serialization(
     probable = TokenEvent(1, "a", (97,), LOGPROBS)
     assert encoder.batch([(1, probable)]) == plain(formatter.delta(1, probable))
     finish = FinishEvent(1, FinishReason.STOP, completion_tokens=1)
-    assert encoder.batch([(1, finish)]) == plain(formatter.closing(1, FinishReason.STOP))
+    assert encoder.batch([(1, finish)]) == plain(formatter.closing(1, finish))
     assert encoder.usage({"n": 1}) == sse_event({**ENVELOPE, "choices": [], "usage": {"n": 1}})
 
 
@@ -54,7 +55,7 @@ def test_only_the_text_of_a_token_is_serialized(monkeypatch: pytest.MonkeyPatch)
         return json.dumps(value).encode()
 
     monkeypatch.setattr(event_encoder, "to_json", to_json)
-    encoder = EventEncoder(ChatFormatter(ByteTokenizer(), None), ENVELOPE, wants_usage=False)
+    encoder = EventEncoder(ChatFormatter(ByteTokenizer()), ENVELOPE, wants_usage=False)
     encoder.batch([(0, TokenEvent(0, "first", (1,)))])
     serialized.clear()
     encoder.batch([(0, TokenEvent(0, "second", (1,)))])

@@ -305,7 +305,7 @@ def test_usage_before_any_sequence_ends_has_no_cached_tokens() -> None:
             prefix=None,
             requests=(request,),
             num_choices=2,
-            prompt_tokens=2,
+            prompt_lengths=(2,),
         ),
     )
     assert record.usage()["prompt_tokens_details"] == {"cached_tokens": 0}

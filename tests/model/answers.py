@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from prefixd.server.api.generate.answer_options import AnswerOptions
 from prefixd.server.api.generate.formatter import ChatFormatter, CompletionFormatter
 from prefixd.server.engine.output_processor import OutputProcessor
 from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,
+    FinishEvent,
     FinishReason,
     SamplingParams,
     StopParams,
@@ -17,6 +19,8 @@ from prefixd.server.engine.request import (
 from prefixd.server.engine.sequence import End, sequences_of
 from prefixd.server.engine.step import Sampled
 from prefixd.server.model.tokenizer import Tokenizer
+
+LIKELY = AnswerOptions(top_logprobs=20)
 
 
 class Answer:
@@ -58,19 +62,23 @@ class Answer:
         self.events = [event for event in received if isinstance(event, TokenEvent)]
 
     @property
+    def _finish(self) -> FinishEvent:
+        return FinishEvent(0, self.end.reason, self.num_tokens, stop=self.end.stop)
+
+    @property
     def text(self) -> str:
         return "".join(event.text for event in self.events)
 
     def completion(self) -> Any:
         """The choice of a completion with log-probabilities."""
-        return CompletionFormatter(self._tokenizer, 20).whole(0, self.events, self.end.reason)
+        return CompletionFormatter(self._tokenizer, LIKELY).whole(0, self.events, self._finish)
 
     def completion_chunks(self) -> list[Any]:
         """The choices of its chunks."""
-        formatter = CompletionFormatter(self._tokenizer, 20)
+        formatter = CompletionFormatter(self._tokenizer, LIKELY)
         return [formatter.delta(0, event) for event in self.events]
 
     def message_logprobs(self) -> Any:
         """The entries of a chat's log-probabilities."""
-        choice = ChatFormatter(self._tokenizer, 20).whole(0, self.events, self.end.reason)
+        choice = ChatFormatter(self._tokenizer, LIKELY).whole(0, self.events, self._finish)
         return choice["logprobs"]["content"]

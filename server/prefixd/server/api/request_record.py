@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.api.metrics import Endpoint, Metrics, Outcome, TenantClass
 from prefixd.server.api.settlements import Settlements
+from prefixd.server.engine.inputs import PLACEHOLDER
 from prefixd.server.engine.request import AdmittedRequest, FinishEvent, PrefixKey
 from prefixd.server.errors import (
     DeadlineExceeded,
@@ -46,8 +47,8 @@ class Admitted:
 
     ``model`` is the caller's name for it; ``prefix`` is None for the bare base. Choice
     ``i * n + j`` of the response is sequence ``j`` of request ``i``; ``num_choices`` counts all
-    sequences, ``prompt_tokens`` each prompt once and no virtual tokens. ``unloaded`` are the
-    embeddings that each request lacks: their place in its prompt, and their key.
+    sequences, ``prompt_lengths`` are the tokens of each prompt, without virtual ones. ``unloaded``
+    are the embeddings that each request lacks: their place in its prompt, and their key.
     """
 
     id: str
@@ -55,8 +56,28 @@ class Admitted:
     prefix: ResolvedPrefix | None
     requests: tuple[AdmittedRequest, ...]
     num_choices: int
-    prompt_tokens: int
+    prompt_lengths: tuple[int, ...]
     unloaded: tuple[tuple[tuple[int, PrefixKey], ...], ...] = ()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(self.prompt_lengths)
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The token ids of the prompt of each choice; embeddings have none."""
+        return [
+            [token for token in request.source or request.prompt if token != PLACEHOLDER]
+            for request in self.requests
+            for _ in range(request.n)
+        ]
+
+    @property
+    def choice_lengths(self) -> list[int]:
+        """The length of the prompt of each choice."""
+        lengths = zip(self.requests, self.prompt_lengths, strict=True)
+        return [length for request, length in lengths for _ in range(request.n)]
 
     @property
     def charged_tokens(self) -> int:

@@ -163,7 +163,7 @@ class Admission:
             prefix=prefix,
             requests=tuple(map(inputs.admit, requests)) if inputs else requests,
             num_choices=len(prompts) * n,
-            prompt_tokens=sum(prompt.num_tokens for prompt in prompts),
+            prompt_lengths=tuple(prompt.num_tokens for prompt in prompts),
             unloaded=tuple(_keys(prompt, manifest) for prompt in prompts) if layout else (),
         )
 

@@ -1,5 +1,7 @@
 """The server-sent events of a stream: what its events share is serialized once."""
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic_core import to_json
@@ -18,15 +20,28 @@ def sse_event(payload: dict[str, Any]) -> bytes:
 
 
 class EventEncoder:
-    """Encodes the events of one stream; ``envelope`` holds the fields other than the choices."""
+    """Encodes the events of one stream; ``envelope`` holds the fields other than the choices.
+
+    ``prompt_tokens``, the number for each choice, asks for the counts so far in each event.
+    """
 
     def __init__(
-        self, formatter: ResponseFormatter, envelope: dict[str, Any], *, wants_usage: bool
+        self,
+        formatter: ResponseFormatter,
+        envelope: dict[str, Any],
+        *,
+        wants_usage: bool,
+        prompt_tokens: Sequence[int] = (),
     ) -> None:
         self._formatter = formatter
         self._envelope = envelope
-        self._before = b"data: " + to_json(envelope)[:-1] + b',"choices":['
+        self._prompt_tokens = prompt_tokens
+        self._shows_ids = formatter.options.token_ids
+        self._before = self._opened(envelope)
         self._after = (b'],"usage":null}' if wants_usage else b"]}") + b"\n\n"
+        self._head = formatter.head()
+        self._counts: Counter[int] = Counter()
+        self._begun: set[int] = set()
         self._around_text: dict[int, tuple[bytes, bytes]] = {}
 
     def openings(self, num_choices: int) -> bytes:
@@ -34,22 +49,59 @@ class EventEncoder:
         return b"".join(map(self._event, self._formatter.openings(num_choices)))
 
     def batch(self, batch: Batch) -> bytes:
-        """The events of what is ready at once; empty when none of it is shown."""
-        return b"".join([self._one(choice, event) for choice, event in batch])
+        """The events of what is ready at once; empty when none of it is shown. The end of a choice
+        comes with its last text, where both are ready."""
+        ends = {choice: event for choice, event in batch if isinstance(event, FinishEvent)}
+        if not ends:
+            return b"".join([self._one(choice, event) for choice, event in batch])
+        last = {
+            choice: event
+            for choice, event in batch
+            if isinstance(event, TokenEvent) and self._is_shown(event)
+        }
+        encoded = []
+        for choice, event in batch:
+            end = ends.get(choice)
+            if end is None:
+                encoded.append(self._one(choice, event))
+            elif event is last.get(choice):
+                encoded.append(self._last(choice, last[choice], end))
+            elif event is not end or choice not in last:
+                encoded.append(self._one(choice, event))
+        return b"".join(encoded)
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         """The event with the token counts."""
         return sse_event({**self._envelope, "choices": [], "usage": usage})
 
+    def _is_shown(self, event: TokenEvent) -> bool:
+        return bool(event.text or event.logprobs or (self._shows_ids and event.token_ids))
+
     def _one(self, choice: int, event: TokenEvent | FinishEvent) -> bytes:
         if isinstance(event, FinishEvent):
-            return self._event(self._formatter.closing(choice, event.reason))
-        if event.logprobs:
-            return self._event(self._formatter.delta(choice, event))
-        if not event.text:
-            return b""
-        around = self._around_text.get(choice) or self._split_at_text(choice)
-        return around[0] + to_json(event.text) + around[1]
+            self._counts[choice] = event.completion_tokens
+            return self._event(self._formatter.closing(choice, event))
+        if self._prompt_tokens:
+            self._counts[choice] += len(event.token_ids)
+        elif not event.logprobs and not self._shows_ids:
+            if not event.text:
+                return b""
+            around = self._around_text.get(choice) or self._split_at_text(choice)
+            return around[0] + to_json(event.text) + around[1]
+        return self._event(self._delta(choice, event)) if self._is_shown(event) else b""
+
+    def _last(self, choice: int, event: TokenEvent, end: FinishEvent) -> bytes:
+        """The last text of a choice and its end, as one event."""
+        self._counts[choice] = end.completion_tokens
+        entry = self._delta(choice, event)
+        return self._event(entry | self._formatter.options.ending(end))
+
+    def _delta(self, choice: int, event: TokenEvent) -> dict[str, Any]:
+        entry = self._formatter.delta(choice, event)
+        if choice not in self._begun:
+            self._begun.add(choice)
+            entry |= self._formatter.start(choice)
+        return entry
 
     def _split_at_text(self, choice: int) -> tuple[bytes, bytes]:
         """The bytes before and after the text in the events of a choice."""
@@ -59,4 +111,21 @@ class EventEncoder:
         return before, after
 
     def _event(self, entry: dict[str, Any]) -> bytes:
-        return self._before + to_json(entry) + self._after
+        before, after = self._before, self._after
+        if self._head:
+            before, self._head = self._opened({**self._envelope, **self._head}), {}
+        if self._prompt_tokens:
+            after = b'],"usage":' + to_json(self._usage_so_far(entry["index"])) + b"}\n\n"
+        return before + to_json(entry) + after
+
+    def _usage_so_far(self, choice: int) -> dict[str, int]:
+        prompt, completion = self._prompt_tokens[choice], self._counts[choice]
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+
+    @staticmethod
+    def _opened(envelope: dict[str, Any]) -> bytes:
+        return b"data: " + to_json(envelope)[:-1] + b',"choices":['

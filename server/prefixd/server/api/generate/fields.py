@@ -62,6 +62,9 @@ class StreamOptions(StrictModel):
     include_usage: bool | None = Field(
         default=None, description="One more chunk before the end, with the token counts."
     )
+    continuous_usage_stats: bool | None = Field(
+        default=None, description="With `include_usage`: the counts so far in every chunk."
+    )
     include_obfuscation: bool | None = Field(default=None, description="Ignored.")
 
 
@@ -107,6 +110,12 @@ class GenerationFields(StrictModel):
     min_tokens: int | None = Field(default=None, ge=0)
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
     include_stop_str_in_output: bool | None = None
+    return_token_ids: bool | None = Field(
+        default=None, description="The token ids of prompt and output too."
+    )
+    return_tokens_as_token_ids: bool | None = Field(
+        default=None, description="Tokens of log-probabilities are named `token_id:123`."
+    )
 
     priority: int | None = Field(
         default=None,
@@ -180,6 +189,12 @@ class GenerationFields(StrictModel):
     def wants_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def wants_each_usage(self) -> bool:
+        """Whether each chunk has the token counts so far."""
+        options = self.stream_options
+        return self.wants_usage and options is not None and bool(options.continuous_usage_stats)
 
 
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:

@@ -1,15 +1,16 @@
 """Responses of the generating routes: OpenAI's, with the prefix that was used."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
+from prefixd.server.api.generate.answer_options import AnswerOptions
 from prefixd.server.api.generate.logprobs import chat_logprobs, completion_logprobs
 from prefixd.server.api.metrics import Endpoint
 from prefixd.server.api.served import Tokenizer
-from prefixd.server.engine.request import FinishReason, TokenEvent
+from prefixd.server.engine.request import FinishEvent, TokenEvent
 from prefixd.server.tenants.bindings import ChosenBy
 
 
@@ -42,17 +43,26 @@ class CompletionLogprobs(BaseModel):
 
     tokens: list[str]
     token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    top_logprobs: list[dict[str, float]]
     text_offset: list[int]
 
 
-class CompletionChoice(BaseModel):
-    """One choice of a completion."""
+class Choice(BaseModel):
+    """What choices of both kinds have. ``stop_reason`` is the stop string or the id of the stop
+    token that ended the text; ``token_ids`` come with ``return_token_ids``."""
 
     index: int
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: int | str | None
+    token_ids: list[int] | None = None
+
+
+class CompletionChoice(Choice):
+    """One choice of a completion."""
+
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    prompt_token_ids: list[int] | None = None
 
 
 class CompletionAnswer(BaseModel):
@@ -96,13 +106,11 @@ class AssistantMessage(BaseModel):
     refusal: None
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(Choice):
     """One choice of a chat."""
 
-    index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
 
 
 class ChatAnswer(BaseModel):
@@ -115,53 +123,65 @@ class ChatAnswer(BaseModel):
     choices: list[ChatChoice]
     usage: Usage | None
     prefix: PrefixUsed | None
+    prompt_token_ids: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionFormatter:
-    """Formats one response of /v1/completions. Each method returns an entry of ``choices``."""
+    """Formats one response of /v1/completions. ``prompts`` are the token ids of the prompt of each
+    choice, where they are wanted."""
 
     endpoint: ClassVar = Endpoint.COMPLETIONS
     object: ClassVar = "text_completion"
     chunk_object: ClassVar = "text_completion"
 
     tokenizer: Tokenizer
-    top_logprobs: int | None
+    options: AnswerOptions = field(default_factory=AnswerOptions)
+    prompts: Sequence[Sequence[int]] = ()
 
     def openings(self, num_choices: int) -> list[dict[str, Any]]:
-        """Entries before the first text: a completion has none."""
+        """Entries of ``choices`` before the first text: a completion has none."""
         del num_choices
         return []
 
+    def head(self) -> dict[str, Any]:
+        """Fields of the whole response, or of the first chunk of a stream."""
+        return {}
+
+    def start(self, choice: int) -> dict[str, Any]:
+        """Fields of the first entry of a choice with text."""
+        return {"prompt_token_ids": list(self.prompts[choice])} if self.options.token_ids else {}
+
     def delta(self, choice: int, event: TokenEvent) -> dict[str, Any]:
-        """New text."""
+        """An entry with new text."""
         return {
             "index": choice,
             "text": event.text,
             "logprobs": self._logprobs([event]),
             "finish_reason": None,
+            **_token_ids([event], self.options),
         }
 
-    def closing(self, choice: int, reason: FinishReason) -> dict[str, Any]:
-        """The end of the text."""
-        return {"index": choice, "text": "", "logprobs": None, "finish_reason": reason.value}
+    def closing(self, choice: int, end: FinishEvent) -> dict[str, Any]:
+        """The entry of the end, without text."""
+        return {"index": choice, "text": "", "logprobs": None, **self.options.ending(end)}
 
-    def whole(
-        self, choice: int, events: Sequence[TokenEvent], reason: FinishReason
-    ) -> dict[str, Any]:
-        """The whole text."""
+    def whole(self, choice: int, events: Sequence[TokenEvent], end: FinishEvent) -> dict[str, Any]:
+        """The entry of the whole text."""
         return {
             "index": choice,
             "text": "".join([event.text for event in events]),
             "logprobs": self._logprobs(events),
-            "finish_reason": reason.value,
+            **self.options.ending(end),
+            **self.start(choice),
+            **_token_ids(events, self.options),
         }
 
     def _logprobs(self, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
         positions = [position for event in events for position in event.logprobs]
         if not positions:
             return None
-        return completion_logprobs(positions, self.tokenizer, with_top=bool(self.top_logprobs))
+        return completion_logprobs(positions, self.tokenizer, by_id=self.options.names_by_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,33 +193,42 @@ class ChatFormatter:
     chunk_object: ClassVar = "chat.completion.chunk"
 
     tokenizer: Tokenizer
-    top_logprobs: int | None
+    options: AnswerOptions = field(default_factory=AnswerOptions)
+    prompts: Sequence[Sequence[int]] = ()
 
     def openings(self, num_choices: int) -> list[dict[str, Any]]:
         """The role of each message, before its first text."""
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(choice, delta) for choice in range(num_choices)]
 
+    def head(self) -> dict[str, Any]:
+        """As of CompletionFormatter: a chat has one prompt."""
+        return {"prompt_token_ids": list(self.prompts[0])} if self.options.token_ids else {}
+
+    def start(self, choice: int) -> dict[str, Any]:
+        """As of CompletionFormatter."""
+        del choice
+        return {}
+
     def delta(self, choice: int, event: TokenEvent) -> dict[str, Any]:
         """New text of the message."""
         chunk = self._chunk(choice, {"content": event.text})
         chunk["logprobs"] = self._logprobs([event])
-        return chunk
+        return chunk | _token_ids([event], self.options)
 
-    def closing(self, choice: int, reason: FinishReason) -> dict[str, Any]:
+    def closing(self, choice: int, end: FinishEvent) -> dict[str, Any]:
         """The end of the message."""
-        return {**self._chunk(choice, {}), "finish_reason": reason.value}
+        return self._chunk(choice, {}) | self.options.ending(end)
 
-    def whole(
-        self, choice: int, events: Sequence[TokenEvent], reason: FinishReason
-    ) -> dict[str, Any]:
+    def whole(self, choice: int, events: Sequence[TokenEvent], end: FinishEvent) -> dict[str, Any]:
         """The whole message."""
         content = "".join([event.text for event in events])
         return {
             "index": choice,
             "message": {"role": "assistant", "content": content, "refusal": None},
             "logprobs": self._logprobs(events),
-            "finish_reason": reason.value,
+            **self.options.ending(end),
+            **_token_ids(events, self.options),
         }
 
     def _chunk(self, choice: int, delta: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +238,19 @@ class ChatFormatter:
         positions = [position for event in events for position in event.logprobs]
         if not positions:
             return None
-        return chat_logprobs(positions, self.tokenizer, with_top=bool(self.top_logprobs))
+        options = self.options
+        return chat_logprobs(
+            positions,
+            self.tokenizer,
+            with_top=bool(options.top_logprobs),
+            by_id=options.names_by_id,
+        )
+
+
+def _token_ids(events: Sequence[TokenEvent], options: AnswerOptions) -> dict[str, Any]:
+    if not options.token_ids:
+        return {}
+    return {"token_ids": [token for event in events for token in event.token_ids]}
 
 
 ResponseFormatter = CompletionFormatter | ChatFormatter

@@ -15,26 +15,33 @@ _LOWEST_LOGPROB = -9999.0
 
 
 def completion_logprobs(
-    positions: Sequence[PositionLogprobs], tokenizer: Tokenizer, *, with_top: bool
+    positions: Sequence[PositionLogprobs], tokenizer: Tokenizer, *, by_id: bool = False
 ) -> dict[str, Any]:
-    """The object ``logprobs`` of a completion: parallel lists, one entry for each position."""
-    tables = [_table(position, tokenizer) for position in positions]
+    """The object ``logprobs`` of a completion: parallel lists, one entry for each position.
+    ``by_id``: tokens are named by their ids."""
+    tables = [_table(position, tokenizer, by_id=by_id) for position in positions]
     return {
         "tokens": [name for name, _ in tables],
         "token_logprobs": [_finite(position.sampled) for position in positions],
-        "top_logprobs": [table for _, table in tables] if with_top else None,
+        "top_logprobs": [table for _, table in tables],
         "text_offset": [position.offset for position in positions],
     }
 
 
 def chat_logprobs(
-    positions: Sequence[PositionLogprobs], tokenizer: Tokenizer, *, with_top: bool
+    positions: Sequence[PositionLogprobs],
+    tokenizer: Tokenizer,
+    *,
+    with_top: bool,
+    by_id: bool = False,
 ) -> dict[str, Any]:
-    """The object ``logprobs`` of a message."""
+    """The object ``logprobs`` of a message. ``by_id``: tokens are named by their ids."""
     content = []
     for position in positions:
         likely = _with_sampled(position) if with_top else ()
-        entries = [_entry(token, position, tokenizer) for token in (position.sampled, *likely)]
+        entries = [
+            _entry(token, position, tokenizer, by_id=by_id) for token in (position.sampled, *likely)
+        ]
         content.append({**entries[0], "top_logprobs": entries[1:]})
     return {"content": content, "refusal": None}
 
@@ -46,7 +53,9 @@ def _with_sampled(position: PositionLogprobs) -> tuple[TokenLogprob, ...]:
     return top if is_top else (*top, sampled)
 
 
-def _table(position: PositionLogprobs, tokenizer: Tokenizer) -> tuple[str, dict[str, float]]:
+def _table(
+    position: PositionLogprobs, tokenizer: Tokenizer, *, by_id: bool
+) -> tuple[str, dict[str, float]]:
     """The name of the sampled token, and the likely tokens by name. The sampled token keeps its
     name; of several with the same text, only the first has it as its name and the rest are named by
     id, as in vLLM."""
@@ -57,19 +66,25 @@ def _table(position: PositionLogprobs, tokenizer: Tokenizer) -> tuple[str, dict[
         if token.token_id not in names:
             raw = tokenizer.token_bytes(token.token_id, position.previous)
             name = _text(raw, undecodable="bytes:")
-            names[token.token_id] = f"token_id:{token.token_id}" if name in taken else name
+            names[token.token_id] = _id_name(token) if by_id or name in taken else name
             taken.add(names[token.token_id])
     table = {names[token.token_id]: _finite(token) for token in likely}
     return names[position.sampled.token_id], table
 
 
-def _entry(token: TokenLogprob, position: PositionLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
+def _entry(
+    token: TokenLogprob, position: PositionLogprobs, tokenizer: Tokenizer, *, by_id: bool
+) -> dict[str, Any]:
     raw = tokenizer.token_bytes(token.token_id, position.previous)
     return {
-        "token": _text(raw),
+        "token": _id_name(token) if by_id else _text(raw),
         "logprob": _finite(token),
         "bytes": None if raw is None else list(raw),
     }
+
+
+def _id_name(token: TokenLogprob) -> str:
+    return f"token_id:{token.token_id}"
 
 
 def _text(raw: bytes | None, *, undecodable: str = "") -> str:

@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -19,6 +19,7 @@ from prefixd.server.api.dependencies import Generator
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import Admission
+from prefixd.server.api.generate.answer_options import answer_options
 from prefixd.server.api.generate.charging import Charging
 from prefixd.server.api.generate.event_encoder import EventEncoder
 from prefixd.server.api.generate.event_stream import EventStream, while_connected
@@ -43,7 +44,7 @@ from prefixd.server.api.request_record import (
 )
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.engine import Engine
-from prefixd.server.engine.request import FinishEvent, FinishReason, QueueFull, TokenEvent
+from prefixd.server.engine.request import FinishEvent, QueueFull, TokenEvent
 from prefixd.server.errors import Unavailable
 from prefixd.server.tenants.principal import Principal
 
@@ -105,14 +106,14 @@ class GenerationService:
                 await running.enter_async_context(generation)
                 await running.enter_async_context(while_connected(request.receive))
                 headers = _headers(admitted, recorder)
+                if formatter.options.token_ids:
+                    formatter = replace(formatter, prompts=admitted.prompts)
                 kind = formatter.chunk_object if body.stream else formatter.object
                 common = (generation, recorder.record, formatter, _envelope(admitted, kind))
                 if not body.stream:
                     response = await _whole(*common)
                     return JSONResponse(response, 200, headers)
-                chunks = _chunks(
-                    *common, num_choices=admitted.num_choices, wants_usage=body.wants_usage
-                )
+                chunks = _chunks(*common, body)
                 await running.enter_async_context(aclosing(chunks))
                 # The first chunk decides the status: a request that fails before it is answered
                 # with an error and not with a stream.
@@ -187,18 +188,15 @@ async def _whole(
 ) -> dict[str, Any]:
     """The body of a response that is not streamed."""
     tokens: defaultdict[int, list[TokenEvent]] = defaultdict(list)
-    reasons: dict[int, FinishReason] = {}
+    ends: dict[int, FinishEvent] = {}
     async for batch in events:
         for choice, event in batch:
             if isinstance(event, FinishEvent):
-                reasons[choice] = event.reason
+                ends[choice] = event
             else:
                 tokens[choice].append(event)
-    choices = [
-        formatter.whole(choice, tokens[choice], reason)
-        for choice, reason in sorted(reasons.items())
-    ]
-    return {**envelope, "choices": choices, "usage": record.usage()}
+    choices = [formatter.whole(choice, tokens[choice], ends[choice]) for choice in sorted(ends)]
+    return {**envelope, "choices": choices, "usage": record.usage(), **formatter.head()}
 
 
 async def _chunks(
@@ -206,20 +204,25 @@ async def _chunks(
     record: RequestRecord,
     formatter: ResponseFormatter,
     envelope: dict[str, Any],
-    *,
-    num_choices: int,
-    wants_usage: bool,
+    body: GenerationFields,
 ) -> AsyncGenerator[bytes]:
     """The events of a stream; those that are ready at once are yielded together. An error before
     the first of them is raised."""
-    encoder = EventEncoder(formatter, envelope, wants_usage=wants_usage)
-    openings = encoder.openings(num_choices)
+    admitted = record.admitted
+    assert admitted is not None
+    encoder = EventEncoder(
+        formatter,
+        envelope,
+        wants_usage=body.wants_usage,
+        prompt_tokens=admitted.choice_lengths if body.wants_each_usage else (),
+    )
+    openings = encoder.openings(admitted.num_choices)
     async for batch in events:
         encoded = openings + encoder.batch(batch)
         openings = b""
         if encoded:
             yield encoded
-    if wants_usage:
+    if body.wants_usage:
         yield encoder.usage(record.usage())
 
 
@@ -271,7 +274,8 @@ async def create_completion(
     """Continue one or more prompts with the base model or a prefix; `stream` for events."""
     generation = _service(request)
     admit = partial(generation.admission.completion, principal, body)
-    formatter = CompletionFormatter(generation.served.tokenizer, body.logprobs)
+    options = answer_options(body, generation.served, top_logprobs=body.logprobs)
+    formatter = CompletionFormatter(generation.served.tokenizer, options)
     return await generation.respond(request, principal, body, admit, formatter)
 
 
@@ -289,5 +293,6 @@ async def create_chat_completion(
     """Answer a conversation with the base model or a prefix; `stream` for events."""
     generation = _service(request)
     admit = partial(generation.admission.chat, principal, body)
-    formatter = ChatFormatter(generation.served.tokenizer, body.num_top_logprobs)
+    options = answer_options(body, generation.served, top_logprobs=body.num_top_logprobs)
+    formatter = ChatFormatter(generation.served.tokenizer, options)
     return await generation.respond(request, principal, body, admit, formatter)
