@@ -171,7 +171,7 @@ def test_changes_of_metadata_are_audited(client: TestClient, world: World) -> No
         ("prefix.metadata", "voice"),
         *[("prefix.publish", "voice")] * 3,
     ]
-    assert entries[0].detail == {"version": 1, "fields": ["a", "secret"]}
+    assert entries[0].detail == {"version": 1, "fields": ["a", "secret"], "recipe_revision": 1}
     assert [entry.detail.get("metadata") for entry in entries[1:]] == [None, "replaced", None]
 
 

@@ -19,7 +19,8 @@ COMPARED = (
     "description",
     "prompt_template",
 )
-"""Fields of a manifest that are compared as they are; ``labels`` and ``metadata`` are by key."""
+"""Fields of a manifest that are compared as they are; ``labels``, ``recipe`` and ``metadata`` are
+by key."""
 
 _NO_NEWLINE = "\\ No newline at end of file\n"
 
@@ -83,6 +84,10 @@ def compare(
 def _fields(prefix: Prefix) -> dict[str, object]:
     fields: dict[str, object] = {name: getattr(prefix, name) for name in COMPARED}
     fields.update({f"labels.{key}": value for key, value in prefix.labels.items()})
+    recipe = prefix.recipe.model_dump(
+        mode="json", exclude_defaults=True, exclude={"prompt_template", "takes"}
+    )
+    fields.update({f"recipe.{key}": value for key, value in recipe.items()})
     fields.update({f"metadata.{key}": value for key, value in prefix.metadata.items()})
     return fields
 

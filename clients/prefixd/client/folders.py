@@ -4,6 +4,7 @@
 
     adapter_config.json, adapter_model.safetensors    as PEFT's save_pretrained writes them,
     prefix.txt                                        or the text of a hard prompt in UTF-8
+    recipe.json                                       optional: how to call it
     prefixd.json                                      optional: {"task_id": 1, "metadata": {…}}
 
 ``prefixd.json`` has what an upload needs in addition to the content. Its other fields describe the
@@ -30,6 +31,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 TEXT_FILE = "prefix.txt"
 INFO_FILE = "prefixd.json"
+RECIPE_FILE = "recipe.json"
 
 SENT = ("task_id", "metadata")
 """Fields of ``prefixd.json`` that an upload sends."""
@@ -46,22 +48,25 @@ possible."""
 class PeftContent:
     """The config and the safetensors of a PEFT prefix: bytes, or the files that hold them.
 
-    ``metadata`` None: the folder has none, which is not the same as an empty one.
+    ``metadata`` None: the folder has none, which is not the same as an empty one. ``recipe`` is
+    that of a file of its own.
     """
 
     config: bytes | Path
     weights: bytes | Path
     task_id: int | None = None
     metadata: Mapping[str, object] | None = None
+    recipe: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TextContent:
-    """The text of a hard prompt, and its metadata as in ``PeftContent``."""
+    """The text of a hard prompt, and the others as in ``PeftContent``."""
 
     text: str
     task_id: int | None = None
     metadata: Mapping[str, object] | None = None
+    recipe: Mapping[str, object] | None = None
 
 
 def upload_folder(
@@ -75,8 +80,9 @@ def upload_folder(
 ) -> Call[Uploaded]:
     """Upload a folder as a new version of ``name``: PEFT's files, or ``prefix.txt``.
 
-    ``metadata`` and ``task_id`` replace those of its ``prefixd.json``. Raises ``FormatError`` for a
-    folder that ``read_folder`` refuses; a missing file raises OSError when the call is sent.
+    ``metadata`` and ``task_id`` replace those of its ``prefixd.json``; a ``recipe.json`` is sent
+    with them. Raises ``FormatError`` for a folder that ``read_folder`` refuses; a missing file
+    raises OSError when the call is sent.
     """
     content = read_folder(folder)
     return upload_content(
@@ -98,6 +104,8 @@ def upload_content(
     task = fields.get("task_id", content.task_id) if task_id is None else task_id
     if task is not None:
         fields["task_id"] = task
+    if content.recipe is not None:
+        fields.setdefault("recipe", content.recipe)
     sent = None if metadata is None and content.metadata is None and not fields else fields
     if isinstance(content, TextContent):
         return protocol.upload_text(name, content.text, metadata=sent, warm=warm, **conditions)
@@ -112,18 +120,23 @@ def upload_content(
 
 
 def read_folder(folder: Path) -> PeftContent | TextContent:
-    """Read ``prefixd.json`` and ``prefix.txt`` of a folder; PEFT's files are not opened here.
+    """Read ``prefixd.json``, ``recipe.json`` and ``prefix.txt`` of a folder; PEFT's files are not
+    opened here.
 
-    Raises ``FormatError`` for a malformed ``prefixd.json``, a text that is not UTF-8, and a folder
+    Raises ``FormatError`` for malformed files, two recipes, a text that is not UTF-8, and a folder
     with both a text and PEFT's files.
     """
     task_id, metadata = _read_info(folder / INFO_FILE)
+    recipe_file = folder / RECIPE_FILE
+    recipe = _parse_object(recipe_file) if recipe_file.exists() else None
+    if recipe is not None and "recipe" in (metadata or {}):
+        raise FormatError(f"{folder}: expected one recipe; {INFO_FILE} has another")
     config, weights, text = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, TEXT_FILE))
     if not text.exists():
-        return PeftContent(config, weights, task_id, metadata)
+        return PeftContent(config, weights, task_id, metadata, recipe)
     if config.exists() or weights.exists():
         raise FormatError(f"{folder}: expected either {TEXT_FILE} or {CONFIG_FILE}; it has both")
-    return TextContent(decode_text(text.read_bytes(), source=text), task_id, metadata)
+    return TextContent(decode_text(text.read_bytes(), source=text), task_id, metadata, recipe)
 
 
 def check_new(folder: Path) -> None:
@@ -181,6 +194,11 @@ def _files_of(prefix: Prefix, artifact: Artifact) -> dict[str, bytes]:
     for name in ("description", "prompt_template"):
         if getattr(prefix, name) is not None:
             metadata[name] = getattr(prefix, name)
+    recipe = prefix.recipe.model_dump(
+        mode="json", exclude_defaults=True, exclude={"prompt_template", "takes"}
+    )
+    if recipe:
+        metadata["recipe"] = recipe
     files = {INFO_FILE: _json(info | {"task_id": artifact.task_id, "metadata": metadata})}
     if artifact.config is None:
         return files | {TEXT_FILE: artifact.payload}

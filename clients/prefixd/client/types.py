@@ -57,9 +57,31 @@ class PrefixUsed(PrefixVersion):
     chosen_by: str | None = None
 
 
+class Example(ResponseModel):
+    """A prompt, and an answer that is right."""
+
+    prompt: str
+    answer: str
+
+
+class Recipe(ResponseModel):
+    """How to call a version; None: its recipe does not say. ``takes`` is ``input``, or what the
+    template implies: ``text`` where it stands around the text of a chat's one message."""
+
+    prompt_template: str | None = None
+    input: str | None = None
+    takes: str = "chat"
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    stop: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
+    examples: Annotated[tuple[Example, ...], Field(strict=False), NullIsDefault] = ()
+
+
 class Prefix(PrefixVersion):
     """One immutable version of a prefix: the server's manifest.
 
+    ``recipe`` is how to call it, and ``recipe_revision`` counts its changes, from 1.
     ``pinned``: servers keep it resident. ``tier`` is where the responding server holds it now:
     ``resident`` (in the pool), ``host`` (compiled, in host memory), in transit (``fetching``,
     ``staged``, ``compiling``), or None. ``base`` is the name of the base that it belongs to, or
@@ -81,6 +103,8 @@ class Prefix(PrefixVersion):
     labels: Annotated[Mapping[str, str], NullIsDefault] = Field(default_factory=dict)
     description: str | None = None
     prompt_template: str | None = None
+    recipe: Annotated[Recipe, NullIsDefault] = Recipe()
+    recipe_revision: int = 1
     metadata: Annotated[Mapping[str, object], NullIsDefault] = Field(default_factory=dict)
     pinned: Annotated[bool, NullIsDefault] = False
     tier: str | None = None
@@ -125,10 +149,12 @@ class VersionPage(ResponseModel):
 
 
 class Model(ResponseModel):
-    """A name the ``model`` field takes: the base (``parent`` is None) or a prefix of it."""
+    """A name the ``model`` field takes: the base (``parent`` is None) or a prefix of it, with its
+    recipe."""
 
     id: str
     parent: str | None = None
+    recipe: Recipe | None = None
 
 
 class ModelList(ResponseModel):

@@ -3,17 +3,21 @@
 It is free, with a few known fields::
 
     {"labels": {"team": "search"}, "description": "…", "prompt_template": "Q: {prompt}\\nA:",
-     "base_fingerprint": "…", "task_id": 1, "anything": ["else"]}
+     "recipe": {"max_tokens": 8}, "base_fingerprint": "…", "task_id": 1, "anything": ["else"]}
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.recipe import RECIPE, TEMPLATE, folded, read_recipe
 from prefixd.store.artifact.strict import StrictJsonError, canonical, parse_object
+from prefixd.store.artifact.template import check_new_template
 from prefixd.store.errors import ArtifactRefused, quoted
 
 MAX_METADATA_BYTES = 16 * 1024
+"""Without the template, which has a limit of its own."""
+
 MAX_LABELS = 32
 MAX_LABEL_CHARACTERS = 128
 
@@ -24,9 +28,11 @@ METADATA_TEXTS = ("description", "prompt_template", "base_fingerprint")
 def encode_metadata(metadata: Mapping[str, Any] | None, *, base: BaseSpec) -> str:
     """Metadata for ``base`` as one line of JSON.
 
-    Raises ArtifactRefused ``malformed_metadata``, or ``wrong_base`` when it names another base.
+    Raises ArtifactRefused ``malformed_metadata``, ``malformed_recipe``, ``malformed_template``, or
+    ``wrong_base`` when it names another base.
     """
     encoded = encode_fields(metadata or {})
+    check_new_template(folded(metadata or {}).get(TEMPLATE))
     declared = (metadata or {}).get("base_fingerprint")
     if declared is not None and declared != base.fingerprint:
         raise ArtifactRefused(
@@ -39,13 +45,17 @@ def encode_metadata(metadata: Mapping[str, Any] | None, *, base: BaseSpec) -> st
 
 
 def encode_fields(metadata: Mapping[str, Any]) -> str:
-    """Metadata as one line of JSON; raises ArtifactRefused ``malformed_metadata``."""
+    """Metadata as one line of JSON; raises ArtifactRefused ``malformed_metadata`` or
+    ``malformed_recipe``. An empty recipe is none."""
     try:
-        fields = dict(metadata)
+        fields = folded(metadata)
+        if fields.get(RECIPE) == {}:
+            del fields[RECIPE]
         raw = canonical(fields)
-        if len(raw) > MAX_METADATA_BYTES:
+        size = len(canonical({name: fields[name] for name in fields.keys() - {TEMPLATE}}))
+        if size > MAX_METADATA_BYTES:
             raise _malformed_metadata(
-                f"expected metadata of at most {MAX_METADATA_BYTES} bytes as JSON, got {len(raw)}"
+                f"expected metadata of at most {MAX_METADATA_BYTES} bytes as JSON, got {size}"
             )
         parse_object(raw)
     except (StrictJsonError, TypeError, ValueError, RecursionError) as error:
@@ -56,6 +66,7 @@ def encode_fields(metadata: Mapping[str, Any]) -> str:
     for name in METADATA_TEXTS:
         if not isinstance(fields.get(name), str | None):
             raise _malformed_metadata(f"expected {name} to be a string", param=f"metadata.{name}")
+    read_recipe(fields)
     return raw.decode("ascii")
 
 

@@ -1,4 +1,4 @@
-"""Where the virtual tokens of a soft prompt stand among the text: markers in ``prompt_template``.
+"""``prompt_template``: the text around a prompt, and where virtual tokens of a soft prompt stand.
 
 ::
 
@@ -8,12 +8,13 @@
     {prefix:4:8}          virtual tokens 4 to 7
     {{prompt} {{prefix:   the texts {prompt} and {prefix:
 
-All other braces are text. A template without markers says nothing about virtual tokens: it is kept,
-and not applied. Only a template is parsed, never the text of a request.
+All other braces are text. A template without {prompt} and without markers, but with tags or
+expressions of Jinja, is a chat template. Only a template is parsed, never the text of a request.
 """
 
 import re
 from collections.abc import Iterable
+from enum import Enum
 from functools import lru_cache
 from itertools import dropwhile
 from typing import NamedTuple
@@ -21,6 +22,16 @@ from typing import NamedTuple
 from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.strict import shown
 from prefixd.store.errors import ArtifactRefused
+
+MAX_TEMPLATE_BYTES = 16 * 1024
+
+
+class TemplateKind(Enum):
+    """What a template is: text around virtual tokens, text around the prompt, or Jinja."""
+
+    PLACED = "placed"
+    PLAIN = "plain"
+    JINJA = "jinja"
 
 
 class Rows(NamedTuple):
@@ -46,10 +57,32 @@ _SPECIAL = re.compile(
 )
 
 
-@lru_cache(maxsize=1024)
+_JINJA = re.compile(r"\{%|\{\{(?!prompt\}|prefix:)")
+
+
 def parse_template(template: str) -> tuple[Piece, ...] | None:
     """The pieces of a template in order; None: it has no markers. Raises ArtifactRefused for what
     begins as a marker and is none."""
+    pieces = template_pieces(template)
+    return pieces if any(isinstance(piece, Rows) for piece in pieces) else None
+
+
+def template_kind(template: str) -> TemplateKind | None:
+    """What a template is; None: neither of them, as earlier servers stored it."""
+    try:
+        pieces = template_pieces(template)
+    except ArtifactRefused:
+        return None
+    if any(isinstance(piece, Rows) for piece in pieces):
+        return TemplateKind.PLACED
+    if pieces.count(PROMPT) == 1:
+        return TemplateKind.PLAIN
+    return TemplateKind.JINJA if _JINJA.search(template) else None
+
+
+@lru_cache(maxsize=1024)
+def template_pieces(template: str) -> tuple[Piece, ...]:
+    """The pieces of a template in order. Raises ArtifactRefused as ``parse_template``."""
     pieces: list[Piece] = []
     text, end = "", 0
     for match in _SPECIAL.finditer(template):
@@ -70,14 +103,15 @@ def parse_template(template: str) -> tuple[Piece, ...] | None:
     text += template[end:]
     if text:
         pieces.append(text)
-    return tuple(pieces) if any(isinstance(piece, Rows) for piece in pieces) else None
+    return tuple(pieces)
 
 
 def check_template(
     template: str | None, *, kind: Kind, num_virtual_tokens: int, all_in_front: bool = False
 ) -> None:
     """Raise ArtifactRefused for a template whose markers do not fit the prefix, or for
-    ``all_in_front``, which leave a virtual token elsewhere than in front of all text, in order."""
+    ``all_in_front``, which leave a virtual token elsewhere than in front of all text, in order.
+    One without markers fits any prefix."""
     pieces = None if template is None else parse_template(template)
     if pieces is None:
         return
@@ -99,6 +133,21 @@ def check_template(
             "all virtual tokens in front of the text, in order, as PEFT places them for an "
             "encoder-decoder",
             "others",
+        )
+
+
+def check_new_template(template: str | None) -> None:
+    """Raise ArtifactRefused for a template that could not be applied to any prefix."""
+    if template is None:
+        return
+    size = len(template.encode("utf-8", "surrogatepass"))
+    if size > MAX_TEMPLATE_BYTES:
+        raise _refused(f"at most {MAX_TEMPLATE_BYTES} bytes", str(size))
+    pieces = template_pieces(template)
+    if template_kind(template) is None:
+        raise _refused(
+            "{prompt} once, or to be a Jinja chat template ({% for message in messages %} …)",
+            f"{{prompt}} {pieces.count(PROMPT)} times, and no Jinja",
         )
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, and_, exists, sel
 from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.metadata import METADATA_TEXTS
+from prefixd.store.artifact.recipe import RECIPE, Recipe, read_recipe
 from prefixd.store.catalog.tables import (
     aliases,
     blobs,
@@ -20,7 +21,7 @@ from prefixd.store.catalog.tables import (
     versions,
 )
 from prefixd.store.catalog.version_rows import has_label
-from prefixd.store.errors import BaseMismatch, UnknownPrefix
+from prefixd.store.errors import ArtifactRefused, BaseMismatch, UnknownPrefix
 from prefixd.store.names import LATEST, MAX_VERSION, Reference
 
 _FINGERPRINT_DIGITS = 12
@@ -36,8 +37,10 @@ class Manifest:
     served under (the first 12 digits of the fingerprint where the name was not recorded),
     ``base_model_name_or_path`` the one its config states, ``creator`` the id of the key that
     published it. ``metadata`` is the upload's without the fields that have their own attribute
-    here. ``revision`` is raised by every write that changes this manifest, ``prefix_revision`` by
-    every write to the prefix; neither is ever used again, and neither counts in a comparison.
+    here. ``recipe`` is how to call it, with its ``prompt_template``; ``recipe_revision`` is raised
+    by every change of it. ``revision`` is raised by every write that changes this manifest,
+    ``prefix_revision`` by every write to the prefix; neither is ever used again, and neither counts
+    in a comparison.
     """
 
     tenant: str
@@ -59,6 +62,8 @@ class Manifest:
     labels: Mapping[str, str] = field(default_factory=dict)
     description: str | None = None
     prompt_template: str | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    recipe_revision: int = 1
     corrupt: bool = False
     pinned: bool = False
     revision: int = field(default=1, kw_only=True, compare=False)
@@ -265,6 +270,12 @@ def _manifest(row: Row[Any], *, aliases_of: Iterable[str]) -> Manifest:
     labels = free.get("labels")
     if isinstance(labels, dict) and all(isinstance(value, str) for value in labels.values()):
         fields["labels"] = free.pop("labels")
+    template = {"prompt_template": fields["prompt_template"]}
+    try:
+        fields["recipe"] = read_recipe(template | {RECIPE: free.get(RECIPE)})
+        free.pop(RECIPE, None)
+    except ArtifactRefused:
+        fields["recipe"] = read_recipe(template)
     if fields["base"] is None:
         fields["base"] = row.fingerprint[:_FINGERPRINT_DIGITS]
     latest = () if row.latest_version is None else (LATEST,)

@@ -74,6 +74,8 @@ versions = Table(
     Column("size_bytes", BigInteger, nullable=False),
     Column("base_model_name_or_path", Text),
     Column("metadata_json", Text, nullable=False),
+    # Counts the recipes that the version had, from 1.
+    Column("recipe_revision", BigInteger, nullable=False, server_default=text("1")),
     # The key that published it; null for versions from before keys were recorded.
     Column("creator", String(64)),
     Column("created_at", UtcDateTime, nullable=False),

@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, select
 
 from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.recipe import folded
 from prefixd.store.artifact.template import check_template
 from prefixd.store.catalog.alias_rows import Pointed, highest_left, point, pointed, replace_latest
 from prefixd.store.catalog.blob_rows import claim, release
@@ -123,6 +124,7 @@ class CatalogTransaction:
         tx, row = self.connection, self._lock(name, missing=unknown(reference))
         manifest = find(tx, self._tenant, reference, base=base)
         precondition((manifest.revision, row.revision))
+        patch = folded(patch)
         merge_metadata(tx, row.id, manifest.version, patch)
         self._changed(row, raise_revision(tx, row.id), now=manifest.version)
         merged = numbered(tx, self._tenant, name, manifest.version)

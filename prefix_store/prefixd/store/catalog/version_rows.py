@@ -19,7 +19,9 @@ from sqlalchemy import (
 )
 
 from prefixd.store.artifact.metadata import encode_fields
+from prefixd.store.artifact.recipe import RECIPE, TEMPLATE
 from prefixd.store.artifact.strict import shown
+from prefixd.store.artifact.template import check_new_template
 from prefixd.store.catalog.revisions import raise_revision
 from prefixd.store.catalog.tables import prefixes, versions
 from prefixd.store.errors import ArtifactRefused
@@ -75,7 +77,7 @@ def replace_metadata(
     kept = {name: stored[name] for name in _IDENTITY if name in stored and name not in metadata}
     merged = {**metadata, **kept}
     _check_identity(merged, stored, fingerprint)
-    _write(connection, prefix_id, version, merged)
+    _write(connection, prefix_id, version, merged, stored)
     return merged != stored
 
 
@@ -86,8 +88,10 @@ def merge_metadata(
     prefix. Raises ArtifactRefused."""
     stored, fingerprint = _metadata(connection, prefix_id, version)
     merged = merge_patch(stored, patch)
+    if isinstance(patch.get(TEMPLATE), str):
+        check_new_template(patch[TEMPLATE])
     _check_identity(merged, stored, fingerprint)
-    _write(connection, prefix_id, version, merged)
+    _write(connection, prefix_id, version, merged, stored)
 
 
 def merge_patch(target: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,12 +133,22 @@ def _check_identity(merged: Mapping[str, Any], stored: Mapping[str, Any], finger
 
 
 def _write(
-    connection: Connection, prefix_id: int, version: int, metadata: Mapping[str, Any]
+    connection: Connection,
+    prefix_id: int,
+    version: int,
+    metadata: Mapping[str, Any],
+    stored: Mapping[str, Any],
 ) -> None:
-    encoded = encode_fields(metadata)
-    connection.execute(
-        update(versions).where(_is(prefix_id, version)).values(metadata_json=encoded)
-    )
+    """Replace ``stored`` by ``metadata``, and count another recipe."""
+    values: dict[str, Any] = {"metadata_json": encode_fields(metadata)}
+    if _recipe_text(metadata) != _recipe_text(stored):
+        values["recipe_revision"] = versions.c.recipe_revision + 1
+    connection.execute(update(versions).where(_is(prefix_id, version)).values(values))
+
+
+def _recipe_text(metadata: Mapping[str, Any]) -> str:
+    # As JSON: 1 and true are equal in Python.
+    return json.dumps([metadata.get(TEMPLATE), metadata.get(RECIPE) or None], sort_keys=True)
 
 
 def _is(prefix_id: int, version: int) -> ColumnElement[bool]:

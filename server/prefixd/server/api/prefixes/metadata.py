@@ -21,11 +21,12 @@ from prefixd.server.errors import BadRequest, Unprocessable
 from prefixd.server.tenants.audit import Action, record
 from prefixd.store.artifact.metadata import MAX_METADATA_BYTES
 from prefixd.store.artifact.strict import StrictJsonError, parse_object
+from prefixd.store.artifact.template import MAX_TEMPLATE_BYTES
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], route_class=CatalogRoute)
 
 MERGE_PATCH = "application/merge-patch+json"
-MAX_PATCH_BYTES = 4 * MAX_METADATA_BYTES
+MAX_PATCH_BYTES = 4 * (MAX_METADATA_BYTES + MAX_TEMPLATE_BYTES)
 """A patch may remove all of the stored metadata and set as much again, with spaces between. Its
 field names are kept in the audit log."""
 
@@ -79,7 +80,7 @@ def patch_metadata(
     conditions: ConditionsDep,
     patch: Annotated[dict[str, Any], Depends(_patch)],
 ) -> PrefixManifest:
-    """Merge an object into the metadata of a version: null removes a field.
+    """Merge an object into the metadata of a version, its recipe too: null removes a field.
 
     `task_id` and `base_fingerprint` belong to the version and cannot change.
     """
@@ -94,7 +95,11 @@ def patch_metadata(
             actor=actor,
             tenant=tenant,
             subject=name,
-            detail={"version": manifest.version, "fields": sorted(patch)},
+            detail={
+                "version": manifest.version,
+                "fields": sorted(patch),
+                "recipe_revision": manifest.recipe_revision,
+            },
         )
     response.headers["ETag"] = version_tag(manifest)
     return PrefixManifest.model_validate(manifest)

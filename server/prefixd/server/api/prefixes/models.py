@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.dependencies import Reader, ServedDep, StoreDep
+from prefixd.server.api.prefixes.schemas import ShownRecipe
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.values import Reference
 from prefixd.server.errors import DoesNotFit, NotFound
@@ -22,7 +23,8 @@ MAX_LISTED = 1000
 
 
 class Model(BaseModel):
-    """A name for the ``model`` field: the base (``parent`` null) or a prefix of it."""
+    """A name for the ``model`` field: the base (``parent`` null) or a prefix of it, with how to
+    call it."""
 
     id: str
     object: Literal["model"] = "model"
@@ -30,6 +32,8 @@ class Model(BaseModel):
     owned_by: str
     parent: str | None
     max_model_len: int
+    recipe: ShownRecipe | None = None
+    recipe_revision: int | None = None
 
 
 class ModelList(BaseModel):
@@ -57,6 +61,8 @@ def _prefix(served: ServedModel, manifest: Manifest, *, name: str) -> Model:
         owned_by=manifest.tenant,
         parent=served.name,
         max_model_len=served.max_positions - (0 if is_of_input else manifest.num_positions),
+        recipe=ShownRecipe.model_validate(manifest.recipe),
+        recipe_revision=manifest.recipe_revision,
     )
 
 

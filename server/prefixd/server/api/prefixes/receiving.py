@@ -2,8 +2,8 @@
 
 ::
 
-    multipart/form-data         PEFT's two files, and metadata
-    application/json            a text, and metadata
+    multipart/form-data         PEFT's two files, metadata and a recipe
+    application/json            a text, metadata and a recipe
     application/octet-stream    the stored file of a version, as its content route returns it
 """
 
@@ -34,6 +34,7 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import BadRequest, TooLarge, Unprocessable
 from prefixd.server.tenants.principal import Principal
 from prefixd.store.artifact.envelope import MAX_LINE_BYTES, read_envelope
+from prefixd.store.artifact.recipe import RECIPE
 from prefixd.store.catalog.changes import Precondition
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.disk import DiskGuard
@@ -54,6 +55,9 @@ class TextPrefix(StrictModel):
     kind: Literal["text"]
     text: str = Field(min_length=1)
     metadata: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = Field(
+        default=None, description="How to call it; the same as `recipe` in `metadata`."
+    )
 
 
 UPLOAD_BODY = {
@@ -82,6 +86,11 @@ UPLOAD_BODY = {
                             "type": "string",
                             "description": "A JSON object; `task_id` chooses the task of a "
                             "MULTITASK_PROMPT_TUNING prefix.",
+                        },
+                        "recipe": {
+                            "type": "string",
+                            "description": "A JSON object: how to call it; the same as `recipe` in "
+                            "`metadata`.",
                         },
                     },
                 }
@@ -125,8 +134,8 @@ def receive(request: Request, target: Target) -> AbstractAsyncContextManager[Rec
     if kind not in _RECEIVERS:
         raise BadRequest(
             "expected the content type multipart/form-data (parts config, weights and optionally "
-            "metadata), application/json (a text) or application/octet-stream (a stored file); "
-            f"received {kind[:80]!a}",
+            "metadata and recipe), application/json (a text) or application/octet-stream (a stored "
+            f"file); received {kind[:80]!a}",
             code="unsupported_media_type",
         )
     return _RECEIVERS[kind](request, target)
@@ -137,7 +146,7 @@ async def _receive_parts(request: Request, target: Target) -> AsyncIterator[Rece
     limits = target.limits
     async with received(
         request,
-        small=("config", "metadata"),
+        small=("config", "metadata", "recipe"),
         file="weights",
         folder=limits.upload_dir,
         disk=target.disk,
@@ -158,14 +167,15 @@ async def _receive_parts(request: Request, target: Target) -> AsyncIterator[Rece
 @asynccontextmanager
 async def _receive_text(request: Request, target: Target) -> AsyncIterator[Received]:
     body = parse_json(TextPrefix, await read_capped(request, target.limits.max_body_bytes))
+    metadata = _with_recipe(body.metadata, body.recipe)
     begin = partial(
         target.store.publish_text,
         text=body.text,
-        metadata=body.metadata,
+        metadata=metadata,
         count_tokens=target.served.count_prefix_tokens,
         **target.options(),
     )
-    yield begin, ("text", body.text.encode(), body.metadata)
+    yield begin, ("text", body.text.encode(), metadata)
 
 
 @asynccontextmanager
@@ -202,21 +212,11 @@ def _parse_parts(upload: Upload) -> tuple[bytes, dict[str, Any] | None, int | No
     for part in ("config", "weights"):
         if part not in upload.names:
             raise BadRequest(f"the part '{part}' is missing", code="missing_part", param=part)
-    config, raw = upload.parts["config"], upload.parts.get("metadata")
+    config = upload.parts["config"]
     check_keys(config)
-    if raw is None:
+    metadata = _with_recipe(_object_in(upload, "metadata"), _object_in(upload, "recipe"))
+    if metadata is None:
         return config, None, None
-    check_keys(raw)
-    try:
-        metadata = json.loads(raw)
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise Unprocessable(
-            "expected the part 'metadata' to be a JSON object",
-            code="malformed_metadata",
-            param="metadata",
-        )
     task_id = metadata.get("task_id")
     if task_id is not None and (type(task_id) is not int or task_id < 0):
         raise Unprocessable(
@@ -225,3 +225,35 @@ def _parse_parts(upload: Upload) -> tuple[bytes, dict[str, Any] | None, int | No
             param="metadata.task_id",
         )
     return config, metadata, task_id
+
+
+def _object_in(upload: Upload, part: str) -> dict[str, Any] | None:
+    """The JSON object in a part; None without the part. Raises BadRequest, Unprocessable."""
+    raw = upload.parts.get(part)
+    if raw is None:
+        return None
+    check_keys(raw)
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise Unprocessable(
+            f"expected the part '{part}' to be a JSON object", code=f"malformed_{part}", param=part
+        )
+    return value
+
+
+def _with_recipe(
+    metadata: dict[str, Any] | None, recipe: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """``metadata`` with a recipe that was sent next to it. Raises Unprocessable for a second."""
+    if recipe is None:
+        return metadata
+    if metadata is not None and RECIPE in metadata:
+        raise Unprocessable(
+            "expected one recipe; received one in metadata and another next to it",
+            code="malformed_recipe",
+            param="recipe",
+        )
+    return {**(metadata or {}), RECIPE: recipe}

@@ -7,12 +7,40 @@ from pydantic import BaseModel, ConfigDict
 
 from prefixd.server.api.placement import key_of
 from prefixd.server.engine.engine import Engine
+from prefixd.store.artifact.recipe import Input
 from prefixd.store.store import Manifest
 
 
+class ShownExample(BaseModel):
+    """A prompt, and an answer that is right."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    prompt: str
+    answer: str
+
+
+class ShownRecipe(BaseModel):
+    """How to call a version; null: its recipe does not say. ``takes`` is ``input``, or what the
+    template implies: ``text`` where it stands around the text of a chat's one message."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    prompt_template: str | None = None
+    input: Input | None = None
+    takes: Input = Input.CHAT
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    stop: list[str] | None = None
+    examples: list[ShownExample] = []
+
+
 class PrefixManifest(BaseModel):
-    """One immutable version of a prefix; only its metadata, ``aliases``, ``pinned`` and
-    ``corrupt`` may change.
+    """One immutable version of a prefix; only its metadata, its recipe among it, ``aliases``,
+    ``pinned`` and ``corrupt`` may change.
+
+    ``recipe_revision`` counts the recipes that it had, from 1.
 
     ``base`` is the served name of the base it was uploaded for, or the first 12 digits of that
     base's ``fingerprint`` where the name was not recorded. ``pinned``: every server keeps it
@@ -39,6 +67,8 @@ class PrefixManifest(BaseModel):
     labels: dict[str, str]
     description: str | None
     prompt_template: str | None
+    recipe: ShownRecipe = ShownRecipe()  # a response stored by an earlier server has none
+    recipe_revision: int = 1
     metadata: dict[str, Any]
     aliases: list[str]
     pinned: bool

@@ -184,6 +184,7 @@ def _record(
     }
     if published.metadata_changed:
         detail["metadata"] = "replaced"
+        detail["recipe_revision"] = published.manifest.recipe_revision
     record(
         connection, Action.PREFIX_PUBLISH, actor=actor, tenant=tenant, subject=name, detail=detail
     )
