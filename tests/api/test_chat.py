@@ -98,18 +98,6 @@ def test_chat_stream_begins_with_the_role(client: TestClient, world: World) -> N
         ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
         ({"top_logprobs": 2}, None, "logprobs"),
         ({"messages": []}, "messages", "at least 1"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "received 'tool'"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages.0.content",
-            "text parts",
-        ),
-        (
-            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
-            "messages.0.tool_calls",
-            "unknown field",
-        ),
     ],
 )
 def test_invalid_chat_field_is_named_in_the_error(
@@ -137,7 +125,7 @@ def test_neutral_values_of_unsupported_chat_fields_are_accepted(client: TestClie
 
 
 def test_chat_template_error_is_a_bad_request(client: TestClient, world: World) -> None:
-    def refuse(messages: object, *, add_generation_prompt: bool = True) -> str:
+    def refuse(messages: object, **_options: object) -> str:
         raise ValueError("this model has no chat template")
 
     world.served.tokenizer.render_chat = refuse  # type: ignore[method-assign]

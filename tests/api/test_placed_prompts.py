@@ -306,10 +306,10 @@ def test_without_parts_all_stands_in_front(client: TestClient, plain: str) -> No
         ([part(0, 4), part(3, 5)], "misplaced_prefix", "3 twice"),
         ([part(4, 0)], "misplaced_prefix", "4:0"),
         ([part(-1, 4)], "misplaced_prefix", "-1:4"),
-        ([{"type": "prefix", "from": 0}], "invalid_request", "prefix parts"),
-        ([{"type": "prefix", "from": 0, "to": 4, "name": "x"}], "invalid_request", "prefix parts"),
-        ([{"type": "prefix", "from": "0", "to": 4}], "invalid_request", "prefix parts"),
-        ([{"type": "prefix", "start": 0, "stop": 4}], "invalid_request", "prefix parts"),
+        ([{"type": "prefix", "from": 0}], "invalid_request", "content[0].to' is required"),
+        ([{"type": "prefix", "from": 0, "to": 4, "name": "x"}], "unknown_field", "[0].name'"),
+        ([{"type": "prefix", "from": "0", "to": 4}], "invalid_request", "[0].from': expected"),
+        ([{"type": "prefix", "start": 0, "stop": 4}], "invalid_request", "[0].from' is required"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(
@@ -322,8 +322,8 @@ def test_parts_that_do_not_fit_are_refused(
 
 def test_the_part_that_is_wrong_is_named(client: TestClient, plain: str) -> None:
     answer = chat(client, [text("a"), part(0, 4), {"type": "image_url"}])
-    assert "item 2 is not; received a list of 3" in error_of(answer)["message"]
-    assert "item" not in error_of(chat(client, 5))["message"]
+    assert error_of(answer)["param"] == "messages[0].content[2].image_url"
+    assert error_of(chat(client, 5))["param"] == "messages[0].content"
 
 
 def test_an_encoder_decoder_takes_no_template_that_moves_virtual_tokens(world: World) -> None:

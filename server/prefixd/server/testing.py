@@ -5,8 +5,9 @@ that the right prefix reached the right request.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from prefixd.server.engine.detokenizer import TokenText
 from prefixd.server.engine.inputs import PLACEHOLDER, InputPart
@@ -302,11 +303,20 @@ class ByteTokenizer:
         return (text,)
 
     def render_chat(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """A chat as lines of ``role: content``."""
-        lines = [f"{m['role']}: {m['content']}\n" for m in messages]
-        return "".join(lines) + ("assistant: " if add_generation_prompt else "")
+        """A chat as lines of ``role: content``; tools and variables are not shown."""
+        del tools, template_kwargs
+        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
+        if continue_final_message:
+            return text.removesuffix("\n")
+        return text + ("assistant: " if add_generation_prompt else "")
 
 
 class ByteDetokenizer:

@@ -76,8 +76,24 @@ _REPORTED: dict[type[StoreError], tuple[type[PrefixdError], str]] = {
 
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 _SHOWN_KINDS = frozenset(
-    {"literal_error", "greater_than", "greater_than_equal", "less_than", "less_than_equal"}
+    {
+        "literal_error",
+        "unexpected_word",
+        "greater_than",
+        "greater_than_equal",
+        "less_than",
+        "less_than_equal",
+    }
 )
+
+
+_CODES = {
+    "json_invalid": "invalid_json",
+    "extra_forbidden": "unknown_field",
+    "unsupported": "unsupported_field",
+    "unsupported_at": "unsupported_field",
+}
+"""Codes of validation errors that have one of their own."""
 
 
 class ErrorDetail(BaseModel):
@@ -157,26 +173,39 @@ def from_store(error: StoreError) -> PrefixdError:
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
     """The first of pydantic's errors as one sentence: what was expected and what was received."""
     first = errors[0]
-    names = [str(part) for part in first["loc"] if part not in {"body", "query", "path"}]
+    names = [part for part in first["loc"] if part not in {"body", "query", "path"}]
     if names and names[-1] == "[key]":
         names = names[:-2]  # the key is the caller's, as any value is
-    param = ".".join(names)[:200]
+    param = _path_of(names)[:200]
     field = f"'{param.encode('ascii', 'backslashreplace').decode()}'"
-    kind = first["type"]
-    if kind == "json_invalid":
-        return BadRequest(f"the body is not valid JSON: {first['msg']}", code="invalid_json")
-    if kind == "missing":
-        return BadRequest(f"{field} is required", param=param)
-    if kind == "extra_forbidden":
-        return BadRequest(f"unknown field {field}", code="unknown_field", param=param)
-    if kind == "unsupported":
-        return BadRequest(first["msg"], code="unsupported_field", param=first["ctx"]["name"])
-    if kind == "value_error":
-        return BadRequest(first["msg"].removeprefix("Value error, "), param=param or None)
-    expected = first["msg"].removeprefix("Input should be ")
-    subject = field if names else "the body"
-    received = _describe(first.get("input"), show_word=kind in _SHOWN_KINDS)
-    return BadRequest(f"{subject}: expected {expected}; received {received}", param=param or None)
+    kind, said = first["type"], first["msg"]
+    match kind:
+        case "json_invalid":
+            message, param = f"the body is not valid JSON: {said}", ""
+        case "missing":
+            message = f"{field} is required"
+        case "extra_forbidden":
+            message = f"unknown field {field}"
+        case "unsupported":
+            message, param = said, first["ctx"]["name"]
+        case "refused" | "unsupported_at":
+            message = f"{field}: {said}"
+        case "value_error":
+            message = said.removeprefix("Value error, ")
+        case _:
+            subject = field if names else "the body"
+            received = _describe(first.get("input"), show_word=kind in _SHOWN_KINDS)
+            expected = said.removeprefix("Input should be ")
+            message = f"{subject}: expected {expected}; received {received}"
+    return BadRequest(message, code=_CODES.get(kind, BadRequest.default_code), param=param or None)
+
+
+def _path_of(parts: Sequence[int | str]) -> str:
+    """``messages[2].content``: the place of a value in a body."""
+    path = ""
+    for part in parts:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
 
 
 def _describe(value: object, *, show_word: bool) -> str:

@@ -1,8 +1,8 @@
 """The served base model for the API: names, limits and a tokenizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.errors import ArtifactRefused
@@ -44,9 +44,18 @@ class Tokenizer(Protocol):
         ...
 
     def render_chat(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation in the model's chat template, with its opening tokens.
+
+        ``tools`` are as in a request; arguments of past calls are objects, not their JSON text.
+        ``template_kwargs`` are variables of the template.
 
         Raises ValueError, with a message for the caller, when the model has no template or the
         template rejects these messages.

@@ -1,6 +1,6 @@
 """Text to tokens and back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefixd.server.engine.detokenizer import Detokenizer
@@ -76,7 +76,13 @@ class Tokenizer:
         return (text,) if written == text else (text, written)
 
     def render_chat(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt that the model's chat template renders.
 
@@ -88,7 +94,12 @@ class Tokenizer:
             )
         try:
             text: str = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(template_kwargs or {}),
             )
         except Exception as error:  # a template may raise any exception
             raise ValueError(f"the model's chat template rejected the messages: {error}") from error

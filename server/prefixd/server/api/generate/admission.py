@@ -89,7 +89,7 @@ class Admission:
         """Admit a chat. Raises as ``completion`` does. Blocking."""
         prefix = self.resolver.resolve(principal.tenant, body.model, body.user)
         encoder = PromptEncoder(self.served)
-        rendered = encoder.render(body.messages)
+        rendered = encoder.render(body)
         manifest = prefix.manifest if prefix else None
         layout = chat_layout(rendered, manifest, _layout_of(prefix))
         return self._admit(

@@ -22,25 +22,16 @@ from prefixd.server.api.body import StrictModel
 from prefixd.server.api.values import User
 
 
-def one_of(expected: str, *, names_item: bool = False) -> WrapValidator:
-    """A single error for a union, instead of one for each of its members. ``names_item``: it has
-    the index of what is wrong, where only one member of the union is a list."""
+def one_of(expected: str) -> WrapValidator:
+    """A single error for a union, instead of one for each of its members."""
 
     def check(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         try:
             return validate(value)
-        except ValidationError as error:
-            item = _item_of(error) if names_item else None
-            said = expected if item is None else f"{expected}, which item {item} is not"
-            raise PydanticCustomError("one_of", "{expected}", {"expected": said}) from None
+        except ValidationError:
+            raise PydanticCustomError("one_of", "{expected}", {"expected": expected}) from None
 
     return WrapValidator(check)
-
-
-def _item_of(error: ValidationError) -> int | None:
-    """The index, from 0, of the first item of a list that is wrong."""
-    places = (place for problem in error.errors() for place in problem["loc"])
-    return next((place for place in places if isinstance(place, int)), None)
 
 
 NonEmpty = Annotated[str, Field(min_length=1, max_length=1024)]

@@ -9,8 +9,11 @@ what looks like a marker in it is text.
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from prefixd.server.api.generate.conversation import Conversation
 from prefixd.server.api.generate.messages import ChatMessage, PrefixPart
+from prefixd.server.api.generate.turns import turn_of
 from prefixd.server.api.placement import Layout, lay_out
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.inputs import PLACEHOLDER
@@ -73,20 +76,21 @@ class PromptEncoder:
             runs = _in_place("".join(map(str, rendered)), layout)
         return self._encode(runs, opens=False, continues=continues, param="messages")
 
-    def render(self, messages: Sequence[ChatMessage]) -> list[str | Rows]:
+    def render(
+        self, conversation: Conversation, *, tools: list[dict[str, Any]] | None = None
+    ) -> list[str | Rows]:
         """The conversation in the model's chat template, split at its prefix parts. Raises
         BadRequest."""
         marks = _Marks()
-        turns = [
-            {
-                "role": "system" if message.role == "developer" else message.role,
-                "content": marks.text_of(message),
-                **({"name": message.name} if message.name is not None else {}),
-            }
-            for message in messages
-        ]
+        turns = [turn_of(message, marks.text_of(message)) for message in conversation.messages]
         try:
-            text = self.served.tokenizer.render_chat(turns)
+            text = self.served.tokenizer.render_chat(
+                turns,
+                tools=tools,
+                add_generation_prompt=conversation.opens_turn,
+                continue_final_message=bool(conversation.continue_final_message),
+                template_kwargs=conversation.chat_template_kwargs,
+            )
         except ValueError as error:
             raise BadRequest(str(error), code="chat_template", param="messages") from error
         return marks.split(text)
@@ -126,8 +130,8 @@ class _Marks:
 
     def text_of(self, message: ChatMessage) -> str:
         """The content of a message as one string. A line break joins text to text."""
-        if isinstance(message.content, str):
-            return message.content
+        if isinstance(message.content, str | None):
+            return message.content or ""
         text, after_text = "", False
         for part in message.content:
             if isinstance(part, PrefixPart):

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from prefixd.server.api.generate.conversation import Conversation
 from prefixd.server.api.generate.fields import GenerationFields, one_of
-from prefixd.server.api.generate.messages import ChatMessage
 
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
@@ -41,7 +41,7 @@ class CompletionRequest(GenerationFields):
         return [part for part in self.prompt if not isinstance(part, int)]
 
 
-class ChatRequest(GenerationFields):
+class ChatRequest(Conversation, GenerationFields):
     """Body of POST /v1/chat/completions."""
 
     NEUTRAL = {  # noqa: RUF012 - a ClassVar in the base
@@ -61,7 +61,6 @@ class ChatRequest(GenerationFields):
         "web_search_options": (None,),
     }
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=4096)
     max_completion_tokens: int | None = Field(
         default=None, ge=1, description="Same as `max_tokens`, and wins over it."
     )
