@@ -19,11 +19,12 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.http_cost import open_when_started
 from benchmarks.serving import machine
+from prefixd.server.engine.runner import Masks
 from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.serve.connection_limits import ConnectionLimits
 from prefixd.server.serve.http import ConnectionTimeouts, HttpServer, bind, uvicorn_config
@@ -48,7 +49,7 @@ class Device(api_world.GatedRunner):
         self._free_at = max(self._free_at, time.perf_counter()) + STEP_S
         self._outputs.append((self._free_at, InstantRunner().run(step)))
 
-    def complete(self, masks: Mapping[int, Sequence[int]]) -> None:
+    def complete(self, masks: Callable[[], Masks]) -> None:
         raise NotImplementedError
 
     def collect(self) -> StepOutput:

@@ -115,7 +115,7 @@ class CrowdedPool:
 
     def close(self) -> None:
         self.core.shut_down()
-        self.core.stop_fetches()
+        self.core.stop_threads()
 
 
 def decoding(num_others: int, rows: int = 8) -> CrowdedPool:

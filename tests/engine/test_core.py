@@ -71,7 +71,7 @@ def test_fetch_from_before_a_restart_is_ignored(
     _, after = bench.submit(prefix=PREFIX)
     assert entered.wait(20)
     leave.set()
-    bench.engine.core.stop_fetches()  # the late fetch has been posted
+    bench.engine.core.stop_threads()  # the late fetch has been posted
     proceed.set()
     assert answer(after)[0] == expected(12, "digest")
     assert answer(bench.submit(prefix=PREFIX)[1])[0] == expected(12, "digest")

@@ -1,10 +1,9 @@
 """One step behind: a step is planned and submitted before the output of the last one is known."""
 
 import itertools
-import queue
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -23,27 +22,17 @@ from prefixd.server.engine.request import (
     TokenEvent,
 )
 from prefixd.server.engine.row_costs import RowCosts
-from prefixd.server.engine.runner import OutOfMemory
+from prefixd.server.engine.runner import Masks, OutOfMemory
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import End
 from prefixd.server.engine.sequence import Sequence as Generated
 from prefixd.server.engine.step import Chunk, Sampled, Step, StepOutput
 from prefixd.server.testing import FakeRunner, FakeStaged, fake_generate
+from tests.engine.constraints import Rule, alternating, masks
 from tests.engine.test_engine import PROMPT, Bench, answer, expected
 
 GREEDY = SamplingParams(temperature=0)
 LETTERS = frozenset(range(ord("a"), ord("n")))
-
-
-class Alternating:
-    """A constraint: the parity of the last token decides which may follow."""
-
-    def __init__(self) -> None:
-        self.outputs: list[tuple[int, ...]] = []
-
-    def banned(self, output: Sequence[int]) -> Sequence[int]:
-        self.outputs.append(tuple(output))
-        return range(ord("a") + sum(output[-1:]) % 2, ord("z"), 2)
 
 
 class Journal(FakeRunner):
@@ -62,7 +51,7 @@ class Journal(FakeRunner):
         self.notes.append(f"submit {self.num_submitted}")
         super().submit(step)
 
-    def complete(self, masks: Mapping[int, Sequence[int]]) -> None:
+    def complete(self, masks: Callable[[], Masks]) -> None:
         self.notes.append(f"complete {self.num_submitted}")
         super().complete(masks)
 
@@ -96,7 +85,7 @@ class Simulation:
         prompt: Sequence[int] = PROMPT,
         prefix: PrefixHandle | None = None,
         sampling: SamplingParams = GREEDY,
-        constraint: Alternating | None = None,
+        constraint: Rule | None = None,
         speculate: bool = False,
         **stop: object,
     ) -> Generated:
@@ -134,7 +123,7 @@ class Simulation:
         while in_flight and in_flight[0] is not step:
             self.collect()
         if step.masked:
-            self.runner.complete(self.scheduler.masks(step)[0])
+            self.runner.complete(lambda: masks(self.scheduler, step))
         if in_flight and not self.runner.depth:
             self.collect()
         return step
@@ -154,7 +143,7 @@ def test_mixed_rows_get_the_same_tokens_one_behind(monkeypatch: pytest.MonkeyPat
         rows = [
             simulation.add(max_tokens=20),
             simulation.add(max_tokens=40, speculate=True),
-            simulation.add(max_tokens=20, constraint=Alternating()),
+            simulation.add(max_tokens=20, constraint=alternating()),
             simulation.add(max_tokens=40, speculate=True, min_tokens=4, token_ids=frozenset({99})),
             simulation.add(max_tokens=20, min_tokens=9, token_ids=LETTERS),
             simulation.add(max_tokens=1),
@@ -178,7 +167,7 @@ def test_mixed_rows_get_the_same_tokens_one_behind(monkeypatch: pytest.MonkeyPat
 
 
 def test_only_masked_rows_wait_for_the_tokens_of_the_step_before() -> None:
-    simulation, constraint = Simulation(depth=1), Alternating()
+    simulation, constraint = Simulation(depth=1), alternating()
     masked = simulation.add(constraint=constraint, max_tokens=3)
     simulation.add(max_tokens=3)
     simulation.finish()
@@ -482,35 +471,6 @@ def test_both_steps_in_flight_fail_and_no_request_ends(
     behind.engine.stop()
     assert behind.engine.stats().step_failures == 1
     assert behind.engine.stats().generated_tokens == 36
-
-
-class Broken:
-    """A constraint that fails after two tokens."""
-
-    def banned(self, output: Sequence[int]) -> Sequence[int]:
-        if len(output) == 2:
-            raise ValueError("injected")
-        return ()
-
-
-@pytest.mark.parametrize("depth", [0, 1])
-def test_constraint_that_fails_ends_its_request_alone(
-    monkeypatch: pytest.MonkeyPatch, depth: int
-) -> None:
-    monkeypatch.setattr(Bench, "depth", depth)
-    bench, broken = Bench(), queue.Queue[Event]()
-    request = AdmittedRequest(
-        "r", "t", PROMPT, None, GREEDY, StopParams(max_tokens=12), constraint=Broken()
-    )
-    bench.engine.submit(request, broken.put)
-    _, events = bench.submit()
-    bench.engine.start()
-    assert answer(events)[0] == expected(12)
-    text, end = answer(broken)
-    assert (text, end.error) == (expected(2), "the engine failed on this request")
-    bench.engine.stop()
-    assert bench.engine.stats().restarts == 0
-    bench.engine.core.scheduler.check_integrity()
 
 
 def test_stop_collects_what_is_in_flight(behind: Bench) -> None:

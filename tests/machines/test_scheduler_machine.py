@@ -35,6 +35,7 @@ from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import End, Sequence, State
 from prefixd.server.engine.step import Chunk, Sampled, Step, StepOutput
 from prefixd.server.testing import FakeEmbeddings, FakeRunner, FakeStaged, fake_generate
+from tests.engine.constraints import Rule, alternating, masks
 
 BLOCK = 4
 TENANTS = "abc"
@@ -76,13 +77,6 @@ def as_read(request: AdmittedRequest) -> list[int]:
         assert isinstance(run.payload, FakeEmbeddings)
         prompt[run.place : run.stop] = run.payload.rows()
     return [*request.source, *prompt]
-
-
-class OddOnes:
-    """A constraint: the parity of the last token decides which may follow."""
-
-    def banned(self, output: Items[int]) -> Items[int]:
-        return range(ord("a") + sum(output[-1:]) % 2, ord("z"), 2)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -178,7 +172,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         kv_reuse=st.booleans(),
         stop=st.sampled_from(STOPS),
         min_tokens=st.integers(0, 5),
-        constraint=st.sampled_from([None, None, OddOnes()]),
+        constraint=st.sampled_from([None, None, alternating()]),
         side_blocks=st.sampled_from([0, 0, 2]),
         first_given=st.integers(0, 13),
         num_given=st.sampled_from([0, 0, 2, 5, 13]),
@@ -197,7 +191,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         kv_reuse: bool,
         stop: frozenset[int],
         min_tokens: int,
-        constraint: OddOnes | None,
+        constraint: Rule | None,
         side_blocks: int,
         first_given: int,
         num_given: int,
@@ -323,7 +317,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             ended += self.collect(spoil)
             spoil = None
         if step.masked:
-            self.runner.complete(self.scheduler.masks(step)[0])
+            self.runner.complete(lambda: masks(self.scheduler, step))
         if in_flight and (not self.runner.depth or self.scheduler.recovery.proving):
             ended += self.collect(spoil)
         return ended
@@ -432,11 +426,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop, constraint = sequence.request.stop, sequence.request.constraint
 
         def banned(output: Items[int]) -> set[int]:
-            ids = set(stop.token_ids) if len(output) < stop.min_tokens else set()
-            return ids if constraint is None else ids | set(constraint.banned(output))
+            return set(stop.token_ids) if len(output) < stop.min_tokens else set()
+
+        def mask(output: Items[int]) -> bytes | None:
+            return constraint.mask(output) if isinstance(constraint, Rule) else None
 
         prompt = as_read(sequence.request)
-        expected = fake_generate(digest, prompt, stop.max_tokens, banned=banned)
+        expected = fake_generate(digest, prompt, stop.max_tokens, banned=banned, mask=mask)
         ends = [i for i, token in enumerate(expected) if token in stop.token_ids]
         length = next((i + 1 for i in ends if i >= stop.min_tokens), stop.max_tokens)
         assert sequence.tokens[sequence.num_prompt :] == expected[:length]

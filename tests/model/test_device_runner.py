@@ -7,6 +7,7 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 
+from prefixd.server.engine.constraint import bit_mask
 from prefixd.server.engine.request import PrefixKey, SamplingParams
 from prefixd.server.engine.runner import OutOfMemory
 from prefixd.server.engine.step import PENDING, Chunk, CompileChunk, Step
@@ -43,6 +44,11 @@ def chunk(number: int, tokens: list[int], step: int, *, pending: bool = False) -
     )  # fmt: skip
 
 
+def without(*token_ids: int) -> bytes:
+    """The bit mask without these."""
+    return bit_mask(set(range(500)) - set(token_ids), num_ids=500)
+
+
 def expected(folder: Path) -> dict[int, list[int]]:
     runner = Runner(make(folder, captured=None))
     texts = {number: list(prompt(number)) for number in range(3)}
@@ -69,7 +75,7 @@ def test_a_step_submitted_before_its_tokens_came_gives_the_same_tokens(
         if step:
             collect(runner, texts)
         if masked:
-            runner.complete({0: (3, 4, texts[0][-1])})
+            runner.complete(lambda: {0: without(3, 4, texts[0][-1])})
     collect(runner, texts)
     assert texts == expected(tmp_path)
     assert FakeGraph.replays == (STEPS - 1 if captured else 0)
@@ -87,7 +93,7 @@ def test_layers_of_the_module_read_pending_tokens_too(tmp_path: Path) -> None:
         if step:
             collect(runner, texts)
         if masked:
-            runner.complete({0: (3, 4, texts[0][-1])})
+            runner.complete(lambda: {0: without(3, 4, texts[0][-1])})
     collect(runner, texts)
     assert texts == expected(tmp_path)
 
@@ -115,7 +121,7 @@ def test_a_mask_that_fails_is_a_failure_of_its_step(
     error = RuntimeError("CUDA error: out of memory")
     with monkeypatch.context() as patch:
         patch.setattr(DeviceSampler, "run", Mock(side_effect=error))
-        runner.complete({1: ()})
+        runner.complete(lambda: {1: without()})
     with pytest.raises(OutOfMemory):
         runner.collect()
     runner.submit(Step(chunks=[chunk(n, texts[n], 0) for n in texts]))
@@ -135,11 +141,11 @@ def test_a_pending_row_with_a_mask_keeps_its_counts_while_others_begin(tmp_path:
     runner.submit(Step(chunks=chunks[:1]))
     runner.collect()
     runner.submit(Step(chunks=chunks[1:3], masked=[1, 2]))
-    runner.complete({1: (), 2: ()})
+    runner.complete(lambda: {1: without(), 2: without()})
     pending = replace(chunks[1], tokens=[PENDING], start=3)
     runner.submit(Step(chunks=[*chunks[3:], pending], masked=[1]))
     assert set(runner.collect().sampled) == {1, 2}
-    runner.complete({1: ()})
+    runner.complete(lambda: {1: without()})
     assert set(runner.collect().sampled) == {1, 3, 4}
 
 

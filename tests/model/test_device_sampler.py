@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefixd.server.engine.constraint import bit_mask
 from prefixd.server.engine.request import SamplingParams
 from prefixd.server.engine.step import PENDING, Chunk, Draft, Sampled
 from prefixd.server.model import token_counts
@@ -98,6 +99,12 @@ def reference(logits: torch.Tensor, chunks: Sequence[Chunk]) -> list[Sampled]:
     return sample(Logits(logits), [each for chunk in chunks for each in chunk.positions()])
 
 
+def masks_of(width: int) -> list[bytes]:
+    """Bit masks as wide as the logits, narrower and wider."""
+    odd = bit_mask(range(1, width, 2), num_ids=width)
+    return [odd, bit_mask([0, 5, 17, width - 1], num_ids=width), odd[:4], odd + bytes(8)]
+
+
 def comparable(sampled: Sequence[Sampled]) -> list[Sampled]:
     return [s if s.finite else Sampled(0, finite=False) for s in sampled]
 
@@ -128,7 +135,8 @@ def test_sequences_get_the_tokens_of_the_sampler_in_every_step(data: st.DataObje
                 uniform=draw(st.floats(0, 1, exclude_max=True)),
                 banned=draw(st.sampled_from([(), (), (4, 9, width + 1), (0,)])),
             )
-            if not draw(st.integers(0, 3)):
+            chunk.mask = draw(st.sampled_from([None, None, *masks_of(width)]))
+            if chunk.mask is None and not draw(st.integers(0, 3)):
                 count = draw(st.integers(1, 3))
                 chunk.draft = Draft(
                     tokens=draw(st.lists(token, min_size=count, max_size=count)),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prefixd.server.engine.constraint import bit_mask
 from prefixd.server.engine.request import SamplingParams
 from prefixd.server.engine.step import Chunk, Sampled
 from prefixd.server.model import sampler
@@ -118,6 +119,19 @@ def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
 
 def test_more_logprobs_than_the_vocabulary_returns_all_tokens() -> None:
     assert len(one(SamplingParams(temperature=0, top_logprobs=20)).top_logprobs) == len(LOGITS)
+
+
+def test_tokens_outside_of_a_mask_are_never_sampled() -> None:
+    mask = bit_mask([1, 3], num_ids=5)
+    assert one(GREEDY, mask=mask).token_id == 1
+    assert one(SamplingParams(logit_bias={3: 100.0}), mask=mask).token_id == 3
+    assert one(GREEDY, mask=mask, banned=(1,)).token_id == 3
+    drawn = {one(SamplingParams(), mask=mask, uniform=u / 50).token_id for u in range(50)}
+    assert drawn == {1, 3}
+    wide = torch.cat([LOGITS, LOGITS.repeat(8)])  # ids behind the end of the mask
+    assert sample(wide[None], [chunk(GREEDY, mask=mask)])[0].token_id == 1
+    free, masked = sample(LOGITS.repeat(2, 1), [chunk(GREEDY), chunk(GREEDY, mask=mask)])
+    assert (free.token_id, masked.token_id) == (4, 1)
 
 
 def test_banned_tokens_are_never_sampled() -> None:

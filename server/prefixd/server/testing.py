@@ -5,10 +5,12 @@ that the right prefix reached the right request.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefixd.server.engine.constraint import is_allowed
 from prefixd.server.engine.detokenizer import TokenText
 from prefixd.server.engine.inputs import PLACEHOLDER, InputPart
 from prefixd.server.engine.prefix_source import PrefixUnavailable, StagedPrefix
@@ -51,21 +53,24 @@ def fake_generate(
     count: int,
     *,
     banned: Callable[[Sequence[int]], Collection[int]] = lambda _output: (),
+    mask: Callable[[Sequence[int]], bytes | None] = lambda _output: None,
 ) -> list[int]:
     """The ``count`` tokens FakeRunner gives for a prompt under a prefix; ``banned(output)`` are
-    those that must not follow an output."""
+    those that must not follow an output, ``mask(output)`` has those that may (None: all)."""
     tokens = list(prompt)
     for _ in range(count):
-        token = fake_next_token(digest, tokens)
-        tokens.append(_allowed(token, banned(tokens[len(prompt) :])))
+        token, output = fake_next_token(digest, tokens), tokens[len(prompt) :]
+        tokens.append(_allowed(token, banned(output), mask(output)))
     return tokens[len(prompt) :]
 
 
-def _allowed(token: int, banned: Collection[int]) -> int:
-    """The first letter from ``token`` on that is not banned."""
-    while token in banned:
-        token = ord("a") + (token + 1 - ord("a")) % 26
-    return token
+def _allowed(token: int, banned: Collection[int], mask: bytes | None) -> int:
+    """``token``, or the first letter behind it, that may follow; without one, the first id."""
+    letters = [ord("a") + (token + step - ord("a")) % 26 for step in range(26)]
+    for allowed in itertools.chain([token], letters, range(VOCAB_SIZE)):
+        if allowed not in banned and (mask is None or is_allowed(mask, allowed)):
+            return allowed
+    raise AssertionError(f"no token may follow {token}")
 
 
 @dataclass
@@ -112,6 +117,7 @@ class FakeRunner(BlockingRunner):
             for position in range(part.start, part.stop):
                 self._write(part.block_table, position, (part.key.content, position))
             self._advance_state(part.block_table, part.side_blocks, part.stop)
+        step.join_masks()
         sampled: dict[int, Sequence[Sampled]] = {}
         for chunk in step.chunks:
             drafts = () if chunk.draft is None else chunk.draft.tokens
@@ -153,7 +159,7 @@ class FakeRunner(BlockingRunner):
         else:
             token = self._after(self._seen(chunk, length))
         if chunk.draft is None or num_drafts <= chunk.draft.num_banned:
-            token = _allowed(token, chunk.banned)
+            token = _allowed(token, chunk.banned, chunk.mask)
         wanted = chunk.sampling.top_logprobs if chunk.sampling is not None else None
         top = tuple(TokenLogprob(token + i, -0.5 - i) for i in range(wanted or 0))
         return Sampled(token, logprob=None if wanted is None else -0.5, top_logprobs=top)

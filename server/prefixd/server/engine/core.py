@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.failures import Failures
 from prefixd.server.engine.fetcher import Fetcher, FetchResult
+from prefixd.server.engine.mask_worker import MaskWorker
 from prefixd.server.engine.output_processor import OutputProcessor
 from prefixd.server.engine.pipeline import Pipeline, StepFailed
 from prefixd.server.engine.prefix_source import PrefixSource, PrefixUnavailable
@@ -73,6 +74,7 @@ class EngineCore:
         self._namespace = namespace
         self._post = post
         self._fetcher = Fetcher(source, threads=fetch_threads)
+        self._masks = MaskWorker(wake=lambda: post(lambda: None))
         self._next_id = 0
         self._pins: tuple[tuple[PrefixHandle, ...], Mapping[str, int] | None] = (), None
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
@@ -90,6 +92,7 @@ class EngineCore:
             self._config,
             uniform=seeded_uniform,
             flush=self._outputs.flush,
+            holds=self._masks.holds,
             namespace=self._namespace,
         )
 
@@ -148,14 +151,15 @@ class EngineCore:
             self._collect_next()
 
     def _complete(self, step: Step) -> None:
-        """Let the masked rows of ``step`` be sampled; a request whose constraint fails ends."""
-        masks, failed = self.scheduler.masks(step)
-        self._pipeline.complete(masks)
-        for sequence, error in failed.items():
-            request_id = sequence.request.request_id
-            log.error("the constraint of request %s failed", request_id, exc_info=error)
-            end = End(FinishReason.ERROR, error="the engine failed on this request")
-            self.scheduler.end(sequence, end)
+        """Let the masked rows of ``step`` be sampled."""
+        self._pipeline.complete(self._masks.join(step))
+        self._end_unmasked()
+
+    def _end_unmasked(self) -> None:
+        """End the sequences for which there was no mask: their output is complete, or failed."""
+        for sequence, end in self._masks.take_ended():
+            if not sequence.finished:
+                self.scheduler.end(sequence, end)
             self._close([sequence])
 
     def _collect_next(self) -> bool:
@@ -168,6 +172,9 @@ class EngineCore:
             return False
         self.failures.count = 0
         self.scheduler.observe(step, seconds)
+        if step.masked:
+            self._end_unmasked()
+            self._masks.advance(step, output.sampled)
         ends = self._outputs.push(output.sampled)
         self._counters.step(step, seconds, output)
         ended = self.scheduler.update(step, output, ends)
@@ -225,6 +232,7 @@ class EngineCore:
             self._close([sequence])
         self._outputs.deliver()
         self.scheduler = self._new_scheduler()
+        self._masks.start_over()
         self.published.clear()
         pins, caps = self._pins
         self.scheduler.prefix_loader.set_pins(pins, caps=caps)
@@ -238,10 +246,11 @@ class EngineCore:
         self._outputs.deliver()
         self.published.update(self.scheduler)
 
-    def stop_fetches(self) -> None:
-        """End the fetch threads, after the fetches in progress. On the thread that stops the
-        engine."""
+    def stop_threads(self) -> None:
+        """End the threads of fetches and masks, after those in progress. On the thread that stops
+        the engine."""
         self._fetcher.stop()
+        self._masks.stop()
 
     def build_stats(self) -> EngineStats:
         """Build and publish the figures of this moment."""
@@ -265,6 +274,7 @@ class EngineCore:
         self._outputs.open(sequences, on_event, deliver)
         self._queue_limiter.entered(request)
         for sequence in sequences:
+            self._masks.open(sequence)
             self._close(self.scheduler.add(sequence, now=now))
 
     def abort(self, request_id: str) -> None:
@@ -298,6 +308,7 @@ class EngineCore:
             is_shed = reason is FinishReason.SHED
             retry_after = self._queue_limiter.retry_after if is_shed else None
             self._outputs.close(sequence, retry_after=retry_after)
+            self._masks.close(sequence)
             self._counters.finished[reason.value] += 1
 
     # -- fetches ----

@@ -214,7 +214,7 @@ class Engine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
-        self.core.stop_fetches()
+        self.core.stop_threads()
 
     def _post(self, function: Callable[[], None]) -> bool:
         """Have ``function`` called on the engine's thread; False when the engine has stopped."""

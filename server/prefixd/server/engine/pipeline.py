@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 from prefixd.server.engine.runner import Masks, ModelRunner
@@ -58,7 +59,7 @@ class Pipeline:
         """Whether the step submitted last waits for ``complete``."""
         return self._unmasked is not None
 
-    def complete(self, masks: Masks) -> None:
+    def complete(self, masks: Callable[[], Masks]) -> None:
         """Let the masked rows of the step submitted last be sampled."""
         self._unmasked = None
         self.runner.complete(masks)
@@ -83,7 +84,7 @@ class Pipeline:
             step, _, _ = self._in_flight.popleft()
             try:
                 if step is self._unmasked:
-                    self.complete({})
+                    self.complete(dict)
                 self.runner.collect()
             except Exception as error:  # noqa: BLE001 - its output is not needed
                 log.warning("a step behind a failed one failed too (%s)", type(error).__name__)

@@ -4,11 +4,12 @@ A request is parsed once into these types: the prefix is a digest and no longer 
 is token ids, and a request that can never fit has already been refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from prefixd.server.engine.constraint import Constraint
 from prefixd.server.engine.inputs import InputRun
 
 Ranges = tuple[tuple[int, int], ...]
@@ -96,14 +97,6 @@ class StopParams:
     include_stop_string: bool = False
 
 
-class Constraint(Protocol):
-    """Which tokens may follow an output, decided by its tokens."""
-
-    def banned(self, output: Sequence[int]) -> Sequence[int]:
-        """Token ids that must not follow ``output``."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class AdmittedRequest:
     """One request that fits: ``n`` sequences of the same prompt under the same prefix.
@@ -116,7 +109,7 @@ class AdmittedRequest:
     ``timeout_s`` is how long after its submission the request ends, finished or not, and
     ``kv_reuse`` says whether it may share KV of equal tokens with other requests of its tenant
     under the same prefix, and ``speculate`` whether several tokens of it may be verified in one
-    step. ``constraint`` bans tokens by those before them; it is called on the engine's thread.
+    step. ``constraint`` says which tokens may follow those before them (``mask_worker``).
     Each of the sequences has ``num_side_blocks`` blocks in addition to its block table, for KV of
     something other than its tokens; its KV is then not reused.
     ``inputs``, in order, are embeddings in place of the prompt's placeholders (``inputs``).

@@ -8,14 +8,14 @@ one before it runs, and its rows read their last token on the device::
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Protocol
 
 from prefixd.server.engine.step import Step, StepOutput
 
-Masks = Mapping[int, Sequence[int]]
-"""Token ids that must not be sampled, by sequence id."""
+Masks = Mapping[int, bytes]
+"""Bit masks (``constraint``) of the ids that may be sampled, by sequence id."""
 
 
 class OutOfMemory(Exception):
@@ -39,10 +39,11 @@ class ModelRunner(Protocol):
         """
         ...
 
-    def complete(self, masks: Masks) -> None:
-        """Let the rows in ``masked`` of the step submitted last be sampled, without the tokens in
-        ``masks``: a sequence that is not in it has ended. Called for each step with such rows,
-        after all earlier steps were collected. What fails is raised when the step is collected."""
+    def complete(self, masks: Callable[[], Masks]) -> None:
+        """Let the rows in ``masked`` of the step submitted last be sampled, from the tokens in
+        ``masks``: a sequence that is not in it is ended. ``masks()`` waits for them, and is called
+        when they are needed. Called for each step with such rows, after all earlier steps were
+        collected. What fails is raised when the step is collected."""
         ...
 
     def collect(self) -> StepOutput:
@@ -70,11 +71,9 @@ class BlockingRunner:
         """Keep the step."""
         self._submitted.append(step)
 
-    def complete(self, masks: Masks) -> None:
-        """Ban the tokens of the masks."""
-        for chunk in self._submitted[-1].chunks:
-            if chunk.seq_id in masks:
-                chunk.banned = (*chunk.banned, *masks[chunk.seq_id])
+    def complete(self, masks: Callable[[], Masks]) -> None:
+        """Keep what waits for the masks: ``run`` calls ``Step.join_masks`` before it samples."""
+        self._submitted[-1].masks = masks
 
     def collect(self) -> StepOutput:
         """Run the oldest step."""

@@ -34,7 +34,6 @@ from prefixd.server.engine.prefix_loader import PrefixLoader
 from prefixd.server.engine.prefix_source import StagedPrefix
 from prefixd.server.engine.recovery import Recovery
 from prefixd.server.engine.request import FinishReason, PrefixKey
-from prefixd.server.engine.runner import Masks
 from prefixd.server.engine.sequence import Deadlines, End, Sequence, State
 from prefixd.server.engine.speculation import Speculation
 from prefixd.server.engine.starvation import StarvationPolicy
@@ -55,12 +54,14 @@ class Scheduler:
         *,
         uniform: Callable[[int, int], float] = lambda _seed, _index: 0.0,
         flush: Callable[[Sequence, End], End] = lambda _sequence, end: end,
+        holds: Callable[[Sequence], bool] = lambda _sequence: False,
         namespace: str = "",
     ) -> None:
         """``uniform(seed, index)`` draws the number in [0, 1) that selects output ``index``.
         ``flush(sequence, end)`` is called once for each sequence, before it ends: it sends the last
-        text, and returns the end after that. ``namespace`` seeds KV reuse: the model's fingerprint
-        and dtype."""
+        text, and returns the end after that. ``holds(sequence)``: whether a sequence that decodes
+        under a constraint is left out of the next step. ``namespace`` seeds KV reuse: the
+        model's fingerprint and dtype."""
         self.config = config
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
@@ -101,6 +102,7 @@ class Scheduler:
             recovery=self.recovery,
             preempt=self.preempt,
             waits=self._waits,
+            holds=holds,
             uniform=uniform,
         )
 
@@ -279,21 +281,6 @@ class Scheduler:
 
     def _waits(self, step: Step, sequence: Sequence) -> bool:
         return self.speculation.waits(step, sequence, rows=len(self.running))
-
-    def masks(self, step: Step) -> tuple[Masks, dict[Sequence, Exception]]:
-        """The ids that must not be sampled for the ``masked`` rows of ``step``, and the sequences
-        whose constraint raised instead, which are to be ended. All earlier steps have been
-        collected."""
-        masks, failed = {}, {}
-        for seq_id in step.masked:
-            sequence = self._living.get(seq_id)
-            if sequence is not None and sequence.request.constraint is not None:
-                output = sequence.tokens[sequence.num_prompt :]
-                try:
-                    masks[seq_id] = sequence.request.constraint.banned(output)
-                except Exception as error:  # noqa: BLE001 - of this request alone
-                    failed[sequence] = error
-        return masks, failed
 
     def observe(self, step: Step, seconds: float) -> None:
         """Take in how long a step took."""

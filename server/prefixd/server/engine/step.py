@@ -21,7 +21,7 @@ after all positions so far: zeros before the first. A chunk reads the state afte
 leaves that after its end.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -80,7 +80,8 @@ class Chunk:
     ``sampling`` is set when the last token's logits are to be sampled. ``uniform`` is then the
     draw in [0, 1) that selects the token (0 for a greedy one), ``history`` all tokens so far (empty
     unless penalties need them; the first ``num_prompt_tokens`` are the prompt) and ``banned`` the
-    ids that must not be sampled yet. The tokens of ``draft`` run after ``tokens``, and the logits
+    ids that must not be sampled yet. ``mask`` is the bit mask (``constraint``) of those that may be
+    (None: all). The tokens of ``draft`` run after ``tokens``, and the logits
     after each of them are sampled too. The first ``num_prefix_tokens`` positions are the prefix's,
     unless it is ``gated``.
 
@@ -105,6 +106,7 @@ class Chunk:
     inputs: Sequence[InputPart] = ()
     gated: GatedRows | None = None
     source: Source | None = None
+    mask: bytes | None = None
 
     @property
     def is_pending(self) -> bool:
@@ -211,6 +213,7 @@ class Step:
     fetches: list[PrefixKey] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     masked: list[int] = field(default_factory=list)
+    masks: Callable[[], Mapping[int, bytes]] | None = None
     budget: int = 0
     max_chunk: int = 0
 
@@ -218,6 +221,14 @@ class Step:
     def has_work(self) -> bool:
         """Whether there is anything for the runner to do."""
         return bool(self.chunks or self.compiles or self.fresh or self.saves)
+
+    def join_masks(self) -> None:
+        """Wait for the masks of the masked rows, if they were not set yet. A row without one is
+        of a sequence that is to end: what is sampled for it does not count."""
+        if self.masks is not None:
+            masks, self.masks = self.masks(), None
+            for chunk in self.chunks:
+                chunk.mask = masks.get(chunk.seq_id)
 
     def limit(self, num_tokens: int) -> None:
         """Let at most ``num_tokens`` more be added."""

@@ -36,10 +36,11 @@ class StepBuilder:
         recovery: Recovery,
         preempt: Callable[[Sequence], None],
         waits: Callable[[Step, Sequence], bool],
+        holds: Callable[[Sequence], bool],
         uniform: Callable[[int, int], float],
     ) -> None:
         """``waits(step, sequence)``: whether a sequence whose last token is pending runs in no step
-        before that has come."""
+        before that has come. ``holds(sequence)``: whether one under a constraint is left out."""
         self._waiting = waiting
         self._running = running
         self._memory = memory
@@ -48,6 +49,7 @@ class StepBuilder:
         self._recovery = recovery
         self._preempt = preempt
         self._waits = waits
+        self._holds = holds
         self._uniform = uniform
         self._overdraft = 0
 
@@ -78,6 +80,8 @@ class StepBuilder:
             if num_tokens - sequence.num_computed != 1 or sequence.state is not State.RUNNING:
                 continue
             if sequence.num_pending and (sequence.is_complete or self._waits(step, sequence)):
+                continue
+            if sequence.request.constraint is not None and self._holds(sequence):
                 continue
             capacity = len(sequence.block_table) * self._memory.block_size
             num_positions = sequence.num_prefix_tokens + num_tokens

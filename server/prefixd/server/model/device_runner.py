@@ -8,7 +8,7 @@
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -63,14 +63,15 @@ class DeviceRunner:
             self._mark(flight)
         self._in_flight.append(flight)
 
-    def complete(self, masks: Masks) -> None:
+    def complete(self, masks: Callable[[], Masks]) -> None:
         """Queue the sampling of the masked rows of the step submitted last. What fails is raised
         when the step is collected."""
         flight = self._in_flight[-1]
+        joined = masks()
         chunks = [
-            replace(chunk, banned=(*chunk.banned, *masks[chunk.seq_id]))
+            replace(chunk, mask=joined[chunk.seq_id])
             for chunk in flight.masked
-            if chunk.seq_id in masks
+            if chunk.seq_id in joined
         ]
         try:
             if chunks:

@@ -61,7 +61,7 @@ class DeviceSampler:
         ``rows`` are those of the logits that they are (None: the first ones, in order), when others
         are sampled in another call. ``num_rows`` pads the rows to that number.
         """
-        params, banned, uniforms = _asked(chunks)
+        params, banned, uniforms, masks = _asked(chunks)
         slots, drafted = self._penalties(chunks)
         asked = Rows(
             params=params,
@@ -70,8 +70,9 @@ class DeviceSampler:
             listed=rows,
             slots=slots,
             drafted=drafted,
+            masked=tuple(masks),
         )
-        plan, inputs = self._inputs.send(asked, uniforms)
+        plan, inputs = self._inputs.send(asked, uniforms, list(masks.values()))
         return Prepared(plan, inputs, params)
 
     def keep(self, chunks: Sequence[Chunk]) -> None:
@@ -145,13 +146,16 @@ class DeviceSampler:
 
 def _asked(
     chunks: Sequence[Chunk],
-) -> tuple[list[SamplingParams], list[Sequence[int]], list[float]]:
-    """Settings, banned ids and draws, of each row."""
+) -> tuple[list[SamplingParams], list[Sequence[int]], list[float], dict[int, bytes]]:
+    """Settings, banned ids and draws, of each row, and the masks by row."""
     params: list[SamplingParams] = []
     banned: list[Sequence[int]] = []
     uniforms: list[float] = []
+    masks: dict[int, bytes] = {}
     for chunk in chunks:
         assert chunk.sampling is not None
+        if chunk.mask is not None:
+            masks[len(params)] = chunk.mask
         params.append(chunk.sampling)
         banned.append(chunk.banned)
         uniforms.append(chunk.uniform)
@@ -160,7 +164,7 @@ def _asked(
             params += [chunk.sampling] * count
             banned += [chunk.banned] * num_banned + [()] * (count - num_banned)
             uniforms += chunk.draft.uniforms
-    return params, banned, uniforms
+    return params, banned, uniforms, masks
 
 
 def sample_rows(
@@ -204,7 +208,7 @@ def sample_rows(
 def _adjust(
     logits: torch.Tensor, plan: Plan, inputs: Inputs, counts: torch.Tensor | None
 ) -> torch.Tensor:
-    """Apply penalties, biases and bans; the same tensor when no row has any."""
+    """Apply penalties, biases, bans and masks; the same tensor when no row has any."""
     if not plan.adjusts:
         return logits
     adjusted = logits.clone()
@@ -220,7 +224,18 @@ def _adjust(
         flat.index_add_(0, inputs["bias_index"], inputs["bias_value"])
     if plan.bans:
         flat.index_fill_(0, inputs["ban_index"], _NEVER)
+    if plan.masked:
+        rows = inputs["masked_rows"]
+        outside = _outside(inputs["mask_words"].view(plan.masked, -1), adjusted.shape[1])
+        masked = adjusted.index_select(0, rows).masked_fill_(outside, _NEVER)
+        adjusted.index_copy_(0, rows, masked)
     return adjusted
+
+
+def _outside(words: torch.Tensor, num_ids: int) -> torch.Tensor:
+    """The ids [rows, num_ids] that bit masks of int32 words have not."""
+    bits = torch.arange(32, dtype=torch.int32, device=words.device)
+    return (words[:, :, None].bitwise_right_shift(bits) & 1).view(len(words), -1)[:, :num_ids] == 0
 
 
 def _penalised(logits: torch.Tensor, seen: torch.Tensor, inputs: Inputs) -> torch.Tensor:

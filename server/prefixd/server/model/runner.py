@@ -60,6 +60,7 @@ class Runner(BlockingRunner):
         sampled = [chunk for chunk in step.chunks if chunk.sampling is not None]
         if not sampled:
             return StepOutput({}, saved)
+        step.join_masks()
         tokens = iter(sample(logits, [each for chunk in sampled for each in chunk.positions()]))
         by_id = {
             chunk.seq_id: chunk.verified(list(islice(tokens, 1 + chunk.num_drafts)))

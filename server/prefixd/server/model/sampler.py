@@ -7,7 +7,9 @@ in that row's cumulative distribution.
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from prefixd.server.engine.request import SamplingParams, TokenLogprob
 from prefixd.server.engine.step import Chunk, Sampled
@@ -28,12 +30,27 @@ _NEVER = float("-inf")
 
 def sample(output: Logits, chunks: Sequence[Chunk]) -> list[Sampled]:
     """Sample one token for each row; row i belongs to ``chunks[i]``, whose ``sampling`` is set."""
-    params = [_params(chunk) for chunk in chunks]
     largest, best_ids = output.best or output.values.max(dim=-1)
     finite = torch.isfinite(largest)
-    if all(map(_is_plain, chunks, params)):
-        return _sampled(best_ids, finite)
-    logits = output.values.float()
+    sampled = _sampled(best_ids, finite)
+    asked = [row for row, chunk in enumerate(chunks) if not _is_plain(chunk)]
+    if asked:
+        few = _sample_asked(
+            _select(output.values, asked).float(),
+            [chunks[row] for row in asked],
+            best_ids=_select(best_ids, asked),
+            finite=_select(finite, asked),
+        )
+        for row, token in zip(asked, few, strict=True):
+            sampled[row] = token
+    return sampled
+
+
+def _sample_asked(
+    logits: torch.Tensor, chunks: Sequence[Chunk], *, best_ids: torch.Tensor, finite: torch.Tensor
+) -> list[Sampled]:
+    """The tokens of rows that are not plain."""
+    params = [_params(chunk) for chunk in chunks]
     if not finite.all():
         logits = torch.where(finite[:, None], logits, 0.0)
     adjusted = _adjust(logits, chunks, params)
@@ -52,13 +69,15 @@ def sample(output: Logits, chunks: Sequence[Chunk]) -> list[Sampled]:
     return _with_logprobs(_sampled(token_ids, finite), logits, params)
 
 
-def _is_plain(chunk: Chunk, setting: SamplingParams) -> bool:
+def _is_plain(chunk: Chunk) -> bool:
     """Whether the token is the one with the largest logit, and nothing else is asked for: then the
     logits are not read again."""
+    setting = _params(chunk)
     return (
         setting.temperature < GREEDY_BELOW
         and setting.top_logprobs is None
         and not (setting.needs_history or setting.logit_bias or chunk.banned)
+        and chunk.mask is None
     )
 
 
@@ -77,10 +96,10 @@ def _params(chunk: Chunk) -> SamplingParams:
 def _adjust(
     logits: torch.Tensor, chunks: Sequence[Chunk], params: Sequence[SamplingParams]
 ) -> torch.Tensor:
-    """Apply penalties, biases and bans; returns the same tensor when no row has any."""
+    """Apply penalties, biases, bans and masks; returns the same tensor when no row has any."""
     adjusted = logits
     for row, (chunk, setting) in enumerate(zip(chunks, params, strict=True)):
-        if not (setting.needs_history or setting.logit_bias or chunk.banned):
+        if not (setting.needs_history or setting.logit_bias or chunk.banned or chunk.mask):
             continue
         if adjusted is logits:
             adjusted = logits.clone()
@@ -92,7 +111,17 @@ def _adjust(
             adjusted[row].index_add_(0, ids, bias.float())
         if chunk.banned:
             adjusted[row, _within(chunk.banned, adjusted.shape[1])] = _NEVER
+        if chunk.mask:
+            adjusted[row].masked_fill_(_outside(chunk.mask, adjusted.shape[1]), _NEVER)
     return adjusted
+
+
+def _outside(mask: bytes, num_logits: int) -> torch.Tensor:
+    """The ids [num_logits] that a bit mask has not."""
+    held = np.frombuffer(mask, dtype=np.uint8)[: -(-num_logits // 8)]
+    bits = np.unpackbits(~held, bitorder="little", count=min(8 * len(held), num_logits))
+    outside = torch.from_numpy(bits).bool()
+    return pad(outside, (0, num_logits - len(outside)), value=True)
 
 
 def _within(token_ids: Iterable[int], num_logits: int) -> list[int]:

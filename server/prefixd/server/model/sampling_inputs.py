@@ -25,7 +25,7 @@ class Rows:
     """What each of n rows asks for: ``params`` and ``banned`` [n]; ``listed`` which of the logits
     they are (None: the first n). ``num_rows`` is n or more: the rest is padding, for a graph.
     ``slots`` maps each row with penalties to its row of the count table, ``drafted`` to the
-    proposed tokens before it, where there are any."""
+    proposed tokens before it, where there are any. The ``masked`` have a bit mask each."""
 
     params: Sequence[SamplingParams]
     banned: Sequence[Sequence[int]]
@@ -33,6 +33,7 @@ class Rows:
     listed: Sequence[int] | None = None
     slots: Mapping[int, int] = field(default_factory=dict)
     drafted: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    masked: Sequence[int] = ()
 
     def select(self, test: Callable[[SamplingParams], bool]) -> list[int]:
         """The rows whose settings pass; with the padding if all do."""
@@ -57,12 +58,13 @@ class SamplingInputs:
         self._on_device = torch.empty(0, dtype=torch.uint8, device=device)
 
     def send(
-        self, rows: Rows, uniforms: Sequence[float]
+        self, rows: Rows, uniforms: Sequence[float], masks: Sequence[bytes] = ()
     ) -> tuple[Plan, Mapping[str, torch.Tensor]]:
-        """Copy settings and draws to the device; returns the sections there."""
+        """Copy settings, draws, and the masks of the masked rows to the device; returns the
+        sections there."""
         self._buffers.append(self._buffers.pop(0))
         buffer = self._buffers[-1]
-        buffer.fill(rows, uniforms)
+        buffer.fill(rows, uniforms, masks)
         if self._device.type == "cpu":
             return buffer.plan, buffer.tensors
         if len(self._on_device) < len(buffer.memory):
@@ -84,7 +86,7 @@ class _HostBuffer:
         self.plan = Plan(rows=0)
         self.tensors: dict[str, torch.Tensor] = {}
 
-    def fill(self, rows: Rows, uniforms: Sequence[float]) -> None:
+    def fill(self, rows: Rows, uniforms: Sequence[float], masks: Sequence[bytes]) -> None:
         """Write what differs from the last call, after its copy has ended."""
         if self._copied is not None:
             self._copied.synchronize()
@@ -97,6 +99,11 @@ class _HostBuffer:
             section[:] = (
                 uniforms if len(members) == len(uniforms) else [uniforms[row] for row in members]
             )
+        if masks:
+            words = self.tensors["mask_words"].numpy().reshape(len(masks), -1)
+            for row, mask in zip(words, masks, strict=True):
+                held = np.frombuffer(mask, dtype=np.int32)[: len(row)]
+                row[: len(held)], row[len(held) :] = held, 0
 
     def copy_to(self, on_device: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Copy all sections in one go; returns them on the device."""
@@ -111,7 +118,7 @@ class _HostBuffer:
 
     def _write(self, rows: Rows) -> None:
         values = _values(rows, self._num_ids)
-        self.plan = _plan(rows, values)
+        self.plan = _plan(rows, values, self._num_ids)
         size = num_bytes(self.plan)
         if size > len(self.memory):
             size = 1 << (size - 1).bit_length()
@@ -120,6 +127,8 @@ class _HostBuffer:
         self._draws = []
         for name, section in self.tensors.items():
             group, _, kind = name.partition("_")
+            if name == "mask_words":
+                continue  # other ones in each call
             if kind == "uniform":
                 self._draws.append((section.numpy(), values[group]))
             else:
@@ -153,6 +162,7 @@ def _values(rows: Rows, num_ids: int) -> dict[str, list[Any]]:
         "repetition": [params[row].repetition_penalty for row in penalised],
         "frequency": [params[row].frequency_penalty for row in penalised],
         "presence": [params[row].presence_penalty for row in penalised],
+        "masked_rows": list(rows.masked),
         "logprob_rows": [row for row, p in enumerate(rows.params) if p.top_logprobs is not None],
     }
     return values | _entries(rows, penalised, num_ids)
@@ -202,7 +212,7 @@ def _in_head(params: SamplingParams, num_ids: int) -> bool:
     return 0 < params.top_k <= HEAD or num_ids <= HEAD
 
 
-def _plan(rows: Rows, values: Mapping[str, list[Any]]) -> Plan:
+def _plan(rows: Rows, values: Mapping[str, list[Any]], num_ids: int) -> Plan:
     heads, logprobs = values["head_top_k"], values["logprob_rows"]
     top = max((rows.params[row].top_logprobs or 0 for row in logprobs), default=0)
     return Plan(
@@ -216,6 +226,8 @@ def _plan(rows: Rows, values: Mapping[str, list[Any]]) -> Plan:
         drafted=len(values["drafted_index"]),
         biases=len(values["bias_index"]),
         bans=len(values["ban_index"]),
+        masked=len(rows.masked),
+        mask_words=len(rows.masked) * -(-num_ids // 32),
         logprobs=len(logprobs),
         top=1 << (top - 1).bit_length() if top else 0,
     )

@@ -14,8 +14,9 @@ class Plan:
 
     ``rows`` are sampled, of those of the logits that are listed (``listed``), or of all. ``plain``,
     ``heads`` and ``sorts`` of them are drawn: without a filter, among the ``width`` most probable
-    tokens, and after a sort. ``penalised`` have penalties. ``drafted``, ``biases`` and ``bans`` are
-    entries. ``logprobs`` rows ask for log-probabilities, with ``top`` alternatives.
+    tokens, and after a sort. ``penalised`` have penalties, ``masked`` have bit masks, of
+    ``mask_words`` words of 32 bits in all. ``drafted``, ``biases`` and ``bans`` are entries.
+    ``logprobs`` rows ask for log-probabilities, with ``top`` alternatives.
     """
 
     rows: int
@@ -28,13 +29,15 @@ class Plan:
     drafted: int = 0
     biases: int = 0
     bans: int = 0
+    masked: int = 0
+    mask_words: int = 0
     logprobs: int = 0
     top: int = 0
 
     @property
     def adjusts(self) -> bool:
         """Whether logits are changed before a token is chosen."""
-        return bool(self.penalised or self.biases or self.bans)
+        return bool(self.penalised or self.biases or self.bans or self.masked)
 
     @property
     def has_greedy(self) -> bool:
@@ -76,6 +79,8 @@ def _sections(plan: Plan) -> tuple[_Section, ...]:
     sizes += [("drafted_index", torch.int64, plan.drafted)]
     sizes += [("drafted_value", torch.int32, plan.drafted)]
     sizes += [("bias_index", torch.int64, plan.biases), ("bias_value", torch.float32, plan.biases)]
+    sizes += [("masked_rows", torch.int64, plan.masked)]
+    sizes += [("mask_words", torch.int32, plan.mask_words)]
     sizes += [("ban_index", torch.int64, plan.bans), ("logprob_rows", torch.int64, plan.logprobs)]
     sections, start = [], 0
     for name, dtype, size in sizes:

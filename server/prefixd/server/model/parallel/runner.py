@@ -23,6 +23,7 @@ class ParallelRunner(BlockingRunner):
 
     def run(self, step: Step) -> StepOutput:
         """As of a ModelRunner. A step that fails on any rank fails; raises RankLost too."""
+        step.join_masks()  # the other ranks sample too
         number = self._followers.run("run", step)
         try:
             output = self._runner.run(step)
