@@ -202,6 +202,7 @@ class World:
             pin_room=room,
             catalog=access,
             inputs=inputs,
+            give_embeddings=lambda rows, name: FakeEmbeddings(name, len(rows)),
             body_limits=self.body_limits,
             disk=self.disk,
             trace=trace,

@@ -3,6 +3,7 @@
 A real server process on tiny random models and on the demo model, called by prefixd's client.
 """
 
+import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -53,7 +55,9 @@ class ModelUnderTest:
             metadata = None if adapter.task_id is None else {"task_id": adapter.task_id}
             assert client.upload_folder(name, adapter.folder, metadata=metadata).created
 
-    def complete(self, prompts_: list[list[int]], model: str) -> list[list[str]]:
+    def complete(
+        self, prompts_: list[list[int]] | None, model: str, **fields: Any
+    ) -> list[list[str]]:
         """Texts of the generated tokens, one by one, for all prompts in one request."""
         body = {
             "model": model,
@@ -62,6 +66,7 @@ class ModelUnderTest:
             "temperature": 0,
             "ignore_eos": True,
             "logprobs": 0,
+            **fields,
         }
         headers = {"authorization": f"Bearer {self.key}"}
         answer = httpx2.post(f"{self.url}/v1/completions", json=body, headers=headers, timeout=300)
@@ -146,6 +151,28 @@ def test_tokens_over_http_of_the_base_equal_those_of_transformers(served: ModelU
         served.texts(plain_generate(served.model, prompt, COUNT)) for prompt in token_prompts
     ]
     assert served.complete(token_prompts, served.base) == expected
+
+
+def test_embeddings_of_tokens_give_the_tokens_that_follow_them(
+    served: ModelUnderTest, tmp_path: Path
+) -> None:
+    served.upload(make_adapter(served.model, "PREFIX_TUNING", 5, tmp_path / "kv"), "under-kv")
+    served.upload(make_adapter(served.model, "P_TUNING", 5, tmp_path / "soft"), "under-soft")
+    token_prompts = prompts(3, seed=4)
+    embed = served.model.get_input_embeddings()
+    sent = [
+        base64.b64encode(safetensors.torch.save({"e": embed(torch.tensor(ids)).detach()})).decode()
+        for ids in token_prompts
+    ]
+    outputs = []
+    for model in (served.base, "under-kv", "under-soft"):
+        expected = served.complete(token_prompts, model)
+        for _ in range(2):  # the second time, KV is reused
+            assert served.complete(None, model, prompt_embeds=sent) == expected
+        mixed = served.complete(token_prompts, model, prompt_embeds=sent[:1])
+        assert mixed == [expected[0], *expected]
+        outputs.append(expected)
+    assert len(set(map(str, outputs))) == 3
 
 
 def test_a_text_prefix_gives_the_tokens_of_the_full_text(served: ModelUnderTest) -> None:

@@ -167,16 +167,36 @@ def read_header(file: BinaryIO, *, size: int, allowed: frozenset[str]) -> dict[s
     return entries
 
 
-def _header_length(head: bytes, size: int) -> int:
+def read_single(file: BinaryIO, *, size: int, name: str, advice: str) -> TensorEntry:
+    """As ``read_header``, for the one tensor of a file, which may have any name; in messages it is
+    ``name``. ``advice`` says how to write such a file."""
+    head = file.read(min(size, _LENGTH_BYTES + MAX_HEADER_BYTES))
+    length = _header_length(head, size, advice)
+    header = _parse(head[_LENGTH_BYTES : _LENGTH_BYTES + length])
+    if len(header) != 1:
+        code = "unknown_tensor" if header else "missing_tensor"
+        raise ArtifactRefused(code, f"expected one tensor, got {len(header)}", param=name)
+    (value,) = header.values()
+    entry = _entry(name, value, _LENGTH_BYTES + length)
+    _check_layout({name: entry}, {name: value}, data_bytes=size - _LENGTH_BYTES - length)
+    return entry
+
+
+_ADAPTER_ADVICE = (
+    "save the adapter with safe_serialization=True and upload adapter_model.safetensors"
+)
+
+
+def _header_length(head: bytes, size: int, advice: str = _ADAPTER_ADVICE) -> int:
     if size < _LENGTH_BYTES + 2:
-        _refuse_foreign_formats(head)
+        _refuse_foreign_formats(head, advice)
         raise _malformed(
             f"expected safetensors: 8 bytes of header length and a JSON header; got {size} bytes"
         )
     (length,) = struct.unpack_from("<Q", head)
     # Only after the length is read: a valid header of 640 bytes begins 80 02, as a pickle does.
     if length > MAX_HEADER_BYTES or length > size - _LENGTH_BYTES or head[8:9] != b"{":
-        _refuse_foreign_formats(head)
+        _refuse_foreign_formats(head, advice)
     if length > MAX_HEADER_BYTES:
         raise ArtifactRefused(
             "header_too_large",
@@ -194,8 +214,7 @@ def _header_length(head: bytes, size: int) -> int:
     return int(length)
 
 
-def _refuse_foreign_formats(head: bytes) -> None:
-    advice = "save the adapter with safe_serialization=True and upload adapter_model.safetensors"
+def _refuse_foreign_formats(head: bytes, advice: str) -> None:
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         raise ArtifactRefused(
             "pickle",

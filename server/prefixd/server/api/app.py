@@ -21,6 +21,7 @@ from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.generate import routes as generate_routes
 from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.charging import Charging
+from prefixd.server.api.generate.embeds import EmbedsReader, GiveEmbeddings
 from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.generate.resolver import PrefixResolver
 from prefixd.server.api.metrics import Metrics
@@ -82,6 +83,7 @@ def create_app(
     disk: DiskGuard,
     catalog: CatalogAccess,
     inputs: InputLoader,
+    give_embeddings: GiveEmbeddings,
     bounds: TenantBounds | None = None,
     body_timeout: float,
     min_body_rate: int,
@@ -110,6 +112,7 @@ def create_app(
             resolver=PrefixResolver(served, store, bindings),
             pool_tokens=engine.config.max_tokens_for,
             max_choices=max_choices,
+            embeds=EmbedsReader(served, give_embeddings),
             kv_reuse=kv_reuse,
             max_seconds=max_request_seconds,
         ),

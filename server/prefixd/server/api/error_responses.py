@@ -186,7 +186,7 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
             message = f"{field} is required"
         case "extra_forbidden":
             message = f"unknown field {field}"
-        case "unsupported":
+        case "unsupported" | "named":
             message, param = said, first["ctx"]["name"]
         case "refused" | "unsupported_at":
             message = f"{field}: {said}"

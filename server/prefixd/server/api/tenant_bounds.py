@@ -9,6 +9,7 @@ across replicas are quotas of the tenant, which the catalog counts.
             --> requests         in progress: one more is refused
             --> rate             of requests that no bucket of the catalog counts
             --> bodies           bytes of JSON that are received: more of them wait
+            --> embeddings       bytes of prompts in progress: more of them wait
             --> uploads          received at a time: more of them wait
             --> reads, changes   of the catalog at a time: more of them wait
 """
@@ -169,7 +170,8 @@ def _of_tenant(capacity: int, noun: str) -> KeyedSemaphore:
 @dataclass(slots=True)
 class TenantBounds:
     """The bounds of one server process: of one tenant, how many requests may be in progress, how
-    many uploads and imports are received, and how many bytes of other bodies."""
+    many uploads and imports are received, how many bytes of other bodies, and of how many bytes of
+    embeddings requests are in progress."""
 
     max_requests: int = 1024
     max_uploads: int = 8
@@ -177,6 +179,7 @@ class TenantBounds:
     lookups_of_key: KeyedSemaphore = field(init=False)
     lookups_from_address: KeyedSemaphore = field(init=False)
     bodies: KeyedSemaphore = field(init=False)
+    embeddings: KeyedSemaphore = field(init=False)
     uploads: KeyedSemaphore = field(init=False)
     reads: KeyedSemaphore = field(init=False)
     changes: KeyedSemaphore = field(init=False)
@@ -189,6 +192,7 @@ class TenantBounds:
         self.reads = _of_catalog(READS_OF_TENANT)
         self.changes = _of_catalog(CHANGES_OF_TENANT, is_shared=self._is_shared)
         self.bodies = _of_tenant(self.max_body_bytes, "bytes of request bodies")
+        self.embeddings = _of_tenant(self.max_body_bytes, "bytes of embeddings")
         self.uploads = _of_tenant(self.max_uploads, "uploads and imports")
 
     @asynccontextmanager

@@ -13,6 +13,7 @@ from prefixd.server.model.per_layer import soft_prompt_refused
 from prefixd.server.model.threads import limit_thread
 from prefixd.store.artifact.artifact import Artifact
 from prefixd.store.artifact.kinds import Kind
+from prefixd.store.artifact.weights import Floats
 
 
 @dataclass(frozen=True)
@@ -187,3 +188,8 @@ class StorePrefixSource:
         prefix = self.fetch(key)
         assert isinstance(prefix, SoftPrompt)
         return InputEmbeddings(prefix.embeddings, key.content.encode())
+
+    def given(self, rows: Floats, name: bytes) -> InputEmbeddings:
+        """Embeddings [n, embedding_width] of a request as input, under ``name``."""
+        limit_thread()
+        return InputEmbeddings(torch.from_numpy(rows).to(self.base.dtype), name)

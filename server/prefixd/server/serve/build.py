@@ -115,6 +115,7 @@ def build_server(settings: Settings) -> Server:
         disk=catalog.disk,
         catalog=access,
         inputs=inputs,
+        give_embeddings=source.given,
         drain_state=drain_state,
         pin_room=room,
         body_limits=BodyLimits(

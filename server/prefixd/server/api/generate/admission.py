@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from prefixd.server.api.generate.embeds import EmbedsReader
 from prefixd.server.api.generate.encoder_inputs import EncoderInputs
 from prefixd.server.api.generate.fields import GenerationFields
 from prefixd.server.api.generate.prompts import (
@@ -62,15 +63,16 @@ class Admission:
     resolver: PrefixResolver
     pool_tokens: Callable[..., int]
     max_choices: int
+    embeds: EmbedsReader
     kv_reuse: bool = True
     max_seconds: float | None = None
 
     def completion(self, principal: Principal, body: CompletionRequest) -> Admitted:
         """Admit a completion. Raises BadRequest, DoesNotFit, NotFound, Conflict, EngineFailure,
         QuotaExceeded. Blocking."""
-        prompts = body.prompts
-        self._check_choices(len(prompts), 1)  # before any of them is tokenized
+        self._check_choices(len(body.embeds) + len(body.prompts), 1)  # before any is tokenized
         prefix = self.resolver.resolve(principal.tenant, body.model, body.user)
+        prompts = [*self.embeds.read(body.embeds), *body.prompts]
         layout, continues = _layout_of(prefix), _is_text(prefix)
         encode = PromptEncoder(self.served).completion
         return self._admit(
@@ -154,6 +156,7 @@ class Admission:
                 timeout_s=min(timeouts, default=None),
                 kv_reuse=self.kv_reuse and principal.kv_reuse and body.kv_reuse is not False,
                 speculate=body.speculate is not False,
+                inputs=prompt.given,
             )
             for position, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
         )

@@ -177,6 +177,11 @@ class GenerationFields(StrictModel):
         return self
 
     @property
+    def num_embedding_bytes(self) -> int:
+        """Bytes of the body that are embeddings, which stay in memory while the request runs."""
+        return 0
+
+    @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)

@@ -1,9 +1,10 @@
 """Loads the virtual tokens that stand inside prompts, on threads of its own."""
 
 import asyncio
+import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -48,10 +49,7 @@ class InputLoader:
             return admitted
         try:
             requests = [
-                replace(
-                    request,
-                    inputs=tuple([InputRun(place, await self._get(key)) for place, key in rows]),
-                )
+                replace(request, inputs=_in_order(request.inputs, await self._load_runs(rows)))
                 for request, rows in zip(admitted.requests, admitted.unloaded, strict=True)
             ]
         except PrefixUnavailable as error:
@@ -61,6 +59,9 @@ class InputLoader:
     def close(self) -> None:
         """End the threads, without waiting for a load that hangs."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _load_runs(self, rows: Iterable[tuple[int, PrefixKey]]) -> list[InputRun]:
+        return [InputRun(place, await self._get(key)) for place, key in rows]
 
     async def _get(self, key: PrefixKey) -> Embeddings:
         with self._lock:
@@ -95,3 +96,7 @@ class InputLoader:
         while self._num_rows > self._max_rows:
             _, dropped = self._kept.popitem(last=False)
             self._num_rows -= dropped.num_rows
+
+
+def _in_order(*runs: Iterable[InputRun]) -> tuple[InputRun, ...]:
+    return tuple(sorted(itertools.chain(*runs), key=lambda run: run.place))

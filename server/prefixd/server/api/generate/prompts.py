@@ -12,27 +12,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefixd.server.api.generate.conversation import Conversation
+from prefixd.server.api.generate.embeds import Given
 from prefixd.server.api.generate.messages import ChatMessage, PrefixPart
 from prefixd.server.api.generate.turns import turn_of
 from prefixd.server.api.placement import Layout, lay_out
 from prefixd.server.api.served import ServedModel
-from prefixd.server.engine.inputs import PLACEHOLDER
+from prefixd.server.engine.inputs import PLACEHOLDER, InputRun
 from prefixd.server.errors import BadRequest
 from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.template import PROMPT, Prompt, Rows, rows_problem
 from prefixd.store.store import Manifest
 
-Run = str | Sequence[int] | Rows
-"""Text, token ids, or virtual tokens."""
+Run = str | Sequence[int] | Rows | Given
+"""Text, token ids, virtual tokens, or embeddings of the request."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
     """Token ids of a prompt, with placeholders for virtual tokens; ``rows`` says which, and at
-    which place they begin."""
+    which place they begin. ``given`` are the embeddings of the request, in place of others."""
 
     token_ids: tuple[int, ...]
     rows: tuple[tuple[int, Rows], ...] = ()
+    given: tuple[InputRun, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -57,7 +59,7 @@ class PromptEncoder:
     served: ServedModel
 
     def completion(
-        self, prompt: str | list[int], layout: Layout | None, *, continues: bool
+        self, prompt: str | list[int] | Given, layout: Layout | None, *, continues: bool
     ) -> PromptTokens:
         """Tokens of a prompt in its place. A text that ``continues`` a text prefix has no opening
         tokens: the prefix has them. Raises BadRequest."""
@@ -99,8 +101,12 @@ class PromptEncoder:
         self, runs: Iterable[Run], *, opens: bool, continues: bool, param: str
     ) -> PromptTokens:
         tokenizer, token_ids = self.served.tokenizer, list[int]()
-        rows = []
+        rows, given = [], []
         for run in _joined(runs):
+            if isinstance(run, Given):
+                given.append(InputRun(len(token_ids), run.payload))
+                token_ids += [PLACEHOLDER] * run.payload.num_rows
+                continue
             if isinstance(run, Rows):
                 rows.append((len(token_ids), run))
                 token_ids += [PLACEHOLDER] * (run.stop - run.start)
@@ -117,7 +123,7 @@ class PromptEncoder:
             raise BadRequest(
                 "expected a prompt of at least one token; received an empty one", param=param
             )
-        return PromptTokens(tuple(token_ids), tuple(rows))
+        return PromptTokens(tuple(token_ids), tuple(rows), tuple(given))
 
 
 class _Marks:
@@ -195,7 +201,7 @@ def _misplaced(expected: str, received: str) -> BadRequest:
     )
 
 
-def _in_place(prompt: str | list[int], layout: Layout | None) -> list[Run]:
+def _in_place(prompt: str | list[int] | Given, layout: Layout | None) -> list[Run]:
     pieces = (PROMPT,) if layout is None else layout.pieces
     return [prompt if isinstance(piece, Prompt) else piece for piece in pieces]
 

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from prefixd.server.api.generate.conversation import Conversation
 from prefixd.server.api.generate.fields import GenerationFields, one_of
@@ -10,6 +11,12 @@ from prefixd.server.api.generate.fields import GenerationFields, one_of
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
     one_of("a text, a list of texts, a list of token ids, or a list of such lists"),
+]
+
+
+Embeds = Annotated[
+    str | list[str],
+    one_of("safetensors in base64, or a list of such texts"),
 ]
 
 
@@ -23,16 +30,50 @@ class CompletionRequest(GenerationFields):
         "moderation": (None,),
     }
 
-    prompt: Prompt = Field(
-        description="Text, a list of texts, token ids, or a list of token id lists."
+    prompt: Prompt | None = Field(
+        default=None,
+        description="Text, a list of texts, token ids, or a list of token id lists. Needed unless "
+        "`prompt_embeds` is given.",
+    )
+    prompt_embeds: Embeds | None = Field(
+        default=None,
+        description="Embeddings [tokens, width] in place of a prompt, or several: safetensors with "
+        "one tensor, in base64. Their choices come before those of `prompt`.",
     )
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Log-probabilities of the N likeliest tokens."
     )
 
+    @model_validator(mode="after")
+    def _check_prompt(self) -> "CompletionRequest":
+        if self.prompt in (None, []) and not self.embeds:
+            raise PydanticCustomError(
+                "named",
+                "'{name}': expected a prompt or embeddings in 'prompt_embeds'; received {received}",
+                {
+                    "name": "prompt",
+                    "received": "neither" if self.prompt is None else "an empty list",
+                },
+            )
+        return self
+
+    @property
+    def embeds(self) -> list[str]:
+        """``prompt_embeds`` as a list."""
+        embeds = self.prompt_embeds
+        return [embeds] if isinstance(embeds, str) else embeds or []
+
+    @property
+    def num_embedding_bytes(self) -> int:
+        """As of GenerationFields."""
+        return sum(map(len, self.embeds))
+
     @property
     def prompts(self) -> list[str | list[int]]:
-        """``prompt`` as a list of texts or of lists of token ids."""
+        """``prompt`` as a list of texts or of lists of token ids. Next to embeddings an empty text
+        is none."""
+        if self.prompt is None or (not self.prompt and self.embeds):
+            return []
         if isinstance(self.prompt, str):
             return [self.prompt]
         token_ids = [part for part in self.prompt if isinstance(part, int)]

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from prefixd.server.api.body import declared_bytes, json_body, json_request
 from prefixd.server.api.catalog_calls import waited_by
-from prefixd.server.api.dependencies import Generator
+from prefixd.server.api.dependencies import Generator, bounds_of
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import Admission
@@ -92,6 +92,11 @@ class GenerationService:
             async with AsyncExitStack() as running:
                 await running.enter_async_context(recorder)
                 self._check_ready(principal)
+                if body.num_embedding_bytes:
+                    held = bounds_of(request).embeddings
+                    await running.enter_async_context(
+                        held.hold(principal.tenant, body.num_embedding_bytes)
+                    )
                 admitted, recorder.grant = await self.charging.admit(
                     principal,
                     admit,
