@@ -89,6 +89,7 @@ def create_app(
     min_body_rate: int,
     max_choices: int,
     max_request_seconds: float | None = None,
+    user_header: str | None = None,
     kv_reuse: bool = True,
     trace: Tracer | None = None,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
@@ -123,6 +124,7 @@ def create_app(
         metrics=metrics,
         inputs=inputs,
         trace=trace,
+        user_header=user_header,
     )
     metrics.registry.register(BucketCollector(lambda: store.num_blob_failures))
     app.state.audit = audit

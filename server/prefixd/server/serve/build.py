@@ -128,6 +128,7 @@ def build_server(settings: Settings) -> Server:
         body_timeout=settings.body_timeout,
         min_body_rate=settings.min_body_rate,
         max_choices=settings.max_choices,
+        user_header=settings.user_header,
         max_request_seconds=settings.max_request_seconds,
         kv_reuse=settings.kv_reuse,
         trace=trace,

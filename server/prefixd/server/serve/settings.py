@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from prefixd.server.api.generate.user_header import check_header_name
 from prefixd.server.serve.connection_limits import parse_networks
 from prefixd.server.tenants.quotas import parse_quota
 from prefixd.store.db.timeouts import Timeouts
@@ -282,6 +283,11 @@ class Settings(BaseSettings):
     max_import_bytes: int = Field(
         default=256 * MIB, ge=1024, description="Largest import of bindings, in bytes."
     )
+    user_header: str | None = Field(
+        default=None,
+        description="Header whose value is the end user of a request for generation that has no "
+        "`user`, such as X-OpenWebUI-User-Id. Set it where only your own frontend holds the keys.",
+    )
     default_quota: str | None = Field(
         default=None,
         description="Limits of tenants created from now on, in place of the built-in ones: "
@@ -309,6 +315,11 @@ class Settings(BaseSettings):
         if value is not None:
             parse_quota(value)
         return value
+
+    @field_validator("user_header")
+    @classmethod
+    def _check_user_header(cls, value: str | None) -> str | None:
+        return value and check_header_name(value)
 
     @field_validator("trusted_proxies")
     @classmethod

@@ -60,6 +60,7 @@ SETTING_GROUPS = {
         "port",
         "shutdown_timeout",
         "trusted_proxies",
+        "user_header",
         "write_timeout",
     ),
     "Limits": (
@@ -95,6 +96,7 @@ COMPUTED_DEFAULTS = {
     "served_model_name": "taken from the model",
     "threads": "the usable cores",
     "trusted_proxies": "none",
+    "user_header": "none: a body alone names a user",
 }
 """What a setting without a fixed default does, in words."""
 

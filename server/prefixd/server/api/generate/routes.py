@@ -34,6 +34,7 @@ from prefixd.server.api.generate.formatter import (
 from prefixd.server.api.generate.generation import Batch, EventDeliveries, Generation
 from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
+from prefixd.server.api.generate.user_header import with_user
 from prefixd.server.api.metrics import Metrics, TenantClass
 from prefixd.server.api.request_record import (
     Admitted,
@@ -75,6 +76,7 @@ class GenerationService:
     metrics: Metrics
     inputs: InputLoader
     trace: Tracer | None = None
+    user_header: str | None = None
     deliveries: EventDeliveries = field(default_factory=EventDeliveries)
 
     async def respond(
@@ -278,6 +280,7 @@ async def create_completion(
 ) -> Response:
     """Continue one or more prompts with the base model or a prefix; `stream` for events."""
     generation = _service(request)
+    body = with_user(body, request, generation.user_header)
     admit = partial(generation.admission.completion, principal, body)
     options = answer_options(body, generation.served, top_logprobs=body.logprobs)
     formatter = CompletionFormatter(generation.served.tokenizer, options)
@@ -297,6 +300,7 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation with the base model or a prefix; `stream` for events."""
     generation = _service(request)
+    body = with_user(body, request, generation.user_header)
     admit = partial(generation.admission.chat, principal, body)
     options = answer_options(body, generation.served, top_logprobs=body.num_top_logprobs)
     formatter = ChatFormatter(generation.served.tokenizer, options)

@@ -1,0 +1,63 @@
+"""The end user of a request in a header, for frontends that name theirs there."""
+
+import re
+from typing import TypeVar
+
+from fastapi import Request
+
+from prefixd.server.api.generate.fields import GenerationFields
+from prefixd.server.errors import BadRequest
+from prefixd.server.tenants.users import check_user
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,63}")
+_OTHER_MEANING = frozenset(
+    {
+        "accept",
+        "authorization",
+        "connection",
+        "content-length",
+        "content-type",
+        "cookie",
+        "host",
+        "idempotency-key",
+        "traceparent",
+        "tracestate",
+        "transfer-encoding",
+        "user-agent",
+        "x-request-id",
+    }
+)
+
+Body = TypeVar("Body", bound=GenerationFields)
+
+
+def check_header_name(name: str) -> str:
+    """Return ``name`` or raise ValueError, for one that is no header or has another meaning."""
+    if _NAME.fullmatch(name) is None or name.lower() in _OTHER_MEANING:
+        raise ValueError(
+            "expected the name of a header of your frontend: up to 64 letters, digits and hyphens, "
+            "such as X-OpenWebUI-User-Id"
+        )
+    return name
+
+
+def with_user(body: Body, request: Request, header: str | None) -> Body:
+    """``body`` with the user of ``header``, where it has none. Raises BadRequest."""
+    if header is None or body.user is not None:
+        return body
+    values = request.headers.getlist(header)
+    if not values:
+        return body
+    if len(values) > 1:
+        raise BadRequest(
+            f"expected the header {header} once; received it {len(values)} times", param=header
+        )
+    try:
+        user = check_user(values[0].encode("latin-1").decode())
+    except UnicodeDecodeError:
+        raise BadRequest(
+            f"the header {header}: expected UTF-8; received other bytes", param=header
+        ) from None
+    except BadRequest as error:
+        raise BadRequest(f"the header {header}: {error.message}", param=header) from None
+    return body.model_copy(update={"user": user})
