@@ -106,7 +106,8 @@ def answer(events: "queue.Queue[Event]") -> tuple[str, FinishEvent]:
         event = events.get(timeout=20)
         if isinstance(event, FinishEvent):
             return text, event
-        text += event.text
+        if isinstance(event, TokenEvent):
+            text += event.text
 
 
 def ended(events: "queue.Queue[Event]") -> tuple[str, FinishReason, int]:

@@ -401,7 +401,7 @@ def test_each_step_is_submitted_before_the_tokens_of_the_one_before_are_delivere
     def on_event(event: Event) -> None:
         if isinstance(event, FinishEvent):
             ended.set()
-        elif event.token_ids:
+        elif isinstance(event, TokenEvent) and event.token_ids:
             delivered.append(num_submitted)
 
     monkeypatch.setattr(behind.runner, "submit", count)

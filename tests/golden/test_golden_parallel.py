@@ -20,6 +20,7 @@ from prefixd.server.model.parallel.plan import Job
 from prefixd.server.model.parallel.rank import RankModel
 from prefixd.server.model.parallel.runner import ParallelRunner
 from prefixd.server.model.prefix import KVPrefix, SoftPrompt
+from tests.golden import scores
 from tests.golden.golden_harness import Served, prompts, tiny_model
 from tests.golden.placed import Piece, place, reference, soft_prompt
 from tests.golden.test_golden_mixed import many_prefixes, preempt_often
@@ -134,6 +135,14 @@ def test_virtual_tokens_inside_a_prompt_reach_all_ranks(ranks: Ranks) -> None:
         pieces: list[Piece] = [(0, 7), first, (7, 20), second]
         expected = reference(model, rows, pieces, 12)
         assert place(served, key, pieces).start(served, count=12)() == expected
+
+
+def test_scores_of_prompt_tokens_equal_those_of_one_process(ranks: Ranks) -> None:
+    model = tiny_model("llama")
+    with ranks.serving(max_prefill_chunk=7, max_scored=4) as served:
+        text = prompts(30, seed=5)[0]
+        expected = scores.reference(model, text)
+        scores.check(scores.start(served, text, count=1)(), text, expected)
 
 
 def test_the_kv_of_all_heads_is_saved(ranks: Ranks, serving: Callable[..., Served]) -> None:

@@ -60,7 +60,7 @@ class Answer:
             assert len(event.token_ids) <= 1, "an event for each token"
             self.tokens += event.token_ids
             self.logprobs += event.logprobs
-        else:
+        elif isinstance(event, FinishEvent):
             self.end = event
 
 

@@ -27,7 +27,9 @@ from prefixd.server.engine.request import (
     FinishReason,
     PrefixHandle,
     PrefixKey,
+    PromptScore,
     SamplingParams,
+    Scoring,
     StopParams,
 )
 from prefixd.server.engine.row_costs import RowCosts
@@ -88,6 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         blocks=st.integers(5, 24),
         chunk=st.sampled_from([1, 3, 16]),
+        scored=st.sampled_from([0, 4]),
         running=st.integers(1, 5),
         cap=st.sampled_from([None, 13, 16]),
         budget=st.sampled_from([None, 13, 17]),
@@ -103,6 +106,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         *,
         blocks: int,
         chunk: int,
+        scored: int,
         running: int,
         cap: int | None,
         budget: int | None,
@@ -128,6 +132,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             block_size=BLOCK,
             max_tokens_per_step=12,
             max_prefill_chunk=chunk,
+            max_scored=scored,
             max_token_gap_s=0.1,
             max_running=running,
             max_staged=2,
@@ -147,6 +152,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.fetching: list[PrefixKey] = []
         self.failed_at: dict[PrefixKey, float] = {}
         self.alive: dict[int, Sequence] = {}
+        self.scores: dict[int, list[PromptScore]] = {}
         self.writers: dict[int, tuple[str, str | None]] = {}
         self.service: defaultdict[str, float] = defaultdict(float)
         self.backlogged: dict[tuple[str, str], float] = {}
@@ -165,7 +171,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         tenant=st.sampled_from(TENANTS),
         prefix=st.none() | st.integers(0, EACH - 1),
         prompt=st.builds(lambda text, n: text[:n], st.sampled_from(PROMPTS), st.integers(1, 14)),
-        max_tokens=st.integers(1, 16),
+        max_tokens=st.integers(0, 16),
         up_to_the_limit=st.booleans(),
         priority=st.integers(-1, 1),
         timeout=st.sampled_from([None, None, 3.0]),
@@ -177,6 +183,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         first_given=st.integers(0, 13),
         num_given=st.sampled_from([0, 0, 2, 5, 13]),
         source=st.sampled_from([(), (3,), tuple(range(5)), tuple(range(9))]),
+        scoring=st.sampled_from([None, None, Scoring(1), Scoring(6, top=1)]),
     )
     def add(
         self,
@@ -196,6 +203,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         first_given: int,
         num_given: int,
         source: tuple[int, ...],
+        scoring: Scoring | None,
     ) -> object:
         handle = None if prefix is None else PREFIXES[TENANTS.index(tenant) * EACH + prefix]
         if self.config.state_blocks:
@@ -210,7 +218,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         if up_to_the_limit and len(prompt) < fits:
             max_tokens = fits - len(prompt)
-        if len(prompt) + max_tokens > fits:
+        if len(prompt) + max(1, max_tokens) > fits:
             return multiple()  # admission would reject it
         seq_id = next(self.ids)
         prompt = list(prompt)
@@ -231,7 +239,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_side_blocks=side_blocks,
             inputs=inputs,
             source=source,
+            scoring=None if source else scoring,
         )
+        self.scores[seq_id] = []
         sequence = Sequence(seq_id, request, 0, 0, list(prompt))
         self.alive[seq_id] = sequence
         for ended in self.scheduler.add(sequence, now=self.now):
@@ -325,12 +335,26 @@ class SchedulerMachine(RuleBasedStateMachine):
     def collect(self, spoil: Callable[[StepOutput], object] | None = None) -> Ended:
         output = self.runner.collect()
         alive = {i: sampled for i, sampled in output.sampled.items() if i in self.alive}
-        output = StepOutput(alive, output.saved)
+        output = StepOutput(alive, output.saved, scored=output.scored)
+        for chunk in self.scheduler.in_flight[0].chunks:
+            scores = output.scored.get(chunk.seq_id)
+            if scores is not None and chunk.seq_id in self.alive:
+                self.take_scores(
+                    self.alive[chunk.seq_id], *self.alive[chunk.seq_id].untaken(chunk, scores)
+                )
         if spoil is not None:
             spoil(output)
         ended = self.scheduler.update(self.scheduler.in_flight[0], output)
         self.scheduler.check_integrity()
         return ended
+
+    def take_scores(self, sequence: Sequence, place: int, scores: Items[PromptScore]) -> None:
+        """As a caller gets them: each once, in order."""
+        taken, scoring = self.scores[sequence.seq_id], sequence.request.scoring
+        assert scoring is not None
+        if scores:
+            assert place == scoring.start + len(taken)
+            taken += scores
 
     @rule(which=st.integers(0, 4))
     def preempt(self, which: int) -> None:
@@ -442,6 +466,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not sequence.request.kv_reuse or has_side:
             assert sequence.num_cached == 0, "KV reuse was off"
         assert sequence.num_cached < sequence.num_prompt
+        self.check_scores(sequence, digest, prompt)
+
+    def check_scores(self, sequence: Sequence, digest: str | None, prompt: list[int]) -> None:
+        scoring = sequence.request.scoring
+        start = sequence.num_prompt if scoring is None else scoring.start
+        scored = self.scores[sequence.seq_id]
+        assert len(scored) == max(0, sequence.num_prompt - start)
+        for place, score in enumerate(scored, start=start):
+            target = sequence.request.prompt[place]
+            if target != PLACEHOLDER:
+                assert score.logprob == testing.fake_score(digest, prompt[:place], target)
 
     # -- failures ----
 

@@ -14,9 +14,9 @@ from prefixd.server.engine.constraint import is_allowed
 from prefixd.server.engine.detokenizer import TokenText
 from prefixd.server.engine.inputs import PLACEHOLDER, InputPart
 from prefixd.server.engine.prefix_source import PrefixUnavailable, StagedPrefix
-from prefixd.server.engine.request import PrefixKey, TokenLogprob
+from prefixd.server.engine.request import PrefixKey, PromptScore, TokenLogprob
 from prefixd.server.engine.runner import BlockingRunner
-from prefixd.server.engine.step import Chunk, Sampled, Save, Source, Step, StepOutput
+from prefixd.server.engine.step import Chunk, Sampled, Save, Source, Step, StepOutput, Targets
 
 EOS = 256
 EOS_TEXT = "<end>"
@@ -45,6 +45,15 @@ def fake_row(name: bytes, row: int) -> int:
     """What FakeRunner takes one row of given embeddings for, in ``fake_next_token``."""
     digest = hashlib.sha256(b"%d:" % row + name).digest()
     return 1 << 32 | int.from_bytes(digest[:4], "big")
+
+
+def fake_score(digest: str | None, tokens: Sequence[int], target: int) -> float:
+    """The log-probability FakeRunner gives ``target`` after ``tokens`` under a prefix: -0.5 for the
+    token that it would sample, less for others."""
+    if target == fake_next_token(digest, tokens):
+        return -0.5
+    text = f"{digest}|{','.join(map(str, tokens))}|{target}"
+    return -1.0 - hashlib.sha256(text.encode()).digest()[0] / 64
 
 
 def fake_generate(
@@ -135,7 +144,23 @@ class FakeRunner(BlockingRunner):
                 ]
                 sampled[chunk.seq_id] = chunk.verified(positions)
         self.last = {seq_id: new[-1].token_id for seq_id, new in sampled.items()}
-        return StepOutput(sampled, saved)
+        scored = {
+            chunk.seq_id: self._score(chunk, chunk.targets)
+            for chunk in step.chunks
+            if chunk.targets is not None
+        }
+        return StepOutput(sampled, saved, scored=scored)
+
+    def _score(self, chunk: Chunk, targets: Targets) -> list[PromptScore]:
+        scores = []
+        for index, target in enumerate(targets.tokens):
+            digest, tokens = self._context(
+                self._seen(chunk, chunk.start + targets.offset + index + 1)
+            )
+            token, logprob = fake_next_token(digest, tokens), fake_score(digest, tokens, target)
+            top = tuple(TokenLogprob(token + i, -0.5 - i) for i in range(targets.top))
+            scores.append(PromptScore(logprob, int(target != token), top))
+        return scores
 
     def _tokens(self, chunk: Chunk) -> Sequence[int]:
         """The tokens of a chunk; a pending one is what the step before sampled, and a placeholder
@@ -236,13 +261,17 @@ class FakeRunner(BlockingRunner):
         return rows + own[: chunk.num_prefix_tokens] + source + own[chunk.num_prefix_tokens :]
 
     def _after(self, seen: list[object]) -> int:
+        return fake_next_token(*self._context(seen))
+
+    def _context(self, seen: list[object]) -> tuple[str | None, list[int]]:
+        """Prefix digest and tokens."""
         virtual = [value for value in seen if isinstance(value, tuple)]
         digests = {value[0] for value in virtual}
         assert len(digests) <= 1, f"one sequence read the KV of several prefixes: {digests}"
         assert [value[1] for value in virtual] == list(range(len(virtual))), "prefix out of order"
         tokens = [value for value in seen[len(virtual) :] if isinstance(value, int)]
         assert len(tokens) == len(seen) - len(virtual), f"a hole in the KV of a sequence: {seen}"
-        return fake_next_token(next(iter(digests), None), tokens)
+        return next(iter(digests), None), tokens
 
 
 def _places(part: InputPart) -> range:

@@ -8,6 +8,7 @@ class SchedulerConfig:
     """Sizes. ``num_blocks`` counts the null block; lengths are in tokens, times in seconds.
 
     - ``max_tokens_per_step``, ``max_prefill_chunk``: tokens of one step, and of one sequence in it.
+    - ``max_scored``: prompt tokens that one step scores, as the logits before each are kept.
     - ``max_token_gap_s``: running streams wait no longer for their next token because prompts and
       prefixes are computed with it: these run in smaller parts (None: in the largest).
     - ``max_staged``: prefixes that are loading (fetching, staged or compiling) at a time.
@@ -29,6 +30,7 @@ class SchedulerConfig:
     block_size: int = 16
     max_tokens_per_step: int = 1024
     max_prefill_chunk: int = 512
+    max_scored: int = 512
     max_token_gap_s: float | None = None
     max_running: int = 64
     max_staged: int = 16

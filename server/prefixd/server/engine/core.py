@@ -175,6 +175,7 @@ class EngineCore:
         if step.masked:
             self._end_unmasked()
             self._masks.advance(step, output.sampled)
+        self._outputs.push_scores(step.chunks, output)
         ends = self._outputs.push(output.sampled)
         self._counters.step(step, seconds, output)
         ended = self.scheduler.update(step, output, ends)

@@ -41,11 +41,12 @@ class KVReuse:
 
     def find(self, sequence: Sequence) -> list[int]:
         """Blocks that already hold the first tokens of ``sequence``, in order. At least one token
-        always remains to be run: its logits give the next token."""
+        always remains to be run: its logits give the next token, or the next score."""
         if not self._takes_part(sequence):
             return []
         blocks = []
-        for name in self._names(sequence, upto=len(sequence.tokens) - 1):
+        next_token = sequence.next_target or len(sequence.tokens)
+        for name in self._names(sequence, upto=next_token - 1):
             block = self._pool.find(name)
             if block is None:
                 break

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Items
 from prefixd.server.engine.fair_queue import FairQueue
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.recovery import Recovery
-from prefixd.server.engine.request import FinishReason
+from prefixd.server.engine.request import FinishReason, PromptScore
 from prefixd.server.engine.sequence import End, Sequence, State
 from prefixd.server.engine.speculation import Speculation
 from prefixd.server.engine.step import Chunk, Sampled
@@ -62,6 +62,26 @@ class NewTokens:
             self._speculation.verified(sequence, chunk, num_new=num_new, finite=finite)
         return None
 
+    def take_scores(
+        self, sequence: Sequence, chunk: Chunk, scores: Items[PromptScore] | None
+    ) -> End | None:
+        """Note that the scores of a chunk have come; returns how the sequence ends by that."""
+        if scores is None:
+            return self._not_finite(sequence, chunk)
+        first, new = sequence.untaken(chunk, scores)
+        sequence.take_scores(first + len(new))
+        # Fewer are in the pool where it was preempted and has begun again since.
+        self._took(sequence, num_computed=min(first + len(new) - 1, sequence.num_computed))
+        return None
+
+    def end_of_prompt(self, sequence: Sequence, chunk: Chunk) -> End | None:
+        """How a sequence that asks for no output ends by a chunk that was computed."""
+        num_computed = chunk.start - sequence.num_prefix_tokens + len(chunk.tokens)
+        if num_computed < sequence.num_prompt:
+            return None
+        self._recovery.suspects.pop(sequence, None)
+        return End(FinishReason.LENGTH)
+
     def _append(
         self, sequence: Sequence, chunk: Chunk, sampled: Sampled, end: End | None, num_computed: int
     ) -> End | None:
@@ -69,15 +89,22 @@ class NewTokens:
         by it. Those may be fewer than the sequence's: the next step may be in flight."""
         if self._recovery.suspects:
             self._recovery.suspects.pop(sequence, None)
-        memory = self._memory
         if not sampled.finite:
-            memory.reuse.forget(sequence, chunk.block_table)
-            error = "the model produced non-finite logits for this request"
-            return End(FinishReason.ERROR, error=error)
-        size = memory.block_size
-        num_full = (sequence.num_prefix_tokens % size + num_computed) // size
-        if num_full > sequence.num_remembered and sequence.state is State.RUNNING:
-            memory.reuse.remember(sequence, upto=num_computed)
+            return self._not_finite(sequence, chunk)
+        self._took(sequence, num_computed=num_computed)
         self._waiting.charge(sequence.tenant, 1)
         sequence.tokens.append(sampled.token_id)
         return end
+
+    def _took(self, sequence: Sequence, *, num_computed: int) -> None:
+        """Register blocks for reuse: the logits after the first ``num_computed`` tokens are
+        finite."""
+        size = self._memory.block_size
+        num_full = (sequence.num_prefix_tokens % size + num_computed) // size
+        if num_full > sequence.num_remembered and sequence.state is State.RUNNING:
+            self._memory.reuse.remember(sequence, upto=num_computed)
+
+    def _not_finite(self, sequence: Sequence, chunk: Chunk) -> End:
+        self._memory.reuse.forget(sequence, chunk.block_table)
+        error = "the model produced non-finite logits for this request"
+        return End(FinishReason.ERROR, error=error)

@@ -16,11 +16,12 @@ from prefixd.server.engine.request import (
     FinishEvent,
     FinishReason,
     PositionLogprobs,
+    ScoreEvent,
     TokenEvent,
     TokenLogprob,
 )
 from prefixd.server.engine.sequence import End, Sequence
-from prefixd.server.engine.step import Sampled
+from prefixd.server.engine.step import Chunk, Sampled, StepOutput
 from prefixd.server.engine.stop_strings import StopStrings
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,22 @@ class OutputProcessor:
         undelivered, self._undelivered = self._undelivered, {}
         for deliver in undelivered:
             deliver()
+
+    def push_scores(self, chunks: Iterable[Chunk], output: StepOutput) -> None:
+        """Send the scores of prompt tokens that were not sent before, and remove the tokens of
+        sequences whose scores are not finite. To be called before the tokens of the same step are
+        pushed."""
+        for chunk in chunks if output.scored else ():
+            stream = self._streams.get(chunk.seq_id)
+            if chunk.targets is None or stream is None:
+                continue
+            scores = output.scored[chunk.seq_id]
+            if scores is None:
+                output.sampled.pop(chunk.seq_id, None)
+                continue
+            place, new = stream.sequence.untaken(chunk, scores)
+            if new:
+                self._emit(stream, ScoreEvent(stream.sequence.index, place, tuple(new)))
 
     def push(self, sampled: dict[int, Items[Sampled]]) -> dict[int, End]:
         """Send the text that is final with these new tokens, by sequence id. Returns how sequences

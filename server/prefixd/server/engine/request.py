@@ -88,13 +88,22 @@ class SamplingParams:
 @dataclass(frozen=True, slots=True)
 class StopParams:
     """When a sequence ends. ``token_ids`` already holds the model's own end-of-sequence ids,
-    unless the request set ``ignore_eos``."""
+    unless the request set ``ignore_eos``. With ``max_tokens`` 0 it ends with its prompt."""
 
     max_tokens: int
     min_tokens: int = 0
     token_ids: frozenset[int] = frozenset()
     strings: tuple[str, ...] = ()
     include_stop_string: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """Which tokens of a prompt are scored: those from place ``start`` on, 1 at least since nothing
+    comes before the first; with each of them the ``top`` likeliest tokens there."""
+
+    start: int
+    top: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +124,8 @@ class AdmittedRequest:
     ``inputs``, in order, are embeddings in place of the prompt's placeholders (``inputs``).
     ``source`` is the input of an encoder-decoder's encoder, whose KV is in the side blocks;
     ``prompt`` is then what the decoder begins with.
+    ``scoring`` asks for the log-probabilities of prompt tokens, once for all ``n`` sequences: the
+    first of them computes those tokens, and shares no KV behind the first scored one.
     """
 
     request_id: str
@@ -135,6 +146,7 @@ class AdmittedRequest:
     num_side_blocks: int = 0
     inputs: tuple[InputRun, ...] = ()
     source: tuple[int, ...] = ()
+    scoring: Scoring | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -190,6 +202,25 @@ class TokenEvent:
     logprobs: tuple[PositionLogprobs, ...] = ()
 
 
+class PromptScore(NamedTuple):
+    """The log-probability of one prompt token after those before it, the number of tokens that are
+    likelier there, and the likeliest ones."""
+
+    logprob: float
+    num_likelier: int
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreEvent:
+    """Scores of consecutive prompt tokens of sequence ``index``, from ``place`` on. All of them
+    come before its first TokenEvent, in order."""
+
+    index: int
+    place: int
+    scores: tuple[PromptScore, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class FinishEvent:
     """The last event of sequence ``index``.
@@ -213,7 +244,7 @@ class FinishEvent:
     retry_after: float | None = None
 
 
-Event = TokenEvent | FinishEvent
+Event = TokenEvent | ScoreEvent | FinishEvent
 
 
 class QueueFull(Exception):

@@ -244,7 +244,9 @@ class Scheduler:
 
     def _plan(self, now: float) -> Step:
         step = Step(
-            budget=self.config.max_tokens_per_step, max_chunk=self.recovery.backoff.max_chunk
+            budget=self.config.max_tokens_per_step,
+            max_chunk=self.recovery.backoff.max_chunk,
+            max_scored=self.config.max_scored,
         )
         self.prefix_loader.start_step(now=now)
         if self.recovery.suspects and self._builder.run_suspect(step, now):
@@ -306,9 +308,15 @@ class Scheduler:
         ended = []
         for chunk in step.chunks:
             sequence = self._living.get(chunk.seq_id)
-            if sequence is None or chunk.sampling is None:
+            if sequence is None:
                 continue
-            end = self._new_tokens.take(sequence, chunk, output.sampled[chunk.seq_id], ends)
+            end = None
+            if chunk.targets is not None:
+                end = self._new_tokens.take_scores(sequence, chunk, output.scored[chunk.seq_id])
+            if chunk.sampling is not None and end is None:
+                end = self._new_tokens.take(sequence, chunk, output.sampled[chunk.seq_id], ends)
+            elif not sequence.request.stop.max_tokens and end is None:
+                end = self._new_tokens.end_of_prompt(sequence, chunk)
             if end is not None:
                 self.end(sequence, end)
                 ended.append(sequence)

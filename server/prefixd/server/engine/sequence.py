@@ -10,14 +10,20 @@
 import hashlib
 import heapq
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from math import inf
 
 from prefixd.server.engine.inputs import check_runs
 from prefixd.server.engine.lookup import Lookup
-from prefixd.server.engine.request import AdmittedRequest, FinishReason, PrefixHandle
-from prefixd.server.engine.step import GatedRows
+from prefixd.server.engine.request import (
+    AdmittedRequest,
+    FinishReason,
+    PrefixHandle,
+    PromptScore,
+)
+from prefixd.server.engine.step import Chunk, GatedRows, Targets
 
 
 class State(Enum):
@@ -58,7 +64,8 @@ class Sequence:
     ``num_cached`` tokens were reused at the first start, ``num_remembered`` own blocks are
     registered for reuse, ``num_yields`` times it was preempted for another tenant. ``end`` is set
     once, by ``finish``. ``lookup`` proposes its next tokens (None: it was not needed yet), while it
-    ``speculates``.
+    ``speculates``. ``next_target`` is the place of the next prompt token to be scored whose score
+    has not come, None where there is none.
 
     Times are in seconds on the engine's clock: ``arrived``, ``started`` (first run; None before)
     and ``due_since`` (since when only its prefix was missing).
@@ -92,6 +99,7 @@ class Sequence:
     num_prompt: int = field(init=False)
     cost: int = field(init=False)
     speculates: bool = field(init=False)
+    next_target: int | None = field(init=False)
 
     def __post_init__(self) -> None:
         request = self.request
@@ -99,6 +107,9 @@ class Sequence:
         self.num_prefix_tokens = 0 if request.prefix is None else request.prefix.num_positions
         self.num_prompt = len(request.prompt)
         self.speculates = request.speculate and request.constraint is None
+        # The sequences of a request have the same prompt: the first is scored.
+        scoring = request.scoring if self.index == 0 else None
+        self.next_target = None if scoring is None else self._target_from(scoring.start)
         if request.inputs:
             check_runs(request.inputs, request.prompt)
 
@@ -169,6 +180,32 @@ class Sequence:
         if token_id in stop.token_ids and num_output > stop.min_tokens:
             return End(FinishReason.STOP, stop=token_id)
         return End(FinishReason.LENGTH) if num_output >= stop.max_tokens else None
+
+    def targets(self, start: int, size: int) -> Targets | None:
+        """What is scored where the ``size`` tokens from ``start`` on are computed."""
+        scoring = self.request.scoring
+        if self.next_target is None or scoring is None:
+            return None
+        first, stop = max(self.next_target, start + 1), min(start + size + 1, self.num_prompt)
+        if first >= stop:
+            return None
+        return Targets(first - start - 1, self.tokens[first:stop], scoring.top)
+
+    def untaken(self, chunk: Chunk, scores: Items[PromptScore]) -> tuple[int, Items[PromptScore]]:
+        """The place of the first of ``scores`` that was not taken, and those from there on: a
+        preempted sequence may compute some twice."""
+        assert chunk.targets is not None
+        place = chunk.start - self.num_prefix_tokens + chunk.targets.offset + 1
+        first = place + len(scores) if self.next_target is None else max(place, self.next_target)
+        return first, scores[first - place :]
+
+    def take_scores(self, stop: int) -> None:
+        """The scores of the prompt tokens before ``stop`` have come."""
+        if self.next_target is not None and stop > self.next_target:
+            self.next_target = self._target_from(stop)
+
+    def _target_from(self, place: int) -> int | None:
+        return place if place < self.num_prompt else None
 
     def _move(self, state: State) -> None:
         assert state in _NEXT[self.state], f"a sequence cannot go from {self.state} to {state}"

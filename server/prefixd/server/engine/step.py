@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from prefixd.server.engine.inputs import InputPart
 from prefixd.server.engine.prefix_source import StagedPrefix
-from prefixd.server.engine.request import PrefixKey, SamplingParams, TokenLogprob
+from prefixd.server.engine.request import PrefixKey, PromptScore, SamplingParams, TokenLogprob
 
 NULL_BLOCK = 0
 """Block 0 is never allocated and always holds zeros: padding reads it."""
@@ -49,6 +49,15 @@ class Draft:
     tokens: Sequence[int]
     uniforms: Sequence[float]
     num_banned: int = 0
+
+
+class Targets(NamedTuple):
+    """Prompt tokens to score: ``tokens[i]`` follows the token ``offset + i`` of a chunk. ``top``
+    is how many of the likeliest tokens are wanted with each."""
+
+    offset: int
+    tokens: Sequence[int]
+    top: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +96,8 @@ class Chunk:
 
     The last of ``tokens`` may be PENDING. Then ``history`` is without it, and there is no draft.
     ``side_blocks`` are the sequence's alone; there is no draft either where they hold a state.
-    Tokens that are placeholders have their embeddings in ``inputs``, in order.
+    Tokens that are placeholders have their embeddings in ``inputs``, in order. ``targets`` are the
+    prompt tokens to score, None without any; the score of a placeholder means nothing.
     """
 
     seq_id: int
@@ -107,6 +117,7 @@ class Chunk:
     gated: GatedRows | None = None
     source: Source | None = None
     mask: bytes | None = None
+    targets: Targets | None = None
 
     @property
     def is_pending(self) -> bool:
@@ -198,7 +209,8 @@ class Step:
     """One forward pass over any mix of decode rows, prefill chunks and prefix compiles.
 
     The scheduler fills it, within ``budget``: the tokens that may still be added. ``max_chunk`` is
-    the most tokens of one sequence, and of all compiles together.
+    the most tokens of one sequence, and of all compiles together, and ``max_scored`` the prompt
+    tokens that may still be scored: a chunk has one more where none may.
 
     The runner performs, in this order: ``saves``, zero ``fresh``, ``copies``, then ``chunks`` and
     ``compiles`` in one pass. ``fetches`` is for the engine: prefixes to load from the store, off
@@ -216,6 +228,7 @@ class Step:
     masks: Callable[[], Mapping[int, bytes]] | None = None
     budget: int = 0
     max_chunk: int = 0
+    max_scored: int = 0
 
     @property
     def has_work(self) -> bool:
@@ -294,6 +307,8 @@ class ThreadUse(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """New tokens by sequence id, for the chunks with ``sampling``, and the saved prefixes.
+    ``scored`` are the scores of the ``targets``, by sequence id; None where logits held NaN or
+    +inf: that sequence failed, and no other.
 
     There is one new token, and one more for each proposed token that was accepted (see
     ``Chunk.verified``). ``thread_use`` is None where the runner does not count threads.
@@ -302,3 +317,4 @@ class StepOutput:
     sampled: dict[int, Sequence[Sampled]]
     saved: dict[PrefixKey, StagedPrefix] = field(default_factory=dict)
     thread_use: ThreadUse | None = None
+    scored: Mapping[int, Sequence[PromptScore] | None] = field(default_factory=dict)

@@ -193,9 +193,15 @@ class StepBuilder:
         if size > _LARGE_CHUNK:
             num_seen = sequence.num_prefix_tokens + start + size
             size = max(_LARGE_CHUNK, min(size, _MAX_SCORES // num_seen))
+        targets = None
+        if sequence.next_target is not None:
+            unscored = max(0, sequence.next_target - 1 - start)
+            size = min(size, unscored + max(1, step.max_scored))
+            targets = sequence.targets(start, size)
+            step.max_scored -= len(targets.tokens) if targets is not None else 0
         request = sequence.request
         sampling, stop = request.sampling, request.stop
-        is_last = start + size == num_tokens
+        is_last = start + size == num_tokens and stop.max_tokens > 0
         is_drawn = is_last and sampling.temperature > 0
         num_output = num_tokens - sequence.num_prompt
         step.chunks.append(
@@ -219,6 +225,7 @@ class StepBuilder:
                 ),
                 gated=sequence.gated,
                 source=self._encode(step, sequence) if request.source else None,
+                targets=targets,
             )
         )
         step.budget = max(0, step.budget - size)

@@ -34,8 +34,9 @@ def lay_out(
     outputs: list[int] | None = None,
 ) -> FlatBatch:
     """Chunks, then compiles, in one pass. ``outputs``: by default the last token of each chunk with
-    ``sampling``, and its proposed tokens."""
+    ``sampling``, and its proposed tokens; then the tokens before the targets of each chunk."""
     batch = FlatBatch()
+    before_targets: list[int] = []
     for chunk in chunks:
         batch.rows.append(
             Row(
@@ -57,6 +58,9 @@ def lay_out(
             batch.token_ids[first : first + length] = [0] * length
             values = given.payload.embeddings[given.start : given.stop]
             batch.inputs.append((first, values))
+        if chunk.targets is not None:
+            first = offset + chunk.targets.offset
+            before_targets += range(first, first + len(chunk.targets.tokens))
         if chunk.sampling is not None:
             batch.outputs.append(len(batch.token_ids) - 1)
         if chunk.draft is not None:
@@ -74,6 +78,7 @@ def lay_out(
             assert isinstance(part.payload, SoftPrompt)
             batch.inputs.append((offset, part.payload.embeddings[part.start : part.stop]))
             batch.token_ids += [0] * length
+    batch.outputs += before_targets
     if outputs is not None:
         batch.outputs = outputs
     return batch

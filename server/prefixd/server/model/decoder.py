@@ -25,6 +25,11 @@ class Logits:
     values: torch.Tensor
     best: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    def first(self, count: int) -> "Logits":
+        """Those of the first ``count`` tokens."""
+        best = self.best and (self.best[0][:count], self.best[1][:count])
+        return Logits(self.values[:count], best)
+
 
 class Decoder(Protocol):
     """A model with its KV pool. Not thread-safe."""

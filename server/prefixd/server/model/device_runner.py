@@ -24,12 +24,14 @@ from prefixd.server.model.device_sampler import DeviceSampler, Prepared
 from prefixd.server.model.paged import PagedDecoder
 from prefixd.server.model.paged_module import PagedModuleDecoder
 from prefixd.server.model.runner import out_of_memory, write_pool
+from prefixd.server.model.scorer import score, scored_chunks, unpack
 
 
 @dataclass(slots=True)
 class _InFlight:
     """A step on the device. ``first_rows`` is where the rows of each chunk begin among those that
-    are sampled; ``parts`` are the chunks sampled together, with their results in host memory."""
+    are sampled; ``parts`` are the chunks sampled together, with their results in host memory, and
+    ``scored`` those with targets, with theirs in ``scores``."""
 
     saved: dict[PrefixKey, StagedPrefix]
     chunks: list[Chunk] = field(default_factory=list)
@@ -37,6 +39,8 @@ class _InFlight:
     first_rows: dict[int, int] = field(default_factory=dict)
     logits: Logits | None = None
     parts: list[tuple[Sequence[Chunk], Prepared, torch.Tensor]] = field(default_factory=list)
+    scored: Sequence[Chunk] = ()
+    scores: torch.Tensor | None = None
     ended: torch.cuda.Event | None = None
     error: Exception | None = None
 
@@ -95,7 +99,9 @@ class DeviceRunner:
             for chunk in chunks:
                 new = list(islice(tokens, 1 + chunk.num_drafts))
                 sampled[chunk.seq_id] = chunk.verified(new)
-        return StepOutput(sampled, flight.saved)
+        if flight.scores is None:
+            return StepOutput(sampled, flight.saved)
+        return StepOutput(sampled, flight.saved, scored=unpack(flight.scores, flight.scored))
 
     def _begin(self, step: Step) -> _InFlight:
         saved, forwarded = write_pool(self.decoder, step)
@@ -114,6 +120,11 @@ class DeviceRunner:
         for chunk in flight.chunks:
             flight.first_rows[chunk.seq_id] = first
             first += 1 + chunk.num_drafts
+        if to_score := scored_chunks(step.chunks):
+            flight.scored = to_score
+            packed = score(flight.logits.values[first:], to_score)
+            flight.scores = self._sampler.to_host(packed)
+            flight.logits = flight.logits.first(first)
         masked = set(step.masked)
         flight.masked = [chunk for chunk in flight.chunks if chunk.seq_id in masked]
         self._sampler.keep(flight.masked)

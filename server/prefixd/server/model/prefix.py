@@ -122,10 +122,13 @@ def prefix_of(artifact: Artifact, base: LoadedBase, tokenizer: Any) -> Prefix:
 
 
 def rows_of(prefix: Prefix, rows: Ranges) -> Prefix:
-    """These rows of a soft prompt, one range after another; without any, the whole prefix."""
+    """These rows of a soft prompt or a text, one range after another; without any, the whole
+    prefix."""
     if not rows:
         return prefix
-    assert isinstance(prefix, SoftPrompt), "only virtual tokens of a soft prompt stand apart"
+    if isinstance(prefix, HardPrompt):
+        return HardPrompt(tuple(t for start, stop in rows for t in prefix.token_ids[start:stop]))
+    assert isinstance(prefix, SoftPrompt), "only virtual tokens of these stand apart"
     return SoftPrompt(torch.cat([prefix.embeddings[start:stop] for start, stop in rows]))
 
 

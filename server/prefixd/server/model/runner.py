@@ -1,6 +1,6 @@
 """The only code that runs on the device: takes a step, returns sampled tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 
 from prefixd.server.engine.prefix_source import StagedPrefix
-from prefixd.server.engine.request import PrefixKey
+from prefixd.server.engine.request import PrefixKey, PromptScore
 from prefixd.server.engine.runner import BlockingRunner, OutOfMemory
 from prefixd.server.engine.step import CompileChunk, Step, StepOutput
 from prefixd.server.model.batch import lay_out
@@ -16,6 +16,7 @@ from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.gated import gated_kv
 from prefixd.server.model.prefix import AdaptionPrompt, KVPrefix
 from prefixd.server.model.sampler import sample
+from prefixd.server.model.scorer import score, scored_chunks, unpack
 from prefixd.server.model.thread_control import ThreadControl
 from prefixd.server.model.torch_decoder import TorchDecoder
 
@@ -58,15 +59,20 @@ class Runner(BlockingRunner):
             return StepOutput({}, saved)
         logits = self.decoder.forward(lay_out(step.chunks, forwarded))
         sampled = [chunk for chunk in step.chunks if chunk.sampling is not None]
+        scored: Mapping[int, Sequence[PromptScore] | None] = {}
+        if to_score := scored_chunks(step.chunks):
+            num_sampled = len(sampled) + step.num_drafts
+            scored = unpack(score(logits.values[num_sampled:], to_score), to_score)
+            logits = logits.first(num_sampled)
         if not sampled:
-            return StepOutput({}, saved)
+            return StepOutput({}, saved, scored=scored)
         step.join_masks()
         tokens = iter(sample(logits, [each for chunk in sampled for each in chunk.positions()]))
         by_id = {
             chunk.seq_id: chunk.verified(list(islice(tokens, 1 + chunk.num_drafts)))
             for chunk in sampled
         }
-        return StepOutput(by_id, saved)
+        return StepOutput(by_id, saved, scored=scored)
 
 
 def write_pool(

@@ -33,7 +33,7 @@ from prefixd.server.model.tokenizer import Tokenizer
 from prefixd.server.serve.artifacts import Artifacts
 from prefixd.server.serve.bounds import tenant_bounds
 from prefixd.server.serve.catalog import open_catalog
-from prefixd.server.serve.engine_config import scheduler_config, with_states
+from prefixd.server.serve.engine_config import scheduler_config, with_scores, with_states
 from prefixd.server.serve.lifespan import make_lifespan
 from prefixd.server.serve.loading import device_of, kv_namespace, load_model, threads_of
 from prefixd.server.serve.served_model import served_model
@@ -84,6 +84,7 @@ def build_server(settings: Settings) -> Server:
         lambda: load_model(settings, config, device=device, threads=threads), threads=threads
     )
     base, decoder = loaded.base, loaded.decoder
+    config = with_scores(config, base)
     if loaded.state_blocks:
         config = with_states(config, base, state_blocks=loaded.state_blocks)
     if base.pair is not None:

@@ -15,6 +15,11 @@ _QUEUED_POOLS = 8
 """How many times the pool's size may wait, unless the operator says otherwise."""
 
 
+_KEPT_LOGITS, _KEPT_ON_CPU = 2**26, 2**24
+"""Logits that a step keeps to score prompt tokens: 256 and 64 MiB in float32. On a CPU the time of
+the softmax over them counts too."""
+
+
 def scheduler_config(settings: Settings) -> SchedulerConfig:
     """The engine's slice of the settings."""
     return SchedulerConfig(
@@ -31,6 +36,12 @@ def scheduler_config(settings: Settings) -> SchedulerConfig:
         max_queue_wait_s=settings.max_queue_wait or None,
         speculate=settings.speculate == "ngram",
     )
+
+
+def with_scores(config: SchedulerConfig, base: LoadedBase) -> SchedulerConfig:
+    """The slice with as many prompt tokens scored in a step as the model's vocabulary allows."""
+    kept = _KEPT_ON_CPU if base.device.type == "cpu" else _KEPT_LOGITS
+    return replace(config, max_scored=max(1, kept // base.num_logits))
 
 
 def with_states(config: SchedulerConfig, base: LoadedBase, *, state_blocks: int) -> SchedulerConfig:

@@ -8,7 +8,7 @@ from pydantic_core import to_json
 
 from prefixd.server.api.generate.formatter import ResponseFormatter
 from prefixd.server.api.generate.generation import Batch
-from prefixd.server.engine.request import FinishEvent, TokenEvent
+from prefixd.server.engine.request import Event, FinishEvent, ScoreEvent, TokenEvent
 
 _PLACE = "<text>"
 """Stands for the text of an event; nothing else in an entry of ``choices`` holds it."""
@@ -77,10 +77,12 @@ class EventEncoder:
     def _is_shown(self, event: TokenEvent) -> bool:
         return bool(event.text or event.logprobs or (self._shows_ids and event.token_ids))
 
-    def _one(self, choice: int, event: TokenEvent | FinishEvent) -> bytes:
+    def _one(self, choice: int, event: Event) -> bytes:
         if isinstance(event, FinishEvent):
             self._counts[choice] = event.completion_tokens
             return self._event(self._formatter.closing(choice, event))
+        if isinstance(event, ScoreEvent):
+            return b""
         if self._prompt_tokens:
             self._counts[choice] += len(event.token_ids)
         elif not event.logprobs and not self._shows_ids:

@@ -152,7 +152,7 @@ class Generation:
             choice, event = self._ready.popleft()
             if isinstance(event, TokenEvent):
                 counts[choice] = counts.get(choice, 0) + len(event.token_ids)
-            else:
+            elif isinstance(event, FinishEvent):
                 self._unfinished -= 1
                 self.recorder.record.sequence_finished(choice, event)
                 if event.reason not in {FinishReason.STOP, FinishReason.LENGTH}:

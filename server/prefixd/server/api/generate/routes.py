@@ -200,7 +200,7 @@ async def _whole(
         for choice, event in batch:
             if isinstance(event, FinishEvent):
                 ends[choice] = event
-            else:
+            elif isinstance(event, TokenEvent):
                 tokens[choice].append(event)
     choices = [formatter.whole(choice, tokens[choice], ends[choice]) for choice in sorted(ends)]
     return {**envelope, "choices": choices, "usage": record.usage(), **formatter.head()}
