@@ -60,6 +60,7 @@ def test_completion_names_the_prefix_it_used(client: TestClient, world: World, m
         "version": 1,
         "digest": manifest["digest"],
         "chosen_by": "model",
+        "recipe_revision": 1,
     }
     assert answer.json()["prefix"] == used
     assert answer.json()["model"] == model
@@ -160,6 +161,7 @@ def test_stream_chunks_join_to_the_whole_text(client: TestClient, world: World) 
         "version": 1,
         "digest": manifest["digest"],
         "chosen_by": "model",
+        "recipe_revision": 1,
     }
     assert all(chunk["prefix"] == used for chunk in chunks)
     assert len({chunk["id"] for chunk in chunks}) == 1

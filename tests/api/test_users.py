@@ -42,7 +42,13 @@ def test_the_response_names_the_prefix_and_why_it_was_chosen(
             assert "x-prefixd-prefix" not in headers
             assert "x-prefixd-prefix-chosen-by" not in headers
             return
-        used = {"name": name, "version": 1, "digest": digest, "chosen_by": why}
+        used = {
+            "name": name,
+            "version": 1,
+            "digest": digest,
+            "chosen_by": why,
+            "recipe_revision": 1,
+        }
         assert body["prefix"] == used
         assert headers["x-prefixd-prefix"] == f"{name}@1"
         assert headers["x-prefixd-prefix-chosen-by"] == why

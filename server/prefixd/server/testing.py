@@ -316,6 +316,11 @@ class ByteTokenizer:
         """The end of a sequence."""
         return [EOS]
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """There are none."""
+        return {}
+
     def encode_prefix(self, text: str) -> list[int]:
         """UTF-8 bytes."""
         return self.encode(text)

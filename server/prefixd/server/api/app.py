@@ -23,6 +23,7 @@ from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.charging import Charging
 from prefixd.server.api.generate.embeds import EmbedsReader, GiveEmbeddings
 from prefixd.server.api.generate.inputs import InputLoader
+from prefixd.server.api.generate.recipes import PromptBuilder
 from prefixd.server.api.generate.resolver import PrefixResolver
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.middleware import RequestLayer
@@ -34,6 +35,7 @@ from prefixd.server.api.prefixes import residency as residency_routes
 from prefixd.server.api.prefixes import routes as prefix_routes
 from prefixd.server.api.prefixes import uploads as upload_routes
 from prefixd.server.api.query import check_url
+from prefixd.server.api.rendering.renderer import TemplateRenderer
 from prefixd.server.api.request_record import Tracer
 from prefixd.server.api.routing import Unrouted
 from prefixd.server.api.served import ServedModel
@@ -107,12 +109,14 @@ def create_app(
         # FastAPI's own traces hold paths, and with them users and prefixes.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    templates = TemplateRenderer()
     generation = generate_routes.GenerationService(
         admission=Admission(
             served=served,
             resolver=PrefixResolver(served, store, bindings),
             pool_tokens=engine.config.max_tokens_for,
             max_choices=max_choices,
+            prompts=PromptBuilder(served, templates),
             embeds=EmbedsReader(served, give_embeddings),
             kv_reuse=kv_reuse,
             max_seconds=max_request_seconds,
@@ -142,6 +146,7 @@ def create_app(
     app.state.pin_room = pin_room
     app.state.served = served
     app.state.store = store
+    app.state.templates = templates
     app.state.tenants = tenants
     for router in PUBLIC:
         app.include_router(router, responses=openapi.NO_METHOD)

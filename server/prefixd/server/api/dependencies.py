@@ -18,6 +18,7 @@ from fastapi.security import HTTPBearer
 
 from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.drain_state import DrainState
+from prefixd.server.api.rendering.renderer import TemplateRenderer
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.tenant_bounds import KeyedSemaphore, TenantBounds
 from prefixd.server.engine.engine import Engine
@@ -64,6 +65,7 @@ IdempotencyDep = Annotated[Idempotency, part("idempotency")]
 LimiterDep = Annotated[Limiter, part("limiter")]
 PinRoomDep = Annotated[PinRoom, part("pin_room")]
 ServedDep = Annotated[ServedModel, part("served")]
+TemplatesDep = Annotated[TemplateRenderer, part("templates")]
 StoreDep = Annotated[PrefixStore, part("store")]
 TenantsDep = Annotated[Tenants, part("tenants")]
 

@@ -49,6 +49,7 @@ class Admitted:
     ``i * n + j`` of the response is sequence ``j`` of request ``i``; ``num_choices`` counts all
     sequences, ``prompt_lengths`` are the tokens of each prompt, without virtual ones. ``unloaded``
     are the embeddings that each request lacks: their place in its prompt, and their key.
+    ``warnings`` are for the caller.
     """
 
     id: str
@@ -58,6 +59,13 @@ class Admitted:
     num_choices: int
     prompt_lengths: tuple[int, ...]
     unloaded: tuple[tuple[tuple[int, PrefixKey], ...], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Fields of the whole response, or of the first chunk of a stream, where they have a
+        value."""
+        return {"warnings": list(self.warnings)} if self.warnings else {}
 
     @property
     def prompt_tokens(self) -> int:

@@ -17,6 +17,12 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The texts of special tokens by name, such as ``bos_token``, as chat templates use
+        them."""
+        ...
+
+    @property
     def closing(self) -> list[int]:
         """The tokens that end the input of an encoder."""
         ...

@@ -28,6 +28,12 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return [*self._opening, *ids] if add_special_tokens else ids
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of special tokens by name, as chat templates use them."""
+        tokens = self._tokenizer.special_tokens_map.items()
+        return {name: str(token) for name, token in tokens if not isinstance(token, list)}
+
     def encode_prefix(self, text: str) -> list[int]:
         """Token ids of a text prefix: the opening tokens once, also when the text has them."""
         ids = self.encode(text, add_special_tokens=False)

@@ -54,11 +54,11 @@ def make_lifespan(
     followers: "Followers | None" = None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """A lifespan that runs the engine, pin sync, lease renewal, the watch over the disk and
-    ``sweeper``, and at the end closes ``inputs``, ``trace``, ``database`` and ``followers``.
-    ``fingerprint`` is the served base's."""
+    ``sweeper``, and at the end closes ``inputs``, the application's templates, ``trace``,
+    ``database`` and ``followers``. ``fingerprint`` is the served base's."""
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         pin_sync = PinSync(
             store,
@@ -91,6 +91,7 @@ def make_lifespan(
             disk_watch.stop()
             engine.stop()
             inputs.close()
+            app.state.templates.close()
             if followers is not None:
                 followers.close()
             if trace is not None:

@@ -11,16 +11,11 @@ from dataclasses import dataclass
 from prefixd.server.api.generate.embeds import EmbedsReader
 from prefixd.server.api.generate.encoder_inputs import EncoderInputs
 from prefixd.server.api.generate.fields import GenerationFields
-from prefixd.server.api.generate.prompts import (
-    PromptEncoder,
-    PromptTokens,
-    chat_layout,
-    check_token_ids,
-    counted,
-)
+from prefixd.server.api.generate.prompts import PromptTokens, check_token_ids, counted
+from prefixd.server.api.generate.recipes import PromptBuilder, Prompts, filled
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.generate.resolver import PrefixResolver
-from prefixd.server.api.placement import Layout, front_of, layout_of, whole_of
+from prefixd.server.api.placement import front_of, whole_of
 from prefixd.server.api.request_record import Admitted, ResolvedPrefix
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.request import (
@@ -32,7 +27,6 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.errors import BadRequest, DoesNotFit, QuotaExceeded
 from prefixd.server.tenants.principal import Principal
-from prefixd.store.artifact.kinds import Kind
 from prefixd.store.store import Manifest
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -64,6 +58,7 @@ class Admission:
     pool_tokens: Callable[..., int]
     max_choices: int
     embeds: EmbedsReader
+    prompts: PromptBuilder
     kv_reuse: bool = True
     max_seconds: float | None = None
 
@@ -73,37 +68,34 @@ class Admission:
         self._check_choices(len(body.embeds) + len(body.prompts), 1)  # before any is tokenized
         prefix = self.resolver.resolve(principal.tenant, body.model, body.user)
         prompts = [*self.embeds.read(body.embeds), *body.prompts]
-        layout, continues = _layout_of(prefix), _is_text(prefix)
-        encode = PromptEncoder(self.served).completion
+        is_applied = bool(body.apply_recipe)
+        recipe = prefix.manifest.recipe if prefix and is_applied else None
+        body = filled(body, recipe)
         return self._admit(
             "cmpl",
             principal,
             body,
             prefix=prefix,
-            layout=layout,
-            prompts=[encode(prompt, layout, continues=continues) for prompt in prompts],
+            prompts=self.prompts.completion(prompts, prefix, apply_recipe=is_applied),
             sampling=self._sampling(body, top_logprobs=body.logprobs),
             max_tokens=body.max_tokens,
-            default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+            default_max_tokens=(recipe and recipe.max_tokens) or DEFAULT_COMPLETION_TOKENS,
         )
 
     def chat(self, principal: Principal, body: ChatRequest) -> Admitted:
         """Admit a chat. Raises as ``completion`` does. Blocking."""
         prefix = self.resolver.resolve(principal.tenant, body.model, body.user)
-        encoder = PromptEncoder(self.served)
-        rendered = encoder.render(body)
-        manifest = prefix.manifest if prefix else None
-        layout = chat_layout(rendered, manifest, _layout_of(prefix))
+        recipe = prefix.manifest.recipe if prefix else None
+        body = filled(body, recipe)
         return self._admit(
             "chatcmpl",
             principal,
             body,
             prefix=prefix,
+            prompts=self.prompts.chat(body, prefix),
             sampling=self._sampling(body, top_logprobs=body.num_top_logprobs),
-            layout=layout,
-            prompts=[encoder.chat(rendered, layout, continues=_is_text(prefix))],
             max_tokens=body.max_completion_tokens or body.max_tokens,
-            default_max_tokens=None,
+            default_max_tokens=recipe.max_tokens if recipe else None,
         )
 
     def _admit(
@@ -113,14 +105,13 @@ class Admission:
         body: GenerationFields,
         *,
         prefix: ResolvedPrefix | None,
-        layout: Layout | None,
-        prompts: list[PromptTokens],
+        prompts: Prompts,
         sampling: SamplingParams,
         max_tokens: int | None,
         default_max_tokens: int | None,
     ) -> Admitted:
-        n = body.n or 1
-        self._check_choices(len(prompts), n)
+        n, layout = body.n or 1, prompts.layout
+        self._check_choices(len(prompts.tokens), n)
         response_id = f"{kind}-{uuid.uuid4().hex}"
         manifest = prefix.manifest if prefix else None
         max_resident_tokens = principal.quota.max_resident_tokens
@@ -136,7 +127,7 @@ class Admission:
             inputs.output_tokens(prompt.num_tokens, max_tokens, default_max_tokens)
             if inputs
             else self._output_tokens(prompt, front, max_tokens, default_max_tokens)
-            for prompt in prompts
+            for prompt in prompts.tokens
         ]
         open_ended = max_tokens is None and default_max_tokens is None
         stop_strings = self._stop_strings(body)  # once: spellings tokenizes each
@@ -158,16 +149,17 @@ class Admission:
                 speculate=body.speculate is not False,
                 inputs=prompt.given,
             )
-            for position, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+            for position, (prompt, length) in enumerate(zip(prompts.tokens, lengths, strict=True))
         )
         return Admitted(
             id=response_id,
             model=body.model,
             prefix=prefix,
             requests=tuple(map(inputs.admit, requests)) if inputs else requests,
-            num_choices=len(prompts) * n,
-            prompt_lengths=tuple(prompt.num_tokens for prompt in prompts),
-            unloaded=tuple(_keys(prompt, manifest) for prompt in prompts) if layout else (),
+            num_choices=len(prompts.tokens) * n,
+            prompt_lengths=tuple(prompt.num_tokens for prompt in prompts.tokens),
+            unloaded=tuple(_keys(prompt, manifest) for prompt in prompts.tokens) if layout else (),
+            warnings=prompts.warnings,
         )
 
     def _check_choices(self, num_prompts: int, n: int) -> None:
@@ -252,19 +244,11 @@ class Admission:
         )
 
 
-def _layout_of(prefix: ResolvedPrefix | None) -> Layout | None:
-    return None if prefix is None else layout_of(prefix.manifest)
-
-
 def _keys(prompt: PromptTokens, manifest: Manifest | None) -> tuple[tuple[int, PrefixKey], ...]:
     """Place and key of each run of virtual tokens inside a prompt."""
     assert manifest is not None
     whole = whole_of(manifest).key
     return tuple((place, whole._replace(rows=(rows,))) for place, rows in prompt.rows)
-
-
-def _is_text(prefix: ResolvedPrefix | None) -> bool:
-    return prefix is not None and prefix.manifest.kind is Kind.HARD_PROMPT
 
 
 def check_resident(manifest: Manifest, front: PrefixHandle | None, cap: int | None) -> None:

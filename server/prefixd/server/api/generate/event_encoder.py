@@ -20,7 +20,8 @@ def sse_event(payload: dict[str, Any]) -> bytes:
 
 
 class EventEncoder:
-    """Encodes the events of one stream; ``envelope`` holds the fields other than the choices.
+    """Encodes the events of one stream; ``envelope`` holds the fields other than the choices,
+    ``head`` more of them for the first event.
 
     ``prompt_tokens``, the number for each choice, asks for the counts so far in each event.
     """
@@ -30,6 +31,7 @@ class EventEncoder:
         formatter: ResponseFormatter,
         envelope: dict[str, Any],
         *,
+        head: dict[str, Any] | None = None,
         wants_usage: bool,
         prompt_tokens: Sequence[int] = (),
     ) -> None:
@@ -39,7 +41,7 @@ class EventEncoder:
         self._shows_ids = formatter.options.token_ids
         self._before = self._opened(envelope)
         self._after = (b'],"usage":null}' if wants_usage else b"]}") + b"\n\n"
-        self._head = formatter.head()
+        self._head = {**(head or {}), **formatter.head()}
         self._counts: Counter[int] = Counter()
         self._begun: set[int] = set()
         self._around_text: dict[int, tuple[bytes, bytes]] = {}
@@ -85,7 +87,7 @@ class EventEncoder:
             return b""
         if self._prompt_tokens:
             self._counts[choice] += len(event.token_ids)
-        elif not event.logprobs and not self._shows_ids:
+        elif not event.logprobs and not self._shows_ids and not self._head:
             if not event.text:
                 return b""
             around = self._around_text.get(choice) or self._split_at_text(choice)

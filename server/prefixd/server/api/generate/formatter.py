@@ -15,12 +15,14 @@ from prefixd.server.tenants.bindings import ChosenBy
 
 
 class PrefixUsed(BaseModel):
-    """The version that was used, fixed when the request was admitted, and why it was chosen."""
+    """The version that was used and its recipe, fixed when the request was admitted, and why it was
+    chosen."""
 
     name: str
     version: int
     digest: str
     chosen_by: ChosenBy
+    recipe_revision: int
 
 
 class PromptTokensDetails(BaseModel):
@@ -75,6 +77,7 @@ class CompletionAnswer(BaseModel):
     choices: list[CompletionChoice]
     usage: Usage | None
     prefix: PrefixUsed | None
+    warnings: list[str] | None = None
 
 
 class TopLogprob(BaseModel):
@@ -123,6 +126,7 @@ class ChatAnswer(BaseModel):
     choices: list[ChatChoice]
     usage: Usage | None
     prefix: PrefixUsed | None
+    warnings: list[str] | None = None
     prompt_token_ids: list[int] | None = None
 
 

@@ -7,7 +7,7 @@ what looks like a marker in it is text.
 """
 
 import secrets
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,8 @@ class PromptEncoder:
     """Tokenizes prompts for the served model."""
 
     served: ServedModel
+    render_chat: Callable[..., str] | None = None
+    """In place of the model's chat template, with the arguments and errors of ``Tokenizer``'s."""
 
     def completion(
         self, prompt: str | list[int] | Given, layout: Layout | None, *, continues: bool
@@ -86,7 +88,8 @@ class PromptEncoder:
         marks = _Marks()
         turns = [turn_of(message, marks.text_of(message)) for message in conversation.messages]
         try:
-            text = self.served.tokenizer.render_chat(
+            render = self.render_chat or self.served.tokenizer.render_chat
+            text = render(
                 turns,
                 tools=tools,
                 add_generation_prompt=conversation.opens_turn,

@@ -43,6 +43,11 @@ class CompletionRequest(GenerationFields):
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Log-probabilities of the N likeliest tokens."
     )
+    apply_recipe: bool | None = Field(
+        default=None,
+        description="Whether the prefix's recipe gives the text around the prompt and what the "
+        "request does not say. Default: false.",
+    )
 
     @model_validator(mode="after")
     def _check_prompt(self) -> "CompletionRequest":

@@ -203,7 +203,9 @@ async def _whole(
             elif isinstance(event, TokenEvent):
                 tokens[choice].append(event)
     choices = [formatter.whole(choice, tokens[choice], ends[choice]) for choice in sorted(ends)]
-    return {**envelope, "choices": choices, "usage": record.usage(), **formatter.head()}
+    assert record.admitted is not None
+    head = record.admitted.head | formatter.head()
+    return {**envelope, "choices": choices, "usage": record.usage(), **head}
 
 
 async def _chunks(
@@ -220,6 +222,7 @@ async def _chunks(
     encoder = EventEncoder(
         formatter,
         envelope,
+        head=admitted.head,
         wants_usage=body.wants_usage,
         prompt_tokens=admitted.choice_lengths if body.wants_each_usage else (),
     )
@@ -243,6 +246,7 @@ def _envelope(admitted: Admitted, kind: str) -> dict[str, Any]:
             "version": manifest.version,
             "digest": manifest.digest,
             "chosen_by": prefix.chosen_by,
+            "recipe_revision": manifest.recipe_revision,
         }
     return {
         "id": admitted.id,

@@ -12,14 +12,17 @@ from prefixd.server.api.dependencies import (
     BodyLimitsDep,
     ServedDep,
     StoreDep,
+    TemplatesDep,
     Writer,
     authenticated,
 )
 from prefixd.server.api.prefixes.routes import Version
 from prefixd.server.api.prefixes.schemas import PrefixManifest
+from prefixd.server.api.rendering.tenant_template import check_renders
 from prefixd.server.errors import BadRequest, Unprocessable
 from prefixd.server.tenants.audit import Action, record
 from prefixd.store.artifact.metadata import MAX_METADATA_BYTES
+from prefixd.store.artifact.recipe import TEMPLATE, folded
 from prefixd.store.artifact.strict import StrictJsonError, parse_object
 from prefixd.store.artifact.template import MAX_TEMPLATE_BYTES
 
@@ -75,6 +78,7 @@ def patch_metadata(
     response: Response,
     store: StoreDep,
     served: ServedDep,
+    templates: TemplatesDep,
     principal: Writer,
     actor: Acting,
     conditions: ConditionsDep,
@@ -85,6 +89,8 @@ def patch_metadata(
     `task_id` and `base_fingerprint` belong to the version and cannot change.
     """
     tenant = principal.tenant
+    template = folded(patch).get(TEMPLATE)
+    check_renders(template, renderer=templates, served=served, tenant=tenant)
     with store.change(tenant) as tx:
         manifest = tx.merge_metadata(
             name, version, patch, base=served.base, precondition=conditions.check

@@ -30,11 +30,13 @@ from prefixd.server.api.body import (
 )
 from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.prefixes.multipart import Upload, received
+from prefixd.server.api.rendering.renderer import TemplateRenderer
+from prefixd.server.api.rendering.tenant_template import check_renders
 from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import BadRequest, TooLarge, Unprocessable
 from prefixd.server.tenants.principal import Principal
 from prefixd.store.artifact.envelope import MAX_LINE_BYTES, read_envelope
-from prefixd.store.artifact.recipe import RECIPE
+from prefixd.store.artifact.recipe import RECIPE, TEMPLATE, folded
 from prefixd.store.catalog.changes import Precondition
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.disk import DiskGuard
@@ -108,10 +110,21 @@ class Target:
     name: str
     store: PrefixStore
     served: ServedModel
+    templates: TemplateRenderer
     limits: BodyLimits
     disk: DiskGuard
     principal: Principal
     precondition: Precondition
+
+    async def check_template(self, metadata: dict[str, Any] | None) -> None:
+        """Raise ArtifactRefused for a chat template that does not render, Unavailable."""
+        check = partial(
+            check_renders,
+            renderer=self.templates,
+            served=self.served,
+            tenant=self.principal.tenant,
+        )
+        await run_in_threadpool(check, folded(metadata or {}).get(TEMPLATE))
 
     def options(self) -> dict[str, Any]:
         """Arguments that every publish of the store takes."""
@@ -153,6 +166,7 @@ async def _receive_parts(request: Request, target: Target) -> AsyncIterator[Rece
         limit=limits.max_prefix_bytes,
     ) as upload:
         config, metadata, task_id = _parse_parts(upload)
+        await target.check_template(metadata)
         begin = partial(
             target.store.publish_peft,
             config=config,
@@ -168,6 +182,7 @@ async def _receive_parts(request: Request, target: Target) -> AsyncIterator[Rece
 async def _receive_text(request: Request, target: Target) -> AsyncIterator[Received]:
     body = parse_json(TextPrefix, await read_capped(request, target.limits.max_body_bytes))
     metadata = _with_recipe(body.metadata, body.recipe)
+    await target.check_template(metadata)
     begin = partial(
         target.store.publish_text,
         text=body.text,

@@ -29,6 +29,7 @@ from prefixd.server.api.dependencies import (
     LimiterDep,
     ServedDep,
     StoreDep,
+    TemplatesDep,
     TenantsDep,
     Writer,
 )
@@ -89,6 +90,7 @@ async def put_prefix(
     disk: DiskDep,
     drain_state: DrainStateDep,
     catalog: CatalogAccessDep,
+    templates: TemplatesDep,
     principal: Writer,
     actor: Acting,
     conditions: ConditionsDep,
@@ -105,6 +107,7 @@ async def put_prefix(
         name=name,
         store=store,
         served=served,
+        templates=templates,
         limits=limits,
         disk=disk,
         principal=principal,

@@ -1,0 +1,186 @@
+"""Recipes of versions, applied: what a request does not say, and how its prompt becomes tokens.
+
+::
+
+    prompt_template            a chat                                  a completion
+    markers                    the conversation, or with takes text    the prompt is inserted
+                               the user's message, is inserted
+    plain, with {prompt}       the same                                with apply_recipe: inserted
+    Jinja                      renders the conversation                with apply_recipe: renders it
+                                                                       as a user's message
+    none                       the model's chat template               the prompt alone
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from prefixd.server.api.generate.embeds import Given
+from prefixd.server.api.generate.fields import GenerationFields
+from prefixd.server.api.generate.messages import PrefixPart
+from prefixd.server.api.generate.prompts import PromptEncoder, PromptTokens, chat_layout
+from prefixd.server.api.generate.requests import ChatRequest
+from prefixd.server.api.placement import Layout, lay_out, layout_of
+from prefixd.server.api.rendering.renderer import TemplateRenderer
+from prefixd.server.api.rendering.tenant_template import TenantTemplate
+from prefixd.server.api.request_record import ResolvedPrefix
+from prefixd.server.api.served import ServedModel
+from prefixd.server.errors import BadRequest
+from prefixd.store.artifact.kinds import Kind
+from prefixd.store.artifact.recipe import Input, Recipe
+from prefixd.store.artifact.template import TemplateKind, template_pieces
+from prefixd.store.store import Manifest
+
+Body = TypeVar("Body", bound=GenerationFields)
+
+Prompt = str | list[int] | Given
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The prompts of a request, where virtual tokens of its prefix stand, and what its caller
+    should know."""
+
+    tokens: list[PromptTokens]
+    layout: Layout | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def filled(body: Body, recipe: Recipe | None) -> Body:
+    """``body`` with what the recipe says and the request does not, other than ``max_tokens``."""
+    if recipe is None:
+        return body
+    said = {
+        "temperature": recipe.temperature,
+        "top_p": recipe.top_p,
+        "stop": None if recipe.stop is None else list(recipe.stop),
+    }
+    missing = {
+        name: value
+        for name, value in said.items()
+        if value is not None and getattr(body, name) is None
+    }
+    return body.model_copy(update=missing) if missing else body
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBuilder:
+    """Builds the prompts of all tenants' requests. Blocking where a template of a tenant renders
+    them."""
+
+    served: ServedModel
+    renderer: TemplateRenderer
+
+    def completion(
+        self, prompts: Sequence[Prompt], prefix: ResolvedPrefix | None, *, apply_recipe: bool
+    ) -> Prompts:
+        """The prompts of a completion. Raises BadRequest, Conflict, Unavailable."""
+        encoder = PromptEncoder(self.served)
+        manifest = None if prefix is None else prefix.manifest
+        continues = manifest is not None and manifest.kind is Kind.HARD_PROMPT
+        layout = None if manifest is None else layout_of(manifest)
+        if manifest is not None and apply_recipe:
+            kind = manifest.recipe.template_kind
+            if kind is TemplateKind.JINJA:
+                template = self._template(manifest)
+                rendered = [_user_turn(template, prompt) for prompt in prompts]
+                tokens = [encoder.chat([text], None, continues=continues) for text in rendered]
+                return Prompts(tokens)
+            layout = layout or _plain_layout(manifest)
+        tokens = [encoder.completion(prompt, layout, continues=continues) for prompt in prompts]
+        warnings = _unapplied(manifest) if manifest and apply_recipe else ()
+        return Prompts(tokens, layout, warnings)
+
+    def chat(self, body: ChatRequest, prefix: ResolvedPrefix | None) -> Prompts:
+        """The prompt of a chat. Raises as ``completion``."""
+        if prefix is None:
+            encoder = PromptEncoder(self.served)
+            rendered = encoder.render(body)
+            layout = chat_layout(rendered, None, None)
+            return Prompts([encoder.chat(rendered, layout, continues=False)], layout)
+        manifest = prefix.manifest
+        recipe, continues = manifest.recipe, manifest.kind is Kind.HARD_PROMPT
+        placed = layout_of(manifest) or _plain_layout(manifest)
+        if placed is not None and recipe.takes is Input.TEXT:
+            encoder = PromptEncoder(self.served)
+            text = _only_text(body, manifest)
+            return Prompts([encoder.completion(text, placed, continues=continues)], placed)
+        is_jinja = recipe.template_kind is TemplateKind.JINJA
+        template = self._template(manifest).render_chat if is_jinja else None
+        encoder = PromptEncoder(self.served, template)
+        rendered = encoder.render(body)
+        layout = chat_layout(rendered, manifest, placed)
+        tokens = encoder.chat(rendered, layout, continues=continues)
+        return Prompts([tokens], layout, _unapplied(manifest) or _untemplated(manifest))
+
+    def _template(self, manifest: Manifest) -> TenantTemplate:
+        assert manifest.prompt_template is not None
+        return TenantTemplate(self.renderer, self.served, manifest.tenant, manifest.prompt_template)
+
+
+def _user_turn(template: TenantTemplate, prompt: Prompt) -> str:
+    """A prompt, rendered as the only message. Raises BadRequest."""
+    if not isinstance(prompt, str):
+        raise BadRequest(
+            "expected texts with 'apply_recipe': the version's prompt_template is a chat template; "
+            "received token ids or embeddings",
+            param="prompt",
+        )
+    try:
+        return template.render_chat([{"role": "user", "content": prompt}])
+    except ValueError as error:
+        raise BadRequest(str(error), code="chat_template", param="prompt") from error
+
+
+def _plain_layout(manifest: Manifest) -> Layout | None:
+    """The layout of a template without markers: all virtual tokens in front, then its text."""
+    if manifest.recipe.template_kind is not TemplateKind.PLAIN:
+        return None
+    assert manifest.prompt_template is not None
+    return lay_out(template_pieces(manifest.prompt_template), manifest.num_virtual_tokens)
+
+
+def _only_text(body: ChatRequest, manifest: Manifest) -> str:
+    """The text of the one message of a chat, for a version that takes texts. Raises BadRequest."""
+    roles = [message.role for message in body.messages]
+    content = body.messages[0].content
+    if roles != ["user"] or content is None:
+        raise BadRequest(
+            f"expected one user message: {_named(manifest)} takes a text, around which its "
+            f"prompt_template stands; received {len(roles)} messages ({', '.join(roles[:8])})",
+            code="text_recipe",
+            param="messages",
+        )
+    if isinstance(content, str):
+        return content
+    if any(isinstance(part, PrefixPart) for part in content):
+        raise BadRequest(
+            "content parts of type prefix: expected none for a version that takes a text; received "
+            "some",
+            code="misplaced_prefix",
+            param="messages",
+        )
+    return "\n".join(part.text for part in content if not isinstance(part, PrefixPart))
+
+
+def _unapplied(manifest: Manifest) -> tuple[str, ...]:
+    recipe = manifest.recipe
+    if recipe.prompt_template is None or recipe.template_kind is not None:
+        return ()
+    has = "has a prompt_template with neither one {prompt} nor Jinja: it is not applied"
+    return (f"{_named(manifest)} {has}",)
+
+
+def _untemplated(manifest: Manifest) -> tuple[str, ...]:
+    if manifest.recipe.takes is not Input.TEXT:
+        return ()
+    warning = (
+        f"{_named(manifest)} was trained on plain texts and has no prompt_template: the "
+        "conversation was rendered by the model's chat template; use /v1/completions, or set the "
+        "prompt_template that it was trained with"
+    )
+    return (warning,)
+
+
+def _named(manifest: Manifest) -> str:
+    return f"{manifest.name}@{manifest.version}"
