@@ -333,6 +333,10 @@ class ByteTokenizer:
         """Text of the bytes, without the end of sequence."""
         return bytes(t for t in token_ids if t < EOS).decode(errors="replace")
 
+    def detokenizer(self, prompt: Sequence[int]) -> "ByteDetokenizer":
+        """A new incremental detokenizer."""
+        return ByteDetokenizer(prompt)
+
     def token_bytes(self, token_id: int, previous: int | None) -> bytes | None:
         """The byte, after any token."""
         del previous

@@ -82,6 +82,20 @@ def front_of(whole: PrefixHandle, layout: Layout | None) -> PrefixHandle | None:
     return PrefixHandle(whole.key._replace(rows=layout.front), layout.num_front)
 
 
+def without_last(front: PrefixHandle, kind: Kind) -> tuple[PrefixHandle | None, Rows | None]:
+    """What stands in front without its last row, and that row, which is to stand in the prompt: the
+    model's output there predicts the first token of the text. Of keys and values there is no
+    output: all of them stay, and the row is None."""
+    if kind not in {Kind.SOFT_PROMPT, Kind.HARD_PROMPT}:
+        return front, None
+    *others, (start, stop) = front.key.rows or ((0, front.num_tokens),)
+    rows = tuple(others) if stop - start == 1 else (*others, (start, stop - 1))
+    if not rows:
+        return None, Rows(stop - 1, stop)
+    key = front.key._replace(rows=rows)
+    return PrefixHandle(key, front.num_tokens - 1), Rows(stop - 1, stop)
+
+
 def whole_of(manifest: Manifest) -> PrefixHandle:
     """The whole prefix of a version."""
     return PrefixHandle(

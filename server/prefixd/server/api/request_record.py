@@ -42,14 +42,33 @@ class ResolvedPrefix:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptToken:
+    """A token of a request's prompt: its id, its place in the prompt that the engine runs, and
+    where its text begins. ``previous`` is the token with text before it."""
+
+    token_id: int
+    place: int
+    previous: int | None
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptText:
+    """The text of a prompt, and its tokens."""
+
+    text: str
+    tokens: tuple[PromptToken, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Admitted:
     """A request that fits: one ``AdmittedRequest`` for each prompt, all under the same prefix.
 
     ``model`` is the caller's name for it; ``prefix`` is None for the bare base. Choice
     ``i * n + j`` of the response is sequence ``j`` of request ``i``; ``num_choices`` counts all
     sequences, ``prompt_lengths`` are the tokens of each prompt, without virtual ones. ``unloaded``
-    are the embeddings that each request lacks: their place in its prompt, and their key.
-    ``warnings`` are for the caller.
+    are the embeddings that each request lacks: their place in its prompt, and their key. ``texts``
+    are the prompts where the answer shows them, and ``warnings`` are for the caller.
     """
 
     id: str
@@ -59,6 +78,7 @@ class Admitted:
     num_choices: int
     prompt_lengths: tuple[int, ...]
     unloaded: tuple[tuple[tuple[int, PrefixKey], ...], ...] = ()
+    texts: tuple[PromptText, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property

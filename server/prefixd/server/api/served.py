@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from prefixd.server.engine.detokenizer import Detokenizer
 from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.errors import ArtifactRefused
 
@@ -37,6 +38,10 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of ``token_ids``, special tokens skipped."""
+        ...
+
+    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+        """A new incremental detokenizer for one sequence, which continues ``prompt``."""
         ...
 
     def token_bytes(self, token_id: int, previous: int | None) -> bytes | None:

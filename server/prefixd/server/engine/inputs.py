@@ -17,7 +17,7 @@ sampled nor shown, penalised or proposed."""
 
 
 class Embeddings(Protocol):
-    """Rows of input embeddings in host memory.
+    """Rows of input embeddings in host memory, or tokens of a prefix in place of them.
 
     The engine counts and names them; the values are private to their source and the runner. Equal
     names mean equal rows, within a tenant and its base: KV reuse relies on it.

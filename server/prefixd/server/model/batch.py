@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from prefixd.server.engine.step import Chunk, CompileChunk
-from prefixd.server.model.prefix import HardPrompt, InputEmbeddings, SoftPrompt
+from prefixd.server.model.prefix import HardPrompt, InputEmbeddings, InputTokens, SoftPrompt
 from prefixd.server.model.rows import Row
 
 
@@ -53,8 +53,12 @@ def lay_out(
         offset = len(batch.token_ids)
         batch.token_ids += chunk.tokens
         for given in chunk.inputs:
-            assert isinstance(given.payload, InputEmbeddings)
             first, length = offset + given.offset, given.stop - given.start
+            if isinstance(given.payload, InputTokens):
+                tokens = given.payload.token_ids[given.start : given.stop]
+                batch.token_ids[first : first + length] = tokens
+                continue
+            assert isinstance(given.payload, InputEmbeddings)
             batch.token_ids[first : first + length] = [0] * length
             values = given.payload.embeddings[given.start : given.stop]
             batch.inputs.append((first, values))

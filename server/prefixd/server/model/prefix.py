@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from prefixd.server.engine.prefix_source import PrefixUnavailable
 from prefixd.server.engine.request import PrefixKey, Ranges
 from prefixd.server.model.encoder_decoder.layout import decoder_kv, packed
 from prefixd.server.model.load import LoadedBase
@@ -91,6 +92,19 @@ class InputEmbeddings:
     def num_rows(self) -> int:
         """Positions they take."""
         return self.embeddings.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class InputTokens:
+    """Tokens of a text prefix that stand in a prompt; ``name`` as of InputEmbeddings."""
+
+    token_ids: tuple[int, ...]
+    name: bytes
+
+    @property
+    def num_rows(self) -> int:
+        """Positions they take."""
+        return len(self.token_ids)
 
 
 def prefix_of(artifact: Artifact, base: LoadedBase, tokenizer: Any) -> Prefix:
@@ -186,11 +200,22 @@ class StorePrefixSource:
         limit_thread()
         return rows_of(prefix_of(self.open_artifact(key), self.base, self.tokenizer), key.rows)
 
-    def embeddings(self, key: PrefixKey) -> InputEmbeddings:
-        """Load rows of a soft prompt as input embeddings. Raises as ``fetch``."""
-        prefix = self.fetch(key)
-        assert isinstance(prefix, SoftPrompt)
-        return InputEmbeddings(prefix.embeddings, key.content.encode())
+    def embeddings(self, key: PrefixKey) -> InputEmbeddings | InputTokens:
+        """Load rows of a soft prompt, or the last tokens of a text, for a prompt. Raises as
+        ``fetch``."""
+        prefix = self.fetch(key._replace(rows=()))
+        name = key.content.encode()
+        if isinstance(prefix, HardPrompt) and key.rows[-1][1] != prefix.num_tokens:
+            # The manifest counted other tokens; it was corrected as the text was read.
+            raise PrefixUnavailable(
+                f"the text has {prefix.num_tokens} tokens, and had {key.rows[-1][1]} for an "
+                "earlier version of the server; please try again"
+            )
+        rows = rows_of(prefix, key.rows)
+        if isinstance(rows, HardPrompt):
+            return InputTokens(rows.token_ids, name)
+        assert isinstance(rows, SoftPrompt)
+        return InputEmbeddings(rows.embeddings, name)
 
     def given(self, rows: Floats, name: bytes) -> InputEmbeddings:
         """Embeddings [n, embedding_width] of a request as input, under ``name``."""

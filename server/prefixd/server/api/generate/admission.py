@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from prefixd.server.api.generate.embeds import EmbedsReader
 from prefixd.server.api.generate.encoder_inputs import EncoderInputs
 from prefixd.server.api.generate.fields import GenerationFields
+from prefixd.server.api.generate.prompt_scores import texts_of
 from prefixd.server.api.generate.prompts import PromptTokens, check_token_ids, counted
 from prefixd.server.api.generate.recipes import PromptBuilder, Prompts, filled
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.generate.resolver import PrefixResolver
-from prefixd.server.api.placement import front_of, whole_of
+from prefixd.server.api.placement import front_of, whole_of, without_last
 from prefixd.server.api.request_record import Admitted, ResolvedPrefix
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.request import (
@@ -23,6 +24,7 @@ from prefixd.server.engine.request import (
     PrefixHandle,
     PrefixKey,
     SamplingParams,
+    Scoring,
     StopParams,
 )
 from prefixd.server.errors import BadRequest, DoesNotFit, QuotaExceeded
@@ -102,7 +104,7 @@ class Admission:
         self,
         kind: str,
         principal: Principal,
-        body: GenerationFields,
+        body: CompletionRequest | ChatRequest,
         *,
         prefix: ResolvedPrefix | None,
         prompts: Prompts,
@@ -110,26 +112,32 @@ class Admission:
         max_tokens: int | None,
         default_max_tokens: int | None,
     ) -> Admitted:
-        n, layout = body.n or 1, prompts.layout
-        self._check_choices(len(prompts.tokens), n)
+        n, layout, tokens = body.n or 1, prompts.layout, prompts.tokens
+        self._check_choices(len(tokens), n)
         response_id = f"{kind}-{uuid.uuid4().hex}"
         manifest = prefix.manifest if prefix else None
         max_resident_tokens = principal.quota.max_resident_tokens
         front = None if manifest is None else front_of(whole_of(manifest), layout)
         if manifest is not None:
             check_resident(manifest, front, max_resident_tokens)
+        scored_top = body.shown_prompt.scored_top
+        if scored_top is not None and manifest is not None and front is not None:
+            front, last = without_last(front, manifest.kind)
+            tokens = [prompt.behind(last) for prompt in tokens] if last else tokens
         timeouts = [limit for limit in (body.timeout, self.max_seconds) if limit is not None]
         encoder = self.served.encoder
         inputs = encoder and EncoderInputs(self.served, encoder, manifest, self.pool_tokens)
         if inputs:
             inputs.refuse_layout(layout)
+            inputs.refuse_scores(body.shown_prompt)
         lengths = [
             inputs.output_tokens(prompt.num_tokens, max_tokens, default_max_tokens)
             if inputs
             else self._output_tokens(prompt, front, max_tokens, default_max_tokens)
-            for prompt in prompts.tokens
+            for prompt in tokens
         ]
         open_ended = max_tokens is None and default_max_tokens is None
+        has_rows = any(prompt.rows for prompt in tokens)
         stop_strings = self._stop_strings(body)  # once: spellings tokenizes each
         requests = tuple(
             AdmittedRequest(
@@ -148,17 +156,19 @@ class Admission:
                 kv_reuse=self.kv_reuse and principal.kv_reuse and body.kv_reuse is not False,
                 speculate=body.speculate is not False,
                 inputs=prompt.given,
+                scoring=None if scored_top is None else Scoring(1, scored_top),
             )
-            for position, (prompt, length) in enumerate(zip(prompts.tokens, lengths, strict=True))
+            for position, (prompt, length) in enumerate(zip(tokens, lengths, strict=True))
         )
         return Admitted(
             id=response_id,
             model=body.model,
             prefix=prefix,
             requests=tuple(map(inputs.admit, requests)) if inputs else requests,
-            num_choices=len(prompts.tokens) * n,
-            prompt_lengths=tuple(prompt.num_tokens for prompt in prompts.tokens),
-            unloaded=tuple(_keys(prompt, manifest) for prompt in prompts.tokens) if layout else (),
+            num_choices=len(tokens) * n,
+            prompt_lengths=tuple(prompt.num_tokens for prompt in tokens),
+            texts=texts_of(tokens, self.served.tokenizer) if body.shown_prompt.any else (),
+            unloaded=tuple(_keys(prompt, manifest) for prompt in tokens) if has_rows else (),
             warnings=prompts.warnings,
         )
 
@@ -182,6 +192,7 @@ class Admission:
         before = front.num_positions if front else 0
         positions = self.served.max_positions - before
         pool = self.pool_tokens(virtual, gated=front is not None and front.gated)
+        pool -= max_tokens == 0  # there is no last token whose KV is never written
         room = min(positions, pool)
         output = max_tokens
         if output is None:

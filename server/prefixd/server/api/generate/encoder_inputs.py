@@ -7,6 +7,7 @@ positions of the decoder. KV of the input stays in blocks of the request's own, 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from prefixd.server.api.generate.prompt_scores import PromptOptions
 from prefixd.server.api.generate.prompts import counted
 from prefixd.server.api.placement import Layout
 from prefixd.server.api.served import EncoderInfo, ServedModel
@@ -48,6 +49,16 @@ class EncoderInputs:
                 param="messages",
             )
 
+    def refuse_scores(self, shown: PromptOptions) -> None:
+        """Raise BadRequest for log-probabilities of the prompt: its tokens are not predicted."""
+        if shown.scored_top is not None:
+            raise BadRequest(
+                "expected no log-probabilities of the prompt, which the encoder of an "
+                "encoder-decoder reads all together",
+                code="prompt_not_scored",
+                param="echo" if shown.top is None else "prompt_logprobs",
+            )
+
     def output_tokens(
         self, num_tokens: int, max_tokens: int | None, default_max_tokens: int | None
     ) -> int:
@@ -69,7 +80,9 @@ class EncoderInputs:
         pool = self.pool_tokens(virtual, num_side_blocks=side, gated=self._is_soft)
         room = min(positions, pool) - begun
         open_ended = max_tokens is None and default_max_tokens is None
-        output = max_tokens or (max(1, room) if open_ended else min(default_max_tokens or 1, room))
+        output = max_tokens
+        if output is None:
+            output = max(1, room) if open_ended else min(default_max_tokens or 1, room)
         if output > room or room < 1:
             held = counted((virtual, "virtual tokens"), (num_tokens, "tokens of the prompt"))
             in_front = (0 if pool < positions else before, "virtual tokens in front of the output")

@@ -131,6 +131,14 @@ class GenerationFields(StrictModel):
         "The answer is the same. Default: true.",
     )
 
+    prompt_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=20,
+        description="Log-probabilities of the prompt's tokens, each with the N likeliest there. "
+        "Not with `stream`.",
+    )
+
     user: User | None = Field(
         default=None,
         description="Your end user. With the base as `model`, the prefix "
@@ -174,6 +182,10 @@ class GenerationFields(StrictModel):
     def _check_together(self) -> "GenerationFields":
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' needs 'stream': true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError(
+                "'prompt_logprobs' is not for streams: leave it out, or send 'stream': false"
+            )
         return self
 
     @property

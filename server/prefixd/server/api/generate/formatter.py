@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from prefixd.server.api.generate.answer_options import AnswerOptions
 from prefixd.server.api.generate.logprobs import chat_logprobs, completion_logprobs
+from prefixd.server.api.generate.prompt_scores import PromptScores
 from prefixd.server.api.metrics import Endpoint
 from prefixd.server.api.served import Tokenizer
 from prefixd.server.engine.request import FinishEvent, TokenEvent
@@ -40,12 +41,24 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
+class PromptLogprob(BaseModel):
+    """A token at a place of the prompt, the likeliest one there having rank 1."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of the prompt, it and the likeliest ones by id; null where nothing precedes it."""
+
+
 class CompletionLogprobs(BaseModel):
-    """Parallel lists, one entry for each token."""
+    """Parallel lists, one entry for each token; with ``echo`` those of the prompt come first."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -65,6 +78,7 @@ class CompletionChoice(Choice):
     text: str
     logprobs: CompletionLogprobs | None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionAnswer(BaseModel):
@@ -128,6 +142,7 @@ class ChatAnswer(BaseModel):
     prefix: PrefixUsed | None
     warnings: list[str] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +157,7 @@ class CompletionFormatter:
     tokenizer: Tokenizer
     options: AnswerOptions = field(default_factory=AnswerOptions)
     prompts: Sequence[Sequence[int]] = ()
+    prompt_scores: PromptScores | None = None
 
     def openings(self, num_choices: int) -> list[dict[str, Any]]:
         """Entries of ``choices`` before the first text: a completion has none."""
@@ -154,7 +170,8 @@ class CompletionFormatter:
 
     def start(self, choice: int) -> dict[str, Any]:
         """Fields of the first entry of a choice with text."""
-        return {"prompt_token_ids": list(self.prompts[choice])} if self.options.token_ids else {}
+        fields = {"prompt_token_ids": list(self.prompts[choice])} if self.options.token_ids else {}
+        return fields | _prompt_logprobs(self.prompt_scores, choice)
 
     def delta(self, choice: int, event: TokenEvent) -> dict[str, Any]:
         """An entry with new text."""
@@ -199,6 +216,7 @@ class ChatFormatter:
     tokenizer: Tokenizer
     options: AnswerOptions = field(default_factory=AnswerOptions)
     prompts: Sequence[Sequence[int]] = ()
+    prompt_scores: PromptScores | None = None
 
     def openings(self, num_choices: int) -> list[dict[str, Any]]:
         """The role of each message, before its first text."""
@@ -207,7 +225,8 @@ class ChatFormatter:
 
     def head(self) -> dict[str, Any]:
         """As of CompletionFormatter: a chat has one prompt."""
-        return {"prompt_token_ids": list(self.prompts[0])} if self.options.token_ids else {}
+        fields = {"prompt_token_ids": list(self.prompts[0])} if self.options.token_ids else {}
+        return fields | _prompt_logprobs(self.prompt_scores, 0)
 
     def start(self, choice: int) -> dict[str, Any]:
         """As of CompletionFormatter."""
@@ -255,6 +274,10 @@ def _token_ids(events: Sequence[TokenEvent], options: AnswerOptions) -> dict[str
     if not options.token_ids:
         return {}
     return {"token_ids": [token for event in events for token in event.token_ids]}
+
+
+def _prompt_logprobs(scores: PromptScores | None, choice: int) -> dict[str, Any]:
+    return {} if scores is None else scores.prompt_logprobs(choice)
 
 
 ResponseFormatter = CompletionFormatter | ChatFormatter

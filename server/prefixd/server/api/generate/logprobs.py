@@ -5,6 +5,7 @@ of a character is written as its bytes, as OpenAI writes it.
 """
 
 from collections.abc import Sequence
+from math import isnan
 from typing import Any
 
 from prefixd.server.api.served import Tokenizer
@@ -18,11 +19,12 @@ def completion_logprobs(
     positions: Sequence[PositionLogprobs], tokenizer: Tokenizer, *, by_id: bool = False
 ) -> dict[str, Any]:
     """The object ``logprobs`` of a completion: parallel lists, one entry for each position.
-    ``by_id``: tokens are named by their ids."""
+    ``by_id``: tokens are named by their ids. A token without a log-probability (NaN), before which
+    nothing comes, has null and no table."""
     tables = [_table(position, tokenizer, by_id=by_id) for position in positions]
     return {
         "tokens": [name for name, _ in tables],
-        "token_logprobs": [_finite(position.sampled) for position in positions],
+        "token_logprobs": [_or_null(position.sampled) for position in positions],
         "top_logprobs": [table for _, table in tables],
         "text_offset": [position.offset for position in positions],
     }
@@ -55,7 +57,7 @@ def _with_sampled(position: PositionLogprobs) -> tuple[TokenLogprob, ...]:
 
 def _table(
     position: PositionLogprobs, tokenizer: Tokenizer, *, by_id: bool
-) -> tuple[str, dict[str, float]]:
+) -> tuple[str, dict[str, float] | None]:
     """The name of the sampled token, and the likely tokens by name. The sampled token keeps its
     name; of several with the same text, only the first has it as its name and the rest are named by
     id, as in vLLM."""
@@ -68,8 +70,26 @@ def _table(
             name = _text(raw, undecodable="bytes:")
             names[token.token_id] = _id_name(token) if by_id or name in taken else name
             taken.add(names[token.token_id])
-    table = {names[token.token_id]: _finite(token) for token in likely}
-    return names[position.sampled.token_id], table
+    name = names[position.sampled.token_id]
+    if _or_null(position.sampled) is None:
+        return name, None
+    return name, {names[token.token_id]: _finite(token) for token in likely}
+
+
+def prompt_table(
+    position: PositionLogprobs, tokenizer: Tokenizer, *, rank: int, top: int
+) -> dict[str, Any]:
+    """An entry of vLLM's ``prompt_logprobs``: the prompt's token, which has this ``rank`` there,
+    and the ``top`` likeliest, by id."""
+    ranked = [(rank, position.sampled), *enumerate(position.top[:top], start=1)]
+    return {
+        str(token.token_id): {
+            "logprob": _finite(token),
+            "rank": place,
+            "decoded_token": _text(tokenizer.token_bytes(token.token_id, position.previous)),
+        }
+        for place, token in ranked
+    }
 
 
 def _entry(
@@ -95,6 +115,10 @@ def _text(raw: bytes | None, *, undecodable: str = "") -> str:
         return raw.decode()
     except UnicodeDecodeError:
         return undecodable + raw.decode("ascii", "backslashreplace")
+
+
+def _or_null(token: TokenLogprob) -> float | None:
+    return None if isnan(token.logprob) else _finite(token)
 
 
 def _finite(token: TokenLogprob) -> float:

@@ -8,7 +8,7 @@ what looks like a marker in it is text.
 
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefixd.server.api.generate.conversation import Conversation
@@ -30,16 +30,28 @@ Run = str | Sequence[int] | Rows | Given
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
     """Token ids of a prompt, with placeholders for virtual tokens; ``rows`` says which, and at
-    which place they begin. ``given`` are the embeddings of the request, in place of others."""
+    which place they begin. ``given`` are the embeddings of the request, in place of others.
+    ``text`` is what was tokenized, where that is one text."""
 
     token_ids: tuple[int, ...]
     rows: tuple[tuple[int, Rows], ...] = ()
     given: tuple[InputRun, ...] = ()
+    text: str | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are not virtual."""
         return len(self.token_ids) - sum(rows.stop - rows.start for _, rows in self.rows)
+
+    def behind(self, rows: Rows) -> "PromptTokens":
+        """The prompt behind these virtual tokens."""
+        size = rows.stop - rows.start
+        return PromptTokens(
+            (PLACEHOLDER,) * size + self.token_ids,
+            ((0, rows), *((place + size, each) for place, each in self.rows)),
+            tuple(replace(run, place=run.place + size) for run in self.given),
+            self.text,
+        )
 
 
 def counted(*counts: tuple[int, str]) -> str:
@@ -104,8 +116,8 @@ class PromptEncoder:
         self, runs: Iterable[Run], *, opens: bool, continues: bool, param: str
     ) -> PromptTokens:
         tokenizer, token_ids = self.served.tokenizer, list[int]()
-        rows, given = [], []
-        for run in _joined(runs):
+        rows, given, joined = [], [], list(_joined(runs))
+        for run in joined:
             if isinstance(run, Given):
                 given.append(InputRun(len(token_ids), run.payload))
                 token_ids += [PLACEHOLDER] * run.payload.num_rows
@@ -126,7 +138,8 @@ class PromptEncoder:
             raise BadRequest(
                 "expected a prompt of at least one token; received an empty one", param=param
             )
-        return PromptTokens(tuple(token_ids), tuple(rows), tuple(given))
+        text = joined[0] if len(joined) == 1 and isinstance(joined[0], str) else None
+        return PromptTokens(tuple(token_ids), tuple(rows), tuple(given), text)
 
 
 class _Marks:

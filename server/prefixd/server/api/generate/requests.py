@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from prefixd.server.api.generate.conversation import Conversation
 from prefixd.server.api.generate.fields import GenerationFields, one_of
+from prefixd.server.api.generate.prompt_scores import PromptOptions
 
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
@@ -25,7 +26,6 @@ class CompletionRequest(GenerationFields):
 
     NEUTRAL = {  # noqa: RUF012 - a ClassVar in the base
         "best_of": (None, 1),
-        "echo": (None, False),
         "suffix": (None, ""),
         "moderation": (None,),
     }
@@ -40,6 +40,7 @@ class CompletionRequest(GenerationFields):
         description="Embeddings [tokens, width] in place of a prompt, or several: safetensors with "
         "one tensor, in base64. Their choices come before those of `prompt`.",
     )
+    max_tokens: int | None = Field(default=None, ge=0, description="0: no output.")
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Log-probabilities of the N likeliest tokens."
     )
@@ -47,6 +48,11 @@ class CompletionRequest(GenerationFields):
         default=None,
         description="Whether the prefix's recipe gives the text around the prompt and what the "
         "request does not say. Default: false.",
+    )
+    echo: bool | None = Field(
+        default=None,
+        description="The text begins with the prompt, and with `logprobs` those of its tokens come "
+        "first. Nothing of a prefix is shown.",
     )
 
     @model_validator(mode="after")
@@ -60,7 +66,16 @@ class CompletionRequest(GenerationFields):
                     "received": "neither" if self.prompt is None else "an empty list",
                 },
             )
+        if self.embeds and self.shown_prompt.any:
+            raise ValueError(
+                "'prompt_embeds' has no tokens to show: leave out 'echo' and 'prompt_logprobs'"
+            )
         return self
+
+    @property
+    def shown_prompt(self) -> PromptOptions:
+        """What the answer shows of the prompt."""
+        return PromptOptions(bool(self.echo), self.logprobs, self.prompt_logprobs)
 
     @property
     def embeds(self) -> list[str]:
@@ -112,6 +127,11 @@ class ChatRequest(Conversation, GenerationFields):
     )
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @property
+    def shown_prompt(self) -> PromptOptions:
+        """What the answer shows of the prompt."""
+        return PromptOptions(top=self.prompt_logprobs)
 
     @property
     def num_top_logprobs(self) -> int | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
@@ -33,6 +34,7 @@ from prefixd.server.api.generate.formatter import (
 )
 from prefixd.server.api.generate.generation import Batch, EventDeliveries, Generation
 from prefixd.server.api.generate.inputs import InputLoader
+from prefixd.server.api.generate.prompt_scores import PromptScores
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.generate.user_header import with_user
 from prefixd.server.api.metrics import Metrics, TenantClass
@@ -83,7 +85,7 @@ class GenerationService:
         self,
         request: Request,
         principal: Principal,
-        body: GenerationFields,
+        body: CompletionRequest | ChatRequest,
         admit: Callable[[], Admitted],
         formatter: ResponseFormatter,
     ) -> Response:
@@ -115,8 +117,13 @@ class GenerationService:
                 headers = _headers(admitted, recorder)
                 if formatter.options.token_ids:
                     formatter = replace(formatter, prompts=admitted.prompts)
+                events: AsyncIterable[Batch] = generation
+                if body.shown_prompt.any:
+                    scores = PromptScores(self.served.tokenizer, body.shown_prompt, admitted)
+                    events = scores.events(generation)
+                    formatter = replace(formatter, prompt_scores=scores)
                 kind = formatter.chunk_object if body.stream else formatter.object
-                common = (generation, recorder.record, formatter, _envelope(admitted, kind))
+                common = (events, recorder.record, formatter, _envelope(admitted, kind))
                 if not body.stream:
                     response = await _whole(*common)
                     return JSONResponse(response, 200, headers)
@@ -202,10 +209,15 @@ async def _whole(
                 ends[choice] = event
             elif isinstance(event, TokenEvent):
                 tokens[choice].append(event)
-    choices = [formatter.whole(choice, tokens[choice], ends[choice]) for choice in sorted(ends)]
-    assert record.admitted is not None
-    head = record.admitted.head | formatter.head()
-    return {**envelope, "choices": choices, "usage": record.usage(), **head}
+
+    def answer() -> dict[str, Any]:
+        choices = [formatter.whole(choice, tokens[choice], ends[choice]) for choice in sorted(ends)]
+        assert record.admitted is not None
+        head = record.admitted.head | formatter.head()
+        return {**envelope, "choices": choices, "usage": record.usage(), **head}
+
+    # The scores of a long prompt take long to write.
+    return answer() if formatter.prompt_scores is None else await run_in_threadpool(answer)
 
 
 async def _chunks(
@@ -228,7 +240,10 @@ async def _chunks(
     )
     openings = encoder.openings(admitted.num_choices)
     async for batch in events:
-        encoded = openings + encoder.batch(batch)
+        if formatter.prompt_scores is None:
+            encoded = openings + encoder.batch(batch)
+        else:
+            encoded = openings + await run_in_threadpool(encoder.batch, batch)
         openings = b""
         if encoded:
             yield encoded
