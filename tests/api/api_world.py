@@ -18,6 +18,7 @@ from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.catalog_metrics import CatalogCollector
 from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.drain_state import DrainState
+from prefixd.server.api.generate.constraints import ConstraintLoader
 from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.prefixes.residency import pin_room
@@ -29,6 +30,8 @@ from prefixd.server.engine.prefix_source import PrefixUnavailable
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.engine.step import Step, StepOutput
 from prefixd.server.errors import Conflict
+from prefixd.server.model.grammar.compiler import LLGuidanceCompiler
+from prefixd.server.model.grammar.source import Vocabulary
 from prefixd.server.model.tokenizer import Tokenizer
 from prefixd.server.serve.lifespan import make_lifespan
 from prefixd.server.tenants.audit import AuditLog
@@ -44,6 +47,7 @@ from prefixd.server.testing import (
     FakeEmbeddings,
     FakeRunner,
     FakeStaged,
+    byte_tokenizer_json,
     fake_generate,
 )
 from prefixd.store.artifact.artifact import read_artifact
@@ -73,6 +77,9 @@ BASE = BaseSpec(
     dtype="float32",
     max_abs_embedding=100.0,
     max_abs_kv=100.0,
+)
+COMPILER = LLGuidanceCompiler(
+    lambda: Vocabulary(byte_tokenizer_json(), VOCAB_SIZE, VOCAB_SIZE, (EOS,))
 )
 DECODER = DecoderInfo("fake", "cpu", "float32")
 MAX_POSITIONS = 400
@@ -188,6 +195,7 @@ class World:
         room = pin_room(engine.config, None)
         access = CatalogAccess.make(wait_s=wait_s)
         inputs = InputLoader(StoreBackedSource(self.store, self.served.base).embeddings)
+        constraints = ConstraintLoader(COMPILER, self.metrics)
         return create_app(
             store=self.store,
             tenants=self.tenants,
@@ -202,6 +210,7 @@ class World:
             pin_room=room,
             catalog=access,
             inputs=inputs,
+            constraints=constraints,
             give_embeddings=lambda rows, name: FakeEmbeddings(name, len(rows)),
             body_limits=self.body_limits,
             disk=self.disk,
@@ -215,6 +224,7 @@ class World:
                 fingerprint=self.served.base.fingerprint,
                 pin_room=room,
                 inputs=inputs,
+                constraints=constraints,
                 catalog=access,
                 database=self.database,
                 trace=trace,

@@ -91,7 +91,6 @@ def test_chat_stream_begins_with_the_role(client: TestClient, world: World) -> N
     [
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"tool_choice": "required"}, "tool_choice", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"audio": {"voice": "x"}}, "audio", "not supported"),
         ({"modalities": ["audio"]}, "modalities", "not supported"),
         ({"prediction": {"type": "content"}}, "prediction", "not supported"),

@@ -11,6 +11,7 @@ import yaml
 from typer.main import get_command
 
 from prefixd.server.cli.prefixes import prefix_app
+from prefixd.server.model.grammar import subset
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -135,3 +136,11 @@ def test_the_architecture_page_lists_every_decision_by_number():
         records.append((f"{int(number):04}", title, path.name))
     assert listed == records
     assert [number for number, *_ in records] == [f"{i + 1:04}" for i in range(len(records))]
+
+
+def test_page_of_structured_output_lists_the_keywords() -> None:
+    page = (ROOT / "docs" / "structured_output.md").read_text("utf-8")
+    section = page.split("<!-- keywords:begin -->")[1].split("<!-- keywords:end -->")[0]
+    enforced, ignored = (set(re.findall(r"`([^`]+)`", part)) for part in section.split("Ignored:"))
+    assert enforced == subset.KEYWORDS
+    assert ignored == subset.ANNOTATIONS | {"x-"}

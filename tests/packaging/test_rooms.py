@@ -17,6 +17,7 @@ ALLOWED = {
     "api": {"tenants", "store", "engine", "errors"},
     "tenants": {"store", "store.db", "errors"},
     "model": {
+        "engine.constraint",
         "engine.detokenizer",
         "engine.prefix_source",
         "engine.request",

@@ -6,6 +6,7 @@ that the right prefix reached the right request.
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -361,6 +362,27 @@ class ByteTokenizer:
         if continue_final_message:
             return text.removesuffix("\n")
         return text + ("assistant: " if add_generation_prompt else "")
+
+
+def byte_tokenizer_json() -> str:
+    """The ``tokenizer.json`` of ByteTokenizer."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in visible]
+    letters = {chr(byte): byte for byte in visible}
+    letters |= {chr(0x100 + rank): byte for rank, byte in enumerate(hidden)}
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return json.dumps(
+        {
+            "version": "1.0",
+            "added_tokens": [
+                {"id": EOS, "content": EOS_TEXT, "special": True, **dict.fromkeys(flags, False)}
+            ],
+            "pre_tokenizer": {**byte_level, "use_regex": False},
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": {**letters, EOS_TEXT: EOS}, "merges": []},
+        }
+    )
 
 
 class ByteDetokenizer:

@@ -21,6 +21,7 @@ from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.generate import routes as generate_routes
 from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.charging import Charging
+from prefixd.server.api.generate.constraints import ConstraintLoader
 from prefixd.server.api.generate.embeds import EmbedsReader, GiveEmbeddings
 from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.generate.recipes import PromptBuilder
@@ -85,6 +86,7 @@ def create_app(
     disk: DiskGuard,
     catalog: CatalogAccess,
     inputs: InputLoader,
+    constraints: ConstraintLoader,
     give_embeddings: GiveEmbeddings,
     bounds: TenantBounds | None = None,
     body_timeout: float,
@@ -127,6 +129,7 @@ def create_app(
         served=served,
         metrics=metrics,
         inputs=inputs,
+        constraints=constraints,
         trace=trace,
         user_header=user_header,
     )

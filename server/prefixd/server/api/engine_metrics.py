@@ -37,6 +37,8 @@ _COUNTERS = {
         "prefix_swaps",
         "Prefixes that waited too long and were swapped in for others.",
     ),
+    "masks": ("masks", "Masks of allowed tokens computed, for outputs under a grammar."),
+    "mask_seconds": ("mask_seconds", "CPU time of masks."),
     "spec_decode_num_draft_tokens": ("draft_tokens", "Tokens proposed and verified."),
     "spec_decode_num_accepted_tokens": ("accepted_tokens", "Proposed tokens that were accepted."),
     "kv_reuse_queries": ("kv_queried_tokens", "Prompt tokens looked up for KV to share."),

@@ -22,6 +22,7 @@ from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalErr
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from prefixd.server.api.drain_state import DrainState
+from prefixd.server.engine.constraint import CONSTRAINT_FAILED
 from prefixd.server.engine.prefix_source import (
     CORRUPT_PREFIX,
     PREFIX_NOT_FOUND,
@@ -231,6 +232,8 @@ def from_finish(event: FinishEvent, drain_state: DrainState) -> PrefixdError:
     match event.reason:
         case FinishReason.ERROR:
             message = event.error or "the engine failed on this request"
+            if event.error_code == CONSTRAINT_FAILED:
+                return BadRequest(message, code=CONSTRAINT_FAILED)
             return from_unavailable(message, event.error_code)
         case FinishReason.TIMEOUT:
             return DeadlineExceeded(event.error or "the request's timeout has passed")

@@ -69,6 +69,20 @@ class TenantClass(StrEnum):
         return cls.LOW if weight < 1 else cls.HIGH
 
 
+class GrammarOutcome(StrEnum):
+    """What became of a grammar."""
+
+    COMPILED = "compiled"
+    REFUSED = "refused"
+
+
+class GrammarLookup(StrEnum):
+    """Whether a grammar was compiled already."""
+
+    HIT = "hit"
+    MISS = "miss"
+
+
 class ConnectionLimit(StrEnum):
     """Which limit refused a connection."""
 
@@ -155,6 +169,21 @@ class Metrics:
             _LATENCY,
         )
 
+        self._grammars = self._histogram(
+            "prefixd_grammar_compile_seconds",
+            "How long a schema or grammar took to compile.",
+            {"outcome": GrammarOutcome},
+            _LATENCY,
+        )
+        self._grammar_lookups = Counter(
+            "prefixd_grammar_lookups",
+            "Requests with a schema or grammar, by whether it was compiled already.",
+            ["result"],
+            registry=self.registry,
+        )
+        for result in GrammarLookup:
+            self._grammar_lookups.labels(result)
+
     def _histogram(
         self,
         name: str,
@@ -183,6 +212,14 @@ class Metrics:
             self._total.labels(endpoint, outcome).observe(total)
         if queue is not None:
             self._queue.labels(tenant_class).observe(queue)
+
+    def grammar_compiled(self, outcome: GrammarOutcome, seconds: float) -> None:
+        """Count a grammar that was compiled or refused."""
+        self._grammars.labels(outcome).observe(seconds)
+
+    def grammar_looked_up(self, result: GrammarLookup) -> None:
+        """Count a request with a grammar."""
+        self._grammar_lookups.labels(result).inc()
 
     def render(self) -> bytes:
         """The page in Prometheus' text format."""

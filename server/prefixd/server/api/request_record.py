@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.api.metrics import Endpoint, Metrics, Outcome, TenantClass
 from prefixd.server.api.settlements import Settlements
+from prefixd.server.engine.constraint import Grammar
 from prefixd.server.engine.inputs import PLACEHOLDER
 from prefixd.server.engine.request import AdmittedRequest, FinishEvent, PrefixKey
 from prefixd.server.errors import (
@@ -39,6 +40,14 @@ class ResolvedPrefix:
 
     manifest: Manifest
     chosen_by: ChosenBy
+
+
+@dataclass(frozen=True, slots=True)
+class AskedGrammar:
+    """A grammar, and the field of the request that asks for it."""
+
+    grammar: Grammar
+    param: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,7 @@ class Admitted:
     sequences, ``prompt_lengths`` are the tokens of each prompt, without virtual ones. ``unloaded``
     are the embeddings that each request lacks: their place in its prompt, and their key. ``texts``
     are the prompts where the answer shows them, and ``warnings`` are for the caller.
+    ``grammar`` is what all outputs must be in, not compiled yet.
     """
 
     id: str
@@ -80,6 +90,7 @@ class Admitted:
     unloaded: tuple[tuple[tuple[int, PrefixKey], ...], ...] = ()
     texts: tuple[PromptText, ...] = ()
     warnings: tuple[str, ...] = ()
+    grammar: AskedGrammar | None = None
 
     @property
     def head(self) -> dict[str, Any]:

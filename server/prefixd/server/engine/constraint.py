@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+CONSTRAINT_FAILED = "constraint_failed"
+"""The code of an output that cannot be continued under its constraint."""
+
 
 class GrammarKind(StrEnum):
     """What the text of a grammar is written in."""
@@ -81,6 +84,10 @@ class GrammarCompiler(Protocol):
     def compile(self, grammar: Grammar) -> Constraint:
         """Raises GrammarRefused. Takes a bounded time and memory, most of them in a process of its
         own."""
+        ...
+
+    def close(self) -> None:
+        """End the processes that it started; a later ``compile`` starts new ones."""
         ...
 
 

@@ -175,6 +175,7 @@ class EngineCore:
         if step.masked:
             self._end_unmasked()
             self._masks.advance(step, output.sampled)
+            self._counters.masks, self._counters.mask_seconds = self._masks.counts()
         self._outputs.push_scores(step.chunks, output)
         ends = self._outputs.push(output.sampled)
         self._counters.step(step, seconds, output)

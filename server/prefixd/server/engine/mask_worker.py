@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
-from prefixd.server.engine.constraint import ConstraintFailed, Progress
+from prefixd.server.engine.constraint import CONSTRAINT_FAILED, ConstraintFailed, Progress
 from prefixd.server.engine.request import FinishReason
 from prefixd.server.engine.sequence import End, Sequence
 from prefixd.server.engine.step import Sampled, Step
@@ -70,8 +70,8 @@ class MaskWorker:
         self._threads: list[threading.Thread] = []
         self._ended: dict[int, End] = {}
         self._lock = threading.Lock()  # of the figures
-        self.num_masks = 0
-        self.seconds = 0.0
+        self._num_masks = 0
+        self._seconds = 0.0
 
     # -- of one sequence ----
 
@@ -128,6 +128,11 @@ class MaskWorker:
         rows = self._rows
         return [(rows[seq_id].sequence, end) for seq_id, end in ended.items() if seq_id in rows]
 
+    def counts(self) -> tuple[int, float]:
+        """Masks computed, and the CPU time they took."""
+        with self._lock:
+            return self._num_masks, self._seconds
+
     # -- threads ----
 
     def start_over(self) -> None:
@@ -170,8 +175,8 @@ class MaskWorker:
     def _count(self, tenant: str, seconds: float) -> bool:
         """Take in how long a mask took. Returns whether steps wait for those of its tenant."""
         with self._lock:
-            self.num_masks += 1
-            self.seconds += seconds
+            self._num_masks += 1
+            self._seconds += seconds
             held = self._held.get(tenant, 0)
             if seconds > SLOW_S:
                 self._held[tenant] = NUM_HELD
@@ -195,7 +200,7 @@ def _compute(row: _Row, token_ids: Items[int]) -> tuple[bytes | None, End | None
         mask = row.progress.allowed(stop.token_ids if is_early else ())
     except ConstraintFailed as failure:
         log.warning("the constraint of request %s: %s", request.request_id, failure)
-        return None, End(FinishReason.ERROR, error=str(failure), error_code="constraint_failed")
+        return None, End(FinishReason.ERROR, error=str(failure), error_code=CONSTRAINT_FAILED)
     except Exception:
         log.exception("the constraint of request %s failed", request.request_id)
         return None, End(FinishReason.ERROR, error="the engine failed on this request")

@@ -48,6 +48,8 @@ class EngineStats:
     passes_by_distinct_prefixes: Mapping[int, int]
     passes_by_tokens: Mapping[int, int]
     compile_seconds: float
+    masks: int
+    mask_seconds: float
     running: int
     running_by_class: Mapping[str, int]
     waiting: int
@@ -96,6 +98,8 @@ class StatsCounters:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     compile_seconds: float = 0.0
+    masks: int = 0
+    mask_seconds: float = 0.0
     distinct_last: int = 0
     rate: float = 0.0
     thread_use: ThreadUse = field(default_factory=lambda: ThreadUse(0, 0, 0))
@@ -160,6 +164,8 @@ class StatsCounters:
             passes_by_distinct_prefixes=dict(self.passes),
             passes_by_tokens=dict(self.passes_by_tokens),
             compile_seconds=self.compile_seconds,
+            masks=self.masks,
+            mask_seconds=self.mask_seconds,
             running=len(scheduler.running),
             running_by_class=_by_class(scheduler.running),
             waiting=by_class.total(),

@@ -13,6 +13,7 @@ from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.catalog_metrics import CatalogCollector
 from prefixd.server.api.dependencies import BodyLimits
 from prefixd.server.api.drain_state import DrainState
+from prefixd.server.api.generate.constraints import ConstraintLoader
 from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.prefixes.residency import pin_room
@@ -23,6 +24,8 @@ from prefixd.server.engine.runner import ModelRunner
 from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.decoders import DecoderUnavailable
 from prefixd.server.model.demo import DemoModelMissing
+from prefixd.server.model.grammar.compiler import LLGuidanceCompiler
+from prefixd.server.model.grammar.vocabulary import vocabulary_of
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.parallel.followers import Followers, RankLost
 from prefixd.server.model.parallel.outcome import RankFailed
@@ -103,6 +106,7 @@ def build_server(settings: Settings) -> Server:
     metrics.registry.register(CatalogCollector(access))
     room = pin_room(config, settings.max_pinned_tokens)
     inputs = InputLoader(source.embeddings)
+    constraints = ConstraintLoader(LLGuidanceCompiler(lambda: vocabulary_of(base)), metrics)
     app = create_app(
         store=catalog.store,
         tenants=catalog.tenants,
@@ -116,6 +120,7 @@ def build_server(settings: Settings) -> Server:
         disk=catalog.disk,
         catalog=access,
         inputs=inputs,
+        constraints=constraints,
         give_embeddings=source.given,
         drain_state=drain_state,
         pin_room=room,
@@ -142,6 +147,7 @@ def build_server(settings: Settings) -> Server:
             fingerprint=base.fingerprint,
             pin_room=room,
             inputs=inputs,
+            constraints=constraints,
             sweeper=make_sweeper(settings, catalog, engine),
             trace=trace,
             catalog=access,

@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.catalog_calls import CatalogCalls
+from prefixd.server.api.generate.constraints import ConstraintLoader
 from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.request_record import Tracer
 from prefixd.server.engine.engine import Engine
@@ -49,13 +50,14 @@ def make_lifespan(
     fingerprint: str,
     pin_room: PinRoom,
     inputs: InputLoader,
+    constraints: ConstraintLoader,
     sweeper: Sweeper | None = None,
     trace: Tracer | None = None,
     followers: "Followers | None" = None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """A lifespan that runs the engine, pin sync, lease renewal, the watch over the disk and
-    ``sweeper``, and at the end closes ``inputs``, the application's templates, ``trace``,
-    ``database`` and ``followers``. ``fingerprint`` is the served base's."""
+    ``sweeper``, and at the end closes ``inputs``, ``constraints``, the application's templates,
+    ``trace``, ``database`` and ``followers``. ``fingerprint`` is the served base's."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -91,6 +93,7 @@ def make_lifespan(
             disk_watch.stop()
             engine.stop()
             inputs.close()
+            constraints.close()
             app.state.templates.close()
             if followers is not None:
                 followers.close()

@@ -170,6 +170,7 @@ class Admission:
             texts=texts_of(tokens, self.served.tokenizer) if body.shown_prompt.any else (),
             unloaded=tuple(_keys(prompt, manifest) for prompt in tokens) if has_rows else (),
             warnings=prompts.warnings,
+            grammar=body.grammar,
         )
 
     def _check_choices(self, num_prompts: int, n: int) -> None:

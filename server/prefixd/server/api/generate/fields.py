@@ -19,6 +19,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from prefixd.server.api.body import StrictModel
+from prefixd.server.api.generate.structure import StructureFields
 from prefixd.server.api.values import User
 
 
@@ -59,7 +60,7 @@ class StreamOptions(StrictModel):
     include_obfuscation: bool | None = Field(default=None, description="Ignored.")
 
 
-class GenerationFields(StrictModel):
+class GenerationFields(StructureFields):
     """Fields of both kinds of request."""
 
     # Unsupported field -> its values that change nothing.

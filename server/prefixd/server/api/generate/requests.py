@@ -115,7 +115,6 @@ class ChatRequest(Conversation, GenerationFields):
         "prediction": (None,),
         "prompt_cache_options": (None,),
         "reasoning_effort": (None, "none"),
-        "response_format": (None, {"type": "text"}),
         "tool_choice": (None, "none", "auto"),
         "tools": (None, []),
         "verbosity": (None, "medium"),

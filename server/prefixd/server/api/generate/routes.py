@@ -22,6 +22,7 @@ from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.answer_options import answer_options
 from prefixd.server.api.generate.charging import Charging
+from prefixd.server.api.generate.constraints import ConstraintLoader
 from prefixd.server.api.generate.event_encoder import EventEncoder
 from prefixd.server.api.generate.event_stream import EventStream, while_connected
 from prefixd.server.api.generate.fields import GenerationFields
@@ -77,6 +78,7 @@ class GenerationService:
     served: ServedModel
     metrics: Metrics
     inputs: InputLoader
+    constraints: ConstraintLoader
     trace: Tracer | None = None
     user_header: str | None = None
     deliveries: EventDeliveries = field(default_factory=EventDeliveries)
@@ -108,7 +110,7 @@ class GenerationService:
                     is_quick=self._is_quick(request, body),
                 )
                 recorder.record.admitted = admitted
-                admitted = await self.inputs.fill(admitted)
+                admitted = await self.constraints.fill(await self.inputs.fill(admitted))
                 generation = Generation(
                     self.engine, admitted, self.drain_state, recorder, self.deliveries.running()
                 )
