@@ -95,7 +95,7 @@ def test_chat_stream_begins_with_the_role(client: TestClient, world: World) -> N
         ({"modalities": ["audio"]}, "modalities", "not supported"),
         ({"prediction": {"type": "content"}}, "prediction", "not supported"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
-        ({"top_logprobs": 2}, None, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs", "'logprobs': true"),
         ({"messages": []}, "messages", "at least 1"),
     ],
 )

@@ -237,7 +237,7 @@ def test_request_beyond_the_kv_pool_is_refused(client: TestClient, world: World)
         ({"stop": ""}, "stop", "1 to 1024"),
         ({"stop_token_ids": [999]}, "stop_token_ids", "999"),
         ({"min_tokens": 9}, "min_tokens", "received 9"),
-        ({"stream_options": {"include_usage": True}}, None, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "'stream': true"),
         ({"best_of": 2}, "best_of", "not supported"),
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"guided_json": {}}, "guided_json", "unknown field"),

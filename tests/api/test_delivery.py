@@ -69,7 +69,7 @@ def test_tokens_that_are_ready_at_once_are_sent_in_one_write(
         await request
         bodies = [body for body in await frames_of(caller) if body]
         assert len(bodies) == 2
-        assert bodies[0].count(b"data: ") == TOKENS + 1
+        assert bodies[0].count(b"data: ") == TOKENS
         assert "".join(texts(bodies[0] + bodies[1])) == fake_text(None, "hello", TOKENS)
 
     run_with_engine(world, scenario)

@@ -165,7 +165,7 @@ def test_versions_are_listed_in_pages(client: TestClient, world: World) -> None:
     for bad in ("limit=0", "limit=1001", "before=0", "before=x", "before=99999999999"):
         assert client.get(f"/v1/prefixes/voice/versions?{bad}").status_code == 400
     large = client.get("/v1/prefixes/voice/versions?limit=1001").json()["error"]["message"]
-    assert large == "'limit': expected less than or equal to 1000; received '1001'"
+    assert large == "'limit': expected at most 1000; received '1001'"
 
 
 def test_an_alias_can_be_moved_and_deleted(client: TestClient, world: World) -> None:

@@ -243,8 +243,12 @@ def test_a_prompt_without_output_must_fit_the_pool(client: TestClient, world: Wo
         ({"echo": "yes"}, "echo", "a string"),
         ({"prompt_logprobs": -1}, "prompt_logprobs", "received -1"),
         ({"prompt_logprobs": 21}, "prompt_logprobs", "received 21"),
-        ({"prompt_logprobs": 1, "stream": True}, None, "'stream': false"),
-        ({"echo": True, "prompt": None, "prompt_embeds": "AAAA"}, None, "no tokens to show"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "'stream': false"),
+        (
+            {"echo": True, "prompt": None, "prompt_embeds": "AAAA"},
+            "prompt_embeds",
+            "no tokens to show",
+        ),
         ({"max_tokens": -1}, "max_tokens", "received -1"),
     ],
 )

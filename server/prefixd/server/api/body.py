@@ -15,7 +15,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from prefixd.server.api.dependencies import BodyLimits, bounds_of, hold_call, principal_of
-from prefixd.server.api.error_responses import from_validation
+from prefixd.server.api.validation_words import from_validation
 from prefixd.server.errors import BadRequest, TooLarge
 from prefixd.store.disk import DiskGuard
 from prefixd.store.files import UPLOAD_PREFIX, file_in_progress

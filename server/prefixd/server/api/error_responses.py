@@ -6,9 +6,8 @@ router, a full queue, and sequences that the engine ended early.
 """
 
 import math
-import re
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -22,6 +21,7 @@ from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalErr
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from prefixd.server.api.drain_state import DrainState
+from prefixd.server.api.validation_words import from_validation
 from prefixd.server.engine.constraint import CONSTRAINT_FAILED
 from prefixd.server.engine.prefix_source import (
     CORRUPT_PREFIX,
@@ -74,27 +74,6 @@ _REPORTED: dict[type[StoreError], tuple[type[PrefixdError], str]] = {
     CorruptArtifact: (EngineFailure, "corrupt_prefix"),
 }
 """Errors of the store that keep their message."""
-
-_WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
-_SHOWN_KINDS = frozenset(
-    {
-        "literal_error",
-        "unexpected_word",
-        "greater_than",
-        "greater_than_equal",
-        "less_than",
-        "less_than_equal",
-    }
-)
-
-
-_CODES = {
-    "json_invalid": "invalid_json",
-    "extra_forbidden": "unknown_field",
-    "unsupported": "unsupported_field",
-    "unsupported_at": "unsupported_field",
-}
-"""Codes of validation errors that have one of their own."""
 
 
 class ErrorDetail(BaseModel):
@@ -169,62 +148,6 @@ def from_store(error: StoreError) -> PrefixdError:
             return reported(error.message, code=code)
         case _:
             return EngineFailure("the prefix store failed", code="store_error")
-
-
-def from_validation(errors: Sequence[Mapping[str, Any]]) -> BadRequest:
-    """The first of pydantic's errors as one sentence: what was expected and what was received."""
-    first = errors[0]
-    names = [part for part in first["loc"] if part not in {"body", "query", "path"}]
-    if names and names[-1] == "[key]":
-        names = names[:-2]  # the key is the caller's, as any value is
-    param = _path_of(names)[:200]
-    field = f"'{param.encode('ascii', 'backslashreplace').decode()}'"
-    kind, said = first["type"], first["msg"]
-    match kind:
-        case "json_invalid":
-            message, param = f"the body is not valid JSON: {said}", ""
-        case "missing":
-            message = f"{field} is required"
-        case "extra_forbidden":
-            message = f"unknown field {field}"
-        case "unsupported" | "named":
-            message, param = said, first["ctx"]["name"]
-        case "refused" | "unsupported_at":
-            message = f"{field}: {said}"
-        case "value_error":
-            message = said.removeprefix("Value error, ")
-        case _:
-            subject = field if names else "the body"
-            received = _describe(first.get("input"), show_word=kind in _SHOWN_KINDS)
-            expected = said.removeprefix("Input should be ")
-            message = f"{subject}: expected {expected}; received {received}"
-    return BadRequest(message, code=_CODES.get(kind, BadRequest.default_code), param=param or None)
-
-
-def _path_of(parts: Sequence[int | str]) -> str:
-    """``messages[2].content``: the place of a value in a body."""
-    path = ""
-    for part in parts:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
-    return path
-
-
-def _describe(value: object, *, show_word: bool) -> str:
-    """A received value, without repeating a prompt: text is shown only where one of a few fixed
-    words was expected, or where it was read as a number."""
-    match value:
-        case None:
-            return "null"
-        case bool() | int() | float():
-            return str(value).lower()[:32]
-        case str() if show_word and _WORD.fullmatch(value):
-            return f"'{value}'"
-        case str():
-            return f"a string of {len(value)} characters"
-        case list() | tuple():
-            return f"a list of {len(value)}"
-        case _:
-            return "an object"
 
 
 def from_finish(event: FinishEvent, drain_state: DrainState) -> PrefixdError:

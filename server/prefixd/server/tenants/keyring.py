@@ -72,11 +72,11 @@ class Keyring:
         another tenant that does not exist, BadRequest without scopes, QuotaExceeded."""
         granted = frozenset(scopes)
         if not granted:
-            raise BadRequest("a key needs at least one scope", param="scopes")
+            raise BadRequest("expected at least one scope; received none", param="scopes")
         if _LABEL.fullmatch(label) is None:
             raise BadRequest(
-                "a label must be at most 128 printable characters; "
-                f"got {len(label)} characters or a control character",
+                "expected a label of at most 128 printable characters; "
+                f"received {len(label)} characters or a control character",
                 param="label",
             )
         with writing(self._engine) as connection:

@@ -103,8 +103,8 @@ class Tenants(Keyring):
         tenant that exists."""
         if _TENANT.fullmatch(name) is None:
             raise BadRequest(
-                "a tenant name must be 1 to 64 of A-Z a-z 0-9 . _ - and begin with a letter or "
-                f"digit; got {name[:80]!a}",
+                "expected a tenant name of 1 to 64 of A-Z a-z 0-9 . _ -, the first a letter or "
+                f"digit; received {name[:80]!a}",
                 param="name",
             )
         limits = replace(self._default_quota, **checked_quota(quota or {}))

@@ -64,13 +64,13 @@ class Conversation(StrictModel):
             return self
         if self.add_generation_prompt:
             raise refusal(
-                "expected false with 'add_generation_prompt': true, which begins a new turn",
+                "expected false with 'add_generation_prompt': true; received true",
                 at=("continue_final_message",),
             )
         last = self.messages[-1]
         if not isinstance(last, AssistantTurn) or not last.content or last.tool_calls:
             raise refusal(
-                "expected a last message of the assistant with text to continue",
+                "expected a last message of the assistant with text to continue; received another",
                 at=("continue_final_message",),
             )
         return self
@@ -86,7 +86,11 @@ class Conversation(StrictModel):
                     at=(place, name),
                 )
             if not name.isidentifier():
-                raise refusal("expected names of variables, such as 'enable_thinking'", at=(place,))
+                raise refusal(
+                    "expected names of variables, such as 'enable_thinking'; received a text of "
+                    f"{len(name)} characters that is none",
+                    at=(place,),
+                )
         size = len(json.dumps(kwargs))
         if size > MAX_TEMPLATE_KWARGS_BYTES:
             raise refusal(

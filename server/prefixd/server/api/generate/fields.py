@@ -19,6 +19,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from prefixd.server.api.body import StrictModel
+from prefixd.server.api.generate.logit_bias import LogitBias
 from prefixd.server.api.generate.structure import StructureFields
 from prefixd.server.api.values import User
 
@@ -35,9 +36,17 @@ def one_of(expected: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+def misplaced(name: str, needed: str) -> PydanticCustomError:
+    """The error of a field that needs another one."""
+    return PydanticCustomError(
+        "named",
+        "'{name}': expected it only with {needed}; received it without",
+        {"name": name, "needed": needed},
+    )
+
+
 NonEmpty = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0)]
-BiasKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Stop = Annotated[
     NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)],
     one_of("a text or up to 16 texts, each of 1 to 1024 characters"),
@@ -78,8 +87,8 @@ class GenerationFields(StructureFields):
     top_p: float | None = Field(default=None, gt=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[BiasKey, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        default=None, max_length=1024, description="Token id to a value added to its logit."
+    logit_bias: LogitBias | None = Field(
+        default=None, description="Token id to a value added to its logit."
     )
     seed: Seed | None = Field(
         default=None, description="A signed 64-bit number, as in the OpenAI API and vLLM."
@@ -182,11 +191,9 @@ class GenerationFields(StructureFields):
     @model_validator(mode="after")
     def _check_together(self) -> "GenerationFields":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("'stream_options' needs 'stream': true")
+            raise misplaced("stream_options", "'stream': true")
         if self.prompt_logprobs is not None and self.stream:
-            raise ValueError(
-                "'prompt_logprobs' is not for streams: leave it out, or send 'stream': false"
-            )
+            raise misplaced("prompt_logprobs", "'stream': false")
         return self
 
     @property

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from prefixd.server.api.generate.conversation import Conversation
-from prefixd.server.api.generate.fields import GenerationFields, one_of
+from prefixd.server.api.generate.fields import GenerationFields, misplaced, one_of
 from prefixd.server.api.generate.prompt_scores import PromptOptions
 
 Prompt = Annotated[
@@ -67,8 +67,11 @@ class CompletionRequest(GenerationFields):
                 },
             )
         if self.embeds and self.shown_prompt.any:
-            raise ValueError(
-                "'prompt_embeds' has no tokens to show: leave out 'echo' and 'prompt_logprobs'"
+            raise PydanticCustomError(
+                "named",
+                "'{name}' has no tokens to show, and is not compatible with 'echo' and "
+                "'prompt_logprobs': expected it without them; received both",
+                {"name": "prompt_embeds"},
             )
         return self
 
@@ -140,5 +143,5 @@ class ChatRequest(Conversation, GenerationFields):
     @model_validator(mode="after")
     def _check_logprobs(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("'top_logprobs' needs 'logprobs': true")
+            raise misplaced("top_logprobs", "'logprobs': true")
         return self
