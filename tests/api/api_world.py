@@ -52,6 +52,7 @@ from prefixd.server.testing import (
 )
 from prefixd.store.artifact.artifact import read_artifact
 from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.kinds import TextRole
 from prefixd.store.blobs.blobs import LocalBlobs
 from prefixd.store.db.database import open_database
 from prefixd.store.db.migrate import upgrade
@@ -112,12 +113,18 @@ class StoreBackedSource:
             path = self.store.fetch(tenant=key.tenant, digest=key.digest)
         except Exception as error:
             raise PrefixUnavailable("the prefix is no longer in the store") from error
-        artifact = read_artifact(path, base=self.base, count_tokens=lambda text: len(text.encode()))
+        artifact = read_artifact(path, base=self.base, count_tokens=_count_tokens)
         counts = [stop - start for start, stop in key.rows]
         return FakeStaged(sum(counts) if counts else artifact.num_virtual_tokens)
 
     def embeddings(self, key: PrefixKey) -> FakeEmbeddings:
         return FakeEmbeddings(key.content.encode(), self.fetch(key).num_tokens)
+
+
+def _count_tokens(text: str, *, role: TextRole = TextRole.RAW) -> int:
+    tokenizer = ByteTokenizer()
+    system = role is TextRole.SYSTEM
+    return len(tokenizer.encode_system(text) if system else tokenizer.encode_prefix(text))
 
 
 class GatedRunner(FakeRunner):

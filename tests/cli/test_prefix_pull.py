@@ -86,6 +86,20 @@ def test_pulled_text_is_the_same_version_when_pushed(shell: Shell, tmp_path: Pat
     assert (copy["digest"], copy["metadata"]) == (first.digest, first.metadata)
 
 
+def test_role_and_recipe_of_a_text_are_pulled_and_pushed(shell: Shell, tmp_path: Path):
+    (tmp_path / "kind.txt").write_text("Be kind.")
+    recipe = {"temperature": 0.5, "stop": ["\\n"], "examples": [{"prompt": "a", "answer": "b"}]}
+    metadata = json.dumps({"recipe": recipe})
+    push: list[str | Path] = ["prefix", "push", "kind", tmp_path / "kind.txt", "--role", "system"]
+    first = shell.json(*push, "--metadata", metadata)
+    assert (first["role"], first["recipe"]["stop"]) == ("system", ["\\n"])
+    shell("prefix", "pull", "kind", tmp_path / "folder")
+    info = json.loads((tmp_path / "folder" / "prefixd.json").read_text("utf-8"))
+    assert (info["role"], info["metadata"]) == ("system", {"recipe": recipe})
+    copy = shell.json("prefix", "push", "copy", tmp_path / "folder")
+    assert all(copy[name] == first[name] for name in ("digest", "role", "recipe"))
+
+
 def test_flags_replace_task_and_metadata_of_a_pulled_folder(shell: Shell, tmp_path: Path):
     config = config_bytes("MULTITASK_PROMPT_TUNING")
     weights = tensors(*KINDS["MULTITASK_PROMPT_TUNING"])

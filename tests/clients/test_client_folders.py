@@ -49,6 +49,7 @@ def test_text_is_read_byte_for_byte(text: str, tmp_path: Path):
         (b'{"task_id": "1"}', "task_id to be a whole number"),
         (b'{"task_id": true}', "task_id to be a whole number"),
         (b'{"metadata": [1]}', "metadata to be a JSON object"),
+        (b'{"role": "user"}', "role to be raw, system or null"),
     ],
 )
 def test_malformed_info_is_refused_with_its_path(raw: bytes, message: str, tmp_path: Path):
@@ -56,6 +57,28 @@ def test_malformed_info_is_refused_with_its_path(raw: bytes, message: str, tmp_p
     with pytest.raises(FormatError, match=message) as caught:
         read_folder(tmp_path)
     assert str(tmp_path / "prefixd.json") in str(caught.value)
+
+
+def test_a_recipe_file_and_a_role_are_read_and_sent(tmp_path: Path):
+    (tmp_path / "prefix.txt").write_text("hi")
+    (tmp_path / "recipe.json").write_text('{"max_tokens": 8}')
+    (tmp_path / "prefixd.json").write_text('{"role": "system", "metadata": {"by": "ann"}}')
+    content = read_folder(tmp_path)
+    assert content == TextContent("hi", None, {"by": "ann"}, {"max_tokens": 8}, "system")
+    sent = {"kind": "text", "text": "hi", "role": "system"}
+    for metadata, expected in ((None, {"by": "ann"}), ({"by": "bob"}, {"by": "bob"})):
+        call = folders.upload_folder("a", tmp_path, metadata=metadata)
+        assert call.request.json == sent | {"metadata": expected | {"recipe": {"max_tokens": 8}}}
+
+
+def test_two_recipes_or_a_role_without_a_text_are_refused(tmp_path: Path):
+    peft_folder(tmp_path, role="system")
+    with pytest.raises(FormatError, match="only a text has a role"):
+        read_folder(tmp_path)
+    peft_folder(tmp_path, metadata={"recipe": {}})
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(FormatError, match="expected one recipe"):
+        read_folder(tmp_path)
 
 
 def test_text_next_to_an_adapter_is_refused(tmp_path: Path):

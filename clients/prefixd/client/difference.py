@@ -13,6 +13,7 @@ COMPARED = (
     "digest",
     "kind",
     "peft_type",
+    "role",
     "num_virtual_tokens",
     "dtype",
     "fingerprint",

@@ -5,7 +5,8 @@
     adapter_config.json, adapter_model.safetensors    as PEFT's save_pretrained writes them,
     prefix.txt                                        or the text of a hard prompt in UTF-8
     recipe.json                                       optional: how to call it
-    prefixd.json                                      optional: {"task_id": 1, "metadata": {…}}
+    prefixd.json                                      optional: {"task_id": 1, "metadata": {…}},
+                                                      and {"role": "system"} of a text
 
 ``prefixd.json`` has what an upload needs in addition to the content. Its other fields describe the
 version that the folder was pulled from; they are information, and no upload sends them.
@@ -33,7 +34,7 @@ TEXT_FILE = "prefix.txt"
 INFO_FILE = "prefixd.json"
 RECIPE_FILE = "recipe.json"
 
-SENT = ("task_id", "metadata")
+SENT = ("task_id", "metadata", "role")
 """Fields of ``prefixd.json`` that an upload sends."""
 
 INFORMATION = ("name", "version", "digest", "kind", "base", "fingerprint", "created_at")
@@ -61,12 +62,14 @@ class PeftContent:
 
 @dataclass(frozen=True, slots=True)
 class TextContent:
-    """The text of a hard prompt, and the others as in ``PeftContent``."""
+    """The text of a hard prompt and its role (None: ``raw``), and the others as in
+    ``PeftContent``."""
 
     text: str
     task_id: int | None = None
     metadata: Mapping[str, object] | None = None
     recipe: Mapping[str, object] | None = None
+    role: str | None = None
 
 
 def upload_folder(
@@ -108,7 +111,9 @@ def upload_content(
         fields.setdefault("recipe", content.recipe)
     sent = None if metadata is None and content.metadata is None and not fields else fields
     if isinstance(content, TextContent):
-        return protocol.upload_text(name, content.text, metadata=sent, warm=warm, **conditions)
+        return protocol.upload_text(
+            name, content.text, role=content.role, metadata=sent, warm=warm, **conditions
+        )
     return protocol.upload(
         name,
         config=content.config,
@@ -126,17 +131,20 @@ def read_folder(folder: Path) -> PeftContent | TextContent:
     Raises ``FormatError`` for malformed files, two recipes, a text that is not UTF-8, and a folder
     with both a text and PEFT's files.
     """
-    task_id, metadata = _read_info(folder / INFO_FILE)
+    task_id, metadata, role = _read_info(folder / INFO_FILE)
     recipe_file = folder / RECIPE_FILE
     recipe = _parse_object(recipe_file) if recipe_file.exists() else None
     if recipe is not None and "recipe" in (metadata or {}):
         raise FormatError(f"{folder}: expected one recipe; {INFO_FILE} has another")
     config, weights, text = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, TEXT_FILE))
     if not text.exists():
+        if role is not None:
+            raise FormatError(f"{folder}: only a text has a role")
         return PeftContent(config, weights, task_id, metadata, recipe)
     if config.exists() or weights.exists():
         raise FormatError(f"{folder}: expected either {TEXT_FILE} or {CONFIG_FILE}; it has both")
-    return TextContent(decode_text(text.read_bytes(), source=text), task_id, metadata, recipe)
+    text_of = decode_text(text.read_bytes(), source=text)
+    return TextContent(text_of, task_id, metadata, recipe, role)
 
 
 def check_new(folder: Path) -> None:
@@ -199,7 +207,8 @@ def _files_of(prefix: Prefix, artifact: Artifact) -> dict[str, bytes]:
     )
     if recipe:
         metadata["recipe"] = recipe
-    files = {INFO_FILE: _json(info | {"task_id": artifact.task_id, "metadata": metadata})}
+    role = {"role": prefix.role} if prefix.role == "system" else {}
+    files = {INFO_FILE: _json(info | role | {"task_id": artifact.task_id, "metadata": metadata})}
     if artifact.config is None:
         return files | {TEXT_FILE: artifact.payload}
     config = _json(artifact.config)
@@ -245,11 +254,11 @@ def decode_text(data: bytes, *, source: object) -> str:
         raise FormatError(f"{source} is not text in UTF-8, from byte {error.start}") from None
 
 
-def _read_info(path: Path) -> tuple[int | None, Mapping[str, object] | None]:
-    """Task id and metadata of a ``prefixd.json``, None each where the file or the field is
+def _read_info(path: Path) -> tuple[int | None, Mapping[str, object] | None, str | None]:
+    """Task id, metadata and role of a ``prefixd.json``, None each where the file or the field is
     missing."""
     if not path.exists():
-        return None, None
+        return None, None, None
     fields = _parse_object(path)
     unknown = sorted(fields.keys() - {*SENT, *INFORMATION})
     if unknown:
@@ -262,7 +271,10 @@ def _read_info(path: Path) -> tuple[int | None, Mapping[str, object] | None]:
         raise FormatError(f"{path}: expected task_id to be a whole number or null")
     if metadata is not None and not isinstance(metadata, dict):
         raise FormatError(f"{path}: expected metadata to be a JSON object or null")
-    return task_id, metadata
+    role = fields.get("role")
+    if role not in (None, "raw", "system"):
+        raise FormatError(f"{path}: expected role to be raw, system or null")
+    return task_id, metadata, role
 
 
 def _parse_object(path: Path) -> dict[str, Any]:

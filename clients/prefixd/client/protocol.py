@@ -113,12 +113,16 @@ def upload_text(
     name: str,
     text: str,
     *,
+    role: str | None = None,
     metadata: Mapping[str, object] | None = None,
     warm: bool = False,
     **conditions: Unpack[Preconditions],
 ) -> Call[Uploaded]:
-    """Upload a text as a new version of ``name``: a hard prompt."""
+    """Upload a text as a new version of ``name``: a hard prompt, in front of the prompt or, with
+    the ``role`` ``system``, the system turn of each chat."""
     body: dict[str, object] = {"kind": "text", "text": text}
+    if role is not None:
+        body["role"] = role
     if metadata is not None:
         body["metadata"] = metadata
     params = {"warm": "true" if warm else None}

@@ -81,7 +81,8 @@ class Recipe(ResponseModel):
 class Prefix(PrefixVersion):
     """One immutable version of a prefix: the server's manifest.
 
-    ``recipe`` is how to call it, and ``recipe_revision`` counts its changes, from 1.
+    ``role`` is that of a text, ``raw`` or ``system``. ``recipe`` is how to call it,
+    and ``recipe_revision`` counts its changes, from 1.
     ``pinned``: servers keep it resident. ``tier`` is where the responding server holds it now:
     ``resident`` (in the pool), ``host`` (compiled, in host memory), in transit (``fetching``,
     ``staged``, ``compiling``), or None. ``base`` is the name of the base that it belongs to, or
@@ -96,6 +97,7 @@ class Prefix(PrefixVersion):
     # After a validator a JSON array is a list, which a strict tuple would refuse.
     aliases: Annotated[tuple[str, ...], Field(strict=False), NullIsDefault] = ()
     peft_type: str | None = None
+    role: str | None = None
     dtype: str | None = None
     base_model_name_or_path: str | None = None
     base: str | None = None

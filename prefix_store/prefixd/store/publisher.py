@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy import Engine
 
 from prefixd.store.artifact.artifact import (
+    CountTokens,
     Summary,
     inspect_artifact,
     inspect_peft,
@@ -26,8 +27,9 @@ from prefixd.store.artifact.artifact import (
 )
 from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.artifact.envelope import Packed
+from prefixd.store.artifact.kinds import TextRole
 from prefixd.store.artifact.metadata import encode_metadata
-from prefixd.store.artifact.template import check_template
+from prefixd.store.artifact.template import check_role, check_template
 from prefixd.store.blobs.blobs import Blobs
 from prefixd.store.catalog.blob_rows import BlobCollected, BlobRows
 from prefixd.store.catalog.changes import Change, Draft, Precondition, Published, unconditional
@@ -111,7 +113,8 @@ class Publisher:
         text: str,
         metadata: Mapping[str, Any] | None,
         base: BaseSpec,
-        count_tokens: Callable[[str], int],
+        count_tokens: CountTokens,
+        role: TextRole = TextRole.RAW,
         creator: str | None = None,
         precondition: Precondition = unconditional,
     ) -> AbstractContextManager[tuple[CatalogTransaction, Published]]:
@@ -119,8 +122,8 @@ class Publisher:
         check_name(name)
         metadata_json = encode_metadata(metadata, base=base)
         return self._publish(
-            inspect_text(text, base=base, count_tokens=count_tokens),
-            partial(pack_text, text),
+            inspect_text(text, base=base, count_tokens=count_tokens, role=role),
+            partial(pack_text, text, role=role),
             tenant=tenant,
             name=name,
             metadata_json=metadata_json,
@@ -138,7 +141,7 @@ class Publisher:
         artifact: Path,
         metadata: Mapping[str, Any] | None,
         base: BaseSpec,
-        count_tokens: Callable[[str], int],
+        count_tokens: CountTokens,
         creator: str | None = None,
         precondition: Precondition = unconditional,
     ) -> AbstractContextManager[tuple[CatalogTransaction, Published]]:
@@ -173,6 +176,7 @@ class Publisher:
     ) -> Iterator[tuple[CatalogTransaction, Published]]:
         check_tenant(tenant)
         template = json.loads(metadata_json).get("prompt_template")
+        check_role(template, summary.role)
         check_template(
             template,
             kind=summary.kind,

@@ -326,6 +326,10 @@ class ByteTokenizer:
         """UTF-8 bytes."""
         return self.encode(text)
 
+    def encode_system(self, text: str) -> list[int]:
+        """The system turn, without the line break that may go on with it."""
+        return self.encode(f"system: {text}")
+
     def without_opening(self, token_ids: list[int]) -> list[int]:
         """All of them: there are no opening tokens."""
         return token_ids

@@ -2,18 +2,21 @@
 
 import io
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from prefixd.store.artifact.adaption import AdaptionWeights, open_adaption
 from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.artifact.config import PeftConfig, from_fields, parse_config
 from prefixd.store.artifact.envelope import Envelope, Packed, read_envelope, write_artifact
-from prefixd.store.artifact.kinds import Kind
+from prefixd.store.artifact.kinds import Kind, TextRole
 from prefixd.store.artifact.weights import Floats, PeftWeights, open_weights
 from prefixd.store.errors import ArtifactRefused
 from prefixd.store.files import copy_durably, sha256_of
+
+CountTokens = Callable[..., int]
+"""The virtual tokens of a text, and of one with another role than ``raw`` with ``role=``."""
 
 MAX_TEXT_BYTES = 1024 * 1024
 """Checked before tokens are counted: no tokenizer runs over an unlimited text."""
@@ -21,7 +24,8 @@ MAX_TEXT_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """An artifact that was checked against a base, without its values. ``dtype`` is the file's."""
+    """An artifact that was checked against a base, without its values. ``dtype`` is the file's;
+    ``role`` is that of a text, else None."""
 
     kind: Kind
     peft_type: str | None
@@ -29,6 +33,7 @@ class Summary:
     dtype: str | None
     task_id: int | None
     base_model_name_or_path: str | None
+    role: TextRole | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +64,14 @@ def inspect_peft(
     return _summary(parsed, opened)
 
 
-def inspect_text(text: str, *, base: BaseSpec, count_tokens: Callable[[str], int]) -> Summary:
+def inspect_text(
+    text: str, *, base: BaseSpec, count_tokens: CountTokens, role: TextRole = TextRole.RAW
+) -> Summary:
     """Check a hard prompt; raise ArtifactRefused. ``count_tokens`` is the base's tokenizer."""
     base.require_kind(Kind.HARD_PROMPT)
     _encode_text(text)
-    count = count_tokens(text)
-    if count < 1:
+    count = count_tokens(text) if role is TextRole.RAW else count_tokens(text, role=role)
+    if count < 1 and role is TextRole.RAW:
         raise ArtifactRefused("empty_text", "expected a text of at least one token", param="text")
     if count > base.max_virtual_tokens:
         raise ArtifactRefused(
@@ -72,17 +79,17 @@ def inspect_text(text: str, *, base: BaseSpec, count_tokens: Callable[[str], int
             f"expected at most {base.max_virtual_tokens} virtual tokens, and this text has {count}",
             param="text",
         )
-    return Summary(Kind.HARD_PROMPT, None, count, None, None, None)
+    return Summary(Kind.HARD_PROMPT, None, count, None, None, None, role=role)
 
 
-def inspect_artifact(path: Path, *, base: BaseSpec, count_tokens: Callable[[str], int]) -> Summary:
+def inspect_artifact(path: Path, *, base: BaseSpec, count_tokens: CountTokens) -> Summary:
     """Check an artifact file as strictly as the upload that made it, values too, in bounded memory;
     raise ArtifactRefused."""
     envelope = read_envelope(path)
     with path.open("rb") as file:
         if envelope.config is None:
             text = _read_text(file, envelope)
-            return inspect_text(text, base=base, count_tokens=count_tokens)
+            return _inspect(text, envelope, base, count_tokens)
         config = from_fields(envelope.config)
         opened = _open_payload(file, envelope, config, base)
         for _ in opened.rows():
@@ -90,7 +97,7 @@ def inspect_artifact(path: Path, *, base: BaseSpec, count_tokens: Callable[[str]
         return _summary(config, opened)
 
 
-def read_artifact(path: Path, *, base: BaseSpec, count_tokens: Callable[[str], int]) -> Artifact:
+def read_artifact(path: Path, *, base: BaseSpec, count_tokens: CountTokens) -> Artifact:
     """Read an artifact file and check it against ``base`` as strictly as an upload.
 
     The base, its dtype or its bounds may have changed since the upload. Raises ArtifactRefused.
@@ -99,7 +106,7 @@ def read_artifact(path: Path, *, base: BaseSpec, count_tokens: Callable[[str], i
     with path.open("rb") as file:
         if envelope.config is None:
             text = _read_text(file, envelope)
-            summary = inspect_text(text, base=base, count_tokens=count_tokens)
+            summary = _inspect(text, envelope, base, count_tokens)
             return Artifact(**asdict(summary), values=None, text=text)
         config = from_fields(envelope.config)
         opened = _open_payload(file, envelope, config, base)
@@ -122,10 +129,12 @@ def pack_peft(config: bytes, weights: Path, target: Path, *, task_id: int | None
         return write_artifact(parsed.kind, fields, source, size, target)
 
 
-def pack_text(text: str, target: Path) -> Packed:
+def pack_text(text: str, target: Path, *, role: TextRole = TextRole.RAW) -> Packed:
     """Write the artifact file of a hard prompt, and fsync it; raise ArtifactRefused."""
     payload = _encode_text(text)
-    fields = {"config": None, "peft_type": None, "task_id": None}
+    fields: dict[str, Any] = {"config": None, "peft_type": None, "task_id": None}
+    if role is not TextRole.RAW:  # texts had no role at first: their digests stay
+        fields["role"] = str(role)
     return write_artifact(Kind.HARD_PROMPT, fields, io.BytesIO(payload), len(payload), target)
 
 
@@ -139,6 +148,17 @@ def pack_artifact(source: Path, target: Path) -> Packed:
 def _read_text(file: BinaryIO, envelope: Envelope) -> str:
     file.seek(envelope.payload_offset)
     return _decode_text(file.read(MAX_TEXT_BYTES + 1))
+
+
+def read_text(path: Path) -> str:
+    """The text of the artifact file of a hard prompt; raise ArtifactRefused."""
+    with path.open("rb") as file:
+        return _read_text(file, read_envelope(path))
+
+
+def _inspect(text: str, envelope: Envelope, base: BaseSpec, count_tokens: CountTokens) -> Summary:
+    role = envelope.role or TextRole.RAW
+    return inspect_text(text, base=base, count_tokens=count_tokens, role=role)
 
 
 def _open_payload(

@@ -6,7 +6,8 @@ An artifact file is one self-contained byte string, whose sha256 is the prefix's
     N bytes: adapter_model.safetensors as uploaded, or the UTF-8 text              verbatim
 
 So ``sha256sum`` on a blob checks it. The digest covers the config and the task id too: the same
-tensor under another type is another prefix.
+tensor under another type is another prefix. A text that is a system turn has ``"role":"system"`` in
+its first line; any other has no role there.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prefixd.store.artifact.kinds import KINDS, Kind
+from prefixd.store.artifact.kinds import KINDS, Kind, TextRole
 from prefixd.store.artifact.strict import (
     MAX_DEPTH,
     StrictJsonError,
@@ -52,6 +53,7 @@ class Envelope:
     config: dict[str, Any] | None
     payload_offset: int
     payload_bytes: int
+    role: TextRole | None = None
 
 
 def read_envelope(path: Path) -> Envelope:
@@ -69,7 +71,7 @@ def read_envelope(path: Path) -> Envelope:
         fields = parse_object(line[:-1], max_depth=MAX_DEPTH + 1)
     except StrictJsonError as error:
         raise _malformed(str(error)) from None
-    if set(fields) != _FIELDS or canonical(fields) != line[:-1]:
+    if set(fields) - {"role"} != _FIELDS or canonical(fields) != line[:-1]:
         raise _malformed("its first line is not the canonical one")
     _check_envelope(fields, payload_bytes=size - len(line))
     return Envelope(
@@ -79,6 +81,7 @@ def read_envelope(path: Path) -> Envelope:
         config=fields["config"],
         payload_offset=len(line),
         payload_bytes=size - len(line),
+        role=TextRole(fields.get("role", TextRole.RAW)) if fields["config"] is None else None,
     )
 
 
@@ -119,6 +122,8 @@ def _check_envelope(fields: dict[str, Any], *, payload_bytes: int) -> None:
     kind, peft_type = str(Kind.HARD_PROMPT), None
     if config is None and task_id is not None:
         raise _malformed("a text has no task id")
+    if "role" in fields and (config is not None or fields["role"] != TextRole.SYSTEM):
+        raise _malformed("only a text has a role here, and only 'system'")
     if config is not None:
         peft_type = config.get("peft_type") if isinstance(config, dict) else None
         if not isinstance(peft_type, str) or peft_type not in KINDS:

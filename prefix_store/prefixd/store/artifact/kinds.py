@@ -18,6 +18,13 @@ class Kind(StrEnum):
         return self is not Kind.ADAPTION_PROMPT
 
 
+class TextRole(StrEnum):
+    """Where a hard prompt stands: in front of the prompt, or as the system turn of a chat."""
+
+    RAW = "raw"
+    SYSTEM = "system"
+
+
 KINDS = {
     "PROMPT_TUNING": Kind.SOFT_PROMPT,
     "P_TUNING": Kind.SOFT_PROMPT,

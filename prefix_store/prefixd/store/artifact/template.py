@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import dropwhile
 from typing import NamedTuple
 
-from prefixd.store.artifact.kinds import Kind
+from prefixd.store.artifact.kinds import Kind, TextRole
 from prefixd.store.artifact.strict import shown
 from prefixd.store.errors import ArtifactRefused
 
@@ -148,6 +148,16 @@ def check_new_template(template: str | None) -> None:
         raise _refused(
             "{prompt} once, or to be a Jinja chat template ({% for message in messages %} …)",
             f"{{prompt}} {pieces.count(PROMPT)} times, and no Jinja",
+        )
+
+
+def check_role(template: str | None, role: TextRole | None) -> None:
+    """Raise ArtifactRefused for a template around the text of a message, under a text that is a
+    system turn."""
+    if role is TextRole.SYSTEM and template and template_kind(template) is TemplateKind.PLAIN:
+        raise _refused(
+            "no {prompt} under a text with the role system, which stands in a chat",
+            "a plain template",
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, exists, select
 
 from prefixd.store.artifact.base_spec import BaseSpec
-from prefixd.store.artifact.kinds import Kind
+from prefixd.store.artifact.kinds import Kind, TextRole
 from prefixd.store.artifact.metadata import METADATA_TEXTS
 from prefixd.store.artifact.recipe import RECIPE, Recipe, read_recipe
 from prefixd.store.catalog.tables import (
@@ -38,7 +38,8 @@ class Manifest:
     ``base_model_name_or_path`` the one its config states, ``creator`` the id of the key that
     published it. ``metadata`` is the upload's without the fields that have their own attribute
     here. ``recipe`` is how to call it, with its ``prompt_template``; ``recipe_revision`` is raised
-    by every change of it. ``revision`` is raised by every write that changes this manifest,
+    by every change of it. ``role`` is that of a text, None for other kinds. ``revision`` is raised
+    by every write that changes this manifest,
     ``prefix_revision`` by every write to the prefix; neither is ever used again, and neither counts
     in a comparison.
     """
@@ -64,6 +65,7 @@ class Manifest:
     prompt_template: str | None = None
     recipe: Recipe = field(default_factory=Recipe)
     recipe_revision: int = 1
+    role: TextRole | None = None
     corrupt: bool = False
     pinned: bool = False
     revision: int = field(default=1, kw_only=True, compare=False)
@@ -278,9 +280,12 @@ def _manifest(row: Row[Any], *, aliases_of: Iterable[str]) -> Manifest:
         fields["recipe"] = read_recipe(template)
     if fields["base"] is None:
         fields["base"] = row.fingerprint[:_FINGERPRINT_DIGITS]
+    kind, role = Kind(row.kind), None
+    if kind is Kind.HARD_PROMPT:
+        role = TextRole(row.role or TextRole.RAW)
     latest = () if row.latest_version is None else (LATEST,)
     return Manifest(
-        **fields | {"kind": Kind(row.kind)},
+        **fields | {"kind": kind, "role": role},
         name=row.name,
         prefix_revision=row.prefix_revision,
         metadata=free,

@@ -75,6 +75,7 @@ def insert_version(
             base=draft.base.name,
             kind=str(summary.kind),
             peft_type=summary.peft_type,
+            role=None if summary.role is None else str(summary.role),
             num_virtual_tokens=summary.num_virtual_tokens,
             dtype=summary.dtype,
             size_bytes=draft.packed.size_bytes,

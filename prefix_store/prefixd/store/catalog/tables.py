@@ -69,6 +69,8 @@ versions = Table(
     Column("base", Text),
     Column("kind", String(32), nullable=False),
     Column("peft_type", String(32)),
+    # Of a text: raw or system; null for versions from before texts had a role, which are raw.
+    Column("role", String(16)),
     Column("num_virtual_tokens", Integer, nullable=False),
     Column("dtype", String(16)),
     Column("size_bytes", BigInteger, nullable=False),

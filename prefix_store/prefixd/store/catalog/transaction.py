@@ -15,7 +15,7 @@ from sqlalchemy import Connection, delete, select
 
 from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.artifact.recipe import folded
-from prefixd.store.artifact.template import check_template
+from prefixd.store.artifact.template import check_role, check_template
 from prefixd.store.catalog.alias_rows import Pointed, highest_left, point, pointed, replace_latest
 from prefixd.store.catalog.blob_rows import claim, release
 from prefixd.store.catalog.changes import (
@@ -129,6 +129,7 @@ class CatalogTransaction:
         self._changed(row, raise_revision(tx, row.id), now=manifest.version)
         merged = numbered(tx, self._tenant, name, manifest.version)
         if "prompt_template" in patch:
+            check_role(merged.prompt_template, merged.role)
             check_template(
                 merged.prompt_template,
                 kind=merged.kind,

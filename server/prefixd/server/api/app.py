@@ -26,6 +26,7 @@ from prefixd.server.api.generate.embeds import EmbedsReader, GiveEmbeddings
 from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.generate.recipes import PromptBuilder
 from prefixd.server.api.generate.resolver import PrefixResolver
+from prefixd.server.api.generate.system_texts import SystemTexts
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.middleware import RequestLayer
 from prefixd.server.api.prefixes import aliases as alias_routes
@@ -118,7 +119,7 @@ def create_app(
             resolver=PrefixResolver(served, store, bindings),
             pool_tokens=engine.config.max_tokens_for,
             max_choices=max_choices,
-            prompts=PromptBuilder(served, templates),
+            prompts=PromptBuilder(served, templates, SystemTexts(served, store)),
             embeds=EmbedsReader(served, give_embeddings),
             kv_reuse=kv_reuse,
             max_seconds=max_request_seconds,

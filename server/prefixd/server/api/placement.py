@@ -75,6 +75,8 @@ def layout_of(manifest: Manifest) -> Layout | None:
 def front_of(whole: PrefixHandle, layout: Layout | None) -> PrefixHandle | None:
     """What stands in front of the text, of a whole prefix: all of it without a layout; None:
     nothing."""
+    if not whole.num_tokens:
+        return None
     if layout is None or layout.front == ((0, whole.num_tokens),):
         return whole
     if not layout.num_front:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from prefixd.server.engine.detokenizer import Detokenizer
 from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.kinds import TextRole
 from prefixd.store.errors import ArtifactRefused
 
 
@@ -30,6 +31,11 @@ class Tokenizer(Protocol):
 
     def encode_prefix(self, text: str) -> list[int]:
         """Token ids of a text prefix: the opening tokens once, also when the text has them."""
+        ...
+
+    def encode_system(self, text: str) -> list[int]:
+        """Token ids with which every conversation begins whose system turn begins with ``text``, as
+        far as they are equal. Raises ValueError as ``render_chat``."""
         ...
 
     def without_opening(self, token_ids: list[int]) -> list[int]:
@@ -141,10 +147,19 @@ class ServedModel:
     """What a tenant should know of so many virtual tokens in front of a prompt on this base; None:
     some stand inside."""
 
-    def count_prefix_tokens(self, text: str) -> int:
+    def count_prefix_tokens(self, text: str, *, role: TextRole = TextRole.RAW) -> int:
         """Positions that a text prefix occupies. Raises ArtifactRefused for a text with a token
-        that the model has no embedding for."""
-        token_ids = self.tokenizer.encode_prefix(text)
+        that the model has no embedding for, and for a role that its chat template has not."""
+        try:
+            system = role is TextRole.SYSTEM
+            encode = self.tokenizer.encode_system if system else self.tokenizer.encode_prefix
+            token_ids = encode(text)
+        except ValueError as error:
+            raise ArtifactRefused(
+                "unsupported_role",
+                f"expected the role raw for the base {self.base.name}: {error}",
+                param="role",
+            ) from None
         if max(token_ids, default=0) >= self.vocab_size:
             raise ArtifactRefused(
                 "unknown_token",

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -41,6 +42,13 @@ class Bases(StrEnum):
         return "all" if self is Bases.ALL else None
 
 
+class TextRole(StrEnum):
+    """Where a text stands."""
+
+    RAW = "raw"
+    SYSTEM = "system"
+
+
 BasesOption = Annotated[
     Bases,
     typer.Option("--base", help="Versions for the base that is served, or for all bases."),
@@ -73,6 +81,10 @@ def push(
     task_id: Annotated[
         int | None, typer.Option("--task-id", help="Task of a multi-task prefix or table.")
     ] = None,
+    role: Annotated[
+        TextRole | None,
+        typer.Option("--role", help="Of a text: before prompts, or the system turn of chats."),
+    ] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Make it resident at once.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -81,8 +93,13 @@ def push(
     for note in prefix.notes:
         typer.echo(f"prefixd: {printable(note)}", err=True)
     fields = None if metadata is None else _json_object(metadata, hint="--metadata")
+    content = prefix.content
+    if role is not None:
+        if not isinstance(content, TextContent):
+            raise typer.BadParameter("only a text has a role", param_hint="--role")
+        content = replace(content, role=str(role))
     upload = client.upload_content(
-        name, prefix.content, metadata=fields, task_id=prefix.task_id, warm=warm
+        name, content, metadata=fields, task_id=prefix.task_id, warm=warm
     )
     for warning in upload.warnings:
         typer.echo(f"prefixd: {printable(warning)}", err=True)

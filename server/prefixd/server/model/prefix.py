@@ -13,7 +13,7 @@ from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.per_layer import soft_prompt_refused
 from prefixd.server.model.threads import limit_thread
 from prefixd.store.artifact.artifact import Artifact
-from prefixd.store.artifact.kinds import Kind
+from prefixd.store.artifact.kinds import Kind, TextRole
 from prefixd.store.artifact.weights import Floats
 
 
@@ -115,7 +115,9 @@ def prefix_of(artifact: Artifact, base: LoadedBase, tokenizer: Any) -> Prefix:
     """
     if artifact.kind is Kind.HARD_PROMPT:
         assert artifact.text is not None
-        return HardPrompt(tuple(tokenizer.encode_prefix(artifact.text)))
+        is_system = artifact.role is TextRole.SYSTEM
+        encode = tokenizer.encode_system if is_system else tokenizer.encode_prefix
+        return HardPrompt(tuple(encode(artifact.text)))
     assert artifact.values is not None
     values, shape = torch.from_numpy(artifact.values).to(base.dtype), base.shape
     kv_width = shape.num_kv_heads * shape.head_dim

@@ -1,10 +1,12 @@
 """Text to tokens and back."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from prefixd.server.engine.detokenizer import Detokenizer
 from prefixd.server.model.detokenizer import new_detokenizer
+from prefixd.server.model.system_turn import common_tokens
 from prefixd.server.model.token_table import TokenTable
 
 _PROBE = "a 1"
@@ -38,6 +40,13 @@ class Tokenizer:
         """Token ids of a text prefix: the opening tokens once, also when the text has them."""
         ids = self.encode(text, add_special_tokens=False)
         return ids if self._opening_at(ids) is not None else [*self._opening, *ids]
+
+    def encode_system(self, text: str) -> list[int]:
+        """Token ids that all conversations have in common whose system turn begins with ``text``.
+        Raises ValueError as ``render_chat``, and for a template without such a turn."""
+        encode = partial(self.encode, add_special_tokens=False)
+        template = self._tokenizer.chat_template
+        return common_tokens(text, template=template, render=self.render_chat, encode=encode)
 
     def without_opening(self, token_ids: list[int]) -> list[int]:
         """``token_ids`` without the opening tokens that they begin with, if they do.

@@ -117,7 +117,9 @@ class Admission:
         response_id = f"{kind}-{uuid.uuid4().hex}"
         manifest = prefix.manifest if prefix else None
         max_resident_tokens = principal.quota.max_resident_tokens
-        front = None if manifest is None else front_of(whole_of(manifest), layout)
+        front = None
+        if manifest is not None and prompts.has_front:
+            front = front_of(whole_of(manifest), layout)
         if manifest is not None:
             check_resident(manifest, front, max_resident_tokens)
         scored_top = body.shown_prompt.scored_top

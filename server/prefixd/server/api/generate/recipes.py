@@ -20,13 +20,14 @@ from prefixd.server.api.generate.fields import GenerationFields
 from prefixd.server.api.generate.messages import PrefixPart
 from prefixd.server.api.generate.prompts import PromptEncoder, PromptTokens, chat_layout
 from prefixd.server.api.generate.requests import ChatRequest
+from prefixd.server.api.generate.system_texts import SystemTexts, split, with_system
 from prefixd.server.api.placement import Layout, lay_out, layout_of
 from prefixd.server.api.rendering.renderer import TemplateRenderer
 from prefixd.server.api.rendering.tenant_template import TenantTemplate
 from prefixd.server.api.request_record import ResolvedPrefix
 from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import BadRequest
-from prefixd.store.artifact.kinds import Kind
+from prefixd.store.artifact.kinds import Kind, TextRole
 from prefixd.store.artifact.recipe import Input, Recipe
 from prefixd.store.artifact.template import TemplateKind, template_pieces
 from prefixd.store.store import Manifest
@@ -39,11 +40,12 @@ Prompt = str | list[int] | Given
 @dataclass(frozen=True, slots=True)
 class Prompts:
     """The prompts of a request, where virtual tokens of its prefix stand, and what its caller
-    should know."""
+    should know. Without ``has_front`` the prefix is among the tokens."""
 
     tokens: list[PromptTokens]
     layout: Layout | None = None
     warnings: tuple[str, ...] = ()
+    has_front: bool = True
 
 
 def filled(body: Body, recipe: Recipe | None) -> Body:
@@ -70,6 +72,7 @@ class PromptBuilder:
 
     served: ServedModel
     renderer: TemplateRenderer
+    texts: SystemTexts
 
     def completion(
         self, prompts: Sequence[Prompt], prefix: ResolvedPrefix | None, *, apply_recipe: bool
@@ -77,6 +80,13 @@ class PromptBuilder:
         """The prompts of a completion. Raises BadRequest, Conflict, Unavailable."""
         encoder = PromptEncoder(self.served)
         manifest = None if prefix is None else prefix.manifest
+        if manifest is not None and manifest.role is TextRole.SYSTEM:
+            raise BadRequest(
+                f"expected a chat completion: the text of {_named(manifest)} is the system turn of "
+                "a conversation (its role is system); received a completion",
+                code="chat_prefix",
+                param="model",
+            )
         continues = manifest is not None and manifest.kind is Kind.HARD_PROMPT
         layout = None if manifest is None else layout_of(manifest)
         if manifest is not None and apply_recipe:
@@ -108,10 +118,29 @@ class PromptBuilder:
         is_jinja = recipe.template_kind is TemplateKind.JINJA
         template = self._template(manifest).render_chat if is_jinja else None
         encoder = PromptEncoder(self.served, template)
+        if manifest.role is TextRole.SYSTEM:
+            return self._under_system(body, manifest, encoder)
         rendered = encoder.render(body)
         layout = chat_layout(rendered, manifest, placed)
         tokens = encoder.chat(rendered, layout, continues=continues)
         return Prompts([tokens], layout, _unapplied(manifest) or _untemplated(manifest))
+
+    def _under_system(
+        self, body: ChatRequest, manifest: Manifest, encoder: PromptEncoder
+    ) -> Prompts:
+        try:
+            text, head = self.texts.of(manifest)
+        except ValueError as error:
+            raise BadRequest(str(error), code="chat_template", param="model") from error
+        messages = with_system(body.messages, text)
+        rendered = encoder.render(body.model_copy(update={"messages": messages}))
+        chat_layout(rendered, manifest, None)  # refuses prefix parts
+        whole = encoder.chat(rendered, None, continues=False)
+        prompt = split(whole, head)
+        warnings = _unapplied(manifest)
+        if prompt is None:
+            return Prompts([whole], warnings=warnings, has_front=False)
+        return Prompts([prompt], warnings=warnings)
 
     def _template(self, manifest: Manifest) -> TenantTemplate:
         assert manifest.prompt_template is not None

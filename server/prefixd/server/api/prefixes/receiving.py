@@ -36,6 +36,7 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import BadRequest, TooLarge, Unprocessable
 from prefixd.server.tenants.principal import Principal
 from prefixd.store.artifact.envelope import MAX_LINE_BYTES, read_envelope
+from prefixd.store.artifact.kinds import TextRole
 from prefixd.store.artifact.recipe import RECIPE, TEMPLATE, folded
 from prefixd.store.catalog.changes import Precondition
 from prefixd.store.catalog.transaction import CatalogTransaction
@@ -56,6 +57,11 @@ class TextPrefix(StrictModel):
 
     kind: Literal["text"]
     text: str = Field(min_length=1)
+    role: TextRole = Field(
+        default=TextRole.RAW,
+        description="`raw`: in front of the prompt. `system`: the system turn of each chat. It "
+        "belongs to the version.",
+    )
     metadata: dict[str, Any] | None = None
     recipe: dict[str, Any] | None = Field(
         default=None, description="How to call it; the same as `recipe` in `metadata`."
@@ -186,11 +192,12 @@ async def _receive_text(request: Request, target: Target) -> AsyncIterator[Recei
     begin = partial(
         target.store.publish_text,
         text=body.text,
+        role=body.role,
         metadata=metadata,
         count_tokens=target.served.count_prefix_tokens,
         **target.options(),
     )
-    yield begin, ("text", body.text.encode(), metadata)
+    yield begin, ("text", body.text.encode(), str(body.role), metadata)
 
 
 @asynccontextmanager

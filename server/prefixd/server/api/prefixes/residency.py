@@ -198,9 +198,14 @@ def check_fits(
     check_intact(manifest)
     handle = handle_of(manifest)
     if handle is None:
+        version = f"{manifest.name}@{manifest.version}"
+        reason = (
+            f"all virtual tokens of {version} stand inside the prompt, by its prompt_template"
+            if manifest.num_virtual_tokens
+            else f"conversations under {version} have no first tokens in common"
+        )
         raise Conflict(
-            f"all virtual tokens of {manifest.name}@{manifest.version} stand inside the prompt, by "
-            "its prompt_template: there is nothing to keep in the KV pool",
+            f"{reason}: there is nothing to keep in the KV pool",
             code="nothing_resident",
         )
     check_resident(manifest, handle, principal.quota.max_resident_tokens)

@@ -40,7 +40,8 @@ class PrefixManifest(BaseModel):
     """One immutable version of a prefix; only its metadata, its recipe among it, ``aliases``,
     ``pinned`` and ``corrupt`` may change.
 
-    ``recipe_revision`` counts the recipes that it had, from 1.
+    ``recipe_revision`` counts the recipes that it had, from 1. ``role`` is that of a text: ``raw``
+    in front of the prompt, or ``system``.
 
     ``base`` is the served name of the base it was uploaded for, or the first 12 digits of that
     base's ``fingerprint`` where the name was not recorded. ``pinned``: every server keeps it
@@ -56,6 +57,7 @@ class PrefixManifest(BaseModel):
     digest: str
     kind: str
     peft_type: str | None
+    role: str | None = None
     num_virtual_tokens: int
     dtype: str | None
     size_bytes: int
