@@ -16,6 +16,7 @@ from prefixd.server.api.generate.prompts import PromptTokens, check_token_ids, c
 from prefixd.server.api.generate.recipes import PromptBuilder, Prompts, filled
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.generate.resolver import PrefixResolver
+from prefixd.server.api.generate.vllm_fields import truncated
 from prefixd.server.api.placement import front_of, whole_of, without_last
 from prefixd.server.api.request_record import Admitted, ResolvedPrefix
 from prefixd.server.api.served import ServedModel
@@ -112,9 +113,9 @@ class Admission:
         max_tokens: int | None,
         default_max_tokens: int | None,
     ) -> Admitted:
-        n, layout, tokens = body.n or 1, prompts.layout, prompts.tokens
+        n, layout, tokens = body.n or 1, prompts.layout, truncated(prompts.tokens, body)
         self._check_choices(len(tokens), n)
-        response_id = f"{kind}-{uuid.uuid4().hex}"
+        own_id = f"{kind}-{uuid.uuid4().hex}"  # no caller's: it must be the only one
         manifest = prefix.manifest if prefix else None
         max_resident_tokens = principal.quota.max_resident_tokens
         front = None
@@ -143,7 +144,7 @@ class Admission:
         stop_strings = self._stop_strings(body)  # once: spellings tokenizes each
         requests = tuple(
             AdmittedRequest(
-                request_id=f"{response_id}-{position}",
+                request_id=f"{own_id}-{position}",
                 tenant=principal.tenant,
                 prompt=prompt.token_ids,
                 prefix=front,
@@ -163,7 +164,7 @@ class Admission:
             for position, (prompt, length) in enumerate(zip(tokens, lengths, strict=True))
         )
         return Admitted(
-            id=response_id,
+            id=own_id if body.request_id is None else f"{kind}-{body.request_id}",
             model=body.model,
             prefix=prefix,
             requests=tuple(map(inputs.admit, requests)) if inputs else requests,

@@ -21,6 +21,7 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from prefixd.server.api.body import StrictModel
 from prefixd.server.api.generate.logit_bias import LogitBias
 from prefixd.server.api.generate.structure import StructureFields
+from prefixd.server.api.generate.vllm_fields import VllmFields
 from prefixd.server.api.values import User
 
 
@@ -69,7 +70,7 @@ class StreamOptions(StrictModel):
     include_obfuscation: bool | None = Field(default=None, description="Ignored.")
 
 
-class GenerationFields(StructureFields):
+class GenerationFields(StructureFields, VllmFields):
     """Fields of both kinds of request."""
 
     # Unsupported field -> its values that change nothing.

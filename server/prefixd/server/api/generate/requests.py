@@ -8,6 +8,7 @@ from pydantic_core import PydanticCustomError
 from prefixd.server.api.generate.conversation import Conversation
 from prefixd.server.api.generate.fields import GenerationFields, misplaced, one_of
 from prefixd.server.api.generate.prompt_scores import PromptOptions
+from prefixd.server.api.generate.vllm_fields import NEUTRAL
 
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]],
@@ -25,6 +26,8 @@ class CompletionRequest(GenerationFields):
     """Body of POST /v1/completions."""
 
     NEUTRAL = {  # noqa: RUF012 - a ClassVar in the base
+        **NEUTRAL,
+        "add_special_tokens": (None, True),
         "best_of": (None, 1),
         "suffix": (None, ""),
         "moderation": (None,),
@@ -109,9 +112,15 @@ class ChatRequest(Conversation, GenerationFields):
     """Body of POST /v1/chat/completions."""
 
     NEUTRAL = {  # noqa: RUF012 - a ClassVar in the base
+        **NEUTRAL,
+        "add_special_tokens": (None, False),
         "audio": (None,),
+        "chat_template": (None,),
+        "documents": (None, []),
+        "echo": (None, False),
         "function_call": (None, "none"),
         "functions": (None, []),
+        "mm_processor_kwargs": (None, {}),
         "modalities": (None, ["text"]),
         "moderation": (None,),
         "parallel_tool_calls": (None, True, False),
