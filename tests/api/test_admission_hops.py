@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from prefixd.server.api.catalog_calls import SharedCall
 from prefixd.server.api.generate.prompts import PromptEncoder
 from prefixd.server.api.generate.resolver import PrefixResolver
-from prefixd.server.api.generate.routes import QUICK_BYTES
+from prefixd.server.api.generate.service import QUICK_BYTES
 from prefixd.server.tenants.limiter import Limiter
 from prefixd.server.testing import ByteTokenizer
 from tests.api.api_world import World, error_of, fake_text, put_text
@@ -61,7 +61,7 @@ def test_other_requests_are_admitted_in_a_thread(
     monkeypatch: pytest.MonkeyPatch,
     fields: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr("prefixd.server.api.generate.routes.QUICK_BYTES", QUICK_BYTES // 6)
+    monkeypatch.setattr("prefixd.server.api.generate.service.QUICK_BYTES", QUICK_BYTES // 6)
     put_text(client, "voice", "a voice", world.headers())
     calls.clear()
     assert complete(client, **fields).is_success

@@ -26,6 +26,7 @@ from prefixd.server.api.generate.embeds import EmbedsReader, GiveEmbeddings
 from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.generate.recipes import PromptBuilder
 from prefixd.server.api.generate.resolver import PrefixResolver
+from prefixd.server.api.generate.service import GenerationService
 from prefixd.server.api.generate.system_texts import SystemTexts
 from prefixd.server.api.metrics import Metrics
 from prefixd.server.api.middleware import RequestLayer
@@ -113,7 +114,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     templates = TemplateRenderer()
-    generation = generate_routes.GenerationService(
+    generation = GenerationService(
         admission=Admission(
             served=served,
             resolver=PrefixResolver(served, store, bindings),

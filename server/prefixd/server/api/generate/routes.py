@@ -1,30 +1,22 @@
 """POST /v1/completions and POST /v1/chat/completions: admit, run, respond at once or stream."""
 
-import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
-import structlog
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from prefixd.server.api.body import declared_bytes, json_body, json_request
-from prefixd.server.api.catalog_calls import waited_by
-from prefixd.server.api.dependencies import Generator, bounds_of
-from prefixd.server.api.drain_state import DrainState
-from prefixd.server.api.error_responses import from_queue_full
-from prefixd.server.api.generate.admission import Admission
+from prefixd.server.api.body import json_body, json_request
+from prefixd.server.api.dependencies import Generator
 from prefixd.server.api.generate.answer_options import answer_options
-from prefixd.server.api.generate.charging import Charging
-from prefixd.server.api.generate.constraints import ConstraintLoader
 from prefixd.server.api.generate.event_encoder import EventEncoder
-from prefixd.server.api.generate.event_stream import EventStream, while_connected
+from prefixd.server.api.generate.event_stream import EventStream
 from prefixd.server.api.generate.fields import GenerationFields
 from prefixd.server.api.generate.formatter import (
     ChatAnswer,
@@ -33,167 +25,74 @@ from prefixd.server.api.generate.formatter import (
     CompletionFormatter,
     ResponseFormatter,
 )
-from prefixd.server.api.generate.generation import Batch, EventDeliveries, Generation
-from prefixd.server.api.generate.inputs import InputLoader
+from prefixd.server.api.generate.generation import Batch
 from prefixd.server.api.generate.prompt_scores import PromptScores
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
-from prefixd.server.api.generate.user_header import with_user
-from prefixd.server.api.metrics import Metrics, TenantClass
-from prefixd.server.api.request_record import (
-    Admitted,
-    ClientGone,
-    RequestRecord,
-    RequestRecorder,
-    Tracer,
+from prefixd.server.api.generate.service import (
+    CLIENT_CLOSED_REQUEST,
+    GenerationService,
+    envelope,
+    service_of,
 )
-from prefixd.server.api.served import ServedModel
-from prefixd.server.engine.engine import Engine
-from prefixd.server.engine.request import FinishEvent, QueueFull, TokenEvent
-from prefixd.server.errors import Unavailable
+from prefixd.server.api.generate.user_header import with_user
+from prefixd.server.api.request_record import Admitted, ClientGone, RequestRecord
+from prefixd.server.engine.request import FinishEvent, TokenEvent
 from prefixd.server.tenants.principal import Principal
 
 router = APIRouter(prefix="/v1", tags=["generation"])
 
-log = structlog.get_logger("prefixd")
 
-CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that disconnected first. It is only logged."""
-
-QUICK_BYTES = 2048
-"""Bodies up to this size take about a millisecond to admit, and three with 128 prompts: so long may
-streams wait."""
-
-TRACE_HEADERS = ("traceparent", "tracestate")
-"""W3C trace context."""
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationService:
-    """Admits requests and runs them on the engine. One for each application."""
-
-    admission: Admission
-    engine: Engine
-    charging: Charging
-    drain_state: DrainState
-    served: ServedModel
-    metrics: Metrics
-    inputs: InputLoader
-    constraints: ConstraintLoader
-    trace: Tracer | None = None
-    user_header: str | None = None
-    deliveries: EventDeliveries = field(default_factory=EventDeliveries)
-
-    async def respond(
-        self,
-        request: Request,
-        principal: Principal,
-        body: CompletionRequest | ChatRequest,
-        admit: Callable[[], Admitted],
-        formatter: ResponseFormatter,
-    ) -> Response:
-        """Admit with ``admit``, run on the engine, and format the result."""
-        recorder = self._recorder(request, principal, formatter, stream=bool(body.stream))
-        try:
-            # All contexts entered here exit before the response ends, the recorder last.
-            async with AsyncExitStack() as running:
-                await running.enter_async_context(recorder)
-                self._check_ready(principal)
-                if body.num_embedding_bytes:
-                    held = bounds_of(request).embeddings
-                    await running.enter_async_context(
-                        held.hold(principal.tenant, body.num_embedding_bytes)
-                    )
-                admitted, recorder.grant = await self.charging.admit(
+async def _respond(
+    service: GenerationService,
+    request: Request,
+    principal: Principal,
+    body: CompletionRequest | ChatRequest,
+    *,
+    admit: Callable[[], Admitted],
+    formatter: ResponseFormatter,
+) -> Response:
+    """Admit with ``admit``, run on the engine, and format the result."""
+    is_base = service.admission.resolver.is_base(body.model, body.user)
+    try:
+        async with AsyncExitStack() as contexts:
+            running = await contexts.enter_async_context(
+                service.running(
+                    request,
                     principal,
                     admit,
-                    waited=waited_by(request),
-                    is_quick=self._is_quick(request, body),
+                    endpoint=formatter.endpoint,
+                    stream=bool(body.stream),
+                    is_quick=is_base,
+                    embedding_bytes=body.num_embedding_bytes,
                 )
-                recorder.record.admitted = admitted
-                admitted = await self.constraints.fill(await self.inputs.fill(admitted))
-                generation = Generation(
-                    self.engine, admitted, self.drain_state, recorder, self.deliveries.running()
-                )
-                await running.enter_async_context(generation)
-                await running.enter_async_context(while_connected(request.receive))
-                headers = _headers(admitted, recorder)
-                if formatter.options.token_ids:
-                    formatter = replace(formatter, prompts=admitted.prompts)
-                events: AsyncIterable[Batch] = generation
-                if body.shown_prompt.any:
-                    scores = PromptScores(self.served.tokenizer, body.shown_prompt, admitted)
-                    events = scores.events(generation)
-                    formatter = replace(formatter, prompt_scores=scores)
-                kind = formatter.chunk_object if body.stream else formatter.object
-                common = (events, recorder.record, formatter, _envelope(admitted, kind))
-                if not body.stream:
-                    response = await _whole(*common)
-                    return JSONResponse(response, 200, headers)
-                chunks = _chunks(*common, body)
-                await running.enter_async_context(aclosing(chunks))
-                # The first chunk decides the status: a request that fails before it is answered
-                # with an error and not with a stream.
-                first = await anext(chunks)
-                return EventStream(
-                    first,
-                    chunks,
-                    running=running.pop_all(),
-                    headers=headers,
-                    request_id=recorder.record.request_id,
-                )
-        except ClientGone:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-    def _recorder(
-        self, request: Request, principal: Principal, formatter: ResponseFormatter, *, stream: bool
-    ) -> RequestRecorder:
-        headers = request.headers
-        record = RequestRecord(
-            endpoint=formatter.endpoint,
-            tenant=principal.tenant,
-            tenant_class=TenantClass.of(principal.weight),
-            served_model=self.served.name,
-            request_id=request.state.request_id,
-            stream=stream,
-            trace_context={name: headers[name] for name in TRACE_HEADERS if name in headers},
-        )
-        return RequestRecorder(
-            record=record,
-            metrics=self.metrics,
-            limiter=self.charging.limiter,
-            settlements=self.charging.catalog.settlements,
-            trace=self.trace,
-        )
-
-    def _is_quick(self, request: Request, body: GenerationFields) -> bool:
-        """Whether admission neither asks the catalog nor computes for long."""
-        # The length of a chunked body is not declared.
-        return 0 < declared_bytes(request) <= QUICK_BYTES and self.admission.resolver.is_base(
-            body.model, body.user
-        )
-
-    def _check_ready(self, principal: Principal) -> None:
-        """Raise Unavailable, before any work, for a request that the engine would not take."""
-        if self.drain_state.closed:
-            raise self.drain_state.refusal()
-        trouble = self.engine.trouble
-        if trouble is not None:
-            raise Unavailable(trouble, retry_after=1)
-        try:
-            self.engine.check_room(principal.tenant, weight=principal.weight)
-        except QueueFull as full:
-            raise from_queue_full(full, self.drain_state) from full
-
-
-def _headers(admitted: Admitted, recorder: RequestRecorder) -> dict[str, str]:
-    """The remaining rate limits and the prefix that is used, for clients that read no bodies."""
-    headers = dict(recorder.grant.headers) if recorder.grant else {}
-    if admitted.prefix is not None:
-        manifest = admitted.prefix.manifest
-        headers["x-prefixd-prefix"] = f"{manifest.name}@{manifest.version}"
-        headers["x-prefixd-prefix-digest"] = manifest.digest
-        headers["x-prefixd-prefix-chosen-by"] = admitted.prefix.chosen_by
-    return headers
+            )
+            admitted = running.admitted
+            events: AsyncIterable[Batch] = running.generation
+            if formatter.options.token_ids:
+                formatter = replace(formatter, prompts=admitted.prompts)
+            if body.shown_prompt.any:
+                scores = PromptScores(service.served.tokenizer, body.shown_prompt, admitted)
+                events = scores.events(events)
+                formatter = replace(formatter, prompt_scores=scores)
+            kind = formatter.chunk_object if body.stream else formatter.object
+            common = (events, running.record, formatter, envelope(admitted, kind))
+            if not body.stream:
+                response = await _whole(*common)
+                return JSONResponse(response, 200, running.headers)
+            chunks = _chunks(*common, body)
+            await contexts.enter_async_context(aclosing(chunks))
+            # The first chunk decides the status: a request that fails before it is answered
+            # with an error and not with a stream.
+            first = await anext(chunks)
+            return EventStream(
+                first,
+                chunks,
+                running=contexts.pop_all(),
+                headers=running.headers,
+                request_id=running.record.request_id,
+            )
+    except ClientGone:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def _whole(
@@ -253,39 +152,12 @@ async def _chunks(
         yield encoder.usage(record.usage())
 
 
-def _envelope(admitted: Admitted, kind: str) -> dict[str, Any]:
-    """The fields of a response other than its choices."""
-    prefix, used = admitted.prefix, None
-    if prefix is not None:
-        manifest = prefix.manifest
-        used = {
-            "name": manifest.name,
-            "version": manifest.version,
-            "digest": manifest.digest,
-            "chosen_by": prefix.chosen_by,
-            "recipe_revision": manifest.recipe_revision,
-        }
-    return {
-        "id": admitted.id,
-        "object": kind,
-        "created": int(time.time()),
-        "model": admitted.model,
-        "prefix": used,
-    }
-
-
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The response, or with `stream` the events `data: {chunk}`.",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     }
 }
-
-
-def _service(request: Request) -> GenerationService:
-    # Not a dependency: FastAPI would solve one more for each request.
-    service: GenerationService = request.app.state.generation
-    return service
 
 
 @router.post(
@@ -300,12 +172,12 @@ async def create_completion(
     body: Annotated[CompletionRequest, Depends(json_body(CompletionRequest))],
 ) -> Response:
     """Continue one or more prompts with the base model or a prefix; `stream` for events."""
-    generation = _service(request)
+    generation = service_of(request)
     body = with_user(body, request, generation.user_header)
     admit = partial(generation.admission.completion, principal, body)
     options = answer_options(body, generation.served, top_logprobs=body.logprobs)
     formatter = CompletionFormatter(generation.served.tokenizer, options)
-    return await generation.respond(request, principal, body, admit, formatter)
+    return await _respond(generation, request, principal, body, admit=admit, formatter=formatter)
 
 
 @router.post(
@@ -320,9 +192,9 @@ async def create_chat_completion(
     body: Annotated[ChatRequest, Depends(json_body(ChatRequest))],
 ) -> Response:
     """Answer a conversation with the base model or a prefix; `stream` for events."""
-    generation = _service(request)
+    generation = service_of(request)
     body = with_user(body, request, generation.user_header)
     admit = partial(generation.admission.chat, principal, body)
     options = answer_options(body, generation.served, top_logprobs=body.num_top_logprobs)
     formatter = ChatFormatter(generation.served.tokenizer, options)
-    return await generation.respond(request, principal, body, admit, formatter)
+    return await _respond(generation, request, principal, body, admit=admit, formatter=formatter)

@@ -1,0 +1,174 @@
+"""What runs a request on the engine: admission, charge, accounting, and the end of it all."""
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+
+from prefixd.server.api.body import declared_bytes
+from prefixd.server.api.catalog_calls import waited_by
+from prefixd.server.api.dependencies import bounds_of
+from prefixd.server.api.drain_state import DrainState
+from prefixd.server.api.error_responses import from_queue_full
+from prefixd.server.api.generate.admission import Admission
+from prefixd.server.api.generate.charging import Charging
+from prefixd.server.api.generate.constraints import ConstraintLoader
+from prefixd.server.api.generate.event_stream import while_connected
+from prefixd.server.api.generate.generation import EventDeliveries, Generation
+from prefixd.server.api.generate.inputs import InputLoader
+from prefixd.server.api.metrics import Endpoint, Metrics, TenantClass
+from prefixd.server.api.request_record import Admitted, RequestRecord, RequestRecorder, Tracer
+from prefixd.server.api.served import ServedModel
+from prefixd.server.engine.engine import Engine
+from prefixd.server.engine.request import QueueFull
+from prefixd.server.errors import Unavailable
+from prefixd.server.tenants.principal import Principal
+
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that disconnected first. It is only logged."""
+
+QUICK_BYTES = 2048
+"""Bodies up to this size take about a millisecond to admit, and three with 128 prompts: so long may
+streams wait."""
+
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""W3C trace context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A request on the engine, and the headers of its response."""
+
+    generation: Generation
+    record: RequestRecord
+    admitted: Admitted
+    headers: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationService:
+    """Admits requests and runs them on the engine. One for each application."""
+
+    admission: Admission
+    engine: Engine
+    charging: Charging
+    drain_state: DrainState
+    served: ServedModel
+    metrics: Metrics
+    inputs: InputLoader
+    constraints: ConstraintLoader
+    trace: Tracer | None = None
+    user_header: str | None = None
+    deliveries: EventDeliveries = field(default_factory=EventDeliveries)
+
+    @asynccontextmanager
+    async def running(
+        self,
+        request: Request,
+        principal: Principal,
+        admit: Callable[[], Admitted],
+        *,
+        endpoint: Endpoint,
+        stream: bool = False,
+        is_quick: bool = False,
+        embedding_bytes: int = 0,
+    ) -> AsyncIterator[Running]:
+        """Admit with ``admit`` and run on the engine inside the block, which ends with the
+        response; it raises ClientGone when the client disconnects. ``is_quick``: admission neither
+        asks the catalog nor computes for long."""
+        recorder = self._recorder(request, principal, endpoint, stream=stream)
+        # All contexts entered here exit before the block has ended, the recorder last.
+        async with AsyncExitStack() as contexts:
+            await contexts.enter_async_context(recorder)
+            self._check_ready(principal)
+            if embedding_bytes:
+                held = bounds_of(request).embeddings
+                await contexts.enter_async_context(held.hold(principal.tenant, embedding_bytes))
+            # The length of a chunked body is not declared.
+            is_short = 0 < declared_bytes(request) <= QUICK_BYTES
+            admitted, recorder.grant = await self.charging.admit(
+                principal, admit, waited=waited_by(request), is_quick=is_quick and is_short
+            )
+            recorder.record.admitted = admitted
+            admitted = await self.constraints.fill(await self.inputs.fill(admitted))
+            generation = Generation(
+                self.engine, admitted, self.drain_state, recorder, self.deliveries.running()
+            )
+            await contexts.enter_async_context(generation)
+            await contexts.enter_async_context(while_connected(request.receive))
+            yield Running(generation, recorder.record, admitted, _headers(admitted, recorder))
+
+    def _recorder(
+        self, request: Request, principal: Principal, endpoint: Endpoint, *, stream: bool
+    ) -> RequestRecorder:
+        headers = request.headers
+        record = RequestRecord(
+            endpoint=endpoint,
+            tenant=principal.tenant,
+            tenant_class=TenantClass.of(principal.weight),
+            served_model=self.served.name,
+            request_id=request.state.request_id,
+            stream=stream,
+            trace_context={name: headers[name] for name in TRACE_HEADERS if name in headers},
+        )
+        return RequestRecorder(
+            record=record,
+            metrics=self.metrics,
+            limiter=self.charging.limiter,
+            settlements=self.charging.catalog.settlements,
+            trace=self.trace,
+        )
+
+    def _check_ready(self, principal: Principal) -> None:
+        """Raise Unavailable, before any work, for a request that the engine would not take."""
+        if self.drain_state.closed:
+            raise self.drain_state.refusal()
+        trouble = self.engine.trouble
+        if trouble is not None:
+            raise Unavailable(trouble, retry_after=1)
+        try:
+            self.engine.check_room(principal.tenant, weight=principal.weight)
+        except QueueFull as full:
+            raise from_queue_full(full, self.drain_state) from full
+
+
+def _headers(admitted: Admitted, recorder: RequestRecorder) -> dict[str, str]:
+    """The remaining rate limits and the prefix that is used, for clients that read no bodies."""
+    headers = dict(recorder.grant.headers) if recorder.grant else {}
+    if admitted.prefix is not None:
+        manifest = admitted.prefix.manifest
+        headers["x-prefixd-prefix"] = f"{manifest.name}@{manifest.version}"
+        headers["x-prefixd-prefix-digest"] = manifest.digest
+        headers["x-prefixd-prefix-chosen-by"] = admitted.prefix.chosen_by
+    return headers
+
+
+def envelope(admitted: Admitted, kind: str) -> dict[str, Any]:
+    """The fields of a response other than its choices."""
+    prefix, used = admitted.prefix, None
+    if prefix is not None:
+        manifest = prefix.manifest
+        used = {
+            "name": manifest.name,
+            "version": manifest.version,
+            "digest": manifest.digest,
+            "chosen_by": prefix.chosen_by,
+            "recipe_revision": manifest.recipe_revision,
+        }
+    return {
+        "id": admitted.id,
+        "object": kind,
+        "created": int(time.time()),
+        "model": admitted.model,
+        "prefix": used,
+    }
+
+
+def service_of(request: Request) -> GenerationService:
+    """That of the application."""
+    # Not a dependency: FastAPI would solve one more for each request.
+    service: GenerationService = request.app.state.generation
+    return service
