@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefixd.server.api.generate.answers.formats import SYNTAX, CallFormat
-from prefixd.server.api.generate.answers.json_scanner import JsonScanner, MalformedJson
-from prefixd.server.api.generate.answers.parser import (
+from prefixd.server.api.answers.formats import SYNTAX, CallFormat
+from prefixd.server.api.answers.json_scanner import JsonScanner, MalformedJson
+from prefixd.server.api.answers.parser import (
     AnswerParser,
     AnswerSyntax,
     ParsedAnswer,
     assembled,
     parse,
 )
-from prefixd.server.api.generate.answers.pieces import (
+from prefixd.server.api.answers.pieces import (
     CallArguments,
     CallStart,
     Content,

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from prefixd.server.api.served import ChatTraits
 from prefixd.server.model.tokenizer import Tokenizer
 from tests.api.api_world import World, error_of, fake_text
 from tests.model.tokenizer_kinds import byte_level
@@ -83,7 +84,8 @@ def test_media_parts_have_the_code_of_unsupported_fields(client: TestClient) -> 
 
 def test_calls_and_results_are_turns(client: TestClient) -> None:
     answer = chat(client, [USER, CALLING, RESULT])
-    text = "user: hi\nassistant: \ntool: 42\nassistant: "
+    calls = '[{"name": "f", "arguments": {"a": 1}}]'
+    text = f"user: hi\nassistant: {calls}\nuser: Result of f: 42\nassistant: "
     assert answer.json()["choices"][0]["message"]["content"] == fake_text(None, text, 6)
     without_content = {name: CALLING[name] for name in ("role", "tool_calls")}
     assert chat(client, [USER, without_content, RESULT]).status_code == 200
@@ -135,6 +137,7 @@ def rendered(client: TestClient, world: World, template: str, **fields: Any) -> 
         return texts[-1]
 
     world.served.tokenizer.render_chat = render  # type: ignore[method-assign]
+    object.__setattr__(world.served, "chat", ChatTraits(renders_tools=True))
     answer = chat(client, **{"messages": [USER, CALLING, RESULT], **fields})
     assert answer.status_code == 200, answer.text
     return texts[-1]

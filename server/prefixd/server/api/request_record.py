@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from prefixd.server.api.answers.parser import AnswerSyntax
 from prefixd.server.api.metrics import Endpoint, Metrics, Outcome, TenantClass
 from prefixd.server.api.settlements import Settlements
 from prefixd.server.engine.constraint import Grammar
@@ -79,6 +80,7 @@ class Admitted:
     are the embeddings that each request lacks: their place in its prompt, and their key. ``texts``
     are the prompts where the answer shows them, and ``warnings`` are for the caller.
     ``grammar`` is what all outputs must be in, not compiled yet.
+    ``syntax`` says what the text of answers is made of; None: of content alone.
     """
 
     id: str
@@ -91,6 +93,7 @@ class Admitted:
     texts: tuple[PromptText, ...] = ()
     warnings: tuple[str, ...] = ()
     grammar: AskedGrammar | None = None
+    syntax: AnswerSyntax | None = None
 
     @property
     def head(self) -> dict[str, Any]:

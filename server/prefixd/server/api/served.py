@@ -1,9 +1,10 @@
 """The served base model for the API: names, limits and a tokenizer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from prefixd.server.api.answers.formats import CallFormat
 from prefixd.server.engine.detokenizer import Detokenizer
 from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.artifact.kinds import TextRole
@@ -110,6 +111,25 @@ class DecoderInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatTraits:
+    """What the model's chat template can do.
+
+    ``renders_tools``: it shows tools. ``call_format`` is how the model writes calls, or how it is
+    to be read by setting; None: unknown. ``names_first`` is of Mistral's format: a name before the
+    arguments instead of an object. ``reasons``: the model may think before it answers.
+    ``special`` are the texts of special tokens; ``atomic`` the ids of those that a grammar names by
+    id, by text.
+    """
+
+    renders_tools: bool = False
+    call_format: CallFormat | None = None
+    names_first: bool = False
+    reasons: bool = False
+    special: frozenset[str] = frozenset()
+    atomic: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class EncoderInfo:
     """What an encoder-decoder has and a decoder has not: the tokens that its decoder begins with,
     ``max_tokens`` of an input, soft prompt included, and the positions of a block of KV."""
@@ -143,6 +163,7 @@ class ServedModel:
     created: int
     tokenizer: Tokenizer
     encoder: EncoderInfo | None = None
+    chat: ChatTraits = ChatTraits()
     prefix_warnings: Callable[[int | None], list[str]] = lambda _: []
     """What a tenant should know of so many virtual tokens in front of a prompt on this base; None:
     some stand inside."""

@@ -1,6 +1,6 @@
 """What the engine asks of a tokenizer: the text of a growing sequence of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -42,3 +42,41 @@ class Detokenizer(Protocol):
     def special(self, token_id: int) -> str:
         """Text of a special token; empty for any other."""
         ...
+
+
+class ShownSpecials:
+    """A Detokenizer in whose text the special tokens ``shown`` are written out."""
+
+    def __init__(self, inner: Detokenizer, shown: Collection[str]) -> None:
+        self._inner = inner
+        self._shown = shown
+
+    @property
+    def previous(self) -> int | None:
+        """See Detokenizer."""
+        return self._inner.previous
+
+    def push(self, token_id: int) -> Sequence[TokenText]:
+        """See Detokenizer."""
+        return self._written(self._inner.push(token_id))
+
+    def tentative(self, limit: int) -> Sequence[TokenText]:
+        """See Detokenizer."""
+        return self._written(self._inner.tentative(limit))
+
+    def flush(self) -> Sequence[TokenText]:
+        """See Detokenizer."""
+        return self._written(self._inner.flush())
+
+    def special(self, token_id: int) -> str:
+        """See Detokenizer."""
+        special = self._inner.special(token_id)
+        return "" if special in self._shown else special
+
+    def _written(self, tokens: Sequence[TokenText]) -> Sequence[TokenText]:
+        return [
+            token._replace(text=token.text + token.special, special="")
+            if token.special in self._shown
+            else token
+            for token in tokens
+        ]

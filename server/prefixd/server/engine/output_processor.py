@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 
-from prefixd.server.engine.detokenizer import Detokenizer, TokenText
+from prefixd.server.engine.detokenizer import Detokenizer, ShownSpecials, TokenText
 from prefixd.server.engine.inputs import PLACEHOLDER, num_rows_before
 from prefixd.server.engine.request import (
     Event,
@@ -183,7 +183,10 @@ class OutputProcessor:
         sequence, token_id = stream.sequence, sampled.token_id
         detokenizer = stream.detokenizer
         if detokenizer is None:
-            detokenizer = stream.detokenizer = self._new_detokenizer(_text_of(sequence))
+            detokenizer = self._new_detokenizer(_text_of(sequence))
+            if sequence.request.shown_special:
+                detokenizer = ShownSpecials(detokenizer, sequence.request.shown_special)
+            stream.detokenizer = detokenizer
         queue = stream.logprobs
         if queue is not None:
             queue.add(sampled, detokenizer.previous)

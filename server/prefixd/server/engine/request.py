@@ -123,7 +123,8 @@ class AdmittedRequest:
     something other than its tokens; its KV is then not reused.
     ``inputs``, in order, are embeddings in place of the prompt's placeholders (``inputs``).
     ``source`` is the input of an encoder-decoder's encoder, whose KV is in the side blocks;
-    ``prompt`` is then what the decoder begins with.
+    ``prompt`` is then what the decoder begins with. ``shown_special`` are special tokens that are
+    part of the text of outputs.
     ``scoring`` asks for the log-probabilities of prompt tokens, once for all ``n`` sequences: the
     first of them computes those tokens, and shares no KV behind the first scored one.
     """
@@ -146,6 +147,7 @@ class AdmittedRequest:
     num_side_blocks: int = 0
     inputs: tuple[InputRun, ...] = ()
     source: tuple[int, ...] = ()
+    shown_special: frozenset[str] = frozenset()
     scoring: Scoring | None = None
 
     @property

@@ -2,9 +2,12 @@
 
 import sys
 import time
+from typing import Any
 
-from prefixd.server.api.served import DecoderInfo, EncoderInfo, ServedModel
+from prefixd.server.api.answers.formats import CallFormat
+from prefixd.server.api.served import ChatTraits, DecoderInfo, EncoderInfo, ServedModel
 from prefixd.server.engine.config import SchedulerConfig
+from prefixd.server.model import chat_template
 from prefixd.server.model.gated_places import attention_name, refuse_gated
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.prefix import offered, refused_kinds
@@ -49,6 +52,7 @@ def served_model(
         eos_token_ids=frozenset(i for i in base.eos_token_ids if 0 <= i < base.num_logits),
         created=int(time.time()),
         tokenizer=Tokenizer(base.tokenizer),
+        chat=chat_traits(base.tokenizer, settings.tool_call_format),
         prefix_warnings=base.layers.sight_warnings,
         encoder=None
         if pair is None
@@ -70,3 +74,22 @@ def _refused_kinds(settings: Settings, base: LoadedBase) -> dict[Kind, str]:
     if reason is None:
         return refused
     return refused | {Kind.ADAPTION_PROMPT: f"expected {offered(refused)}, since {reason}"}
+
+
+def chat_traits(tokenizer: Any, call_format: str) -> ChatTraits:
+    """What the chat template can do; ``call_format`` is the setting."""
+    match call_format:
+        case "auto":
+            name = chat_template.call_format(tokenizer)
+        case "none":
+            name = None
+        case _:
+            name = call_format
+    return ChatTraits(
+        renders_tools=chat_template.renders_tools(tokenizer),
+        call_format=None if name is None else CallFormat(name),
+        names_first=chat_template.names_first(tokenizer),
+        reasons=chat_template.reasons(tokenizer),
+        special=chat_template.special_tokens(tokenizer),
+        atomic=chat_template.atomic_ids(tokenizer),
+    )

@@ -211,6 +211,11 @@ class Settings(BaseSettings):
         "`ngram` takes what followed the last tokens earlier in the sequence. Answers are the "
         "same.",
     )
+    tool_call_format: Literal["auto", "hermes", "llama3", "mistral", "json", "none"] = Field(
+        default="auto",
+        description="How the model writes calls of tools: `auto` goes by its chat template, `json` "
+        "is a list of objects and works without one that shows tools, `none` reads no calls.",
+    )
     watchdog: float = Field(
         default=60.0,
         gt=0,

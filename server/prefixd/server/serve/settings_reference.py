@@ -16,6 +16,7 @@ SETTING_GROUPS = {
         "served_model_name",
         "tensor_parallel",
         "threads",
+        "tool_call_format",
     ),
     "Storage": (
         "audit_days",

@@ -16,6 +16,7 @@ from prefixd.server.api.generate.prompts import PromptTokens, check_token_ids, c
 from prefixd.server.api.generate.recipes import PromptBuilder, Prompts, filled
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.generate.resolver import PrefixResolver
+from prefixd.server.api.generate.tool_plan import plan_tools
 from prefixd.server.api.generate.vllm_fields import truncated
 from prefixd.server.api.placement import front_of, whole_of, without_last
 from prefixd.server.api.request_record import Admitted, ResolvedPrefix
@@ -90,16 +91,19 @@ class Admission:
         prefix = self.resolver.resolve(principal.tenant, body.model, body.user)
         recipe = prefix.manifest.recipe if prefix else None
         body = filled(body, recipe)
-        return self._admit(
+        tools = plan_tools(body, self.prompts.traits(prefix))
+        prompts = self.prompts.chat(body, prefix, tools)
+        admitted = self._admit(
             "chatcmpl",
             principal,
             body,
             prefix=prefix,
-            prompts=self.prompts.chat(body, prefix),
+            prompts=prompts,
             sampling=self._sampling(body, top_logprobs=body.num_top_logprobs),
             max_tokens=body.max_completion_tokens or body.max_tokens,
             default_max_tokens=recipe.max_tokens if recipe else None,
         )
+        return tools.complete(admitted, body, prompts.end)
 
     def _admit(
         self,

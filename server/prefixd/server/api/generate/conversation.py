@@ -1,13 +1,14 @@
 """A conversation, and how the chat template renders it: fields of a chat completion."""
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from prefixd.server.api.body import StrictModel
 from prefixd.server.api.generate.messages import AssistantTurn, Message
 from prefixd.server.api.generate.shapes import refusal
+from prefixd.server.api.generate.tools.fields import ToolFields
 
 MAX_TEMPLATE_KWARGS_BYTES = 16 * 1024
 
@@ -50,6 +51,11 @@ class Conversation(StrictModel):
         max_length=64,
         description="Variables of the model's chat template, such as `enable_thinking`.",
     )
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        return self.chat_template_kwargs or {}
 
     @property
     def opens_turn(self) -> bool:
@@ -97,3 +103,26 @@ class Conversation(StrictModel):
                 f"expected at most {MAX_TEMPLATE_KWARGS_BYTES} bytes; received {size}", at=(place,)
             )
         return self
+
+
+def _check_effort(effort: str) -> str:
+    if effort != "none":
+        raise refusal("only 'none' is supported", kind="unsupported_at")
+    return effort
+
+
+class ToolConversation(Conversation, ToolFields):
+    """A conversation with a model that may call tools and think."""
+
+    reasoning_effort: Annotated[str, AfterValidator(_check_effort)] | None = Field(
+        default=None, description="`none` sets `enable_thinking` of the chat template to false."
+    )
+    include_reasoning: bool | None = Field(
+        default=None, description="With false, reasoning is left out. Default: true."
+    )
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """As of Conversation."""
+        thinking = {} if self.reasoning_effort is None else {"enable_thinking": False}
+        return {**thinking, **(self.chat_template_kwargs or {})}

@@ -8,6 +8,7 @@ from pydantic_core import to_json
 
 from prefixd.server.api.generate.formatter import ResponseFormatter
 from prefixd.server.api.generate.generation import Batch
+from prefixd.server.api.generate.parsed_formatter import ParsedChatFormatter
 from prefixd.server.engine.request import Event, FinishEvent, ScoreEvent, TokenEvent
 
 _PLACE = "<text>"
@@ -54,7 +55,7 @@ class EventEncoder:
         """The events of what is ready at once; empty when none of it is shown. The end of a choice
         comes with its last text, where both are ready."""
         ends = {choice: event for choice, event in batch if isinstance(event, FinishEvent)}
-        if not ends:
+        if not ends or isinstance(self._formatter, ParsedChatFormatter):
             return b"".join([self._one(choice, event) for choice, event in batch])
         last = {
             choice: event
@@ -80,6 +81,10 @@ class EventEncoder:
         return bool(event.text or event.logprobs or (self._shows_ids and event.token_ids))
 
     def _one(self, choice: int, event: Event) -> bytes:
+        if isinstance(self._formatter, ParsedChatFormatter):
+            if isinstance(event, TokenEvent):
+                self._counts[choice] += len(event.token_ids)
+            return b"".join(map(self._event, self._formatter.entries(choice, event)))
         if isinstance(event, FinishEvent):
             self._counts[choice] = event.completion_tokens
             return self._event(self._formatter.closing(choice, event))

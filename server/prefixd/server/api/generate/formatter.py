@@ -115,17 +115,36 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class CalledFunction(BaseModel):
+    """A function that the model calls, and the JSON text of its arguments."""
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(BaseModel):
-    """The message of the model."""
+    """The message of the model. ``reasoning_content`` is there where the model may think,
+    ``tool_calls`` where it calls tools."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
 
 
 class ChatChoice(Choice):
     """One choice of a chat."""
 
+    finish_reason: Literal["stop", "length", "tool_calls"] | None  # type: ignore[assignment]
     message: AssistantMessage
     logprobs: ChatLogprobs | None
 

@@ -9,11 +9,11 @@ what looks like a marker in it is text.
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from prefixd.server.api.generate.conversation import Conversation
 from prefixd.server.api.generate.embeds import Given
 from prefixd.server.api.generate.messages import ChatMessage, PrefixPart
+from prefixd.server.api.generate.tool_plan import ToolPlan
 from prefixd.server.api.generate.turns import turn_of
 from prefixd.server.api.placement import Layout, lay_out
 from prefixd.server.api.served import ServedModel
@@ -92,9 +92,7 @@ class PromptEncoder:
             runs = _in_place("".join(map(str, rendered)), layout)
         return self._encode(runs, opens=False, continues=continues, param="messages")
 
-    def render(
-        self, conversation: Conversation, *, tools: list[dict[str, Any]] | None = None
-    ) -> list[str | Rows]:
+    def render(self, conversation: Conversation, tools: ToolPlan | None = None) -> list[str | Rows]:
         """The conversation in the model's chat template, split at its prefix parts. Raises
         BadRequest."""
         marks = _Marks()
@@ -102,11 +100,11 @@ class PromptEncoder:
         try:
             render = self.render_chat or self.served.tokenizer.render_chat
             text = render(
-                turns,
-                tools=tools,
+                tools.turns(turns) if tools else turns,
+                tools=tools.variables if tools else None,
                 add_generation_prompt=conversation.opens_turn,
                 continue_final_message=bool(conversation.continue_final_message),
-                template_kwargs=conversation.chat_template_kwargs,
+                template_kwargs=conversation.template_variables,
             )
         except ValueError as error:
             raise BadRequest(str(error), code="chat_template", param="messages") from error

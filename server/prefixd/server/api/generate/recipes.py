@@ -12,7 +12,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from prefixd.server.api.generate.embeds import Given
@@ -21,11 +21,12 @@ from prefixd.server.api.generate.messages import PrefixPart
 from prefixd.server.api.generate.prompts import PromptEncoder, PromptTokens, chat_layout
 from prefixd.server.api.generate.requests import ChatRequest
 from prefixd.server.api.generate.system_texts import SystemTexts, split, with_system
+from prefixd.server.api.generate.tool_plan import ToolPlan
 from prefixd.server.api.placement import Layout, lay_out, layout_of
 from prefixd.server.api.rendering.renderer import TemplateRenderer
 from prefixd.server.api.rendering.tenant_template import TenantTemplate
 from prefixd.server.api.request_record import ResolvedPrefix
-from prefixd.server.api.served import ServedModel
+from prefixd.server.api.served import ChatTraits, ServedModel
 from prefixd.server.errors import BadRequest
 from prefixd.store.artifact.kinds import Kind, TextRole
 from prefixd.store.artifact.recipe import Input, Recipe
@@ -40,12 +41,14 @@ Prompt = str | list[int] | Given
 @dataclass(frozen=True, slots=True)
 class Prompts:
     """The prompts of a request, where virtual tokens of its prefix stand, and what its caller
-    should know. Without ``has_front`` the prefix is among the tokens."""
+    should know. Without ``has_front`` the prefix is among the tokens. ``end`` is the text that a
+    rendered conversation ends with."""
 
     tokens: list[PromptTokens]
     layout: Layout | None = None
     warnings: tuple[str, ...] = ()
     has_front: bool = True
+    end: str = ""
 
 
 def filled(body: Body, recipe: Recipe | None) -> Body:
@@ -101,13 +104,23 @@ class PromptBuilder:
         warnings = _unapplied(manifest) if manifest and apply_recipe else ()
         return Prompts(tokens, layout, warnings)
 
-    def chat(self, body: ChatRequest, prefix: ResolvedPrefix | None) -> Prompts:
+    def traits(self, prefix: ResolvedPrefix | None) -> ChatTraits:
+        """What the template of a chat can do: the model's, or the one of the version."""
+        traits = self.served.chat
+        if prefix is None or prefix.manifest.recipe.template_kind is not TemplateKind.JINJA:
+            return traits
+        return replace(traits, renders_tools="tools" in (prefix.manifest.prompt_template or ""))
+
+    def chat(
+        self, body: ChatRequest, prefix: ResolvedPrefix | None, tools: ToolPlan | None = None
+    ) -> Prompts:
         """The prompt of a chat. Raises as ``completion``."""
         if prefix is None:
             encoder = PromptEncoder(self.served)
-            rendered = encoder.render(body)
+            rendered = encoder.render(body, tools)
             layout = chat_layout(rendered, None, None)
-            return Prompts([encoder.chat(rendered, layout, continues=False)], layout)
+            tokens = encoder.chat(rendered, layout, continues=False)
+            return Prompts([tokens], layout, end=_end(rendered))
         manifest = prefix.manifest
         recipe, continues = manifest.recipe, manifest.kind is Kind.HARD_PROMPT
         placed = layout_of(manifest) or _plain_layout(manifest)
@@ -119,32 +132,41 @@ class PromptBuilder:
         template = self._template(manifest).render_chat if is_jinja else None
         encoder = PromptEncoder(self.served, template)
         if manifest.role is TextRole.SYSTEM:
-            return self._under_system(body, manifest, encoder)
-        rendered = encoder.render(body)
+            return self._under_system(body, manifest, encoder, tools)
+        rendered = encoder.render(body, tools)
         layout = chat_layout(rendered, manifest, placed)
         tokens = encoder.chat(rendered, layout, continues=continues)
-        return Prompts([tokens], layout, _unapplied(manifest) or _untemplated(manifest))
+        warnings = _unapplied(manifest) or _untemplated(manifest)
+        return Prompts([tokens], layout, warnings, end=_end(rendered))
 
     def _under_system(
-        self, body: ChatRequest, manifest: Manifest, encoder: PromptEncoder
+        self,
+        body: ChatRequest,
+        manifest: Manifest,
+        encoder: PromptEncoder,
+        tools: ToolPlan | None,
     ) -> Prompts:
         try:
             text, head = self.texts.of(manifest)
         except ValueError as error:
             raise BadRequest(str(error), code="chat_template", param="model") from error
         messages = with_system(body.messages, text)
-        rendered = encoder.render(body.model_copy(update={"messages": messages}))
+        rendered = encoder.render(body.model_copy(update={"messages": messages}), tools)
         chat_layout(rendered, manifest, None)  # refuses prefix parts
         whole = encoder.chat(rendered, None, continues=False)
         prompt = split(whole, head)
         warnings = _unapplied(manifest)
         if prompt is None:
-            return Prompts([whole], warnings=warnings, has_front=False)
-        return Prompts([prompt], warnings=warnings)
+            return Prompts([whole], warnings=warnings, has_front=False, end=_end(rendered))
+        return Prompts([prompt], warnings=warnings, end=_end(rendered))
 
     def _template(self, manifest: Manifest) -> TenantTemplate:
         assert manifest.prompt_template is not None
         return TenantTemplate(self.renderer, self.served, manifest.tenant, manifest.prompt_template)
+
+
+def _end(rendered: Sequence[object]) -> str:
+    return str(rendered[-1]) if rendered else ""
 
 
 def _user_turn(template: TenantTemplate, prompt: Prompt) -> str:

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from prefixd.server.api.generate.conversation import Conversation
+from prefixd.server.api.generate.conversation import ToolConversation
 from prefixd.server.api.generate.fields import GenerationFields, misplaced, one_of
 from prefixd.server.api.generate.prompt_scores import PromptOptions
 from prefixd.server.api.generate.vllm_fields import NEUTRAL
@@ -108,7 +108,7 @@ class CompletionRequest(GenerationFields):
         return [part for part in self.prompt if not isinstance(part, int)]
 
 
-class ChatRequest(Conversation, GenerationFields):
+class ChatRequest(ToolConversation, GenerationFields):
     """Body of POST /v1/chat/completions."""
 
     NEUTRAL = {  # noqa: RUF012 - a ClassVar in the base
@@ -123,12 +123,8 @@ class ChatRequest(Conversation, GenerationFields):
         "mm_processor_kwargs": (None, {}),
         "modalities": (None, ["text"]),
         "moderation": (None,),
-        "parallel_tool_calls": (None, True, False),
         "prediction": (None,),
         "prompt_cache_options": (None,),
-        "reasoning_effort": (None, "none"),
-        "tool_choice": (None, "none", "auto"),
-        "tools": (None, []),
         "verbosity": (None, "medium"),
         "web_search_options": (None,),
     }

@@ -26,6 +26,7 @@ from prefixd.server.api.generate.formatter import (
     ResponseFormatter,
 )
 from prefixd.server.api.generate.generation import Batch
+from prefixd.server.api.generate.parsed_formatter import parsing
 from prefixd.server.api.generate.prompt_scores import PromptScores
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.generate.service import (
@@ -74,6 +75,7 @@ async def _respond(
                 scores = PromptScores(service.served.tokenizer, body.shown_prompt, admitted)
                 events = scores.events(events)
                 formatter = replace(formatter, prompt_scores=scores)
+            formatter = parsing(formatter, admitted.syntax)
             kind = formatter.chunk_object if body.stream else formatter.object
             common = (events, running.record, formatter, envelope(admitted, kind))
             if not body.stream:

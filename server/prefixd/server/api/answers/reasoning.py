@@ -2,7 +2,7 @@
 
 from enum import Enum, auto
 
-from prefixd.server.api.generate.answers.held_text import Spaces, num_begun
+from prefixd.server.api.answers.held_text import Spaces, num_begun
 
 THINK, END_THINK = "<think>", "</think>"
 

@@ -3,9 +3,9 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from prefixd.server.api.generate.answers.calls import CallFinder
-from prefixd.server.api.generate.answers.formats import SYNTAX, CallFormat
-from prefixd.server.api.generate.answers.pieces import (
+from prefixd.server.api.answers.calls import CallFinder
+from prefixd.server.api.answers.formats import SYNTAX, CallFormat
+from prefixd.server.api.answers.pieces import (
     CallArguments,
     CallBroken,
     CallStart,
@@ -13,7 +13,7 @@ from prefixd.server.api.generate.answers.pieces import (
     Piece,
     Reasoning,
 )
-from prefixd.server.api.generate.answers.reasoning import ReasoningSplitter
+from prefixd.server.api.answers.reasoning import END_THINK, THINK, ReasoningSplitter
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,12 @@ class AnswerSyntax:
     reasons: bool = False
     is_reasoning: bool = False
     shows_reasoning: bool = True
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The marks that are looked for, which may be special tokens."""
+        marks = (THINK, END_THINK) if self.reasons else ()
+        return marks if self.calls is None else (*marks, *SYNTAX[self.calls].marks)
 
 
 class AnswerParser:

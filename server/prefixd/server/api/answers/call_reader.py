@@ -3,7 +3,7 @@
 import json
 from enum import Enum, auto
 
-from prefixd.server.api.generate.answers.json_scanner import JsonScanner, MalformedJson
+from prefixd.server.api.answers.json_scanner import JsonScanner, MalformedJson
 
 _ARGUMENTS = ("arguments", "parameters")
 _SPACE = " \t\r\n"

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from prefixd.server.api.generate.answers.call_reader import ArgumentsReader, CallReader, is_name
-from prefixd.server.api.generate.answers.formats import NAME_ENDS, Syntax
-from prefixd.server.api.generate.answers.held_text import Spaces, num_begun
-from prefixd.server.api.generate.answers.json_scanner import MalformedJson
-from prefixd.server.api.generate.answers.pieces import (
+from prefixd.server.api.answers.call_reader import ArgumentsReader, CallReader, is_name
+from prefixd.server.api.answers.formats import NAME_ENDS, Syntax
+from prefixd.server.api.answers.held_text import Spaces, num_begun
+from prefixd.server.api.answers.json_scanner import MalformedJson
+from prefixd.server.api.answers.pieces import (
     CallArguments,
     CallBroken,
     CallStart,
