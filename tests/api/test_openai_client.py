@@ -2,8 +2,10 @@
 
 import threading
 from collections.abc import Iterator
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 import uvicorn
 
@@ -160,3 +162,53 @@ def test_openai_client_raises_an_error_event_of_a_stream(api: openai.OpenAI, wor
     world.runner.gate.set()
     with pytest.raises(openai.APIError, match="engine"):
         list(chunks)
+
+
+class Pet(pydantic.BaseModel):
+    kind: Literal["dog", "cat"]
+    count: Literal[1, 2, 3]
+    tags: list[Literal["a", "b"]] = pydantic.Field(min_length=1, max_length=1)
+    owner: Literal["ann"] | None
+
+
+def test_openai_client_parses_a_model(api: openai.OpenAI) -> None:
+    answer = api.chat.completions.parse(
+        model="tiny",
+        messages=[{"role": "user", "content": "u"}],
+        response_format=Pet,
+        max_completion_tokens=120,
+    )
+    choice = answer.choices[0]
+    assert choice.finish_reason == "stop"
+    assert isinstance(choice.message.parsed, Pet)
+    assert choice.message.content == choice.message.parsed.model_dump_json()
+
+
+def test_openai_client_streams_a_model(api: openai.OpenAI) -> None:
+    with api.chat.completions.stream(
+        model="tiny",
+        messages=[{"role": "user", "content": "u"}],
+        response_format=Pet,
+        max_completion_tokens=120,
+    ) as stream:
+        parsed = stream.get_final_completion().choices[0].message.parsed
+    assert isinstance(parsed, Pet)
+
+
+def test_openai_client_says_that_a_parsed_answer_was_cut(api: openai.OpenAI) -> None:
+    with pytest.raises(openai.LengthFinishReasonError):
+        api.chat.completions.parse(
+            model="tiny",
+            messages=[{"role": "user", "content": "u"}],
+            response_format=Pet,
+            max_completion_tokens=5,
+        )
+
+
+def test_openai_client_sends_structured_outputs(api: openai.OpenAI) -> None:
+    answer = api.completions.create(
+        model="tiny",
+        prompt="hello",
+        extra_body={"structured_outputs": {"choice": ["yes", "no"]}},
+    )
+    assert answer.choices[0].text in {"yes", "no"}

@@ -54,6 +54,9 @@ class Runner(BlockingRunner):
 
     @torch.inference_mode()
     def _run(self, step: Step) -> StepOutput:
+        # Before the pass, which has all cores: a thread that took one from it would delay it by
+        # more. Masks are computed while the host reports the last tokens and plans the step.
+        step.join_masks()
         saved, forwarded = write_pool(self.decoder, step)
         if not step.chunks and not forwarded:
             return StepOutput({}, saved)
@@ -66,7 +69,6 @@ class Runner(BlockingRunner):
             logits = logits.first(num_sampled)
         if not sampled:
             return StepOutput({}, saved, scored=scored)
-        step.join_masks()
         tokens = iter(sample(logits, [each for chunk in sampled for each in chunk.positions()]))
         by_id = {
             chunk.seq_id: chunk.verified(list(islice(tokens, 1 + chunk.num_drafts)))

@@ -62,6 +62,8 @@ def one_line(message: str) -> str:
     """What a message of llguidance says, in one line of bounded length."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if message.startswith("NoExtension"):
+        return "no text matches it"
     said = _TABLE_OF_TOKENS.sub("", (errors or lines or ["no reason given"])[0])
     return said if len(said) <= _MAX_MESSAGE else said[:_MAX_MESSAGE] + "..."
 
