@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 import safetensors.torch
 import tokenizers
@@ -29,6 +30,7 @@ from tests.golden.golden_harness import (
     tiny_model,
 )
 from tests.golden.placed import reference
+from tests.golden.real_model_facts import FACTS
 
 pytestmark = [
     pytest.mark.slow,
@@ -173,6 +175,12 @@ def test_embeddings_of_tokens_give_the_tokens_that_follow_them(
         assert mixed == [expected[0], *expected]
         outputs.append(expected)
     assert len(set(map(str, outputs))) == 3
+
+
+def test_facts_of_the_openai_endpoints_on_a_real_model(served: ModelUnderTest) -> None:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key=served.key, max_retries=0) as api:
+        api.base_name = served.base  # type: ignore[attr-defined]
+        assert [fact.__name__ for fact in FACTS if not fact(api)] == []
 
 
 def test_a_text_prefix_gives_the_tokens_of_the_full_text(served: ModelUnderTest) -> None:

@@ -240,7 +240,7 @@ def check_token_ids(token_ids: Collection[int], limit: int, *, param: str) -> No
     lowest, highest = min(token_ids, default=0), max(token_ids, default=0)
     if lowest < 0 or highest >= limit:
         raise BadRequest(
-            f"expected token ids from 0 to {limit - 1}; "
+            f"expected token ids from 0 to {limit - 1}, in a vocabulary of {limit}; "
             f"received {lowest if lowest < 0 else highest}",
             param=param,
         )
