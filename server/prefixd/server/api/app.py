@@ -41,6 +41,7 @@ from prefixd.server.api.query import check_url
 from prefixd.server.api.rendering.renderer import TemplateRenderer
 from prefixd.server.api.request_record import Tracer
 from prefixd.server.api.routing import Unrouted
+from prefixd.server.api.scoring import routes as scoring_routes
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.tenant_bounds import TenantBounds
 from prefixd.server.api.users import routes as user_routes
@@ -55,7 +56,7 @@ from prefixd.store.disk import DiskGuard
 from prefixd.store.store import PrefixStore
 
 PUBLIC = (health.router,)
-METERED = (generate_routes.router, upload_routes.router)
+METERED = (generate_routes.router, scoring_routes.router, upload_routes.router)
 """Counted by the limiter, in the catalog; the others by each server for itself."""
 
 KEYED = (

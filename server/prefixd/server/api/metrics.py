@@ -40,6 +40,7 @@ class Endpoint(StrEnum):
 
     COMPLETIONS = "completions"
     CHAT = "chat_completions"
+    LOGLIKELIHOOD = "loglikelihood"
 
 
 class Outcome(StrEnum):

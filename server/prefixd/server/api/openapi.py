@@ -18,6 +18,7 @@ from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.prefixes.aliases import AliasTarget
 from prefixd.server.api.prefixes.receiving import TextPrefix
 from prefixd.server.api.prefixes.residency import ChosenVersion
+from prefixd.server.api.scoring.requests import LoglikelihoodRequest
 from prefixd.server.api.users.routes import BindingTarget
 from prefixd.server.tenants.idempotency import KEY
 from prefixd.store.names import NAME, REFERENCE
@@ -25,6 +26,7 @@ from prefixd.store.names import NAME, REFERENCE
 _BODIES: tuple[type[StrictModel], ...] = (
     CompletionRequest,
     ChatRequest,
+    LoglikelihoodRequest,
     TextPrefix,
     AliasTarget,
     ChosenVersion,

@@ -79,6 +79,7 @@ class Admitted:
     sequences, ``prompt_lengths`` are the tokens of each prompt, without virtual ones. ``unloaded``
     are the embeddings that each request lacks: their place in its prompt, and their key. ``texts``
     are the prompts where the answer shows them, and ``warnings`` are for the caller.
+    The prompts begin with the same ``shared_tokens`` tokens, which are counted and charged once.
     ``grammar`` is what all outputs must be in, not compiled yet.
     ``syntax`` says what the text of answers is made of; None: of content alone.
     """
@@ -92,6 +93,7 @@ class Admitted:
     unloaded: tuple[tuple[tuple[int, PrefixKey], ...], ...] = ()
     texts: tuple[PromptText, ...] = ()
     warnings: tuple[str, ...] = ()
+    shared_tokens: int = 0
     grammar: AskedGrammar | None = None
     syntax: AnswerSyntax | None = None
 
@@ -125,7 +127,8 @@ class Admitted:
     def charged_tokens(self) -> int:
         """Tokens that the tenant's limits count at admission: virtual ones inside a prompt too,
         since each request computes them."""
-        return sum(len(request.prompt) for request in self.requests)
+        num_shared = self.shared_tokens * (len(self.requests) - 1)
+        return sum(len(request.prompt) for request in self.requests) - num_shared
 
 
 class ClientGone(Exception):
@@ -202,6 +205,8 @@ class RequestRecord:
         cached: dict[int, int] = {}
         n = self.admitted.requests[0].n if self.admitted else 1
         for choice, event in self.finished.items():
+            if choice and self.admitted and self.admitted.shared_tokens:
+                continue  # what it shares was computed for the first one
             prompt = choice // n
             cached[prompt] = min(cached.get(prompt, event.cached_tokens), event.cached_tokens)
         return sum(cached.values())

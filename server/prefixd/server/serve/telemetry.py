@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 log = structlog.get_logger("prefixd")
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-_OPERATIONS = {Endpoint.COMPLETIONS: "text_completion", Endpoint.CHAT: "chat"}
+_OPERATIONS = {
+    Endpoint.COMPLETIONS: "text_completion",
+    Endpoint.CHAT: "chat",
+    Endpoint.LOGLIKELIHOOD: "loglikelihood",
+}
 _FAILURES = frozenset({Outcome.ERROR, Outcome.TIMEOUT, Outcome.UNAVAILABLE})
 _LAST_EXPORT_S = 2.0
 

@@ -175,7 +175,7 @@ class Admission:
             num_choices=len(tokens) * n,
             prompt_lengths=tuple(prompt.num_tokens for prompt in tokens),
             texts=texts_of(tokens, self.served.tokenizer) if body.shown_prompt.any else (),
-            unloaded=tuple(_keys(prompt, manifest) for prompt in tokens) if has_rows else (),
+            unloaded=tuple(keys_of(prompt, manifest) for prompt in tokens) if has_rows else (),
             warnings=prompts.warnings,
             grammar=body.grammar,
         )
@@ -187,6 +187,10 @@ class Admission:
                 f"received {num_prompts} prompts times n = {n}",
                 param="n",
             )
+
+    def check_fits(self, prompt: PromptTokens, front: PrefixHandle | None) -> None:
+        """Raise DoesNotFit for a prompt that can never run, without output."""
+        self._output_tokens(prompt, front, 0, None)
 
     def _output_tokens(
         self,
@@ -263,7 +267,7 @@ class Admission:
         )
 
 
-def _keys(prompt: PromptTokens, manifest: Manifest | None) -> tuple[tuple[int, PrefixKey], ...]:
+def keys_of(prompt: PromptTokens, manifest: Manifest | None) -> tuple[tuple[int, PrefixKey], ...]:
     """Place and key of each run of virtual tokens inside a prompt."""
     assert manifest is not None
     whole = whole_of(manifest).key

@@ -97,16 +97,36 @@ class Generation:
             self._deadline = loop.time() + timeout + _TIMEOUT_SLACK_S
             self._timer = loop.call_at(self._deadline, self._wake)
         self.drain_state.running.add(self)
-        deliver = self.delivery.deliver
+        num_first = 1 if self._leads else len(self.admitted.requests)
         try:
-            for position, request in enumerate(self.admitted.requests):
-                on_event = partial(self.delivery.add, self._receive, position * request.n)
-                self.engine.submit(request, on_event, deliver=deliver)
+            self._submit(0, num_first)
         except QueueFull as full:
             # All prompts or none: the first ones must not run without the others.
             await self.__aexit__()
             raise from_queue_full(full, self.drain_state) from full
         return self
+
+    @property
+    def _leads(self) -> bool:
+        """Whether the first request runs before the others, which then share the blocks of what
+        their prompts have in common."""
+        admitted, size = self.admitted, self.engine.config.block_size
+        return admitted.requests[0].kv_reuse and admitted.shared_tokens >= size
+
+    def _submit(self, start: int, stop: int) -> None:
+        for position, request in enumerate(self.admitted.requests[start:stop], start=start):
+            on_event = partial(self.delivery.add, self._receive, position * request.n)
+            self.engine.submit(request, on_event, deliver=self.delivery.deliver)
+
+    def _follow(self) -> PrefixdError | None:
+        """Submit the requests behind the first; the error where they cannot be."""
+        try:
+            self._submit(1, len(self.admitted.requests))
+        except QueueFull as full:
+            error = from_queue_full(full, self.drain_state)
+            error.__cause__ = full
+            return error
+        return None
 
     async def __aexit__(self, *exception: object) -> None:
         if self._timer is not None:
@@ -157,6 +177,8 @@ class Generation:
                 self.recorder.record.sequence_finished(choice, event)
                 if event.reason not in {FinishReason.STOP, FinishReason.LENGTH}:
                     failure = from_finish(event, self.drain_state)
+                    break
+                if choice == 0 and self._leads and (failure := self._follow()) is not None:
                     break
             batch.append((choice, event))
         for choice, count in counts.items():

@@ -122,4 +122,9 @@ def _or_null(token: TokenLogprob) -> float | None:
 
 
 def _finite(token: TokenLogprob) -> float:
-    return max(token.logprob, _LOWEST_LOGPROB)
+    return finite(token.logprob)
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return max(logprob, _LOWEST_LOGPROB)

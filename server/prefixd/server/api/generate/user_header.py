@@ -1,11 +1,11 @@
 """The end user of a request in a header, for frontends that name theirs there."""
 
 import re
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, Protocol, Self, TypeVar
 
 from fastapi import Request
 
-from prefixd.server.api.generate.fields import GenerationFields
 from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.users import check_user
 
@@ -28,7 +28,19 @@ _OTHER_MEANING = frozenset(
     }
 )
 
-Body = TypeVar("Body", bound=GenerationFields)
+
+class ForUser(Protocol):
+    """A body with a user."""
+
+    @property
+    def user(self) -> str | None: ...
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Self:
+        """A copy with other values."""
+        ...
+
+
+Body = TypeVar("Body", bound=ForUser)
 
 
 def check_header_name(name: str) -> str:
