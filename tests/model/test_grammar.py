@@ -166,3 +166,9 @@ def test_closed_compiler_starts_processes_again() -> None:
     for _ in range(2):
         assert compiler.compile(Grammar(GrammarKind.CHOICE, '["a"]'))
         compiler.close()
+
+
+def test_long_text_can_be_followed_to_its_limit(compiler: LLGuidanceCompiler) -> None:
+    """A bounded length has a state for each character."""
+    constraint = compiler.compile(schema({"type": "string", "maxLength": 60_000}))
+    assert ord('"') in following(constraint, '"' + "a" * 40_000)

@@ -22,7 +22,7 @@ from prefixd.server.errors import BadRequest, RateLimited
 
 log = structlog.get_logger("prefixd")
 
-MAX_KEPT, MAX_KEPT_BYTES = 64, 1024 * 1024
+MAX_KEPT, MAX_KEPT_BYTES = 32, 1024 * 1024
 """Grammars that are kept for each tenant, and the length of their texts."""
 
 MAX_TENANTS = 256

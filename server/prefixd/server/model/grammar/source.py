@@ -40,7 +40,7 @@ def limits() -> LLParserLimits:
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=50_000,
         step_max_items=20_000,
-        max_lexer_states=20_000,
+        max_lexer_states=100_000,
         max_grammar_size=100_000,
         verbose_errors=False,
     )
