@@ -32,6 +32,8 @@ EXAMPLES = {
 BODIES: dict[str, Any] = {
     "/v1/completions": {"model": "voice", "prompt": "x"},
     "/v1/chat/completions": {"model": "voice", "messages": [{"role": "user", "content": "x"}]},
+    "/tokenize": {"model": "voice", "prompt": "x"},
+    "/detokenize": {"model": "voice", "tokens": [120]},
     "/v1/loglikelihood": {"model": "voice", "prompt": "x", "choices": ["y", "z"]},
     "/v1/prefixes/{name}/aliases/{alias}": {"version": 1},
     "/v1/prefixes/{name}/versions/{version}": {"note": "x"},
@@ -149,7 +151,7 @@ def test_each_route_requires_exactly_one_scope(
     world.add_tenant("gamma")
     world.add_tenant("operator")
     create_examples(client, world, "operator")
-    generates = path.endswith(("completions", "/loglikelihood", "/warm"))
+    generates = path.endswith(("completions", "/loglikelihood", "tokenize", "/warm"))
     wanted = Scope.GENERATE if generates else Scope.WRITE
     if method == "GET":
         wanted = Scope.READ

@@ -36,6 +36,13 @@ def test_bytes_of_a_byte_level_token_are_those_of_its_letters() -> None:
     assert TOKENIZER.token_bytes(start, None) == b"<|im_start|>"
 
 
+def test_special_tokens_are_written_out_on_request() -> None:
+    start, dog = ids(TOKENIZER, "<|im_start|>", "\u0120dog")
+    assert TOKENIZER.written([start, dog]) == "<|im_start|> dog"
+    assert TOKENIZER.decode([start, dog]) == " dog"
+    assert TOKENIZER.names([start, dog, 1_000_000]) == ["<|im_start|>", "\u0120dog", ""]
+
+
 def test_a_model_without_a_chat_template_rejects_chats() -> None:
     with pytest.raises(ValueError, match="no chat template; use /v1/completions"):
         TOKENIZER.render_chat([{"role": "user", "content": "hi"}])

@@ -338,6 +338,15 @@ class ByteTokenizer:
         """Text of the bytes, without the end of sequence."""
         return bytes(t for t in token_ids if t < EOS).decode(errors="replace")
 
+    def written(self, token_ids: Sequence[int]) -> str:
+        """Text of the bytes, and of the end of sequence."""
+        parts = (EOS_TEXT.encode() if t >= EOS else bytes([t]) for t in token_ids)
+        return b"".join(parts).decode(errors="replace")
+
+    def names(self, token_ids: Sequence[int]) -> list[str]:
+        """Each byte as a character."""
+        return [EOS_TEXT if t >= EOS else chr(t) for t in token_ids]
+
     def detokenizer(self, prompt: Sequence[int]) -> "ByteDetokenizer":
         """A new incremental detokenizer."""
         return ByteDetokenizer(prompt)

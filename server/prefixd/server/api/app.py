@@ -42,6 +42,7 @@ from prefixd.server.api.rendering.renderer import TemplateRenderer
 from prefixd.server.api.request_record import Tracer
 from prefixd.server.api.routing import Unrouted
 from prefixd.server.api.scoring import routes as scoring_routes
+from prefixd.server.api.scoring import tokens as token_routes
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.tenant_bounds import TenantBounds
 from prefixd.server.api.users import routes as user_routes
@@ -61,6 +62,7 @@ METERED = (generate_routes.router, scoring_routes.router, upload_routes.router)
 
 KEYED = (
     *METERED,
+    token_routes.router,
     model_routes.router,
     prefix_routes.router,
     alias_routes.router,

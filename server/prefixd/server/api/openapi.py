@@ -18,7 +18,11 @@ from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.prefixes.aliases import AliasTarget
 from prefixd.server.api.prefixes.receiving import TextPrefix
 from prefixd.server.api.prefixes.residency import ChosenVersion
-from prefixd.server.api.scoring.requests import LoglikelihoodRequest
+from prefixd.server.api.scoring.requests import (
+    DetokenizeRequest,
+    LoglikelihoodRequest,
+    TokenizeRequest,
+)
 from prefixd.server.api.users.routes import BindingTarget
 from prefixd.server.tenants.idempotency import KEY
 from prefixd.store.names import NAME, REFERENCE
@@ -27,6 +31,8 @@ _BODIES: tuple[type[StrictModel], ...] = (
     CompletionRequest,
     ChatRequest,
     LoglikelihoodRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
     TextPrefix,
     AliasTarget,
     ChosenVersion,

@@ -47,6 +47,14 @@ class Tokenizer(Protocol):
         """Text of ``token_ids``, special tokens skipped."""
         ...
 
+    def written(self, token_ids: Sequence[int]) -> str:
+        """Text of ``token_ids``, with special tokens."""
+        ...
+
+    def names(self, token_ids: Sequence[int]) -> list[str]:
+        """The entries of the vocabulary, as the tokenizer's file has them."""
+        ...
+
     def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
         """A new incremental detokenizer for one sequence, which continues ``prompt``."""
         ...

@@ -74,6 +74,16 @@ class Tokenizer:
         )
         return text
 
+    def written(self, token_ids: Sequence[int]) -> str:
+        """Text of ``token_ids``, with special tokens, whitespace unchanged."""
+        text: str = self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False)
+        return text
+
+    def names(self, token_ids: Sequence[int]) -> list[str]:
+        """The entries of the vocabulary; an id without one is empty."""
+        entries = self._tokenizer.convert_ids_to_tokens(list(token_ids))
+        return [entry or "" for entry in entries]
+
     def token_bytes(self, token_id: int, previous: int | None) -> bytes | None:
         """The bytes of a token after ``previous``, the token with text before it (None: the first
         of a text); those of its name for a special token. None for an id without a token."""

@@ -1,6 +1,6 @@
 """Bodies of the routes that read tokens and write none."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -60,6 +60,47 @@ class LoglikelihoodRequest(StrictModel):
     def _check_prompt(self) -> "LoglikelihoodRequest":
         check_one(self.prompt, self.messages)
         return self
+
+
+class TokenizeRequest(StrictModel):
+    """Body of POST /tokenize, as vLLM has it."""
+
+    model: Model | None = None
+    user: OneUser = None
+    prompt: str | None = Field(default=None, description="A text, or `messages`.")
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=4096)
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="Whether the tokenizer's opening tokens are added. Default: true for a "
+        "`prompt`; a chat template writes its own.",
+    )
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(default=None, max_length=64)
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> "TokenizeRequest":
+        check_one(self.prompt, self.messages)
+        if self.prompt is None:
+            if self.add_special_tokens:
+                raise refusal(
+                    "expected false with 'messages': the chat template writes its own",
+                    at=("add_special_tokens",),
+                )
+            return self
+        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+            if getattr(self, name) is not None:
+                raise refusal("expected it with 'messages' alone", at=(name,))
+        return self
+
+
+class DetokenizeRequest(StrictModel):
+    """Body of POST /detokenize, as vLLM has it."""
+
+    model: Model | None = None
+    user: OneUser = None
+    tokens: list[TokenId] = Field(description="Token ids.")
 
 
 def check_one(prompt: object, messages: object) -> None:
