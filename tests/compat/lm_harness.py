@@ -13,6 +13,7 @@ status is 1 where an accuracy differs, or a log-likelihood by more than 1e-4.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,11 +34,11 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALL
 def evaluate(harness: str, model: str, arguments: str, out: Path, **env: str) -> dict[str, Any]:
     """Accuracies of a run, and the log-likelihoods of all choices."""
     command = [harness, "-m", "lm_eval", "run", "--model", model, "--model_args", arguments]
-    command += ["--tasks", "prefixd_choices", "--include_path", str(HERE), "--batch_size", "1"]
+    command += ["--tasks", "prefixd_choices", "--include_path", ".", "--batch_size", "1"]
     command += ["--device", "cpu", "--output_path", str(out), "--log_samples"]
     environment = {**os.environ, **OFFLINE, **env}
     ran = subprocess.run(
-        command, cwd=HERE, env=environment, capture_output=True, text=True, check=False
+        command, cwd=out.parent, env=environment, capture_output=True, text=True, check=False
     )
     if ran.returncode:
         raise SystemExit(f"{' '.join(command)}\n{ran.stdout[-4000:]}\n{ran.stderr[-4000:]}")
@@ -57,6 +58,8 @@ def evaluate(harness: str, model: str, arguments: str, out: Path, **env: str) ->
 def compare(harness: str, folder: Path, scratch: Path) -> bool:
     """Run all rows; whether all are equal."""
     equal = True
+    for name in ("choices.yaml", "choices.jsonl"):
+        shutil.copy(HERE / name, scratch)
     data = scratch / "data"
     data.mkdir()
     admin(data, "tenant", "create", "harness")
@@ -76,7 +79,7 @@ def compare(harness: str, folder: Path, scratch: Path) -> bool:
                 harness,
                 "local-completions",
                 f"model={prefix or base},base_url={url}/v1/completions,tokenizer={folder},"
-                "num_concurrent=4,max_retries=1,tokenizer_backend=huggingface",
+                "num_concurrent=8,max_retries=1,tokenizer_backend=huggingface",
                 scratch / f"ours-{label}",
                 OPENAI_API_KEY=key,
             )
