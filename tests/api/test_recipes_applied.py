@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,6 +138,23 @@ def test_sampling_of_the_recipe_reaches_the_sampler(
     sampled = [chunk.sampling for step in world.runner.steps for chunk in step.chunks]
     used = [(sampling.temperature, sampling.top_p) for sampling in sampled if sampling]
     assert used == [(0.25, 0.5), (1.5, 0.5), (0.25, 0.75)]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_defaults_of_the_model_hold_where_neither_request_nor_recipe_says(
+    world: World, path: str
+) -> None:
+    stated = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2}
+    world.served = replace(world.served, sampling_defaults=stated)
+    prompt = {"messages": [HELLO]} if "chat" in path else {"prompt": "a", "apply_recipe": True}
+    with TestClient(world.make_app(), headers=world.headers()) as client:
+        upload(client, {"temperature": 0.25})
+        for fields in ({"model": "tiny"}, {}, {"top_k": 0, "min_p": 0, "temperature": 2}):
+            body = {"model": "mood", "max_tokens": 1, **prompt, **fields}
+            assert client.post(path, json=body).status_code == 200
+    sampled = [chunk.sampling for step in world.runner.steps for chunk in step.chunks]
+    used = [(s.temperature, s.top_p, s.top_k, s.min_p, s.repetition_penalty) for s in sampled if s]
+    assert used == [(0.5, 0.9, 7, 0.1, 1.2), (0.25, 0.9, 7, 0.1, 1.2), (2.0, 0.9, 0, 0.0, 1.2)]
 
 
 def test_a_limit_of_the_recipe_is_capped_at_the_room(client: TestClient) -> None:

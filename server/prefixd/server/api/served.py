@@ -172,6 +172,8 @@ class ServedModel:
     tokenizer: Tokenizer
     encoder: EncoderInfo | None = None
     chat: ChatTraits = ChatTraits()
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+    """Fields of a request that the model sets where neither the request nor a recipe does."""
     prefix_warnings: Callable[[int | None], list[str]] = lambda _: []
     """What a tenant should know of so many virtual tokens in front of a prompt on this base; None:
     some stand inside."""

@@ -4,10 +4,14 @@ import sys
 import time
 from typing import Any
 
+from pydantic import ValidationError
+
 from prefixd.server.api.answers.formats import CallFormat
+from prefixd.server.api.generate.fields import GenerationFields
 from prefixd.server.api.served import ChatTraits, DecoderInfo, EncoderInfo, ServedModel
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.model import chat_template
+from prefixd.server.model.architecture import UnsupportedModel
 from prefixd.server.model.gated_places import attention_name, refuse_gated
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.prefix import offered, refused_kinds
@@ -54,6 +58,11 @@ def served_model(
         tokenizer=Tokenizer(base.tokenizer),
         chat=chat_traits(base.tokenizer, settings.tool_call_format),
         prefix_warnings=base.layers.sight_warnings,
+        sampling_defaults=(
+            sampling_defaults(base.module.generation_config, name=name)
+            if settings.generation_config == "model"
+            else {}
+        ),
         encoder=None
         if pair is None
         else EncoderInfo(
@@ -62,6 +71,26 @@ def served_model(
             block_size=config.block_size,
         ),
     )
+
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What of a generation_config.json is applied."""
+
+
+def sampling_defaults(generation_config: Any, *, name: str) -> dict[str, float]:
+    """The sampling that a model's generation_config.json states. Raises UnsupportedModel for a
+    value that a request may not have."""
+    stated = {field: getattr(generation_config, field, None) for field in SAMPLING_DEFAULTS}
+    defaults = {field: value for field, value in stated.items() if value is not None}
+    try:
+        GenerationFields.model_validate({"model": name, **defaults})
+    except ValidationError as error:
+        field = str(error.errors()[0]["loc"][0])
+        raise UnsupportedModel(
+            f"{name}: generation_config.json: expected {field} in the range of a request's field, "
+            f"got {defaults[field]!r}; serve it with --generation-config none"
+        ) from None
+    return defaults
 
 
 def _refused_kinds(settings: Settings, base: LoadedBase) -> dict[Kind, str]:

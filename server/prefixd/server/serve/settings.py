@@ -205,6 +205,11 @@ class Settings(BaseSettings):
         default=True,
         description="Whether requests of a tenant share the KV of equal prompt beginnings.",
     )
+    generation_config: Literal["none", "model"] = Field(
+        default="none",
+        description="With `model`, temperature, top_p, top_k, min_p and repetition_penalty of the "
+        "model's generation_config.json hold where neither the request nor a recipe says others.",
+    )
     speculate: Literal["off", "ngram"] = Field(
         default="off",
         description="Verify several tokens of a sequence in one pass where they probably follow: "

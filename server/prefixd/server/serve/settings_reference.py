@@ -11,6 +11,7 @@ SETTING_GROUPS = {
         "device",
         "dtype",
         "fingerprint_of",
+        "generation_config",
         "model",
         "quantize",
         "served_model_name",

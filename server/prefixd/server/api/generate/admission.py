@@ -74,7 +74,7 @@ class Admission:
         prompts = [*self.embeds.read(body.embeds), *body.prompts]
         is_applied = bool(body.apply_recipe)
         recipe = prefix.manifest.recipe if prefix and is_applied else None
-        body = filled(body, recipe)
+        body = filled(body, recipe, self.served.sampling_defaults)
         return self._admit(
             "cmpl",
             principal,
@@ -90,7 +90,7 @@ class Admission:
         """Admit a chat. Raises as ``completion`` does. Blocking."""
         prefix = self.resolver.resolve(principal.tenant, body.model, body.user)
         recipe = prefix.manifest.recipe if prefix else None
-        body = filled(body, recipe)
+        body = filled(body, recipe, self.served.sampling_defaults)
         tools = plan_tools(body, self.prompts.traits(prefix))
         prompts = self.prompts.chat(body, prefix, tools)
         admitted = self._admit(

@@ -11,9 +11,9 @@
     none                       the model's chat template               the prompt alone
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prefixd.server.api.generate.embeds import Given
 from prefixd.server.api.generate.fields import GenerationFields
@@ -51,20 +51,18 @@ class Prompts:
     end: str = ""
 
 
-def filled(body: Body, recipe: Recipe | None) -> Body:
-    """``body`` with what the recipe says and the request does not, other than ``max_tokens``."""
-    if recipe is None:
-        return body
-    said = {
-        "temperature": recipe.temperature,
-        "top_p": recipe.top_p,
-        "stop": None if recipe.stop is None else list(recipe.stop),
-    }
-    missing = {
-        name: value
-        for name, value in said.items()
-        if value is not None and getattr(body, name) is None
-    }
+def filled(body: Body, recipe: Recipe | None, defaults: Mapping[str, float]) -> Body:
+    """``body`` with what it does not say, other than ``max_tokens``: as the recipe says, else as
+    the ``defaults`` of the model do."""
+    said: dict[str, Any] = dict(defaults)
+    if recipe is not None:
+        of_recipe = {
+            "temperature": recipe.temperature,
+            "top_p": recipe.top_p,
+            "stop": None if recipe.stop is None else list(recipe.stop),
+        }
+        said |= {name: value for name, value in of_recipe.items() if value is not None}
+    missing = {name: value for name, value in said.items() if getattr(body, name) is None}
     return body.model_copy(update=missing) if missing else body
 
 
