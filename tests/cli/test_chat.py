@@ -62,6 +62,33 @@ def test_earlier_messages_are_sent_again(
     assert "bob@2" in terminal.file.getvalue()
 
 
+def test_the_recipe_is_applied_and_warnings_are_shown(
+    conversation: Conversation, server: Loopback, monkeypatch: pytest.MonkeyPatch
+):
+    server.models["mood"] = {"takes": "text", "temperature": 0.5, "max_tokens": 4}
+    warned = _answer("Ahoy").replace(b'{"choices"', b'{"warnings":["[odd]"],"choices"', 1)
+    for answer in (_answer("positive"), _answer("negative"), warned):
+        server.stream(answer)
+    conversation.system, conversation.sampling = None, {}
+    conversation.clear()
+    _type(monkeypatch, "/model mood", "Hi", "And you?", "/model bob", "Hello")
+    terminal = Console(file=io.StringIO(), width=100)
+    interact(conversation, terminal)
+    contents = ["Hi", "positive", "And you?", "negative", "Hello"]
+    assert _sent(server) == [("mood", ["Hi"]), ("mood", ["And you?"]), ("bob", contents)]
+    fields = [seen.json for seen in server.seen if isinstance(seen.json, dict)]
+    said = [(body.get("max_tokens"), body.get("temperature")) for body in fields]
+    assert said == [(None, None), (None, None), (256, 0.0)]
+    assert isinstance(terminal.file, io.StringIO)
+    assert "[odd]" in terminal.file.getvalue()
+    server.stream(warned)
+    result = run("chat", "Hi", "--url", server.url, "--model", "mood", "--max-tokens", "9")
+    assert (result.stdout, result.stderr) == ("Ahoy\n", "prefixd: [odd]\n")
+    last = server.seen[-1].json
+    assert isinstance(last, dict)
+    assert (last["max_tokens"], "temperature" in last) == (9, False)
+
+
 def test_content_parts_are_read_from_json(server: Loopback) -> None:
     parts = '[{"type": "text", "text": "[1]"}, {"type": "prefix", "from": 0, "to": 4}]'
     options = ("--url", server.url, "--model", "bob", "--parts")

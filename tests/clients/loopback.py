@@ -42,11 +42,13 @@ class ScriptedResponse:
 
 @dataclass
 class Loopback:
-    """The running server: queue responses, inspect the requests in ``seen``."""
+    """The running server: queue responses, inspect the requests in ``seen``. Neither has those of
+    one model (``GET /v1/models/NAME``): ``models`` has their recipes, by default none."""
 
     url: str = ""
     replies: deque[ScriptedResponse] = field(default_factory=deque)
     seen: list[ReceivedRequest] = field(default_factory=list)
+    models: dict[str, object] = field(default_factory=dict)
     hung_up: threading.Event = field(default_factory=threading.Event)
 
     def reply(self, body: object = None, *, status: int = 200, **headers: str) -> None:
@@ -63,9 +65,14 @@ class Loopback:
         """Drop queued responses and received requests."""
         self.replies.clear()
         self.seen.clear()
+        self.models.clear()
         self.hung_up.clear()
 
     async def handle(self, request: Request) -> Response:
+        path = request.url.path
+        if request.method == "GET" and path.startswith("/v1/models/"):
+            name = path.removeprefix("/v1/models/")
+            return Response(json.dumps({"id": name, "recipe": self.models.get(name)}))
         self.seen.append(await _received(request))
         reply = self.replies.popleft()
         if reply.stream:

@@ -117,6 +117,7 @@ class AsyncStream:
         self._client = client
         self._call = call
         self._response: httpx2.Response | None = None
+        self._reader = ChunkReader()
         self.prefix: PrefixUsed | None = None
         self.request_id: str | None = None
 
@@ -130,12 +131,17 @@ class AsyncStream:
     async def __aiter__(self) -> AsyncIterator[CompletionChunk]:
         async with self:
             assert self._response is not None
-            reader = ChunkReader()
+            reader = self._reader
             with translated_errors(self._client.url):
                 async for data in self._response.aiter_bytes():
                     for chunk in reader.feed(data):
                         yield chunk
             reader.finish()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was likely not meant, as the first chunk says."""
+        return self._reader.warnings
 
     async def close(self) -> None:
         """Close the connection; no more chunks come."""

@@ -103,6 +103,7 @@ class Operations:
     remove_default = _operation(protocol_users.remove_default)
 
     list_models = _operation(protocol.list_models)
+    show_model = _operation(protocol.show_model)
     metrics = _operation(protocol.metrics)
     is_live = _operation(protocol.is_live)
     is_ready = _operation(protocol.is_ready)

@@ -312,6 +312,11 @@ def list_models() -> Call[tuple[Model, ...]]:
     return Call(request_of("GET", "v1", "models"), _models)
 
 
+def show_model(model: str) -> Call[Model]:
+    """One value of the ``model`` field, with the recipe of its prefix."""
+    return Call(request_of("GET", "v1", "models", model), parser(Model))
+
+
 def metrics() -> Call[str]:
     """The server's counters in the Prometheus text format."""
     return Call(request_of("GET", "metrics"), _text)

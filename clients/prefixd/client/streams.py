@@ -3,9 +3,12 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 from prefixd.client.errors import BY_CODE, ProtocolError, StreamInterruptedError
-from prefixd.client.types import CompletionChunk, ResponseModel, Usage
+from prefixd.client.types import CompletionChunk, NullIsDefault, ResponseModel, Usage
 from prefixd.client.wire import ErrorDetails, parse_json
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")
@@ -72,18 +75,21 @@ class _Event(ResponseModel):
     choices: tuple[CompletionChunk, ...] | None = None
     usage: Usage | None = None
     error: ErrorDetails | None = None
+    warnings: Annotated[tuple[str, ...], Field(strict=False), NullIsDefault] = ()
 
 
 class ChunkReader:
     """Incremental reader: ``feed`` bytes for the chunks they complete, then ``finish``.
 
     ``feed`` raises ``ApiError`` when the server reports a failure during the stream; ``finish``
-    raises ``StreamInterruptedError`` when the closing event never came.
+    raises ``StreamInterruptedError`` when the closing event never came. ``warnings`` are those of
+    the response, which come with its first chunk.
     """
 
     def __init__(self) -> None:
         self._events = SseDecoder()
         self.done = False
+        self.warnings: tuple[str, ...] = ()
 
     def feed(self, data: bytes) -> Iterator[CompletionChunk]:
         """The chunks completed by ``data``, those before a failure included; nothing after the
@@ -107,6 +113,7 @@ class ChunkReader:
             raise event.error.to_error(BY_CODE.get(event.error.code or "", 500))
         if event.choices is None:
             raise ProtocolError(f"expected choices in a stream's event, got {data!r:.80}")
+        self.warnings += event.warnings
         yield from event.choices
         if event.usage is not None:
             yield CompletionChunk(text="", index=0, usage=event.usage)

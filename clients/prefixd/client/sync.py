@@ -117,6 +117,7 @@ class Stream:
         self._client = client
         self._call = call
         self._response: httpx2.Response | None = None
+        self._reader = ChunkReader()
         self.prefix: PrefixUsed | None = None
         self.request_id: str | None = None
 
@@ -130,10 +131,15 @@ class Stream:
     def __iter__(self) -> Iterator[CompletionChunk]:
         with self, translated_errors(self._client.url):
             assert self._response is not None
-            reader = ChunkReader()
+            reader = self._reader
             for data in self._response.iter_bytes():
                 yield from reader.feed(data)
             reader.finish()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was likely not meant, as the first chunk says."""
+        return self._reader.warnings
 
     def close(self) -> None:
         """Close the connection; no more chunks come."""

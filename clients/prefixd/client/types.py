@@ -258,13 +258,15 @@ def _by_index(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
 
 
 class Completion(ResponseModel):
-    """A finished generation of either endpoint; the content of a chat message is its ``text``."""
+    """A finished generation of either endpoint; the content of a chat message is its ``text``.
+    ``warnings`` say what was likely not meant."""
 
     id: str
     model: str
     choices: Annotated[tuple[Choice, ...], Field(min_length=1), AfterValidator(_by_index)]
     usage: Usage | None = None
     prefix: PrefixUsed | None = None
+    warnings: Annotated[tuple[str, ...], Field(strict=False), NullIsDefault] = ()
     request_id: str | None = None
 
     @property

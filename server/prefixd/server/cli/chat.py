@@ -8,12 +8,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from prefixd.client.errors import ApiError
 from prefixd.client.protocol import Message, Sampling
 from prefixd.client.sync import Client, Stream
+from prefixd.client.types import Recipe
 from prefixd.server.cli.options import connected
 from prefixd.server.cli.output import console, printable
+
+DEFAULTS = {"max_tokens": 256, "temperature": 0.0}
+"""What neither the options nor the recipe say."""
 
 HELP = "/model REF changes the prefix, /new clears the conversation, Ctrl-D ends."
 
@@ -44,18 +49,24 @@ def chat(
         ),
     ] = False,
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, help="Most tokens of one answer.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            "--max-tokens", min=1, help="Most tokens of one answer. Default: the recipe's, or 256."
+        ),
+    ] = None,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 is greedy.")
-    ] = 0.0,
+        float | None,
+        typer.Option("--temperature", min=0.0, help="Default: the recipe's, or 0, greedy."),
+    ] = None,
 ) -> None:
-    """Chat with the base or under a prefix, streaming."""
+    """Chat with the base or under a prefix, streaming, as the recipe of the prefix says."""
+    sampling = Sampling()
+    if max_tokens is not None:
+        sampling["max_tokens"] = max_tokens
+    if temperature is not None:
+        sampling["temperature"] = temperature
     conversation = Conversation(
-        client=client,
-        model=model or _base(client),
-        sampling=Sampling(max_tokens=max_tokens, temperature=temperature),
-        system=system,
+        client=client, model=model or _base(client), sampling=sampling, system=system
     )
     if message is None and sys.stdin.isatty():
         if parts:
@@ -65,8 +76,10 @@ def chat(
     text = sys.stdin.read().strip() if message is None else message
     if not text:
         raise typer.BadParameter("no message on standard input")
-    conversation.send(_parts(text) if parts else text, write)
+    stream = conversation.send(_parts(text) if parts else text, write)
     write("\n")
+    for warning in stream.warnings:
+        typer.echo(f"prefixd: {printable(warning)}", err=True)
 
 
 def _parts(text: str) -> list[dict[str, Any]]:
@@ -86,13 +99,15 @@ def _base(client: Client) -> str:
 
 @dataclass
 class Conversation:
-    """The messages so far, and the model they go to."""
+    """The messages so far, and the model they go to. ``sampling`` goes before the recipe of the
+    model, which goes before DEFAULTS."""
 
     client: Client
     model: str
     sampling: Sampling
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.clear()
@@ -104,12 +119,19 @@ class Conversation:
     def send(self, message: str | list[dict[str, Any]], write: Callable[[str], None]) -> Stream:
         """Send ``message``, text or content parts, and pass each piece of the answer to ``write``.
 
+        A model that takes a text gets each message by itself, without the earlier ones.
         After an API error the message is removed, so that the conversation can continue. After
         Ctrl-C what was received until then is kept as the answer.
         """
+        recipe = self._recipe()
         self.messages.append({"role": "user", "content": message})
+        sent = self.messages
+        if recipe.takes == "text":
+            sent = [turn for turn in sent[:1] if turn["role"] == "system"] + sent[-1:]
+        unsaid = {name: value for name, value in DEFAULTS.items() if getattr(recipe, name) is None}
         pieces: list[str] = []
-        stream = self.client.stream_chat(self.messages, model=self.model, **self.sampling)
+        sampling = Sampling(**{**unsaid, **self.sampling})  # type: ignore[typeddict-item]
+        stream = self.client.stream_chat(sent, model=self.model, **sampling)
         try:
             with stream:
                 for chunk in stream:
@@ -122,6 +144,12 @@ class Conversation:
             write(" …")
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
         return stream
+
+    def _recipe(self) -> Recipe:
+        """That of the model, as it was when it was first used."""
+        if self.model not in self.recipes:
+            self.recipes[self.model] = self.client.show_model(self.model).recipe or Recipe()
+        return self.recipes[self.model]
 
 
 def write(text: str) -> None:
@@ -155,6 +183,8 @@ def _turn(conversation: Conversation, terminal: Console, line: str) -> None:
     reference = stream.prefix.reference if stream.prefix else "bare base"
     terminal.print()
     terminal.print(f"[dim]{reference}[/dim]", highlight=False)
+    for warning in stream.warnings:
+        terminal.print(f"[yellow]{escape(printable(warning))}[/yellow]", highlight=False)
 
 
 def _command(conversation: Conversation, terminal: Console, line: str) -> None:
