@@ -72,8 +72,11 @@ def answer_all(task: Task | TextTask, way: str, prompts: list[str]) -> list[str]
         text = (EXAMPLES / task.name / "prefix.txt").read_text("utf-8")
         head = base.tokenizer(text)["input_ids"]
 
-    chats = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
-    ids = [head + base.chat_ids(chat) for chat in chats]
+    if way == "prefix" and isinstance(task, Task) and task.template:
+        ids = [base.text_ids(task.template, prompt) for prompt in prompts]
+    else:
+        chats = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+        ids = [head + base.chat_ids(chat) for chat in chats]
     size = 1 if way == "prefix" else BARE_BATCH
     answers: list[str] = []
     for start in range(0, len(ids), size):

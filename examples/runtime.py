@@ -32,6 +32,10 @@ class Base:
         )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def text_ids(self, template: str, prompt: str) -> list[int]:
+        """Tokenize `prompt` in a plain template."""
+        return list(self.tokenizer(template.replace("{prompt}", prompt))["input_ids"])
+
 
 def load_base() -> Base:
     """Load the demo model, converting it first if no cached copy exists."""

@@ -10,7 +10,7 @@ Score = Callable[[Mapping[str, object], str], dict[str, bool]]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One prefix, trained on `data/<name>.train.jsonl`, scored on `data/<held_out>.test.jsonl`."""
+    """One prefix, trained on `data/<rows>.train.jsonl`, scored on `data/<held_out>.test.jsonl`."""
 
     name: str
     peft_type: str
@@ -18,12 +18,15 @@ class Task:
     init_text: str = ""  # initializes the virtual tokens; P-tuning starts from its random encoder
     instruction: str  # the comparison: the same task written as a system message
     score: Score
+    rows: str = ""  # default: the name
     held_out: str = ""  # default: the name
+    template: str = ""  # a text with {prompt}, in place of the chat template
     max_new_tokens: int
     steps: int
     learning_rate: float = 1e-2
     batch_size: int = 8
-    dtype: str = "float32"  # of the saved file; training and evaluation are float32
+    dtype: str = "float32"  # of the saved file; evaluation is float32
+    trained_in: str = "bfloat16"  # the base during training; the virtual tokens are float32
     seed: int = 0
 
 

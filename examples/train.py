@@ -1,7 +1,8 @@
 """Train the example prefixes with PEFT: `python -m examples.train [name ...]` (default: all).
 
 Each takes a few minutes on one core. The layout is the same as in serving: the virtual
-tokens first, then the full templated chat; only the answer and its <|im_end|> are learned.
+tokens first, then the full templated chat, or a plain template; only the answer and its <|im_end|>
+are learned.
 """
 
 import argparse
@@ -50,10 +51,11 @@ def train(base: Base, task: Task, *, steps: int) -> Any:
     """Return a PEFT model whose virtual tokens are fitted to the task's training rows."""
     torch.manual_seed(task.seed)
     order = random.Random(task.seed)
-    examples = [encode(base, row) for row in read_rows(task.name, "train")]
+    examples = [encode(base, task, row) for row in read_rows(task.rows or task.name, "train")]
     model = wrap(base, task)
-    # bfloat16 takes half the time; only the virtual tokens, which stay float32, are updated.
-    model.base_model.to(torch.bfloat16)
+    # bfloat16 takes half the time where the processor has it; only the virtual tokens, which stay
+    # float32, are updated.
+    model.base_model.to(getattr(torch, task.trained_in))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=task.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -109,10 +111,14 @@ def wrap(base: Base, task: Task) -> Any:
     return model
 
 
-def encode(base: Base, row: dict[str, Any]) -> Example:
-    """Return the templated chat with its answer, and labels that cover only the answer."""
-    prompt = base.chat_ids([{"role": "user", "content": row["prompt"]}])
-    answer = base.tokenizer(row["answer"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
+def encode(base: Base, task: Task, row: dict[str, Any]) -> Example:
+    """Return the templated prompt with its answer, and labels that cover only the answer."""
+    if task.template:
+        prompt, space = base.text_ids(task.template, row["prompt"]), " "
+    else:
+        prompt, space = base.chat_ids([{"role": "user", "content": row["prompt"]}]), ""
+    said = f"{space}{row['answer']}<|im_end|>"
+    answer = base.tokenizer(said, add_special_tokens=False)["input_ids"]
     return prompt + answer, [IGNORED] * len(prompt) + answer
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.tasks import ALL, Task
 from prefixd.store.artifact.artifact import inspect_peft
 from prefixd.store.artifact.base_spec import BaseSpec
 
@@ -102,12 +103,10 @@ def prompts(file_name):
 
 @by_name(LISTED)
 def test_held_out_rows_are_not_in_the_training_data(entry):
-    name = entry["name"]
-    held_out = prompts(
-        "questions.test.jsonl" if name in {"alice", "bob", "carol"} else f"{name}.test.jsonl"
-    )
-    if entry["peft_type"]:
-        assert not held_out & prompts(f"{name}.train.jsonl")
+    task = next(task for task in ALL if task.name == entry["name"])
+    held_out = prompts(f"{task.held_out or task.name}.test.jsonl")
+    if isinstance(task, Task):
+        assert not held_out & prompts(f"{task.rows or task.name}.train.jsonl")
     else:
         shown = (EXAMPLES / entry["path"] / "prefix.txt").read_text("utf-8").lower()
         assert not [prompt for prompt in held_out if prompt in shown]

@@ -17,7 +17,7 @@ def test_wheel_holds_the_files_that_the_demo_reads(wheel: Path, tmp_path: Path) 
     for example in examples:
         trained = {"adapter_config.json", "adapter_model.safetensors"}
         files = {"prefix.txt"} if example.text_file is not None else trained
-        expected |= {f"{example.folder.name}/{file}" for file in files}
+        expected |= {f"{example.folder.name}/{file}" for file in files | {"recipe.json"}}
     assert {name.removeprefix(folder) for name in names} == expected
     assert [example.name for example in examples] == [
         example.name for example in read_examples(ROOT / "examples")

@@ -24,9 +24,7 @@ class Answer:
 
 
 def upload_example(client: Client, example: Example) -> Prefix:
-    """Upload one example, as a text or as the folder that PEFT saved."""
-    if example.text_file is not None:
-        return client.upload_text(example.name, example.text_file.read_text("utf-8")).prefix
+    """Upload the folder of one example."""
     return client.upload_folder(example.name, example.folder).prefix
 
 
