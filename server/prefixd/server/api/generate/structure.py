@@ -142,7 +142,11 @@ def _parsed(text: str) -> dict[str, Any]:
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise refusal("expected a JSON Schema, or its text", at=("json",)) from error
+        raise refusal(
+            "expected a JSON Schema, or its text; received a text that is no JSON", at=("json",)
+        ) from error
     if not isinstance(schema, dict):
-        raise refusal("expected a JSON Schema that is an object", at=("json",))
+        raise refusal(
+            "expected a JSON Schema that is an object; received another value", at=("json",)
+        )
     return schema
