@@ -10,8 +10,8 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from prefixd.server.api.generate.user_header import check_header_name
 from prefixd.server.serve.connection_limits import parse_networks
+from prefixd.server.serve.header_names import check_header_name
 from prefixd.server.tenants.quotas import parse_quota
 from prefixd.store.db.timeouts import Timeouts
 

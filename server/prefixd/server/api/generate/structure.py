@@ -143,7 +143,7 @@ def _parsed(text: str) -> dict[str, Any]:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise refusal(
-            "expected a JSON Schema, or its text; received a text that is no JSON", at=("json",)
+            "expected a JSON Schema, or its text; received a text that is not JSON", at=("json",)
         ) from error
     if not isinstance(schema, dict):
         raise refusal(

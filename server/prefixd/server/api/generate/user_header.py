@@ -1,6 +1,5 @@
 """The end user of a request in a header, for frontends that name theirs there."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, Protocol, Self, TypeVar
 
@@ -8,25 +7,6 @@ from fastapi import Request
 
 from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.users import check_user
-
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,63}")
-_OTHER_MEANING = frozenset(
-    {
-        "accept",
-        "authorization",
-        "connection",
-        "content-length",
-        "content-type",
-        "cookie",
-        "host",
-        "idempotency-key",
-        "traceparent",
-        "tracestate",
-        "transfer-encoding",
-        "user-agent",
-        "x-request-id",
-    }
-)
 
 
 class ForUser(Protocol):
@@ -41,16 +21,6 @@ class ForUser(Protocol):
 
 
 Body = TypeVar("Body", bound=ForUser)
-
-
-def check_header_name(name: str) -> str:
-    """Return ``name`` or raise ValueError, for one that is no header or has another meaning."""
-    if _NAME.fullmatch(name) is None or name.lower() in _OTHER_MEANING:
-        raise ValueError(
-            "expected the name of a header of your frontend: up to 64 letters, digits and hyphens, "
-            "such as X-OpenWebUI-User-Id"
-        )
-    return name
 
 
 def with_user(body: Body, request: Request, header: str | None) -> Body:
