@@ -49,6 +49,7 @@ class Sampling(TypedDict, total=False):
     ``priority`` orders the tenant's own requests, the lowest first; after ``timeout`` seconds the
     server aborts the request (``DeadlineError``); ``kv_reuse`` False shares no KV with other
     requests; ``speculate`` False computes one token at a time, also where the server speculates.
+    ``apply_recipe`` and ``echo`` are of completions alone.
     """
 
     max_tokens: int
@@ -71,6 +72,15 @@ class Sampling(TypedDict, total=False):
     timeout: float
     kv_reuse: bool
     speculate: bool
+    apply_recipe: bool
+    echo: bool
+    logprobs: int | bool
+    top_logprobs: int
+    response_format: Mapping[str, object]
+    structured_outputs: Mapping[str, object]
+    tools: Sequence[Mapping[str, object]]
+    tool_choice: str | Mapping[str, object]
+    chat_template_kwargs: Mapping[str, object]
 
 
 # ── Prefixes ─────────────────────────────────────────────────────────────────────────────────

@@ -16,6 +16,7 @@ from prefixd.server.cli.chat import chat
 from prefixd.server.cli.convert import convert
 from prefixd.server.cli.demo import demo
 from prefixd.server.cli.doctor import doctor
+from prefixd.server.cli.evaluate import evaluate
 from prefixd.server.cli.options import VerbGroup
 from prefixd.server.cli.output import printable
 from prefixd.server.cli.prefixes import prefix_app
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 for verb in (serve, doctor, audit, gc, migrate, backup, restore, copy, convert, chat, bench, demo):
     app.command()(verb)
+app.command("eval")(evaluate)
 app.add_typer(tenant_app, name="tenant")
 app.add_typer(key_app, name="key")
 app.add_typer(prefix_app, name="prefix")
