@@ -243,6 +243,16 @@ def test_schema_that_cannot_be_enforced_is_refused_with_its_place(
     assert "\n" not in error["message"]
 
 
+def test_names_in_a_schema_are_shown_in_one_line(client: TestClient) -> None:
+    text = '{"properties": {"a\\ud800\\n": {"not": {}}}}'
+    answer = ask(client, structured_outputs={"json": text})
+    assert answer.status_code == 400
+    assert "at $.properties.a\\ud800\\n: the keyword" in answer.json()["error"]["message"]
+    long: dict[str, Any] = {"properties": {"x" * 9000: {"not": {}}}}
+    answer = ask(client, response_format=schema_format(long))
+    assert len(answer.json()["error"]["message"]) < 600
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

@@ -87,12 +87,20 @@ def test_min_tokens_bans_the_end_in_the_mask(bench: Bench) -> None:
     assert reason is FinishReason.LENGTH, "letters come before the end in a fake"
 
 
+class Panic(BaseException):
+    """As of a library in Rust."""
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
-    [(None, "no token may follow"), (ValueError("secret"), "the engine failed on this request")],
+    [
+        (None, "no token may follow"),
+        (ValueError("secret"), "the engine failed on this request"),
+        (Panic("secret"), "the engine failed on this request"),
+    ],
 )
 def test_constraint_that_fails_ends_its_request_alone(
-    bench: Bench, error: Exception | None, message: str
+    bench: Bench, error: BaseException | None, message: str
 ) -> None:
     def allowed_after(output: tuple[int, ...]) -> Collection[int]:
         if len(output) == 2 and error is not None:

@@ -201,7 +201,7 @@ def _compute(row: _Row, token_ids: Items[int]) -> tuple[bytes | None, End | None
     except ConstraintFailed as failure:
         log.warning("the constraint of request %s: %s", request.request_id, failure)
         return None, End(FinishReason.ERROR, error=str(failure), error_code=CONSTRAINT_FAILED)
-    except Exception:
+    except BaseException:  # a panic in Rust is no Exception, and the engine waits for this thread
         log.exception("the constraint of request %s failed", request.request_id)
         return None, End(FinishReason.ERROR, error="the engine failed on this request")
     return (None, End(FinishReason.STOP)) if mask is None else (mask, None)

@@ -34,6 +34,7 @@ MAX_WAITING = 64
 INVALID_GRAMMAR = "invalid_grammar"
 
 _THREADS = 2
+_MAX_MESSAGE = 500
 
 Compiled = Constraint | GrammarRefused
 
@@ -86,7 +87,9 @@ class ConstraintLoader:
             constraint = await self.compile(tenant, asked.grammar)
         except GrammarRefused as refused:
             raise BadRequest(
-                f"'{asked.param}': {refused.message}", code=INVALID_GRAMMAR, param=asked.param
+                f"'{asked.param}': {_shown(refused.message)}",
+                code=INVALID_GRAMMAR,
+                param=asked.param,
             ) from refused
         requests = [replace(request, constraint=constraint) for request in admitted.requests]
         return replace(admitted, requests=tuple(requests), grammar=None)
@@ -141,6 +144,12 @@ class ConstraintLoader:
                 break
             del self._tenants[idle]
         return own
+
+
+def _shown(message: str) -> str:
+    """In one line of bounded length: names of properties are the caller's."""
+    cut = message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}..."
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in cut)
 
 
 @asynccontextmanager
