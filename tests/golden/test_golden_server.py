@@ -20,6 +20,7 @@ import transformers
 from prefixd.client import Client
 from prefixd.server.cli.demo.child import ServerProcess, admin
 from prefixd.server.model.demo import default_cache_dir, demo_model
+from tests.golden import scores
 from tests.golden.golden_harness import (
     Adapter,
     make_adapter,
@@ -70,11 +71,16 @@ class ModelUnderTest:
             "logprobs": 0,
             **fields,
         }
-        headers = {"authorization": f"Bearer {self.key}"}
-        answer = httpx2.post(f"{self.url}/v1/completions", json=body, headers=headers, timeout=300)
-        assert answer.status_code == 200, answer.text
-        choices = sorted(answer.json()["choices"], key=lambda choice: choice["index"])
+        choices = sorted(
+            self.post("completions", **body)["choices"], key=lambda choice: choice["index"]
+        )
         return [[decoded(token) for token in choice["logprobs"]["tokens"]] for choice in choices]
+
+    def post(self, path: str, **body: Any) -> Any:
+        headers = {"authorization": f"Bearer {self.key}"}
+        answer = httpx2.post(f"{self.url}/v1/{path}", json=body, headers=headers, timeout=300)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
 
     def texts(self, tokens: list[int]) -> list[str]:
         return [self.tokenizer.decode([token]) for token in tokens]
@@ -153,6 +159,59 @@ def test_tokens_over_http_of_the_base_equal_those_of_transformers(served: ModelU
         served.texts(plain_generate(served.model, prompt, COUNT)) for prompt in token_prompts
     ]
     assert served.complete(token_prompts, served.base) == expected
+
+
+KINDS = ["base", "text", "PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_over_http_equal_those_of_peft(
+    served: ModelUnderTest, kind: str, tmp_path: Path
+) -> None:
+    """As lm-evaluation-harness asks for them, and as choices of one prompt."""
+    model, name, before = served.model, served.base, list[int]()
+    if kind == "text":
+        name = "scored-text"
+        text = served.tokenizer.decode(prompts(1, seed=7)[0])
+        before = served.tokenizer.encode(text)
+        with Client(served.url, api_key=served.key) as client:
+            client.upload_text(name, text)
+    elif kind != "base":
+        name = f"scored-{kind.lower().replace('_', '-')}"
+        make = {"ADAPTION_PROMPT": make_adaption_prompt}.get(kind)
+        adapter = (
+            make(served.model, 9, tmp_path)
+            if make
+            else make_adapter(served.model, kind, LENGTHS[kind], tmp_path)
+        )
+        served.upload(adapter, name)
+        model = adapter.model
+    texts = prompts(5, seed=12)
+    answer = served.post(
+        "completions",
+        model=name,
+        prompt=texts,
+        temperature=0,
+        max_tokens=1,
+        logprobs=1,
+        seed=1234,
+        echo=True,
+    )
+    for choice, ids in zip(answer["choices"], texts, strict=True):
+        expected = scores.reference(model, [*before, *ids])[len(before) :]
+        targets = torch.tensor(ids)
+        own = expected.gather(1, targets[1:, None])[:, 0] if len(ids) > 1 else expected[:0, 0]
+        values = choice["logprobs"]["token_logprobs"]
+        assert len(values) == len(ids) + 1, "the token that was asked for comes last"
+        torch.testing.assert_close(torch.tensor(values[1:-1]), own, atol=1e-4, rtol=0)
+        assert (values[0] is not None) == (kind in {"text", "PROMPT_TUNING"})
+    context, choices = texts[0] * 3, [ids[:6] for ids in texts[1:]]
+    answer = served.post("loglikelihood", model=name, prompt=context, choices=choices)
+    for choice, ids in zip(answer["choices"], choices, strict=True):
+        expected = scores.reference(model, [*before, *context, *ids])[-len(ids) :]
+        own = expected.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert abs(choice["logprob"] - float(own.sum())) < 1e-4 * len(ids)
+        assert choice["is_greedy"] == (expected.argmax(dim=-1).tolist() == ids)
 
 
 def test_embeddings_of_tokens_give_the_tokens_that_follow_them(
