@@ -91,7 +91,9 @@ class TokenizeRequest(StrictModel):
             return self
         for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
             if getattr(self, name) is not None:
-                raise refusal("expected it with 'messages' alone", at=(name,))
+                raise refusal(
+                    "expected it with 'messages' alone; received it with 'prompt'", at=(name,)
+                )
         return self
 
 
