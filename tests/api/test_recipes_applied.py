@@ -263,3 +263,12 @@ def test_a_change_under_load_holds_for_new_requests_alone_and_compiles_nothing(
     }
     assert sum(bool(step.compiles) for step in world.runner.steps) == 1
     assert {a.json()["prefix"]["digest"] for a in answers} == {digest}
+
+
+def test_a_version_that_takes_a_text_refuses_tools(client: TestClient) -> None:
+    upload(client, {"prompt_template": "Q: {prompt} A:"})
+    function = {"name": "look", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": function}]
+    refused = chat(client, tools=tools, tool_choice="required")
+    assert (refused.status_code, error_of(refused)["code"]) == (400, "text_recipe")
+    assert error_of(refused)["param"] == "tools"

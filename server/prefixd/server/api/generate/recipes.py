@@ -191,6 +191,13 @@ def _plain_layout(manifest: Manifest) -> Layout | None:
 
 def _only_text(body: ChatRequest, manifest: Manifest) -> str:
     """The text of the one message of a chat, for a version that takes texts. Raises BadRequest."""
+    if body.called_tools:
+        raise BadRequest(
+            f"expected no tools: {_named(manifest)} takes a text, around which its prompt_template "
+            "stands, and has no place for them; received some",
+            code="text_recipe",
+            param="tools",
+        )
     roles = [message.role for message in body.messages]
     content = body.messages[0].content
     if roles != ["user"] or content is None:
