@@ -70,8 +70,10 @@ class NewTokens:
             return self._not_finite(sequence, chunk)
         first, new = sequence.untaken(chunk, scores)
         sequence.take_scores(first + len(new))
-        # Fewer are in the pool where it was preempted and has begun again since.
-        self._took(sequence, num_computed=min(first + len(new) - 1, sequence.num_computed))
+        if sequence.state is State.RUNNING:
+            # Fewer are in the pool where it was preempted and has begun again since.
+            num_computed = min(first + len(new) - 1, sequence.num_computed)
+            self._memory.reuse.remember(sequence, upto=num_computed)
         return None
 
     def end_of_prompt(self, sequence: Sequence, chunk: Chunk) -> End | None:
@@ -91,18 +93,13 @@ class NewTokens:
             self._recovery.suspects.pop(sequence, None)
         if not sampled.finite:
             return self._not_finite(sequence, chunk)
-        self._took(sequence, num_computed=num_computed)
-        self._waiting.charge(sequence.tenant, 1)
-        sequence.tokens.append(sampled.token_id)
-        return end
-
-    def _took(self, sequence: Sequence, *, num_computed: int) -> None:
-        """Register blocks for reuse: the logits after the first ``num_computed`` tokens are
-        finite."""
         size = self._memory.block_size
         num_full = (sequence.num_prefix_tokens % size + num_computed) // size
         if num_full > sequence.num_remembered and sequence.state is State.RUNNING:
             self._memory.reuse.remember(sequence, upto=num_computed)
+        self._waiting.charge(sequence.tenant, 1)
+        sequence.tokens.append(sampled.token_id)
+        return end
 
     def _not_finite(self, sequence: Sequence, chunk: Chunk) -> End:
         self._memory.reuse.forget(sequence, chunk.block_table)

@@ -313,10 +313,11 @@ class Scheduler:
             end = None
             if chunk.targets is not None:
                 end = self._new_tokens.take_scores(sequence, chunk, output.scored[chunk.seq_id])
-            if chunk.sampling is not None and end is None:
-                end = self._new_tokens.take(sequence, chunk, output.sampled[chunk.seq_id], ends)
-            elif not sequence.request.stop.max_tokens and end is None:
-                end = self._new_tokens.end_of_prompt(sequence, chunk)
+            if end is None:
+                if chunk.sampling is not None:
+                    end = self._new_tokens.take(sequence, chunk, output.sampled[chunk.seq_id], ends)
+                elif not sequence.request.stop.max_tokens:
+                    end = self._new_tokens.end_of_prompt(sequence, chunk)
             if end is not None:
                 self.end(sequence, end)
                 ended.append(sequence)

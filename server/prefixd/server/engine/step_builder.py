@@ -193,12 +193,9 @@ class StepBuilder:
         if size > _LARGE_CHUNK:
             num_seen = sequence.num_prefix_tokens + start + size
             size = max(_LARGE_CHUNK, min(size, _MAX_SCORES // num_seen))
-        targets = None
         if sequence.next_target is not None:
             unscored = max(0, sequence.next_target - 1 - start)
             size = min(size, unscored + max(1, step.max_scored))
-            targets = sequence.targets(start, size)
-            step.max_scored -= len(targets.tokens) if targets is not None else 0
         request = sequence.request
         sampling, stop = request.sampling, request.stop
         is_last = start + size == num_tokens and stop.max_tokens > 0
@@ -225,9 +222,11 @@ class StepBuilder:
                 ),
                 gated=sequence.gated,
                 source=self._encode(step, sequence) if request.source else None,
-                targets=targets,
             )
         )
+        if sequence.next_target is not None:
+            targets = step.chunks[-1].targets = sequence.targets(start, size)
+            step.max_scored -= len(targets.tokens) if targets is not None else 0
         step.budget = max(0, step.budget - size)
         # What is certain once the step is submitted; ``Scheduler.update`` has the rest.
         sequence.num_computed += size
