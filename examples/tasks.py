@@ -65,6 +65,23 @@ TRAINED = (
         steps=60,
     ),
     Task(
+        name="verdict",
+        peft_type="PROMPT_TUNING",
+        num_virtual_tokens=12,
+        init_text="The sentiment of each text is positive, negative or neutral.",
+        instruction=(
+            "Classify the sentiment of the user's text. "
+            "Answer with one word: positive, negative or neutral."
+        ),
+        score=metrics.exact,
+        rows="sentiment",
+        held_out="sentiment",
+        template="Text: {prompt} Label:",
+        max_new_tokens=8,
+        steps=40,
+        trained_in="float32",
+    ),
+    Task(
         name="emoji",
         peft_type="PROMPT_TUNING",
         num_virtual_tokens=10,

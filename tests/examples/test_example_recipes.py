@@ -74,6 +74,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield served
 
 
+@pytest.fixture(scope="module")
+def reference(served: Served) -> tuple[Any, Any]:
+    """transformers' model and tokenizer."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(served.folder, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(served.folder)
+
+
 def results(task: Task | TextTask) -> dict[str, Any]:
     report: dict[str, Any] = json.loads(
         (EXAMPLES / "results" / f"{task.name}.json").read_text("utf-8")
@@ -90,6 +97,31 @@ def test_a_chat_with_model_and_message_alone_gives_the_committed_answers(
     assert answers == [row["prefix"] for row in rows]
 
 
+def test_a_text_trained_prefix_needs_its_recipe(served: Served) -> None:
+    task = next(task for task in ALL if task.name == "verdict")
+    report = results(task)
+    trained: int = report["totals"]["prefix"]["right"]
+    prompts = [row["prompt"] for row in report["rows"]]
+    path = EXAMPLES / "data" / f"{task.held_out}.test.jsonl"
+    held_out = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+    def score(**fields: Any) -> int:
+        answers = served.texts("verdict", prompts, **fields)
+        scores = [task.score(row, text) for row, text in zip(held_out, answers, strict=True)]
+        return sum(each["right"] for each in scores)
+
+    assert score() >= 0.9 * trained
+    with served.client() as client:
+        recipe = client.show_prefix("verdict").recipe
+        client.patch_metadata("verdict", {"prompt_template": None})
+        assert score(max_tokens=task.max_new_tokens, temperature=0) < 0.9 * trained
+        warned = served.chat(
+            {"model": "verdict", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+        )
+        assert "has no prompt_template" in warned["warnings"][0]
+        client.patch_metadata("verdict", {"prompt_template": recipe.prompt_template})
+
+
 @pytest.mark.parametrize(
     "messages",
     [
@@ -103,12 +135,11 @@ def test_a_chat_with_model_and_message_alone_gives_the_committed_answers(
     ],
 )
 def test_the_tokens_under_a_system_text_are_those_of_the_whole_conversation(
-    served: Served, messages: list[dict[str, str]]
+    served: Served, reference: tuple[Any, Any], messages: list[dict[str, str]]
 ) -> None:
     with served.client() as client:
         uploaded = client.upload_text("pirate", SYSTEM, role="system").prefix
-    model = transformers.AutoModelForCausalLM.from_pretrained(served.folder, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(served.folder)
+    model, tokenizer = reference
     system, others = SYSTEM, messages
     if messages[0]["role"] == "system":
         system, others = f"{SYSTEM}\n\n{messages[0]['content']}", messages[1:]

@@ -13,7 +13,7 @@ Message = dict[str, str]
 
 # Two tenants with different prefixes, to show that neither sees the other's.
 SUPPORT, FRIENDS = "acme-support", "penpals"
-_SUPPORT_PREFIXES = frozenset({"triage", "handbook", "sentiment", "json-answers"})
+_SUPPORT_PREFIXES = frozenset({"triage", "handbook", "sentiment", "verdict", "json-answers"})
 
 
 @dataclass(frozen=True, slots=True)
