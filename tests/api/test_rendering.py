@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from fastapi.testclient import TestClient
 from structlog.testing import capture_logs
 
-from prefixd.server.api.rendering.renderer import TemplateFailed, TemplateRenderer
-from prefixd.server.errors import Unavailable
+from prefixd.server.api.rendering import renderer as rendering
+from prefixd.server.api.rendering.renderer import RenderPlaces, TemplateFailed, TemplateRenderer
+from prefixd.server.errors import TooManyTemplates, Unavailable
 from tests.api.api_world import World, error_of, fake_text, put_text
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -33,7 +35,9 @@ def renderer() -> Iterator[TemplateRenderer]:
 
 
 def render(renderer: TemplateRenderer, template: str, **variables: Any) -> str:
-    return renderer.render(template, {"messages": MESSAGES, **variables}, max_characters=1000)
+    return renderer.render(
+        template, {"messages": MESSAGES, **variables}, tenant="acme", max_characters=1000
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,6 +103,60 @@ def test_a_template_that_never_ends_is_stopped_and_delays_no_other(
     looping.join()
     assert causes == ["limits"]
     assert renderer.num_started == 1
+
+
+class HeldRenderer(TemplateRenderer):
+    """Renders of the tenant ``held`` begin and wait for ``gate``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began, self.gate = threading.Semaphore(0), threading.Event()
+
+    def _reply(self, request: bytes) -> bytes:
+        if b"held" in request:
+            self.began.release()
+            assert self.gate.wait(30)
+        return b'{"text": "rendered"}'
+
+
+def test_a_tenant_renders_at_most_two_templates_at_a_time_and_leaves_the_others_room() -> None:
+    renderer, refused, texts = HeldRenderer(), threading.Semaphore(0), list[str]()
+
+    def of_one_tenant() -> None:
+        try:
+            texts.append(renderer.render("held", {}, tenant="acme", max_characters=9))
+        except TooManyTemplates:
+            refused.release()
+
+    threads = [threading.Thread(target=of_one_tenant) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    assert all(renderer.began.acquire(timeout=30) for _ in range(2))
+    assert all(refused.acquire(timeout=30) for _ in range(6))  # two more wait
+    assert renderer.render("free", {}, tenant="beta", max_characters=9) == "rendered"
+    assert not renderer.began.acquire(blocking=False)
+    renderer.gate.set()
+    for thread in threads:
+        thread.join()
+    assert texts == ["rendered"] * 4
+
+
+def test_requests_of_a_tenant_that_find_no_place_wait_for_one(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one place, and none to wait in, only those that try again are rendered."""
+    digest = put(client, GOOD).json()["digest"]
+    monkeypatch.setattr(rendering, "RENDERS_OF_TENANT", 1)
+    monkeypatch.setattr(RenderPlaces, "_wait", refused_wait)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: chat(client, "hi"), range(8)))
+    assert [answer.status_code for answer in answers] == [200] * 8
+    texts = {answer.json()["choices"][0]["message"]["content"] for answer in answers}
+    assert texts == {fake_text(digest, "<user>hi", 4)}
+
+
+def refused_wait(_places: RenderPlaces, _tenant: str) -> None:
+    raise TooManyTemplates("no place")
 
 
 def test_a_worker_that_died_is_started_again_and_ends_when_closed() -> None:

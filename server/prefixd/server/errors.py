@@ -16,7 +16,8 @@
     ├── RangeNotSatisfiable       416 range_not_satisfiable
     ├── Unprocessable             422 invalid_prefix
     ├── RateLimited               429 rate_limit_exceeded
-    │   └── QuotaExceeded         429 insufficient_quota
+    │   ├── QuotaExceeded         429 insufficient_quota
+    │   └── TooManyTemplates      429 too_many_templates
     ├── HeadTooLarge              431 request_head_too_large
     ├── EngineFailure             500 engine_error
     ├── UnsupportedTransferCoding 501 unsupported_transfer_coding
@@ -162,6 +163,13 @@ class QuotaExceeded(RateLimited):
 
     type = "insufficient_quota"
     default_code = "insufficient_quota"
+
+
+class TooManyTemplates(RateLimited):
+    """The tenant has as many chat templates that render, or wait, as one may at a time. Nothing was
+    rendered."""
+
+    default_code = "too_many_templates"
 
 
 class HeadTooLarge(PrefixdError):

@@ -12,6 +12,7 @@ across replicas are quotas of the tenant, which the catalog counts.
             --> embeddings       bytes of prompts in progress: more of them wait
             --> uploads          received at a time: more of them wait
             --> reads, changes   of the catalog at a time: more of them wait
+            --> templates        of requests that found no place to render theirs, one tries again
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from functools import partial
 from starlette.datastructures import Address
 
 from prefixd.server.api.error_responses import CATALOG_UNAVAILABLE, storage_unavailable
-from prefixd.server.errors import PrefixdError, RateLimited
+from prefixd.server.errors import PrefixdError, RateLimited, TooManyTemplates
 from prefixd.server.tenants.key_text import parse
 from prefixd.server.tenants.principal import Principal
 
@@ -167,6 +168,13 @@ def _of_tenant(capacity: int, noun: str) -> KeyedSemaphore:
     return KeyedSemaphore(capacity, refusal, wait_s=_WAIT_S)
 
 
+def _too_many_templates() -> PrefixdError:
+    return TooManyTemplates(
+        f"the tenant's chat templates took more than {CATALOG_WAIT_S:g} s to render; try again",
+        retry_after=_RETRY_S,
+    )
+
+
 @dataclass(slots=True)
 class TenantBounds:
     """The bounds of one server process: of one tenant, how many requests may be in progress, how
@@ -183,6 +191,7 @@ class TenantBounds:
     uploads: KeyedSemaphore = field(init=False)
     reads: KeyedSemaphore = field(init=False)
     changes: KeyedSemaphore = field(init=False)
+    templates: KeyedSemaphore = field(init=False)
     rates: RequestRates = field(default_factory=RequestRates)
     requests: Counter[str] = field(default_factory=Counter)
 
@@ -191,6 +200,7 @@ class TenantBounds:
         self.lookups_from_address = _of_catalog(LOOKUPS_FROM_ADDRESS)
         self.reads = _of_catalog(READS_OF_TENANT)
         self.changes = _of_catalog(CHANGES_OF_TENANT, is_shared=self._is_shared)
+        self.templates = KeyedSemaphore(1, _too_many_templates, wait_s=CATALOG_WAIT_S)
         self.bodies = _of_tenant(self.max_body_bytes, "bytes of request bodies")
         self.embeddings = _of_tenant(self.max_body_bytes, "bytes of embeddings")
         self.uploads = _of_tenant(self.max_uploads, "uploads and imports")

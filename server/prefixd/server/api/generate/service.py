@@ -1,5 +1,6 @@
 """What runs a request on the engine: admission, charge, accounting, and the end of it all."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -22,9 +23,11 @@ from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.metrics import Endpoint, Metrics, TenantClass
 from prefixd.server.api.request_record import Admitted, RequestRecord, RequestRecorder, Tracer
 from prefixd.server.api.served import ServedModel
+from prefixd.server.api.tenant_bounds import CATALOG_WAIT_S
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import QueueFull
-from prefixd.server.errors import Unavailable
+from prefixd.server.errors import TooManyTemplates, Unavailable
+from prefixd.server.tenants.limiter import Grant
 from prefixd.server.tenants.principal import Principal
 
 CLIENT_CLOSED_REQUEST = 499
@@ -33,6 +36,8 @@ CLIENT_CLOSED_REQUEST = 499
 QUICK_BYTES = 2048
 """Bodies up to this size take about a millisecond to admit, and three with 128 prompts: so long may
 streams wait."""
+
+_RETRY_S = 0.02  # a template takes about as long to render
 
 TRACE_HEADERS = ("traceparent", "tracestate")
 """W3C trace context."""
@@ -89,8 +94,8 @@ class GenerationService:
                 await contexts.enter_async_context(held.hold(principal.tenant, embedding_bytes))
             # The length of a chunked body is not declared.
             is_short = 0 < declared_bytes(request) <= QUICK_BYTES
-            admitted, recorder.grant = await self.charging.admit(
-                principal, admit, waited=waited_by(request), is_quick=is_quick and is_short
+            admitted, recorder.grant = await self._admit(
+                request, principal, admit, is_quick=is_quick and is_short
             )
             recorder.record.admitted = admitted
             admitted = await self.constraints.fill(await self.inputs.fill(admitted))
@@ -100,6 +105,31 @@ class GenerationService:
             await contexts.enter_async_context(generation)
             await contexts.enter_async_context(while_connected(request.receive))
             yield Running(generation, recorder.record, admitted, _headers(admitted, recorder))
+
+    async def _admit(
+        self,
+        request: Request,
+        principal: Principal,
+        admit: Callable[[], Admitted],
+        *,
+        is_quick: bool,
+    ) -> tuple[Admitted, Grant]:
+        """Admit and charge. A request that finds no place to render its tenant's template waits
+        without a thread, and tries again."""
+        waited, begun = waited_by(request), time.monotonic()
+        try:
+            return await self.charging.admit(principal, admit, waited=waited, is_quick=is_quick)
+        except TooManyTemplates:
+            pass
+        async with bounds_of(request).templates.hold(principal.tenant, waited=waited):
+            while True:
+                passed = waited + time.monotonic() - begun
+                try:
+                    return await self.charging.admit(principal, admit, waited=passed)
+                except TooManyTemplates:
+                    if passed > CATALOG_WAIT_S:
+                        raise
+                await asyncio.sleep(_RETRY_S)
 
     def _recorder(
         self, request: Request, principal: Principal, endpoint: Endpoint, *, stream: bool

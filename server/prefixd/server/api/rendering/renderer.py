@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefixd.server.errors import Unavailable
+from prefixd.server.errors import TooManyTemplates, Unavailable
 
 WALL_S = 10.0
 """The longest wait for one render, in seconds. Its CPU time has a limit of its own, far below."""
@@ -21,10 +22,14 @@ WALL_S = 10.0
 MAX_RENDERS = 8
 """At a time, of all tenants; more of them wait."""
 
+RENDERS_OF_TENANT = 2
+"""At a time, of one tenant; as many more of them wait, each in a thread of its caller."""
+
 _WORKER = Path(__file__).with_name("worker.py")
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")
 """No other variable of the server, such as a password of its database, is in that process."""
 
+_WAIT_S = 3.0  # of a caller that waits for the catalog's threads, which is refused after 4 s
 _END_S = 2.0
 _CHUNK = 1 << 16
 
@@ -37,6 +42,53 @@ class TemplateFailed(Exception):
         self.cause = cause
 
 
+class RenderPlaces:
+    """Who renders: MAX_RENDERS in all, RENDERS_OF_TENANT of one tenant. Used by any thread."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._rendering: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
+
+    @contextmanager
+    def hold(self, tenant: str) -> Iterator[None]:
+        """Hold a place inside the block. Raises TooManyTemplates, Unavailable."""
+        with self._changed:
+            if not self._is_free(tenant):
+                self._wait(tenant)
+            self._rendering[tenant] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                _decrease(self._rendering, tenant)
+                self._changed.notify_all()
+
+    def _is_free(self, tenant: str) -> bool:
+        of_all = self._rendering.total()
+        return of_all < MAX_RENDERS and self._rendering[tenant] < RENDERS_OF_TENANT
+
+    def _wait(self, tenant: str) -> None:
+        if self._waiting[tenant] >= RENDERS_OF_TENANT:
+            raise TooManyTemplates(
+                f"expected at most {2 * RENDERS_OF_TENANT} requests of the tenant at a time whose "
+                "prompt_template is being rendered, or waits for it; received one more",
+                retry_after=1,
+            )
+        self._waiting[tenant] += 1
+        try:
+            if not self._changed.wait_for(lambda: self._is_free(tenant), _WAIT_S):
+                raise Unavailable("too many chat templates are being rendered", retry_after=1)
+        finally:
+            _decrease(self._waiting, tenant)
+
+
+def _decrease(counts: Counter[str], tenant: str) -> None:
+    counts[tenant] -= 1
+    if not counts[tenant]:
+        del counts[tenant]
+
+
 @dataclass(slots=True)
 class TemplateRenderer:
     """Renders templates. The process is started with the first of them, and again if it ends.
@@ -45,24 +97,23 @@ class TemplateRenderer:
     wall_s: float = WALL_S
     num_started: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _room: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(MAX_RENDERS))
+    _places: RenderPlaces = field(default_factory=RenderPlaces)
     _process: "subprocess.Popen[bytes] | None" = None
     _control: socket.socket | None = None
     _closed: bool = False
 
-    def render(self, template: str, variables: Mapping[str, Any], *, max_characters: int) -> str:
-        """The text of a template. Blocking. Raises TemplateFailed, Unavailable."""
+    def render(
+        self, template: str, variables: Mapping[str, Any], *, tenant: str, max_characters: int
+    ) -> str:
+        """The text of a template of ``tenant``. Blocking. Raises TemplateFailed, TooManyTemplates,
+        Unavailable."""
         request = {
             "template": template,
             "variables": variables,
             "max_characters": max_characters,
         }
-        if not self._room.acquire(timeout=self.wall_s):
-            raise Unavailable("too many chat templates are being rendered", retry_after=1)
-        try:
+        with self._places.hold(tenant):
             reply = self._reply(json.dumps(request).encode())
-        finally:
-            self._room.release()
         if not reply:
             raise TemplateFailed(
                 "it took more than 1 s of processor time, or 256 MiB of memory", cause="limits"

@@ -50,7 +50,9 @@ class TenantTemplate:
         }
         limit = MAX_TOKEN_CHARACTERS * self.served.max_positions
         try:
-            text = self.renderer.render(self.template, variables, max_characters=limit)
+            text = self.renderer.render(
+                self.template, variables, tenant=self.tenant, max_characters=limit
+            )
         except TemplateFailed as failure:
             log.warning(
                 "a chat template of a tenant failed", tenant=self.tenant, cause=failure.cause
