@@ -219,6 +219,21 @@ def test_an_upload_or_change_to_a_template_that_does_not_render_is_refused(
     assert answer == fake_text(digest, "<user>hi", 4)
 
 
+def test_half_of_a_surrogate_pair_becomes_a_question_mark(client: TestClient) -> None:
+    """No tokenizer reads one, and JSON in a text may name one."""
+    digest = put(client, "{{ '\\ud800' }}" + GOOD).json()["digest"]
+    assert chat(client, "hi").json()["choices"][0]["message"]["content"] == fake_text(
+        digest, "?<user>hi", 4
+    )
+    placed = {"model": "mood", "prompt": "hi", "apply_recipe": True, "max_tokens": 4}
+    answer = client.post("/v1/completions", json=placed).json()
+    assert answer["choices"][0]["text"] == fake_text(digest, "?<user>hi", 4)
+    call = {"id": "1", "function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}
+    turns = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    answer = client.post("/v1/chat/completions", json={"model": "tiny", "messages": turns})
+    assert answer.status_code == 200, answer.text
+
+
 @pytest.mark.parametrize("hostile", [LOOPS, ALLOCATES, READS])
 def test_a_template_that_fails_for_a_request_is_a_400_and_the_next_request_works(
     client: TestClient, world: World, hostile: str

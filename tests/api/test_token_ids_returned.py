@@ -58,6 +58,12 @@ def test_a_token_without_text_has_a_chunk_with_its_id(client: TestClient) -> Non
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
+def test_stream_without_output_has_the_prompt(client: TestClient) -> None:
+    fields = {"max_tokens": 0, "stream": True, "return_token_ids": True, "n": 2}
+    chunks = events(complete(client, **fields).text)
+    assert [chunk["choices"][0].get("prompt_token_ids") for chunk in chunks] == [IDS, IDS]
+
+
 def test_a_prefix_has_no_token_ids(client: TestClient, world: World) -> None:
     put_text(client, "voice", "Be kind.", world.headers())
     choice = complete(client, model="voice", return_token_ids=True).json()["choices"][0]

@@ -135,6 +135,8 @@ def nested(depth: int) -> dict[str, Any]:
         (schema(nested(200)), "at most 100 lists and objects in one another"),
         (schema({"enum": ["x" * 70_000]}), "at most 65536 bytes"),
         (schema({"multipleOf": 1_234_567}), r"at \$\.multipleOf: .* up to 10000"),
+        (schema({"minItems": float("inf")}), r"at \$\.minItems: .* from 0 to 65536"),
+        (schema({"maxLength": float("nan")}), r"at \$\.maxLength: .* from 0 to 65536"),
         (schema({"minItems": 10**6}), r"at \$\.minItems: .* from 0 to 65536"),
         (schema({"pattern": "a" * 5000}), r"at \$\.pattern: .* at most 4096 bytes"),
         (schema({"$ref": "#"}), "no text matches it"),

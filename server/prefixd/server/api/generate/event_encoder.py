@@ -87,7 +87,8 @@ class EventEncoder:
             return b"".join(map(self._event, self._formatter.entries(choice, event)))
         if isinstance(event, FinishEvent):
             self._counts[choice] = event.completion_tokens
-            return self._event(self._formatter.closing(choice, event))
+            entry = self._formatter.closing(choice, event)
+            return self._event(self._begin(choice) | entry)
         if isinstance(event, ScoreEvent):
             return b""
         if self._prompt_tokens:
@@ -106,11 +107,14 @@ class EventEncoder:
         return self._event(entry | self._formatter.options.ending(end))
 
     def _delta(self, choice: int, event: TokenEvent) -> dict[str, Any]:
-        entry = self._formatter.delta(choice, event)
-        if choice not in self._begun:
-            self._begun.add(choice)
-            entry |= self._formatter.start(choice)
-        return entry
+        return self._formatter.delta(choice, event) | self._begin(choice)
+
+    def _begin(self, choice: int) -> dict[str, Any]:
+        """The fields of the first entry of a choice, once."""
+        if choice in self._begun:
+            return {}
+        self._begun.add(choice)
+        return self._formatter.start(choice)
 
     def _split_at_text(self, choice: int) -> tuple[bytes, bytes]:
         """The bytes before and after the text in the events of a choice."""

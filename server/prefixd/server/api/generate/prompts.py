@@ -108,7 +108,7 @@ class PromptEncoder:
             )
         except ValueError as error:
             raise BadRequest(str(error), code="chat_template", param="messages") from error
-        return marks.split(text)
+        return marks.split(writable(text))
 
     def _encode(
         self, runs: Iterable[Run], *, opens: bool, continues: bool, param: str
@@ -138,6 +138,12 @@ class PromptEncoder:
             )
         text = joined[0] if len(joined) == 1 and isinstance(joined[0], str) else None
         return PromptTokens(tuple(token_ids), tuple(rows), tuple(given), text)
+
+
+def writable(text: str) -> str:
+    """``text`` with question marks for halves of surrogate pairs, which no tokenizer reads. They
+    come from escapes: in the arguments of a call, or in a template of a tenant."""
+    return text.encode(errors="replace").decode()
 
 
 class _Marks:

@@ -18,7 +18,12 @@ from typing import Any, TypeVar
 from prefixd.server.api.generate.embeds import Given
 from prefixd.server.api.generate.fields import GenerationFields
 from prefixd.server.api.generate.messages import PrefixPart
-from prefixd.server.api.generate.prompts import PromptEncoder, PromptTokens, chat_layout
+from prefixd.server.api.generate.prompts import (
+    PromptEncoder,
+    PromptTokens,
+    chat_layout,
+    writable,
+)
 from prefixd.server.api.generate.requests import ChatRequest
 from prefixd.server.api.generate.system_texts import SystemTexts, split, with_system
 from prefixd.server.api.generate.tool_plan import ToolPlan
@@ -176,7 +181,7 @@ def _user_turn(template: TenantTemplate, prompt: Prompt) -> str:
             param="prompt",
         )
     try:
-        return template.render_chat([{"role": "user", "content": prompt}])
+        return writable(template.render_chat([{"role": "user", "content": prompt}]))
     except ValueError as error:
         raise BadRequest(str(error), code="chat_template", param="prompt") from error
 

@@ -6,6 +6,7 @@ whole schema.
 
 import json
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any
 
 from prefixd.server.engine.constraint import Grammar, GrammarKind, GrammarRefused
@@ -126,4 +127,5 @@ def _check_value(name: str, value: Any, path: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # JSON's 1e999 is infinite in Python.
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
