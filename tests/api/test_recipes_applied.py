@@ -272,3 +272,18 @@ def test_a_version_that_takes_a_text_refuses_tools(client: TestClient) -> None:
     refused = chat(client, tools=tools, tool_choice="required")
     assert (refused.status_code, error_of(refused)["code"]) == (400, "text_recipe")
     assert error_of(refused)["param"] == "tools"
+
+
+def test_a_stop_of_the_recipe_cuts_neither_json_nor_calls(client: TestClient) -> None:
+    upload(client, {"stop": ["o", "name"]}, kind="text")
+    schema = {"enum": ["dog"]}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    asked = {"response_format": form}
+    answer = chat(client, max_tokens=20, **asked)
+    assert content(answer) == '"dog"'
+    assert content(chat(client, max_tokens=20, stop="o", **asked)) == '"d'
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    called = chat(client, max_tokens=20, tools=tools, tool_choice="required").json()
+    assert called["choices"][0]["finish_reason"] == "length"
+    placed = {"structured_outputs": {"json": schema}, "apply_recipe": True, "max_tokens": 20}
+    assert content(complete(client, **placed)) == '"dog"'

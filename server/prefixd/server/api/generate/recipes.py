@@ -58,17 +58,23 @@ class Prompts:
 
 def filled(body: Body, recipe: Recipe | None, defaults: Mapping[str, float]) -> Body:
     """``body`` with what it does not say, other than ``max_tokens``: as the recipe says, else as
-    the ``defaults`` of the model do."""
+    the ``defaults`` of the model do. A recipe's ``stop`` is for texts: it would cut JSON or a call
+    in the middle."""
     said: dict[str, Any] = dict(defaults)
     if recipe is not None:
         of_recipe = {
             "temperature": recipe.temperature,
             "top_p": recipe.top_p,
-            "stop": None if recipe.stop is None else list(recipe.stop),
+            "stop": None if recipe.stop is None or _has_form(body) else list(recipe.stop),
         }
         said |= {name: value for name, value in of_recipe.items() if value is not None}
     missing = {name: value for name, value in said.items() if getattr(body, name) is None}
     return body.model_copy(update=missing) if missing else body
+
+
+def _has_form(body: GenerationFields) -> bool:
+    """Whether answers are in a grammar, or may be calls."""
+    return body.grammar is not None or (isinstance(body, ChatRequest) and bool(body.called_tools))
 
 
 @dataclass(frozen=True, slots=True)
