@@ -505,10 +505,29 @@ def test_a_model_without_tools_calls_in_json(
         assert (message["content"], message["finish_reason"]) == ("", "tool_calls")
 
 
-def test_schema_that_cannot_be_compiled_is_refused(client: TestClient) -> None:
-    tool = function(
-        name="f", parameters={"type": "object", "properties": {"a": {"type": "colour"}}}
-    )
-    body = {"model": "tiny", "messages": [USER], "tools": [tool], "tool_choice": "required"}
-    error = error_of(client.post("/v1/chat/completions", json=body))
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        ({"type": "colour"}, ": "),
+        ({"not": {}}, ": the keyword 'not' is not supported"),
+        ({"uniqueItems": True}, ": the keyword 'uniqueItems' is not supported"),
+        ({"maxItems": -1}, ".maxItems: expected a whole number from 0"),
+        ({"x-guidance": {"lenient": True}}, ": the keyword 'x-guidance' is not supported"),
+    ],
+)
+def test_schema_that_cannot_be_compiled_is_refused(
+    client: TestClient, refused: dict[str, Any], said: str
+) -> None:
+    tool = function(name="f", parameters={"type": "object", "properties": {"a": refused}})
+    body = {"model": "tiny", "messages": [USER], "tools": [CLOCK, tool], "tool_choice": "required"}
+    form = {"response_format": {"type": "json_object"}}  # has no effect on a call that must come
+    error = error_of(client.post("/v1/chat/completions", json={**body, **form}))
     assert (error["code"], error["param"]) == ("invalid_grammar", "tools")
+    assert f"'tools': at tools[1].function.parameters.properties.a{said}" in error["message"]
+
+
+def test_a_schema_behind_thinking_is_checked_as_one_without(writes: Writes) -> None:
+    schema = {"type": "object", "properties": {"a": {"not": {}}}}
+    answer = writes("thinks at once", "x").post(structured_outputs={"json": schema})
+    assert error_of(answer)["param"] == "structured_outputs"
+    assert "at $.properties.a: the keyword 'not' is not supp" in error_of(answer)["message"]

@@ -34,12 +34,14 @@ class Grammar:
     ``source`` is a JSON Schema (as JSON), a regular expression that the whole output matches, a
     JSON list of texts of which it is one, or a grammar in llguidance's dialect of Lark, in which
     special tokens of the model are written as they are (``<|im_end|>``). ``any_whitespace`` allows
-    whitespace between the parts of JSON; without it there is none.
+    whitespace between the parts of JSON; without it there is none. ``schemas`` are the JSON Schemas
+    that a grammar in Lark was made of, each behind its place in the request.
     """
 
     kind: GrammarKind
     source: str
     any_whitespace: bool = False
+    schemas: tuple[tuple[str, str], ...] = ()
 
 
 class GrammarRefused(Exception):

@@ -1,5 +1,6 @@
 """How the tools of a request become a prompt, a syntax to read and a grammar."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from prefixd.server.api.generate.tools.prompts import (
 )
 from prefixd.server.api.request_record import Admitted, AskedGrammar
 from prefixd.server.api.served import ChatTraits
-from prefixd.server.engine.constraint import Grammar
+from prefixd.server.engine.constraint import Grammar, GrammarKind
 from prefixd.server.errors import BadRequest
 
 
@@ -44,8 +45,8 @@ class ToolPlan:
         syntax = self.syntax(body, prompt)
         if syntax is None:
             return admitted
-        rule = answer_rule(admitted.grammar.grammar) if admitted.grammar is not None else None
-        if admitted.grammar is not None and rule is None and not body.must_call:
+        asked = None if body.must_call else admitted.grammar
+        if asked is not None and asked.grammar.kind in {GrammarKind.REGEX, GrammarKind.LARK}:
             if self.calls is not None:
                 raise BadRequest(
                     "'tool_choice': expected 'none', 'required' or a tool next to a regex or a "
@@ -55,8 +56,8 @@ class ToolPlan:
             return admitted  # the grammar is that of the whole answer: no reasoning
         shown = self.traits.special.intersection(syntax.marks)
         requests = [replace(request, shown_special=shown) for request in admitted.requests]
-        grammar = self._grammar(body, syntax, None if body.must_call else rule)
-        param = "tools" if admitted.grammar is None else admitted.grammar.param
+        grammar = self._grammar(body, syntax, asked)
+        param = "tools" if asked is None else asked.param
         return replace(
             admitted,
             requests=tuple(requests),
@@ -79,10 +80,10 @@ class ToolPlan:
         )
 
     def _grammar(
-        self, body: ToolConversation, syntax: AnswerSyntax, answer: str | None
+        self, body: ToolConversation, syntax: AnswerSyntax, asked: AskedGrammar | None
     ) -> Grammar | None:
-        """The grammar of answers that must be calls, or calls or an ``answer``; None: of any."""
-        if not body.must_call and answer is None:
+        """That of answers that must be calls, or calls or what is ``asked``; None: of any."""
+        if not body.must_call and asked is None:
             return None
         writer = AnswerGrammar(
             self.calls,
@@ -93,7 +94,15 @@ class ToolPlan:
             is_reasoning=syntax.is_reasoning,
         )
         tools = body.called_tools if self.calls is not None else []
-        return writer.of([tool.variable() for tool in tools], answer)
+        schemas = [
+            (f"tools[{index}].function.parameters", json.dumps(tool.function.parameters))
+            for index, tool in enumerate(body.tools or [])
+            if tool in tools and tool.function.parameters
+        ]
+        if asked is not None and asked.grammar.kind is GrammarKind.JSON_SCHEMA:
+            schemas.append(("$", asked.grammar.source))
+        answer = None if asked is None else answer_rule(asked.grammar)
+        return writer.of([tool.variable() for tool in tools], answer, schemas)
 
 
 def plan_tools(body: ToolFields, traits: ChatTraits) -> ToolPlan:

@@ -65,7 +65,7 @@ def _try(tokenizer: LLTokenizer, grammar: Grammar) -> dict[str, Any]:
     try:
         matcher = new_matcher(tokenizer, grammar)
     except GrammarRefused as refused:
-        return {"error": refused.message, "where": _locate(tokenizer, grammar)}
+        return _located(tokenizer, grammar, refused.message)
     rng = random.Random(0)
     for _ in range(_STEPS):
         mask = matcher.compute_bitmask()
@@ -83,14 +83,25 @@ def _try(tokenizer: LLTokenizer, grammar: Grammar) -> dict[str, Any]:
     return {"error": None}
 
 
-def _locate(tokenizer: LLTokenizer, grammar: Grammar) -> str | None:
+def _located(tokenizer: LLTokenizer, grammar: Grammar, message: str) -> dict[str, Any]:
+    """Why a grammar is refused, and where if that is known."""
+    if grammar.kind is GrammarKind.JSON_SCHEMA:
+        root = json.loads(grammar.source)
+        return {"error": message, "where": _locate(tokenizer, root, "$")}
+    for place, text in grammar.schemas:
+        try:
+            new_matcher(tokenizer, Grammar(GrammarKind.JSON_SCHEMA, text))
+        except GrammarRefused as refused:
+            where = _locate(tokenizer, json.loads(text), place) or place
+            return {"error": refused.message, "where": where}
+    return {"error": message}
+
+
+def _locate(tokenizer: LLTokenizer, root: dict[str, Any], place: str) -> str | None:
     """The path of the innermost schema that is refused by itself; None: only the whole is."""
-    if grammar.kind is not GrammarKind.JSON_SCHEMA:
-        return None
-    root = json.loads(grammar.source)
     where, schema, left = None, root, _MAX_LOCATED
     while True:
-        for path, inner in subschemas(schema, where or "$"):
+        for path, inner in subschemas(schema, where or place):
             left -= 1
             if left <= 0:
                 return where
@@ -98,7 +109,7 @@ def _locate(tokenizer: LLTokenizer, grammar: Grammar) -> str | None:
             whole = {**{name: root[name] for name in ("$defs", "definitions") if name in root}}
             text = json.dumps({**whole, **inner})
             try:
-                new_matcher(tokenizer, Grammar(grammar.kind, text))
+                new_matcher(tokenizer, Grammar(GrammarKind.JSON_SCHEMA, text))
             except GrammarRefused:
                 where, schema = path, inner
                 break

@@ -53,10 +53,16 @@ def check_grammar(grammar: Grammar) -> None:
     if grammar.kind is GrammarKind.REGEX and size > MAX_PATTERN_BYTES:
         raise GrammarRefused(f"expected at most {MAX_PATTERN_BYTES} bytes; received {size}")
     if grammar.kind is GrammarKind.JSON_SCHEMA:
-        schema = json.loads(grammar.source)
-        if _is_deeper(schema, MAX_DEPTH):
-            raise GrammarRefused(f"expected at most {MAX_DEPTH} lists and objects in one another")
-        _check_schema(schema, "$")
+        _check_text(grammar.source, "$")
+    for place, text in grammar.schemas:
+        _check_text(text, place)
+
+
+def _check_text(text: str, path: str) -> None:
+    schema = json.loads(text)
+    if _is_deeper(schema, MAX_DEPTH):
+        raise GrammarRefused(f"expected at most {MAX_DEPTH} lists and objects in one another")
+    _check_schema(schema, path)
 
 
 def _is_deeper(value: Any, depth: int) -> bool:

@@ -13,8 +13,8 @@ _EXACT = {"lenient": False, "coerce_one_of": False}
 _NO_ARGUMENTS = {"type": "object", "properties": {}}
 
 
-def answer_rule(grammar: Grammar) -> str | None:
-    """The grammar of an answer as a rule of another grammar; None: it cannot be one."""
+def answer_rule(grammar: Grammar) -> str:
+    """A schema or choices as a rule of another grammar."""
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
             guidance = {**_EXACT, "whitespace_flexible": grammar.any_whitespace}
@@ -22,7 +22,7 @@ def answer_rule(grammar: Grammar) -> str | None:
         case GrammarKind.CHOICE:
             return " | ".join(map(_text, json.loads(grammar.source)))
         case _:
-            return None
+            raise AssertionError(f"{grammar.kind} is no part of another grammar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,14 @@ class AnswerGrammar:
     reasons: bool = False
     is_reasoning: bool = False
 
-    def of(self, tools: Sequence[dict[str, Any]], answer: str | None = None) -> Grammar:
-        """The grammar of calls of these tools, of an ``answer`` (a rule), or of both."""
+    def of(
+        self,
+        tools: Sequence[dict[str, Any]],
+        answer: str | None = None,
+        schemas: Sequence[tuple[str, str]] = (),
+    ) -> Grammar:
+        """The grammar of calls of these tools, of an ``answer`` (a rule), or of both. ``schemas``
+        as of Grammar."""
         rules = [f"answer: {answer}"] if answer is not None else []
         parts = ["answer"] if answer is not None else []
         if tools:
@@ -53,7 +59,7 @@ class AnswerGrammar:
         if self.reasons:
             rules += self._thought()
         start = f"start: {self._thinking()}({' | '.join(parts)})"
-        return Grammar(GrammarKind.LARK, "\n".join([start, *rules]))
+        return Grammar(GrammarKind.LARK, "\n".join([start, *rules]), schemas=tuple(schemas))
 
     def _thinking(self) -> str:
         if not self.reasons:
