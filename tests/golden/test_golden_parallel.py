@@ -23,6 +23,7 @@ from prefixd.server.model.prefix import KVPrefix, SoftPrompt
 from tests.golden import scores
 from tests.golden.golden_harness import Served, prompts, tiny_model
 from tests.golden.placed import Piece, place, reference, soft_prompt
+from tests.golden.test_golden_constrained import Thirds
 from tests.golden.test_golden_mixed import many_prefixes, preempt_often
 from tests.golden.test_golden_server import folder_of
 
@@ -143,6 +144,30 @@ def test_scores_of_prompt_tokens_equal_those_of_one_process(ranks: Ranks) -> Non
         text = prompts(30, seed=5)[0]
         expected = scores.reference(model, text)
         scores.check(scores.start(served, text, count=1)(), text, expected)
+
+
+def test_rows_under_a_constraint_equal_those_of_one_process(
+    ranks: Ranks, serving: Callable[..., Served]
+) -> None:
+    single = serving(tiny_model("llama"), kernels="module", **POOL)
+
+    def tokens(served: Served) -> list[list[int]]:
+        with served.held():
+            waits = [
+                served.start(
+                    prompt,
+                    count=12,
+                    sampling=SETTINGS[index % len(SETTINGS)],
+                    constraint=None if index % 3 else Thirds(),
+                )
+                for index, prompt in enumerate(prompts(9, seed=6))
+            ]
+        return [wait() for wait in waits]
+
+    expected = tokens(single)
+    with ranks.serving() as served:
+        assert tokens(served) == expected
+        assert served.stats().masks >= 3 * 12
 
 
 def test_the_kv_of_all_heads_is_saved(ranks: Ranks, serving: Callable[..., Served]) -> None:
