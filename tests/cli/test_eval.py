@@ -20,8 +20,10 @@ def completed(text: str, **fields: Any) -> dict[str, Any]:
     return {"id": "x", "model": "m", "choices": [{"index": 0, "text": text, **fields}]}
 
 
-def scored(text: str, offsets: list[int], values: list[float | None]) -> dict[str, Any]:
-    return completed(text, logprobs={"text_offset": offsets, "token_logprobs": values})
+def scored(*logprobs: float) -> dict[str, Any]:
+    rest = {"num_tokens": 1, "is_greedy": False, "token_ids": [1], "token_logprobs": [-1.0]}
+    choices = [{"index": i, "logprob": value, **rest} for i, value in enumerate(logprobs)]
+    return {"id": "x", "model": "m", "choices": choices}
 
 
 def test_exact_match_of_each_prefix_and_the_base(server: Loopback, tmp_path: Path) -> None:
@@ -50,16 +52,19 @@ def test_exact_match_of_each_prefix_and_the_base(server: Loopback, tmp_path: Pat
 
 
 def test_accuracy_is_of_the_likeliest_choice(server: Loopback, tmp_path: Path) -> None:
-    file = write(tmp_path, {"prompt": "2+2=", "choices": ["4", "22"], "answer": "4"})
-    server.reply(scored("2+2=4", [0, 1, 2, 3, 4], [None, -9.0, -9.0, -9.0, -1.0]))
-    server.reply(scored("2+2=22", [0, 1, 2, 3, 4, 5], [None, -1.0, -1.0, -1.0, -1.0, -0.5]))
+    example = {"prompt": "2+2=", "choices": ["22", "4"], "answer": "4"}
+    file = write(tmp_path, example, {**example, "answer": 1})
+    server.reply(scored(-3.0, -1.5))
+    server.reply(scored(-1.5, -3.0))
     answer = run("eval", file, "--url", server.url, "-p", "math")
     assert answer.output.splitlines() == [
         "MODEL  METRIC    VALUE   CORRECT  EXAMPLES",
-        "math   accuracy  1.0000  1        1",
+        "math   accuracy  0.5000  1        2",
     ]
     (body, _) = [seen.json for seen in server.seen if isinstance(seen.json, dict)]
-    assert (body["prompt"], body["max_tokens"], body["echo"]) == ("2+2=4", 0, True)
+    assert server.seen[0].path == "/v1/loglikelihood"
+    expected = {"model": "math", "prompt": "2+2=", "choices": ["22", "4"], "apply_recipe": True}
+    assert body == expected
 
 
 @pytest.mark.parametrize(

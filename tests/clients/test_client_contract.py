@@ -67,6 +67,21 @@ def test_upload_alias_show_and_delete_a_prefix(client: Client):
         client.list_versions("life")
 
 
+def test_loglikelihood_of_choices_under_a_prefix(client: Client):
+    client.upload_text("grade", "Be strict.", metadata={"prompt_template": "Q: {prompt} A:"})
+    scored = client.loglikelihood([" yes", [32, 110]], model="grade", prompt="Hi")
+    assert [choice.num_tokens for choice in scored.choices] == [4, 2]
+    assert scored.choices[0].logprob == sum(scored.choices[0].token_logprobs)
+    assert scored.choices[scored.best].logprob == max(each.logprob for each in scored.choices)
+    assert scored.prefix is not None
+    assert scored.prefix.name == "grade"
+    placed = client.loglikelihood(["a"], model="grade", prompt="Hi", apply_recipe=True)
+    assert placed.usage is not None
+    assert placed.usage.prompt_tokens == len("Q: Hi A:a")
+    chat = client.loglikelihood(["a"], model="grade", messages=HELLO, user="ann")
+    assert chat.choices[0].token_ids == (97,)
+
+
 def test_next_after_continues_the_list_of_prefixes(client: Client):
     names = ["page-a", "page-b", "page-c"]
     for name in names:

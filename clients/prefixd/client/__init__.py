@@ -8,6 +8,7 @@
 
 from prefixd.client.aio import AsyncClient, AsyncStream
 from prefixd.client.errors import ApiError, ClientError, PreconditionFailedError
+from prefixd.client.scores import Loglikelihood, ScoredChoice
 from prefixd.client.sync import Client, Stream
 from prefixd.client.transport import RetryPolicy
 from prefixd.client.types import (
@@ -45,12 +46,14 @@ __all__ = [
     "CompletionChunk",
     "Key",
     "KeyPage",
+    "Loglikelihood",
     "Model",
     "PreconditionFailedError",
     "Prefix",
     "PrefixPage",
     "PrefixUsed",
     "RetryPolicy",
+    "ScoredChoice",
     "Stream",
     "Tenant",
     "TenantPage",

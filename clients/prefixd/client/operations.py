@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
-from prefixd.client import folders, protocol, protocol_admin, protocol_users
+from prefixd.client import folders, protocol, protocol_admin, protocol_users, scores
 from prefixd.client.wire import Call, StreamCall
 
 P = ParamSpec("P")
@@ -92,6 +92,7 @@ class Operations:
     chat = _operation(protocol.chat)
     stream_complete = _stream(protocol.stream_complete)
     stream_chat = _stream(protocol.stream_chat)
+    loglikelihood = _operation(scores.loglikelihood)
 
     bind_user = _operation(protocol_users.bind_user)
     show_binding = _operation(protocol_users.show_binding)

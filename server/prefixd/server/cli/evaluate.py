@@ -1,7 +1,7 @@
 """``prefixd eval``: how often prefixes and the base answer examples of a file right."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from prefixd.client.sync import Client
-from prefixd.client.types import Choice
 from prefixd.server.cli.options import JsonFlag, connected
 from prefixd.server.cli.output import fail, print_columns, print_json
 
@@ -62,8 +61,7 @@ def evaluate(
     """Answer the examples of a file greedily under each prefix, and print how many are right.
 
     With choices the one of the highest log-likelihood counts as the answer, else the answer must
-    equal the expected text, apart from whitespace around it. The recipe of a prefix is applied to
-    prompts, except to those with choices.
+    equal the expected text, apart from whitespace around it. The recipe of a prefix is applied.
     """
     examples = _examples(data)
     models = list(prefixes or ())
@@ -86,8 +84,10 @@ def _score(client: Client, model: str, examples: Sequence[Example], max_tokens: 
 
 def _is_right(client: Client, model: str, example: Example, max_tokens: int) -> bool:
     if example.choices:
-        likelihoods = [_likelihood(client, model, example, choice) for choice in example.choices]
-        return likelihoods.index(max(likelihoods)) == example.answer
+        scored = client.loglikelihood(
+            example.choices, model=model, prompt=str(example.question), apply_recipe=True
+        )
+        return scored.best == example.answer
     if isinstance(example.question, str):
         completion = client.complete(
             example.question,
@@ -101,27 +101,6 @@ def _is_right(client: Client, model: str, example: Example, max_tokens: int) -> 
             example.question, model=model, max_tokens=max_tokens, temperature=0.0
         )
     return completion.text.strip() == str(example.answer).strip()
-
-
-def _likelihood(client: Client, model: str, example: Example, choice: str) -> float:
-    """The log-likelihood of a choice behind its prompt."""
-    question = str(example.question)
-    completion = client.complete(
-        question + choice, model=model, max_tokens=0, echo=True, logprobs=0
-    )
-    return sum(_behind(completion.choices[0], len(question)))
-
-
-def _behind(echoed: Choice, characters: int) -> Iterator[float]:
-    """The log-probabilities of the tokens that end behind so many characters."""
-    logprobs: Any = echoed.logprobs or {}
-    offsets, values = logprobs["text_offset"], logprobs["token_logprobs"]
-    ends = [*offsets[1:], len(echoed.text)]
-    return (
-        value
-        for end, value in zip(ends, values, strict=True)
-        if end > characters and value is not None
-    )
 
 
 def _examples(path: Path) -> list[Example]:
