@@ -1,5 +1,6 @@
 """Grammars through llguidance, on a vocabulary of bytes: what follows, and what is refused."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from prefixd.server.engine.constraint import (
     GrammarRefused,
     is_allowed,
 )
+from prefixd.server.model.grammar import child
 from prefixd.server.model.grammar.compiler import LLGuidanceCompiler
 from prefixd.server.model.grammar.source import Vocabulary
 from prefixd.server.model.grammar.trial import NUM_PROCESSES
@@ -149,6 +151,17 @@ def test_grammar_outside_of_the_subset_is_refused(
     with pytest.raises(GrammarRefused, match=said) as refused:
         compiler.compile(grammar)
     assert not refused.value.over_limit
+
+
+@pytest.mark.parametrize(("step", "is_refused"), [(0.004, False), (0.011, True)])
+def test_grammar_whose_tokens_take_long_is_refused(step: float, is_refused: bool) -> None:
+    """By the clock of the process that tries it."""
+    tokenizer = Vocabulary(byte_tokenizer_json(), VOCAB_SIZE, VOCAB_SIZE, (EOS,)).load()
+    clock = itertools.count(step=step).__next__
+    answer = child._try(tokenizer, Grammar(GrammarKind.REGEX, "[ab]{40}"), clock)
+    assert answer.get("over_limit", False) is is_refused
+    short = child._try(tokenizer, Grammar(GrammarKind.REGEX, "[ab]{2}"), itertools.count().__next__)
+    assert short == {"error": None}
 
 
 def test_exponential_references_compile(compiler: LLGuidanceCompiler) -> None:

@@ -13,7 +13,10 @@ import resource
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from llguidance import LLTokenizer
@@ -28,8 +31,12 @@ MAX_SECONDS = 2.0
 MAX_BYTES = 256 * 2**20
 """Memory that one grammar may take, in addition to what the process has."""
 
+MAX_MASK_SECONDS = 0.01
+"""CPU time of a token under a grammar, in the median of those that are tried. llguidance's limits
+do not bound it where a regular expression nests repetitions."""
+
 _STACK_BYTES = 2**20  # a thread of the server has at least twice as much
-_STEPS = 16
+_STEPS, _MIN_TIMED = 16, 4
 _MAX_LOCATED = 200
 
 
@@ -61,13 +68,16 @@ def _serve() -> None:
         _answer(**answer)
 
 
-def _try(tokenizer: LLTokenizer, grammar: Grammar) -> dict[str, Any]:
+def _try(
+    tokenizer: LLTokenizer, grammar: Grammar, clock: Callable[[], float] = time.thread_time
+) -> dict[str, Any]:
     try:
         matcher = new_matcher(tokenizer, grammar)
     except GrammarRefused as refused:
         return _located(tokenizer, grammar, refused.message)
-    rng = random.Random(0)
+    rng, seconds = random.Random(0), list[float]()
     for _ in range(_STEPS):
+        began = clock()
         mask = matcher.compute_bitmask()
         if matcher.is_error():
             return {"error": one_line(matcher.get_error())}
@@ -80,6 +90,11 @@ def _try(tokenizer: LLTokenizer, grammar: Grammar) -> dict[str, Any]:
         bits = [bit for bit in range(8) if mask[place] >> bit & 1]
         if not matcher.consume_token(place * 8 + rng.choice(bits)):
             break  # an end, or a token that only the trial's walk reaches
+        seconds.append(clock() - began)
+    timed = seconds[1:]  # the first mask fills caches
+    if len(timed) >= _MIN_TIMED and median(timed) > MAX_MASK_SECONDS:
+        limit = f"{1000 * MAX_MASK_SECONDS:g} ms"
+        return {"error": f"a token under it takes more than {limit}", "over_limit": True}
     return {"error": None}
 
 

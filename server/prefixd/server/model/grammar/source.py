@@ -34,7 +34,8 @@ class Vocabulary:
 
 
 def limits() -> LLParserLimits:
-    """A mask takes at most about 5 ms; a matcher a few tens of MiB."""
+    """A mask takes about 5 ms where these end it (``child`` refuses what takes longer without), a
+    matcher a few tens of MiB."""
     return LLParserLimits(
         max_items_in_row=1_000,
         initial_lexer_fuel=1_000_000,

@@ -94,7 +94,8 @@ class _Process:
             raise GrammarRefused(_cause_of(self._popen.wait()), over_limit=True)
         if answer["error"] is not None:
             where = answer.get("where")
-            raise GrammarRefused(f"at {where}: {answer['error']}" if where else answer["error"])
+            message = f"at {where}: {answer['error']}" if where else answer["error"]
+            raise GrammarRefused(message, over_limit=bool(answer.get("over_limit")))
 
     def kill(self) -> None:
         """End it, from any thread."""
