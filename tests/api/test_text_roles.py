@@ -74,6 +74,13 @@ def test_a_conversation_that_begins_otherwise_is_the_prompt_as_a_whole(
     assert not world.engine.held_prefixes()
 
 
+def test_the_text_is_never_cut_from_a_conversation(client: TestClient) -> None:
+    for recipe in ({}, {"prompt_template": JINJA}):
+        put(client, recipe=recipe)
+        refused = chat(client, truncate_prompt_tokens=3)
+        assert (refused.status_code, error_of(refused)["param"]) == (400, "truncate_prompt_tokens")
+
+
 def test_a_text_without_common_tokens_keeps_nothing_resident(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

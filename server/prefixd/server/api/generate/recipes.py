@@ -159,6 +159,12 @@ class PromptBuilder:
             text, head = self.texts.of(manifest)
         except ValueError as error:
             raise BadRequest(str(error), code="chat_template", param="model") from error
+        if body.truncate_prompt_tokens is not None:
+            raise BadRequest(
+                "'truncate_prompt_tokens': expected it where it cannot cut a prefix; the text of "
+                f"{_named(manifest)} is the system turn of the conversation",
+                param="truncate_prompt_tokens",
+            )
         messages = with_system(body.messages, text)
         rendered = encoder.render(body.model_copy(update={"messages": messages}), tools)
         chat_layout(rendered, manifest, None)  # refuses prefix parts
