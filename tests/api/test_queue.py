@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from prefixd.server.api.admitted import Admitted
 from prefixd.server.api.metrics import Endpoint, TenantClass
-from prefixd.server.api.request_record import Admitted, RequestRecord
+from prefixd.server.api.request_record import RequestRecord
 from prefixd.server.engine.request import (
     AdmittedRequest,
     Event,

@@ -12,123 +12,23 @@ from typing import Any, Protocol, Self
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from prefixd.server.api.answers.parser import AnswerSyntax
+from prefixd.server.api.admitted import Admitted
 from prefixd.server.api.metrics import Endpoint, Metrics, Outcome, TenantClass
 from prefixd.server.api.settlements import Settlements
-from prefixd.server.engine.constraint import Grammar
-from prefixd.server.engine.inputs import PLACEHOLDER
-from prefixd.server.engine.request import AdmittedRequest, FinishEvent, PrefixKey
+from prefixd.server.engine.request import FinishEvent
 from prefixd.server.errors import (
     DeadlineExceeded,
     InsufficientStorage,
     PrefixdError,
     Unavailable,
 )
-from prefixd.server.tenants.bindings import ChosenBy
 from prefixd.server.tenants.limiter import Grant, Limiter
 from prefixd.store.errors import BlobsUnavailable, CorruptArtifact, StoreError
-from prefixd.store.store import Manifest
 
 log = structlog.get_logger("prefixd")
 generation_log = structlog.get_logger("prefixd.generation")
 
 _SHORT_DIGEST = 12
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedPrefix:
-    """A version of a prefix and why it was chosen."""
-
-    manifest: Manifest
-    chosen_by: ChosenBy
-
-
-@dataclass(frozen=True, slots=True)
-class AskedGrammar:
-    """A grammar, and the field of the request that asks for it."""
-
-    grammar: Grammar
-    param: str
-
-
-@dataclass(frozen=True, slots=True)
-class PromptToken:
-    """A token of a request's prompt: its id, its place in the prompt that the engine runs, and
-    where its text begins. ``previous`` is the token with text before it."""
-
-    token_id: int
-    place: int
-    previous: int | None
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class PromptText:
-    """The text of a prompt, and its tokens."""
-
-    text: str
-    tokens: tuple[PromptToken, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """A request that fits: one ``AdmittedRequest`` for each prompt, all under the same prefix.
-
-    ``model`` is the caller's name for it; ``prefix`` is None for the bare base. Choice
-    ``i * n + j`` of the response is sequence ``j`` of request ``i``; ``num_choices`` counts all
-    sequences, ``prompt_lengths`` are the tokens of each prompt, without virtual ones. ``unloaded``
-    are the embeddings that each request lacks: their place in its prompt, and their key. ``texts``
-    are the prompts where the answer shows them, and ``warnings`` are for the caller.
-    The prompts begin with the same ``shared_tokens`` tokens, which are counted and charged once.
-    ``grammar`` is what all outputs must be in, not compiled yet.
-    ``syntax`` says what the text of answers is made of; None: of content alone.
-    """
-
-    id: str
-    model: str
-    prefix: ResolvedPrefix | None
-    requests: tuple[AdmittedRequest, ...]
-    num_choices: int
-    prompt_lengths: tuple[int, ...]
-    unloaded: tuple[tuple[tuple[int, PrefixKey], ...], ...] = ()
-    texts: tuple[PromptText, ...] = ()
-    warnings: tuple[str, ...] = ()
-    shared_tokens: int = 0
-    grammar: AskedGrammar | None = None
-    syntax: AnswerSyntax | None = None
-
-    @property
-    def head(self) -> dict[str, Any]:
-        """Fields of the whole response, or of the first chunk of a stream, where they have a
-        value."""
-        return {"warnings": list(self.warnings)} if self.warnings else {}
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of all prompts."""
-        return sum(self.prompt_lengths)
-
-    @property
-    def prompts(self) -> list[list[int]]:
-        """The token ids of the prompt of each choice; embeddings have none."""
-        return [
-            [token for token in request.source or request.prompt if token != PLACEHOLDER]
-            for request in self.requests
-            for _ in range(request.n)
-        ]
-
-    @property
-    def choice_lengths(self) -> list[int]:
-        """The length of the prompt of each choice."""
-        lengths = zip(self.requests, self.prompt_lengths, strict=True)
-        return [length for request, length in lengths for _ in range(request.n)]
-
-    @property
-    def charged_tokens(self) -> int:
-        """Tokens that the tenant's limits count at admission: virtual ones inside a prompt too,
-        since each request computes them."""
-        num_shared = self.shared_tokens * (len(self.requests) - 1)
-        return sum(len(request.prompt) for request in self.requests) - num_shared
 
 
 class ClientGone(Exception):

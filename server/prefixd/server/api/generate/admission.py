@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from prefixd.server.api.admitted import Admitted, ResolvedPrefix
 from prefixd.server.api.generate.embeds import EmbedsReader
 from prefixd.server.api.generate.encoder_inputs import EncoderInputs
 from prefixd.server.api.generate.fields import GenerationFields
@@ -19,7 +20,6 @@ from prefixd.server.api.generate.resolver import PrefixResolver
 from prefixd.server.api.generate.tool_plan import plan_tools
 from prefixd.server.api.generate.vllm_fields import truncated
 from prefixd.server.api.placement import front_of, whole_of, without_last
-from prefixd.server.api.request_record import Admitted, ResolvedPrefix
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.request import (
     AdmittedRequest,

@@ -10,9 +10,9 @@ from functools import partial
 import structlog
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from prefixd.server.api.admitted import Admitted
 from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.catalog_calls import Access
-from prefixd.server.api.request_record import Admitted
 from prefixd.server.tenants.leases import new_lease
 from prefixd.server.tenants.limiter import Grant, Limiter
 from prefixd.server.tenants.portions import TURN_S

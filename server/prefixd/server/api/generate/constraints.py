@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
+from prefixd.server.api.admitted import Admitted
 from prefixd.server.api.metrics import GrammarLookup, GrammarOutcome, Metrics
-from prefixd.server.api.request_record import Admitted
 from prefixd.server.engine.constraint import (
     Constraint,
     Grammar,

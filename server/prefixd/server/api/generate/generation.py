@@ -11,9 +11,10 @@ from functools import partial
 from typing import Self
 from weakref import WeakKeyDictionary
 
+from prefixd.server.api.admitted import Admitted
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_finish, from_queue_full
-from prefixd.server.api.request_record import Admitted, RequestRecorder
+from prefixd.server.api.request_record import RequestRecorder
 from prefixd.server.engine.engine import Engine
 from prefixd.server.engine.request import (
     Event,

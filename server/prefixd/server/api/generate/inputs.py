@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import structlog
 
+from prefixd.server.api.admitted import Admitted
 from prefixd.server.api.error_responses import from_unavailable
-from prefixd.server.api.request_record import Admitted
 from prefixd.server.engine.inputs import Embeddings, InputRun
 from prefixd.server.engine.prefix_source import PrefixUnavailable
 from prefixd.server.engine.request import PrefixKey

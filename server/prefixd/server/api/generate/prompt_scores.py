@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from math import nan
 from typing import Any
 
+from prefixd.server.api.admitted import Admitted, PromptText, PromptToken
 from prefixd.server.api.generate.generation import Batch
 from prefixd.server.api.generate.logprobs import prompt_table
 from prefixd.server.api.generate.prompts import PromptTokens
-from prefixd.server.api.request_record import Admitted, PromptText, PromptToken
 from prefixd.server.api.served import Tokenizer
 from prefixd.server.engine.detokenizer import TokenText
 from prefixd.server.engine.inputs import PLACEHOLDER

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from prefixd.server.api.admitted import ResolvedPrefix
 from prefixd.server.api.generate.embeds import Given
 from prefixd.server.api.generate.fields import GenerationFields
 from prefixd.server.api.generate.messages import PrefixPart
@@ -30,7 +31,6 @@ from prefixd.server.api.generate.tool_plan import ToolPlan
 from prefixd.server.api.placement import Layout, lay_out, layout_of
 from prefixd.server.api.rendering.renderer import TemplateRenderer
 from prefixd.server.api.rendering.tenant_template import TenantTemplate
-from prefixd.server.api.request_record import ResolvedPrefix
 from prefixd.server.api.served import ChatTraits, ServedModel
 from prefixd.server.errors import BadRequest
 from prefixd.store.artifact.kinds import Kind, TextRole

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from prefixd.server.api.request_record import ResolvedPrefix
+from prefixd.server.api.admitted import ResolvedPrefix
 from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import Conflict, EngineFailure, NotFound
 from prefixd.server.tenants.bindings import Bindings, ChosenBy

@@ -12,6 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
+from prefixd.server.api.admitted import Admitted
 from prefixd.server.api.body import json_body, json_request
 from prefixd.server.api.dependencies import Generator
 from prefixd.server.api.generate.answer_options import answer_options
@@ -36,7 +37,7 @@ from prefixd.server.api.generate.service import (
     service_of,
 )
 from prefixd.server.api.generate.user_header import with_user
-from prefixd.server.api.request_record import Admitted, ClientGone, RequestRecord
+from prefixd.server.api.request_record import ClientGone, RequestRecord
 from prefixd.server.engine.request import FinishEvent, TokenEvent
 from prefixd.server.tenants.principal import Principal
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import Request
 
+from prefixd.server.api.admitted import Admitted
 from prefixd.server.api.body import declared_bytes
 from prefixd.server.api.catalog_calls import waited_by
 from prefixd.server.api.dependencies import bounds_of
@@ -21,7 +22,7 @@ from prefixd.server.api.generate.event_stream import while_connected
 from prefixd.server.api.generate.generation import EventDeliveries, Generation
 from prefixd.server.api.generate.inputs import InputLoader
 from prefixd.server.api.metrics import Endpoint, Metrics, TenantClass
-from prefixd.server.api.request_record import Admitted, RequestRecord, RequestRecorder, Tracer
+from prefixd.server.api.request_record import RequestRecord, RequestRecorder, Tracer
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.tenant_bounds import CATALOG_WAIT_S
 from prefixd.server.engine.engine import Engine

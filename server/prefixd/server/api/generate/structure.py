@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from prefixd.server.api.admitted import AskedGrammar
 from prefixd.server.api.body import StrictModel
 from prefixd.server.api.generate.shapes import refusal
-from prefixd.server.api.request_record import AskedGrammar
 from prefixd.server.engine.constraint import Grammar, GrammarKind
 
 MAX_CHOICES = 4096

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prefixd.server.api.admitted import Admitted, AskedGrammar
 from prefixd.server.api.answers.formats import CallFormat
 from prefixd.server.api.answers.parser import AnswerSyntax
 from prefixd.server.api.answers.reasoning import END_THINK, THINK
@@ -16,7 +17,6 @@ from prefixd.server.api.generate.tools.prompts import (
     with_instructions,
     without_tool_turns,
 )
-from prefixd.server.api.request_record import Admitted, AskedGrammar
 from prefixd.server.api.served import ChatTraits
 from prefixd.server.engine.constraint import Grammar, GrammarKind
 from prefixd.server.errors import BadRequest

@@ -4,12 +4,12 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from prefixd.server.api.admitted import Admitted, ResolvedPrefix
 from prefixd.server.api.generate.admission import Admission, check_resident, keys_of
 from prefixd.server.api.generate.prompts import PromptEncoder, PromptTokens, check_token_ids
 from prefixd.server.api.generate.recipes import Prompts
 from prefixd.server.api.generate.requests import ChatRequest
 from prefixd.server.api.placement import front_of, whole_of
-from prefixd.server.api.request_record import Admitted, ResolvedPrefix
 from prefixd.server.api.scoring.requests import LoglikelihoodRequest
 from prefixd.server.engine.request import AdmittedRequest, SamplingParams, Scoring, StopParams
 from prefixd.server.errors import BadRequest

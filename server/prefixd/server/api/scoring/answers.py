@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from prefixd.server.api.admitted import Admitted
 from prefixd.server.api.generate.formatter import PrefixUsed, Usage
 from prefixd.server.api.generate.generation import Batch
 from prefixd.server.api.generate.logprobs import finite
-from prefixd.server.api.request_record import Admitted
 from prefixd.server.engine.request import PromptScore, ScoreEvent
 
 

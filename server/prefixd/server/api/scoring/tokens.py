@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ValidationError
 
+from prefixd.server.api.admitted import ResolvedPrefix
 from prefixd.server.api.body import json_body, json_request
 from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.dependencies import Generator, ServedDep
@@ -12,7 +13,6 @@ from prefixd.server.api.generate.prompts import PromptTokens, check_token_ids
 from prefixd.server.api.generate.requests import ChatRequest
 from prefixd.server.api.generate.service import GenerationService, service_of
 from prefixd.server.api.generate.user_header import with_user
-from prefixd.server.api.request_record import ResolvedPrefix
 from prefixd.server.api.scoring.requests import DetokenizeRequest, TokenizeRequest
 from prefixd.server.api.validation_words import from_validation
 from prefixd.server.engine.inputs import PLACEHOLDER
