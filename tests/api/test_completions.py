@@ -312,7 +312,6 @@ def test_opening_token_is_added_once_at_the_start(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Below a text prefix the prompt continues the sequence; otherwise it begins it."""
-    put_text(client, "support", "You are terse.", world.headers())
     plain = ByteTokenizer.encode
 
     def with_opening(
@@ -321,5 +320,6 @@ def test_opening_token_is_added_once_at_the_start(
         return [1] * add_special_tokens + plain(self, text)
 
     monkeypatch.setattr(ByteTokenizer, "encode", with_opening)
+    put_text(client, "support", "You are terse.", world.headers())
     assert complete(client).json()["usage"]["prompt_tokens"] == len("hello") + 1
     assert complete(client, model="support").json()["usage"]["prompt_tokens"] == len("hello")
