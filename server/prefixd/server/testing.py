@@ -324,7 +324,7 @@ class ByteTokenizer:
 
     def encode_prefix(self, text: str) -> list[int]:
         """UTF-8 bytes."""
-        return self.encode(text)
+        return list(text.encode())
 
     def encode_system(self, text: str) -> list[int]:
         """The system turn, without the line break that may go on with it."""
