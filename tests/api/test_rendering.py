@@ -121,6 +121,8 @@ class HeldRenderer(TemplateRenderer):
 
 def test_a_tenant_renders_at_most_two_templates_at_a_time_and_leaves_the_others_room() -> None:
     renderer, refused, texts = HeldRenderer(), threading.Semaphore(0), list[str]()
+    outcomes: list[str] = []
+    renderer.count = outcomes.append
 
     def of_one_tenant() -> None:
         try:
@@ -139,6 +141,7 @@ def test_a_tenant_renders_at_most_two_templates_at_a_time_and_leaves_the_others_
     for thread in threads:
         thread.join()
     assert texts == ["rendered"] * 4
+    assert sorted(outcomes) == ["refused"] * 6 + ["rendered"] * 5
 
 
 def test_requests_of_a_tenant_that_find_no_place_wait_for_one(
@@ -187,6 +190,13 @@ def test_no_variable_of_the_server_is_in_the_worker(
     assert b"a-secret" not in (process / "environ").read_bytes()
     assert "torch" not in (process / "maps").read_text("utf-8")
     other.close()
+
+
+def renders(world: World) -> dict[str, float]:
+    """The metric, by outcome."""
+    metrics = world.metrics.registry
+    name, outcomes = "prefixd_template_renders_total", ("rendered", "failed", "refused")
+    return {each: metrics.get_sample_value(name, {"outcome": each}) or 0.0 for each in outcomes}
 
 
 def put(client: TestClient, template: str) -> Any:
@@ -239,8 +249,10 @@ def test_a_template_that_fails_for_a_request_is_a_400_and_the_next_request_works
     client: TestClient, world: World, hostile: str
 ) -> None:
     digest = put(client, WHEN_TOLD.replace("HERE", hostile)).json()["digest"]
+    before = renders(world)
     with capture_logs() as logs:
         refused = chat(client, "now")
+    assert renders(world) == {**before, "failed": before["failed"] + 1}
     assert refused.status_code == 400
     error = error_of(refused)
     assert (error["code"], error["param"]) == ("chat_template", "messages")

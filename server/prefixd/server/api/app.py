@@ -116,7 +116,7 @@ def create_app(
         # FastAPI's own traces hold paths, and with them users and prefixes.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    templates = TemplateRenderer()
+    templates = TemplateRenderer(count=metrics.template_rendered)
     generation = GenerationService(
         admission=Admission(
             served=served,

@@ -84,6 +84,14 @@ class GrammarLookup(StrEnum):
     MISS = "miss"
 
 
+class RenderOutcome(StrEnum):
+    """What became of a chat template of a tenant. REFUSED: there was no place to render it."""
+
+    RENDERED = "rendered"
+    FAILED = "failed"
+    REFUSED = "refused"
+
+
 class ConnectionLimit(StrEnum):
     """Which limit refused a connection."""
 
@@ -184,6 +192,14 @@ class Metrics:
         )
         for result in GrammarLookup:
             self._grammar_lookups.labels(result)
+        self._renders = Counter(
+            "prefixd_template_renders",
+            "Chat templates of tenants, by what became of them.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        for outcome in RenderOutcome:
+            self._renders.labels(outcome)
 
     def _histogram(
         self,
@@ -217,6 +233,10 @@ class Metrics:
     def grammar_compiled(self, outcome: GrammarOutcome, seconds: float) -> None:
         """Count a grammar that was compiled or refused."""
         self._grammars.labels(outcome).observe(seconds)
+
+    def template_rendered(self, outcome: RenderOutcome) -> None:
+        """Count a chat template of a tenant."""
+        self._renders.labels(outcome).inc()
 
     def grammar_looked_up(self, result: GrammarLookup) -> None:
         """Count a request with a grammar."""

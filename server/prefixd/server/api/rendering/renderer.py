@@ -8,12 +8,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefixd.server.api.metrics import RenderOutcome
 from prefixd.server.errors import TooManyTemplates, Unavailable
 
 WALL_S = 10.0
@@ -95,6 +96,7 @@ class TemplateRenderer:
     ``num_started`` counts them. Methods may be called from any thread."""
 
     wall_s: float = WALL_S
+    count: Callable[[RenderOutcome], None] = lambda _outcome: None
     num_started: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _places: RenderPlaces = field(default_factory=RenderPlaces)
@@ -112,8 +114,20 @@ class TemplateRenderer:
             "variables": variables,
             "max_characters": max_characters,
         }
+        outcome = RenderOutcome.FAILED
+        try:
+            text = self._text(json.dumps(request).encode(), tenant)
+            outcome = RenderOutcome.RENDERED
+        except (TooManyTemplates, Unavailable):
+            outcome = RenderOutcome.REFUSED
+            raise
+        finally:
+            self.count(outcome)
+        return text
+
+    def _text(self, request: bytes, tenant: str) -> str:
         with self._places.hold(tenant):
-            reply = self._reply(json.dumps(request).encode())
+            reply = self._reply(request)
         if not reply:
             raise TemplateFailed(
                 "it took more than 1 s of processor time, or 256 MiB of memory", cause="limits"
