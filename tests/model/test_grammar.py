@@ -164,6 +164,13 @@ def test_grammar_whose_tokens_take_long_is_refused(step: float, is_refused: bool
     assert short == {"error": None}
 
 
+def test_grammar_without_a_second_token_is_refused(compiler: LLGuidanceCompiler) -> None:
+    properties = {f"p{i}": {"type": "string"} for i in range(300)}
+    with pytest.raises(GrammarRefused, match="items; max is 1000") as refused:
+        compiler.compile(schema({"type": "object", "properties": properties}))
+    assert refused.value.over_limit
+
+
 def test_exponential_references_compile(compiler: LLGuidanceCompiler) -> None:
     """2 to the 30 values, in a schema of 30 references."""
     defs: dict[str, Any] = {"d0": {"type": "string"}}

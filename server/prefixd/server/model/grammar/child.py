@@ -89,6 +89,8 @@ def _try(
         place = rng.choice(places)
         bits = [bit for bit in range(8) if mask[place] >> bit & 1]
         if not matcher.consume_token(place * 8 + rng.choice(bits)):
+            if not seconds and matcher.is_error():  # no output gets beyond its first token
+                return {"error": one_line(matcher.get_error()), "over_limit": True}
             break  # an end, or a token that only the trial's walk reaches
         seconds.append(clock() - began)
     timed = seconds[1:]  # the first mask fills caches
