@@ -260,7 +260,7 @@ def test_names_in_a_schema_are_shown_in_one_line(client: TestClient) -> None:
         ({"grammar": "start: foo"}, 'unknown name: "foo"'),
         ({"grammar": "start: <|nope|>"}, 'unknown special token: "<|nope|>"'),
         ({"regex": "a" * 5000}, "expected at most 4096 bytes; received 5000"),
-        ({"choice": ["é" * 20_000]}, "expected at most 65536 bytes"),
+        ({"choice": ["é" * 20_000]}, "expected a grammar of at most 65536 bytes; received 120004"),
     ],
 )
 def test_other_grammars_are_refused_with_a_reason(

@@ -349,8 +349,8 @@ def test_messages_without_thinking_have_no_such_field(writes: Writes) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"tool_choice": "auto"}, "tool_choice", "only allowed with 'tools'"),
-        ({"tool_choice": "required", "tools": []}, "tool_choice", "only allowed with"),
+        ({"tool_choice": "auto"}, "tool_choice", "expected it with 'tools'; received it without"),
+        ({"tool_choice": "required", "tools": []}, "tool_choice", "received it without"),
         ({"tool_choice": "any", "tools": TOOLS}, "tool_choice", "'required' or"),
         (
             {"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": TOOLS},
@@ -383,7 +383,7 @@ def test_messages_without_thinking_have_no_such_field(writes: Writes) -> None:
         ({"tools": [CLOCK] * 129}, "tools", "at most 128"),
         ({"functions": [{"name": "f"}]}, "functions", "not supported"),
         ({"function_call": "auto"}, "function_call", "not supported"),
-        ({"reasoning_effort": "high"}, "reasoning_effort", "only 'none'"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "expected 'none'"),
     ],
 )
 def test_invalid_tools_are_refused(

@@ -107,7 +107,9 @@ class Conversation(StrictModel):
 
 def _check_effort(effort: str) -> str:
     if effort != "none":
-        raise refusal("only 'none' is supported", kind="unsupported_at")
+        raise refusal(
+            "expected 'none', the only one supported; received another", kind="unsupported_at"
+        )
     return effort
 
 

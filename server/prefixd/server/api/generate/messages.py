@@ -79,7 +79,10 @@ def _check_arguments(text: str) -> str:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise refusal('expected the JSON text of an object, such as \'{"city": "Oslo"}\'')
+            raise refusal(
+                'expected the JSON text of an object, such as \'{"city": "Oslo"}\'; received '
+                f"a text of {len(text)} characters that is none"
+            )
     return text
 
 

@@ -40,8 +40,12 @@ class ResponseFormat(StrictModel):
     @model_validator(mode="after")
     def _check_schema(self) -> "ResponseFormat":
         if (self.json_schema is None) == (self.type == "json_schema"):
-            expected = "a schema" if self.json_schema is None else "none"
-            raise refusal(f"expected {expected} with 'type': '{self.type}'", at=("json_schema",))
+            names = ("a schema", "none")
+            expected, received = names if self.json_schema is None else names[::-1]
+            raise refusal(
+                f"expected {expected} with 'type': '{self.type}'; received {received}",
+                at=("json_schema",),
+            )
         return self
 
     @property

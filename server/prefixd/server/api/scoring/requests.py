@@ -85,7 +85,7 @@ class TokenizeRequest(StrictModel):
         if self.prompt is None:
             if self.add_special_tokens:
                 raise refusal(
-                    "expected false with 'messages': the chat template writes its own",
+                    "expected false with 'messages': its chat template writes them; received true",
                     at=("add_special_tokens",),
                 )
             return self

@@ -49,7 +49,7 @@ def check_grammar(grammar: Grammar) -> None:
     """Raises GrammarRefused for a grammar that is too large, and a schema outside the subset."""
     size = len(grammar.source.encode())
     if size > MAX_BYTES:
-        raise GrammarRefused(f"expected at most {MAX_BYTES} bytes; received {size}")
+        raise GrammarRefused(f"expected a grammar of at most {MAX_BYTES} bytes; received {size}")
     if grammar.kind is GrammarKind.REGEX and size > MAX_PATTERN_BYTES:
         raise GrammarRefused(f"expected at most {MAX_PATTERN_BYTES} bytes; received {size}")
     if grammar.kind is GrammarKind.JSON_SCHEMA:

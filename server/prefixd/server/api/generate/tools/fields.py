@@ -26,13 +26,16 @@ _UNSUPPORTED_TYPES = {
 
 def _check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise refusal("expected a name of 1 to 64 letters, digits, '_' and '-'")
+        raise refusal(
+            "expected a name of 1 to 64 letters, digits, '_' and '-'; received a text of "
+            f"{len(name)} characters that is none"
+        )
     return name
 
 
 def _check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     if parameters and parameters.get("type", "object") != "object":
-        raise refusal("expected a JSON Schema of type 'object'", at=("type",))
+        raise refusal("expected the type 'object'; received another one", at=("type",))
     return parameters
 
 
@@ -89,7 +92,9 @@ def _check_choice(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
         return value
     if isinstance(value, dict):
         if value.get("type") == "allowed_tools":
-            raise refusal("allowed_tools is not supported", kind="unsupported_at")
+            raise refusal(
+                "expected another choice; allowed_tools is not supported", kind="unsupported_at"
+            )
         return NamedTool.model_validate(value)
     offered = '\'none\', \'auto\', \'required\' or {"type": "function", "function": {"name": …}}'
     raise unexpected(offered, value, kind="unexpected_word")
@@ -160,9 +165,10 @@ class ToolFields(StrictModel):
         if choice in (None, "none"):
             return self
         if not names:
-            raise refusal("only allowed with 'tools'", at=("tool_choice",))
+            raise refusal("expected it with 'tools'; received it without", at=("tool_choice",))
         if isinstance(choice, NamedTool) and choice.function.name not in names:
             raise refusal(
-                "expected the name of one of the 'tools'", at=("tool_choice", "function", "name")
+                "expected the name of one of the 'tools'; received another",
+                at=("tool_choice", "function", "name"),
             )
         return self
