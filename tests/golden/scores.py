@@ -79,11 +79,13 @@ def start(
 
 
 def reference(model: Any, prompt: Sequence[int], **more: Any) -> torch.Tensor:
-    """Log-probabilities [len(prompt) - 1, ids] of what follows each token but the last."""
+    """Log-probabilities [len(prompt) - 1, ids] of what follows each token but the last; in float64
+    those of a model in float64."""
     ids = torch.tensor([list(prompt)], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **more).logits[0]
-    return logits[-len(prompt) : -1].float().log_softmax(dim=-1).cpu()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits[-len(prompt) : -1].to(wide).log_softmax(dim=-1).cpu()
 
 
 def check(scored: Scored, prompt: Sequence[int], expected: torch.Tensor) -> None:

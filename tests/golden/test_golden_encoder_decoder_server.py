@@ -108,8 +108,8 @@ def test_what_an_encoder_decoder_cannot_do_is_refused_by_name(behind: Behind) ->
         "/v1/chat/completions", model=behind.base, messages=[{"role": "user", "content": "w5"}]
     )
     assert (chat.status_code, chat.json()["error"]["code"]) == (400, "chat_template")
-    echo = behind.post("/v1/completions", model=behind.base, prompt="w5", echo=True)
-    assert "'echo' is not supported" in echo.json()["error"]["message"]
+    echo = behind.post("/v1/completions", model=behind.base, prompt="w5", echo=True, logprobs=1)
+    assert echo.json()["error"]["code"] == "prompt_not_scored"
     long = behind.post("/v1/completions", model=behind.base, prompt=[5] * 5000, max_tokens=1)
     assert "exceed the encoder's limit" in long.json()["error"]["message"]
     with (

@@ -174,7 +174,11 @@ def test_refusals_say_what_was_expected(client: TestClient) -> None:
     code, message = refused(client.put("/v1/prefixes/adapter", files=files), status=422)
     assert code == "unsupported_kind"
     assert "expected a soft prompt or a KV prefix, since PEFT trains no adaption" in message
-    assert refused(complete(client, echo=True))[0] == "unsupported_field"
+    assert refused(complete(client, echo=True, logprobs=1))[0] == "prompt_not_scored"
+    shown, plain = (
+        complete(client, echo=echo).json()["choices"][0]["text"] for echo in (True, False)
+    )
+    assert shown == "w5 w6" + plain
     assert refused(chat(client, "w5"))[0] == "chat_template"
     assert refused(complete(client, []))[0] == "invalid_request"
     part = {"type": "prefix", "from": 0, "to": VIRTUAL}
