@@ -208,6 +208,20 @@ def test_a_stream_says_the_same_however_the_text_is_split(
     assert assembled(pieces_of(list(text), syntax)) == parse(text, syntax)
 
 
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        ("<tool_call></tool_call>", CallFormat.HERMES),
+        ("<tool_call>[</tool_call>", CallFormat.HERMES),
+        ("<tool_call>[]</tool_call> so", CallFormat.HERMES),
+        ("[TOOL_CALLS][", CallFormat.MISTRAL),
+        ("[]", CallFormat.JSON),
+    ],
+)
+def test_marks_without_a_call_are_content(text: str, calls: CallFormat) -> None:
+    assert parse(text, AnswerSyntax(calls=calls, names=NAMES)).content == text
+
+
 @given(st.lists(WORDS, max_size=12).map("".join), SYNTAXES)
 def test_no_text_is_lost_without_marks(text: str, syntax: AnswerSyntax) -> None:
     answer = parse(text, syntax)

@@ -68,7 +68,7 @@ class CallFinder:
                 self._break(call, rest)
         elif call is not None:
             self._content(call.raw + rest)
-        elif not (self._read == self._read_between and self._closer.startswith(rest)):
+        elif self._before or self._read != self._read_between or not self._closer.startswith(rest):
             self._content(self._before + rest)
         self._pieces += [Content(held)] if (held := self._spaces.end()) else []
         return self._take()
@@ -164,6 +164,9 @@ class CallFinder:
         for mark in (self._closer, self._separator):
             if mark and self._buffer.startswith(mark):
                 self._buffer = self._buffer[len(mark) :]
+                if self._before:  # no call since the opener
+                    self._before += mark
+                    return mark == self._separator or self._no_call()
                 if mark == self._closer:
                     self._read = self._read_text
                 return True
