@@ -1,0 +1,90 @@
+"""The generating part of the protocol: completions and chats, whole and streamed."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict, Unpack
+
+from prefixd.client.types import Completion
+from prefixd.client.wire import Call, Response, StreamCall, parse_body, request_of
+
+ContentPart = Mapping[str, str | int]
+Message = Mapping[str, str | Sequence[ContentPart]]
+
+
+class Sampling(TypedDict, total=False):
+    """How the next token is chosen and when to stop; names as in the OpenAI API and vLLM.
+
+    ``priority`` orders the tenant's own requests, the lowest first; after ``timeout`` seconds the
+    server aborts the request (``DeadlineError``); ``kv_reuse`` False shares no KV with other
+    requests; ``speculate`` False computes one token at a time, also where the server speculates.
+    ``apply_recipe`` and ``echo`` are of completions alone.
+    """
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[str, float]
+    seed: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    min_tokens: int
+    ignore_eos: bool
+    n: int
+    user: str
+    priority: int
+    timeout: float
+    kv_reuse: bool
+    speculate: bool
+    apply_recipe: bool
+    echo: bool
+    logprobs: int | bool
+    top_logprobs: int
+    response_format: Mapping[str, object]
+    structured_outputs: Mapping[str, object]
+    tools: Sequence[Mapping[str, object]]
+    tool_choice: str | Mapping[str, object]
+    chat_template_kwargs: Mapping[str, object]
+
+
+def complete(
+    prompt: str | Sequence[int], *, model: str, **sampling: Unpack[Sampling]
+) -> Call[Completion]:
+    """Continue a prompt (text or token ids) under a prefix reference or the bare base."""
+    body: dict[str, object] = {"model": model, "prompt": prompt, **sampling}
+    return Call(request_of("POST", "v1", "completions", json=body), _completion)
+
+
+def chat(
+    messages: Sequence[Message], *, model: str, **sampling: Unpack[Sampling]
+) -> Call[Completion]:
+    """Answer a conversation under a prefix reference or the bare base."""
+    body = {"model": model, "messages": list(messages), **sampling}
+    return Call(request_of("POST", "v1", "chat", "completions", json=body), _completion)
+
+
+def stream_complete(
+    prompt: str | Sequence[int], *, model: str, **sampling: Unpack[Sampling]
+) -> StreamCall:
+    """Like ``complete``, a chunk at a time."""
+    body = {"model": model, "prompt": prompt, **sampling, **_STREAMED}
+    return StreamCall(request_of("POST", "v1", "completions", json=body))
+
+
+def stream_chat(
+    messages: Sequence[Message], *, model: str, **sampling: Unpack[Sampling]
+) -> StreamCall:
+    """Like ``chat``, a chunk at a time."""
+    body = {"model": model, "messages": list(messages), **sampling, **_STREAMED}
+    return StreamCall(request_of("POST", "v1", "chat", "completions", json=body))
+
+
+_STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def _completion(response: Response) -> Completion:
+    completion = parse_body(Completion, response)
+    return completion.model_copy(update={"request_id": response.headers.get("x-request-id")})
