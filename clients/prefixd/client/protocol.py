@@ -6,8 +6,9 @@ endpoint.
 """
 
 from prefixd.client.protocol_generation import (
-    ContentPart,
+    FunctionName,
     Message,
+    NamedTool,
     Sampling,
     chat,
     complete,
@@ -38,8 +39,9 @@ from prefixd.client.wire import Call, Response, accepted, parse_body, parser, re
 
 __all__ = [
     "Bases",
-    "ContentPart",
+    "FunctionName",
     "Message",
+    "NamedTool",
     "Sampling",
     "chat",
     "complete",

@@ -1,13 +1,26 @@
 """The generating part of the protocol: completions and chats, whole and streamed."""
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 from prefixd.client.types import Completion
 from prefixd.client.wire import Call, Response, StreamCall, parse_body, request_of
 
-ContentPart = Mapping[str, str | int]
-Message = Mapping[str, str | Sequence[ContentPart]]
+Message = Mapping[str, object]
+"""One turn of a conversation, as in the OpenAI API."""
+
+
+class FunctionName(TypedDict):
+    """Which function."""
+
+    name: str
+
+
+class NamedTool(TypedDict):
+    """The value of ``tool_choice`` that demands a call of one function."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class Sampling(TypedDict, total=False):
@@ -46,7 +59,10 @@ class Sampling(TypedDict, total=False):
     response_format: Mapping[str, object]
     structured_outputs: Mapping[str, object]
     tools: Sequence[Mapping[str, object]]
-    tool_choice: str | Mapping[str, object]
+    tool_choice: Literal["auto", "none", "required"] | NamedTool
+    parallel_tool_calls: bool
+    include_reasoning: bool
+    reasoning_effort: str
     chat_template_kwargs: Mapping[str, object]
 
 

@@ -13,10 +13,13 @@ from prefixd.client.types_base import (
     ResponseModel,
 )
 from prefixd.client.types_generation import (
-    ChatMessage,
     Choice,
     Completion,
     CompletionChunk,
+    FunctionCall,
+    FunctionCallDelta,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 from prefixd.client.types_prefixes import (
@@ -43,12 +46,13 @@ __all__ = [
     "AuditPage",
     "Binding",
     "BindingPage",
-    "ChatMessage",
     "Choice",
     "Completion",
     "CompletionChunk",
     "DefaultPrefix",
     "Example",
+    "FunctionCall",
+    "FunctionCallDelta",
     "ImportedBindings",
     "Key",
     "KeyPage",
@@ -63,6 +67,8 @@ __all__ = [
     "ResponseModel",
     "Tenant",
     "TenantPage",
+    "ToolCall",
+    "ToolCallDelta",
     "UploadWarnings",
     "Uploaded",
     "Usage",

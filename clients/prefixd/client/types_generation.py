@@ -25,40 +25,91 @@ class Usage(ResponseModel):
     )
 
 
-class ChatMessage(ResponseModel):
+class FunctionCall(ResponseModel):
+    """A function and its arguments, JSON as the model wrote it: check it before you use it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(ResponseModel):
+    """A call that the model asks for; ``id`` goes into the turn with its result."""
+
+    id: str
+    function: FunctionCall
+
+
+class FunctionCallDelta(ResponseModel):
+    """A piece of a call: its name, which comes first and once, or more of its arguments."""
+
+    name: str | None = None
+    arguments: Annotated[str, NullIsDefault] = ""
+
+
+class ToolCallDelta(ResponseModel):
+    """A piece of the call number ``index``; the first one has the ``id``."""
+
+    index: int
+    id: str | None = None
+    function: Annotated[FunctionCallDelta, NullIsDefault] = FunctionCallDelta()
+
+
+class _ChatMessage(ResponseModel):
     """The ``message`` or ``delta`` of a chat choice; the first delta has the role alone."""
 
     content: Annotated[str, NullIsDefault] = ""
+    reasoning_content: object = None
+    tool_calls: object = None
 
 
-class _GeneratedText(ResponseModel):
+class _Generated(ResponseModel):
+    """``reasoning_content`` is what a model that thinks wrote before its answer, None otherwise."""
+
     index: int
     text: str
     finish_reason: str | None = None
+    reasoning_content: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _text_of_chat(cls, fields: object) -> object:
-        # The chat endpoint sends the text as `message` (whole) or `delta` (streamed).
+    def _of_chat(cls, fields: object) -> object:
+        # The chat endpoint sends these as `message` (whole) or `delta` (streamed).
         if isinstance(fields, Mapping):
             for key in ("message", "delta"):
                 if key in fields:
-                    return {**fields, "text": ChatMessage.model_validate(fields[key]).content}
+                    message = _ChatMessage.model_validate(fields[key])
+                    return {
+                        **fields,
+                        "text": message.content,
+                        "reasoning_content": message.reasoning_content,
+                        "tool_calls": message.tool_calls,
+                    }
         return fields
 
 
-class Choice(_GeneratedText):
-    """One generated text. ``finish_reason`` is ``stop`` or ``length``."""
+class Choice(_Generated):
+    """One generated text. ``finish_reason`` is ``stop``, ``length`` or ``tool_calls``."""
 
+    tool_calls: Annotated[tuple[ToolCall, ...], Field(strict=False), NullIsDefault] = ()
     logprobs: Mapping[str, object] | None = None
 
+    @property
+    def message(self) -> dict[str, object]:
+        """The turn of the assistant, to be sent with the next request. Without its reasoning."""
+        turn: dict[str, object] = {"role": "assistant", "content": self.text}
+        if self.tool_calls:
+            calls = [{"type": "function", **call.model_dump()} for call in self.tool_calls]
+            turn |= {"content": self.text or None, "tool_calls": calls}
+        return turn
 
-class CompletionChunk(_GeneratedText):
+
+class CompletionChunk(_Generated):
     """A piece of a streamed generation; only the last one has ``usage``.
 
     The server uses "chunk" for a piece of a prompt in a prefill.
     """
 
+    tool_calls: Annotated[tuple[ToolCallDelta, ...], Field(strict=False), NullIsDefault] = ()
     usage: Usage | None = None
 
 
