@@ -13,7 +13,8 @@ from typer.main import get_command
 
 from prefixd.server import version
 from prefixd.server.cli.main import app
-from prefixd.server.cli.options import EXTRAS, REMOVED_VARIABLES
+from prefixd.server.cli.options import EXTRAS
+from prefixd.server.cli.removed_variables import REMOVED_VARIABLES
 from prefixd.server.serve.settings import ENV_PREFIX, Settings
 from tests.cli.cli_runner import run
 

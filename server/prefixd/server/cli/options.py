@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, ParamSpec
 
@@ -12,9 +13,11 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
+from prefixd.client.aio import AsyncClient
 from prefixd.client.sync import Client
 from prefixd.client.transport import DEFAULT_TIMEOUT, DEFAULT_URL
 from prefixd.server.cli.output import client_errors, fail
+from prefixd.server.cli.removed_variables import check_removed_variables
 from prefixd.server.serve.settings import Settings
 from prefixd.server.serve.settings_reference import Setting, settings_by_group
 
@@ -27,60 +30,6 @@ CATALOG_SETTINGS = ("data_dir", "database_url", "blobs_url")
 """Settings of a verb that needs the catalog and no model."""
 
 JsonFlag = Annotated[bool, typer.Option("--json", envvar="PREFIXD_JSON", help="Print JSON.")]
-
-REMOVED_VARIABLES = {
-    "audit": {
-        "PREFIXD_AUDIT_BEFORE": "--before",
-        "PREFIXD_AUDIT_LIMIT": "--limit",
-        "PREFIXD_AUDIT_TENANT": "--tenant",
-    },
-    "chat": {
-        "PREFIXD_CHAT_MAX_TOKENS": "--max-tokens",
-        "PREFIXD_CHAT_MODEL": "--model",
-        "PREFIXD_CHAT_SYSTEM": "--system",
-        "PREFIXD_CHAT_TEMPERATURE": "--temperature",
-    },
-    "copy": {
-        "PREFIXD_COPY_TO_BLOBS_URL": "--to-blobs-url",
-        "PREFIXD_COPY_TO_DATABASE_URL": "--to-database-url",
-        "PREFIXD_COPY_TO_DATA_DIR": "--to-data-dir",
-    },
-    "demo": {
-        "PREFIXD_DEMO_DIR": "--data-dir",
-        "PREFIXD_DEMO_EXAMPLES": "--examples",
-        "PREFIXD_DEMO_ONCE": "--once",
-        "PREFIXD_DEMO_PORT": "--port",
-    },
-    "gc": {"PREFIXD_GC_DRY_RUN": "--dry-run"},
-    "key create": {
-        "PREFIXD_KEY_EXPIRES_IN_DAYS": "--expires-in-days",
-        "PREFIXD_KEY_LABEL": "--label",
-        "PREFIXD_KEY_SCOPE": "--scope",
-        "PREFIXD_KEY_TENANT": "--tenant",
-    },
-    "key ls": {"PREFIXD_KEY_TENANT": "--tenant"},
-    "key rotate": {"PREFIXD_KEY_OVERLAP_HOURS": "--overlap-hours"},
-    "prefix push": {
-        "PREFIXD_METADATA": "--metadata",
-        "PREFIXD_TASK_ID": "--task-id",
-        "PREFIXD_TEXT": "--text",
-        "PREFIXD_WARM": "--warm",
-    },
-    "prefix rm": {"PREFIXD_YES": "--yes"},
-    "tenant create": {
-        "PREFIXD_TENANT_KV_REUSE": "--kv-reuse/--no-kv-reuse",
-        "PREFIXD_TENANT_WEIGHT": "--weight",
-    },
-    "tenant set": {
-        "PREFIXD_TENANT_KV_REUSE": "--kv-reuse/--no-kv-reuse",
-        "PREFIXD_TENANT_WEIGHT": "--weight",
-    },
-    "user default": {"PREFIXD_REMOVE": "rm"},
-}
-"""Variables that a verb read up to version 0.1.0, and what replaces each: a flag, or a verb.
-
-To ignore one silently would be dangerous: `gc` with PREFIXD_GC_DRY_RUN set would delete data.
-"""
 
 EXTRAS = {
     "alembic": "serve",
@@ -115,7 +64,7 @@ class VerbGroup(TyperGroup):
         name, command, rest = super().resolve_command(ctx, args)
         if "--help" not in rest:
             _, *groups = ctx.command_path.split()
-            _check_removed_variables(" ".join([*groups, name or ""]))
+            check_removed_variables(" ".join([*groups, name or ""]))
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -129,17 +78,6 @@ class VerbGroup(TyperGroup):
             raise typer.Exit(0) from None
         except ModuleNotFoundError as error:
             fail(missing_extra(error))
-
-
-def _check_removed_variables(verb: str) -> None:
-    for variable, replacement in REMOVED_VARIABLES.get(verb, {}).items():
-        if os.environ.get(variable):
-            typer.echo(
-                f"prefixd: {variable} is set, but `prefixd {verb}` no longer reads it: unset it "
-                f"and use `prefixd {verb} {replacement}`",
-                err=True,
-            )
-            raise typer.Exit(2)
 
 
 def missing_extra(error: ModuleNotFoundError) -> str:
@@ -167,18 +105,52 @@ def demo_model_packages() -> None:
 # -- verbs that talk to a server ------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """The server that the connection options name, and how to reach it."""
+
+    url: str
+    api_key: str | None
+    timeout: float
+
+    def client(self) -> Client:
+        """A client of it; close it."""
+        return Client(self.url, api_key=self.api_key, timeout=self.timeout)
+
+    def async_client(self) -> AsyncClient:
+        """An asynchronous client of it; close it."""
+        return AsyncClient(self.url, api_key=self.api_key, timeout=self.timeout)
+
+
 def connected(
     command: Callable[Concatenate[Client, P], None], *, error_status: int = 1
 ) -> Callable[..., None]:
     """Give a verb a client for the server that the connection options name. An error of the client
     or of a file ends it with ``error_status``."""
 
-    def run(*, url: str, api_key: str | None, timeout: float, **arguments: Any) -> None:
-        with client_errors(error_status), Client(url, api_key=api_key, timeout=timeout) as client:
+    def run(connection: Connection, **arguments: Any) -> None:
+        with client_errors(error_status), connection.client() as client:
             command(client, **arguments)  # type: ignore[call-arg]  # typer passes the verb's own
 
+    return _with_connection(run, command)
+
+
+def connecting(command: Callable[Concatenate[Connection, P], None]) -> Callable[..., None]:
+    """As ``connected``, for a verb that opens its own client."""
+
+    def run(connection: Connection, **arguments: Any) -> None:
+        with client_errors():
+            command(connection, **arguments)  # type: ignore[call-arg]  # typer passes the verb's own
+
+    return _with_connection(run, command)
+
+
+def _with_connection(run: Callable[..., None], command: Callable[..., None]) -> Callable[..., None]:
+    def connect(*, url: str, api_key: str | None, timeout: float, **arguments: Any) -> None:
+        run(Connection(url, api_key, timeout), **arguments)
+
     _, *parameters = inspect.signature(command).parameters.values()
-    return _with_parameters(run, command, [*parameters, *_CONNECTION])
+    return _with_parameters(connect, command, [*parameters, *_CONNECTION])
 
 
 def _connection_option(

@@ -89,10 +89,11 @@ def client_errors(status: int = 1) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except (ClientError, OSError) as error:
-        fail(_client_message(error), status=status)
+        fail(client_message(error), status=status)
 
 
-def _client_message(error: Exception) -> str:
+def client_message(error: Exception) -> str:
+    """What a verb says about an error of the client or of a file."""
     if isinstance(error, AuthenticationError):
         return f"{error} (set PREFIXD_API_KEY or pass --api-key)"
     if isinstance(error, ConnectError):

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from prefixd.server.cli.options import REMOVED_VARIABLES
+from prefixd.server.cli.removed_variables import REMOVED_VARIABLES
 from prefixd.server.serve.settings import ENV_PREFIX, Settings
 
 _OTHER_VARIABLES = (
