@@ -32,6 +32,7 @@ def test_chat_response_has_openai_fields_and_the_prefix(client: TestClient, worl
             "logprobs": None,
             "finish_reason": "length",
             "stop_reason": None,
+            "token_ids": None,
         }
     ]
     assert body["prefix"]["version"] == 1

@@ -45,6 +45,9 @@ def test_completion_of_the_base_model(client: TestClient) -> None:
             "logprobs": None,
             "finish_reason": "length",
             "stop_reason": None,
+            "token_ids": None,
+            "prompt_token_ids": None,
+            "prompt_logprobs": None,
         }
     ]
     assert body["usage"] == usage(5, 8)

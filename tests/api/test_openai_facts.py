@@ -3,6 +3,7 @@
 Sent through the official openai package. What differs on purpose is in docs/compatibility.md.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,7 +26,23 @@ CHAT = fake_text(None, RENDERED, 5)
 USAGE = {"include_usage": True}
 EACH = {"include_usage": True, "continuous_usage_stats": True}
 
-Check = Callable[[Any], bool]
+RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "cold"}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "strict": True,
+            "properties": {"city": {"type": "string", "default": "Vienna"}},
+            "required": [],
+        },
+    },
+}
+BAD_SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}, "foo": "bar"}}
+TWO_KINDS = {"json": {"type": "object"}, "regex": ".*"}
+
+Check = Callable[[Any], object]
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,30 @@ def finishes(chunks: Any) -> list[str]:
     return [reason for reason in reasons if reason is not None]
 
 
+def no_ids(answer: Any) -> bool:
+    return one(answer).token_ids is None and one(answer).prompt_token_ids is None
+
+
+def names_by_id(choice: Any) -> list[int]:
+    return [int(name.removeprefix("token_id:")) for name in choice.logprobs.tokens]
+
+
+def top_sizes(answer: Any) -> set[int]:
+    """Sizes of the tables behind the first token, which has none."""
+    return set(map(len, one(answer).logprobs.top_logprobs[1:]))
+
+
+def called(arguments: str) -> dict[str, Any]:
+    """A past turn with a call."""
+    function = {"name": "weather", "arguments": arguments}
+    calls = [{"id": "call_1", "type": "function", "function": function}]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def named(tool: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": tool}}
+
+
 def adds_up(usage: Any) -> bool:
     return bool(usage.total_tokens == usage.prompt_tokens + usage.completion_tokens)
 
@@ -93,7 +134,7 @@ WHOLE = [
     completion("one token", lambda a: one(a).text == TEXT[:1], max_tokens=1),
     completion("no logprobs", lambda a: one(a).logprobs is None),
     completion("logprobs null", lambda a: one(a).logprobs is None, logprobs=None),
-    completion("no prompt logprobs", lambda a: getattr(one(a), "prompt_logprobs", None) is None),
+    completion("no prompt logprobs", lambda a: one(a).prompt_logprobs is None),
     completion(
         "logprobs 0: the sampled token",
         lambda a: len(one(a).logprobs.top_logprobs[0]) == 1,
@@ -207,8 +248,27 @@ WHOLE = [
     completion(
         "output ids", lambda a: one(a).token_ids == list(TEXT.encode()), return_token_ids=True
     ),
+    completion("no ids", no_ids, return_token_ids=False),
     completion(
-        "no ids", lambda a: getattr(one(a), "token_ids", None) is None, return_token_ids=False
+        "names by id are the ids",
+        lambda a: names_by_id(one(a)) == one(a).prompt_token_ids + one(a).token_ids,
+        echo=True,
+        logprobs=1,
+        prompt_logprobs=1,
+        return_token_ids=True,
+        return_tokens_as_token_ids=True,
+    ),
+    completion("likeliest of an echo", lambda a: top_sizes(a) <= {1, 2}, echo=True, logprobs=1),
+    completion("likeliest of an echo, 0", lambda a: top_sizes(a) == {1}, echo=True, logprobs=0),
+    completion(
+        "structured outputs, choice",
+        lambda a: (one(a).text, one(a).finish_reason) == ("ab", "stop"),
+        structured_outputs={"choice": ["ab", "cd"]},
+    ),
+    completion(
+        "structured outputs, regex",
+        lambda a: re.fullmatch("[0-9]{3}", one(a).text),
+        structured_outputs={"regex": "[0-9]{3}"},
     ),
     completion(
         "tokens named by id",
@@ -241,6 +301,12 @@ WHOLE = [
     completion(
         "embeds come first",
         lambda a: [c.text for c in a.choices] == [text_after(ONE, count=5), TEXT],
+        prompt_embeds=ONE,
+    ),
+    completion(
+        "embeds: no prompt logprobs",
+        lambda a: one(a).prompt_logprobs is None,
+        prompt=None,
         prompt_embeds=ONE,
     ),
     completion("no embeds", lambda a: one(a).text == TEXT, prompt_embeds=[]),
@@ -333,9 +399,74 @@ WHOLE = [
         return_token_ids=True,
     ),
     chat("output ids", lambda a: bytes(one(a).token_ids).decode() == CHAT, return_token_ids=True),
-    chat("no ids", lambda a: getattr(a, "prompt_token_ids", None) is None, return_token_ids=False),
+    chat(
+        "no ids",
+        lambda a: a.prompt_token_ids is None and one(a).token_ids is None,
+        return_token_ids=False,
+    ),
     chat("prompt logprobs", lambda a: len(a.prompt_logprobs) == len(RENDERED), prompt_logprobs=1),
-    chat("no prompt logprobs", lambda a: getattr(a, "prompt_logprobs", None) is None),
+    chat("prompt logprobs 2", lambda a: len(a.prompt_logprobs[3]) in {2, 3}, prompt_logprobs=2),
+    chat("no prompt logprobs", lambda a: a.prompt_logprobs is None),
+    chat("top_logprobs 0 alone", lambda a: one(a).logprobs is None, top_logprobs=0),
+    chat(
+        "variables of the template",
+        lambda a: one(a).message.content == CHAT,
+        chat_template_kwargs={"enable_thinking": False},
+    ),
+    chat(
+        "continued",
+        lambda a: bytes(a.prompt_token_ids).decode().endswith("assistant: Sure"),
+        messages=[*TURNS, {"role": "assistant", "content": "Sure"}],
+        echo=False,
+        continue_final_message=True,
+        add_generation_prompt=False,
+        return_token_ids=True,
+    ),
+    *[
+        chat(
+            f"{name} of a past turn",
+            lambda a: a.choices,
+            messages=[TURNS[1], {"role": "assistant", "content": "2", name: "easy"}, TURNS[1]],
+        )
+        for name in ("reasoning", "reasoning_content")
+    ],
+    *[
+        chat(
+            f"past call with {arguments!r}",
+            lambda a: one(a).message.content,
+            messages=[TURNS[1], called(arguments), RESULT],
+        )
+        for arguments in ("{}", "")
+    ],
+    chat(
+        "named tool, cut",
+        lambda a: one(a).finish_reason == "length" and one(a).message.tool_calls is None,
+        tools=[TOOL],
+        tool_choice=named("weather"),
+        max_completion_tokens=1,
+    ),
+    chat(
+        "required tool, cut",
+        lambda a: one(a).finish_reason == "length" and one(a).message.tool_calls is None,
+        tools=[TOOL],
+        tool_choice="required",
+        max_completion_tokens=1,
+    ),
+    chat(
+        "tools and none", lambda a: one(a).message.content == CHAT, tools=[TOOL], tool_choice="none"
+    ),
+    chat(
+        "structured outputs, choice",
+        lambda a: one(a).message.content == "ab",
+        structured_outputs={"choice": ["ab", "cd"]},
+    ),
+    chat(
+        "finite logprobs in a structure",
+        lambda a: all(t.logprob >= -9999 for t in one(a).logprobs.content[0].top_logprobs),
+        structured_outputs={"choice": ["ab", "cd"]},
+        logprobs=True,
+        top_logprobs=5,
+    ),
     chat(
         "metadata, store, tier",
         lambda a: one(a).message.content == CHAT,
@@ -405,6 +536,24 @@ STREAMS = [
         lambda s: [t for c in s for t in c.choices[0].token_ids] == list(TEXT.encode()),
         return_token_ids=True,
     ),
+    completion(
+        "names by id are the ids",
+        lambda s: all(names_by_id(c.choices[0]) == c.choices[0].token_ids for c in s),
+        logprobs=1,
+        return_token_ids=True,
+        return_tokens_as_token_ids=True,
+    ),
+    completion(
+        "offsets are those of the tokens where text is held back",
+        lambda s: [o for c in s for o in c.choices[0].logprobs.text_offset] == [0, 1, 2, 3, 4],
+        logprobs=0,
+        stop=[TEXT[1] + "zz"],
+    ),
+    completion(
+        "structured outputs, choice",
+        lambda s: (text_of(s), finishes(s)) == ("ab", ["stop"]),
+        structured_outputs={"choice": ["ab", "cd"]},
+    ),
     completion("stop", lambda s: (text_of(s), finishes(s)) == (TEXT[:2], ["stop"]), stop=TEXT[2]),
     completion("echo", lambda s: text_of(s) == PROMPT + TEXT, echo=True),
     completion(
@@ -417,6 +566,13 @@ STREAMS = [
     chat("role once", lambda s: all(c.choices[0].delta.role is None for c in s[1:])),
     chat("object", lambda s: {chunk.object for chunk in s} == {"chat.completion.chunk"}),
     chat("joins to the whole", lambda s: text_of(s) == CHAT),
+    chat("content is a text", lambda s: all(c.choices[0].delta.content is not None for c in s)),
+    chat("no calls", lambda s: all(not c.choices[0].delta.tool_calls for c in s)),
+    chat(
+        "usage not wanted",
+        lambda s: all(chunk.usage is None for chunk in s),
+        stream_options={"include_usage": False},
+    ),
     chat("one finish reason", lambda s: finishes(s) == ["length"]),
     chat("finish with the last text", lambda s: s[-1].choices[0].delta.content == CHAT[-1]),
     chat("n", lambda s: [text_of(s, i) for i in range(2)] == [CHAT] * 2, n=2),
@@ -502,6 +658,30 @@ REFUSALS = [
     refused("no_such_field", "unknown field", no_such_field=1),
     refused("max_tokens", "400", max_tokens=MAX_POSITIONS),
     refused("prompt", "400", prompt="x" * (MAX_POSITIONS + 1)),
+    refused("structured_outputs", "$.properties.foo", structured_outputs={"json": BAD_SCHEMA}),
+    refused("structured_outputs", structured_outputs={"regex": "[.*"}, stop=["\n"]),
+    refused("structured_outputs", structured_outputs={"grammar": "root ::= select_invalid"}),
+    refused("thinking_token_budget", thinking_token_budget=-2),
+    refused("prompt_logprobs", prompt=None, prompt_embeds=ONE, prompt_logprobs=True),
+    refused_chat("structured_outputs", "'json' and 'regex'", structured_outputs=TWO_KINDS),
+    refused_chat("structured_outputs", "object", structured_outputs=3),
+    refused_chat("structured_outputs.regex", "text", structured_outputs={"regex": {"1": "x"}}),
+    refused_chat(
+        "structured_outputs",
+        "tool_choice",
+        structured_outputs={"json": {"type": "object"}},
+        tools=[TOOL],
+        tool_choice=named("weather"),
+    ),
+    refused_chat("tool_choice", "tools", tool_choice="auto"),
+    refused_chat("tool_choice", "tools", tool_choice="required", tools=None),
+    refused_chat("tool_choice", "tools", tool_choice=named("weather")),
+    refused_chat("tool_choice.type", "required", tools=[TOOL], tool_choice={}),
+    refused_chat("tool_choice.function.name", "tools", tools=[TOOL], tool_choice=named("other")),
+    refused_chat("logit_bias", "vocabulary of 257", logit_bias={"258": 1.0}),
+    refused_chat("thinking_token_budget", thinking_token_budget=0.6),
+    refused_chat("logprob_token_ids", logprobs=True, logprob_token_ids=[1]),
+    refused_chat("cache_salt", cache_salt=""),
     refused_chat("top_logprobs", "20", logprobs=True, top_logprobs=21),
     refused_chat("top_logprobs", "20", logprobs=True, top_logprobs=30, stream=True),
     refused_chat("top_logprobs", "logprobs", top_logprobs=2),

@@ -41,6 +41,16 @@ WEATHER = {
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 TOOLS = [WEATHER, CLOCK]
+CALLED = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+PAST = [
+    USER,
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "a23456789", "type": "function", "function": CALLED}],
+    },
+    {"role": "tool", "tool_call_id": "a23456789", "content": "20"},
+]
 
 
 class Script(GatedRunner):
@@ -224,14 +234,7 @@ def test_a_conversation_with_calls_is_rendered_as_the_model_writes_it(
     writes: Writes, kind: str
 ) -> None:
     chat = writes(kind, "It is warm.")
-    call = {"id": "a23456789", "type": "function"}
-    call["function"] = {"name": "weather", "arguments": '{"city": "Oslo"}'}  # type: ignore[assignment]
-    messages = [
-        USER,
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "a23456789", "content": "20"},
-    ]
-    choice = chat(messages=messages, tools=TOOLS)
+    choice = chat(messages=PAST, tools=TOOLS)
     assert in_message(choice)["content"] == "It is warm."
     assert choice["finish_reason"] == "stop"
     assert "tool_calls" not in choice["message"]
@@ -262,6 +265,19 @@ def test_special_tokens_of_calls_are_not_in_a_text(writes: Writes) -> None:
     chat = writes("mistral", "a[TOOL_CALLS]b")
     assert in_message(chat())["content"] == "ab"
     assert in_message(chat(tools=TOOLS))["content"] == "a[TOOL_CALLS]b"
+
+
+def test_tokens_of_a_conversation_with_tools_are_those_of_the_chat(writes: Writes) -> None:
+    chat = writes("qwen2.5", "hi")
+    ids = chat.post(tools=TOOLS, return_token_ids=True).json()["prompt_token_ids"]
+    fields = {"messages": [USER], "tools": TOOLS}
+    assert chat.client.post("/tokenize", json=fields).json()["tokens"] == ids
+    assert "weather" in chat.prompts[-1]
+    plain = writes("plain", "hi")
+    ids = plain.post(messages=PAST, return_token_ids=True).json()["prompt_token_ids"]
+    assert plain.client.post("/tokenize", json={"messages": PAST}).json()["tokens"] == ids
+    wrong = chat.client.post("/tokenize", json={"prompt": "hi", "tools": TOOLS})
+    assert error_of(wrong)["param"] == "tools"
 
 
 def test_malformed_call_is_content(writes: Writes) -> None:

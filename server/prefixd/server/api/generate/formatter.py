@@ -167,8 +167,10 @@ class ChatAnswer(BaseModel):
 @dataclass(frozen=True, slots=True)
 class CompletionFormatter:
     """Formats one response of /v1/completions. ``prompts`` are the token ids of the prompt of each
-    choice, where they are wanted."""
+    choice, where they are wanted. ``whole_nulls``: clients of vLLM read these fields of a whole
+    response without asking whether they are there."""
 
+    whole_nulls: ClassVar[dict[str, None]] = {}
     endpoint: ClassVar = Endpoint.COMPLETIONS
     object: ClassVar = "text_completion"
     chunk_object: ClassVar = "text_completion"
@@ -213,6 +215,9 @@ class CompletionFormatter:
             "text": "".join([event.text for event in events]),
             "logprobs": self._logprobs(events),
             **self.options.ending(end),
+            "prompt_token_ids": None,
+            "prompt_logprobs": None,
+            "token_ids": None,
             **self.start(choice),
             **_token_ids(events, self.options),
         }
@@ -228,6 +233,7 @@ class CompletionFormatter:
 class ChatFormatter:
     """Formats one response of /v1/chat/completions. Methods as of CompletionFormatter."""
 
+    whole_nulls: ClassVar[dict[str, None]] = {"prompt_token_ids": None, "prompt_logprobs": None}
     endpoint: ClassVar = Endpoint.CHAT
     object: ClassVar = "chat.completion"
     chunk_object: ClassVar = "chat.completion.chunk"
@@ -270,6 +276,7 @@ class ChatFormatter:
             "message": {"role": "assistant", "content": content, "refusal": None},
             "logprobs": self._logprobs(events),
             **self.options.ending(end),
+            "token_ids": None,
             **_token_ids(events, self.options),
         }
 

@@ -120,9 +120,7 @@ class PromptBuilder:
             return traits
         return replace(traits, renders_tools="tools" in (prefix.manifest.prompt_template or ""))
 
-    def chat(
-        self, body: ChatRequest, prefix: ResolvedPrefix | None, tools: ToolPlan | None = None
-    ) -> Prompts:
+    def chat(self, body: ChatRequest, prefix: ResolvedPrefix | None, tools: ToolPlan) -> Prompts:
         """The prompt of a chat. Raises as ``completion``."""
         if prefix is None:
             encoder = PromptEncoder(self.served)

@@ -8,6 +8,8 @@ from pydantic_core import PydanticCustomError
 from prefixd.server.api.generate.conversation import ToolConversation
 from prefixd.server.api.generate.fields import GenerationFields, misplaced, one_of
 from prefixd.server.api.generate.prompt_scores import PromptOptions
+from prefixd.server.api.generate.shapes import refusal
+from prefixd.server.api.generate.tools.fields import NamedTool
 from prefixd.server.api.generate.vllm_fields import NEUTRAL
 
 Prompt = Annotated[
@@ -147,6 +149,15 @@ class ChatRequest(ToolConversation, GenerationFields):
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise misplaced("top_logprobs", "'logprobs': true")
+        return self
+
+    @model_validator(mode="after")
+    def _check_named_tool(self) -> "ChatRequest":
+        if self.structured_outputs is not None and isinstance(self.tool_choice, NamedTool):
+            raise refusal(
+                "expected it without the name of a tool in 'tool_choice'; received both",
+                at=("structured_outputs",),
+            )
         return self

@@ -117,7 +117,7 @@ async def _whole(
     def answer() -> dict[str, Any]:
         choices = [formatter.whole(choice, tokens[choice], ends[choice]) for choice in sorted(ends)]
         assert record.admitted is not None
-        head = record.admitted.head | formatter.head()
+        head = {**record.admitted.head, **formatter.whole_nulls, **formatter.head()}
         return {**envelope, "choices": choices, "usage": record.usage(), **head}
 
     # The scores of a long prompt take long to write.

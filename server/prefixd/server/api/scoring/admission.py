@@ -9,6 +9,7 @@ from prefixd.server.api.generate.admission import Admission, check_resident, key
 from prefixd.server.api.generate.prompts import PromptEncoder, PromptTokens, check_token_ids
 from prefixd.server.api.generate.recipes import Prompts
 from prefixd.server.api.generate.requests import ChatRequest
+from prefixd.server.api.generate.tool_plan import plan_tools
 from prefixd.server.api.placement import front_of, whole_of
 from prefixd.server.api.scoring.requests import LoglikelihoodRequest
 from prefixd.server.engine.request import AdmittedRequest, SamplingParams, Scoring, StopParams
@@ -97,7 +98,7 @@ class ScoringAdmission:
         builder = self.admission.prompts
         if body.messages is not None:
             chat = ChatRequest(model=body.model, messages=body.messages)
-            return builder.chat(chat, prefix), ""
+            return builder.chat(chat, prefix, plan_tools(chat, builder.traits(prefix))), ""
         prompt, lead = body.prompt, ""
         assert prompt is not None
         is_placed = prefix is not None and prefix.manifest.prompt_template is not None

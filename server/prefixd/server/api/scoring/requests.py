@@ -8,9 +8,17 @@ from prefixd.server.api.body import StrictModel
 from prefixd.server.api.generate.fields import TokenId, one_of
 from prefixd.server.api.generate.messages import Message
 from prefixd.server.api.generate.shapes import refusal
+from prefixd.server.api.generate.tools.fields import MAX_TOOLS, Tool
 from prefixd.server.api.values import User
 
 MAX_CHOICES = 128
+
+_OF_MESSAGES = (
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+)
 
 Model = Annotated[
     str,
@@ -69,6 +77,9 @@ class TokenizeRequest(StrictModel):
     user: OneUser = None
     prompt: str | None = Field(default=None, description="A text, or `messages`.")
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=4096)
+    tools: list[Tool] | None = Field(
+        default=None, max_length=MAX_TOOLS, description="Functions that the model is shown."
+    )
     add_special_tokens: bool | None = Field(
         default=None,
         description="Whether the tokenizer's opening tokens are added. Default: true for a "
@@ -89,7 +100,7 @@ class TokenizeRequest(StrictModel):
                     at=("add_special_tokens",),
                 )
             return self
-        for name in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+        for name in _OF_MESSAGES:
             if getattr(self, name) is not None:
                 raise refusal(
                     "expected it with 'messages' alone; received it with 'prompt'", at=(name,)

@@ -12,6 +12,7 @@ from prefixd.server.api.dependencies import Generator, ServedDep
 from prefixd.server.api.generate.prompts import PromptTokens, check_token_ids
 from prefixd.server.api.generate.requests import ChatRequest
 from prefixd.server.api.generate.service import GenerationService, service_of
+from prefixd.server.api.generate.tool_plan import plan_tools
 from prefixd.server.api.generate.user_header import with_user
 from prefixd.server.api.scoring.requests import DetokenizeRequest, TokenizeRequest
 from prefixd.server.api.validation_words import from_validation
@@ -90,7 +91,8 @@ def _prompt_tokens(
     tokenizer, builder = service.served.tokenizer, service.admission.prompts
     prompts: list[PromptTokens]
     if body.prompt is None:
-        prompts = builder.chat(_chat(body, service.served.name), prefix).tokens
+        chat = _chat(body, service.served.name)
+        prompts = builder.chat(chat, prefix, plan_tools(chat, builder.traits(prefix))).tokens
     elif not body.prompt or body.add_special_tokens is False:
         return tuple(tokenizer.encode(body.prompt, add_special_tokens=bool(not body.prompt)))
     else:
@@ -102,6 +104,7 @@ def _chat(body: TokenizeRequest, base: str) -> ChatRequest:
     """Raises BadRequest."""
     given = {
         "messages": body.messages,
+        "tools": body.tools,
         "add_generation_prompt": body.add_generation_prompt,
         "continue_final_message": body.continue_final_message,
         "chat_template_kwargs": body.chat_template_kwargs,
