@@ -25,8 +25,8 @@ class AnyObject(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-def create(mode: instructor.Mode, kind: type[BaseModel], question: str) -> bool:
-    client = instructor.from_openai(plain, mode=mode)
+def create(mode: str, kind: type[BaseModel], question: str) -> bool:
+    client = instructor.from_openai(plain, mode=instructor.Mode[mode])
     answer = client.chat.completions.create(
         model=report.model,
         response_model=kind,
@@ -38,8 +38,8 @@ def create(mode: instructor.Mode, kind: type[BaseModel], question: str) -> bool:
     return isinstance(answer, kind)
 
 
-for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
-    report.call(mode.name, lambda mode=mode: create(mode, Weather, QUESTION))
+for mode in ("TOOLS", "JSON_SCHEMA"):
+    report.call(mode, lambda mode=mode: create(mode, Weather, QUESTION))
 # The schema is in the prompt alone, and the demo model does not follow it.
-report.call("JSON", lambda: create(instructor.Mode.JSON, AnyObject, "Oslo"))
+report.call("JSON", lambda: create("JSON", AnyObject, "Oslo"))
 report.end()

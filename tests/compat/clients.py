@@ -19,21 +19,26 @@ from typing import Any
 
 from prefixd.client import Client
 from prefixd.server.cli.demo.child import ServerProcess, admin
+from tests.compat.report import USERS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 PAGE = HERE.parent.parent / "docs" / "compatibility.md"
 BEGIN, END = "<!-- clients:begin -->", "<!-- clients:end -->"
-TEXT_PREFIX = "You answer in few words."
+TEXT_PREFIXES = {"brief": "You answer in few words.", "kind": "You are kind."}
 
 
 @dataclass(frozen=True)
 class ClientScript:
-    """A client: its name in the table, its script, and the packages of its environment."""
+    """A client: its name in the table, its script, and the packages of its environment.
+
+    ``options`` are those of the server that it needs.
+    """
 
     title: str
     script: str
     packages: tuple[str, ...]
+    options: tuple[str, ...] = ()
 
     @property
     def is_python(self) -> bool:
@@ -53,6 +58,12 @@ CLIENTS = {
     "instructor": ClientScript("instructor", "client_instructor.py", ("instructor",)),
     "pydantic-ai": ClientScript(
         "pydantic-ai", "client_pydantic_ai.py", ("pydantic-ai-slim[openai]",)
+    ),
+    "open-webui": ClientScript(
+        "Open WebUI (calls replayed)",
+        "client_open_webui.py",
+        ("aiohttp",),
+        ("--user-header", "X-OpenWebUI-User-Id", "--tool-call-format", "json"),
     ),
     "ai": ClientScript("Vercel ai", "client_ai.mjs", ("ai", "@ai-sdk/openai-compatible", "zod")),
 }
@@ -109,36 +120,38 @@ def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description="Run unmodified clients.")
     parser.add_argument("--envs", required=True, type=Path, help="folder of the environments")
-    parser.add_argument("--url", help="a server of the demo model; default: one is started")
-    parser.add_argument("--key", help="a key of that server")
     parser.add_argument("names", nargs="*", help=f"of {', '.join(CLIENTS)}; default: all")
-    options = parser.parse_args()
-    if options.url:
-        return run_all(options, options.url, options.key)
-    with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch)
-        admin(data, "tenant", "create", "clients")
-        issued = admin(data, "key", "create", "--tenant", "clients")
-        assert isinstance(issued, dict)
-        key = str(issued["key"])
-        with ServerProcess(data_dir=data, port=0) as server:
-            url = server.wait_until_ready(timeout=540, on_event=lambda _: None)
-            return run_all(options, url, key)
+    arguments = parser.parse_args()
+    names = arguments.names or list(CLIENTS)
+    passed = True
+    for options in dict.fromkeys(CLIENTS[name].options for name in names):
+        chosen = [name for name in names if CLIENTS[name].options == options]
+        with tempfile.TemporaryDirectory() as scratch:
+            passed &= run_all(chosen, arguments.envs.resolve(), Path(scratch), options)
+    return 0 if passed else 1
 
 
-def run_all(options: argparse.Namespace, url: str, key: str) -> int:
-    """Run the chosen clients on a server. The exit status."""
-    failed = False
-    with Client(url, api_key=key) as client:
-        client.upload_text("brief", TEXT_PREFIX)
-    arguments = ["--url", url, "--key", key, "--model", "brief"]
-    for name in options.names or CLIENTS:
-        rows = run(CLIENTS[name], options.envs / name, arguments)
-        for row in rows:
-            print(name, json.dumps(row), flush=True)
-        record(CLIENTS[name].title, rows)
-        failed |= not all(row["ok"] for row in rows)
-    return int(failed)
+def run_all(names: list[str], envs: Path, data: Path, options: tuple[str, ...]) -> bool:
+    """Run clients on a server of the demo model with ``options``; whether all calls passed."""
+    admin(data, "tenant", "create", "clients")
+    issued = admin(data, "key", "create", "--tenant", "clients")
+    assert isinstance(issued, dict)
+    key = str(issued["key"])
+    passed = True
+    with ServerProcess(data_dir=data, port=0, options=options) as server:
+        url = server.wait_until_ready(timeout=540, on_event=lambda _: None)
+        with Client(url, api_key=key) as client:
+            for name, text in TEXT_PREFIXES.items():
+                client.upload_text(name, text)
+            for user, prefix in USERS.items():
+                client.bind_user(user, prefix)
+        for name in names:
+            rows = run(CLIENTS[name], envs / name, ["--url", url, "--key", key, "--model", "brief"])
+            for row in rows:
+                print(name, json.dumps(row), flush=True)
+            record(CLIENTS[name].title, rows)
+            passed &= all(row["ok"] for row in rows)
+    return passed
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib import metadata
 
 WEATHER = {
     "name": "weather",
@@ -22,6 +22,11 @@ WEATHER = {
 }
 TOOL = {"type": "function", "function": WEATHER}
 QUESTION = "What is the weather in Oslo, in celsius?"
+# Users of the tenant, each bound to a prefix.
+USERS = {
+    "0b6f2c4e-6c0f-4d9a-9a63-5f8f0a4f7c11": "brief",
+    "7f0c3a52-1f0e-4c59-8a3e-2a4d0c1be902": "kind",
+}
 
 
 def is_weather(arguments: dict[str, object]) -> bool:
@@ -33,16 +38,16 @@ def is_weather(arguments: dict[str, object]) -> bool:
 
 
 class Report:
-    """Runs the calls of a client of the distribution ``package``."""
+    """Runs the calls of a client of the distribution ``package``, or of ``version``."""
 
-    def __init__(self, package: str) -> None:
+    def __init__(self, package: str = "", *, version: str = "") -> None:
         parser = argparse.ArgumentParser()
         for name in ("url", "key", "model"):
             parser.add_argument(f"--{name}", required=True)
         self.arguments = parser.parse_args()
         self.url = f"{self.arguments.url}/v1"
         self.key, self.model = self.arguments.key, self.arguments.model
-        self.version = version(package)
+        self.version = version or metadata.version(package)
         self._failed = False
 
     def call(self, name: str, check: Callable[[], object]) -> None:

@@ -50,10 +50,16 @@ def admin(data_dir: Path, *arguments: str) -> object:
 
 
 class ServerProcess:
-    """A ``prefixd serve`` as a child process, which ends with the ``with`` block."""
+    """``prefixd serve`` with ``options`` as a child process, which ends with the ``with`` block."""
 
     def __init__(
-        self, *, data_dir: Path, port: int, model: str = "demo", program: Sequence[str] = PROGRAM
+        self,
+        *,
+        data_dir: Path,
+        port: int,
+        model: str = "demo",
+        options: Sequence[str] = (),
+        program: Sequence[str] = PROGRAM,
     ) -> None:
         self.log = data_dir / "server.log"
         self.url = ""
@@ -63,7 +69,7 @@ class ServerProcess:
         self._command = [
             *program, "serve", "--model", model, "--host", "127.0.0.1",
             "--port", str(port), "--data-dir", str(data_dir),
-            "--log-level", "info", "--log-format", "json",
+            "--log-level", "info", "--log-format", "json", *options,
         ]
         # fmt: on
 
