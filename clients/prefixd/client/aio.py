@@ -58,7 +58,7 @@ class AsyncClient(Operations):
                 response = plain_response(await self._http.send(request))
             return call.parse(response)
 
-        return await self._with_retries(attempt)
+        return await self._with_retries(attempt, call.request)
 
     def stream(self, call: StreamCall) -> "AsyncStream":
         """The stream that answers ``call``; sent when it is iterated or entered."""
@@ -75,15 +75,16 @@ class AsyncClient(Operations):
                     raise error_of(plain_response(response))
                 return response
 
-        return await self._with_retries(attempt)
+        return await self._with_retries(attempt, request)
 
-    async def _with_retries(self, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def _with_retries(self, attempt: Callable[[], Awaitable[T]], request: Request) -> T:
         attempts = 1
         while True:
             try:
                 return await attempt()
             except ClientError as error:
-                wait = self._retry.wait(error, attempt=attempts, jitter=random.random())
+                jitter, repeat = random.random(), request.repeat
+                wait = self._retry.wait(error, attempt=attempts, jitter=jitter, repeat=repeat)
                 if wait is None:
                     raise
             await self._sleep(wait)

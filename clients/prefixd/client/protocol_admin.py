@@ -6,7 +6,7 @@ As ``prefixd.client.protocol``, without I/O.
 from collections.abc import Mapping, Sequence
 
 from prefixd.client.types import AuditPage, Key, KeyPage, Tenant, TenantPage
-from prefixd.client.wire import Call, creating, parser, request_of
+from prefixd.client.wire import Call, Repeat, creating, parser, request_of
 
 _ADMIN = ("v1", "admin")
 
@@ -67,22 +67,27 @@ def create_key(
     label: str | None = None,
     expires_in_seconds: float | None = None,
 ) -> Call[Key]:
-    """Issue a key; no later response has its ``secret``. The operator may name a tenant."""
+    """Issue a key; no later response has its ``secret``. The operator may name a tenant.
+
+    Not sent again when the response was lost, and the secret with it: ``list_keys`` finds the key
+    to revoke.
+    """
     body = _without_none(
         tenant=tenant,
         scopes=None if scopes is None else list(scopes),
         label=label,
         expires_in_seconds=expires_in_seconds,
     )
-    return creating(Call(request_of("POST", *_ADMIN, "keys", json=body), parser(Key)))
+    call = Call(request_of("POST", *_ADMIN, "keys", json=body), parser(Key))
+    return creating(call, repeat=Repeat.REFUSED)
 
 
 def rotate_key(key_id: str, *, overlap_seconds: float | None = None) -> Call[Key]:
-    """Issue a successor; the old key stays valid for the overlap (by default a day)."""
+    """Issue a successor; the old key stays valid for the overlap (by default a day). Sent again as
+    ``create_key`` is."""
     body = _without_none(overlap_seconds=overlap_seconds)
-    return creating(
-        Call(request_of("POST", *_ADMIN, "keys", key_id, "rotate", json=body), parser(Key))
-    )
+    call = Call(request_of("POST", *_ADMIN, "keys", key_id, "rotate", json=body), parser(Key))
+    return creating(call, repeat=Repeat.REFUSED)
 
 
 def revoke_key(key_id: str) -> Call[Key]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict, Unpack
 
 from prefixd.client.types import Completion
-from prefixd.client.wire import Call, Response, StreamCall, parse_body, request_of
+from prefixd.client.wire import Call, Repeat, Request, Response, StreamCall, parse_body, request_of
 
 Message = Mapping[str, object]
 """One turn of a conversation, as in the OpenAI API."""
@@ -71,7 +71,7 @@ def complete(
 ) -> Call[Completion]:
     """Continue a prompt (text or token ids) under a prefix reference or the bare base."""
     body: dict[str, object] = {"model": model, "prompt": prompt, **sampling}
-    return Call(request_of("POST", "v1", "completions", json=body), _completion)
+    return Call(_generation(body, "completions"), _completion)
 
 
 def chat(
@@ -79,7 +79,10 @@ def chat(
 ) -> Call[Completion]:
     """Answer a conversation under a prefix reference or the bare base."""
     body = {"model": model, "messages": list(messages), **sampling}
-    return Call(request_of("POST", "v1", "chat", "completions", json=body), _completion)
+    return Call(
+        _generation(body, "chat", "completions"),
+        _completion,
+    )
 
 
 def stream_complete(
@@ -87,7 +90,7 @@ def stream_complete(
 ) -> StreamCall:
     """Like ``complete``, a chunk at a time."""
     body = {"model": model, "prompt": prompt, **sampling, **_STREAMED}
-    return StreamCall(request_of("POST", "v1", "completions", json=body))
+    return StreamCall(_generation(body, "completions"))
 
 
 def stream_chat(
@@ -95,7 +98,11 @@ def stream_chat(
 ) -> StreamCall:
     """Like ``chat``, a chunk at a time."""
     body = {"model": model, "messages": list(messages), **sampling, **_STREAMED}
-    return StreamCall(request_of("POST", "v1", "chat", "completions", json=body))
+    return StreamCall(_generation(body, "chat", "completions"))
+
+
+def _generation(body: Mapping[str, object], *path: str) -> Request:
+    return request_of("POST", "v1", *path, json=body, repeat=Repeat.UNANSWERED)
 
 
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}

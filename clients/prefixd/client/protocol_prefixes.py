@@ -18,6 +18,7 @@ from prefixd.client.wire import (
     Call,
     Part,
     Preconditions,
+    Repeat,
     Response,
     accepted,
     creating,
@@ -187,7 +188,8 @@ def remove_alias(name: str, alias: str, **conditions: Unpack[Preconditions]) -> 
 def warm(reference: str) -> Call[Warmed]:
     """Start to make a version (``name``, ``name@3`` or ``name@alias``) resident; returns at
     once."""
-    return Call(request_of("POST", "v1", "prefixes", reference, "warm"), parser(Warmed))
+    request = request_of("POST", "v1", "prefixes", reference, "warm", repeat=Repeat.LOST)
+    return Call(request, parser(Warmed))
 
 
 def pin(reference: str, **conditions: Unpack[Preconditions]) -> Call[Prefix]:

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from prefixd.client.types import NullIsDefault, PrefixUsed, ResponseModel, Usage
-from prefixd.client.wire import Call, parser, request_of
+from prefixd.client.wire import Call, Repeat, parser, request_of
 
 
 class ScoredChoice(ResponseModel):
@@ -61,4 +61,5 @@ def loglikelihood(
         body["apply_recipe"] = True
     if user is not None:
         body["user"] = user
-    return Call(request_of("POST", "v1", "loglikelihood", json=body), parser(Loglikelihood))
+    request = request_of("POST", "v1", "loglikelihood", json=body, repeat=Repeat.UNANSWERED)
+    return Call(request, parser(Loglikelihood))

@@ -58,7 +58,7 @@ class Client(Operations):
                 response = plain_response(self._http.send(request))
             return call.parse(response)
 
-        return self._with_retries(attempt)
+        return self._with_retries(attempt, call.request)
 
     def stream(self, call: StreamCall) -> "Stream":
         """The stream that answers ``call``; sent when it is iterated or entered."""
@@ -75,15 +75,16 @@ class Client(Operations):
                     raise error_of(plain_response(response))
                 return response
 
-        return self._with_retries(attempt)
+        return self._with_retries(attempt, request)
 
-    def _with_retries(self, attempt: Callable[[], T]) -> T:
+    def _with_retries(self, attempt: Callable[[], T], request: Request) -> T:
         attempts = 1
         while True:
             try:
                 return attempt()
             except ClientError as error:
-                wait = self._retry.wait(error, attempt=attempts, jitter=random.random())
+                jitter, repeat = random.random(), request.repeat
+                wait = self._retry.wait(error, attempt=attempts, jitter=jitter, repeat=repeat)
                 if wait is None:
                     raise
             self._sleep(wait)

@@ -12,13 +12,14 @@ from prefixd.client.errors import (
     ApiError,
     ClientError,
     ConnectError,
+    DeadlineError,
     ProtocolError,
     RateLimitError,
     TimedOutError,
     TransportError,
     UnavailableError,
 )
-from prefixd.client.wire import Request, Response, dump
+from prefixd.client.wire import Repeat, Request, Response, dump
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 # In seconds. Without streaming, a read lasts as long as the generation.
@@ -28,29 +29,55 @@ CONNECT_TIMEOUT = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Retries only what the server has not begun: no connection, 429 and 503.
+    """Which failures are retried, and after how long: up to ``max_retries`` times. The waits double
+    from ``first_wait`` seconds to ``max_wait``. The server's ``Retry-After`` replaces them; if it
+    exceeds ``max_wait``, the error is raised instead.
 
-    ``attempts`` counts the first try. Waits double from ``first_wait`` seconds; the server's
-    ``Retry-After`` replaces them. If a wait would exceed ``max_wait``, the error is raised instead.
+    ============================  ====================  ================  ====================
+    failure                       reads, and changes    generations       ``DELETE``, ``PATCH``
+                                  with a key
+    ============================  ====================  ================  ====================
+    no connection, 429            yes                   yes               yes
+    503                           yes                   yes               full or not ready
+    connection lost, 502          yes                   before an answer  no
+    504 of a proxy                yes                   no                no
+    ============================  ====================  ================  ====================
+
+    A timeout of the client or of the request is never retried, nor is a stream that has begun.
     """
 
-    attempts: int = 4
+    max_retries: int = 3
     first_wait: float = 0.25
     max_wait: float = 10.0
 
-    def wait(self, error: ClientError, *, attempt: int, jitter: float) -> float | None:
+    def wait(
+        self, error: ClientError, *, attempt: int, jitter: float, repeat: Repeat
+    ) -> float | None:
         """Seconds to wait after try number ``attempt`` (from 1) failed; None to give up.
 
         ``jitter`` in [0, 1) spreads clients that failed together over the upper half of the wait.
         """
-        if attempt >= self.attempts:
+        if attempt > self.max_retries or not _may_repeat(error, repeat):
             return None
-        if not isinstance(error, ConnectError | RateLimitError | UnavailableError):
-            return None
-        wait = self.first_wait * 2 ** (attempt - 1) * (0.5 + jitter / 2)
         if isinstance(error, ApiError) and error.retry_after is not None:
-            wait = error.retry_after
-        return wait if wait <= self.max_wait else None
+            return error.retry_after if error.retry_after <= self.max_wait else None
+        longest = min(self.first_wait * 2.0 ** (attempt - 1), self.max_wait)
+        return longest * (0.5 + jitter / 2)
+
+
+_NOT_BEGUN = {"unavailable", "overloaded", "too_many_connections"}
+"""Codes of a 503 that the server sends before it begins a request."""
+
+
+def _may_repeat(error: ClientError, repeat: Repeat) -> bool:
+    if isinstance(error, ConnectError | RateLimitError):
+        return True
+    if isinstance(error, UnavailableError):
+        return repeat is not Repeat.REFUSED or error.code in _NOT_BEGUN
+    if type(error) is TransportError or (isinstance(error, ApiError) and error.status == 502):
+        return repeat is not Repeat.REFUSED
+    # The server's own 504 has a code: it is the request's timeout.
+    return isinstance(error, DeadlineError) and error.code is None and repeat is Repeat.LOST
 
 
 class HttpOptions(TypedDict):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypedDict, TypeVar
@@ -28,6 +29,14 @@ class Part:
     content_type: str
 
 
+class Repeat(Enum):
+    """Whether a request may be sent again, by what has become of it before."""
+
+    REFUSED = "if the server has not begun it"
+    UNANSWERED = "also if its answer has not begun: a generation, which changes nothing"
+    LOST = "also if it may have been executed: one that reads, or that has an idempotency key"
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What to send, relative to the server's URL. ``json``, ``ndjson``, ``octets`` and ``parts``
@@ -42,6 +51,7 @@ class Request:
     ndjson: bytes | None = None
     octets: bytes | Path | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    repeat: Repeat = Repeat.REFUSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +87,10 @@ def request_of(
     parts: tuple[Part, ...] = (),
     ndjson: bytes | None = None,
     octets: bytes | Path | None = None,
+    repeat: Repeat = Repeat.REFUSED,
 ) -> Request:
-    """A request; each of ``path`` is one segment, ``params`` of None are omitted."""
+    """A request; each of ``path`` is one segment, ``params`` of None are omitted. One that reads
+    may be sent again in any case."""
     # A name with a slash or a question mark must stay one segment: the server then refuses it.
     joined = "/" + "/".join(quote(segment, safe="@:") for segment in path)
     query = {name: value for name, value in (params or {}).items() if value is not None}
@@ -90,6 +102,7 @@ def request_of(
         parts=parts,
         ndjson=ndjson,
         octets=octets,
+        repeat=Repeat.LOST if method == "GET" else repeat,
     )
 
 
@@ -115,12 +128,14 @@ def guarded(call: Call[T], conditions: Preconditions) -> Call[T]:
     return replace(call, request=replace(call.request, headers=headers))
 
 
-def creating(call: Call[T], conditions: Preconditions | None = None) -> Call[T]:
+def creating(
+    call: Call[T], conditions: Preconditions | None = None, *, repeat: Repeat = Repeat.LOST
+) -> Call[T]:
     """The call with its preconditions and a fresh key, under which the server executes it once,
     however often the client sends it."""
     sent = guarded(call, conditions or {})
     headers = {**sent.request.headers, "idempotency-key": uuid4().hex}
-    return replace(sent, request=replace(sent.request, headers=headers))
+    return replace(sent, request=replace(sent.request, headers=headers, repeat=repeat))
 
 
 def dump(value: Mapping[str, object]) -> bytes:
