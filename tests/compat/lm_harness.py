@@ -6,8 +6,9 @@
     python -m tests.compat.lm_harness --harness /tmp/harness/bin/python
 
 The harness is unmodified: `local-completions` on the server, `hf` with `peft=` next to it, both on
-the demo model in float32 and 100 multiple-choice items. Prints a row for each prefix; the exit
-status is 1 where an accuracy differs, or a log-likelihood by more than 1e-4.
+the demo model in float32 and 100 multiple-choice items. Prints the figures of each prefix, and
+keeps whether they are equal as rows of the table of clients. The exit status is 1 where an accuracy
+differs, or a log-likelihood by more than 1e-4.
 """
 
 import argparse
@@ -23,9 +24,11 @@ from typing import Any
 from prefixd.client import Client
 from prefixd.server.cli.demo.child import ServerProcess, admin
 from prefixd.server.model.demo import default_cache_dir, demo_model
+from tests.compat.clients import record
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent.parent / "examples"
+TITLE = "lm-evaluation-harness"
 PREFIXES = {"base": None, "soft prompt": "sentiment", "KV prefix": "triage"}
 TOLERANCE = 1e-4
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -55,9 +58,21 @@ def evaluate(harness: str, model: str, arguments: str, out: Path, **env: str) ->
     }
 
 
-def compare(harness: str, folder: Path, scratch: Path) -> bool:
-    """Run all rows; whether all are equal."""
-    equal = True
+def call_of(label: str) -> str:
+    """The name of a row in the table."""
+    return f"local-completions, {label}"
+
+
+def version_of(harness: str) -> str:
+    """The version of the harness that is installed."""
+    code = "from importlib.metadata import version; print(version('lm_eval'))"
+    ran = subprocess.run([harness, "-c", code], capture_output=True, text=True, check=True)
+    return ran.stdout.strip()
+
+
+def compare(harness: str, folder: Path, scratch: Path) -> list[dict[str, Any]]:
+    """Run all rows."""
+    rows, version = [], version_of(harness)
     for name in ("choices.yaml", "choices.jsonl"):
         shutil.copy(HERE / name, scratch)
     data = scratch / "data"
@@ -90,13 +105,15 @@ def compare(harness: str, folder: Path, scratch: Path) -> bool:
             pairs = zip(ours["logprobs"], theirs["logprobs"], strict=True)
             largest = max(abs(a - b) for a, b in pairs)
             same = all(ours[k] == theirs[k] for k in ("acc", "acc_norm", "items", "greedy"))
-            equal &= same and largest < TOLERANCE
+            ok = same and largest < TOLERANCE
+            reason = "" if ok else f"figures differ, log-likelihoods by {largest:.1e}"
+            rows.append({"call": call_of(label), "ok": ok, "version": version, "reason": reason})
             print(
                 f"| {label} | {ours['acc']:.2f} | {theirs['acc']:.2f} | "
                 f"{ours['acc_norm']:.2f}, {theirs['acc_norm']:.2f} | {largest:.1e} |",
                 flush=True,
             )
-    return equal
+    return rows
 
 
 def main() -> int:
@@ -106,7 +123,9 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = demo_model(default_cache_dir())
-        return 0 if compare(arguments.harness, folder, Path(scratch)) else 1
+        rows = compare(arguments.harness, folder, Path(scratch))
+    record(TITLE, rows)
+    return 0 if all(row["ok"] for row in rows) else 1
 
 
 if __name__ == "__main__":
