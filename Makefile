@@ -21,13 +21,18 @@ STAMP := $(VENV)/.prefixd-installed
 PIP   := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) --constraint constraints.txt
 # Left out of `make check`: minutes instead of seconds. `make test` and CI run them.
 FAST  := not slow and not demo_model and not serial and not sweep
-# Tests run in several processes of one thread, each file in one, but for those that measure time.
+# Tests run in several processes of one thread, each file in one but for the rows of the sweep, and
+# those that measure time alone. tests/conftest.py says in which order.
 JOBS  ?= 2
-SPLIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
-SWEEP := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+SPLIT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) \
+         --dist loadgroup --no-loadscope-reorder
+# The files that have tests that measure time: to collect all takes longer than some of these.
+SERIAL := $$(grep -rl --include='*.py' mark.serial tests)
+# Every process of the tests imports prefixd, and pytest rewrites each test file: compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check lint types imports words fast slow sweep cover format docs \
+.PHONY: help install demo serve test check lint types imports words fast serial sweep cover format docs \
         audit mutate gpu-check gpu-bench bench bench-quick soak hostile chaos clients sanitize lock clean
 
 help: ## List the targets
@@ -52,7 +57,10 @@ demo: install ## Serve the demo model, mix prefixes in one batch, keep serving (
 serve: install ## Run the server: MODEL=demo, a folder or a Hugging Face id
 	@$(BIN)/prefixd serve --model $(MODEL) $(ARGS)
 
-test: lint fast slow ## Everything CI runs: make check, the slow tests and all rows of the sweep
+test: lint ## Everything CI runs: make check, the slow tests and all rows of the sweep
+	@echo "==> pytest, all except the tests that measure time"
+	@$(SPLIT) -m "not serial" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+	@$(MAKE) --no-print-directory serial
 
 check: lint fast ## What a commit passes: format, lint, types, import rules, fast tests
 
@@ -75,16 +83,12 @@ fast: install
 	@echo "==> pytest, fast tests"
 	@$(SPLIT) -m "$(FAST)" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
 
-slow: install
-	@echo "==> pytest, rows of the sweep"
-	@$(SWEEP) tests/sweep -m sweep $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
-	@echo "==> pytest, slow tests"
-	@$(SPLIT) -m "(slow or demo_model) and not serial" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+serial: install
 	@echo "==> pytest, tests that measure time"
-	@$(BIN)/python -m pytest -m serial $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+	@$(BIN)/python -m pytest -m serial $(or $(strip $(ARGS)),$(SERIAL)) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
 
 sweep: install ## All rows of docs/families.md: every family against PEFT and transformers
-	@$(SWEEP) tests/sweep $(ARGS)
+	@$(SPLIT) tests/sweep $(ARGS)
 
 cover: install ## Branch coverage of the fast tests; fails below the floor in pyproject.toml
 	@$(SPLIT) -m "$(FAST)" --cov --cov-report=term $(ARGS)

@@ -4,6 +4,7 @@ They are imported where they are started: `make gpu-check` runs some of the test
 have torch and no database driver.
 """
 
+import gc
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -19,6 +20,29 @@ settings.register_profile("prefixd", deadline=None, suppress_health_check=[Healt
 settings.load_profile("prefixd")
 
 _number = itertools.count(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect without searches for garbage: what collection makes stays until the end. Searches
+    during the tests pass over it too."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the rows of the sweep last. With ``--dist loadgroup`` each goes to the process that is
+    free, so that none waits for another at the end; the tests of any other file stay together."""
+    items.sort(key=lambda item: item.get_closest_marker("sweep") is not None)
+    if config.getoption("loadgroup", default=False):
+        for item in items:
+            if item.get_closest_marker("sweep") is None:
+                item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
 
 
 @pytest.fixture(scope="session")
