@@ -8,6 +8,7 @@
 
 from prefixd.client.aio import AsyncClient, AsyncStream
 from prefixd.client.errors import ApiError, ClientError, PreconditionFailedError
+from prefixd.client.protocol_tokens import Tokens
 from prefixd.client.scores import Loglikelihood, ScoredChoice
 from prefixd.client.sync import Client, Stream
 from prefixd.client.transport import RetryPolicy
@@ -26,6 +27,7 @@ from prefixd.client.types import (
     Prefix,
     PrefixPage,
     PrefixUsed,
+    Recipe,
     Tenant,
     TenantPage,
     ToolCall,
@@ -58,11 +60,13 @@ __all__ = [
     "Prefix",
     "PrefixPage",
     "PrefixUsed",
+    "Recipe",
     "RetryPolicy",
     "ScoredChoice",
     "Stream",
     "Tenant",
     "TenantPage",
+    "Tokens",
     "ToolCall",
     "ToolCallDelta",
     "Uploaded",

@@ -4,7 +4,14 @@ from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
-from prefixd.client import folders, protocol, protocol_admin, protocol_users, scores
+from prefixd.client import (
+    folders,
+    protocol,
+    protocol_admin,
+    protocol_tokens,
+    protocol_users,
+    scores,
+)
 from prefixd.client.wire import Call, StreamCall
 
 P = ParamSpec("P")
@@ -79,6 +86,8 @@ class Operations:
     show_prefix = _operation(protocol.show_prefix)
     list_versions = _operation(protocol.list_versions)
     patch_metadata = _operation(protocol.patch_metadata)
+    patch_recipe = _operation(protocol.patch_recipe)
+    set_recipe = _operation(protocol.set_recipe)
     set_alias = _operation(protocol.set_alias)
     rollback = _operation(protocol.rollback)
     remove_alias = _operation(protocol.remove_alias)
@@ -93,6 +102,8 @@ class Operations:
     stream_complete = _stream(protocol.stream_complete)
     stream_chat = _stream(protocol.stream_chat)
     loglikelihood = _operation(scores.loglikelihood)
+    tokenize = _operation(protocol_tokens.tokenize)
+    detokenize = _operation(protocol_tokens.detokenize)
 
     bind_user = _operation(protocol_users.bind_user)
     show_binding = _operation(protocol_users.show_binding)

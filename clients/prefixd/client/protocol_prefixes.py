@@ -7,6 +7,7 @@ from typing import Literal, Unpack
 
 from prefixd.client.errors import ProtocolError
 from prefixd.client.types import (
+    RECIPE_FIELDS,
     Prefix,
     PrefixPage,
     Uploaded,
@@ -161,6 +162,30 @@ def patch_metadata(
     a field."""
     request = request_of("PATCH", "v1", "prefixes", name, "versions", str(version), json=patch)
     return guarded(Call(request, parser(Prefix)), conditions)
+
+
+def patch_recipe(
+    name: str,
+    patch: Mapping[str, object],
+    *,
+    version: int | str = "latest",
+    **conditions: Unpack[Preconditions],
+) -> Call[Prefix]:
+    """Change fields of the recipe of a version, given by its number or an alias; None removes one.
+    The digest stays, and what is resident too."""
+    return patch_metadata(name, {"recipe": dict(patch)}, version=version, **conditions)
+
+
+def set_recipe(
+    name: str,
+    recipe: Mapping[str, object],
+    *,
+    version: int | str = "latest",
+    **conditions: Unpack[Preconditions],
+) -> Call[Prefix]:
+    """As ``patch_recipe``, and remove the fields that ``recipe`` does not have."""
+    fields = dict.fromkeys(RECIPE_FIELDS) | dict(recipe)
+    return patch_recipe(name, fields, version=version, **conditions)
 
 
 def set_alias(

@@ -23,6 +23,7 @@ from prefixd.client.types_generation import (
     Usage,
 )
 from prefixd.client.types_prefixes import (
+    RECIPE_FIELDS,
     Binding,
     BindingPage,
     DefaultPrefix,
@@ -42,6 +43,7 @@ from prefixd.client.types_prefixes import (
 )
 
 __all__ = [
+    "RECIPE_FIELDS",
     "AuditEntry",
     "AuditPage",
     "Binding",

@@ -50,6 +50,15 @@ class Recipe(ResponseModel):
     stop: Annotated[tuple[str, ...] | None, Field(strict=False)] = None
     examples: Annotated[tuple[Example, ...], Field(strict=False), NullIsDefault] = ()
 
+    @property
+    def stated(self) -> dict[str, object]:
+        """What the recipe says, as a ``recipe.json`` has it."""
+        return self.model_dump(mode="json", include={*RECIPE_FIELDS}, exclude_defaults=True)
+
+
+RECIPE_FIELDS = tuple(name for name in Recipe.model_fields if name != "takes")
+"""The fields that a recipe may state."""
+
 
 class Prefix(PrefixVersion):
     """One immutable version of a prefix: the server's manifest.

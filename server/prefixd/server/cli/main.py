@@ -23,6 +23,7 @@ from prefixd.server.cli.prefixes import prefix_app
 from prefixd.server.cli.serve import serve
 from prefixd.server.cli.store import copy, gc, migrate
 from prefixd.server.cli.tenants import key_app, tenant_app
+from prefixd.server.cli.tokens import detokenize, tokenize
 from prefixd.server.cli.users import user_app
 from prefixd.server.cli.variables import unknown_variables_warning
 
@@ -37,6 +38,8 @@ app = typer.Typer(
 for verb in (serve, doctor, audit, gc, migrate, backup, restore, copy, convert, chat, bench, demo):
     app.command()(verb)
 app.command("eval")(evaluate)
+for verb in (tokenize, detokenize):
+    app.command()(verb)
 app.add_typer(tenant_app, name="tenant")
 app.add_typer(key_app, name="key")
 app.add_typer(prefix_app, name="prefix")

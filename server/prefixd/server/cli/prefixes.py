@@ -1,6 +1,5 @@
 """``prefixd prefix``: the prefixes of a tenant, on a running server."""
 
-import json
 import sys
 from dataclasses import replace
 from enum import StrEnum
@@ -25,8 +24,16 @@ from prefixd.server.cli.aliases import (
 )
 from prefixd.server.cli.diff import diff
 from prefixd.server.cli.options import JsonFlag, VerbGroup, connected
-from prefixd.server.cli.output import as_dict, print_columns, print_fields, print_json, printable
+from prefixd.server.cli.output import (
+    as_dict,
+    json_object,
+    print_columns,
+    print_fields,
+    print_json,
+    printable,
+)
 from prefixd.server.cli.pull import pull
+from prefixd.server.cli.recipe import recipe
 from prefixd.server.cli.rollback import rollback
 
 
@@ -92,7 +99,7 @@ def push(
     prefix = _prefix(source, text, task_id=task_id)
     for note in prefix.notes:
         typer.echo(f"prefixd: {printable(note)}", err=True)
-    fields = None if metadata is None else _json_object(metadata, hint="--metadata")
+    fields = None if metadata is None else json_object(metadata, hint="--metadata")
     content = prefix.content
     if role is not None:
         if not isinstance(content, TextContent):
@@ -111,16 +118,6 @@ def push(
             f"{upload.prefix.reference}  {state}  {upload.prefix.kind}, "
             f"{upload.prefix.num_virtual_tokens} virtual tokens, {upload.prefix.digest[:12]}"
         )
-
-
-def _json_object(text: str, *, hint: str) -> dict[str, object]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"expected JSON: {error}", param_hint=hint) from None
-    if not isinstance(value, dict):
-        raise typer.BadParameter("expected a JSON object", param_hint=hint)
-    return value
 
 
 def _prefix(source: str | None, text: str | None, *, task_id: int | None) -> Source:
@@ -254,7 +251,7 @@ def metadata(
 ) -> None:
     """Change the metadata of one version."""
     name, _, version = reference.partition("@")
-    fields = _json_object(patch, hint="PATCH")
+    fields = json_object(patch, hint="PATCH")
     prefix = client.patch_metadata(name, fields, version=version or "latest")
     if as_json:
         print_json(prefix)
@@ -292,5 +289,5 @@ def remove(
     typer.echo(f"{reference} deleted")
 
 
-for verb in (rollback, alias, unalias, warm, pin, unpin):
+for verb in (recipe, rollback, alias, unalias, warm, pin, unpin):
     prefix_app.command(verb.__name__)(connected(verb))
