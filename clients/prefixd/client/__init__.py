@@ -37,6 +37,7 @@ from prefixd.client.types import (
     VersionPage,
     Warmed,
 )
+from prefixd.client.wire import Progress
 
 __all__ = [
     "ApiError",
@@ -60,6 +61,7 @@ __all__ = [
     "Prefix",
     "PrefixPage",
     "PrefixUsed",
+    "Progress",
     "Recipe",
     "RetryPolicy",
     "ScoredChoice",

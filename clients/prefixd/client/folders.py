@@ -26,7 +26,7 @@ from prefixd.client import protocol
 from prefixd.client.artifacts import Artifact
 from prefixd.client.errors import FormatError
 from prefixd.client.types import Prefix, Uploaded
-from prefixd.client.wire import Call, Preconditions
+from prefixd.client.wire import Call, Preconditions, Progress
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -79,6 +79,7 @@ def upload_folder(
     metadata: Mapping[str, object] | None = None,
     task_id: int | None = None,
     warm: bool = False,
+    progress: Progress | None = None,
     **conditions: Unpack[Preconditions],
 ) -> Call[Uploaded]:
     """Upload a folder as a new version of ``name``: PEFT's files, or ``prefix.txt``.
@@ -89,7 +90,13 @@ def upload_folder(
     """
     content = read_folder(folder)
     return upload_content(
-        name, content, metadata=metadata, task_id=task_id, warm=warm, **conditions
+        name,
+        content,
+        metadata=metadata,
+        task_id=task_id,
+        warm=warm,
+        progress=progress,
+        **conditions,
     )
 
 
@@ -100,9 +107,11 @@ def upload_content(
     metadata: Mapping[str, object] | None = None,
     task_id: int | None = None,
     warm: bool = False,
+    progress: Progress | None = None,
     **conditions: Unpack[Preconditions],
 ) -> Call[Uploaded]:
-    """Upload what was read from a folder; ``metadata`` and ``task_id`` replace its own."""
+    """Upload what was read from a folder; ``metadata`` and ``task_id`` replace its own.
+    ``progress`` is of files, not of a text."""
     fields = dict(metadata if metadata is not None else content.metadata or {})
     task = fields.get("task_id", content.task_id) if task_id is None else task_id
     if task is not None:
@@ -120,6 +129,7 @@ def upload_content(
         weights=content.weights,
         metadata=sent,
         warm=warm,
+        progress=progress,
         **conditions,
     )
 

@@ -19,6 +19,7 @@ from prefixd.client.wire import (
     Call,
     Part,
     Preconditions,
+    Progress,
     Repeat,
     Response,
     accepted,
@@ -28,6 +29,7 @@ from prefixd.client.wire import (
     no_content,
     parse_body,
     parser,
+    reporting,
     request_of,
 )
 
@@ -41,11 +43,13 @@ def upload(
     weights: bytes | Path,
     metadata: Mapping[str, object] | None = None,
     warm: bool = False,
+    progress: Progress | None = None,
     **conditions: Unpack[Preconditions],
 ) -> Call[Uploaded]:
     """Upload a PEFT prefix as a new version of ``name``: its config (JSON) and safetensors.
 
-    With ``warm``, the server that receives it starts to make it resident.
+    With ``warm``, the server that receives it starts to make it resident. ``progress`` is called
+    with the bytes sent and their total.
     """
     parts = [
         Part("config", "adapter_config.json", config, "application/json"),
@@ -56,7 +60,7 @@ def upload(
         parts.append(Part("metadata", "metadata.json", encoded, "application/json"))
     params = {"warm": "true" if warm else None}
     request = request_of("PUT", "v1", "prefixes", name, params=params, parts=tuple(parts))
-    return creating(Call(request, _uploaded), conditions)
+    return reporting(creating(Call(request, _uploaded), conditions), progress)
 
 
 def _uploaded(response: Response) -> Uploaded:
@@ -91,13 +95,18 @@ def upload_text(
 
 
 def upload_artifact(
-    name: str, artifact: bytes | Path, *, warm: bool = False, **conditions: Unpack[Preconditions]
+    name: str,
+    artifact: bytes | Path,
+    *,
+    warm: bool = False,
+    progress: Progress | None = None,
+    **conditions: Unpack[Preconditions],
 ) -> Call[Uploaded]:
     """Upload the stored file of a version, as ``download_artifact`` returns it, as a new version of
     ``name``: the digest stays. A file has no metadata; that of an existing version stays."""
     params = {"warm": "true" if warm else None}
     request = request_of("PUT", "v1", "prefixes", name, params=params, octets=artifact)
-    return creating(Call(request, _uploaded), conditions)
+    return reporting(creating(Call(request, _uploaded), conditions), progress)
 
 
 def download_artifact(name: str, *, version: int | str = "latest") -> Call[bytes]:

@@ -1,6 +1,6 @@
 """What both clients share around httpx2: requests, responses, errors and the retry policy."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,15 @@ from prefixd.client.errors import (
     TransportError,
     UnavailableError,
 )
-from prefixd.client.wire import Repeat, Request, Response, dump
+from prefixd.client.wire import Progress, Repeat, Request, Response, dump
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 # In seconds. Without streaming, a read lasts as long as the generation.
 DEFAULT_TIMEOUT = 300.0
 CONNECT_TIMEOUT = 5.0
+
+PIECE = 64 * 1024
+"""Bytes of a body between two calls of ``progress``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,7 @@ def http_request(
             for part in request.parts
         ]
         body, content_type = _body(request)
-        yield http.build_request(
+        outgoing = http.build_request(
             request.method,
             request.path,
             params=dict(request.params) or None,
@@ -133,6 +136,34 @@ def http_request(
             files=parts or None,
             headers={**request.headers, **({} if body is None else {"content-type": content_type})},
         )
+        if request.progress is not None:
+            total = int(outgoing.headers["content-length"])
+            outgoing.stream = _ReportedBody(outgoing.stream, total, request.progress)
+        yield outgoing
+
+
+class _ReportedBody(httpx2.SyncByteStream, httpx2.AsyncByteStream):
+    """A body that is sent in pieces and counted. A piece counts when the next one is asked for."""
+
+    def __init__(self, body: object, total: int, progress: Progress) -> None:
+        self._body = body
+        self._total = total
+        self._progress = progress
+
+    def __iter__(self) -> Iterator[bytes]:
+        assert isinstance(self._body, httpx2.SyncByteStream)
+        sent = 0
+        self._progress(sent, self._total)
+        for data in self._body:
+            for start in range(0, len(data), PIECE):
+                piece = data[start : start + PIECE]
+                yield piece
+                sent += len(piece)
+                self._progress(sent, self._total)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self:  # files are read without waiting, as httpx2's own bodies read them
+            yield piece
 
 
 def _body(request: Request) -> tuple[bytes | None, str]:

@@ -29,6 +29,10 @@ class Part:
     content_type: str
 
 
+Progress = Callable[[int, int], None]
+"""Called while a body is sent, with the bytes sent so far and their total. A retry begins at 0."""
+
+
 class Repeat(Enum):
     """Whether a request may be sent again, by what has become of it before."""
 
@@ -52,6 +56,7 @@ class Request:
     octets: bytes | Path | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     repeat: Repeat = Repeat.REFUSED
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +141,11 @@ def creating(
     sent = guarded(call, conditions or {})
     headers = {**sent.request.headers, "idempotency-key": uuid4().hex}
     return replace(sent, request=replace(sent.request, headers=headers, repeat=repeat))
+
+
+def reporting(call: Call[T], progress: Progress | None) -> Call[T]:
+    """The call that tells ``progress`` how much of its body was sent."""
+    return replace(call, request=replace(call.request, progress=progress))
 
 
 def dump(value: Mapping[str, object]) -> bytes:

@@ -32,6 +32,7 @@ from prefixd.server.cli.output import (
     print_json,
     printable,
 )
+from prefixd.server.cli.progress import upload_bar
 from prefixd.server.cli.pull import pull
 from prefixd.server.cli.recipe import recipe
 from prefixd.server.cli.rollback import rollback
@@ -105,9 +106,10 @@ def push(
         if not isinstance(content, TextContent):
             raise typer.BadParameter("only a text has a role", param_hint="--role")
         content = replace(content, role=str(role))
-    upload = client.upload_content(
-        name, content, metadata=fields, task_id=prefix.task_id, warm=warm
-    )
+    with upload_bar() as progress:
+        upload = client.upload_content(
+            name, content, metadata=fields, task_id=prefix.task_id, warm=warm, progress=progress
+        )
     for warning in upload.warnings:
         typer.echo(f"prefixd: {printable(warning)}", err=True)
     if as_json:
