@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -201,6 +202,24 @@ def test_serve_names_the_missing_packages_of_the_demo_model(
     assert "the demo model needs gguf: pip install 'prefixd[demo]'" in capsys.readouterr().err
 
 
+def test_imports_of_the_server_are_not_searched_for_garbage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    enabled: list[bool] = []
+
+    class Build(ModuleType):
+        MODEL_ERRORS = (RuntimeError,)
+
+        @property
+        def build_server(self) -> Any:
+            enabled.append(gc.isenabled())  # the import of the name
+            return lambda _: enabled.append(gc.isenabled())
+
+    monkeypatch.setitem(sys.modules, "prefixd.server.serve.build", Build("build"))
+    load_server(Settings(model="tiny"))
+    assert enabled == [False, True]
+
+
 def test_full_collections_skip_what_was_loaded_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     frozen: list[int] = []
 
@@ -221,10 +240,11 @@ def test_full_collections_skip_what_was_loaded_at_start(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         "prefixd.server.serve.connection_limits.raise_descriptor_limit", lambda: 1024
     )
+    loaded = [[number] for number in range(1000)]  # pytest's modules are frozen already
     before = gc.get_freeze_count()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         try:
             assert not _run(MagicMock(), Settings(), listener)
         finally:
             gc.unfreeze()
-    assert frozen[0] > before + 1000
+    assert frozen[0] >= before + len(loaded)

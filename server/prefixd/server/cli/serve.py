@@ -104,7 +104,12 @@ def show_first_key(tenants: "Tenants") -> None:
 
 def load_server(settings: Settings) -> "Server":
     """A server over the real model; a model that cannot be served ends the verb with the reason."""
-    from prefixd.server.serve.build import MODEL_ERRORS, build_server
+    gc.disable()  # modules stay: searching them for garbage takes a fifth of the import
+    try:
+        from prefixd.server.serve.build import MODEL_ERRORS, build_server
+    finally:
+        gc.freeze()
+        gc.enable()
 
     with reported_errors():
         try:
