@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from prefixd.server.cli.demo.child import ServerProcess, admin
+from prefixd.server.model.demo import default_cache_dir, demo_model
 from tests.api import api_world
 from tests.api.api_world import World, make_world
 from tests.api.test_openai_client import api, url
@@ -72,7 +73,8 @@ def test_calls_of_the_demo_model_match_their_schema(tmp_path: Path) -> None:
     admin(tmp_path, "tenant", "create", "acme")
     issued = admin(tmp_path, "key", "create", "--tenant", "acme")
     assert isinstance(issued, dict)
-    with ServerProcess(data_dir=tmp_path, port=0) as server:
+    folder = demo_model(default_cache_dir())
+    with ServerProcess(data_dir=tmp_path, port=0, model=str(folder)) as server:
         address = server.wait_until_ready(timeout=540, on_event=lambda _: None)
         with openai.OpenAI(base_url=f"{address}/v1", api_key=str(issued["key"])) as client:
             check_calls(client, client.models.list().data[0].id)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from prefixd.server.cli.demo.child import ServerProcess, admin
+from prefixd.server.model.demo import default_cache_dir, demo_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.demo_model]
 
@@ -25,7 +26,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     admin(data, "tenant", "create", "tour")
     issued = admin(data, "key", "create", "--tenant", "tour")
     assert isinstance(issued, dict)
-    with ServerProcess(data_dir=data, port=0, model="demo") as server:
+    folder = demo_model(default_cache_dir())
+    with ServerProcess(data_dir=data, port=0, model=str(folder)) as server:
         url = server.wait_until_ready(timeout=540, on_event=lambda _: None)
         yield {"PREFIXD_URL": url, "PREFIXD_API_KEY": str(issued["key"])}
 
