@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from prefixd.server.model.demo import default_cache_dir, demo_model
 from tests.faults.faults_model import save_model
 from tests.packaging.wheel import Environment
 
@@ -64,11 +66,18 @@ def test_serve_answers_and_ends_on_sigterm(complete: Environment, tmp_path: Path
 
 
 @pytest.mark.demo_model
-def test_demo_runs_from_the_wheel(complete: Environment, tmp_path: Path) -> None:
+def test_demo_runs_from_the_wheel_and_converts_reproducibly(
+    complete: Environment, tmp_path: Path
+) -> None:
     arguments = ("demo", "--once", "--port", "0", "--data-dir", str(tmp_path))
     result = complete.run("prefixd", *arguments, timeout=540)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "distinct prefixes" in result.stdout
+    cached = demo_model(default_cache_dir())
+    [converted] = (tmp_path / "models").iterdir()  # half a gigabyte that pytest would keep
+    weights = (converted / "model.safetensors").read_bytes()
+    assert weights == (cached / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "models")
 
 
 def served_url(process: subprocess.Popen[str]) -> str:
