@@ -184,6 +184,19 @@ def test_an_error_is_one_line_and_the_conversation_goes_on(
     assert "no command /nothing: /help lists them" in lines
 
 
+def test_an_answer_that_fails_after_its_beginning_is_not_kept(
+    terminal: Terminal, server: Loopback
+) -> None:
+    failing = (
+        b'data: {"error": {"message": "stopping", "code": "shutting_down"}}\n\ndata: [DONE]\n\n'
+    )
+    server.stream(answer_of("Aho").replace(b"data: [DONE]\n\n", failing))
+    server.stream(answer_of("Aye"))
+    terminal.type("Hi", "Again")
+    assert sent(server)[1] == ("bob", ["Be kind.", "Again"])
+    assert "\nAho\n503 stopping\n" in terminal.shown
+
+
 def test_ctrl_c_at_the_prompt_drops_the_line(terminal: Terminal, server: Loopback) -> None:
     server.stream(answer_of("Ahoy"))
     terminal.type(KeyboardInterrupt(), "Hi", "/help")
