@@ -275,3 +275,14 @@ def test_standard_input_is_one_message_or_with_lines_several(server: Loopback) -
     ]
     assert "no message" in run(*options, input=" \n", code=2).output
     run(*options, "Hi", "--lines", code=2)
+
+
+def test_ctrl_c_ends_a_plain_answer_with_status_130(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.stream(answer_of("Ahoy").replace(b"data: [DONE]\n\n", b""), endless=True)
+    monkeypatch.setattr(
+        "prefixd.server.cli.chat._write_chunk", lambda _: signal.raise_signal(signal.SIGINT)
+    )
+    run("chat", "Hi", "--url", server.url, "--model", "bob", code=130)
+    assert server.hung_up.wait(30)
