@@ -44,6 +44,13 @@ def test_the_operator_creates_a_tenant_and_its_first_key(
     assert again.status_code == 409
 
 
+def test_an_empty_tenant_is_not_that_of_the_key(
+    client: TestClient, operator: dict[str, str]
+) -> None:
+    answer = client.post("/v1/admin/keys", json={"tenant": ""}, headers=operator)
+    assert (answer.status_code, error_of(answer)["param"]) == (404, "tenant")
+
+
 def test_quotas_are_changed_by_name(client: TestClient, operator: dict[str, str]) -> None:
     path = "/v1/admin/tenants/acme"
     for change, shown in (

@@ -81,6 +81,21 @@ def test_names_users_and_references_have_patterns(document: dict[str, Any]) -> N
     }
 
 
+def test_bounds_labels_and_entity_tags_are_in_the_document(document: dict[str, Any]) -> None:
+    found = {}
+    for operation in operations(document).values():
+        for parameter in operation.get("parameters", ()):
+            schema = found[parameter["name"].lower()] = parameter["schema"]
+            assert not {"ge", "le", "gt", "lt", "anyOf"} & set(schema)
+    assert (found["limit"]["minimum"], found["limit"]["maximum"]) == (1, 1000)
+    assert found["before"]["minimum"] == 1
+    assert found["label"]["items"]["pattern"] == ":"
+    for name in ("if-match", "if-none-match"):
+        tags = re.compile(found[name]["pattern"])
+        assert all(tags.search(text) for text in ("*", 'W/"7"', '"a", W/"b"'))
+        assert not any(tags.search(text) for text in ("", "7", '*, "a"'))
+
+
 def test_responses_of_generation_are_json_or_events(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     for path in ("/v1/completions", "/v1/chat/completions"):

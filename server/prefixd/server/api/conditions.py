@@ -17,6 +17,8 @@ from prefixd.store.store import Manifest
 
 _TAG = r'(?:W/)?"[\x21\x23-\x7e\x80-\xff]*"'
 _TAGS = re.compile(rf"[ \t,]*{_TAG}(?:[ \t]*,[ \t,]*{_TAG})*[ \t,]*")
+TAGS_PATTERN = rf"^(?:[ \t]*\*[ \t]*|{_TAGS.pattern})$"
+"""What the two headers may have, for the OpenAPI document."""
 _SHOWN = 80
 _CORRUPT = "-corrupt"
 

@@ -13,6 +13,7 @@ from prefixd.server.api.admin.schemas import (
     TenantChange,
 )
 from prefixd.server.api.body import StrictModel
+from prefixd.server.api.conditions import TAGS_PATTERN
 from prefixd.server.api.error_responses import ErrorBody
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.prefixes.aliases import AliasTarget
@@ -25,6 +26,7 @@ from prefixd.server.api.scoring.requests import (
 )
 from prefixd.server.api.users.routes import BindingTarget
 from prefixd.server.tenants.idempotency import KEY
+from prefixd.server.tenants.keyring import LABEL
 from prefixd.store.names import NAME, REFERENCE
 
 _BODIES: tuple[type[StrictModel], ...] = (
@@ -54,6 +56,8 @@ _PARAMETERS = {
     "reference": REFERENCE,
     "key_id": "^[0-9A-Za-z]{1,128}$",
     "idempotency-key": f"^{KEY}$",
+    "if-match": TAGS_PATTERN,
+    "if-none-match": TAGS_PATTERN,
 }
 """Patterns of text parameters of paths and headers, which the routes check themselves."""
 
@@ -61,6 +65,7 @@ _FIELDS = {
     ("BindingTarget", "prefix"): REFERENCE,
     ("NewTenantRequest", "name"): _NAME,
     ("NewKeyRequest", "tenant"): _NAME,
+    ("NewKeyRequest", "label"): f"^{LABEL.pattern}$",
 }
 """The same of body fields."""
 
@@ -137,11 +142,28 @@ def _document(app: FastAPI) -> dict[str, Any]:
 def _complete(operation: dict[str, Any]) -> None:
     """Add the patterns of an operation's parameters and the headers of all its responses."""
     for parameter in operation.get("parameters", ()):
+        _drop_null(parameter["schema"])
         pattern = _PARAMETERS.get(parameter["name"].lower())
         if pattern is not None and parameter["in"] != "query":
             _add_pattern(parameter["schema"], pattern)
+        _name_bounds(parameter["schema"])
     for response in operation["responses"].values():
         response.setdefault("headers", {})["x-request-id"] = _REQUEST_ID
+
+
+def _name_bounds(schema: dict[str, Any]) -> None:
+    """Bounds of a type with a validator before it keep pydantic's names."""
+    for ours, theirs in (("ge", "minimum"), ("le", "maximum")):
+        if ours in schema:
+            schema[theirs] = schema.pop(ours)
+
+
+def _drop_null(schema: dict[str, Any]) -> None:
+    """A parameter is left out, never null."""
+    kinds = [one for one in schema.get("anyOf", ()) if one.get("type") != "null"]
+    if len(kinds) == 1:
+        del schema["anyOf"]
+        schema.update(kinds[0])
 
 
 def _add_pattern(schema: dict[str, Any], pattern: str) -> None:

@@ -27,7 +27,7 @@ from prefixd.server.tenants.tables import api_keys, tenants
 from prefixd.server.tenants.usage import check_quota
 from prefixd.store.db.database import reading, single_reads, upsert, writing
 
-_LABEL = re.compile(r"[^\x00-\x1f\x7f]{0,128}")
+LABEL = re.compile(r"[^\x00-\x1f\x7f]{0,128}")
 # Compared with when the key id is unknown, so that both cases do the same work.
 _NO_DIGEST = "0" * 64
 # Every request reads it: to build it takes longer than to run it.
@@ -73,7 +73,7 @@ class Keyring:
         granted = frozenset(scopes)
         if not granted:
             raise BadRequest("expected at least one scope; received none", param="scopes")
-        if _LABEL.fullmatch(label) is None:
+        if LABEL.fullmatch(label) is None:
             raise BadRequest(
                 "expected a label of at most 128 printable characters; "
                 f"received {len(label)} characters or a control character",

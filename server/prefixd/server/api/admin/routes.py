@@ -197,7 +197,8 @@ def create_key(
 ) -> Any:
     """Issue a key and show its secret only once: repeated under an Idempotency-Key, `key` is
     null."""
-    tenant = _tenant_for(principal, body.tenant) or principal.tenant
+    named = _tenant_for(principal, body.tenant)
+    tenant = principal.tenant if named is None else named
     lifetime = body.expires_in_seconds
     expires_at = None if lifetime is None else datetime.now(UTC) + timedelta(seconds=lifetime)
 

@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Response
+from pydantic import Field
 
 from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.conditions import (
@@ -39,7 +40,7 @@ Bases = Annotated[
 
 
 Labels = Annotated[
-    tuple[str, ...],
+    tuple[Annotated[str, Field(json_schema_extra={"pattern": ":"})], ...],
     Query(max_length=MAX_LABELS, description="NAME:VALUE. Several: all of them must match."),
 ]
 
