@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from prefixd.server.api.admitted import AskedGrammar
 from prefixd.server.api.body import StrictModel
+from prefixd.server.api.generate.schema_bounds import with_bounds
 from prefixd.server.api.generate.shapes import refusal
 from prefixd.server.engine.constraint import Grammar, GrammarKind
 
@@ -54,7 +55,7 @@ class ResponseFormat(StrictModel):
         if self.type == "text":
             return None
         schema = _ANY_OBJECT if self.json_schema is None else self.json_schema.schema_
-        return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(schema))
+        return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(with_bounds(schema)))
 
 
 class StructuredOutputs(StrictModel):
@@ -102,7 +103,7 @@ class StructuredOutputs(StrictModel):
         schema = _parsed(self.json_) if isinstance(self.json_, str) else self.json_
         return Grammar(
             GrammarKind.JSON_SCHEMA,
-            json.dumps(_ANY_OBJECT if schema is None else schema),
+            json.dumps(_ANY_OBJECT if schema is None else with_bounds(schema)),
             any_whitespace=self.disable_any_whitespace is False,
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from prefixd.server.api.answers.formats import SYNTAX, CallFormat
 from prefixd.server.api.answers.reasoning import END_THINK, THINK
+from prefixd.server.api.generate.schema_bounds import with_bounds
 from prefixd.server.engine.constraint import Grammar, GrammarKind
 
 _EXACT = {"lenient": False, "coerce_one_of": False}
@@ -112,7 +113,7 @@ def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
     """The schema with the spaces that models are trained on, and without arguments that it does
     not name: a small model would not come to an end."""
     spaces = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    closed = {"type": "object", **schema, "x-guidance": {**_EXACT, **spaces}}
+    closed = {"type": "object", **with_bounds(dict(schema)), "x-guidance": {**_EXACT, **spaces}}
     if schema.get("properties"):
         closed.setdefault("additionalProperties", False)
     return closed
