@@ -172,7 +172,7 @@ KINDS = ["base", "text", "PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"]
 
 def _scored_adapter(served: ModelUnderTest, kind: str, folder: Path) -> Adapter:
     """A random one. As a KV prefix of the demo model a trained one: random keys and values enlarge
-    rounding there, also that of transformers, to more than a score may differ."""
+    rounding there, also that of transformers (to 2.7e-4), to more than a score may differ."""
     if kind == "ADAPTION_PROMPT":
         return make_adaption_prompt(served.model, 9, folder)
     if kind == "PREFIX_TUNING" and served.trained is not None:

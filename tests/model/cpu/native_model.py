@@ -51,13 +51,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "qwen3_moe": Qwen3MoeConfig(**_SIZES, **_MOE, norm_topk_prob=True),
 }
+WIDE = LlamaConfig(
+    **{**_SIZES, "hidden_size": 4095, "num_hidden_layers": 1, "initializer_range": 0.02}
+)
+"""Its products have many inputs."""
 
 
 @cache
 def model_of(name: str) -> PreTrainedModel:
     """In float32, with random norms and biases too."""
     torch.manual_seed(3)
-    model = Auto.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    model = Auto.from_config(CONFIGS.get(name, WIDE), dtype=torch.float32).eval()
     for key, weight in model.named_parameters():
         if key.endswith("bias") or "norm" in key:
             weight.data += 0.2 * torch.randn_like(weight)
