@@ -1,4 +1,4 @@
-"""Texts that a schema leaves endless get an end, and nothing else in a schema changes."""
+"""What a schema leaves endless gets an end, and nothing else in a schema changes."""
 
 import json
 from typing import Any
@@ -16,6 +16,8 @@ from prefixd.server.testing import EOS, VOCAB_SIZE, byte_tokenizer_json
 
 TIME, DATE_TIME = ({"format": name, "maxLength": longest} for name, longest in LONGEST.items())
 
+RANGE = {"type": "number", "minimum": 0, "maximum": 1}
+
 
 @pytest.mark.parametrize(
     ("schema", "bounded"),
@@ -31,9 +33,19 @@ TIME, DATE_TIME = ({"format": name, "maxLength": longest} for name, longest in L
         ),
         ({"additionalProperties": {"format": "time"}}, {"additionalProperties": TIME}),
         ({"properties": {"format": True}}, {"properties": {"format": True}}),
+        ({"$ref": "#", **RANGE}, {"$ref": "#", **RANGE, "multipleOf": 1e-9}),
+        (
+            {"type": ["null", "number"], "exclusiveMinimum": 0, "exclusiveMaximum": 1e-6},
+            {
+                "type": ["null", "number"],
+                "exclusiveMinimum": 0,
+                "exclusiveMaximum": 1e-6,
+                "multipleOf": 1e-9,
+            },
+        ),
     ],
 )
-def test_times_get_an_end_wherever_they_are(
+def test_times_and_fractions_get_an_end_wherever_they_are(
     schema: dict[str, Any], bounded: dict[str, Any]
 ) -> None:
     before = json.dumps(schema)
@@ -50,6 +62,15 @@ def test_times_get_an_end_wherever_they_are(
         {"format": "time", "minLength": 40},
         {"format": "time", "enum": ["12:00:00.12345678901234567890Z"]},
         {"format": ["time"]},
+        {**RANGE, "type": "integer"},
+        {**RANGE, "multipleOf": 0.3},
+        {**RANGE, "const": 1e-12},
+        {**RANGE, "maximum": 1e-7},
+        {**RANGE, "maximum": "1"},
+        {**RANGE, "maximum": True},
+        {"type": "number", "minimum": 0},
+        {"type": "number"},
+        {"minimum": 0, "maximum": 1},
         {"const": {"format": "time"}, "enum": [{"format": "time"}], "default": {"format": "time"}},
         {"properties": [{"format": 5}], "format": {"format": None}},
     ],
@@ -90,3 +111,21 @@ def test_a_time_has_nine_digits_of_a_second_everywhere(
             assert _is_accepted(tokenizer, grammar, compact) is is_accepted
         calls = json.dumps([{"name": "note", "arguments": {"at": at}}])
         assert _is_accepted(tokenizer, spaced, calls) is is_accepted
+
+
+@pytest.mark.parametrize(
+    ("number", "is_accepted"),
+    [
+        ("1", True),
+        ("0.5", True),
+        ("99.123456789", True),
+        ("99.1234567891", False),
+        ("100.5", False),
+    ],
+)
+def test_a_number_in_a_range_has_nine_digits_behind_the_point(
+    tokenizer: LLTokenizer, number: str, is_accepted: bool
+) -> None:
+    schema = {"type": "number", "minimum": 0.5, "exclusiveMaximum": 99.5}
+    grammar = StructuredOutputs.model_validate({"json": schema}).asked
+    assert _is_accepted(tokenizer, grammar, number) is is_accepted
