@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -16,6 +17,7 @@ from prefixd.client import (
     protocol_admin,
     protocol_users,
 )
+from prefixd.client.folders import TextContent
 from prefixd.client.wire import Call
 
 TAG = 'W/"7"'
@@ -61,6 +63,48 @@ def test_preconditions_are_sent_as_headers() -> None:
     headers = protocol_users.bind_user("ann", "a", if_none_match="*").request.headers
     assert headers["if-none-match"] == "*"
     assert "if-match" not in headers
+
+
+def test_an_unknown_keyword_raises_before_anything_is_sent(tmp_path: Path) -> None:
+    (tmp_path / "prefix.txt").write_text("hi")
+
+    def refuse(_: httpx2.Request) -> httpx2.Response:
+        raise AssertionError("nothing is sent")
+
+    calls: dict[str, tuple[Any, ...]] = {
+        "upload_folder": ("a", tmp_path),
+        "upload_content": ("a", TextContent("hi")),
+        "upload_text": ("a", "hi"),
+        "upload_artifact": ("a", b""),
+        "patch_metadata": ("a", {}),
+        "set_recipe": ("a", {}),
+        "remove_alias": ("a", "prod"),
+        "pin": ("a",),
+        "unpin": ("a",),
+        "delete_version": ("a", 1),
+        "delete_prefix": ("a",),
+        "bind_user": ("ann", "a"),
+        "unbind_user": ("ann",),
+        "set_default": ("a",),
+        "remove_default": (),
+    }
+    transport = httpx2.MockTransport(refuse)
+    for client in (Client(transport=transport), AsyncClient(transport=transport)):
+        for name, arguments in calls.items():
+            method: Callable[..., Any] = getattr(client, name)
+            with pytest.raises(TypeError, match=r"'if_mach'.*if_match and if_none_match"):
+                method(*arguments, if_mach=TAG)
+        upload_text: Callable[..., Any] = client.upload_text
+        with pytest.raises(TypeError, match="'progress'"):
+            upload_text("a", "hi", progress=print)
+
+
+@pytest.mark.parametrize("name", ["complete", "chat", "stream_complete", "stream_chat"])
+def test_whether_it_streams_is_decided_by_the_method(name: str) -> None:
+    build: Callable[..., Any] = getattr(protocol, name)
+    for keyword in ("stream", "stream_options"):
+        with pytest.raises(TypeError, match=rf"'{keyword}'.*stream_complete or stream_chat"):
+            build([], model="a", **{keyword: None})
 
 
 class Server:

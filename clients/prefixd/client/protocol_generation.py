@@ -70,42 +70,52 @@ def complete(
     prompt: str | Sequence[int], *, model: str, **sampling: Unpack[Sampling]
 ) -> Call[Completion]:
     """Continue a prompt (text or token ids) under a prefix reference or the bare base."""
-    body: dict[str, object] = {"model": model, "prompt": prompt, **sampling}
-    return Call(_generation(body, "completions"), _completion)
+    return Call(_completions({"model": model, "prompt": prompt}, sampling), _completion)
 
 
 def chat(
     messages: Sequence[Message], *, model: str, **sampling: Unpack[Sampling]
 ) -> Call[Completion]:
     """Answer a conversation under a prefix reference or the bare base."""
-    body = {"model": model, "messages": list(messages), **sampling}
-    return Call(
-        _generation(body, "chat", "completions"),
-        _completion,
-    )
+    return Call(_chats({"model": model, "messages": list(messages)}, sampling), _completion)
 
 
 def stream_complete(
     prompt: str | Sequence[int], *, model: str, **sampling: Unpack[Sampling]
 ) -> StreamCall:
     """Like ``complete``, a chunk at a time."""
-    body = {"model": model, "prompt": prompt, **sampling, **_STREAMED}
-    return StreamCall(_generation(body, "completions"))
+    return StreamCall(_completions({"model": model, "prompt": prompt, **_STREAMED}, sampling))
 
 
 def stream_chat(
     messages: Sequence[Message], *, model: str, **sampling: Unpack[Sampling]
 ) -> StreamCall:
     """Like ``chat``, a chunk at a time."""
-    body = {"model": model, "messages": list(messages), **sampling, **_STREAMED}
-    return StreamCall(_generation(body, "chat", "completions"))
-
-
-def _generation(body: Mapping[str, object], *path: str) -> Request:
-    return request_of("POST", "v1", *path, json=body, repeat=Repeat.UNANSWERED)
+    fields = {"model": model, "messages": list(messages), **_STREAMED}
+    return StreamCall(_chats(fields, sampling))
 
 
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def _completions(fields: Mapping[str, object], sampling: Sampling) -> Request:
+    return _generation(fields, sampling, "completions")
+
+
+def _chats(fields: Mapping[str, object], sampling: Sampling) -> Request:
+    return _generation(fields, sampling, "chat", "completions")
+
+
+def _generation(fields: Mapping[str, object], sampling: Sampling, *path: str) -> Request:
+    """The request. Fields that ``Sampling`` does not list are sent too: the server refuses those
+    that it does not know. TypeError for those that the method itself decides."""
+    for name in _STREAMED.keys() & sampling.keys():
+        raise TypeError(
+            f"unexpected keyword argument {name!r}: expected stream_complete or stream_chat for a "
+            "stream, complete or chat for a whole answer"
+        )
+    body = {**fields, **sampling}
+    return request_of("POST", "v1", *path, json=body, repeat=Repeat.UNANSWERED)
 
 
 def _completion(response: Response) -> Completion:

@@ -120,16 +120,18 @@ class Preconditions(TypedDict, total=False):
     if_none_match: str | None
 
 
+_HEADERS = {"if_match": "if-match", "if_none_match": "if-none-match"}
+
+
 def guarded(call: Call[T], conditions: Preconditions) -> Call[T]:
-    """The call with the headers of its preconditions."""
-    headers = {
-        header: value
-        for header, value in (
-            ("if-match", conditions.get("if_match")),
-            ("if-none-match", conditions.get("if_none_match")),
-        )
-        if value is not None
-    }
+    """The call with the headers of its preconditions. TypeError for any other keyword."""
+    for name in conditions:
+        if name not in _HEADERS:  # without its condition the call would be executed in any case
+            raise TypeError(
+                f"unexpected keyword argument {name!r}: the call has no parameter of this name, "
+                f"and its preconditions are {' and '.join(_HEADERS)}"
+            )
+    headers = {_HEADERS[name]: str(tag) for name, tag in conditions.items() if tag is not None}
     return replace(call, request=replace(call.request, headers=headers))
 
 
