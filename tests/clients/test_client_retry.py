@@ -26,7 +26,7 @@ from prefixd.client.errors import (
     UnavailableError,
 )
 from prefixd.client.transport import RetryPolicy
-from prefixd.client.wire import Call, Repeat, StreamCall
+from prefixd.client.wire import Call, Repeat, Response, StreamCall, error_of
 from tests.clients.samples import MANIFEST
 
 POLICY = RetryPolicy(max_retries=2, first_wait=1.0, max_wait=5.0)
@@ -76,6 +76,16 @@ def test_retry_after_replaces_the_wait() -> None:
 
 def test_no_retry_when_retry_after_exceeds_max_wait() -> None:
     assert wait(unavailable("overloaded", 60.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("header", "waited"),
+    [("2", 2.0), ("0", 0.0)]
+    + [(wrong, 0.5) for wrong in ("nan", "inf", "-inf", "-1", "", "Mon, 30 Nov 2026 16:00:00 GMT")],
+)
+def test_retry_after_counts_if_it_is_a_time_to_wait(header: str, waited: float) -> None:
+    refused = Response(429, {"retry-after": header}, b"{}")
+    assert wait(error_of(refused)) == waited
 
 
 def test_jitter_spreads_the_wait_over_its_upper_half() -> None:

@@ -1,6 +1,7 @@
 """HTTP requests and responses as plain data, and the parsing of responses. No I/O."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -246,10 +247,13 @@ def error_of(response: Response) -> ApiError:
 
 
 def _seconds(value: str | None) -> float | None:
+    """Seconds of a ``Retry-After``. None for what is no time to wait, and for a date: our server
+    sends seconds."""
     try:
-        return None if value is None else max(0.0, float(value))
-    except ValueError:  # the header may also hold a date; our server sends seconds
+        seconds = float(value or "")
+    except ValueError:
         return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
 def prefix_used(headers: Mapping[str, str]) -> PrefixUsed | None:
