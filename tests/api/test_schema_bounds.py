@@ -17,23 +17,31 @@ from prefixd.server.testing import EOS, VOCAB_SIZE, byte_tokenizer_json
 TIME, DATE_TIME = ({"format": name, "maxLength": longest} for name, longest in LONGEST.items())
 
 RANGE = {"type": "number", "minimum": 0, "maximum": 1}
+DAY = {"type": "string", "format": "date-time"}
+
+
+BOUNDED = {**RANGE, "multipleOf": 1e-9}
 
 
 @pytest.mark.parametrize(
     ("schema", "bounded"),
     [
         ({"type": "string", "format": "time"}, {"type": "string", **TIME}),
+        ({"anyOf": [DAY, RANGE]}, {"anyOf": [{**DAY, **DATE_TIME}, BOUNDED]}),
         (
-            {"items": [{"format": "time"}], "anyOf": [{"format": "date-time"}]},
-            {"items": [TIME], "anyOf": [DATE_TIME]},
+            {"items": [RANGE], "additionalItems": RANGE},
+            {"items": [BOUNDED], "additionalItems": BOUNDED},
         ),
+        ({"prefixItems": [RANGE], "items": RANGE}, {"prefixItems": [BOUNDED], "items": BOUNDED}),
         (
-            {"properties": {"enum": {"format": "time"}}, "$defs": {"const": {"format": "time"}}},
-            {"properties": {"enum": TIME}, "$defs": {"const": TIME}},
+            {"type": "object", "properties": {"enum": RANGE, "allOf": DAY}, "title": "a"},
+            {
+                "type": "object",
+                "properties": {"enum": BOUNDED, "allOf": {**DAY, **DATE_TIME}},
+                "title": "a",
+            },
         ),
-        ({"additionalProperties": {"format": "time"}}, {"additionalProperties": TIME}),
-        ({"properties": {"format": True}}, {"properties": {"format": True}}),
-        ({"$ref": "#", **RANGE}, {"$ref": "#", **RANGE, "multipleOf": 1e-9}),
+        ({"additionalProperties": RANGE}, {"additionalProperties": BOUNDED}),
         (
             {"type": ["null", "number"], "exclusiveMinimum": 0, "exclusiveMaximum": 1e-6},
             {
@@ -45,7 +53,7 @@ RANGE = {"type": "number", "minimum": 0, "maximum": 1}
         ),
     ],
 )
-def test_times_and_fractions_get_an_end_wherever_they_are(
+def test_times_and_fractions_get_an_end_where_nothing_else_describes_them(
     schema: dict[str, Any], bounded: dict[str, Any]
 ) -> None:
     before = json.dumps(schema)
@@ -57,22 +65,33 @@ def test_times_and_fractions_get_an_end_wherever_they_are(
     "schema",
     [
         {"type": "string"},
-        {"format": "email"},
-        {"format": "time", "maxLength": 90},
-        {"format": "time", "minLength": 40},
-        {"format": "time", "enum": ["12:00:00.12345678901234567890Z"]},
-        {"format": ["time"]},
+        {"type": "string", "format": "email"},
+        {"type": "string", "format": "time", "maxLength": 90},
+        {"type": "string", "format": "time", "minLength": 40},
+        {"type": "string", "format": "time", "enum": ["12:00:00.12345678901234567890Z"]},
+        {"type": "string", "format": ["time"]},
+        {"const": RANGE, "enum": [DAY], "default": RANGE},
+        {"default": RANGE, "type": "object"},
+        {"properties": [{"format": 5}], "format": {"format": None}},
+        {"properties": {"format": True}},
         {**RANGE, "type": "integer"},
         {**RANGE, "multipleOf": 0.3},
         {**RANGE, "const": 1e-12},
         {**RANGE, "maximum": 1e-7},
         {**RANGE, "maximum": "1"},
         {**RANGE, "maximum": True},
+        {"type": "number", "minimum": -1.5, "maximum": 10**400},
         {"type": "number", "minimum": 0},
         {"type": "number"},
         {"minimum": 0, "maximum": 1},
-        {"const": {"format": "time"}, "enum": [{"format": "time"}], "default": {"format": "time"}},
-        {"properties": [{"format": 5}], "format": {"format": None}},
+        {"allOf": [RANGE, {"multipleOf": 5}]},
+        {**RANGE, "anyOf": [{"const": 0.12345678901}]},
+        {"properties": {"a": RANGE}, "anyOf": [{"properties": {"a": {"multipleOf": 5}}}]},
+        {"properties": {"a": RANGE}, "patternProperties": {"a": {"multipleOf": 5}}},
+        {"patternProperties": {"a": RANGE, "b": {"multipleOf": 5}}},
+        {"$ref": "#/$defs/a", "multipleOf": 5, "$defs": {"a": RANGE}},
+        {"allOf": [DAY, {"minLength": 40}]},
+        {"type": "array", "prefixItems": [RANGE] * 800},
     ],
 )
 def test_everything_else_stays(schema: dict[str, Any]) -> None:
@@ -129,3 +148,12 @@ def test_a_number_in_a_range_has_nine_digits_behind_the_point(
     schema = {"type": "number", "minimum": 0.5, "exclusiveMaximum": 99.5}
     grammar = StructuredOutputs.model_validate({"json": schema}).asked
     assert _is_accepted(tokenizer, grammar, number) is is_accepted
+
+
+def test_a_number_in_a_range_may_be_a_multiple_as_another_schema_says(
+    tokenizer: LLTokenizer,
+) -> None:
+    schema = {"allOf": [{"type": "number", "minimum": 0, "maximum": 100}, {"multipleOf": 5}]}
+    grammar = StructuredOutputs.model_validate({"json": schema}).asked
+    assert _is_accepted(tokenizer, grammar, "95")
+    assert not _is_accepted(tokenizer, grammar, "1.474836480")
