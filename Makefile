@@ -22,10 +22,10 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -
 # Left out of `make check`: minutes instead of seconds. `make test` and CI run them.
 FAST  := not slow and not demo_model and not serial and not sweep
 # Tests run in several processes of one thread, each file in one but for the rows of the sweep, and
-# those that measure time alone. tests/conftest.py says in which order.
+# those that measure time alone.
 JOBS  ?= 2
-SPLIT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) \
-         --dist loadgroup --no-loadscope-reorder
+SPLIT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+SWEEP := $(SPLIT) --dist worksteal
 # The files that have tests that measure time: to collect all takes longer than some of these.
 SERIAL := $$(grep -rl --include='*.py' mark.serial tests)
 # Every process of the tests imports prefixd, and pytest rewrites each test file: compiled once.
@@ -58,8 +58,10 @@ serve: install ## Run the server: MODEL=demo, a folder or a Hugging Face id
 	@$(BIN)/prefixd serve --model $(MODEL) $(ARGS)
 
 test: lint ## Everything CI runs: make check, the slow tests and all rows of the sweep
-	@echo "==> pytest, all except the tests that measure time"
-	@$(SPLIT) -m "not serial" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+	@echo "==> pytest, all except the rows of the sweep and the tests that measure time"
+	@$(SPLIT) -m "not sweep and not serial" $(ARGS) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
+	@echo "==> pytest, rows of the sweep"
+	@$(SWEEP) -m sweep $(or $(strip $(ARGS)),tests/sweep) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
 	@$(MAKE) --no-print-directory serial
 
 check: lint fast ## What a commit passes: format, lint, types, import rules, fast tests
@@ -88,7 +90,7 @@ serial: install
 	@$(BIN)/python -m pytest -m serial $(or $(strip $(ARGS)),$(SERIAL)) $(if $(strip $(ARGS)),|| [ $$? = 5 ])
 
 sweep: install ## All rows of docs/families.md: every family against PEFT and transformers
-	@$(SPLIT) tests/sweep $(ARGS)
+	@$(SWEEP) tests/sweep $(ARGS)
 
 cover: install ## Branch coverage of the fast tests; fails below the floor in pyproject.toml
 	@$(SPLIT) -m "$(FAST)" --cov --cov-report=term $(ARGS)

@@ -34,17 +34,6 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the rows of the sweep last. With ``--dist loadgroup`` each goes to the process that is
-    free, so that none waits for another at the end; the tests of any other file stay together."""
-    items.sort(key=lambda item: item.get_closest_marker("sweep") is not None)
-    if config.getoption("loadgroup", default=False):
-        for item in items:
-            if item.get_closest_marker("sweep") is None:
-                item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
-
-
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator["Postgres"]:
     """A running PostgreSQL."""
