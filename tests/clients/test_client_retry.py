@@ -217,6 +217,14 @@ def test_a_lost_answer_is_asked_for_again_and_a_lost_delete_is_not() -> None:
     assert len(heads) == 2
 
 
+def test_a_whole_answer_that_was_cut_is_asked_for_again() -> None:
+    answer = response({"id": "c", "model": "m", "choices": [{"index": 0, "text": "Hi"}]})
+    with losing(answer[:-9], answer, answer[:-9], answer) as (url, heads):
+        answers = call_both(url, "complete", "x", model="m")
+    assert [one.text for one in answers] == ["Hi", "Hi"]
+    assert len(heads) == 4
+
+
 def test_a_stream_that_has_begun_is_not_asked_for_again() -> None:
     chunk = b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
     begun = b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n" + chunk

@@ -42,11 +42,13 @@ class RetryPolicy:
     ============================  ====================  ================  ====================
     no connection, 429            yes                   yes               yes
     503                           yes                   yes               full or not ready
-    connection lost, 502          yes                   before an answer  no
+    connection lost, 502          yes                   see below         no
     504 of a proxy                yes                   no                no
     ============================  ====================  ================  ====================
 
-    A timeout of the client or of the request is never retried, nor is a stream that has begun.
+    A generation whose connection is lost is sent again while nothing of its answer was returned: a
+    whole answer until it is complete, a stream until it has begun. A timeout of the client or of
+    the request is never retried.
     """
 
     max_retries: int = 3

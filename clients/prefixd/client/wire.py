@@ -38,7 +38,7 @@ class Repeat(Enum):
     """Whether a request may be sent again, by what has become of it before."""
 
     REFUSED = "if the server has not begun it"
-    UNANSWERED = "also if its answer has not begun: a generation, which changes nothing"
+    UNANSWERED = "also if no answer was returned: a generation, which changes nothing"
     LOST = "also if it may have been executed: one that reads, or that has an idempotency key"
 
 
