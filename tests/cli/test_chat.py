@@ -1,6 +1,8 @@
 """``prefixd chat``: what is sent, the commands of a conversation, and plain answers elsewhere."""
 
 import json
+import os
+import pty
 import signal
 from collections.abc import Iterator
 
@@ -10,6 +12,7 @@ from prefixd.client import AsyncClient
 from prefixd.server.cli.chat.conversation import Answer, Conversation
 from prefixd.server.cli.chat.session import Caller, Session
 from prefixd.server.cli.chat.view import ComparedView, SingleView
+from prefixd.server.cli.main import app
 from tests.cli.cli_runner import run
 from tests.cli.screen import Screen
 from tests.clients.loopback import Loopback
@@ -275,6 +278,20 @@ def test_standard_input_is_one_message_or_with_lines_several(server: Loopback) -
     ]
     assert "no message" in run(*options, input=" \n", code=2).output
     run(*options, "Hi", "--lines", code=2)
+
+
+def test_output_into_a_file_is_the_answer_also_when_the_message_is_typed(
+    server: Loopback, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.stream(answer_of("Ahoy"))
+    master, terminal = pty.openpty()
+    os.write(master, b"Hi\n\x04")  # Ctrl-D
+    with os.fdopen(terminal, encoding="utf-8") as typed:
+        monkeypatch.setattr("sys.stdin", typed)
+        app(["chat", "--url", server.url, "--model", "bob"], standalone_mode=False)
+    os.close(master)
+    assert capsys.readouterr().out == "Ahoy\n"
+    assert sent(server) == [("bob", ["Hi"])]
 
 
 def test_ctrl_c_ends_a_plain_answer_with_status_130(

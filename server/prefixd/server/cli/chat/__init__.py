@@ -31,7 +31,10 @@ def chat(
     *,
     message: Annotated[
         str | None,
-        typer.Argument(help="Answer this and end. Default: standard input, or a conversation."),
+        typer.Argument(
+            help="Answer this and end. Default: standard input, or a conversation where standard "
+            "input and output are terminals."
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -83,17 +86,18 @@ def chat(
 ) -> None:
     """Chat with the base or under a prefix, streaming, as the recipe of the prefix says.
 
-    On a terminal without a message it is a conversation, with answers rendered as Markdown. Its
-    commands are /prefix, /user, /compare A B, /system, /reset, /help and /exit; Ctrl-C stops an
-    answer, Ctrl-D ends it. Elsewhere the answers are plain text, and the exit status is 1 when a
-    question failed.
+    Without a message, and with standard input and output both terminals, it is a conversation,
+    with answers rendered as Markdown. Its commands are /prefix, /user, /compare A B, /system,
+    /reset, /help and /exit; Ctrl-C stops an answer, Ctrl-D ends it. Elsewhere the answers are plain
+    text, and the exit status is 1 when a question failed.
     """
     sampling = Sampling()
     if max_tokens is not None:
         sampling["max_tokens"] = max_tokens
     if temperature is not None:
         sampling["temperature"] = temperature
-    is_conversation = message is None and not lines and sys.stdin.isatty()
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    is_conversation = message is None and not lines and on_terminal
     if parts and (is_conversation or lines):
         raise typer.BadParameter("--parts needs a message")
     if lines and message is not None:
