@@ -268,13 +268,13 @@ def test_standard_input_is_one_message_or_with_lines_several(server: Loopback) -
     server.stream(answer_of("one"))
     server.reply({"error": {"message": "full"}}, status=503, retry_after="99")
     server.stream(answer_of("three"))
-    failed = run(*options, "--lines", input="a\n\nb\n/c\n", code=1)
+    failed = run(*options, "--lines", input="a\u2028A\n\nb\n/c\n", code=1)
     assert failed.stdout == "one\nthree\n"
     assert failed.stderr == "prefixd: full\n"
     assert sent(server)[1:] == [
-        ("bob", ["a"]),
-        ("bob", ["a", "one", "b"]),
-        ("bob", ["a", "one", "/c"]),
+        ("bob", ["a\u2028A"]),
+        ("bob", ["a\u2028A", "one", "b"]),
+        ("bob", ["a\u2028A", "one", "/c"]),
     ]
     assert "no message" in run(*options, input=" \n", code=2).output
     run(*options, "Hi", "--lines", code=2)

@@ -67,6 +67,17 @@ def test_accuracy_is_of_the_likeliest_choice(server: Loopback, tmp_path: Path) -
     assert body == expected
 
 
+def test_lines_end_at_a_newline_alone(server: Loopback, tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    question = "a\u2028b\u2029c\u0085d"
+    example = {"prompt": question, "answer": "4"}
+    file.write_bytes(json.dumps(example, ensure_ascii=False).encode() + b"\r\n")
+    server.reply(completed("4"))
+    run("eval", str(file), "--url", server.url, "-p", "math")
+    (body,) = [seen.json for seen in server.seen if isinstance(seen.json, dict)]
+    assert body["prompt"] == question
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -106,7 +106,8 @@ def _is_right(client: Client, model: str, example: Example, max_tokens: int) -> 
 def _examples(path: Path) -> list[Example]:
     """The examples of a file. Ends the verb for a line that is none."""
     examples = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # splitlines would also split at the U+2028 that a JSON string may have.
+    lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             examples.append(_example(line, partial(_refuse, f"{path}:{number}")))

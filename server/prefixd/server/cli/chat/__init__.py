@@ -129,7 +129,7 @@ def _questions(message: str | None, *, lines: bool, parts: bool) -> Sequence[Que
     if not text:
         raise typer.BadParameter("no message on standard input")
     if lines:
-        return [line.strip() for line in text.splitlines() if line.strip()]
+        return [line.strip() for line in text.split("\n") if line.strip()]
     return [_parts(text) if parts else text]
 
 
