@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 from prefixd.server.cli.main import app
 
 
-def run(*arguments: str, code: int = 0, input: str | None = None) -> Result:  # noqa: A002
+def run(*arguments: str, code: int = 0, input: str | bytes | None = None) -> Result:  # noqa: A002
     """Run a verb; its exit status must be ``code``."""
     result = CliRunner().invoke(app, list(arguments), input=input)
     assert result.exit_code == code, result.output

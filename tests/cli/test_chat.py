@@ -87,6 +87,17 @@ def test_earlier_turns_are_sent_again(terminal: Terminal, server: Loopback) -> N
     assert list(dict.fromkeys(terminal.prompts)) == ["bob> ", "carol> ", "tiny> "]
 
 
+def test_a_line_that_is_not_text_is_refused_and_the_conversation_goes_on(
+    terminal: Terminal, server: Loopback
+) -> None:
+    server.stream(answer_of("Ahoy"))
+    not_text = UnicodeDecodeError("utf-8", b"a\xff", 1, 2, "invalid start byte")
+    terminal.type(not_text, "a\udcff", "Hi")
+    assert "expected text in UTF-8; the line is not, from byte 1" in terminal.shown
+    assert "expected text that utf-8 encodes" in terminal.shown
+    assert sent(server)[-1][1][-1] == "Hi"
+
+
 def test_recipes_are_applied_as_they_are_now(terminal: Terminal, server: Loopback) -> None:
     server.models["mood"] = {"takes": "text", "temperature": 0.5, "max_tokens": 4}
     for answer in ("positive", "negative", "Ahoy"):

@@ -1,13 +1,15 @@
 """Requests as plain data and responses as models, without a socket."""
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx2
 import pytest
 from pydantic import ValidationError
 
-from prefixd.client import errors, folders, protocol, protocol_admin
+from prefixd.client import Client, errors, folders, protocol, protocol_admin
 from prefixd.client.types import Choice, Model, PrefixUsed, Usage
 from prefixd.client.wire import Request, Response, parse_json, prefix_used
 from tests.clients.samples import MANIFEST, USED
@@ -47,6 +49,30 @@ def test_text_upload_is_sent_as_json():
 )
 def test_prefix_name_is_quoted_into_one_path_segment(name: str, path: str):
     assert protocol.show_prefix(name).request.path == path
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda client: client.complete("a\ud83d", model="m"),
+        lambda client: client.show_prefix("a\ud83d"),
+        lambda client: client.list_prefixes(after="a\ud83d"),
+        lambda client: client.upload_text("a", "hi", metadata={"description": "a\ud83d"}),
+        lambda client: client.pin("a", if_match="a\ud83d"),
+        lambda _: Client("a\ud83d"),
+    ],
+)
+def test_text_that_cannot_be_encoded_is_one_error_and_nothing_is_sent(
+    send: Callable[[Client], object],
+) -> None:
+    def refuse(_: httpx2.Request) -> httpx2.Response:
+        raise AssertionError("nothing is sent")
+
+    with (
+        Client(transport=httpx2.MockTransport(refuse)) as client,
+        pytest.raises(errors.FormatError, match=r"expected text that (utf-8|ascii) encodes.*ud83d"),
+    ):
+        send(client)
 
 
 def test_sampling_fields_are_sent_unchanged():

@@ -7,7 +7,7 @@
     │   ├── ConnectError          the server does not listen
     │   └── TimedOutError         no response in time
     ├── ProtocolError             a response that a prefixd server does not send
-    ├── FormatError               a file that is not in the expected format
+    ├── FormatError               a file or a text that is not in the expected format
     ├── DownloadError             a repository of the Hub that cannot be read
     ├── StreamInterruptedError    the stream ended before its last event
     └── ApiError                  an error response: status, code, request_id
@@ -48,7 +48,7 @@ class ProtocolError(ClientError):
 
 
 class FormatError(ClientError):
-    """A local file is not in the expected format; nothing was sent."""
+    """A local file or a text is not in the expected format; nothing was sent."""
 
 
 class DownloadError(ClientError):

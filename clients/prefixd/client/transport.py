@@ -19,7 +19,7 @@ from prefixd.client.errors import (
     TransportError,
     UnavailableError,
 )
-from prefixd.client.wire import Progress, Repeat, Request, Response, dump
+from prefixd.client.wire import Progress, Repeat, Request, Response, dump, encoded_text
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 # In seconds. Without streaming, a read lasts as long as the generation.
@@ -96,8 +96,10 @@ class HttpOptions(TypedDict):
 def http_options(url: str, *, api_key: str | None, timeout: float) -> HttpOptions:
     """Options for an httpx2 client of one server and one API key.
 
-    ``ClientError`` for a key that no header can carry.
+    ``ClientError`` for a URL or a key that cannot be sent.
     """
+    with encoded_text():
+        url.encode()
     headers = {"user-agent": "prefixd-client"}
     key = (api_key or "").strip()  # one read from a file ends in a newline
     if not (key.isascii() and key.isprintable()):
@@ -130,14 +132,16 @@ def http_request(
             for part in request.parts
         ]
         body, content_type = _body(request)
-        outgoing = http.build_request(
-            request.method,
-            request.path,
-            params=dict(request.params) or None,
-            content=body,
-            files=parts or None,
-            headers={**request.headers, **({} if body is None else {"content-type": content_type})},
-        )
+        content = {} if body is None else {"content-type": content_type}
+        with encoded_text():
+            outgoing = http.build_request(
+                request.method,
+                request.path,
+                params=dict(request.params) or None,
+                content=body,
+                files=parts or None,
+                headers={**request.headers, **content},
+            )
         if request.progress is not None:
             total = int(outgoing.headers["content-length"])
             outgoing.stream = _ReportedBody(outgoing.stream, total, request.progress)

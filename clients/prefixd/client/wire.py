@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import partial
@@ -13,7 +14,7 @@ from uuid import uuid4
 
 from pydantic import ValidationError
 
-from prefixd.client.errors import ApiError, ProtocolError, error_class
+from prefixd.client.errors import ApiError, FormatError, ProtocolError, error_class
 from prefixd.client.types import PrefixUsed, ResponseModel
 
 T = TypeVar("T")
@@ -98,7 +99,8 @@ def request_of(
     """A request; each of ``path`` is one segment, ``params`` of None are omitted. One that reads
     may be sent again in any case."""
     # A name with a slash or a question mark must stay one segment: the server then refuses it.
-    joined = "/" + "/".join(quote(segment, safe="@:") for segment in path)
+    with encoded_text():
+        joined = "/" + "/".join(quote(segment, safe="@:") for segment in path)
     query = {name: value for name, value in (params or {}).items() if value is not None}
     return Request(
         method=method,
@@ -151,9 +153,24 @@ def reporting(call: Call[T], progress: Progress | None) -> Call[T]:
     return replace(call, request=replace(call.request, progress=progress))
 
 
+@contextmanager
+def encoded_text() -> Iterator[None]:
+    """Raise ``FormatError`` for a text that cannot be sent: Python keeps bytes of arguments and
+    names of files that are not UTF-8 as lone surrogates."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        received = error.object[max(0, error.start - 20) : error.start + 1]
+        raise FormatError(
+            f"expected text that {error.encoding} encodes; the last character of {received!a} is "
+            "none"
+        ) from None
+
+
 def dump(value: Mapping[str, object]) -> bytes:
-    """Compact JSON in UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    """Compact JSON in UTF-8. ``FormatError`` for a text with a lone surrogate."""
+    with encoded_text():
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 # ── Responses ────────────────────────────────────────────────────────────────────────────────

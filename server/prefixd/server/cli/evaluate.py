@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from prefixd.client.folders import decode_text
 from prefixd.client.sync import Client
 from prefixd.server.cli.options import JsonFlag, connected
 from prefixd.server.cli.output import fail, print_columns, print_json
@@ -107,7 +108,7 @@ def _examples(path: Path) -> list[Example]:
     """The examples of a file. Ends the verb for a line that is none."""
     examples = []
     # splitlines would also split at the U+2028 that a JSON string may have.
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = decode_text(path.read_bytes(), source=path).split("\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             examples.append(_example(line, partial(_refuse, f"{path}:{number}")))

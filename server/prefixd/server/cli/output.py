@@ -59,17 +59,6 @@ def _plain(value: object) -> object:
         return str(value)
 
 
-def json_object(text: str, *, hint: str) -> dict[str, object]:
-    """The JSON object that a flag or a file holds. Raises BadParameter, which names ``hint``."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"expected JSON: {error}", param_hint=hint) from None
-    if not isinstance(value, dict):
-        raise typer.BadParameter("expected a JSON object", param_hint=hint)
-    return value
-
-
 def print_columns(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print aligned columns that cut and grep well."""
     cells = [list(titles), *([printable(str(cell)) for cell in row] for row in rows)]

@@ -23,10 +23,10 @@ from prefixd.server.cli.aliases import (
     warm,
 )
 from prefixd.server.cli.diff import diff
+from prefixd.server.cli.inputs import argument_text, json_object
 from prefixd.server.cli.options import JsonFlag, VerbGroup, connected
 from prefixd.server.cli.output import (
     as_dict,
-    json_object,
     print_columns,
     print_fields,
     print_json,
@@ -127,7 +127,7 @@ def _prefix(source: str | None, text: str | None, *, task_id: int | None) -> Sou
     if (source is None) == (text is None):
         raise typer.BadParameter("expected either a SOURCE or --text")
     if text is not None:
-        return Source(TextContent(text), task_id=task_id)
+        return Source(TextContent(argument_text(text, name="--text")), task_id=task_id)
     assert source is not None
     if source != "-" and (prefix := read_source(source, task_id=task_id)):
         return prefix

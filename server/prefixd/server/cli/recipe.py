@@ -1,15 +1,14 @@
 """``prefixd prefix recipe``: how a version is to be called."""
 
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from prefixd.client.sync import Client
 from prefixd.server.cli.aliases import ReferenceArgument
+from prefixd.server.cli.inputs import input_text, json_object
 from prefixd.server.cli.options import JsonFlag
-from prefixd.server.cli.output import json_object, print_json
+from prefixd.server.cli.output import print_json
 
 
 def recipe(
@@ -39,8 +38,7 @@ def recipe(
     if file is not None and patch is not None:
         raise typer.BadParameter("expected either --file or --patch")
     if file is not None:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-        fields = json_object(text, hint="--file")
+        fields = json_object(input_text(file), hint="--file")
         prefix = client.set_recipe(name, fields, version=version or "latest")
     elif patch is not None:
         fields = json_object(patch, hint="--patch")

@@ -1,11 +1,11 @@
 """``prefixd tokenize`` and ``prefixd detokenize``, on a running server."""
 
-import sys
 from typing import Annotated
 
 import typer
 
 from prefixd.client.sync import Client
+from prefixd.server.cli.inputs import argument_text, input_text
 from prefixd.server.cli.options import JsonFlag, connected
 from prefixd.server.cli.output import print_columns, print_json, printable
 
@@ -41,7 +41,7 @@ def tokenize(
     as_json: JsonFlag = False,
 ) -> None:
     """Print the ids of the tokens that a request would have, without those of its prefix."""
-    read = sys.stdin.read() if text is None else text
+    read = input_text("-") if text is None else argument_text(text, name="TEXT")
     tokens = client.tokenize(
         None if chat else read,
         messages=[{"role": "user", "content": read}] if chat else None,

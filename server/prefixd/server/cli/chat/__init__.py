@@ -18,6 +18,7 @@ from prefixd.server.cli.chat.conversation import (
 )
 from prefixd.server.cli.chat.session import Caller, Session
 from prefixd.server.cli.chat.typed_lines import TypedLines, history_file
+from prefixd.server.cli.inputs import argument_text, input_text
 from prefixd.server.cli.options import Connection, connecting
 from prefixd.server.cli.output import client_message, console, printable
 
@@ -91,6 +92,8 @@ def chat(
     /reset, /help and /exit; Ctrl-C stops an answer, Ctrl-D ends it. Elsewhere the answers are plain
     text, and the exit status is 1 when a question failed.
     """
+    if system is not None:
+        system = argument_text(system, name="--system")
     sampling = Sampling()
     if max_tokens is not None:
         sampling["max_tokens"] = max_tokens
@@ -125,7 +128,10 @@ def _base(run: Caller) -> str:
 
 def _questions(message: str | None, *, lines: bool, parts: bool) -> Sequence[Question]:
     """What is asked without a conversation. Raises BadParameter."""
-    text = sys.stdin.read().strip() if message is None else message
+    if message is None:
+        text = input_text("-").replace("\r\n", "\n").strip()
+    else:
+        text = argument_text(message, name="MESSAGE")
     if not text:
         raise typer.BadParameter("no message on standard input")
     if lines:

@@ -72,7 +72,7 @@ class Caller:
 
 class Session:
     """A conversation with the person at the terminal. ``read`` returns the next line for a prompt;
-    it raises EOFError at the end."""
+    it raises EOFError at the end, UnicodeDecodeError for a line that is not text."""
 
     def __init__(
         self,
@@ -118,6 +118,9 @@ class Session:
                 return
             except KeyboardInterrupt:
                 self._console.print()
+                continue
+            except UnicodeDecodeError as error:
+                self._say(f"expected text in UTF-8; the line is not, from byte {error.start}")
                 continue
             try:
                 self._line(line)
