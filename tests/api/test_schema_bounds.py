@@ -43,6 +43,14 @@ BOUNDED = {**RANGE, "multipleOf": 1e-9}
         ),
         ({"additionalProperties": RANGE}, {"additionalProperties": BOUNDED}),
         (
+            {"patternProperties": {"a": RANGE}, "maxProperties": 2, "additionalProperties": RANGE},
+            {
+                "patternProperties": {"a": BOUNDED},
+                "maxProperties": 2,
+                "additionalProperties": BOUNDED,
+            },
+        ),
+        (
             {"type": ["null", "number"], "exclusiveMinimum": 0, "exclusiveMaximum": 1e-6},
             {
                 "type": ["null", "number"],

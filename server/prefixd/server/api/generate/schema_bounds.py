@@ -60,13 +60,20 @@ def _alone(schema: dict[str, Any]) -> Iterator[Any]:
     if keywords in ({"anyOf"}, {"oneOf"}):
         yield from _listed(schema[keywords.pop()])
     elif keywords <= _OBJECT:
-        properties = schema.get("properties")
-        yield from properties.values() if isinstance(properties, dict) else ()
+        yield from _named(schema.get("properties"))
+        yield schema.get("additionalProperties")
+    elif keywords <= _OBJECT - {"properties"} | {"patternProperties"}:
+        patterns = _named(schema.get("patternProperties"))
+        yield from patterns if len(patterns) == 1 else ()
         yield schema.get("additionalProperties")
     elif keywords <= _ARRAY:
         for name in ("items", "prefixItems"):
             yield from _listed(schema.get(name))
         yield schema.get("additionalItems")
+
+
+def _named(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else []
 
 
 def _listed(value: Any) -> list[Any]:
