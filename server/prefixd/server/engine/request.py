@@ -127,6 +127,7 @@ class AdmittedRequest:
     part of the text of outputs.
     ``scoring`` asks for the log-probabilities of prompt tokens, once for all ``n`` sequences: the
     first of them computes those tokens, and shares no KV behind the first scored one.
+    ``background``: it is of the lowest class, which takes what the other requests leave idle.
     """
 
     request_id: str
@@ -149,6 +150,7 @@ class AdmittedRequest:
     source: tuple[int, ...] = ()
     shown_special: frozenset[str] = frozenset()
     scoring: Scoring | None = None
+    background: bool = False
 
     @property
     def num_prompt_tokens(self) -> int:
