@@ -13,6 +13,7 @@ from prefixd.server.api.generate.event_encoder import sse_event
 from prefixd.server.api.generate.event_stream import EventStream, while_connected
 from prefixd.server.api.middleware import REQUEST_ID_HEADER, ReceiveTimeout
 from prefixd.server.api.request_record import ClientGone
+from prefixd.server.errors import PrefixdError
 from tests.api.api_world import World
 
 SEQUENCES = 3
@@ -210,6 +211,9 @@ def test_os_error_is_a_disconnect_only_when_it_comes_from_the_client(failing: st
     outcomes: list[BaseException | None] = []
     running.push(lambda _kind, error, _traceback: outcomes.append(error))
 
+    def ending(error: PrefixdError | None) -> bytes:
+        return b"the end" if error is None else error.code.encode()
+
     async def payloads() -> AsyncGenerator[bytes]:
         yield sse_event({"number": 1})
         if failing == "payloads":
@@ -227,7 +231,7 @@ def test_os_error_is_a_disconnect_only_when_it_comes_from_the_client(failing: st
     async def scenario() -> None:
         chunks = payloads()
         stream = EventStream(
-            await anext(chunks), chunks, running=running, headers={}, request_id=None
+            await anext(chunks), chunks, running=running, headers={}, ending=ending
         )
         await stream({}, receive, send)
 
@@ -239,8 +243,7 @@ def test_os_error_is_a_disconnect_only_when_it_comes_from_the_client(failing: st
     with pytest.raises(FileNotFoundError):
         asyncio.run(scenario())
     assert isinstance(outcomes[0], FileNotFoundError)
-    assert b'"code":"internal_error"' in sent[-2]["body"]
-    assert sent[-1]["body"] == b"data: [DONE]\n\n"
+    assert sent[-1]["body"] == b"internal_error"
 
 
 def test_stopping_server_ends_streams_with_an_error_event(world: World) -> None:

@@ -76,7 +76,7 @@ class Admission:
         recipe = prefix.manifest.recipe if prefix and is_applied else None
         body = filled(body, recipe, self.served.sampling_defaults)
         return self._admit(
-            "cmpl",
+            "cmpl-",
             principal,
             body,
             prefix=prefix,
@@ -86,15 +86,18 @@ class Admission:
             default_max_tokens=(recipe and recipe.max_tokens) or DEFAULT_COMPLETION_TOKENS,
         )
 
-    def chat(self, principal: Principal, body: ChatRequest) -> Admitted:
-        """Admit a chat. Raises as ``completion`` does. Blocking."""
+    def chat(
+        self, principal: Principal, body: ChatRequest, *, id_head: str = "chatcmpl-"
+    ) -> Admitted:
+        """Admit a chat, whose id begins with ``id_head``. Raises as ``completion`` does.
+        Blocking."""
         prefix = self.resolver.resolve(principal.tenant, body.model, body.user)
         recipe = prefix.manifest.recipe if prefix else None
         body = filled(body, recipe, self.served.sampling_defaults)
         tools = plan_tools(body, self.prompts.traits(prefix))
         prompts = self.prompts.chat(body, prefix, tools)
         admitted = self._admit(
-            "chatcmpl",
+            id_head,
             principal,
             body,
             prefix=prefix,
@@ -107,7 +110,7 @@ class Admission:
 
     def _admit(
         self,
-        kind: str,
+        id_head: str,
         principal: Principal,
         body: CompletionRequest | ChatRequest,
         *,
@@ -119,7 +122,7 @@ class Admission:
     ) -> Admitted:
         n, layout, tokens = body.n or 1, prompts.layout, truncated(prompts.tokens, body)
         self._check_choices(len(tokens), n)
-        own_id = f"{kind}-{uuid.uuid4().hex}"  # no caller's: it must be the only one
+        own_id = f"{id_head}{uuid.uuid4().hex}"  # no caller's: it must be the only one
         manifest = prefix.manifest if prefix else None
         max_resident_tokens = principal.quota.max_resident_tokens
         front = None
@@ -168,7 +171,7 @@ class Admission:
             for position, (prompt, length) in enumerate(zip(tokens, lengths, strict=True))
         )
         return Admitted(
-            id=own_id if body.request_id is None else f"{kind}-{body.request_id}",
+            id=own_id if body.request_id is None else f"{id_head}{body.request_id}",
             model=body.model,
             prefix=prefix,
             requests=tuple(map(inputs.admit, requests)) if inputs else requests,

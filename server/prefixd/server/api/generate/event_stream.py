@@ -1,17 +1,13 @@
 """A response of server-sent events, as long as its client is connected."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from prefixd.server.api.error_responses import (
-    error_body,
-    internal_error,
-)
-from prefixd.server.api.generate.event_encoder import sse_event
+from prefixd.server.api.error_responses import internal_error
 from prefixd.server.api.request_record import ClientGone
 from prefixd.server.errors import PrefixdError
 
@@ -19,9 +15,9 @@ DONE = b"data: [DONE]\n\n"
 
 
 class EventStream(Response):
-    """Sends server-sent events, and at the end an error, if any, and ``[DONE]``.
+    """Sends server-sent events, and at the end what ``ending`` makes of the error, if any.
 
-    ``running`` is what the request holds: it is closed before ``[DONE]`` is sent, so that a client
+    ``running`` is what the request holds: it is closed before the end is sent, so that a client
     that has read it may send its next request. With ``while_connected`` among it, also when the
     client disconnects.
     """
@@ -35,14 +31,14 @@ class EventStream(Response):
         *,
         running: AsyncExitStack,
         headers: Mapping[str, str],
-        request_id: str | None,
+        ending: Callable[[PrefixdError | None], bytes],
     ) -> None:
         """``first`` was taken from ``chunks``: it decided that the status is 200. Each has one or
         more events, of which all that were ready are sent at once."""
         self._first = first
         self._chunks = chunks
         self._running = running
-        self._request_id = request_id
+        self._ending = ending
         self.status_code = 200
         self.background = None
         # nginx would buffer the stream otherwise.
@@ -61,10 +57,11 @@ class EventStream(Response):
         except Exception as error:  # noqa: BLE001 - sent to the client, and raised again below
             failure = error
         with suppress(OSError, ClientGone):  # the client has disconnected
-            if failure is not None:
-                shown = failure if isinstance(failure, PrefixdError) else internal_error()
-                await _send(send, sse_event(error_body(shown, self._request_id)))
-            await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            if failure is None or isinstance(failure, PrefixdError):
+                body = self._ending(failure)
+            else:
+                body = self._ending(internal_error())
+            await send({"type": "http.response.body", "body": body, "more_body": False})
         if failure is not None and not isinstance(failure, PrefixdError):
             raise failure  # for the log
 

@@ -70,8 +70,8 @@ class StreamOptions(StrictModel):
     include_obfuscation: bool | None = Field(default=None, description="Ignored.")
 
 
-class GenerationFields(StructureFields, VllmFields):
-    """Fields of both kinds of request."""
+class RequestFields(StrictModel):
+    """Fields of the requests of all shapes that generate."""
 
     # Unsupported field -> its values that change nothing.
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -82,8 +82,6 @@ class GenerationFields(StructureFields, VllmFields):
         description="The base model's name, a prefix reference (`name`, `name@3`, `name@alias`), "
         "or `base:reference`.",
     )
-    n: int | None = Field(default=None, ge=1, le=128, description="Answers per prompt.")
-    max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy.")
     top_p: float | None = Field(default=None, gt=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -94,12 +92,7 @@ class GenerationFields(StructureFields, VllmFields):
     seed: Seed | None = Field(
         default=None, description="A signed 64-bit number, as in the OpenAI API and vLLM."
     )
-    stop: Stop | None = Field(
-        default=None,
-        description="Text, or up to 16 texts, that end the output and are not part of it.",
-    )
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
 
     top_k: int | None = Field(default=None, ge=-1, description="0 or -1: off.")
     min_p: float | None = Field(default=None, ge=0, le=1)
@@ -112,12 +105,6 @@ class GenerationFields(StructureFields, VllmFields):
     min_tokens: int | None = Field(default=None, ge=0)
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
     include_stop_str_in_output: bool | None = None
-    return_token_ids: bool | None = Field(
-        default=None, description="The token ids of prompt and output too."
-    )
-    return_tokens_as_token_ids: bool | None = Field(
-        default=None, description="Tokens of log-probabilities are named `token_id:123`."
-    )
 
     priority: int | None = Field(
         default=None,
@@ -142,26 +129,11 @@ class GenerationFields(StructureFields, VllmFields):
         "The answer is the same. Default: true.",
     )
 
-    prompt_logprobs: int | None = Field(
-        default=None,
-        ge=0,
-        le=20,
-        description="Log-probabilities of the prompt's tokens, each with the N likeliest there. "
-        "Not with `stream`.",
-    )
-
     user: User | None = Field(
         default=None,
         description="Your end user. With the base as `model`, the prefix "
         "the user is bound to answers, else your default prefix, else the base.",
     )
-
-    metadata: dict[str, Any] | None = Field(default=None, description="Ignored.")
-    store: bool | None = Field(default=None, description="Ignored: nothing is stored.")
-    service_tier: str | None = Field(default=None, description="Ignored.")
-    safety_identifier: str | None = Field(default=None, description="Ignored.")
-    prompt_cache_key: str | None = Field(default=None, description="Ignored.")
-    prompt_cache_retention: str | None = Field(default=None, description="Ignored.")
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -188,6 +160,40 @@ class GenerationFields(StructureFields, VllmFields):
                     {"name": name, "offered": offered},
                 )
         return {name: value for name, value in data.items() if name not in cls.NEUTRAL}
+
+
+class GenerationFields(StructureFields, VllmFields, RequestFields):
+    """Fields of completions and of chat completions."""
+
+    n: int | None = Field(default=None, ge=1, le=128, description="Answers per prompt.")
+    max_tokens: int | None = Field(default=None, ge=1)
+    stop: Stop | None = Field(
+        default=None,
+        description="Text, or up to 16 texts, that end the output and are not part of it.",
+    )
+    stream_options: StreamOptions | None = None
+
+    return_token_ids: bool | None = Field(
+        default=None, description="The token ids of prompt and output too."
+    )
+    return_tokens_as_token_ids: bool | None = Field(
+        default=None, description="Tokens of log-probabilities are named `token_id:123`."
+    )
+
+    prompt_logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=20,
+        description="Log-probabilities of the prompt's tokens, each with the N likeliest there. "
+        "Not with `stream`.",
+    )
+
+    metadata: dict[str, Any] | None = Field(default=None, description="Ignored.")
+    store: bool | None = Field(default=None, description="Ignored: nothing is stored.")
+    service_tier: str | None = Field(default=None, description="Ignored.")
+    safety_identifier: str | None = Field(default=None, description="Ignored.")
+    prompt_cache_key: str | None = Field(default=None, description="Ignored.")
+    prompt_cache_retention: str | None = Field(default=None, description="Ignored.")
 
     @model_validator(mode="after")
     def _check_together(self) -> "GenerationFields":
