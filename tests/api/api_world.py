@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine as Database
 
 from prefixd.server.api.app import create_app
+from prefixd.server.api.batches.options import BatchOptions
 from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.catalog_metrics import CatalogCollector
 from prefixd.server.api.dependencies import BodyLimits
@@ -35,6 +36,7 @@ from prefixd.server.model.grammar.source import Vocabulary
 from prefixd.server.model.tokenizer import Tokenizer
 from prefixd.server.serve.lifespan import make_lifespan
 from prefixd.server.tenants.audit import AuditLog
+from prefixd.server.tenants.batches import Batches
 from prefixd.server.tenants.bindings import Bindings
 from prefixd.server.tenants.idempotency import Idempotency
 from prefixd.server.tenants.limiter import Limiter
@@ -91,6 +93,7 @@ BODY_LIMITS = {
     "max_body_bytes": 64 * 1024,
     "max_prefix_bytes": 32 * 1024,
     "max_import_bytes": 1024 * 1024,
+    "max_input_bytes": 64 * 1024,
 }
 LIMITS: dict[str, Any] = {
     "body_timeout": 5.0,
@@ -98,6 +101,7 @@ LIMITS: dict[str, Any] = {
     "max_choices": 16,
     "max_request_seconds": None,
     "kv_reuse": True,
+    "batch_options": BatchOptions(),
 }
 
 
@@ -170,6 +174,7 @@ class World:
     store: PrefixStore
     tenants: Tenants
     bindings: Bindings
+    batches: Batches
     limiter: Limiter
     audit: AuditLog
     idempotency: Idempotency
@@ -207,6 +212,7 @@ class World:
             store=self.store,
             tenants=self.tenants,
             bindings=self.bindings,
+            batches=self.batches,
             limiter=self.limiter,
             audit=self.audit,
             idempotency=self.idempotency,
@@ -284,6 +290,7 @@ def make_world(
         store=store,
         tenants=Tenants(database),
         bindings=Bindings(database),
+        batches=Batches(database),
         limiter=Limiter(database, now=lambda: clock.now),
         audit=AuditLog(database),
         idempotency=Idempotency(database),

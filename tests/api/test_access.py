@@ -16,6 +16,7 @@ from prefixd.server.api.app import KEYED, PUBLIC
 from prefixd.server.tenants import key_text as keys
 from prefixd.server.tenants.registry import Scope
 from prefixd.server.tenants.tables import api_keys
+from prefixd.store.catalog.tables import files
 from prefixd.store.db.database import writing
 from tests.api.api_world import World, error_of, make_world, put_text
 
@@ -28,6 +29,7 @@ EXAMPLES = {
     "user:path": "ann",
     "key_id": "KKKKKKKKKKKK",
     "tenant": "gamma",
+    "file_id": "file-" + "f" * 32,
 }
 BODIES: dict[str, Any] = {
     "/v1/completions": {"model": "voice", "prompt": "x"},
@@ -122,6 +124,8 @@ def test_revoked_key_is_rejected_at_once(client: TestClient, world: World) -> No
 def ask(client: TestClient, method: str, path: str, headers: dict[str, str]) -> httpx2.Response:
     """A valid request to a route, for the resources of EXAMPLES."""
     where = url(path) + ("?tenant=gamma" if (method, path) in QUERIES else "")
+    if (method, path) == ("POST", "/v1/files"):
+        return client.post(where, data={"purpose": "batch"}, files={"file": LINES}, headers=headers)
     if path.endswith(":import"):
         headers = {**headers, "content-type": "application/x-ndjson"}
         return client.request(method, where, content=LINES, headers=headers)
@@ -142,6 +146,9 @@ def create_examples(client: TestClient, world: World, tenant: str) -> None:
     with writing(world.database) as connection:
         mine = api_keys.c.key_id == issued.record.key_id
         connection.execute(update(api_keys).where(mine).values(key_id=EXAMPLES["key_id"]))
+    client.post("/v1/files", data={"purpose": "batch"}, files={"file": LINES}, headers=headers)
+    with writing(world.database) as connection:
+        connection.execute(update(files).values(id=EXAMPLES["file_id"]))
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
@@ -152,9 +159,9 @@ def test_each_route_requires_exactly_one_scope(
     world.add_tenant("operator")
     create_examples(client, world, "operator")
     generates = path.endswith(("completions", "/loglikelihood", "tokenize", "/warm"))
-    wanted = Scope.GENERATE if generates else Scope.WRITE
-    if method == "GET":
-        wanted = Scope.READ
+    wanted = Scope.READ if method == "GET" else Scope.WRITE
+    if generates or path.startswith("/v1/files"):
+        wanted = Scope.GENERATE
     if path.startswith("/v1/admin/"):
         wanted = Scope.ADMIN
     for scope in Scope:
@@ -171,6 +178,8 @@ def masked(answer: httpx2.Response, world: World) -> tuple[int, str, dict[str, s
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", answer.text)
     for name, key in world.keys.items():
         text = text.replace(key.split("_")[1], f"ID-{name}")
+    text = re.sub(r"file-[0-9a-e][0-9a-f]*", "NEW-FILE", text)
+    text = re.sub(r'"(created_at|expires_at)":\d+', r'"\1":TIME', text)
     text = re.sub(r'"(key|key_id)":"[^"]*"', r'"\1":"NEW"', text)
     headers = {name: value for name, value in answer.headers.items() if name != "date"}
     if '"NEW"' in text:
@@ -234,6 +243,7 @@ def resources(world: World, client: TestClient) -> list[Any]:
     paths = ("prefixes/voice@prod", "users/ann/prefix", "default/prefix", "models", "users")
     bodies: list[Any] = [client.get(f"/v1/{path}", headers=headers).json() for path in paths]
     bodies[0].pop("tier")  # changes while the engine loads gamma's pinned prefix
+    bodies += world.store.files.page(tenant="gamma", limit=9)
     return [*bodies, world.tenants.tenant("gamma"), world.tenants.list_keys("gamma")]
 
 

@@ -6,11 +6,22 @@ committed after the blobs were copied, so that the copy never has a version with
 
 from dataclasses import dataclass
 
-from sqlalchemy import Column, Connection, Engine, Integer, Table, func, insert, select, text
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    Table,
+    func,
+    insert,
+    select,
+    text,
+    union_all,
+)
 
 from prefixd.store.blobs.blobs import Blobs
 from prefixd.store.catalog.tables import blobs as blob_table
-from prefixd.store.catalog.tables import versions
+from prefixd.store.catalog.tables import files, versions
 from prefixd.store.db.database import metadata, reading, writing
 from prefixd.store.db.migrate import upgrade
 from prefixd.store.errors import CopyRefused, CorruptArtifact, UnknownPrefix
@@ -78,12 +89,12 @@ def _check_empty(connection: Connection) -> None:
 
 
 def referenced(connection: Connection) -> list[tuple[BlobKey, int]]:
-    """The blobs of all versions, and their sizes in bytes."""
-    statement = (
-        select(versions.c.tenant, versions.c.digest, func.max(versions.c.size_bytes))
-        .group_by(versions.c.tenant, versions.c.digest)
-        .order_by(versions.c.tenant, versions.c.digest)
-    )
+    """The blobs of all versions and files, and their sizes in bytes."""
+    all_of_them = union_all(
+        *(select(table.c.tenant, table.c.digest, table.c.size_bytes) for table in (versions, files))
+    ).subquery()
+    key = (all_of_them.c.tenant, all_of_them.c.digest)
+    statement = select(*key, func.max(all_of_them.c.size_bytes)).group_by(*key).order_by(*key)
     rows = connection.execute(statement)
     return [(BlobKey(tenant, digest), size_bytes) for tenant, digest, size_bytes in rows]
 

@@ -6,6 +6,7 @@
     ├── ArtifactRefused      the uploaded bytes are not a prefix for this base
     ├── InvalidReference     a name, alias or reference is malformed
     ├── UnknownPrefix        no such name, version or alias for this tenant
+    ├── UnknownFile          no such file of this tenant
     ├── BaseMismatch         the prefix belongs to another base than the one served
     ├── VersionInUse         an alias or a pin refers to the version
     ├── CorruptArtifact      stored bytes no longer have the digest they were stored under
@@ -53,6 +54,10 @@ class InvalidReference(StoreError):
 
 class UnknownPrefix(StoreError):
     """No such name, version or alias for this tenant; another tenant's gives the same message."""
+
+
+class UnknownFile(StoreError):
+    """No such file of this tenant; another tenant's gives the same message."""
 
 
 class BaseMismatch(StoreError):

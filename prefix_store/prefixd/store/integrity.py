@@ -17,7 +17,14 @@ from sqlalchemy import Connection, Engine, Row, and_, or_, select, tuple_
 
 from prefixd.store.blobs.blobs import Blobs
 from prefixd.store.catalog.blob_rows import BlobRows
-from prefixd.store.catalog.tables import aliases, latest_versions, pins, prefixes, versions
+from prefixd.store.catalog.tables import (
+    aliases,
+    files,
+    latest_versions,
+    pins,
+    prefixes,
+    versions,
+)
 from prefixd.store.db.database import reading
 from prefixd.store.errors import CorruptArtifact, UnknownPrefix
 from prefixd.store.files import UPLOAD_PREFIX, interrupted
@@ -61,7 +68,7 @@ class Finding:
 
 
 class StoreIntegrity:
-    """Checks all versions, blobs and names of a store; reads every blob once.
+    """Checks all versions, files, blobs and names of a store; reads every blob once.
 
     ``counts`` says how much was checked. Holds one page of rows at a time.
     """
@@ -71,12 +78,13 @@ class StoreIntegrity:
         self._rows = BlobRows(engine)
         self._blobs = blobs
         self._upload_dir = upload_dir
-        self.counts = Counter(versions=0, blobs=0, bytes=0, quarantined=0)
+        self.counts = Counter(versions=0, files=0, blobs=0, bytes=0, quarantined=0)
 
     def findings(self) -> Iterator[Finding]:
         """Everything that is wrong, as it is found. Raises BlobsUnavailable."""
         suspected = set(self._interrupted())
         yield from self._check_versions()
+        yield from self._check_files()
         yield from self._check_names()
         yield from self._check_blobs()
         self.counts["quarantined"] = sum(1 for _ in self._blobs.quarantined())
@@ -90,20 +98,33 @@ class StoreIntegrity:
         yield from map(str, interrupted(self._upload_dir, prefix=UPLOAD_PREFIX))
 
     def _check_versions(self) -> Iterator[Finding]:
-        for key, rows in groupby(self._versions(), lambda row: BlobKey(row.tenant, row.digest)):
+        for row, problem in self._check_sizes(self._versions()):
+            self.counts["versions"] += 1
+            if problem is not None:
+                subject = f"{row.name or 'an unknown name'}@{row.version}"
+                yield Finding(problem[0], row.tenant, subject, problem[1])
+
+    def _check_files(self) -> Iterator[Finding]:
+        for row, problem in self._check_sizes(self._files()):
+            self.counts["files"] += 1
+            if problem is not None:
+                yield Finding(problem[0], row.tenant, row.id, problem[1])
+
+    def _check_sizes(
+        self, rows: Iterator[Row[Any]]
+    ) -> Iterator[tuple[Row[Any], tuple[Problem, str] | None]]:
+        """Rows that have a blob, by blob, and what is wrong with the blob of each."""
+        for key, same in groupby(rows, lambda row: BlobKey(row.tenant, row.digest)):
             measured = self._confirmed(key)
-            for row in rows:
-                self.counts["versions"] += 1
+            for row in same:
                 match measured:
                     case int() if row.size_bytes != measured:
                         detail = f"expected {row.size_bytes} bytes, the blob {key.digest} has "
-                        problem = Problem.BLOB_SIZE, f"{detail}{measured}"
+                        yield row, (Problem.BLOB_SIZE, f"{detail}{measured}")
                     case int() | None:
-                        continue
+                        yield row, None
                     case _:
-                        problem = measured
-                subject = f"{row.name or 'an unknown name'}@{row.version}"
-                yield Finding(problem[0], key.tenant, subject, problem[1])
+                        yield row, measured
 
     def _versions(self) -> Iterator[Row[Any]]:
         """All versions, by blob."""
@@ -116,8 +137,14 @@ class StoreIntegrity:
         )
         return pages(self._engine, statement, order, lambda _, rows: rows)
 
+    def _files(self) -> Iterator[Row[Any]]:
+        """All files, by blob."""
+        order = (files.c.tenant, files.c.digest, files.c.id)
+        statement = select(*order, files.c.size_bytes).order_by(*order).limit(_PAGE)
+        return pages(self._engine, statement, order, lambda _, rows: rows)
+
     def _confirmed(self, key: BlobKey) -> int | tuple[Problem, str] | None:
-        """The size of the blob of a version, or what is wrong with it; None when the version was
+        """The size of the blob of a version or file, or what is wrong with it; None when that was
         deleted since it was listed."""
         first = self._measure(key)
         if isinstance(first, int):

@@ -36,6 +36,7 @@ from prefixd.store.catalog.changes import Change, Draft, Precondition, Published
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.db.database import utc_now, writing
 from prefixd.store.errors import UnknownPrefix
+from prefixd.store.file_store import FileStore
 from prefixd.store.names import BlobKey, check_name, check_tenant
 
 _PUBLISH_ATTEMPTS = 10
@@ -51,6 +52,7 @@ class Publisher:
         self._rows = BlobRows(engine)
         self._blobs = blobs
         self._clock = clock
+        self.files = FileStore(engine, self._rows, blobs, clock=clock)
         self._watcher: Callable[[Change], None] = lambda _: None
 
     @contextmanager

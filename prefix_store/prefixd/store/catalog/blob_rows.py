@@ -6,9 +6,10 @@
         ^                   |         ^                         |
         +-----collect-------+         +---release, the last-----+
 
-``want`` commits before the blob is written, ``claim`` in the transaction of the version, and
-``collect`` removes blob and row under the row's lock. So a publish either finds the row and keeps
-the blob, or finds none and starts over; the blob of a version is never removed.
+A version or a file references a blob. ``want`` commits before the blob is written, ``claim`` in
+the transaction of the version or file, and ``collect`` removes blob and row under the row's lock.
+So a publish either finds the row and keeps the blob, or finds none and starts over; the blob of a
+version is never removed.
 
 An existing row need not be the row that was wanted: that one may have been collected with its blob,
 and another publish, which has not written the blob yet, created it again. The ticket identifies the
@@ -29,12 +30,13 @@ from sqlalchemy import (
     delete,
     exists,
     func,
+    or_,
     select,
     tuple_,
     update,
 )
 
-from prefixd.store.catalog.tables import blobs, versions
+from prefixd.store.catalog.tables import blobs, files, versions
 from prefixd.store.db.database import insert_into, reading, writing
 from prefixd.store.names import BlobKey
 
@@ -46,7 +48,7 @@ class BlobCollected(Exception):
 
 
 def claim(connection: Connection, key: BlobKey, *, ticket: str) -> None:
-    """A version references this blob from now on, and its bytes were just verified.
+    """A version or file references this blob from now on, and its bytes were just verified.
 
     Raises BlobCollected when there is no such row, or not with the ticket that ``want`` gave.
     """
@@ -60,7 +62,7 @@ def claim(connection: Connection, key: BlobKey, *, ticket: str) -> None:
 
 
 def release(connection: Connection, tenant: str, digests: Iterable[str], *, now: datetime) -> None:
-    """Versions with these blobs were removed; mark the blobs that no other version has.
+    """Versions or files with these blobs were removed; mark the blobs that no other one has.
 
     The row is locked before its versions are queried: of two transactions that remove the last two
     versions, the second waits for the first, and then finds no version.
@@ -127,12 +129,16 @@ class BlobRows:
                 )
 
     def is_referenced(self, key: BlobKey) -> bool:
-        """Whether a version has this blob."""
-        statement = select(versions.c.version).where(
-            versions.c.tenant == key.tenant, versions.c.digest == key.digest
-        )
+        """Whether a version or a file has this blob."""
         with reading(self._engine) as connection:
-            return connection.execute(statement.limit(1)).first() is not None
+            return any(
+                connection.execute(
+                    select(table.c.digest)
+                    .where(table.c.tenant == key.tenant, table.c.digest == key.digest)
+                    .limit(1)
+                ).first()
+                for table in (versions, files)
+            )
 
     def deleted(self, keys: Collection[BlobKey]) -> tuple[BlobKey, ...]:
         """Those of ``keys`` that no version has any more."""
@@ -219,4 +225,9 @@ def _is(key: BlobKey) -> ColumnElement[bool]:
 
 
 def _referenced() -> ColumnElement[bool]:
-    return exists().where(versions.c.tenant == blobs.c.tenant, versions.c.digest == blobs.c.digest)
+    return or_(
+        *(
+            exists().where(table.c.tenant == blobs.c.tenant, table.c.digest == blobs.c.digest)
+            for table in (versions, files)
+        )
+    )

@@ -9,6 +9,7 @@
         └─── pins───────────┘   │     the one version of a prefix that stays resident
                                 │
                        blobs ──<┘     one row for every blob that exists, or may exist
+                         └───< files  files of a tenant, such as the input of a batch
 
 A deleted prefix keeps its row: it holds the next version number, and a used number never refers to
 other bytes. It also holds ``revision``, the number of writes to the prefix; a version, ``latest``
@@ -131,4 +132,22 @@ blobs = Table(
     # A publish must find the same ticket after writing the blob as before it; null: start over.
     Column("ticket", String(32)),
     Index("ix_blobs_tenant_size_bytes", "tenant", "size_bytes"),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(128), nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    # When it is removed; null: never.
+    Column("expires_at", UtcDateTime, index=True),
+    # The key that uploaded it, or that created the batch it is the output of.
+    Column("creator", String(64)),
+    Index("ix_files_tenant_created_at_id", "tenant", "created_at", "id"),
+    Index("ix_files_tenant_digest", "tenant", "digest"),
 )

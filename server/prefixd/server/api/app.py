@@ -8,6 +8,7 @@ from fastapi import Depends, FastAPI
 from prefixd.server import version
 from prefixd.server.api import error_responses, health, openapi
 from prefixd.server.api.admin import routes as admin_routes
+from prefixd.server.api.batches.options import BatchOptions
 from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.dependencies import (
     BodyLimits,
@@ -18,6 +19,7 @@ from prefixd.server.api.dependencies import (
 )
 from prefixd.server.api.disk_metrics import BucketCollector
 from prefixd.server.api.drain_state import DrainState
+from prefixd.server.api.files import routes as file_routes
 from prefixd.server.api.generate import routes as generate_routes
 from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.charging import Charging
@@ -48,6 +50,7 @@ from prefixd.server.api.tenant_bounds import TenantBounds
 from prefixd.server.api.users import routes as user_routes
 from prefixd.server.engine.engine import Engine
 from prefixd.server.tenants.audit import AuditLog
+from prefixd.server.tenants.batches import Batches
 from prefixd.server.tenants.bindings import Bindings
 from prefixd.server.tenants.idempotency import Idempotency
 from prefixd.server.tenants.limiter import Limiter
@@ -57,7 +60,12 @@ from prefixd.store.disk import DiskGuard
 from prefixd.store.store import PrefixStore
 
 PUBLIC = (health.router,)
-METERED = (generate_routes.router, scoring_routes.router, upload_routes.router)
+METERED = (
+    generate_routes.router,
+    scoring_routes.router,
+    upload_routes.router,
+    file_routes.upload_router,
+)
 """Counted by the limiter, in the catalog; the others by each server for itself."""
 
 KEYED = (
@@ -70,6 +78,7 @@ KEYED = (
     metadata_routes.router,
     residency_routes.router,
     user_routes.router,
+    file_routes.router,
     admin_routes.router,
 )
 
@@ -93,6 +102,8 @@ def create_app(
     inputs: InputLoader,
     constraints: ConstraintLoader,
     give_embeddings: GiveEmbeddings,
+    batches: Batches,
+    batch_options: BatchOptions,
     bounds: TenantBounds | None = None,
     body_timeout: float,
     min_body_rate: int,
@@ -140,6 +151,8 @@ def create_app(
     )
     metrics.registry.register(BucketCollector(lambda: store.num_blob_failures))
     app.state.audit = audit
+    app.state.batch_options = batch_options
+    app.state.batches = batches
     app.state.bindings = bindings
     app.state.body_limits = body_limits
     app.state.bounds = bounds or TenantBounds()

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
+from prefixd.server.api.batches.options import BatchOptions
 from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.rendering.renderer import TemplateRenderer
@@ -24,6 +25,7 @@ from prefixd.server.api.tenant_bounds import KeyedSemaphore, TenantBounds
 from prefixd.server.engine.engine import Engine
 from prefixd.server.errors import Forbidden, NotAuthenticated
 from prefixd.server.tenants.audit import AuditLog
+from prefixd.server.tenants.batches import Batches
 from prefixd.server.tenants.bindings import Bindings
 from prefixd.server.tenants.idempotency import Idempotency
 from prefixd.server.tenants.limiter import Limiter
@@ -42,6 +44,7 @@ class BodyLimits:
     max_body_bytes: int
     max_prefix_bytes: int
     max_import_bytes: int
+    max_input_bytes: int
 
 
 def part(name: str) -> Any:
@@ -53,6 +56,8 @@ def part(name: str) -> Any:
     return Depends(get)
 
 
+BatchesDep = Annotated[Batches, part("batches")]
+BatchOptionsDep = Annotated[BatchOptions, part("batch_options")]
 AuditDep = Annotated[AuditLog, part("audit")]
 BindingsDep = Annotated[Bindings, part("bindings")]
 BoundsDep = Annotated[TenantBounds, part("bounds")]

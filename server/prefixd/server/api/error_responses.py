@@ -52,6 +52,7 @@ from prefixd.store.errors import (
     InvalidReference,
     StorageFull,
     StoreError,
+    UnknownFile,
     UnknownPrefix,
     VersionInUse,
 )
@@ -69,6 +70,7 @@ _SHED_RETRY_S = 1.0
 _REPORTED: dict[type[StoreError], tuple[type[PrefixdError], str]] = {
     InvalidReference: (BadRequest, "invalid_reference"),
     UnknownPrefix: (NotFound, "prefix_not_found"),
+    UnknownFile: (NotFound, "file_not_found"),
     BaseMismatch: (Conflict, "base_mismatch"),
     VersionInUse: (Conflict, "version_in_use"),
     CorruptArtifact: (EngineFailure, "corrupt_prefix"),

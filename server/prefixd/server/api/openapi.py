@@ -27,6 +27,7 @@ from prefixd.server.api.scoring.requests import (
 from prefixd.server.api.users.routes import BindingTarget
 from prefixd.server.tenants.idempotency import KEY
 from prefixd.server.tenants.keyring import LABEL
+from prefixd.store.file_store import FILE_ID
 from prefixd.store.names import NAME, REFERENCE
 
 _BODIES: tuple[type[StrictModel], ...] = (
@@ -54,6 +55,7 @@ _PARAMETERS = {
     "version": _NAME,
     "tenant": _NAME,
     "reference": REFERENCE,
+    "file_id": f"^{FILE_ID}$",
     "key_id": "^[0-9A-Za-z]{1,128}$",
     "idempotency-key": f"^{KEY}$",
     "if-match": TAGS_PATTERN,

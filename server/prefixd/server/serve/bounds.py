@@ -1,5 +1,8 @@
-"""The bounds of one tenant that the settings select."""
+"""The bounds of one tenant, and of batches, that the settings select."""
 
+from datetime import timedelta
+
+from prefixd.server.api.batches.options import BatchOptions
 from prefixd.server.api.tenant_bounds import TenantBounds
 from prefixd.server.serve.connection_limits import ConnectionLimits, raise_descriptor_limit
 from prefixd.server.serve.settings import Settings
@@ -22,3 +25,13 @@ def tenant_bounds(settings: Settings) -> TenantBounds:
         max_uploads=settings.max_tenant_uploads,
         max_body_bytes=settings.max_tenant_body_bytes,
     )
+
+
+def batch_options(settings: Settings) -> BatchOptions:
+    """What the settings say of files and batches."""
+    return BatchOptions(max_lines=settings.max_running_lines, files_kept=files_kept(settings))
+
+
+def files_kept(settings: Settings) -> timedelta | None:
+    """For how long files and ended batches are kept; None: without an end."""
+    return None if settings.file_days is None else timedelta(days=settings.file_days)

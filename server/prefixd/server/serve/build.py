@@ -34,7 +34,7 @@ from prefixd.server.model.prefix import StorePrefixSource
 from prefixd.server.model.threads import compute, limit_thread
 from prefixd.server.model.tokenizer import Tokenizer
 from prefixd.server.serve.artifacts import Artifacts
-from prefixd.server.serve.bounds import tenant_bounds
+from prefixd.server.serve.bounds import batch_options, tenant_bounds
 from prefixd.server.serve.catalog import open_catalog
 from prefixd.server.serve.engine_config import scheduler_config, with_scores, with_states
 from prefixd.server.serve.lifespan import make_lifespan
@@ -129,7 +129,10 @@ def build_server(settings: Settings) -> Server:
             max_body_bytes=settings.max_body_bytes,
             max_prefix_bytes=settings.max_prefix_bytes,
             max_import_bytes=settings.max_import_bytes,
+            max_input_bytes=settings.max_input_bytes,
         ),
+        batches=catalog.batches,
+        batch_options=batch_options(settings),
         bounds=tenant_bounds(settings),
         body_timeout=settings.body_timeout,
         min_body_rate=settings.min_body_rate,

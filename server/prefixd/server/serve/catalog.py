@@ -17,6 +17,7 @@ from prefixd.server.errors import PrefixdError
 from prefixd.server.serve.data_folder import check_data_folder
 from prefixd.server.serve.settings import Settings
 from prefixd.server.tenants.audit import AuditLog
+from prefixd.server.tenants.batches import Batches
 from prefixd.server.tenants.bindings import Bindings
 from prefixd.server.tenants.idempotency import Idempotency
 from prefixd.server.tenants.integrity import BindingIntegrity
@@ -46,6 +47,7 @@ class CatalogParts:
     store: PrefixStore
     tenants: Tenants
     bindings: Bindings
+    batches: Batches
     limiter: Limiter
     audit: AuditLog
     idempotency: Idempotency
@@ -73,6 +75,7 @@ def open_catalog(settings: Settings, timeouts: Timeouts = COMMAND_LINE_TIMEOUTS)
         store=PrefixStore(database, _open_blobs(settings)),
         tenants=Tenants(database, default_quota=default_quota(settings)),
         bindings=Bindings(database),
+        batches=Batches(database),
         limiter=Limiter(database),
         audit=AuditLog(database),
         idempotency=Idempotency(database),
@@ -184,7 +187,7 @@ class Integrity:
         yield from self._bindings.findings()
 
     def counts(self) -> dict[str, int]:
-        """How many versions, blobs and so on were checked."""
+        """How many versions, files, blobs and so on were checked."""
         return {**self._store.counts, **self._bindings.counts}
 
 

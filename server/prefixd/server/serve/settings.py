@@ -293,6 +293,24 @@ class Settings(BaseSettings):
     max_import_bytes: int = Field(
         default=256 * MIB, ge=1024, description="Largest import of bindings, in bytes."
     )
+    max_input_bytes: int = Field(
+        default=256 * MIB,
+        ge=1024,
+        description="Largest file uploaded as the input of a batch, in bytes.",
+    )
+    max_running_lines: int = Field(
+        default=32,
+        ge=0,
+        description="Lines of batches that this server runs at a time; with 0 it runs no batches, "
+        "and other servers of the same catalog do.",
+    )
+    file_days: float | None = Field(
+        default=30.0,
+        gt=0,
+        le=36_500,
+        description="Days for which files, and batches that have ended, are kept, unless a request "
+        "says otherwise.",
+    )
     user_header: str | None = Field(
         default=None,
         description="Header whose value is the end user of a request for generation that has no "

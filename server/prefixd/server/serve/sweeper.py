@@ -7,6 +7,7 @@ from pathlib import Path
 import structlog
 
 from prefixd.server.engine.engine import Engine
+from prefixd.server.serve.bounds import files_kept
 from prefixd.server.serve.catalog import CatalogParts, upload_dir
 from prefixd.server.serve.settings import Settings
 from prefixd.server.tenants.retention import Expired, remove_expired
@@ -33,7 +34,12 @@ def make_sweeper(settings: Settings, catalog: CatalogParts, engine: Engine) -> S
     audit_kept = None if days is None else timedelta(days=days)
 
     def sweep() -> GcResult:
-        expired = remove_expired(catalog.database, audit_kept=audit_kept)
+        expired = remove_expired(
+            catalog.database,
+            audit_kept=audit_kept,
+            batches_kept=files_kept(settings),
+            store=catalog.store.files,
+        )
         if expired != Expired():
             log.info("removed expired rows", **asdict(expired))
         resident = [BlobKey(key.tenant, key.digest) for key in engine.held_prefixes()]

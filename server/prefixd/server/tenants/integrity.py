@@ -1,12 +1,15 @@
-"""Whether bindings and default prefixes refer to something, checked while servers change both."""
+"""Whether bindings, default prefixes and batches refer to something, checked while servers change
+them."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, select
+from sqlalchemy import Connection, Engine, Row, and_, select
 
-from prefixd.server.tenants.tables import bindings, tenants
+from prefixd.server.tenants.batch_state import OPEN
+from prefixd.server.tenants.tables import batches, bindings, tenants
+from prefixd.store.catalog.tables import files
 from prefixd.store.errors import InvalidReference
 from prefixd.store.integrity import Finding, Problem, pages, resolvable
 from prefixd.store.names import Reference, parse_reference
@@ -15,7 +18,8 @@ _PAGE = 500
 
 
 class BindingIntegrity:
-    """Checks that every binding and default prefix means a version, of any base.
+    """Checks that every binding and default prefix means a version, of any base, and that every
+    batch that has not ended has its input.
 
     A tenant may delete a prefix that users are bound to: their requests get 404 until it is
     uploaded again or they are bound to another one. Such a binding is a finding too.
@@ -23,7 +27,7 @@ class BindingIntegrity:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.counts = Counter(bindings=0, default_prefixes=0)
+        self.counts = Counter(bindings=0, default_prefixes=0, open_batches=0)
 
     def findings(self) -> Iterator[Finding]:
         """Every binding and default without a target. Holds one page of rows at a time."""
@@ -37,6 +41,20 @@ class BindingIntegrity:
             .limit(_PAGE)
         )
         yield from pages(self._engine, defaults, (tenants.c.name,), self._check_defaults)
+        inputs = (
+            select(
+                batches.c.id, batches.c.tenant, batches.c.input_file_id, files.c.id.label("file")
+            )
+            .outerjoin_from(
+                batches,
+                files,
+                and_(files.c.id == batches.c.input_file_id, files.c.tenant == batches.c.tenant),
+            )
+            .where(batches.c.status.in_(OPEN))
+            .order_by(batches.c.id)
+            .limit(_PAGE)
+        )
+        yield from pages(self._engine, inputs, (batches.c.id,), self._check_inputs)
 
     def _check_bindings(
         self, connection: Connection, rows: Sequence[Row[Any]]
@@ -53,6 +71,19 @@ class BindingIntegrity:
         self.counts["default_prefixes"] += len(rows)
         subjects = [(row.name, "the default prefix", row.default_prefix) for row in rows]
         return list(_without_target(connection, subjects))
+
+    def _check_inputs(self, _: Connection, rows: Sequence[Row[Any]]) -> Iterable[Finding]:
+        self.counts["open_batches"] += len(rows)
+        return [
+            Finding(
+                Problem.TARGET_MISSING,
+                row.tenant,
+                f"the batch {row.id}",
+                f"its input {row.input_file_id} does not exist",
+            )
+            for row in rows
+            if row.file is None
+        ]
 
 
 def _without_target(

@@ -11,20 +11,10 @@ The replicas share one clock: the database's, read within the statements, on Pos
 host's on SQLite. It may be set, so a row can carry a time from the future.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Double,
-    Engine,
-    func,
-    literal,
-    select,
-)
-from sqlalchemy import cast as sql_cast
+from sqlalchemy import ColumnElement, Connection, Engine
 
 from prefixd.server.errors import RateLimited
 from prefixd.server.tenants.bucket_rows import charge, take
@@ -32,6 +22,7 @@ from prefixd.server.tenants.buckets import Bucket, duration, headers_of
 from prefixd.server.tenants.leases import LEASE_S, RENEW_EVERY_S, Leases, delete_leases, new_lease
 from prefixd.server.tenants.portions import Held, Portion, Portions
 from prefixd.server.tenants.quotas import Quota
+from prefixd.server.tenants.shared_clock import shared_now
 from prefixd.store.db.database import writing_relaxed
 
 __all__ = ["LEASE_S", "RENEW_EVERY_S", "Bucket", "Grant", "Limiter", "duration", "headers_of"]
@@ -216,12 +207,7 @@ class Limiter:
         self._leases.renew(self._engine, now=self._now())
 
     def _now(self) -> ColumnElement[float]:
-        if self._clock is None and self._engine.dialect.name == "postgresql":
-            # One reading for each statement, in whose places it then is.
-            epoch = sql_cast(func.extract("epoch", func.clock_timestamp()), Double)
-            clock = select(epoch.label("now")).cte("clock")
-            return select(clock.c.now).scalar_subquery()
-        return literal((self._clock or time.time)(), Double)
+        return shared_now(self._engine, self._clock)
 
 
 def _free(connection: Connection, grant: Grant) -> bool:

@@ -32,6 +32,10 @@ class Quota:
     tokens_per_minute: int | None = None
     other_requests_per_minute: int | None = None
     max_concurrent_requests: int | None = None
+    max_files: int | None = None
+    max_file_bytes: int | None = None
+    max_batch_lines: int | None = None
+    max_open_batches: int | None = None
 
     @classmethod
     def of(cls, row: Any) -> Self:
@@ -75,6 +79,10 @@ DEFAULT_QUOTA = Quota(
     tokens_per_minute=10_000_000,
     other_requests_per_minute=10_000,
     max_concurrent_requests=512,
+    max_files=10_000,
+    max_file_bytes=10 * 2**30,
+    max_batch_lines=50_000,
+    max_open_batches=100,
 )
 """Limits of a tenant that is created, unless the operator says otherwise: far above ordinary use,
 and low enough that one tenant cannot fill a database or a disk."""

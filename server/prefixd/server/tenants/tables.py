@@ -62,6 +62,10 @@ tenants = Table(
     Column("tokens_per_minute", BigInteger),
     Column("other_requests_per_minute", BigInteger),
     Column("max_concurrent_requests", BigInteger),
+    Column("max_files", BigInteger),
+    Column("max_file_bytes", BigInteger),
+    Column("max_batch_lines", BigInteger),
+    Column("max_open_batches", BigInteger),
     # See TenantSettings.
     Column("weight", Double, nullable=False, server_default=text("1")),
     Column("kv_reuse", Boolean, nullable=False, server_default=true()),
@@ -144,4 +148,54 @@ request_leases = Table(
     Column("holder", String(32), nullable=False, index=True),
     Column("expires_at", Double, nullable=False),
     Index("ix_request_leases_tenant_expires_at", "tenant", "expires_at"),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(64), ForeignKey("tenants.name"), nullable=False),
+    # The key that created it, whose rights its lines have.
+    Column("key_id", String(16), nullable=False),
+    Column("endpoint", String(64), nullable=False),
+    Column("input_file_id", String(64), nullable=False, index=True),
+    Column("completion_window", String(16), nullable=False),
+    Column("metadata_json", Text, nullable=False),
+    # Seconds for which its output is kept; null: as other files.
+    Column("output_expires_after", BigInteger),
+    Column("status", String(16), nullable=False),
+    # The status that it gets when its files are written; null before all of it is decided.
+    Column("outcome", String(16)),
+    Column("errors_json", Text, nullable=False),
+    Column("output_file_id", String(64)),
+    Column("error_file_id", String(64)),
+    # Of lines; those that failed are in the error file.
+    Column("total", BigInteger, nullable=False),
+    Column("completed", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
+    Column("in_progress_at", UtcDateTime),
+    Column("finalizing_at", UtcDateTime),
+    Column("completed_at", UtcDateTime),
+    Column("failed_at", UtcDateTime),
+    Column("expired_at", UtcDateTime),
+    Column("cancelling_at", UtcDateTime),
+    Column("cancelled_at", UtcDateTime),
+    # The server that works on it, until ``leased_until`` (Unix time, in seconds).
+    Column("holder", String(32)),
+    Column("leased_until", Double),
+    Index("ix_batches_tenant_created_at_id", "tenant", "created_at", "id"),
+    Index("ix_batches_status_created_at", "status", "created_at"),
+)
+
+batch_answers = Table(
+    "batch_answers",
+    metadata,
+    Column("batch", String(64), ForeignKey("batches.id"), primary_key=True),
+    # The line of the input file, from 1.
+    Column("line", BigInteger, primary_key=True, autoincrement=False),
+    Column("failed", Boolean, nullable=False),
+    # A line of the output file, or of the error file.
+    Column("answer_json", Text, nullable=False),
 )

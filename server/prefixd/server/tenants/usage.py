@@ -5,13 +5,21 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Select, exists, func, or_, select
+from sqlalchemy import Connection, Select, Table, exists, func, or_, select
 
 from prefixd.server.errors import QuotaExceeded
+from prefixd.server.tenants.batch_state import ENDED
 from prefixd.server.tenants.quotas import Quota
-from prefixd.server.tenants.tables import KEPT_FOR, api_keys, bindings, idempotency_keys, tenants
+from prefixd.server.tenants.tables import (
+    KEPT_FOR,
+    api_keys,
+    batches,
+    bindings,
+    idempotency_keys,
+    tenants,
+)
 from prefixd.store.catalog.pins import pinned_tokens
-from prefixd.store.catalog.tables import aliases, blobs, prefixes, versions
+from prefixd.store.catalog.tables import aliases, blobs, files, prefixes, versions
 from prefixd.store.db.database import utc_now
 
 LEAST_KEPT_BYTES = 64 * 1024 * 1024
@@ -34,10 +42,15 @@ def _aliases(tenant: str, _now: datetime) -> Select[Any]:
 
 
 def _bytes(tenant: str, _now: datetime) -> Select[Any]:
+    return _bytes_of(versions, tenant)
+
+
+def _bytes_of(table: Table, tenant: str) -> Select[Any]:
+    """Of the blobs of versions or files, equal bytes counted once."""
     sizes = (
-        select(versions.c.digest, func.max(versions.c.size_bytes).label("size"))
-        .where(versions.c.tenant == tenant)
-        .group_by(versions.c.digest)
+        select(table.c.digest, func.max(table.c.size_bytes).label("size"))
+        .where(table.c.tenant == tenant)
+        .group_by(table.c.digest)
         .subquery()
     )
     return select(func.coalesce(func.sum(sizes.c.size), 0))
@@ -66,6 +79,19 @@ def _idempotency_keys(tenant: str, now: datetime) -> Select[Any]:
     return _count_of(idempotency_keys).where(idempotency_keys.c.tenant == tenant, kept)
 
 
+def _files(tenant: str, _now: datetime) -> Select[Any]:
+    return _count_of(files).where(files.c.tenant == tenant)
+
+
+def _file_bytes(tenant: str, _now: datetime) -> Select[Any]:
+    return select(func.coalesce(func.sum(files.c.size_bytes), 0)).where(files.c.tenant == tenant)
+
+
+def _open_batches(tenant: str, _now: datetime) -> Select[Any]:
+    is_open = batches.c.status.not_in(ENDED)
+    return _count_of(batches).where(batches.c.tenant == tenant, is_open)
+
+
 def _count_of(rows: Any) -> Select[Any]:
     return select(func.count()).select_from(rows)
 
@@ -81,6 +107,13 @@ _COUNTED: dict[str, tuple[_Count, str, str]] = {
         _idempotency_keys,
         "stored responses",
         "send no Idempotency-Key, or wait until those of today are 24 hours old",
+    ),
+    "max_files": (_files, "files", "delete a file"),
+    "max_file_bytes": (_file_bytes, "bytes of files", "delete a file"),
+    "max_open_batches": (
+        _open_batches,
+        "batches that have not ended",
+        "wait until one ends, or cancel one",
     ),
 }
 """How each quota is counted, the noun for it, and what makes room."""
@@ -145,8 +178,8 @@ def added_by_publish(connection: Connection, tenant: str, name: str, digest: str
 
 
 def check_kept(connection: Connection, tenant: str, quota: Quota) -> None:
-    """Raise QuotaExceeded when blobs without a version leave no room: they may take as much as
-    ``max_bytes`` again, and LEAST_KEPT_BYTES in any case.
+    """Raise QuotaExceeded when blobs without a version or file leave no room: they may take as much
+    as ``max_bytes`` again, and LEAST_KEPT_BYTES in any case.
 
     To be called before an upload is written: blobs of deleted versions and of refused uploads are
     kept until they are collected.
@@ -155,6 +188,8 @@ def check_kept(connection: Connection, tenant: str, quota: Quota) -> None:
         return
     total = connection.execute(_kept_bytes(tenant, utc_now())).scalar_one()
     room = quota.max_bytes + max(quota.max_bytes, LEAST_KEPT_BYTES)
+    if total > room:  # exactly: without those of files
+        total -= connection.execute(_bytes_of(files, tenant)).scalar_one()
     if total > room:
         raise QuotaExceeded(
             f"the tenant may store {room} bytes together with those of deleted versions and of "
@@ -172,5 +207,7 @@ def used_by(connection: Connection, tenant: str, *, now: datetime) -> dict[str, 
     }
     longest = select(func.max(versions.c.num_virtual_tokens)).where(versions.c.tenant == tenant)
     used["max_virtual_tokens"] = connection.execute(longest).scalar() or 0
+    most_lines = select(func.max(batches.c.total)).where(batches.c.tenant == tenant)
+    used["max_batch_lines"] = connection.execute(most_lines).scalar() or 0
     used["max_resident_tokens"] = pinned_tokens(connection, tenant)
     return used

@@ -35,6 +35,10 @@ class QuotaChange(StrictModel):
         default=None, description="That neither generate, upload nor warm; by each server."
     )
     max_concurrent_requests: Rate = None
+    max_files: Amount = None
+    max_file_bytes: Amount = Field(default=None, description="Of all files together.")
+    max_batch_lines: Amount = Field(default=None, description="Of one batch.")
+    max_open_batches: Amount = Field(default=None, description="That have not ended.")
 
 
 class TenantChange(StrictModel):

@@ -29,7 +29,7 @@ from prefixd.server.api.body import (
     spooled,
 )
 from prefixd.server.api.dependencies import BodyLimits
-from prefixd.server.api.prefixes.multipart import Upload, received
+from prefixd.server.api.multipart import Upload, received
 from prefixd.server.api.rendering.renderer import TemplateRenderer
 from prefixd.server.api.rendering.tenant_template import check_renders
 from prefixd.server.api.served import ServedModel

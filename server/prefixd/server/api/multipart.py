@@ -31,12 +31,14 @@ _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{1,70}")
 class Upload:
     """A complete upload: the small parts, the file, and the names of all received parts.
 
-    ``file`` is removed at the end of the block it was received in.
+    ``file`` is removed at the end of the block it was received in; ``filename`` is the client's
+    name for it, empty where it gave none.
     """
 
     parts: Mapping[str, bytes]
     file: Path
     names: frozenset[str]
+    filename: str
 
 
 @asynccontextmanager
@@ -72,7 +74,7 @@ async def received(
             raise BadRequest("the multipart body ends before its closing boundary")
         await spool.take(parts.pending)
         small_parts = {name: bytes(data) for name, data in parts.received.items() if name != file}
-        yield Upload(parts=small_parts, file=spool.path, names=frozenset(parts.received))
+        yield Upload(small_parts, spool.path, frozenset(parts.received), parts.filename)
 
 
 @dataclass(slots=True)
@@ -88,6 +90,7 @@ class _Parts:
     _part: str = ""
     _size: int = 0
     complete: bool = False
+    filename: str = ""
     received: dict[str, bytearray] = field(default_factory=dict)
     pending: bytearray = field(default_factory=bytearray)
 
@@ -129,6 +132,8 @@ class _Parts:
         if name in self.received:
             raise BadRequest(f"the part '{name}' came twice", code="duplicate_part", param=name)
         self._part = name
+        if name == self._file:
+            self.filename = options.get(b"filename", b"").decode("utf-8", "replace")
         self.received[name] = bytearray()
         self._headers = {}
         self._size = 0
