@@ -83,7 +83,11 @@ class Fuzzer:
         self.checks = ALL.get_by_names(CHECKS)
         self.modes = tuple(schemathesis.GenerationMode)
         document = copy.deepcopy(world.app.openapi())
-        for name in ("CompletionRequest", "ChatRequest"):  # otherwise almost all would be 404
+        for name in (
+            "CompletionRequest",
+            "ChatRequest",
+            "ResponsesRequest",
+        ):  # otherwise almost all would be 404
             model = document["components"]["schemas"][name]["properties"]["model"]
             model["enum"] = [world.served.name, "support", "absent"]
         config = schemathesis.Config.from_dict({"checks": REJECTED})

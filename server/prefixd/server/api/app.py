@@ -42,11 +42,13 @@ from prefixd.server.api.prefixes import uploads as upload_routes
 from prefixd.server.api.query import check_url
 from prefixd.server.api.rendering.renderer import TemplateRenderer
 from prefixd.server.api.request_record import Tracer
+from prefixd.server.api.responses import routes as responses_routes
 from prefixd.server.api.routing import Unrouted
 from prefixd.server.api.scoring import routes as scoring_routes
 from prefixd.server.api.scoring import tokens as token_routes
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.tenant_bounds import TenantBounds
+from prefixd.server.api.unsupported import router as unsupported_router
 from prefixd.server.api.users import routes as user_routes
 from prefixd.server.engine.engine import Engine
 from prefixd.server.tenants.audit import AuditLog
@@ -62,6 +64,7 @@ from prefixd.store.store import PrefixStore
 PUBLIC = (health.router,)
 METERED = (
     generate_routes.router,
+    responses_routes.router,
     scoring_routes.router,
     upload_routes.router,
     file_routes.upload_router,
@@ -71,6 +74,7 @@ METERED = (
 KEYED = (
     *METERED,
     token_routes.router,
+    unsupported_router,
     model_routes.router,
     prefix_routes.router,
     alias_routes.router,

@@ -40,6 +40,8 @@ class Endpoint(StrEnum):
 
     COMPLETIONS = "completions"
     CHAT = "chat_completions"
+    RESPONSES = "responses"
+    MESSAGES = "messages"
     LOGLIKELIHOOD = "loglikelihood"
 
 

@@ -19,6 +19,7 @@ from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.prefixes.aliases import AliasTarget
 from prefixd.server.api.prefixes.receiving import TextPrefix
 from prefixd.server.api.prefixes.residency import ChosenVersion
+from prefixd.server.api.responses.requests import ResponsesRequest
 from prefixd.server.api.scoring.requests import (
     DetokenizeRequest,
     LoglikelihoodRequest,
@@ -33,6 +34,7 @@ from prefixd.store.names import NAME, REFERENCE
 _BODIES: tuple[type[StrictModel], ...] = (
     CompletionRequest,
     ChatRequest,
+    ResponsesRequest,
     LoglikelihoodRequest,
     TokenizeRequest,
     DetokenizeRequest,

@@ -17,6 +17,7 @@ _OTHER_MEANING = frozenset(
         "tracestate",
         "transfer-encoding",
         "user-agent",
+        "x-api-key",
         "x-request-id",
     }
 )

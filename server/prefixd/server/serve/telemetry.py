@@ -23,6 +23,8 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT
 _OPERATIONS = {
     Endpoint.COMPLETIONS: "text_completion",
     Endpoint.CHAT: "chat",
+    Endpoint.RESPONSES: "chat",
+    Endpoint.MESSAGES: "chat",
     Endpoint.LOGLIKELIHOOD: "loglikelihood",
 }
 _FAILURES = frozenset({Outcome.ERROR, Outcome.TIMEOUT, Outcome.UNAVAILABLE})

@@ -51,6 +51,11 @@ class AnswerParser:
             else CallFinder(SYNTAX[syntax.calls], names=syntax.names, limit=syntax.max_calls)
         )
 
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether what was added last is reasoning."""
+        return self._splitter is not None and self._splitter.is_thinking
+
     def push(self, text: str) -> list[Piece]:
         """Add text. Returns the pieces that are final now."""
         reasoning, text = self._splitter.push(text) if self._splitter else ("", text)

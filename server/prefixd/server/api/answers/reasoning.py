@@ -26,6 +26,11 @@ class ReasoningSplitter:
         self._spaces = Spaces(after_mark=True)
         self._skips = False
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether what was added last is reasoning."""
+        return self._state is _State.THINKING
+
     def push(self, text: str) -> tuple[str, str]:
         """Add text. Returns the reasoning and the answer that are final now."""
         if self._state is _State.ANSWER:

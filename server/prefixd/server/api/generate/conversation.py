@@ -113,10 +113,14 @@ def _check_effort(effort: str) -> str:
     return effort
 
 
+Effort = Annotated[str, AfterValidator(_check_effort)]
+"""How much the model thinks."""
+
+
 class ToolConversation(Conversation, ToolFields):
     """A conversation with a model that may call tools and think."""
 
-    reasoning_effort: Annotated[str, AfterValidator(_check_effort)] | None = Field(
+    reasoning_effort: Effort | None = Field(
         default=None, description="`none` sets `enable_thinking` of the chat template to false."
     )
     include_reasoning: bool | None = Field(

@@ -86,11 +86,15 @@ def _check_arguments(text: str) -> str:
     return text
 
 
+Arguments = Annotated[str, AfterValidator(_check_arguments)]
+"""The JSON text of the arguments of a call: an object, or nothing."""
+
+
 class CalledFunction(StrictModel):
     """A function that was called; `arguments` is the JSON text of an object."""
 
     name: str = Field(min_length=1, max_length=256)
-    arguments: Annotated[str, AfterValidator(_check_arguments)]
+    arguments: Arguments
 
 
 class ToolCall(StrictModel):

@@ -1,12 +1,9 @@
 """Chat responses whose text is parsed: reasoning and calls as fields of their own."""
 
-import secrets
-import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from prefixd.server.api.answers.formats import SYNTAX
 from prefixd.server.api.answers.parser import (
     AnswerParser,
     AnswerSyntax,
@@ -20,10 +17,9 @@ from prefixd.server.api.answers.pieces import (
     Piece,
     Reasoning,
 )
+from prefixd.server.api.generate.answer_blocks import call_id, random_id
 from prefixd.server.api.generate.formatter import ChatFormatter, ResponseFormatter
 from prefixd.server.engine.request import Event, FinishEvent, FinishReason, TokenEvent
-
-_ALPHABET = string.ascii_letters + string.digits
 
 
 @dataclass(slots=True)
@@ -114,9 +110,7 @@ class ParsedChatFormatter(ChatFormatter):
                 raise AssertionError("what was sent of a broken call stands")
 
     def _new_id(self) -> str:
-        size = None if self.syntax.calls is None else SYNTAX[self.syntax.calls].id_size
-        letters = "".join(secrets.choice(_ALPHABET) for _ in range(size or 24))
-        return letters if size else f"call_{letters}"
+        return call_id(self.syntax, random_id(), head="call_")
 
 
 def parsing(formatter: ResponseFormatter, syntax: AnswerSyntax | None) -> ResponseFormatter:
