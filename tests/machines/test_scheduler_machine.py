@@ -145,6 +145,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             speculate=speculate,
             state_blocks=state_blocks,
         )
+        self.watch_preemptions()
         self.scheduler = Scheduler(self.config, namespace="model")
         self.runner = FakeRunner(block_size=BLOCK, depth=depth, state_blocks=state_blocks)
         self.now = 0.0
@@ -163,6 +164,33 @@ class SchedulerMachine(RuleBasedStateMachine):
             charge(tenant, tokens)
 
         self.scheduler.waiting.charge = charge_and_count  # type: ignore[method-assign]
+        self.watch_share()
+
+    def watch_share(self) -> None:
+        """Note what the background class is allowed in a step; None: all."""
+        self.allowed: int | None = None
+        share = self.scheduler.background_builder.share
+        tokens = share.tokens
+
+        def allow(step: Step) -> int:
+            self.allowed = tokens(step)
+            return self.allowed
+
+        share.tokens = allow  # type: ignore[method-assign]
+
+    def watch_preemptions(self) -> None:
+        """Note what is preempted, and check that the background class is first."""
+        self.planning = False
+        self.preempted: list[int] = []
+        preempt = Scheduler.preempt
+
+        def preempt_and_note(scheduler: Scheduler, sequence: Sequence) -> None:
+            if self.planning and not sequence.background and not sequence.num_yields:
+                assert not scheduler.background.running, "the background class gives way first"
+            self.preempted.append(sequence.seq_id)
+            preempt(scheduler, sequence)
+
+        self.patch.setattr(Scheduler, "preempt", preempt_and_note)
 
     # -- requests ----
 
@@ -184,6 +212,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_given=st.sampled_from([0, 0, 2, 5, 13]),
         source=st.sampled_from([(), (3,), tuple(range(5)), tuple(range(9))]),
         scoring=st.sampled_from([None, None, Scoring(1), Scoring(6, top=1)]),
+        background=st.sampled_from([False, False, True]),
     )
     def add(
         self,
@@ -204,6 +233,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_given: int,
         source: tuple[int, ...],
         scoring: Scoring | None,
+        background: bool,
     ) -> object:
         handle = None if prefix is None else PREFIXES[TENANTS.index(tenant) * EACH + prefix]
         if self.config.state_blocks:
@@ -240,6 +270,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             inputs=inputs,
             source=source,
             scoring=None if source else scoring,
+            background=background,
         )
         self.scores[seq_id] = []
         sequence = Sequence(seq_id, request, 0, 0, list(prompt))
@@ -248,6 +279,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             del self.alive[ended.seq_id]
             if ended.reason is FinishReason.SHED:
                 assert ended.started is None, "what has started is not shed"
+                assert not background, "a background request sheds others"
+                assert not ended.background, "a background request is shed"
             else:
                 assert ended is sequence
                 assert handle is not None
@@ -277,6 +310,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 assert sequence.reason is FinishReason.SHED
                 assert sequence.started is None
+                assert not sequence.background, "a background request waits as long as it takes"
             del self.alive[sequence.seq_id]
         for sequence in self.alive.values():
             timeout_s = sequence.request.timeout_s
@@ -290,8 +324,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         before = [s for s in self.scheduler.running if s.num_remaining == 1]
         decodes = {s.seq_id for s in before if not self.may_wait(s)}
         proving = self.scheduler.recovery.proving
-        preemptions = self.scheduler.num_preemptions
+        preempted = len(self.preempted)
         waited = self.ready_tenants()
+        unstarted = {s.seq_id for s in self.scheduler.background.waiting}
+        self.was_running = bool(self.scheduler.running)
         step = self.plan()
         self.check_budgets()
         self.check_fairness(waited & self.ready_tenants())
@@ -300,10 +336,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         if proving and self.scheduler.recovery.proving:
             assert step.num_parts <= 1, "a sequence of a failed step must run alone"
         elif not proving:
-            assert len(missed) <= self.scheduler.num_preemptions - preemptions, "a decode stalled"
+            assert missed <= set(self.preempted[preempted:]), "a decode stalled"
             self.check_step_budget(step, planned & {s.seq_id for s in before})
-        self.scheduler.step_budget.observe(step, speed * step.num_tokens)
+            self.check_background(step, unstarted)
+        self.scheduler.observe(step, speed * step.num_tokens)
         self.end_all(self.run(step))
+
+    def check_background(self, step: Step, unstarted: set[int]) -> None:
+        """The foreground is first in the step and at the start, and is prolonged by little."""
+        background = self.scheduler.background
+        ids = {s.seq_id for s in self.scheduler.sequences() if s.background}
+        num_foreground = len(step.chunks) if step.num_foreground is None else step.num_foreground
+        assert [chunk.seq_id in ids for chunk in step.chunks] == [
+            place >= num_foreground for place in range(len(step.chunks))
+        ]
+        if self.allowed is not None:
+            num_encoded = sum(chunk.num_encoded for chunk in step.chunks[num_foreground:])
+            assert step.background_tokens - num_encoded <= self.allowed, "more than its share"
+        elif step.background_tokens:
+            assert not num_foreground
+            assert not self.was_running, "the foreground waits for a step without it"
+        if unstarted & {sequence.seq_id for sequence in background.running}:
+            waiting = self.scheduler.waiting
+            ready = [s for s in waiting if self.scheduler.memory.is_ready(s)]
+            assert not ready, "the foreground waits, and the background class starts"
 
     def may_wait(self, sequence: Sequence) -> bool:
         """Whether the sequence may miss a step until its pending token has come."""
@@ -311,7 +367,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         return sequence.num_pending > 0 and (sequence.is_complete or speculates)
 
     def plan(self) -> Step:
+        self.allowed, self.planning = None, True
         step = self.scheduler.schedule(now=self.now)
+        self.planning = False
         self.check_step(step)
         self.fetching += step.fetches
         return step
@@ -413,7 +471,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_step_budget(self, step: Step, decodes: set[int]) -> None:
         limit = self.scheduler.step_budget.prompt_tokens(num_decoding=len(decodes))
         assert limit is not None
-        num_prompt = step.num_tokens - step.num_encoded - len(decodes)
+        num_prompt = step.num_tokens - step.num_encoded - len(decodes) - step.background_tokens
         assert num_prompt <= limit, "streams wait too long for prompts"
 
     def check_budgets(self) -> None:

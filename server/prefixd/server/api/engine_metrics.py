@@ -27,6 +27,18 @@ _COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Prompt tokens of requests."),
     "generation_tokens": ("generated_tokens", "Tokens generated."),
     "num_preemptions": ("preemptions", "Sequences preempted: no free KV blocks."),
+    "background_tokens": (
+        "background_tokens",
+        "Prompt, virtual and output tokens run for the background class.",
+    ),
+    "background_generation_tokens": (
+        "background_generated_tokens",
+        "Tokens generated for the background class.",
+    ),
+    "background_preemptions": (
+        "background_preemptions",
+        "Sequences of the background class preempted: others needed the KV blocks.",
+    ),
     "prefix_compiles": ("prefix_compiles", "Prefixes compiled to KV."),
     "prefix_compile_seconds": (
         "compile_seconds",
@@ -46,6 +58,18 @@ _COUNTERS = {
 }
 _GAUGES = {
     "num_tokens_waiting": ("waiting_tokens", "Prompt and output tokens that wait."),
+    "background_requests_running": (
+        "background_running",
+        "Sequences of the background class running.",
+    ),
+    "background_requests_waiting": (
+        "background_waiting",
+        "Sequences of the background class waiting.",
+    ),
+    "background_tokens_waiting": (
+        "background_waiting_tokens",
+        "Prompt and output tokens that wait in the background class.",
+    ),
     "threads": ("threads", "Threads that computed the last forward pass."),
     "prefixes_resident": ("prefixes_resident", "Prefixes in the pool."),
     "prefixes_pinned": ("pinned_prefixes", "Prefixes that are pinned."),

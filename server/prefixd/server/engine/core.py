@@ -118,7 +118,10 @@ class EngineCore:
                 self._outputs.deliver()
         self.published.update(self.scheduler)
         self.turn_began = None
-        return step.has_work or in_flight > 0
+        if step.has_work or in_flight:
+            return True
+        self._pipeline.pause()
+        return False
 
     def idle_timeout(self) -> float | None:
         """Seconds until the next turn when there was no step to run; None: nothing waits."""
@@ -166,12 +169,12 @@ class EngineCore:
         """Collect the oldest step in flight, and report its output. False: it failed, and nothing
         is in flight any more."""
         try:
-            step, output, seconds = self._pipeline.collect()
+            step, output, seconds, period = self._pipeline.collect()
         except StepFailed as failure:  # it ends no loop
             self._step_failed(failure)
             return False
         self.failures.count = 0
-        self.scheduler.observe(step, seconds)
+        self.scheduler.observe(step, seconds, period_s=period)
         if step.masked:
             self._end_unmasked()
             self._masks.advance(step, output.sampled)

@@ -102,10 +102,10 @@ class Engine:
             if deliver is not None:
                 deliver()
 
-    def check_room(self, tenant: str, *, weight: float = 1.0) -> None:
-        """Raise QueueFull when ``submit`` would, for any request of ``tenant``: to be checked
-        before the work of admission."""
-        self._queue_limiter.check(tenant, weight=weight)
+    def check_room(self, tenant: str, *, weight: float = 1.0, background: bool = False) -> None:
+        """Raise QueueFull when ``submit`` would, for any request of ``tenant``, which may be of the
+        ``background`` class: to be checked before the work of admission."""
+        self._queue_limiter.check(tenant, weight=weight, background=background)
 
     def abort(self, request_id: str) -> None:
         """End a request's sequences now and free everything they hold; unknown ids are ignored."""
@@ -290,7 +290,7 @@ class Engine:
                 self._stats_requests.popleft().set_result(stats)
         scheduler = self.core.scheduler
         with self._wake:
-            self._busy = bool(scheduler.running or scheduler.waiting.num_sequences)
+            self._busy = not scheduler.idle
 
     def _answer_state(self, answer: Future[dict[str, Any]]) -> None:
         """Set ``debug_state`` as the result. An exception in it does not end the thread."""

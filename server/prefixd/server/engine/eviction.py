@@ -24,6 +24,15 @@ are free and always go first. Then, in this order::
     a place among those that | a staged prefix that no sequence waits  |
     are loading              | for, or that the last step passed over  |
 
+Before all of that, sequences of the background class give way: the youngest is preempted, until
+there is room or none runs; then their prefixes that compile start over. For their own needs::
+
+    room for                 | is taken from                           | but never from
+    -------------------------+-----------------------------------------+-------------------------
+    a block, a start or a    | idle prefixes [1]                       | the foreground; kept
+    prefix                   |                                         | prefixes, waited for or
+                             |                                         | unused with waiters [4]
+
 Always: a prefix that is loading and has no claim is dropped; a retired one (deleted or replaced)
 leaves when it has no claim and no running sequence.
 
@@ -32,9 +41,10 @@ leaves when it has no claim and no running sequence.
 [2] Pinned, LEAVING (its room is promised), or forced in and not yet used by its waiters.
 [3] One block for each running sequence, so that none starts only to be preempted; and the blocks
     promised to an overdue prefix, except for the first use of a prefix that has just come in.
+[4] Unless nothing of the foreground is alive, and nothing else of the background class runs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -55,6 +65,11 @@ class EvictionPlan:
     is_enough: bool
     lacks_blocks: bool
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether it makes enough room at once."""
+        return self.is_enough and all(victim.idle for victim in self.victims)
+
 
 class EvictionPolicy:
     """Chooses what leaves the pool, and evicts it.
@@ -62,8 +77,16 @@ class EvictionPolicy:
     ``retired`` versions were deleted or replaced: each leaves as soon as it is not needed.
     """
 
-    def __init__(self, config: SchedulerConfig, *, memory: Memory) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        memory: Memory,
+        give_way: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``give_way()``: take blocks from the background class; False: it holds none."""
         self._config = config
+        self._give_way = give_way
         self._memory = memory
         self._residency = memory.residency
         self.retired: set[PrefixKey] = set()
@@ -71,33 +94,49 @@ class EvictionPolicy:
     # -- room for sequences ----
 
     def room_to_start(
-        self, step: Step, sequence: Sequence, reused: list[int], *, num_running: int, promised: int
+        self,
+        step: Step,
+        sequence: Sequence,
+        reused: list[int],
+        *,
+        num_running: int,
+        promised: int,
+        kept: bool,
     ) -> bool:
         """Make room for ``sequence`` to start, if that is possible within the headroom [3].
 
-        ``promised`` blocks are kept for an overdue prefix. Of the ``reused`` blocks those held by
-        running sequences take no room.
+        ``promised`` blocks are reserved for an overdue prefix. Of the ``reused`` blocks those held
+        by running sequences take no room. ``kept``: kept prefixes may leave for it.
         """
         pool = self._memory.pool
-        held = sum(pool.references(block) > 0 for block in reused)
-        need = self._memory.blocks_to_start(sequence) - held
+        need = self._need(sequence, reused)
         headroom = num_running
-        if num_running and not self._is_first_use(sequence):
+        if num_running and not self._memory.is_first_use(sequence):
             headroom += promised
+        while pool.num_free < need + headroom and not sequence.background and self._give_way():
+            need = self._need(sequence, reused)
         if pool.num_free >= need + headroom:
             return True
-        idle = self._evictable(sequence, kept=not num_running)
+        idle = self._evictable(sequence, kept=kept)
+        if sequence.background and not kept:
+            idle = filter(self._is_spare, idle)
         victims = self._enough(idle, need + headroom - pool.num_free)
         if victims is None:
             return False
         self._evict_until(step, victims, need)
         return True
 
+    def _need(self, sequence: Sequence, reused: list[int]) -> int:
+        held = sum(self._memory.pool.references(block) > 0 for block in reused)
+        return self._memory.blocks_to_start(sequence) - held
+
     def room_for_block(self, step: Step, *, alone: bool) -> bool:
         """Make sure that a block is free; ``alone``: only one sequence runs.
 
         Called before any compile is planned in ``step``: a planned one must keep its blocks.
         """
+        while not self._memory.pool.num_free and self._give_way():
+            pass
         if self._memory.pool.num_free:
             return True
         if self._evict_one(step, kept=False):
@@ -109,9 +148,29 @@ class EvictionPolicy:
             self._evict_one(step, kept=True)
         return self._memory.pool.num_free > 0
 
-    def _is_first_use(self, sequence: Sequence) -> bool:
-        entry = self._residency.get(sequence.prefix.key) if sequence.prefix else None
-        return entry is not None and not entry.num_uses
+    def room_for_background_block(self, step: Step, *, alone: bool) -> bool:
+        """Make sure that a block is free for a sequence of the background class; ``alone``: nothing
+        else runs, and nothing of the foreground waits. Called before any of its compiles is
+        planned in ``step``."""
+        if self._memory.pool.num_free:
+            return True
+        idle = self._evictable(None, kept=alone)
+        victim = next(idle if alone else filter(self._is_spare, idle), None)
+        if victim is not None:
+            self.evict(step, victim)
+            return True
+        compiling = [e for e in self._residency.compiling() if not self._is_wanted(e)]
+        if compiling:
+            self._residency.unplace(compiling[-1])
+        return self._memory.pool.num_free > 0
+
+    def _is_wanted(self, entry: Entry) -> bool:
+        return self._residency.is_wanted(entry.key)
+
+    def _is_spare(self, entry: Entry) -> bool:
+        """Whether a prefix may leave for the background class, as far as waiters are concerned."""
+        is_new = not entry.num_uses and entry.key in self._residency.background_waiters
+        return not is_new and entry.key not in self._residency.waiters
 
     def _evictable(self, sequence: Sequence | None, *, kept: bool) -> Iterator[Entry]:
         """Idle prefixes in the order [1], without the one of ``sequence``, and without those that
@@ -167,12 +226,19 @@ class EvictionPolicy:
     # -- room for prefixes ----
 
     def plan_for(
-        self, entry: Entry, *, cap: int | None, forces: bool, promised: Entry | None = None
+        self,
+        entry: Entry,
+        *,
+        cap: int | None,
+        forces: bool,
+        promised: Entry | None = None,
+        spares: bool = False,
     ) -> EvictionPlan:
         """Choose the prefixes that leave for ``entry``, so that it fits the pool, the budget and
         its tenant's ``cap``. Room that is ``promised`` to another prefix is not free.
 
-        One that ``forces`` follows the rules of an overdue prefix.
+        One that ``forces`` follows the rules of an overdue prefix. One that ``spares`` leaves those
+        in place that the background class waits for and has not used.
         """
         residency, budget = self._residency, self._config.max_resident_tokens
         tenant, size = entry.key.tenant, entry.num_tokens
@@ -186,8 +252,9 @@ class EvictionPolicy:
             return EvictionPlan([], is_enough=True, lacks_blocks=False)
         victims: dict[PrefixKey, Entry] = {}
         candidates = partial(self._overdue_candidates, entry, cap) if forces else self._candidates
+        is_candidate = self._is_spare if spares else _is_any
         if over_cap > 0:
-            for own in candidates(tenant):
+            for own in filter(is_candidate, candidates(tenant)):
                 victims[own.key] = own
                 over_cap -= own.num_tokens
                 if over_cap <= 0:
@@ -197,7 +264,7 @@ class EvictionPolicy:
         over_budget -= sum(victim.num_tokens for victim in victims.values())
         lacking -= sum(victim.num_blocks for victim in victims.values())
         if max(over_budget, lacking) > 0:
-            for candidate in candidates(None):
+            for candidate in filter(is_candidate, candidates(None)):
                 if candidate.key not in victims:
                     victims[candidate.key] = candidate
                     over_budget -= candidate.num_tokens
@@ -279,3 +346,7 @@ class EvictionPolicy:
     def evict(self, step: Step, entry: Entry) -> None:
         """Evict an idle prefix, to the host tier unless it is retired."""
         self._memory.evict(step, entry, save=entry.key not in self.retired)
+
+
+def _is_any(_entry: Entry) -> bool:
+    return True

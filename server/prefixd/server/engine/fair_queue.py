@@ -26,7 +26,7 @@ visits what could run now at any depth, and of the rest only the front::
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -160,6 +160,11 @@ class FairQueue:
         tenant = max(self._queues, key=lambda t: self.tokens_of(t) / self.weight(t))
         queued = reversed(self._queues[tenant].sequences)
         return next((sequence for sequence in queued if sequence.started is None), None)
+
+    def has_runnable(self, ready: Container[PrefixKey]) -> bool:
+        """Whether a sequence waits that needs no prefix, or one that is ``ready``."""
+        keys = (key for queue in self._queues.values() for key in queue.by_prefix)
+        return any(key is None or key in ready for key in keys)
 
     def in_order(
         self, *, ready: Iterable[PrefixKey], depth: int, lookahead: int = LOOKAHEAD

@@ -7,7 +7,8 @@
 
 A mask depends on a sequence's tokens alone, so it is begun as soon as these are known, and joined
 just before its row is sampled. A tenant whose masks were slow has its sequences in no step before
-their masks are there: free rows and other tenants do not wait for them.
+their masks are there: free rows and other tenants do not wait for them. So it is for all of the
+background class; its masks come after those of others, and slow ones hold only its own.
 """
 
 import itertools
@@ -33,6 +34,13 @@ NUM_HELD = 256
 """Masks of a tenant that are waited for that way after a slow one."""
 
 _STOP = 2
+
+_Owner = tuple[str, bool]
+"""A tenant, and whether the sequence is of the background class."""
+
+
+def _owner(sequence: Sequence) -> _Owner:
+    return sequence.tenant, sequence.background
 
 
 @dataclass(eq=False, slots=True)
@@ -63,7 +71,7 @@ class MaskWorker:
         ``clock`` measures a mask, in seconds."""
         self._wake, self._clock, self._num_threads = wake, clock, threads
         self._rows: dict[int, _Row] = {}
-        self._held: dict[str, int] = {}  # by tenant: masks until it is trusted again
+        self._held: dict[_Owner, int] = {}  # masks until it is trusted again
         self._jobs: queue.PriorityQueue[tuple[int, int, _Row | None, Items[int]]]
         self._jobs = queue.PriorityQueue()
         self._order = itertools.count()
@@ -92,9 +100,9 @@ class MaskWorker:
                 self._begin(row, ids)
 
     def holds(self, sequence: Sequence) -> bool:
-        """Whether the sequence is to be in no step now: its tenant's masks are slow, and it has
-        none yet."""
-        if sequence.tenant not in self._held:
+        """Whether the sequence is to be in no step now: its tenant's masks are slow, or it is of
+        the background class, and it has none yet."""
+        if not sequence.background and _owner(sequence) not in self._held:
             return False
         row = self._rows.get(sequence.seq_id)
         return row is not None and (sequence.num_pending > 0 or not row.done.is_set())
@@ -151,7 +159,7 @@ class MaskWorker:
     def _begin(self, row: _Row, token_ids: Items[int]) -> None:
         row.done.clear()
         row.num_tokens += len(token_ids)
-        is_held = row.sequence.tenant in self._held
+        is_held = row.sequence.background or _owner(row.sequence) in self._held
         if len(self._threads) < min(self._num_threads, len(self._rows)):
             thread = threading.Thread(
                 target=self._run, name=f"masks-{len(self._threads)}", daemon=True
@@ -167,23 +175,23 @@ class MaskWorker:
                 return
             began = self._clock()
             row.mask, row.end = _compute(row, token_ids)
-            is_held = self._count(row.sequence.tenant, self._clock() - began)
+            is_held = self._count(_owner(row.sequence), self._clock() - began)
             row.done.set()
-            if is_held:
+            if is_held or row.sequence.background:
                 self._wake()
 
-    def _count(self, tenant: str, seconds: float) -> bool:
-        """Take in how long a mask took. Returns whether steps wait for those of its tenant."""
+    def _count(self, owner: _Owner, seconds: float) -> bool:
+        """Take in how long a mask took. Returns whether steps wait for those of its owner."""
         with self._lock:
             self._num_masks += 1
             self._seconds += seconds
-            held = self._held.get(tenant, 0)
+            held = self._held.get(owner, 0)
             if seconds > SLOW_S:
-                self._held[tenant] = NUM_HELD
+                self._held[owner] = NUM_HELD
             elif held > 1:
-                self._held[tenant] = held - 1
+                self._held[owner] = held - 1
             elif held:
-                del self._held[tenant]
+                del self._held[owner]
         return bool(held) or seconds > SLOW_S
 
 

@@ -113,6 +113,11 @@ class Memory:
         entry = self.residency.get(sequence.prefix.key)
         return entry is not None and entry.stage is Stage.RESIDENT
 
+    def is_first_use(self, sequence: Sequence) -> bool:
+        """Whether none has started under its prefix since that was compiled."""
+        entry = self.residency.get(sequence.prefix.key) if sequence.prefix else None
+        return entry is not None and not entry.num_uses
+
     def adopt_prefix(self, sequence: Sequence) -> None:
         """Give a ready sequence the positions of its prefix in the pool.
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
+from prefixd.server.engine.background import Background
 from prefixd.server.engine.fair_queue import FairQueue
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.recovery import Recovery
@@ -19,11 +20,13 @@ class NewTokens:
         self,
         *,
         waiting: FairQueue,
+        background: Background,
         memory: Memory,
         recovery: Recovery,
         speculation: Speculation,
     ) -> None:
         self._waiting = waiting
+        self._background = background
         self._memory = memory
         self._recovery = recovery
         self._speculation = speculation
@@ -97,7 +100,8 @@ class NewTokens:
         num_full = (sequence.num_prefix_tokens % size + num_computed) // size
         if num_full > sequence.num_remembered and sequence.state is State.RUNNING:
             self._memory.reuse.remember(sequence, upto=num_computed)
-        self._waiting.charge(sequence.tenant, 1)
+        waiting = self._background.waiting if sequence.background else self._waiting
+        waiting.charge(sequence.tenant, 1)
         sequence.tokens.append(sampled.token_id)
         return end
 

@@ -21,11 +21,13 @@ class StepFailed(Exception):
 
 
 class Collected(NamedTuple):
-    """A step that has run, its output, and the seconds that the device spent on it."""
+    """A step that has run, its output, the seconds that the device spent on it, and those since the
+    step before it was collected, or the same after a pause."""
 
     step: Step
     output: StepOutput
     seconds: float
+    period: float
 
 
 class Pipeline:
@@ -36,6 +38,7 @@ class Pipeline:
         self._in_flight: deque[tuple[Step, float, bool]] = deque()
         self._unmasked: Step | None = None  # whose masks are to come
         self._collected_at = 0.0
+        self._paused = True
 
     def __len__(self) -> int:
         return len(self._in_flight)
@@ -75,8 +78,15 @@ class Pipeline:
             self.discard()
             raise StepFailed(step, error, alone=alone) from error
         # The device began with it when it was submitted, or when the step before had ended.
-        began, self._collected_at = max(submitted_at, self._collected_at), time.perf_counter()
-        return Collected(step, output, self._collected_at - began)
+        before, self._collected_at = self._collected_at, time.perf_counter()
+        seconds = self._collected_at - max(submitted_at, before)
+        period = seconds if self._paused else self._collected_at - before
+        self._paused = False
+        return Collected(step, output, seconds, period)
+
+    def pause(self) -> None:
+        """Nothing is in flight, and there is no next step yet."""
+        self._paused = True
 
     def discard(self) -> None:
         """Wait for the steps in flight, and drop their output."""

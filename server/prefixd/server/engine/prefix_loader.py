@@ -7,15 +7,20 @@ in, one prefix at a time: enough others become LEAVING, so that no sequence star
 are evicted when those that run have ended. A prefix that has come in is used at least once before
 it can be forced out again. So two prefixes that do not fit together alternate, instead of evicting
 each other unused. ``eviction`` has the rules of what leaves.
+
+The background class loads its prefixes with what is left of a step, in at most half of the places,
+and forces none in. What the foreground loads does not wait for it.
 """
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import chain
 
+from prefixd.server.engine.background import Background
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.entries import Entry, Stage
-from prefixd.server.engine.eviction import EvictionPolicy
+from prefixd.server.engine.eviction import EvictionPlan, EvictionPolicy
 from prefixd.server.engine.fair_queue import FairQueue
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.prefix_source import CORRUPT_PREFIX, STORAGE_UNAVAILABLE, StagedPrefix
@@ -42,12 +47,14 @@ class PrefixLoader:
         memory: Memory,
         waiting: FairQueue,
         eviction: EvictionPolicy,
+        background: Background,
     ) -> None:
         self._config = config
         self._memory = memory
         self._residency = memory.residency
         self._waiting = waiting
         self._eviction = eviction
+        self._background = background
         self._step = 0
         self._tried: set[tuple[PrefixKey, bool]] = set()
         self._caps: Mapping[str, int] = {}
@@ -182,10 +189,42 @@ class PrefixLoader:
         if not residency.num_loading:
             return
         for entry in residency.staged_entries():
-            if has_room or entry.key == self.forcing:
+            if residency.is_wanted(entry.key) and (has_room or entry.key == self.forcing):
                 self._place(step, entry, overdue=entry.key == self.forcing)
         for entry in residency.compiling():
+            if residency.is_wanted(entry.key):
+                self._compile(step, entry)
+
+    @property
+    def wants_room(self) -> bool:
+        """Whether the foreground waits for a prefix that has been fetched and has no room yet."""
+        return any(map(self._is_awaited, self._residency.staged_entries()))
+
+    def _is_awaited(self, entry: Entry) -> bool:
+        return entry.key in self._residency.waiters or entry.key in self.preloads.pending
+
+    def load_for_background(self, step: Step, sequence: Sequence, *, forces: bool) -> None:
+        """Take the prefix of a waiting sequence of the background class one stage further.
+        ``forces``: nothing else is alive, and what is idle leaves for it."""
+        assert sequence.prefix is not None
+        key, residency = sequence.prefix.key, self._residency
+        entry = residency.get(key)
+        if entry is None and residency.num_loading < max(1, self._config.max_staged // 2):
+            entry = self._fetch(step, sequence.prefix)
+        if entry is None or residency.is_wanted(key):
+            return
+        entry.requested_at, entry.cap = self._step, sequence.request.max_resident_tokens
+        if entry.stage is Stage.STAGED:
+            self._place_for_background(step, entry, forces=forces)
+        if entry.stage is Stage.COMPILING:
             self._compile(step, entry)
+
+    def compile_for_background(self, step: Step) -> None:
+        """Continue with the compiles that the background class alone waits for."""
+        if self._residency.num_loading:
+            for entry in self._residency.compiling():
+                if not self._residency.is_wanted(entry.key):
+                    self._compile(step, entry)
 
     def compile_alone(self, step: Step, entry: Entry) -> bool:
         """Continue with one prefix, in a step of its own; False: it has no room now."""
@@ -199,7 +238,10 @@ class PrefixLoader:
         and not again at once after a failure."""
         if self._residency.get(handle.key) is None:
             entry = Entry(handle.key, handle.num_tokens)
-            plan = self._eviction.plan_for(entry, cap=cap, forces=False)
+            spares = not self._is_awaited(entry)
+            plan = self._eviction.plan_for(entry, cap=cap, forces=False, spares=spares)
+            while plan.lacks_blocks and self._would_fit(entry) and self._gives_way(entry, plan):
+                plan = self._eviction.plan_for(entry, cap=cap, forces=False)
             if not plan.is_enough or self.failure(handle.key, now=now) is not None:
                 return
         self._advance(step, handle, cap=cap)
@@ -238,7 +280,7 @@ class PrefixLoader:
             return
         remaining = entry.num_tokens - entry.num_compiled
         size = min(step.budget, step.max_chunk - step.num_compiled, remaining)
-        if not size:
+        if size <= 0:
             return
         assert entry.payload is not None
         start = entry.num_compiled
@@ -248,7 +290,9 @@ class PrefixLoader:
         step.compiles.append(part)
         self._residency.compiles(entry, size)
         step.budget -= size
-        self._waiting.charge(entry.key.tenant, size)
+        is_wanted = self._residency.is_wanted(entry.key)
+        waiting = self._waiting if is_wanted else self._background.waiting
+        waiting.charge(entry.key.tenant, size)
 
     def _place(self, step: Step, entry: Entry, *, overdue: bool) -> None:
         """Give a staged prefix its blocks if there is room; an overdue one may force it."""
@@ -259,8 +303,13 @@ class PrefixLoader:
         if self.forcing == entry.key:
             self._stop_forcing()  # chosen again, from the present state
         forced = None if self.forcing is None else self._residency.get(self.forcing)
-        plan = self._eviction.plan_for(entry, cap=entry.cap, forces=forces, promised=forced)
-        if plan.is_enough and all(victim.idle for victim in plan.victims):
+        plan_for = partial(
+            self._eviction.plan_for, entry, cap=entry.cap, forces=forces, promised=forced
+        )
+        plan = plan_for(spares=not self._is_awaited(entry))
+        while not plan.is_usable and self._gives_way(entry, plan):
+            plan = plan_for()
+        if plan.is_usable:
             self.num_swaps += any(v.key in self._residency.waiters for v in plan.victims)
             for victim in plan.victims:
                 self._eviction.evict(step, victim)
@@ -271,6 +320,35 @@ class PrefixLoader:
             self.promised = self._config.prefix_blocks(entry.num_tokens) * plan.lacks_blocks
             for victim in plan.victims:
                 self._residency.leave(victim)
+
+    def _gives_way(self, entry: Entry, plan: EvictionPlan) -> bool:
+        """Take what a plan lacks from the background class; False: it has nothing of it. It keeps
+        it where a prefix is only pinned: a sequence that needs the room of a pin would never end.
+        """
+        if not self._is_awaited(entry):
+            return False
+        if plan.lacks_blocks:
+            return self._background.give_way()
+        return self._background.give_way_under_prefix()
+
+    def _would_fit(self, entry: Entry) -> bool:
+        """Whether the blocks of the background class are enough for a prefix."""
+        held = sum(sequence.num_blocks for sequence in self._background.running)
+        free = self._memory.pool.num_free + held
+        return self._config.prefix_blocks(entry.num_tokens) <= free
+
+    def _place_for_background(self, step: Step, entry: Entry, *, forces: bool) -> None:
+        if (entry.key, forces) in self._tried:
+            return
+        self._tried.add((entry.key, forces))
+        forced = None if self.forcing is None else self._residency.get(self.forcing)
+        plan = self._eviction.plan_for(
+            entry, cap=entry.cap, forces=forces, promised=forced, spares=True
+        )
+        if plan.is_usable:
+            for victim in plan.victims:
+                self._eviction.evict(step, victim)
+            step.fresh += self._residency.place(entry, forced=False)
 
     def _stop_forcing(self) -> None:
         self.forcing, self.promised = None, 0

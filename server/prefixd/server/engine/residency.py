@@ -21,10 +21,10 @@ Two counts complete the stage. ``num_users`` sequences run under an entry now; i
 any. ``num_uses`` have started under it since it was compiled; one without any that was ``forced``
 in is reserved for the sequences that wait for it.
 
-A prefix is claimed by each sequence that waits for it (``waiters``), by a pin (``pins``) and by a
-preload (``preloads``). The blocks of an entry are referenced by the entry itself and by the block
-table of each sequence under it, unless the prefix is gated: then by the entry alone, which cannot
-leave while it has users.
+A prefix is claimed by each sequence that waits for it (``waiters``; those of the background class
+are ``background_waiters``), by a pin (``pins``) and by a preload (``preloads``). The blocks of an
+entry are referenced by the entry itself and by the block table of each sequence under it, unless
+the prefix is gated: then by the entry alone, which cannot leave while it has users.
 """
 
 from collections import Counter
@@ -56,8 +56,9 @@ class Residency:
     """Entries by prefix key.
 
     What a step looks at is kept by itself, so that it walks no other entries: ``order`` of use;
-    ``ready`` and ``reserved`` entries, for which sequences wait; ``missing_pins``, which are not
-    compiled; and ``changed``, the keys whose tier may be another since the set was cleared.
+    ``ready`` and ``reserved`` entries, for which sequences wait, and ``background_ready`` ones, for
+    which sequences of the background class do; ``missing_pins``, which are not compiled; and
+    ``changed``, the keys whose tier may be another since the set was cleared.
     """
 
     def __init__(self, config: SchedulerConfig, *, pool: BlockPool) -> None:
@@ -68,11 +69,13 @@ class Residency:
         self._by_stage: dict[Stage, dict[PrefixKey, Entry]] = {stage: {} for stage in Stage}
         self._tokens_by_tenant: Counter[str] = Counter()
         self.waiters: Counter[PrefixKey] = Counter()
+        self.background_waiters: Counter[PrefixKey] = Counter()
         self.pins: Mapping[PrefixKey, PrefixHandle] = {}
         self.pin_sizes = PinSizes((), config=config)
         self.preloads: Collection[PrefixKey] = ()
         self.order = UseOrder()
         self.ready: dict[PrefixKey, Entry] = {}
+        self.background_ready: dict[PrefixKey, Entry] = {}
         self.reserved: dict[PrefixKey, Entry] = {}
         self.missing_pins: dict[PrefixKey, PrefixHandle] = {}
         self.changed: set[PrefixKey] = set()
@@ -94,17 +97,19 @@ class Residency:
 
     # -- claims ----
 
-    def add_waiter(self, key: PrefixKey) -> None:
+    def add_waiter(self, key: PrefixKey, *, background: bool = False) -> None:
         """Count a sequence that waits to run under the prefix."""
-        self.waiters[key] += 1
-        if self.waiters[key] == 1:
+        waiters = self.background_waiters if background else self.waiters
+        waiters[key] += 1
+        if waiters[key] == 1:
             self._waiters_changed(key)
 
-    def remove_waiter(self, key: PrefixKey) -> None:
+    def remove_waiter(self, key: PrefixKey, *, background: bool = False) -> None:
         """Count a sequence that no longer waits."""
-        self.waiters[key] -= 1
-        if not self.waiters[key]:
-            del self.waiters[key]
+        waiters = self.background_waiters if background else self.waiters
+        waiters[key] -= 1
+        if not waiters[key]:
+            del waiters[key]
             self._waiters_changed(key)
 
     def set_pins(self, handles: Mapping[PrefixKey, PrefixHandle]) -> None:
@@ -125,9 +130,13 @@ class Residency:
             self.missing_pins[key] = self.missing_pins.pop(key)
         return [self.missing_pins[key] for key in keys]
 
-    def is_claimed(self, key: PrefixKey) -> bool:
-        """Whether a waiting sequence, a pin or a preload needs the prefix."""
+    def is_wanted(self, key: PrefixKey) -> bool:
+        """Whether the foreground needs the prefix: a waiting sequence, a pin or a preload."""
         return key in self.waiters or key in self.pins or key in self.preloads
+
+    def is_claimed(self, key: PrefixKey) -> bool:
+        """Whether it is wanted, or a sequence of the background class waits for it."""
+        return self.is_wanted(key) or key in self.background_waiters
 
     def is_reserved(self, entry: Entry) -> bool:
         """Whether it was forced in for waiting sequences, and is not used yet."""
@@ -248,6 +257,11 @@ class Residency:
         """Entries whose compile is in progress, oldest first."""
         return list(self._by_stage[Stage.COMPILING].values())
 
+    def loading(self) -> Iterator[Entry]:
+        """Entries that are fetched, wait for blocks or compile."""
+        for stage in (Stage.FETCHING, Stage.STAGED, Stage.COMPILING):
+            yield from self._by_stage[stage].values()
+
     def tokens_of(self, tenant: str) -> int:
         """Virtual tokens that a tenant's prefixes hold in the pool, those compiling included."""
         return self._tokens_by_tenant[tenant]
@@ -282,6 +296,8 @@ class Residency:
             assert list(self.order.idle(tenant)) == of_tenant
         waited = [entry for entry in compiled if entry.key in self.waiters]
         assert self.ready.keys() == {e.key for e in waited if e.stage is Stage.RESIDENT}
+        resident = {entry.key for entry in compiled if entry.stage is Stage.RESIDENT}
+        assert self.background_ready.keys() == resident & self.background_waiters.keys()
         assert self.reserved.keys() == {e.key for e in waited if self.is_reserved(e)}
         assert self.missing_pins.keys() == self.pins.keys() - {entry.key for entry in compiled}
 
@@ -296,12 +312,15 @@ class Residency:
         """Keep ``ready`` and ``reserved`` right: the prefix, or what waits for it, has changed."""
         self.ready.pop(key, None)
         self.reserved.pop(key, None)
+        self.background_ready.pop(key, None)
         entry = self._entries.get(key)
         if entry is not None and key in self.waiters:
             if entry.stage is Stage.RESIDENT:
                 self.ready[key] = entry
             if entry.is_compiled and self.is_reserved(entry):
                 self.reserved[key] = entry
+        if entry is not None and key in self.background_waiters and entry.stage is Stage.RESIDENT:
+            self.background_ready[key] = entry
 
     def _release_blocks(self, entry: Entry) -> None:
         self._count(entry, -1)

@@ -7,7 +7,8 @@ Order of service within the token budget of a step (``step_builder`` has the par
 3. waiting sequences in fair order: those whose prefix is resident start; for the others the prefix
    is fetched, placed and compiled (``prefix_loader``), all compiles of a step together one chunk;
 4. prefixes that are pinned or preloaded;
-5. proposed tokens of sequences that decode (``speculation``).
+5. proposed tokens of sequences that decode (``speculation``);
+6. sequences of the background class, and their prefixes (``background``).
 
 ``eviction`` has the rules for when blocks run out, ``starvation`` those for a tenant of which
 nothing runs, ``recovery`` those for failed steps. The oldest running sequence always advances.
@@ -24,7 +25,10 @@ use them: a runner performs steps one after the other.
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 
+from prefixd.server.engine.background import Background
+from prefixd.server.engine.background_builder import BackgroundBuilder
 from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.eviction import EvictionPolicy
 from prefixd.server.engine.fair_queue import FairQueue
@@ -66,9 +70,16 @@ class Scheduler:
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
         self.memory = Memory(config, namespace=namespace)
-        self.eviction = EvictionPolicy(config, memory=self.memory)
+        self.background = Background(residency=self.memory.residency, preempt=self.preempt)
+        self.eviction = EvictionPolicy(
+            config, memory=self.memory, give_way=self.background.give_way
+        )
         self.prefix_loader = PrefixLoader(
-            config, memory=self.memory, waiting=self.waiting, eviction=self.eviction
+            config,
+            memory=self.memory,
+            waiting=self.waiting,
+            eviction=self.eviction,
+            background=self.background,
         )
         self.recovery = Recovery(config, residency=self.memory.residency)
         self.deadlines = Deadlines()
@@ -82,6 +93,7 @@ class Scheduler:
         )
         self._new_tokens = NewTokens(
             waiting=self.waiting,
+            background=self.background,
             memory=self.memory,
             recovery=self.recovery,
             speculation=self.speculation,
@@ -96,6 +108,7 @@ class Scheduler:
         self._builder = StepBuilder(
             waiting=self.waiting,
             running=self.running,
+            background=self.background,
             memory=self.memory,
             eviction=self.eviction,
             prefix_loader=self.prefix_loader,
@@ -104,6 +117,19 @@ class Scheduler:
             waits=self._waits,
             holds=holds,
             uniform=uniform,
+        )
+        self.background_builder = BackgroundBuilder(
+            config,
+            background=self.background,
+            waiting=self.waiting,
+            running=self.running,
+            builder=self._builder,
+            memory=self.memory,
+            prefix_loader=self.prefix_loader,
+            recovery=self.recovery,
+            step_budget=self.step_budget,
+            speculation=self.speculation,
+            holds=holds,
         )
 
     # -- between steps ----
@@ -121,7 +147,7 @@ class Scheduler:
                 message, code = failure
                 sequence.finish(End(FinishReason.ERROR, error=message, error_code=code))
                 return [sequence]
-        max_queue_wait_s = self.config.max_queue_wait_s
+        max_queue_wait_s = None if sequence.background else self.config.max_queue_wait_s
         if max_queue_wait_s is not None or sequence.request.timeout_s is not None:
             self.deadlines.add(sequence, max_queue_wait_s=max_queue_wait_s)
         self._living[sequence.seq_id] = sequence
@@ -134,7 +160,7 @@ class Scheduler:
         if sequence.state is State.WAITING:
             self._dequeue(sequence)
         elif sequence.state is State.RUNNING:
-            self.running.remove(sequence)
+            self._running_of(sequence).remove(sequence)
             self.memory.free(sequence)
         del self._living[sequence.seq_id]
         sequence.finish(self._flush(sequence, end))
@@ -149,11 +175,14 @@ class Scheduler:
 
     def preempt(self, sequence: Sequence) -> None:
         """Put a running sequence back to its place in the queue; its KV will be recomputed."""
-        self.running.remove(sequence)
+        self._running_of(sequence).remove(sequence)
         self.memory.free(sequence)
         sequence.preempt()
         self._enqueue(sequence)
-        self.num_preemptions += 1
+        if sequence.background:
+            self.background.num_preemptions += 1
+        else:
+            self.num_preemptions += 1
 
     def prefix_staged(
         self, key: PrefixKey, payload: StagedPrefix, *, now: float = 0.0
@@ -167,7 +196,8 @@ class Scheduler:
     ) -> list[Sequence]:
         """A fetch or compile failed: the sequences waiting for the prefix end, and no others."""
         self.prefix_loader.failed(key, message, code=code, now=now)
-        failed = [s for s in self.waiting if s.prefix is not None and s.prefix.key == key]
+        waiting = chain(self.waiting, self.background.waiting)
+        failed = [s for s in waiting if s.prefix is not None and s.prefix.key == key]
         for sequence in failed:
             self.end(sequence, End(FinishReason.ERROR, error=message, error_code=code))
         return failed
@@ -198,7 +228,8 @@ class Scheduler:
         if not self.recovery.step_failed(
             steps, sequences, out_of_memory=out_of_memory, alone=alone
         ):
-            for sequence in reversed([s for s in self.running if s.seq_id in in_steps]):
+            running = [*self.running, *self.background.running]
+            for sequence in reversed([s for s in running if s.seq_id in in_steps]):
                 self.preempt(sequence)
             return []
         for sequence in sequences:
@@ -208,14 +239,19 @@ class Scheduler:
         return sequences
 
     def _enqueue(self, sequence: Sequence) -> None:
-        self.waiting.push(sequence)
+        is_background, residency = sequence.background, self.memory.residency
+        (self.background.waiting if is_background else self.waiting).push(sequence)
         if sequence.prefix is not None:
-            self.memory.residency.add_waiter(sequence.prefix.key)
+            residency.add_waiter(sequence.prefix.key, background=is_background)
 
     def _dequeue(self, sequence: Sequence) -> None:
-        self.waiting.remove(sequence)
+        is_background, residency = sequence.background, self.memory.residency
+        (self.background.waiting if is_background else self.waiting).remove(sequence)
         if sequence.prefix is not None:
-            self.memory.residency.remove_waiter(sequence.prefix.key)
+            residency.remove_waiter(sequence.prefix.key, background=is_background)
+
+    def _running_of(self, sequence: Sequence) -> list[Sequence]:
+        return self.background.running if sequence.background else self.running
 
     def _shed(self, bound: int) -> list[Sequence]:
         """End queued sequences until at most ``bound`` tokens wait, or only one sequence."""
@@ -256,13 +292,15 @@ class Scheduler:
             if victim is not None:
                 victim.num_yields += 1
                 self.preempt(victim)
-        decoding = self._builder.continue_decodes(step)
+        decoding = self._builder.continue_decodes(step, tuple(self.running))
         self._limit_prompts(step)
         if len(step.chunks) < len(self.running):
             self._builder.continue_prefills(step)
         has_room = not self.waiting.num_sequences or self._builder.serve_waiting(step, now)
         self.prefix_loader.load_others(step, now=now, has_room=has_room)
         self.speculation.add_drafts(step, decoding)
+        if self.background.is_alive:
+            self.background_builder.add_parts(step, now=now)
         return step
 
     def _limit_prompts(self, step: Step) -> None:
@@ -278,16 +316,22 @@ class Scheduler:
         claims = min(self.waiting.num_sequences, max(0, places))
         if num_decoding < len(self.running):
             claims += sum(sequence.num_remaining > 1 for sequence in self.running)
-        if claims + self.memory.residency.num_loading > 1:
+        num_loading = self.memory.residency.num_loading
+        if num_loading:
+            num_loading -= self.background.num_loading
+        if claims + num_loading > 1:
             step.max_chunk = min(step.max_chunk, max(1, -(-step.budget // 2)))
 
     def _waits(self, step: Step, sequence: Sequence) -> bool:
-        return self.speculation.waits(step, sequence, rows=len(self.running))
+        if sequence.background and self.running:  # a step beside the foreground has no drafts of it
+            return sequence.verifies
+        return self.speculation.waits(step, sequence, rows=len(self._running_of(sequence)))
 
-    def observe(self, step: Step, seconds: float) -> None:
-        """Take in how long a step took."""
+    def observe(self, step: Step, seconds: float, *, period_s: float | None = None) -> None:
+        """Take in how long a step took, and how long after the one before it was collected."""
         self.step_budget.observe(step, seconds)
         self.speculation.observe(step, seconds)
+        self.background_builder.share.observe(step, seconds if period_s is None else period_s)
 
     def update(
         self, step: Step, output: StepOutput, ends: Mapping[int, End] | None = None
@@ -328,22 +372,22 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether no sequence is alive."""
-        return not self.running and not self.waiting.num_sequences
+        has_foreground = self.running or self.waiting.num_sequences
+        return not has_foreground and not self.background.is_alive
 
     def sequences(self) -> Iterable[Sequence]:
         """All living sequences."""
-        return [*self.running, *self.waiting]
+        background = self.background
+        return [*self.running, *self.waiting, *background.running, *background.waiting]
 
     def check_integrity(self) -> None:
         """Prove that free + used = total and that every reference is held by a living table."""
-        self.memory.check_integrity(self.running)
-        waiters: dict[PrefixKey, int] = {}
-        for sequence in self.waiting:
-            assert sequence.state is State.WAITING, f"{sequence} is queued and not waiting"
-            assert not sequence.num_blocks, f"{sequence} waits and holds blocks"
-            if sequence.prefix is not None:
-                waiters[sequence.prefix.key] = waiters.get(sequence.prefix.key, 0) + 1
-        assert self.memory.residency.waiters == waiters, "waiters differ from the queue"
+        background, residency = self.background, self.memory.residency
+        self.memory.check_integrity([*self.running, *background.running])
+        self._check_queue(self.waiting, residency.waiters)
+        self._check_queue(background.waiting, residency.background_waiters)
+        assert all(s.background for s in chain(background.running, background.waiting))
+        assert not any(s.background for s in chain(self.running, self.waiting))
         living = {sequence.seq_id: sequence for sequence in self.sequences()}
         assert living == self._living, "the living sequences differ from queue and running ones"
         pending = Counter(
@@ -352,5 +396,16 @@ class Scheduler:
         for seq_id, sequence in living.items():
             assert sequence.num_pending == pending[seq_id], f"{sequence} and the steps in flight"
 
+    @staticmethod
+    def _check_queue(waiting: FairQueue, counted: Counter[PrefixKey]) -> None:
+        waiters: Counter[PrefixKey] = Counter()
+        for sequence in waiting:
+            assert sequence.state is State.WAITING, f"{sequence} is queued and not waiting"
+            assert not sequence.num_blocks, f"{sequence} waits and holds blocks"
+            if sequence.prefix is not None:
+                waiters[sequence.prefix.key] += 1
+        assert counted == waiters, "waiters differ from the queue"
+
     def __repr__(self) -> str:
-        return f"Scheduler(running={len(self.running)}, {self.waiting}, {self.memory})"
+        running = len(self.running)
+        return f"Scheduler(running={running}, {self.waiting}, {self.background}, {self.memory})"

@@ -94,6 +94,7 @@ class Sequence:
     end: End | None = None
     # Copied from the request, because every step reads them.
     tenant: str = field(init=False)
+    background: bool = field(init=False)
     prefix: PrefixHandle | None = field(init=False)
     num_prefix_tokens: int = field(init=False)
     num_prompt: int = field(init=False)
@@ -104,6 +105,7 @@ class Sequence:
     def __post_init__(self) -> None:
         request = self.request
         self.tenant, self.prefix, self.cost = request.tenant, request.prefix, cost_of(request)
+        self.background = request.background
         self.num_prefix_tokens = 0 if request.prefix is None else request.prefix.num_positions
         self.num_prompt = len(request.prompt)
         self.speculates = request.speculate and request.constraint is None

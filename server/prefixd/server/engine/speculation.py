@@ -39,8 +39,8 @@ class Speculation:
         self._uniform = uniform
 
     def observe(self, step: Step, seconds: float) -> None:
-        """Take in how long a step took."""
-        if self._enabled:
+        """Take in how long a step took. With background parts beside others it says nothing."""
+        if self._enabled and not (step.num_foreground and step.background_tokens):
             self.costs.observe(step, seconds=seconds)
 
     def add_drafts(self, step: Step, decoding: Items[Sequence]) -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from prefixd.server.engine.background import Background
 from prefixd.server.engine.entries import Entry, Stage
+from prefixd.server.engine.fair_queue import FairQueue
 from prefixd.server.engine.request import FinishReason
 from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import Sequence
@@ -32,7 +34,10 @@ class EngineStats:
     the rows of one pass; times are in seconds, blocks exclude the null block, tokens of prefixes
     are virtual tokens. Of ``draft_tokens`` proposed, ``accepted_tokens`` became output.
     ``passes_by_*`` and ``step_times`` count passes by what they carried and by how long they took
-    (upper edge in seconds).
+    (upper edge in seconds). ``running``, ``waiting``, ``waiting_tokens`` and ``preemptions`` are
+    those of the foreground, ``background_*`` those of the background class, of whose tokens
+    ``background_tokens`` were run and ``background_generated_tokens`` are output; all other sums
+    are of both.
     """
 
     steps: int
@@ -55,6 +60,12 @@ class EngineStats:
     waiting: int
     waiting_by_class: Mapping[str, int]
     waiting_tokens: int
+    background_running: int
+    background_waiting: int
+    background_waiting_tokens: int
+    background_tokens: int
+    background_generated_tokens: int
+    background_preemptions: int
     finished: Mapping[str, int]
     preemptions: int
     step_failures: int
@@ -95,6 +106,8 @@ class StatsCounters:
     tokens_run: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    background_tokens: int = 0
+    background_generated_tokens: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
     compile_seconds: float = 0.0
@@ -133,6 +146,10 @@ class StatsCounters:
         """Count the new tokens of a step; returns how many of them were proposed."""
         num_new = {i: sum(token.finite for token in new) for i, new in output.sampled.items()}
         self.generated_tokens += sum(num_new.values())
+        if step.num_foreground is not None:
+            self.background_tokens += step.background_tokens
+            ids = [chunk.seq_id for chunk in step.chunks[step.num_foreground :]]
+            self.background_generated_tokens += sum(num_new.get(seq_id, 0) for seq_id in ids)
         drafted = [chunk.seq_id for chunk in step.chunks if chunk.draft is not None]
         num_accepted = sum(max(0, num_new[seq_id] - 1) for seq_id in drafted)
         self.draft_tokens += step.num_drafts
@@ -146,7 +163,7 @@ class StatsCounters:
             scheduler.prefix_loader,
             scheduler.waiting,
         )
-        residency, pool = memory.residency, memory.pool
+        residency, pool, background = memory.residency, memory.pool, scheduler.background
         by_class: Counter[str] = Counter(dict.fromkeys(TENANT_CLASSES, 0))
         for tenant in waiting.tenants:
             by_class[tenant_class(waiting.weight(tenant))] += len(waiting.of(tenant))
@@ -171,6 +188,12 @@ class StatsCounters:
             waiting=by_class.total(),
             waiting_by_class=by_class,
             waiting_tokens=waiting.num_tokens,
+            background_running=len(background.running),
+            background_waiting=background.waiting.num_sequences,
+            background_waiting_tokens=background.waiting.num_tokens,
+            background_tokens=self.background_tokens,
+            background_generated_tokens=self.background_generated_tokens,
+            background_preemptions=background.num_preemptions,
             finished=dict(self.finished),
             preemptions=scheduler.num_preemptions,
             step_failures=self.step_failures,
@@ -232,8 +255,9 @@ def debug_state(scheduler: Scheduler, *, now: float) -> dict[str, Any]:
         "waiting": {
             "count": len(waiting),
             "tokens": waiting.num_tokens,
-            "tenants": [_tenant(scheduler, tenant, now) for tenant in waiting.tenants],
+            "tenants": [_tenant(waiting, tenant, now) for tenant in waiting.tenants],
         },
+        "background": _background(scheduler.background, now),
         "prefixes": {
             "count": len(residency),
             "tokens": residency.num_tokens,
@@ -265,8 +289,18 @@ def _sequence(sequence: Sequence, now: float) -> dict[str, Any]:
     }
 
 
-def _tenant(scheduler: Scheduler, tenant: str, now: float) -> dict[str, Any]:
-    waiting = scheduler.waiting
+def _background(background: Background, now: float) -> dict[str, Any]:
+    waiting = background.waiting
+    return {
+        "running": [_sequence(s, now) for s in background.running[:_MAX_LISTED]],
+        "count": len(background.running) + len(waiting),
+        "tokens": waiting.num_tokens,
+        "tenants": [_tenant(waiting, tenant, now) for tenant in waiting.tenants],
+        "preemptions": background.num_preemptions,
+    }
+
+
+def _tenant(waiting: FairQueue, tenant: str, now: float) -> dict[str, Any]:
     queued = waiting.of(tenant)
     return {
         "tenant": tenant,

@@ -215,7 +215,8 @@ class Step:
     The runner performs, in this order: ``saves``, zero ``fresh``, ``copies``, then ``chunks`` and
     ``compiles`` in one pass. ``fetches`` is for the engine: prefixes to load from the store, off
     the hot path. ``masked`` are the ids of sequences whose tokens so far decide what may be sampled
-    (see ``ModelRunner.complete``).
+    (see ``ModelRunner.complete``). The chunks from ``num_foreground`` on are of the background
+    class (None: it has none); ``background_tokens`` are theirs and those of its compiles.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -229,6 +230,8 @@ class Step:
     budget: int = 0
     max_chunk: int = 0
     max_scored: int = 0
+    num_foreground: int | None = None
+    background_tokens: int = 0
 
     @property
     def has_work(self) -> bool:

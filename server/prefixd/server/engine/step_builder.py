@@ -1,7 +1,9 @@
 """The parts of a step: what is planned for suspects, running and waiting sequences."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 
+from prefixd.server.engine.background import Background
 from prefixd.server.engine.entries import Entry
 from prefixd.server.engine.eviction import EvictionPolicy
 from prefixd.server.engine.fair_queue import LOOKAHEAD, FairQueue
@@ -30,6 +32,7 @@ class StepBuilder:
         *,
         waiting: FairQueue,
         running: list[Sequence],
+        background: Background,
         memory: Memory,
         eviction: EvictionPolicy,
         prefix_loader: PrefixLoader,
@@ -43,6 +46,7 @@ class StepBuilder:
         before that has come. ``holds(sequence)``: whether one under a constraint is left out."""
         self._waiting = waiting
         self._running = running
+        self._background = background
         self._memory = memory
         self._eviction = eviction
         self._prefix_loader = prefix_loader
@@ -59,23 +63,23 @@ class StepBuilder:
             if isinstance(suspect, Entry):
                 is_planned = self._prefix_loader.compile_alone(step, suspect)
             elif suspect.state is State.RUNNING:
-                self._run(step, suspect)
+                self.run(step, suspect)
                 is_planned = True
             else:
-                is_planned = self._memory.is_ready(suspect) and self._start(step, suspect, now)
+                is_planned = self._memory.is_ready(suspect) and self.start(step, suspect, now)
             if is_planned:
                 return True
             del self._recovery.suspects[suspect]  # it cannot run now: it is served with the others
         return False
 
-    def continue_decodes(self, step: Step) -> list[Sequence]:
-        """Plan one token for each sequence that decodes. Returns those planned.
+    def continue_decodes(self, step: Step, sequences: Items[Sequence]) -> list[Sequence]:
+        """Plan one token for each of the ``sequences`` that decodes. Returns those planned.
 
         A token that is pending is run all the same, unless the sequence ends with it at the latest,
         or gains by waiting for it.
         """
         decoding = []
-        for sequence in tuple(self._running):
+        for sequence in sequences:
             num_tokens = len(sequence.tokens) + sequence.num_pending
             if num_tokens - sequence.num_computed != 1 or sequence.state is not State.RUNNING:
                 continue
@@ -86,7 +90,7 @@ class StepBuilder:
             capacity = len(sequence.block_table) * self._memory.block_size
             num_positions = sequence.num_prefix_tokens + num_tokens
             if num_positions <= capacity or self._grow(step, sequence):
-                self._run(step, sequence)
+                self.run(step, sequence)
                 decoding.append(sequence)
         return decoding
 
@@ -96,7 +100,7 @@ class StepBuilder:
             if step.budget == 0:
                 return
             if sequence.num_remaining > 1:
-                self._run(step, sequence)
+                self.run(step, sequence)
 
     def serve_waiting(self, step: Step, now: float) -> bool:
         """Start the sequences that can start, in fair order, and load the prefixes of the others.
@@ -121,7 +125,7 @@ class StepBuilder:
                 self._prefix_loader.load(step, sequence, now=now)
                 continue
             level = self._waiting.counter(sequence.tenant)
-            if is_full or not self._start(step, sequence, now):
+            if is_full or not self.start(step, sequence, now):
                 # A sequence that does not fit blocks those behind it, or they would take its room.
                 return is_full or not step.budget
             for tenant in passed_over - {sequence.tenant}:
@@ -138,43 +142,52 @@ class StepBuilder:
             sequence = self._waiting.first_under(entry.key)
             if sequence.num_pending:
                 continue
-            if self._memory.is_ready(sequence) and not self._start(step, sequence, now):
+            if self._memory.is_ready(sequence) and not self.start(step, sequence, now):
                 return False
         return True
 
-    def _start(self, step: Step, sequence: Sequence, now: float) -> bool:
+    def start(self, step: Step, sequence: Sequence, now: float) -> bool:
         """Let a waiting sequence run if there is room for it."""
         memory = self._memory
-        if sequence.request.source and step.num_encoded and step.budget < _num_source(sequence):
+        if sequence.request.source and step.num_encoded and step.budget < num_source(sequence):
             step.budget = 0  # the next step begins with it
             return False
+        if sequence.background:
+            waiting, running = self._background.waiting, self._background.running
+            num_running = len(running) + len(self._running)
+        else:
+            waiting, running = self._waiting, self._running
+            num_running = len(running)
         memory.adopt_prefix(sequence)
         reused = memory.reuse.find(sequence)
         if not self._eviction.room_to_start(
             step,
             sequence,
             reused,
-            num_running=len(self._running),
+            num_running=num_running,
             promised=self._prefix_loader.promised,
+            kept=not num_running and not (sequence.background and self._waiting.num_sequences),
         ):
             return False
-        self._waiting.remove(sequence)
+        waiting.remove(sequence)
         if sequence.prefix is not None:
-            memory.residency.remove_waiter(sequence.prefix.key)
+            is_background = sequence.background
+            memory.residency.remove_waiter(sequence.prefix.key, background=is_background)
         num_reused = memory.hold(step, sequence, reused)
         if sequence.started is None:
             memory.reuse.count(sequence, num_reused)
             num_prompt = sequence.request.num_prompt_tokens
-            self._waiting.charge(sequence.tenant, sequence.num_attended + num_prompt)
+            waiting.charge(sequence.tenant, sequence.num_attended + num_prompt)
         sequence.admit(num_computed=num_reused, now=now)
-        self._running.append(sequence)
-        self._run(step, sequence)
+        running.append(sequence)
+        self.run(step, sequence)
         return True
 
     def _grow(self, step: Step, sequence: Sequence) -> bool:
         """Give a decoding sequence the block its next token needs; False: it was preempted."""
-        while not self._eviction.room_for_block(step, alone=len(self._running) == 1):
-            youngest = self._running[-1]
+        running = self._background.running if sequence.background else self._running
+        while not self._has_block(step, sequence):
+            youngest = running[-1]
             planned = {chunk.seq_id for chunk in step.chunks}
             assert youngest.seq_id not in planned, "the youngest sequence is planned last"
             self._preempt(youngest)
@@ -185,7 +198,15 @@ class StepBuilder:
         sequence.block_table += block
         return True
 
-    def _run(self, step: Step, sequence: Sequence) -> None:
+    def _has_block(self, step: Step, sequence: Sequence) -> bool:
+        """Make room for one block for a running sequence."""
+        num_running = len(self._running)
+        if not sequence.background:
+            return self._eviction.room_for_block(step, alone=num_running == 1)
+        num_alive = num_running + self._waiting.num_sequences + len(self._background.running)
+        return self._eviction.room_for_background_block(step, alone=num_alive == 1)
+
+    def run(self, step: Step, sequence: Sequence) -> None:
         """Plan the next tokens of a running sequence: as many as the step has room for."""
         start, num_pending = sequence.num_computed, sequence.num_pending
         num_tokens = len(sequence.tokens) + num_pending
@@ -238,7 +259,7 @@ class StepBuilder:
     def _encode(self, step: Step, sequence: Sequence) -> Source:
         """The input of a sequence of an encoder-decoder: its encoder runs in one pass, with the
         first chunk after a start. What exceeds the step's budget is taken from later ones."""
-        num_tokens = _num_source(sequence)
+        num_tokens = num_source(sequence)
         if sequence.num_computed:
             return Source(num_tokens)
         self._overdraft += max(0, num_tokens - step.budget)
@@ -256,7 +277,7 @@ class StepBuilder:
             step.limit(step.budget - paid)
 
 
-def _num_source(sequence: Sequence) -> int:
+def num_source(sequence: Sequence) -> int:
     """Positions of a sequence's encoder: those of a soft prompt, and of its input."""
     prefix, source = sequence.prefix, sequence.request.source
     return len(source) + (prefix.num_tokens if prefix is not None and prefix.gated else 0)
