@@ -186,7 +186,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
         def preempt_and_note(scheduler: Scheduler, sequence: Sequence) -> None:
             if self.planning and not sequence.background and not sequence.num_yields:
-                assert not scheduler.background.running, "the background class gives way first"
+                assert not scheduler.background.running, "the background class is first"
             self.preempted.append(sequence.seq_id)
             preempt(scheduler, sequence)
 

@@ -43,7 +43,7 @@ class Background:
             return 0
         return sum(not residency.is_wanted(entry.key) for entry in residency.loading())
 
-    def give_way(self) -> bool:
+    def yield_blocks(self) -> bool:
         """Release the blocks of one sequence or compile; False: it holds none."""
         if self.running:
             self._preempt(self.running[-1])
@@ -55,7 +55,7 @@ class Background:
                     return True
         return False
 
-    def give_way_under_prefix(self) -> bool:
+    def yield_prefix(self) -> bool:
         """Preempt the youngest sequence that runs under a prefix; False: there is none."""
         for sequence in reversed(self.running):
             if sequence.prefix is not None:

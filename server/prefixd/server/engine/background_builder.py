@@ -1,9 +1,9 @@
 """The background parts of a step, planned when all of its foreground is.
 
-Beside the foreground they get the tokens that ``background_share`` allows, and without it the whole
-step. What has started and gets no room in a step waits in place, with its blocks. A step without
-any row of the foreground, although some run, gets none either: they wait for a mask or a token, and
-would wait for this step too.
+Next to the foreground they get the tokens that ``background_share`` allows, and without it the
+whole step. What has started and gets no room in a step waits in place, with its blocks. A step
+without any row of the foreground, although some run, gets none either: they wait for a mask or a
+token, and would wait for this step too.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,8 @@ class BackgroundBuilder:
         first, num_before = len(step.chunks), step.num_tokens
         decoding = self._builder.continue_decodes(step, self._next_decodes(step))
         if is_alone:
-            limit = self._step_budget.prompt_tokens(num_decoding=len(decoding))
+            # A request that arrives waits for this step as for one with streams.
+            limit = self._step_budget.prompt_tokens(num_decoding=max(1, len(decoding)))
             if limit is not None:
                 step.limit(limit)
         for sequence in self._background.running:

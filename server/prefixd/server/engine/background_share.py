@@ -1,4 +1,4 @@
-"""How much the background class may add to a step beside the foreground, by measured times.
+"""How much the background class may add to a step next to the foreground, by measured times.
 
 A step with it takes at most 1 + ``SLOWDOWN`` times as long as one without it. What a step of so
 many decode rows takes without it is measured by leaving it out now and then, and what it adds, by

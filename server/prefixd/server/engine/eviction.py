@@ -24,7 +24,7 @@ are free and always go first. Then, in this order::
     a place among those that | a staged prefix that no sequence waits  |
     are loading              | for, or that the last step passed over  |
 
-Before all of that, sequences of the background class give way: the youngest is preempted, until
+Before all of that, sequences of the background class yield: the youngest is preempted, until
 there is room or none runs; then their prefixes that compile start over. For their own needs::
 
     room for                 | is taken from                           | but never from
@@ -82,11 +82,11 @@ class EvictionPolicy:
         config: SchedulerConfig,
         *,
         memory: Memory,
-        give_way: Callable[[], bool] = lambda: False,
+        yield_blocks: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``give_way()``: take blocks from the background class; False: it holds none."""
+        """``yield_blocks()``: take blocks from the background class; False: it holds none."""
         self._config = config
-        self._give_way = give_way
+        self._yield_blocks = yield_blocks
         self._memory = memory
         self._residency = memory.residency
         self.retired: set[PrefixKey] = set()
@@ -113,7 +113,7 @@ class EvictionPolicy:
         headroom = num_running
         if num_running and not self._memory.is_first_use(sequence):
             headroom += promised
-        while pool.num_free < need + headroom and not sequence.background and self._give_way():
+        while pool.num_free < need + headroom and not sequence.background and self._yield_blocks():
             need = self._need(sequence, reused)
         if pool.num_free >= need + headroom:
             return True
@@ -135,7 +135,7 @@ class EvictionPolicy:
 
         Called before any compile is planned in ``step``: a planned one must keep its blocks.
         """
-        while not self._memory.pool.num_free and self._give_way():
+        while not self._memory.pool.num_free and self._yield_blocks():
             pass
         if self._memory.pool.num_free:
             return True

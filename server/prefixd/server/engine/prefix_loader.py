@@ -240,7 +240,7 @@ class PrefixLoader:
             entry = Entry(handle.key, handle.num_tokens)
             spares = not self._is_awaited(entry)
             plan = self._eviction.plan_for(entry, cap=cap, forces=False, spares=spares)
-            while plan.lacks_blocks and self._would_fit(entry) and self._gives_way(entry, plan):
+            while plan.lacks_blocks and self._would_fit(entry) and self._yields_to(entry, plan):
                 plan = self._eviction.plan_for(entry, cap=cap, forces=False)
             if not plan.is_enough or self.failure(handle.key, now=now) is not None:
                 return
@@ -307,7 +307,7 @@ class PrefixLoader:
             self._eviction.plan_for, entry, cap=entry.cap, forces=forces, promised=forced
         )
         plan = plan_for(spares=not self._is_awaited(entry))
-        while not plan.is_usable and self._gives_way(entry, plan):
+        while not plan.is_usable and self._yields_to(entry, plan):
             plan = plan_for()
         if plan.is_usable:
             self.num_swaps += any(v.key in self._residency.waiters for v in plan.victims)
@@ -321,15 +321,15 @@ class PrefixLoader:
             for victim in plan.victims:
                 self._residency.leave(victim)
 
-    def _gives_way(self, entry: Entry, plan: EvictionPlan) -> bool:
+    def _yields_to(self, entry: Entry, plan: EvictionPlan) -> bool:
         """Take what a plan lacks from the background class; False: it has nothing of it. It keeps
         it where a prefix is only pinned: a sequence that needs the room of a pin would never end.
         """
         if not self._is_awaited(entry):
             return False
         if plan.lacks_blocks:
-            return self._background.give_way()
-        return self._background.give_way_under_prefix()
+            return self._background.yield_blocks()
+        return self._background.yield_prefix()
 
     def _would_fit(self, entry: Entry) -> bool:
         """Whether the blocks of the background class are enough for a prefix."""

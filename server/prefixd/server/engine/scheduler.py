@@ -72,7 +72,7 @@ class Scheduler:
         self.memory = Memory(config, namespace=namespace)
         self.background = Background(residency=self.memory.residency, preempt=self.preempt)
         self.eviction = EvictionPolicy(
-            config, memory=self.memory, give_way=self.background.give_way
+            config, memory=self.memory, yield_blocks=self.background.yield_blocks
         )
         self.prefix_loader = PrefixLoader(
             config,
@@ -323,7 +323,9 @@ class Scheduler:
             step.max_chunk = min(step.max_chunk, max(1, -(-step.budget // 2)))
 
     def _waits(self, step: Step, sequence: Sequence) -> bool:
-        if sequence.background and self.running:  # a step beside the foreground has no drafts of it
+        if (
+            sequence.background and self.running
+        ):  # a step next to the foreground has no drafts of it
             return sequence.verifies
         return self.speculation.waits(step, sequence, rows=len(self._running_of(sequence)))
 

@@ -39,7 +39,7 @@ class Speculation:
         self._uniform = uniform
 
     def observe(self, step: Step, seconds: float) -> None:
-        """Take in how long a step took. With background parts beside others it says nothing."""
+        """Take in how long a step took. With background parts next to others it says nothing."""
         if self._enabled and not (step.num_foreground and step.background_tokens):
             self.costs.observe(step, seconds=seconds)
 
