@@ -113,13 +113,19 @@ class StoreBackedSource:
     base: BaseSpec
 
     def fetch(self, key: PrefixKey) -> FakeStaged:
-        try:
-            path = self.store.fetch(tenant=key.tenant, digest=key.digest)
-        except Exception as error:
-            raise PrefixUnavailable("the prefix is no longer in the store") from error
-        artifact = read_artifact(path, base=self.base, count_tokens=_count_tokens)
+        # A byte is a token: texts that are joined have as many as apart.
+        lengths = [self._length(key.tenant, digest) for digest in key.digests]
         counts = [stop - start for start, stop in key.rows]
-        return FakeStaged(sum(counts) if counts else artifact.num_virtual_tokens)
+        is_blend = key.composition is not None and key.composition.kind == "blend"
+        return FakeStaged(sum(counts or (lengths[:1] if is_blend else lengths)))
+
+    def _length(self, tenant: str, digest: str) -> int:
+        try:
+            path = self.store.fetch(tenant=tenant, digest=digest)
+        except Exception as error:
+            raise PrefixUnavailable(f"the prefix {digest} is no longer in the store") from error
+        artifact = read_artifact(path, base=self.base, count_tokens=_count_tokens)
+        return artifact.num_virtual_tokens
 
     def embeddings(self, key: PrefixKey) -> FakeEmbeddings:
         return FakeEmbeddings(key.content.encode(), self.fetch(key).num_tokens)

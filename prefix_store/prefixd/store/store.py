@@ -1,11 +1,15 @@
 """The prefix store: publish, change, resolve and fetch. Bytes in blobs, names in the catalog."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from logging import getLogger
 from pathlib import Path
 
+from sqlalchemy import Connection
+
+from prefixd.store.artifact.artifact import read_text
 from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.composition import Member
 from prefixd.store.catalog.changes import Change, Published
 from prefixd.store.catalog.manifests import (
     Manifest,
@@ -14,6 +18,7 @@ from prefixd.store.catalog.manifests import (
     find,
     list_page,
     manifests,
+    numbered,
     unknown,
     versions_of,
 )
@@ -53,6 +58,21 @@ class PrefixStore(Publisher):
         """One version of any base, by its number or by an alias; raises as ``resolve``."""
         with reading(self._engine) as connection:
             return find(connection, tenant, selected(name, version), base=base)
+
+    def members(self, manifest: Manifest) -> tuple[Manifest | None, ...]:
+        """The versions that a composition is made of, in order; None for one that was deleted."""
+        with reading(self._engine) as connection:
+            return tuple(_present(connection, manifest.tenant, each) for each in manifest.members)
+
+    def stack_parts(self, members: Sequence[Manifest]) -> "list[str | int]":
+        """What the members of a stack are: a text, or so many virtual tokens. Raises as
+        ``fetch``."""
+        return [
+            read_text(self.fetch(tenant=member.tenant, digest=member.digest))
+            if member.has_text
+            else member.num_virtual_tokens
+            for member in members
+        ]
 
     def versions(
         self,
@@ -175,3 +195,10 @@ class PrefixStore(Publisher):
     def _report_corrupt(self, key: BlobKey, message: str) -> None:
         self._rows.mark_corrupt(key, now=self._clock())
         _log.error("quarantined a blob of tenant %s: %s", key.tenant, message)
+
+
+def _present(connection: Connection, tenant: str, member: Member) -> Manifest | None:
+    try:
+        return numbered(connection, tenant, member.name, member.version)
+    except UnknownPrefix:
+        return None

@@ -56,6 +56,8 @@ class BaseSpec:
     def require_kind(self, kind: Kind) -> None:
         """Raise ArtifactRefused for a kind that the base cannot take."""
         reason = self.refused_kinds.get(kind)
+        if kind.is_composed and self.encoder_layers is not None:
+            reason = "expected one prefix, since the base is an encoder-decoder"
         if reason is None and kind is Kind.ADAPTION_PROMPT and self.attention_module is None:
             reason = "expected another kind, since this server has no place for one"
         if reason is not None:

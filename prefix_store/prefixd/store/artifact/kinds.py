@@ -4,12 +4,25 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What a prefix is made of; all compile to KV."""
+    """What a prefix is made of; all compile to KV. The last three are made of other versions."""
 
     SOFT_PROMPT = "soft_prompt"
     KV_PREFIX = "kv_prefix"
     HARD_PROMPT = "hard_prompt"
     ADAPTION_PROMPT = "adaption_prompt"
+    STACK = "stack"
+    BLEND = "blend"
+    ENSEMBLE = "ensemble"
+
+    @property
+    def is_composed(self) -> bool:
+        """Whether it is made of other versions: a stack, a blend or an ensemble."""
+        return self in {Kind.STACK, Kind.BLEND, Kind.ENSEMBLE}
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether its virtual tokens are embeddings, which may stand inside a prompt."""
+        return self in {Kind.SOFT_PROMPT, Kind.BLEND}
 
     @property
     def takes_positions(self) -> bool:

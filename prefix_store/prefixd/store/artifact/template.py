@@ -115,7 +115,7 @@ def check_template(
     pieces = None if template is None else parse_template(template)
     if pieces is None:
         return
-    if kind is not Kind.SOFT_PROMPT:
+    if not kind.is_soft:
         raise _refused("{prefix:…} markers only for a soft prompt", kind.value)
     num_prompts = sum(isinstance(piece, Prompt) for piece in pieces)
     if num_prompts != 1:

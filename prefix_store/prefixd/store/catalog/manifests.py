@@ -9,9 +9,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, exists, select
 
 from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.composition import Combine, Member, read_members
 from prefixd.store.artifact.kinds import Kind, TextRole
 from prefixd.store.artifact.metadata import METADATA_TEXTS
 from prefixd.store.artifact.recipe import RECIPE, Recipe, read_recipe
+from prefixd.store.artifact.template import TemplateKind
 from prefixd.store.catalog.tables import (
     aliases,
     blobs,
@@ -38,10 +40,13 @@ class Manifest:
     ``base_model_name_or_path`` the one its config states, ``creator`` the id of the key that
     published it. ``metadata`` is the upload's without the fields that have their own attribute
     here. ``recipe`` is how to call it, with its ``prompt_template``; ``recipe_revision`` is raised
-    by every change of it. ``role`` is that of a text, None for other kinds. ``revision`` is raised
-    by every write that changes this manifest,
+    by every change of it. ``role`` is that of a text, None for other kinds. ``members`` are those
+    of a stack, a blend or an ensemble, and ``combine`` says how the last one combines them.
+    ``revision`` is raised by every write that changes this manifest,
     ``prefix_revision`` by every write to the prefix; neither is ever used again, and neither counts
     in a comparison.
+
+    A composition that was not saved has the version 0 and no name.
     """
 
     tenant: str
@@ -66,6 +71,8 @@ class Manifest:
     recipe: Recipe = field(default_factory=Recipe)
     recipe_revision: int = 1
     role: TextRole | None = None
+    members: tuple[Member, ...] = ()
+    combine: Combine | None = None
     corrupt: bool = False
     pinned: bool = False
     revision: int = field(default=1, kw_only=True, compare=False)
@@ -75,6 +82,24 @@ class Manifest:
     def num_positions(self) -> int:
         """Positions that it takes before a request's own tokens."""
         return self.num_virtual_tokens if self.kind.takes_positions else 0
+
+    @property
+    def reference(self) -> str:
+        """``name@3``; of a composition that was not saved what it is made of."""
+        if self.version:
+            return f"{self.name}@{self.version}"
+        return f"the {self.kind} of {', '.join(member.reference for member in self.members)}"
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it is a text or a stack with one, which has the opening tokens."""
+        kinds = [member.kind for member in self.members] if self.kind is Kind.STACK else [self.kind]
+        return Kind.HARD_PROMPT in kinds
+
+    @property
+    def places_tokens(self) -> bool:
+        """Whether its prompt_template places virtual tokens."""
+        return self.recipe.template_kind is TemplateKind.PLACED
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +308,7 @@ def _manifest(row: Row[Any], *, aliases_of: Iterable[str]) -> Manifest:
     kind, role = Kind(row.kind), None
     if kind is Kind.HARD_PROMPT:
         role = TextRole(row.role or TextRole.RAW)
+    fields["members"], fields["combine"] = read_members(row.members_json)
     latest = () if row.latest_version is None else (LATEST,)
     return Manifest(
         **fields | {"kind": kind, "role": role},

@@ -72,6 +72,8 @@ versions = Table(
     Column("peft_type", String(32)),
     # Of a text: raw or system; null for versions from before texts had a role, which are raw.
     Column("role", String(16)),
+    # Of a stack, a blend or an ensemble: its members and how they are combined; null for others.
+    Column("members_json", Text),
     Column("num_virtual_tokens", Integer, nullable=False),
     Column("dtype", String(16)),
     Column("size_bytes", BigInteger, nullable=False),

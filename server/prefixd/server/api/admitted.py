@@ -6,17 +6,30 @@ from typing import Any
 from prefixd.server.api.answers.parser import AnswerSyntax
 from prefixd.server.engine.constraint import Grammar
 from prefixd.server.engine.inputs import PLACEHOLDER
-from prefixd.server.engine.request import AdmittedRequest, PrefixKey
+from prefixd.server.engine.request import AdmittedRequest, PrefixHandle, PrefixKey
 from prefixd.server.tenants.bindings import ChosenBy
 from prefixd.store.store import Manifest
 
 
 @dataclass(frozen=True, slots=True)
+class ResolvedMember:
+    """A member of an ensemble. ``whole`` are all its virtual tokens; its prompt says which of them
+    stand in front (``placement.front_of``)."""
+
+    manifest: Manifest
+    whole: PrefixHandle
+
+
+@dataclass(frozen=True, slots=True)
 class ResolvedPrefix:
-    """A version of a prefix and why it was chosen."""
+    """A version of a prefix, or a composition of the request, and why it was chosen. ``ensemble``
+    are the members of an ensemble, in order; ``manifest.combine`` says how they are combined.
+    ``warnings`` are for the caller."""
 
     manifest: Manifest
     chosen_by: ChosenBy
+    ensemble: tuple[ResolvedMember, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from prefixd.server.api.generate.charging import Charging
 from prefixd.server.api.generate.constraints import ConstraintLoader
 from prefixd.server.api.generate.embeds import EmbedsReader, GiveEmbeddings
 from prefixd.server.api.generate.inputs import InputLoader
+from prefixd.server.api.generate.members import MemberResolver, StackCounts
 from prefixd.server.api.generate.recipes import PromptBuilder
 from prefixd.server.api.generate.resolver import PrefixResolver
 from prefixd.server.api.generate.service import GenerationService
@@ -135,7 +136,12 @@ def create_app(
     generation = GenerationService(
         admission=Admission(
             served=served,
-            resolver=PrefixResolver(served, store, bindings),
+            resolver=PrefixResolver(
+                served,
+                store,
+                bindings,
+                MemberResolver(served, store, StackCounts(served, store)),
+            ),
             pool_tokens=engine.config.max_tokens_for,
             max_choices=max_choices,
             prompts=PromptBuilder(served, templates, SystemTexts(served, store)),

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from prefixd.server.engine.request import PrefixHandle, PrefixKey, Ranges
+from prefixd.server.engine.request import Composition, PrefixHandle, PrefixKey, Ranges
 from prefixd.server.errors import Conflict
+from prefixd.store.artifact.composition import Member, composition_digest
 from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.template import Piece, Rows, check_template, parse_template
 from prefixd.store.catalog.pins import Pinned
@@ -65,8 +66,8 @@ def layout_of(manifest: Manifest) -> Layout | None:
         )
     except ArtifactRefused as refused:
         raise Conflict(
-            f"the metadata of {manifest.name}@{manifest.version} must be changed before it can be "
-            f"used: {refused.message}",
+            f"the metadata of {manifest.reference} must be changed before it can be used: "
+            f"{refused.message}",
             code=refused.code,
             param="model",
         ) from None
@@ -87,8 +88,8 @@ def front_of(whole: PrefixHandle, layout: Layout | None) -> PrefixHandle | None:
 def without_last(front: PrefixHandle, kind: Kind) -> tuple[PrefixHandle | None, Rows | None]:
     """What stands in front without its last row, and that row, which is to stand in the prompt: the
     model's output there predicts the first token of the text. Of keys and values there is no
-    output: all of them stay, and the row is None."""
-    if kind not in {Kind.SOFT_PROMPT, Kind.HARD_PROMPT}:
+    output, and of a stack none is taken: all of them stay, and the row is None."""
+    if kind is not Kind.HARD_PROMPT and not kind.is_soft:
         return front, None
     *others, (start, stop) = front.key.rows or ((0, front.num_tokens),)
     rows = tuple(others) if stop - start == 1 else (*others, (start, stop - 1))
@@ -101,10 +102,24 @@ def without_last(front: PrefixHandle, kind: Kind) -> tuple[PrefixHandle | None, 
 def whole_of(manifest: Manifest) -> PrefixHandle:
     """The whole prefix of a version."""
     return PrefixHandle(
-        PrefixKey(manifest.tenant, manifest.digest),
+        whole_key(manifest.tenant, manifest.digest, manifest.kind, manifest.members),
         manifest.num_virtual_tokens,
         gated=not manifest.kind.takes_positions,
     )
+
+
+def whole_key(tenant: str, digest: str, kind: Kind, members: Sequence[Member]) -> PrefixKey:
+    """The key of a whole version. That of a stack or a blend depends on the members alone, so that
+    it is one prefix in the pool however it is named."""
+    if kind not in {Kind.STACK, Kind.BLEND}:
+        return PrefixKey(tenant, digest)
+    parts = [(member.digest, member.weight) for member in members]
+    if kind is Kind.BLEND:
+        parts.sort()
+    digests = tuple(digest for digest, _ in parts)
+    weights = tuple(weight for _, weight in parts if weight is not None)
+    composition = Composition(str(kind), digests, weights)
+    return PrefixKey(tenant, composition_digest(kind, digests, weights), composition=composition)
 
 
 def handle_of(manifest: Manifest) -> PrefixHandle | None:

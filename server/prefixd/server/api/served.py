@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from prefixd.server.api.answers.formats import CallFormat
 from prefixd.server.engine.detokenizer import Detokenizer
 from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.composition import encoded_runs
 from prefixd.store.artifact.kinds import TextRole
 from prefixd.store.errors import ArtifactRefused
 
@@ -191,6 +192,22 @@ class ServedModel:
                 f"expected the role raw for the base {self.base.name}: {error}",
                 param="role",
             ) from None
+        self._check_known(token_ids)
+        return len(token_ids)
+
+    def count_stack_tokens(self, parts: Sequence[str | int]) -> int:
+        """Positions of a stack of texts and of so many virtual tokens. Raises ArtifactRefused as
+        ``count_prefix_tokens``."""
+        count = 0
+        for run in encoded_runs(parts, self.tokenizer):
+            if isinstance(run, int):
+                count += run
+            else:
+                self._check_known(run)
+                count += len(run)
+        return count
+
+    def _check_known(self, token_ids: Sequence[int]) -> None:
         if max(token_ids, default=0) >= self.vocab_size:
             raise ArtifactRefused(
                 "unknown_token",
@@ -198,4 +215,3 @@ class ServedModel:
                 f"embeddings; the text has token {max(token_ids)}",
                 param="text",
             )
-        return len(token_ids)

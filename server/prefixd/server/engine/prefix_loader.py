@@ -78,16 +78,19 @@ class PrefixLoader:
 
     def retire(self, keys: Iterable[PrefixKey]) -> None:
         """Let versions that were deleted or replaced leave when their last sequence ends, with all
-        rows of them that are here by themselves."""
+        rows of them that are here by themselves, and what they are a part of."""
         retired = {(key.tenant, key.digest) for key in keys}
         resident = (entry.key for entry in self._residency)
         held = chain(resident, self._memory.host, self._memory.saving)
-        self._eviction.retired.update(k for k in held if (k.tenant, k.digest) in retired)
+        self._eviction.retired.update(
+            key for key in held if any((key.tenant, digest) in retired for digest in key.digests)
+        )
 
     def forget_failure(self, key: PrefixKey) -> None:
-        """Let a prefix that failed be fetched again at once, also parts of it."""
+        """Let a prefix that failed be fetched again at once, also parts of it, and what it is a
+        part of."""
         for failed in list(self.failures):
-            if failed[:2] == key[:2]:
+            if failed.tenant == key.tenant and {failed.digest, *failed.digests} & {key.digest}:
                 del self.failures[failed]
 
     # -- results ----

@@ -16,17 +16,32 @@ Ranges = tuple[tuple[int, int], ...]
 """Ranges of virtual tokens, each from its first to behind its last, one after another."""
 
 
+class Composition(NamedTuple):
+    """What a stack or a blend is made of: the digests of its members, and of a blend the weight of
+    each. ``kind`` is ``stack`` (in order) or ``blend`` (the order says nothing: by digest)."""
+
+    kind: str
+    digests: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+
+
 class PrefixKey(NamedTuple):
     """Identity of one prefix in the pool: never a name, so a re-upload cannot hit old KV.
 
     ``rows`` are those of its virtual tokens that are meant, one range after another; without any,
     all of them. A tuple, because it is a dictionary key in every step, and tuples hash without
-    Python code.
+    Python code. Of several prefixes in one, ``composition`` says which, and ``digest`` is its own.
     """
 
     tenant: str
     digest: str
     rows: Ranges = ()
+    composition: Composition | None = None
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Digests of the stored artifacts that it is made from."""
+        return (self.digest,) if self.composition is None else self.composition.digests
 
     @property
     def content(self) -> str:

@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 import torch
 
 from prefixd.server.engine.step import Chunk, CompileChunk
-from prefixd.server.model.prefix import HardPrompt, InputEmbeddings, InputTokens, SoftPrompt
+from prefixd.server.model.prefix import (
+    HardPrompt,
+    InputEmbeddings,
+    InputTokens,
+    SoftPrompt,
+    Stack,
+)
 from prefixd.server.model.rows import Row
 
 
@@ -76,12 +82,15 @@ def lay_out(
         batch.rows.append(
             Row(offset, part.start, length, part.block_table, side_blocks=part.side_blocks)
         )
-        if isinstance(part.payload, HardPrompt):
-            batch.token_ids += part.payload.token_ids[part.start : part.stop]
-        else:
-            assert isinstance(part.payload, SoftPrompt)
-            batch.inputs.append((offset, part.payload.embeddings[part.start : part.stop]))
-            batch.token_ids += [0] * length
+        assert isinstance(part.payload, HardPrompt | SoftPrompt | Stack)
+        payload = part.payload if isinstance(part.payload, Stack) else Stack((part.payload,))
+        for place, piece, start, stop in payload.within(part.start, part.stop):
+            if isinstance(piece, HardPrompt):
+                batch.token_ids += piece.token_ids[start:stop]
+            else:
+                assert isinstance(piece, SoftPrompt)
+                batch.inputs.append((offset + place, piece.embeddings[start:stop]))
+                batch.token_ids += [0] * (stop - start)
     batch.outputs += before_targets
     if outputs is not None:
         batch.outputs = outputs

@@ -1,18 +1,19 @@
 """Prefixes in host memory: an artifact in the serving dtype, ready to compile to KV."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from prefixd.server.engine.prefix_source import PrefixUnavailable
-from prefixd.server.engine.request import PrefixKey, Ranges
+from prefixd.server.engine.request import Composition, PrefixKey, Ranges
 from prefixd.server.model.encoder_decoder.layout import decoder_kv, packed
 from prefixd.server.model.load import LoadedBase
 from prefixd.server.model.per_layer import soft_prompt_refused
 from prefixd.server.model.threads import limit_thread
 from prefixd.store.artifact.artifact import Artifact
+from prefixd.store.artifact.composition import encoded_runs
 from prefixd.store.artifact.kinds import Kind, TextRole
 from prefixd.store.artifact.weights import Floats
 
@@ -77,7 +78,34 @@ class AdaptionPrompt:
         return self.prompts.shape[1]
 
 
-Prefix = SoftPrompt | HardPrompt | KVPrefix | AdaptionPrompt
+@dataclass(frozen=True)
+class Stack:
+    """Virtual tokens of several prefixes, one after another. Only the first part may be a KV
+    prefix."""
+
+    parts: tuple[SoftPrompt | HardPrompt | KVPrefix, ...]
+    gated_from = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Virtual tokens."""
+        return sum(part.num_tokens for part in self.parts)
+
+    def within(
+        self, start: int, stop: int
+    ) -> Iterator[tuple[int, SoftPrompt | HardPrompt | KVPrefix, int, int]]:
+        """The parts of the virtual tokens ``start .. stop``: the first of these tokens, counted
+        from ``start`` on, and the rows of the part."""
+        before = 0
+        for part in self.parts:
+            first = max(start, before) - before
+            last = min(stop, before + part.num_tokens) - before
+            if first < last:
+                yield before + first - start, part, first, last
+            before += part.num_tokens
+
+
+Prefix = SoftPrompt | HardPrompt | KVPrefix | AdaptionPrompt | Stack
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +163,35 @@ def prefix_of(artifact: Artifact, base: LoadedBase, tokenizer: Any) -> Prefix:
     if base.pair is not None:
         per_layer = decoder_kv(per_layer, num_layers=shape.num_layers)
     return KVPrefix(per_layer.contiguous())
+
+
+def stack_of(artifacts: Sequence[Artifact], base: LoadedBase, tokenizer: Any) -> Stack:
+    """The virtual tokens of several artifacts, one after another; texts next to each other are one
+    text."""
+    places = enumerate(artifact.text for artifact in artifacts)
+    runs = encoded_runs([place if text is None else text for place, text in places], tokenizer)
+    parts: list[SoftPrompt | HardPrompt | KVPrefix] = []
+    for run in runs:
+        part = (
+            prefix_of(artifacts[run], base, tokenizer) if isinstance(run, int) else HardPrompt(run)
+        )
+        assert isinstance(part, SoftPrompt | HardPrompt | KVPrefix), "others are refused before"
+        parts.append(part)
+    return Stack(tuple(parts))
+
+
+def blend_of(
+    artifacts: Sequence[Artifact], weights: Sequence[float], base: LoadedBase
+) -> SoftPrompt:
+    """The weighted mean of soft prompts of one length, summed in float32 in this order and rounded
+    to the serving dtype once."""
+    total: torch.Tensor | None = None
+    for artifact, weight in zip(artifacts, weights, strict=True):
+        assert artifact.values is not None
+        term = torch.from_numpy(artifact.values).to(torch.float32) * weight
+        total = term if total is None else total + term
+    assert total is not None
+    return SoftPrompt(total.to(base.dtype))
 
 
 def rows_of(prefix: Prefix, rows: Ranges) -> Prefix:
@@ -200,7 +257,25 @@ class StorePrefixSource:
     def fetch(self, key: PrefixKey) -> Prefix:
         """Load one prefix, or rows of one, into host memory, in the serving dtype."""
         limit_thread()
-        return rows_of(prefix_of(self.open_artifact(key), self.base, self.tokenizer), key.rows)
+        if key.composition is None:
+            whole = prefix_of(self.open_artifact(key), self.base, self.tokenizer)
+        else:
+            whole = self._composed(key.tenant, key.composition)
+        return rows_of(whole, key.rows)
+
+    def _composed(self, tenant: str, composition: Composition) -> Prefix:
+        """Load the members, and make one prefix of them. Raises PrefixUnavailable, with the digest
+        of the member that failed."""
+        artifacts = [self._member(tenant, digest) for digest in composition.digests]
+        if composition.kind == Kind.BLEND:
+            return blend_of(artifacts, composition.weights, self.base)
+        return stack_of(artifacts, self.base, self.tokenizer)
+
+    def _member(self, tenant: str, digest: str) -> Artifact:
+        try:
+            return self.open_artifact(PrefixKey(tenant, digest))
+        except PrefixUnavailable as error:
+            raise PrefixUnavailable(f"the member {digest}: {error}", code=error.code) from error
 
     def embeddings(self, key: PrefixKey) -> InputEmbeddings | InputTokens:
         """Load rows of a soft prompt, or the last tokens of a text, for a prompt. Raises as

@@ -14,7 +14,7 @@ from prefixd.server.engine.step import CompileChunk, Step, StepOutput
 from prefixd.server.model.batch import lay_out
 from prefixd.server.model.decoder import Decoder
 from prefixd.server.model.gated import gated_kv
-from prefixd.server.model.prefix import AdaptionPrompt, KVPrefix
+from prefixd.server.model.prefix import AdaptionPrompt, KVPrefix, Stack
 from prefixd.server.model.sampler import sample
 from prefixd.server.model.scorer import score, scored_chunks, unpack
 from prefixd.server.model.thread_control import ThreadControl
@@ -109,9 +109,22 @@ def write_pool(
                 project=decoder.project,
             )
             decoder.write_kv(part.block_table, part.start, kv)
+        elif isinstance(part.payload, Stack):
+            forwarded += _write_front(decoder, part, part.payload)
         else:
             forwarded.append(part)
     return saved, forwarded
+
+
+def _write_front(decoder: Decoder, part: CompileChunk, stack: Stack) -> list[CompileChunk]:
+    """Write the rows of a KV prefix in front of a stack; what is left of ``part`` for the pass,
+    which attends to them."""
+    front = stack.parts[0]
+    if not isinstance(front, KVPrefix) or part.start >= front.num_tokens:
+        return [part]
+    stop = min(part.stop, front.num_tokens)
+    decoder.write_kv(part.block_table, part.start, front.kv[:, part.start : stop])
+    return [] if stop == part.stop else [replace(part, start=stop)]
 
 
 def _with_states(decoder: Decoder) -> TorchDecoder:

@@ -104,7 +104,8 @@ class PinSync:
 
     def retire_deleted(self) -> None:
         """Evict what other servers deleted, at a later interval while the database fails."""
-        keys = [BlobKey(key.tenant, key.digest) for key in self._resident_keys()]
+        held = self._resident_keys()
+        keys = {BlobKey(key.tenant, digest) for key in held for digest in key.digests}
         try:
             deleted = self._store.deleted(keys)
         except SQLAlchemyError:

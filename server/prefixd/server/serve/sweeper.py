@@ -42,7 +42,8 @@ def make_sweeper(settings: Settings, catalog: CatalogParts, engine: Engine) -> S
         )
         if expired != Expired():
             log.info("removed expired rows", **asdict(expired))
-        resident = [BlobKey(key.tenant, key.digest) for key in engine.held_prefixes()]
+        held = engine.held_prefixes()
+        resident = [BlobKey(key.tenant, digest) for key in held for digest in key.digests]
         return catalog.store.collect(grace=grace, resident=resident)
 
     def tidy() -> None:

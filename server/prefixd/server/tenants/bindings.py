@@ -34,9 +34,11 @@ DefaultHook = Callable[[Connection, "DefaultPrefix"], object]
 
 
 class ChosenBy(StrEnum):
-    """How a request's prefix was chosen: by its `model`, by its user's binding, or by default."""
+    """How a request's prefix was chosen: by its `model`, by its `prefix`, by its user's binding, or
+    by default."""
 
     MODEL = "model"
+    PREFIX = "prefix"
     USER = "user"
     DEFAULT = "default"
 

@@ -12,6 +12,7 @@ from prefixd.server.api.admitted import Admitted, ResolvedPrefix
 from prefixd.server.api.generate.embeds import EmbedsReader
 from prefixd.server.api.generate.encoder_inputs import EncoderInputs
 from prefixd.server.api.generate.fields import GenerationFields
+from prefixd.server.api.generate.members import refuse_ensemble
 from prefixd.server.api.generate.prompt_scores import texts_of
 from prefixd.server.api.generate.prompts import PromptTokens, check_token_ids, counted
 from prefixd.server.api.generate.recipes import PromptBuilder, Prompts, filled
@@ -70,7 +71,7 @@ class Admission:
         """Admit a completion. Raises BadRequest, DoesNotFit, NotFound, Conflict, EngineFailure,
         QuotaExceeded. Blocking."""
         self._check_choices(len(body.embeds) + len(body.prompts), 1)  # before any is tokenized
-        prefix = self.resolver.resolve(principal.tenant, body.model, body.user)
+        prefix = self._resolved(principal, body)
         prompts = [*self.embeds.read(body.embeds), *body.prompts]
         is_applied = bool(body.apply_recipe)
         recipe = prefix.manifest.recipe if prefix and is_applied else None
@@ -91,7 +92,7 @@ class Admission:
     ) -> Admitted:
         """Admit a chat, whose id begins with ``id_head``. Raises as ``completion`` does.
         Blocking."""
-        prefix = self.resolver.resolve(principal.tenant, body.model, body.user)
+        prefix = self._resolved(principal, body)
         recipe = prefix.manifest.recipe if prefix else None
         body = filled(body, recipe, self.served.sampling_defaults)
         tools = plan_tools(body, self.prompts.traits(prefix))
@@ -179,9 +180,28 @@ class Admission:
             prompt_lengths=tuple(prompt.num_tokens for prompt in tokens),
             texts=texts_of(tokens, self.served.tokenizer) if body.shown_prompt.any else (),
             unloaded=tuple(keys_of(prompt, manifest) for prompt in tokens) if has_rows else (),
-            warnings=prompts.warnings,
+            warnings=(*(prefix.warnings if prefix else ()), *prompts.warnings),
             grammar=body.grammar,
         )
+
+    def _resolved(self, principal: Principal, body: GenerationFields) -> ResolvedPrefix | None:
+        prefix = self.resolver.resolve(principal.tenant, body.model, body.user, body.prefix)
+        refuse_ensemble(prefix, what="of a request, since this server runs no ensembles")
+        if prefix is not None and not prefix.manifest.version:
+            self._check_length(prefix.manifest, principal)
+        return prefix
+
+    def _check_length(self, manifest: Manifest, principal: Principal) -> None:
+        """Raise BadRequest for a composition that could not be saved: it is too long."""
+        limits = principal.quota.max_virtual_tokens, self.served.base.max_virtual_tokens
+        limit = min(each for each in limits if each is not None)
+        if manifest.num_virtual_tokens > limit:
+            raise BadRequest(
+                f"expected at most {limit} virtual tokens; {manifest.reference} has "
+                f"{manifest.num_virtual_tokens}",
+                code="too_many_virtual_tokens",
+                param="prefix",
+            )
 
     def _check_choices(self, num_prompts: int, n: int) -> None:
         if num_prompts * n > self.max_choices:
@@ -283,6 +303,6 @@ def check_resident(manifest: Manifest, front: PrefixHandle | None, cap: int | No
     if front is not None and cap is not None and front.num_tokens > cap:
         raise QuotaExceeded(
             f"the tenant may keep {cap} virtual tokens resident; "
-            f"{manifest.name}@{manifest.version} has {front.num_tokens}",
+            f"{manifest.reference} has {front.num_tokens}",
             param="max_resident_tokens",
         )

@@ -19,6 +19,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from prefixd.server.api.body import StrictModel
+from prefixd.server.api.generate.compositions import ComposedPrefix
 from prefixd.server.api.generate.logit_bias import LogitBias
 from prefixd.server.api.generate.structure import StructureFields
 from prefixd.server.api.generate.vllm_fields import VllmFields
@@ -133,6 +134,12 @@ class RequestFields(StrictModel):
         default=None,
         description="Your end user. With the base as `model`, the prefix "
         "the user is bound to answers, else your default prefix, else the base.",
+    )
+
+    prefix: ComposedPrefix | None = Field(
+        default=None,
+        description="Several prefixes for this request, with the base as `model`: a `stack`, a "
+        "`blend` or an `ensemble`. It wins over the prefix of the `user`.",
     )
 
     @classmethod

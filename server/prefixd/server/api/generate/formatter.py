@@ -13,17 +13,29 @@ from prefixd.server.api.metrics import Endpoint
 from prefixd.server.api.served import Tokenizer
 from prefixd.server.engine.request import FinishEvent, TokenEvent
 from prefixd.server.tenants.bindings import ChosenBy
+from prefixd.store.artifact.composition import Combine
+
+
+class MemberUsed(BaseModel):
+    """A version that a composition is made of; ``weight`` is of a blend's."""
+
+    reference: str
+    digest: str
+    weight: float | None = None
 
 
 class PrefixUsed(BaseModel):
     """The version that was used and its recipe, fixed when the request was admitted, and why it was
-    chosen."""
+    chosen. A composition has ``kind`` and ``members``; one of the request itself has no name."""
 
-    name: str
-    version: int
+    name: str | None
+    version: int | None
     digest: str
     chosen_by: ChosenBy
     recipe_revision: int
+    kind: str | None = None
+    members: list[MemberUsed] | None = None
+    combine: Combine | None = None
 
 
 class PromptTokensDetails(BaseModel):

@@ -19,7 +19,6 @@ from prefixd.server.api.placement import Layout, lay_out
 from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.inputs import PLACEHOLDER, InputRun
 from prefixd.server.errors import BadRequest
-from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.template import PROMPT, Prompt, Rows, rows_problem
 from prefixd.store.store import Manifest
 
@@ -200,8 +199,8 @@ def chat_layout(
         return template
     if manifest is None:
         raise _misplaced("a soft prompt as the model", "the base model, which has none")
-    version = f"{manifest.name}@{manifest.version}"
-    if manifest.kind is not Kind.SOFT_PROMPT:
+    version = manifest.reference
+    if not manifest.kind.is_soft:
         raise _misplaced("a soft prompt as the model", f"{version} of kind {manifest.kind}")
     if template is not None:
         raise _misplaced(

@@ -33,7 +33,7 @@ from prefixd.server.api.rendering.renderer import TemplateRenderer
 from prefixd.server.api.rendering.tenant_template import TenantTemplate
 from prefixd.server.api.served import ChatTraits, ServedModel
 from prefixd.server.errors import BadRequest
-from prefixd.store.artifact.kinds import Kind, TextRole
+from prefixd.store.artifact.kinds import TextRole
 from prefixd.store.artifact.recipe import Input, Recipe
 from prefixd.store.artifact.template import TemplateKind, template_pieces
 from prefixd.store.store import Manifest
@@ -94,12 +94,12 @@ class PromptBuilder:
         manifest = None if prefix is None else prefix.manifest
         if manifest is not None and manifest.role is TextRole.SYSTEM:
             raise BadRequest(
-                f"expected a chat completion: the text of {_named(manifest)} is the system turn of "
-                "a conversation (its role is system); received a completion",
+                f"expected a chat completion: the text of {manifest.reference} is the system turn "
+                "of a conversation (its role is system); received a completion",
                 code="chat_prefix",
                 param="model",
             )
-        continues = manifest is not None and manifest.kind is Kind.HARD_PROMPT
+        continues = manifest is not None and manifest.has_text
         layout = None if manifest is None else layout_of(manifest)
         if manifest is not None and apply_recipe:
             kind = manifest.recipe.template_kind
@@ -129,7 +129,7 @@ class PromptBuilder:
             tokens = encoder.chat(rendered, layout, continues=False)
             return Prompts([tokens], layout, end=_end(rendered))
         manifest = prefix.manifest
-        recipe, continues = manifest.recipe, manifest.kind is Kind.HARD_PROMPT
+        recipe, continues = manifest.recipe, manifest.has_text
         placed = layout_of(manifest) or _plain_layout(manifest)
         if placed is not None and recipe.takes is Input.TEXT:
             encoder = PromptEncoder(self.served)
@@ -160,7 +160,7 @@ class PromptBuilder:
         if body.truncate_prompt_tokens is not None:
             raise BadRequest(
                 "'truncate_prompt_tokens': expected it where it cannot cut a prefix; the text of "
-                f"{_named(manifest)} is the system turn of the conversation",
+                f"{manifest.reference} is the system turn of the conversation",
                 param="truncate_prompt_tokens",
             )
         messages = with_system(body.messages, text)
@@ -208,8 +208,8 @@ def _only_text(body: ChatRequest, manifest: Manifest) -> str:
     """The text of the one message of a chat, for a version that takes texts. Raises BadRequest."""
     if body.called_tools:
         raise BadRequest(
-            f"expected no tools: {_named(manifest)} takes a text, around which its prompt_template "
-            "stands, and has no place for them; received some",
+            f"expected no tools: {manifest.reference} takes a text, around which its "
+            "prompt_template stands, and has no place for them; received some",
             code="text_recipe",
             param="tools",
         )
@@ -217,7 +217,7 @@ def _only_text(body: ChatRequest, manifest: Manifest) -> str:
     content = body.messages[0].content
     if roles != ["user"] or content is None:
         raise BadRequest(
-            f"expected one user message: {_named(manifest)} takes a text, around which its "
+            f"expected one user message: {manifest.reference} takes a text, around which its "
             f"prompt_template stands; received {len(roles)} messages ({', '.join(roles[:8])})",
             code="text_recipe",
             param="messages",
@@ -239,19 +239,15 @@ def _unapplied(manifest: Manifest) -> tuple[str, ...]:
     if recipe.prompt_template is None or recipe.template_kind is not None:
         return ()
     has = "has a prompt_template with neither one {prompt} nor Jinja: it is not applied"
-    return (f"{_named(manifest)} {has}",)
+    return (f"{manifest.reference} {has}",)
 
 
 def _untemplated(manifest: Manifest) -> tuple[str, ...]:
     if manifest.recipe.takes is not Input.TEXT:
         return ()
     warning = (
-        f"{_named(manifest)} was trained on plain texts and has no prompt_template: the "
+        f"{manifest.reference} was trained on plain texts and has no prompt_template: the "
         "conversation was rendered by the model's chat template; use /v1/completions, or set the "
         "prompt_template that it was trained with"
     )
     return (warning,)
-
-
-def _named(manifest: Manifest) -> str:
-    return f"{manifest.name}@{manifest.version}"

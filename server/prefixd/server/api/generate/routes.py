@@ -46,7 +46,7 @@ async def _respond(
         answer=partial(choices_answer, service, body, formatter),
         endpoint=formatter.endpoint,
         stream=bool(body.stream),
-        is_quick=service.admission.resolver.is_base(body.model, body.user),
+        is_quick=service.admission.resolver.is_base(body.model, body.user, body.prefix),
         embedding_bytes=body.num_embedding_bytes,
     )
 

@@ -30,6 +30,7 @@ from prefixd.server.engine.request import QueueFull
 from prefixd.server.errors import TooManyTemplates, Unavailable
 from prefixd.server.tenants.limiter import Grant
 from prefixd.server.tenants.principal import Principal
+from prefixd.store.store import Manifest
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnected first. It is only logged."""
@@ -171,10 +172,28 @@ def _headers(admitted: Admitted, recorder: RequestRecorder) -> dict[str, str]:
     headers = dict(recorder.grant.headers) if recorder.grant else {}
     if admitted.prefix is not None:
         manifest = admitted.prefix.manifest
-        headers["x-prefixd-prefix"] = f"{manifest.name}@{manifest.version}"
+        headers["x-prefixd-prefix"] = (
+            manifest.reference
+            if manifest.version
+            else ",".join(member.reference for member in manifest.members)
+        )
         headers["x-prefixd-prefix-digest"] = manifest.digest
         headers["x-prefixd-prefix-chosen-by"] = admitted.prefix.chosen_by
     return headers
+
+
+def composition_of(manifest: Manifest) -> dict[str, Any]:
+    """What a composition is made of, for responses."""
+    members = [
+        {
+            "reference": member.reference,
+            "digest": member.digest,
+            **({} if member.weight is None else {"weight": member.weight}),
+        }
+        for member in manifest.members
+    ]
+    combine = {} if manifest.combine is None else {"combine": manifest.combine}
+    return {"kind": manifest.kind, "members": members, **combine}
 
 
 def envelope(admitted: Admitted, kind: str) -> dict[str, Any]:
@@ -182,13 +201,16 @@ def envelope(admitted: Admitted, kind: str) -> dict[str, Any]:
     prefix, used = admitted.prefix, None
     if prefix is not None:
         manifest = prefix.manifest
+        is_saved = manifest.version > 0
         used = {
-            "name": manifest.name,
-            "version": manifest.version,
+            "name": manifest.name if is_saved else None,
+            "version": manifest.version if is_saved else None,
             "digest": manifest.digest,
             "chosen_by": prefix.chosen_by,
             "recipe_revision": manifest.recipe_revision,
         }
+        if manifest.members:
+            used |= composition_of(manifest)
     return {
         "id": admitted.id,
         "object": kind,

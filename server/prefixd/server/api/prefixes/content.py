@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Request, Response
 from prefixd.server.api.catalog_calls import CatalogRoute, takes_long
 from prefixd.server.api.conditions import ConditionsDep, not_modified
 from prefixd.server.api.dependencies import Reader, ServedDep, StoreDep
-from prefixd.server.api.generate.resolver import check_intact
+from prefixd.server.api.generate.members import check_intact
 from prefixd.server.api.prefixes.routes import Version
 from prefixd.server.api.ranged_file import RangedFile, file_responses
 from prefixd.store.store import Manifest

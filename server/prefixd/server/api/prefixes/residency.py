@@ -24,7 +24,7 @@ from prefixd.server.api.dependencies import (
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import check_resident
-from prefixd.server.api.generate.resolver import check_intact
+from prefixd.server.api.generate.members import check_intact
 from prefixd.server.api.placement import handle_of
 from prefixd.server.api.prefixes.schemas import PrefixManifest
 from prefixd.server.api.repeats import RepeatableDep
@@ -198,7 +198,7 @@ def check_fits(
     check_intact(manifest)
     handle = handle_of(manifest)
     if handle is None:
-        version = f"{manifest.name}@{manifest.version}"
+        version = manifest.reference
         reason = (
             f"all virtual tokens of {version} stand inside the prompt, by its prompt_template"
             if manifest.num_virtual_tokens
@@ -212,7 +212,7 @@ def check_fits(
     if engine.config.max_tokens_for(handle.num_tokens, gated=handle.gated) < 1:
         raise DoesNotFit(
             f"the {handle.num_tokens} virtual tokens of "
-            f"{manifest.name}@{manifest.version} can never fit the KV pool"
+            f"{manifest.reference} can never fit the KV pool"
         )
     return handle
 

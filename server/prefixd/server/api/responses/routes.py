@@ -51,5 +51,5 @@ async def create_response(
             answer=partial(ResponseAnswer, service.served.tokenizer, body),
             endpoint=Endpoint.RESPONSES,
             stream=bool(body.stream),
-            is_quick=service.admission.resolver.is_base(body.model, body.user),
+            is_quick=service.admission.resolver.is_base(body.model, body.user, body.prefix),
         )

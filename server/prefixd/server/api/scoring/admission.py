@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from prefixd.server.api.admitted import Admitted, ResolvedPrefix
 from prefixd.server.api.generate.admission import Admission, check_resident, keys_of
+from prefixd.server.api.generate.members import refuse_ensemble
 from prefixd.server.api.generate.prompts import PromptEncoder, PromptTokens, check_token_ids
 from prefixd.server.api.generate.recipes import Prompts
 from prefixd.server.api.generate.requests import ChatRequest
@@ -15,7 +16,6 @@ from prefixd.server.api.scoring.requests import LoglikelihoodRequest
 from prefixd.server.engine.request import AdmittedRequest, SamplingParams, Scoring, StopParams
 from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.principal import Principal
-from prefixd.store.artifact.kinds import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,11 @@ class ScoringAdmission:
         common = self.admission
         self._refuse(body)
         prefix = common.resolver.resolve(principal.tenant, body.model, body.user)
+        refuse_ensemble(prefix, what="to score choices under")
         manifest = prefix.manifest if prefix else None
         prompts, lead = self._prompt(body, prefix)
         (context,) = prompts.tokens
-        encode = self._joint(context, continues=manifest is not None and _is_text(prefix))
+        encode = self._joint(context, continues=manifest is not None and manifest.has_text)
         choices = [
             self._choice(choice, context, lead, encode, place=place)
             for place, choice in enumerate(body.choices)
@@ -149,7 +150,3 @@ class ScoringAdmission:
         if not ids:
             raise BadRequest("expected a choice of at least one token", param=param)
         return ids
-
-
-def _is_text(prefix: ResolvedPrefix | None) -> bool:
-    return prefix is not None and prefix.manifest.kind is Kind.HARD_PROMPT

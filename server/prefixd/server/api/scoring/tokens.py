@@ -9,6 +9,7 @@ from prefixd.server.api.admitted import ResolvedPrefix
 from prefixd.server.api.body import json_body, json_request
 from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.dependencies import Generator, ServedDep
+from prefixd.server.api.generate.members import refuse_ensemble
 from prefixd.server.api.generate.prompts import PromptTokens, check_token_ids
 from prefixd.server.api.generate.requests import ChatRequest
 from prefixd.server.api.generate.service import GenerationService, service_of
@@ -82,7 +83,9 @@ def _resolve(
     service: GenerationService, principal: Principal, body: TokenizeRequest | DetokenizeRequest
 ) -> ResolvedPrefix | None:
     model = body.model or service.served.name
-    return service.admission.resolver.resolve(principal.tenant, model, body.user)
+    prefix = service.admission.resolver.resolve(principal.tenant, model, body.user)
+    refuse_ensemble(prefix, what="to tokenize under, since each member has a prompt of its own")
+    return prefix
 
 
 def _prompt_tokens(
