@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import Engine as Database
 
 from prefixd.server.api.app import create_app
-from prefixd.server.api.batches.options import BatchOptions
+from prefixd.server.api.batch_options import BatchOptions
 from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.catalog_metrics import CatalogCollector
 from prefixd.server.api.dependencies import BodyLimits

@@ -15,7 +15,7 @@ from sqlalchemy import update
 from prefixd.server.api.app import KEYED, PUBLIC
 from prefixd.server.tenants import key_text as keys
 from prefixd.server.tenants.registry import Scope
-from prefixd.server.tenants.tables import api_keys
+from prefixd.server.tenants.tables import api_keys, batches
 from prefixd.store.catalog.tables import files
 from prefixd.store.db.database import writing
 from tests.api.api_world import World, error_of, make_world, put_text
@@ -30,10 +30,16 @@ EXAMPLES = {
     "key_id": "KKKKKKKKKKKK",
     "tenant": "gamma",
     "file_id": "file-" + "f" * 32,
+    "batch_id": "batch_" + "f" * 32,
 }
 BODIES: dict[str, Any] = {
     "/v1/completions": {"model": "voice", "prompt": "x"},
     "/v1/chat/completions": {"model": "voice", "messages": [{"role": "user", "content": "x"}]},
+    "/v1/batches": {
+        "input_file_id": "file-" + "f" * 32,
+        "endpoint": "/v1/completions",
+        "completion_window": "24h",
+    },
     "/v1/responses": {"model": "voice", "input": "x"},
     "/tokenize": {"model": "voice", "prompt": "x"},
     "/detokenize": {"model": "voice", "tokens": [120]},
@@ -152,6 +158,10 @@ def create_examples(client: TestClient, world: World, tenant: str) -> None:
     client.post("/v1/files", data={"purpose": "batch"}, files={"file": LINES}, headers=headers)
     with writing(world.database) as connection:
         connection.execute(update(files).values(id=EXAMPLES["file_id"]))
+    client.post("/v1/batches", json=BODIES["/v1/batches"], headers=headers)
+    with writing(world.database) as connection:
+        spare = {"input_file_id": "file-spare"}  # so that the file can be deleted
+        connection.execute(update(batches).values(id=EXAMPLES["batch_id"], **spare))
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
@@ -163,7 +173,7 @@ def test_each_route_requires_exactly_one_scope(
     create_examples(client, world, "operator")
     generates = path.endswith(GENERATES)
     wanted = Scope.READ if method == "GET" else Scope.WRITE
-    if generates or path.startswith("/v1/files"):
+    if generates or path.startswith(("/v1/files", "/v1/batches")):
         wanted = Scope.GENERATE
     if path.startswith("/v1/admin/"):
         wanted = Scope.ADMIN
@@ -181,7 +191,7 @@ def masked(answer: httpx2.Response, world: World) -> tuple[int, str, dict[str, s
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z", "TIME", answer.text)
     for name, key in world.keys.items():
         text = text.replace(key.split("_")[1], f"ID-{name}")
-    text = re.sub(r"file-[0-9a-e][0-9a-f]*", "NEW-FILE", text)
+    text = re.sub(r"(file-|batch_)[0-9a-e][0-9a-f]*", r"\1NEW", text)
     text = re.sub(r'"(created_at|expires_at)":\d+', r'"\1":TIME', text)
     text = re.sub(r'"(key|key_id)":"[^"]*"', r'"\1":"NEW"', text)
     headers = {name: value for name, value in answer.headers.items() if name != "date"}
@@ -247,6 +257,7 @@ def resources(world: World, client: TestClient) -> list[Any]:
     bodies: list[Any] = [client.get(f"/v1/{path}", headers=headers).json() for path in paths]
     bodies[0].pop("tier")  # changes while the engine loads gamma's pinned prefix
     bodies += world.store.files.page(tenant="gamma", limit=9)
+    bodies += world.batches.page(tenant="gamma", limit=9)
     return [*bodies, world.tenants.tenant("gamma"), world.tenants.list_keys("gamma")]
 
 

@@ -1,7 +1,7 @@
 """A request that was admitted: plain data, from names and bodies to what the engine runs."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from prefixd.server.api.answers.parser import AnswerSyntax
 from prefixd.server.engine.constraint import Grammar
@@ -85,6 +85,11 @@ class Admitted:
     shared_tokens: int = 0
     grammar: AskedGrammar | None = None
     syntax: AnswerSyntax | None = None
+
+    def in_background(self) -> Self:
+        """The same request, of the background class."""
+        requests = tuple(replace(request, background=True) for request in self.requests)
+        return replace(self, requests=requests)
 
     @property
     def head(self) -> dict[str, Any]:

@@ -8,7 +8,11 @@ from fastapi import Depends, FastAPI
 from prefixd.server import version
 from prefixd.server.api import error_responses, health, openapi
 from prefixd.server.api.admin import routes as admin_routes
-from prefixd.server.api.batches.options import BatchOptions
+from prefixd.server.api.batch_options import BatchOptions
+from prefixd.server.api.batches import routes as batch_routes
+from prefixd.server.api.batches.assembly import Assembly
+from prefixd.server.api.batches.line_runner import BatchParts
+from prefixd.server.api.batches.worker import BatchWorker
 from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.dependencies import (
     BodyLimits,
@@ -84,6 +88,7 @@ KEYED = (
     residency_routes.router,
     user_routes.router,
     file_routes.router,
+    batch_routes.router,
     admin_routes.router,
 )
 
@@ -163,6 +168,24 @@ def create_app(
     app.state.audit = audit
     app.state.batch_options = batch_options
     app.state.batches = batches
+    app.state.batch_worker = BatchWorker(
+        BatchParts(
+            app=app,
+            batches=batches,
+            tenants=tenants,
+            catalog=catalog,
+            metrics=metrics,
+            assembly=Assembly(
+                batches=batches,
+                store=store,
+                folder=body_limits.upload_dir,
+                max_bytes=body_limits.max_body_bytes,
+                files_kept=batch_options.files_kept,
+            ),
+        ),
+        drain_state,
+        max_lines=batch_options.max_lines,
+    )
     app.state.bindings = bindings
     app.state.body_limits = body_limits
     app.state.bounds = bounds or TenantBounds()

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
-from prefixd.server.api.batches.options import BatchOptions
+from prefixd.server.api.batch_options import BatchOptions
 from prefixd.server.api.catalog_access import CatalogAccess
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.rendering.renderer import TemplateRenderer
@@ -75,12 +75,21 @@ StoreDep = Annotated[PrefixStore, part("store")]
 TenantsDep = Annotated[Tenants, part("tenants")]
 
 
+INSIDE = "inside"
+"""In a request's state: the principal of one that the server sends to itself. It is of the
+background class."""
+
+
 class KeyBearer(HTTPBearer):
     """The dependency of every route that needs a key. It is also the entry of OpenAPI's security:
     one that named an HTTPBearer of its own would be two dependencies to solve."""
 
     async def __call__(self, request: Request) -> Principal:  # type: ignore[override]
         """The principal behind the bearer key. Raises NotAuthenticated."""
+        inside: Principal | None = request.scope["state"].get(INSIDE)
+        if inside is not None:
+            request.state.principal = inside
+            return inside
         credentials = await super().__call__(request)
         if credentials is None:
             raise NotAuthenticated(

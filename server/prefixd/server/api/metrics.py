@@ -94,6 +94,15 @@ class RenderOutcome(StrEnum):
     REFUSED = "refused"
 
 
+class LineOutcome(StrEnum):
+    """What became of a line of a batch. FAILED: its answer is an error. RETRIED: it was refused for
+    now, and runs again."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    RETRIED = "retried"
+
+
 class ConnectionLimit(StrEnum):
     """Which limit refused a connection."""
 
@@ -202,6 +211,29 @@ class Metrics:
         )
         for outcome in RenderOutcome:
             self._renders.labels(outcome)
+
+        self.batch_lines = Counter(
+            "prefixd_batch_lines",
+            "Lines of batches that this server ran, by what became of them.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        for line_outcome in LineOutcome:
+            self.batch_lines.labels(line_outcome)
+        self.batch_lines_running = Gauge(
+            "prefixd_batch_lines_running", "Lines of batches that run.", registry=self.registry
+        )
+        self.batch_lines_waiting = Gauge(
+            "prefixd_batch_lines_waiting",
+            "Lines that wait, of the batches that this server works on.",
+            registry=self.registry,
+        )
+        self.batches = Gauge(
+            "prefixd_batches",
+            "Batches that this server works on, by status.",
+            ["status"],
+            registry=self.registry,
+        )
 
     def _histogram(
         self,

@@ -12,6 +12,7 @@ from prefixd.server.api.admin.schemas import (
     Rotation,
     TenantChange,
 )
+from prefixd.server.api.batches.schemas import BATCH_ID, WINDOW, NewBatchRequest
 from prefixd.server.api.body import StrictModel
 from prefixd.server.api.conditions import TAGS_PATTERN
 from prefixd.server.api.error_responses import ErrorBody
@@ -42,6 +43,7 @@ _BODIES: tuple[type[StrictModel], ...] = (
     AliasTarget,
     ChosenVersion,
     BindingTarget,
+    NewBatchRequest,
     NewTenantRequest,
     TenantChange,
     QuotaChange,
@@ -58,6 +60,7 @@ _PARAMETERS = {
     "tenant": _NAME,
     "reference": REFERENCE,
     "file_id": f"^{FILE_ID}$",
+    "batch_id": f"^{BATCH_ID}$",
     "key_id": "^[0-9A-Za-z]{1,128}$",
     "idempotency-key": f"^{KEY}$",
     "if-match": TAGS_PATTERN,
@@ -67,6 +70,7 @@ _PARAMETERS = {
 
 _FIELDS = {
     ("BindingTarget", "prefix"): REFERENCE,
+    ("NewBatchRequest", "completion_window"): f"^{WINDOW}$",
     ("NewTenantRequest", "name"): _NAME,
     ("NewKeyRequest", "tenant"): _NAME,
     ("NewKeyRequest", "label"): f"^{LABEL.pattern}$",

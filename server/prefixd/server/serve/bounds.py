@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 
-from prefixd.server.api.batches.options import BatchOptions
+from prefixd.server.api.batch_options import BatchOptions
 from prefixd.server.api.tenant_bounds import TenantBounds
 from prefixd.server.serve.connection_limits import ConnectionLimits, raise_descriptor_limit
 from prefixd.server.serve.settings import Settings

@@ -55,9 +55,10 @@ def make_lifespan(
     trace: Tracer | None = None,
     followers: "Followers | None" = None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
-    """A lifespan that runs the engine, pin sync, lease renewal, the watch over the disk and
-    ``sweeper``, and at the end closes ``inputs``, ``constraints``, the application's templates,
-    ``trace``, ``database`` and ``followers``. ``fingerprint`` is the served base's."""
+    """A lifespan that runs the engine, the application's batches, pin sync, lease renewal, the
+    watch over the disk and ``sweeper``, and at the end closes ``inputs``, ``constraints``, the
+    application's templates, ``trace``, ``database`` and ``followers``. ``fingerprint`` is the
+    served base's."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -78,11 +79,14 @@ def make_lifespan(
         renewing = asyncio.create_task(_renew_leases(limiter, catalog.calls))
         returning = asyncio.create_task(_return_portions(limiter, catalog.calls))
         reporting = asyncio.create_task(report_health(catalog.health))
+        batches = asyncio.create_task(app.state.batch_worker.run())
         if sweeper is not None:
             sweeper.start()
         try:
             yield
         finally:
+            batches.cancel()
+            await asyncio.wait({batches})  # it releases what it holds
             renewing.cancel()
             returning.cancel()
             reporting.cancel()

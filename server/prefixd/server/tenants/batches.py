@@ -186,7 +186,7 @@ class Batches:
         counts the batches of each tenant that it has."""
         query = (
             select(batches.c.id, batches.c.tenant)
-            .where(batches.c.status.in_(OPEN), self._is_free())
+            .where(batches.c.status.in_(OPEN), _is_free(self._at()))
             .order_by(batches.c.created_at, batches.c.id)
             .limit(_CANDIDATES)
         )
@@ -195,11 +195,11 @@ class Batches:
         free = [row for row in rows if working_on[row.tenant] < PER_TENANT]
         for row in sorted(free, key=lambda row: working_on[row.tenant]):
             with writing(self._engine) as connection:
-                is_mine = and_(batches.c.id == row.id, batches.c.status.in_(OPEN), self._is_free())
+                now = self._at()
+                still_free = and_(batches.c.id == row.id, batches.c.status.in_(OPEN), _is_free(now))
+                claiming = update(batches).where(still_free)
                 claimed = connection.execute(
-                    update(batches)
-                    .where(is_mine)
-                    .values(holder=holder, leased_until=self._at() + LEASE_S)
+                    claiming.values(holder=holder, leased_until=now + LEASE_S)
                 )
                 if claimed.rowcount:
                     return _find(connection, row.id)
@@ -266,22 +266,28 @@ class Batches:
 
     def commit(self, holder: str, batch_id: str, answers: Sequence[LineAnswer]) -> BatchRecord:
         """Add the answers of lines, all or none, to a batch that is in progress or being cancelled.
-        Raises LeaseLost."""
+        A line that has one keeps it: a commit may be repeated. Raises LeaseLost."""
         with writing(self._engine) as connection:
             batch = self._held(connection, holder, batch_id)
             if batch.status in {BatchStatus.IN_PROGRESS, BatchStatus.CANCELLING} and answers:
-                rows = [{"batch": batch_id, **asdict(answer)} for answer in answers]
-                connection.execute(insert(batch_answers), rows)
-                failed = sum(answer.failed for answer in answers)
+                new = _without_answer(connection, batch_id, answers)
+                rows = [{"batch": batch_id, **asdict(answer)} for answer in new]
+                if rows:
+                    connection.execute(insert(batch_answers), rows)
+                failed = sum(answer.failed for answer in new)
                 connection.execute(
                     update(batches)
                     .where(batches.c.id == batch_id)
                     .values(
-                        completed=batches.c.completed + (len(answers) - failed),
+                        completed=batches.c.completed + (len(new) - failed),
                         failed=batches.c.failed + failed,
                     )
                 )
             return _find(connection, batch_id)
+
+    def seconds_left(self, batch: BatchRecord) -> float:
+        """How long the lines of a batch may still run."""
+        return (batch.expires_at - self._now()).total_seconds()
 
     def answered(self, batch_id: str) -> set[int]:
         """The lines that have an answer."""
@@ -347,7 +353,14 @@ class Batches:
 
     def complete(self, holder: str, batch_id: str) -> BatchRecord:
         """All lines have answers. Raises LeaseLost."""
-        return self.end_early(holder, batch_id, BatchStatus.COMPLETED)
+        with writing(self._engine) as connection:
+            batch = self._held(connection, holder, batch_id)
+            if batch.status is BatchStatus.IN_PROGRESS:
+                if batch.completed + batch.failed != batch.total:
+                    raise AssertionError(f"lines without an answer: {batch}")
+                outcome = BatchStatus.COMPLETED.value
+                _set(connection, batch, BatchStatus.FINALIZING, self._now(), outcome=outcome)
+            return _find(connection, batch_id)
 
     def remove_answers(self, batch_id: str | None = None) -> int:
         """Delete the answers of batches that have ended, which are in files: of one batch, or of
@@ -373,13 +386,14 @@ class Batches:
             raise LeaseLost
         return batch_record(row)
 
-    def _is_free(self) -> ColumnElement[bool]:
-        """No server holds it: its lease has expired, or is from a clock that was set back since."""
-        until, now = batches.c.leased_until, self._at()
-        return or_(until.is_(None), until <= now, until > now + literal(2 * LEASE_S))
-
     def _at(self) -> ColumnElement[float]:
         return shared_now(self._engine, self._lease_now)
+
+
+def _is_free(now: ColumnElement[float]) -> ColumnElement[bool]:
+    """No server holds it: its lease has expired, or is from a clock that was set back since."""
+    until = batches.c.leased_until
+    return or_(until.is_(None), until <= now, until > now + literal(2 * LEASE_S))
 
 
 def _find(
@@ -392,6 +406,17 @@ def _find(
     if row is None:
         raise NotFound(f"no batch {batch_id[:80]!a}", code="batch_not_found", param="batch_id")
     return batch_record(row)
+
+
+def _without_answer(
+    connection: Connection, batch_id: str, answers: Sequence[LineAnswer]
+) -> list[LineAnswer]:
+    lines = [answer.line for answer in answers]
+    query = select(batch_answers.c.line).where(
+        batch_answers.c.batch == batch_id, batch_answers.c.line.in_(lines)
+    )
+    known = set(connection.scalars(query))
+    return [answer for answer in answers if answer.line not in known]
 
 
 def _set(

@@ -212,13 +212,19 @@ class Keyring:
         expired = row.expires_at is not None and row.expires_at <= self._now()
         if expired or row.revoked_at is not None:
             raise _refused()
-        return Principal(
-            tenant=row.tenant,
-            key_id=row.key_id,
-            scopes=frozenset(map(Scope, row.scopes.split())),
-            quota=Quota.of(row),
-            weight=row.weight,
-            kv_reuse=row.kv_reuse,
+        return _principal(row)
+
+    def principal(self, key_id: str) -> Principal:
+        """The principal of a key by its id, for what it began; that of its successor when it was
+        replaced and has expired. Raises NotAuthenticated."""
+        with self._lookups.connect() as connection:
+            row = connection.execute(_PRINCIPAL, {"key_id": key_id}).first()
+            while row is not None and row.revoked_at is None:
+                if row.expires_at is None or row.expires_at > self._now():
+                    return _principal(row)
+                row = connection.execute(_PRINCIPAL, {"key_id": row.replaced_by}).first()
+        raise NotAuthenticated(
+            f"the key '{key_id}' is not valid any more: it was revoked or has expired"
         )
 
     def _issue(
@@ -262,6 +268,17 @@ class Keyring:
             subject=key.key_id,
             detail=about,
         )
+
+
+def _principal(row: Row[Any]) -> Principal:
+    return Principal(
+        tenant=row.tenant,
+        key_id=row.key_id,
+        scopes=frozenset(map(Scope, row.scopes.split())),
+        quota=Quota.of(row),
+        weight=row.weight,
+        kv_reuse=row.kv_reuse,
+    )
 
 
 def _one_key(key_id: str, owner: str | None) -> Any:

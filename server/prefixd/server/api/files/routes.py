@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 
-from prefixd.server.api.batches.options import BatchOptions
+from prefixd.server.api.batch_options import BatchOptions
 from prefixd.server.api.body import declared_bytes, media_type
 from prefixd.server.api.catalog_calls import CatalogRoute, takes_long
 from prefixd.server.api.conditions import ConditionsDep, not_modified

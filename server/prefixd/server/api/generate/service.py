@@ -12,7 +12,7 @@ from fastapi import Request
 from prefixd.server.api.admitted import Admitted
 from prefixd.server.api.body import declared_bytes
 from prefixd.server.api.catalog_calls import waited_by
-from prefixd.server.api.dependencies import bounds_of
+from prefixd.server.api.dependencies import INSIDE, bounds_of
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import Admission
@@ -90,7 +90,8 @@ class GenerationService:
         # All contexts entered here exit before the block has ended, the recorder last.
         async with AsyncExitStack() as contexts:
             await contexts.enter_async_context(recorder)
-            self._check_ready(principal)
+            is_background = INSIDE in request.scope["state"]
+            self._check_ready(principal, background=is_background)
             if embedding_bytes:
                 held = bounds_of(request).embeddings
                 await contexts.enter_async_context(held.hold(principal.tenant, embedding_bytes))
@@ -99,6 +100,8 @@ class GenerationService:
             admitted, recorder.grant = await self._admit(
                 request, principal, admit, is_quick=is_quick and is_short
             )
+            if is_background:
+                admitted = admitted.in_background()
             recorder.record.admitted = admitted
             admitted = await self.constraints.fill(await self.inputs.fill(admitted))
             generation = Generation(
@@ -154,7 +157,7 @@ class GenerationService:
             trace=self.trace,
         )
 
-    def _check_ready(self, principal: Principal) -> None:
+    def _check_ready(self, principal: Principal, *, background: bool) -> None:
         """Raise Unavailable, before any work, for a request that the engine would not take."""
         if self.drain_state.closed:
             raise self.drain_state.refusal()
@@ -162,7 +165,7 @@ class GenerationService:
         if trouble is not None:
             raise Unavailable(trouble, retry_after=1)
         try:
-            self.engine.check_room(principal.tenant, weight=principal.weight)
+            self.engine.check_room(principal.tenant, weight=principal.weight, background=background)
         except QueueFull as full:
             raise from_queue_full(full, self.drain_state) from full
 

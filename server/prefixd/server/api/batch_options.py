@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from datetime import timedelta
 
-ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
+ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 """The routes that the lines of a batch may name."""
 
 
