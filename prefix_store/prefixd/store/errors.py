@@ -9,6 +9,7 @@
     ├── UnknownFile          no such file of this tenant
     ├── BaseMismatch         the prefix belongs to another base than the one served
     ├── VersionInUse         an alias or a pin refers to the version
+    ├── MemberDeleted        versions that a stack, blend or ensemble is made of are gone
     ├── CorruptArtifact      stored bytes no longer have the digest they were stored under
     ├── BlobsUnavailable     the place for blobs cannot be reached now
     ├── StorageFull          the disk has no room for an upload
@@ -66,6 +67,10 @@ class BaseMismatch(StoreError):
 
 class VersionInUse(StoreError):
     """An alias or a pin refers to the version, which therefore cannot be deleted."""
+
+
+class MemberDeleted(StoreError):
+    """Versions that a stack, a blend or an ensemble is made of were deleted."""
 
 
 class CorruptArtifact(StoreError):

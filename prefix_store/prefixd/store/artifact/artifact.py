@@ -1,13 +1,20 @@
 """Artifacts: a prefix's bytes, parsed and checked against a base. No torch, no SQL."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from prefixd.store.artifact.adaption import AdaptionWeights, open_adaption
 from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.composition import (
+    MAX_COMPOSITION_BYTES,
+    Combine,
+    Member,
+    composition_payload,
+    parse_payload,
+)
 from prefixd.store.artifact.config import PeftConfig, from_fields, parse_config
 from prefixd.store.artifact.envelope import Envelope, Packed, read_envelope, write_artifact
 from prefixd.store.artifact.kinds import Kind, TextRole
@@ -25,7 +32,7 @@ MAX_TEXT_BYTES = 1024 * 1024
 @dataclass(frozen=True, slots=True)
 class Summary:
     """An artifact that was checked against a base, without its values. ``dtype`` is the file's;
-    ``role`` is that of a text, else None."""
+    ``role`` is that of a text, else None. ``members`` are those of a composition."""
 
     kind: Kind
     peft_type: str | None
@@ -34,6 +41,8 @@ class Summary:
     task_id: int | None
     base_model_name_or_path: str | None
     role: TextRole | None = field(default=None, kw_only=True)
+    members: tuple[Member, ...] = field(default=(), kw_only=True)
+    combine: Combine | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +145,28 @@ def pack_text(text: str, target: Path, *, role: TextRole = TextRole.RAW) -> Pack
     if role is not TextRole.RAW:  # texts had no role at first: their digests stay
         fields["role"] = str(role)
     return write_artifact(Kind.HARD_PROMPT, fields, io.BytesIO(payload), len(payload), target)
+
+
+def pack_composition(
+    kind: Kind, members: Sequence[Member], combine: Combine | None, target: Path
+) -> Packed:
+    """Write the artifact file of a stack, a blend or an ensemble, and fsync it."""
+    payload = composition_payload(members, combine)
+    fields: dict[str, Any] = {"config": None, "peft_type": None, "task_id": None}
+    return write_artifact(kind, fields, io.BytesIO(payload), len(payload), target)
+
+
+def read_composition(path: Path) -> tuple[Kind, tuple[Member, ...], Combine | None] | None:
+    """Kind, members and how they are combined, of an artifact file of a composition; None for that
+    of another kind. Raises ArtifactRefused."""
+    envelope = read_envelope(path)
+    if not envelope.kind.is_composed:
+        return None
+    with path.open("rb") as file:
+        file.seek(envelope.payload_offset)
+        payload = file.read(MAX_COMPOSITION_BYTES + 1)
+    members, combine = parse_payload(envelope.kind, payload)
+    return envelope.kind, members, combine
 
 
 def pack_artifact(source: Path, target: Path) -> Packed:

@@ -15,14 +15,15 @@ import json
 import math
 from collections.abc import Collection, Iterable, Sequence
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from prefixd.store.artifact.kinds import Kind, TextRole
-from prefixd.store.artifact.strict import canonical
+from prefixd.store.artifact.strict import StrictJsonError, canonical, parse_object
 from prefixd.store.errors import ArtifactRefused
 
 MAX_MEMBERS = 16
 MAX_ENSEMBLE = 8
+MAX_COMPOSITION_BYTES = 64 * 1024
 WEIGHT_TOLERANCE = 1e-6
 """How far the sum of the weights of a blend may be from 1."""
 
@@ -36,13 +37,15 @@ class Combine(StrEnum):
 
 
 class Member(NamedTuple):
-    """A version that a composition is made of; ``weight`` is that of a blend's, else None."""
+    """A version that a composition is made of; ``weight`` is that of a blend's, else None, and
+    ``num_positions`` are those that it takes (0: unknown, in an artifact file)."""
 
     name: str
     version: int
     digest: str
     kind: Kind
     weight: float | None = None
+    num_positions: int = 0
 
     @property
     def reference(self) -> str:
@@ -156,8 +159,10 @@ def composition_digest(kind: Kind, digests: Sequence[str], weights: Sequence[flo
     return hashlib.sha256(canonical(content)).hexdigest()
 
 
-def write_members(members: Sequence[Member], combine: Combine | None) -> str:
-    """Members as the catalog keeps them."""
+def write_members(members: Sequence[Member], combine: Combine | None) -> str | None:
+    """Members as the catalog keeps them; None without any."""
+    if not members:
+        return None
     listed = [member._asdict() for member in members]
     return json.dumps({"members": listed, "combine": combine})
 
@@ -170,6 +175,57 @@ def read_members(text: str | None) -> tuple[tuple[Member, ...], Combine | None]:
     members = (Member(**fields | {"kind": Kind(fields["kind"])}) for fields in stored["members"])
     combine = stored["combine"]
     return tuple(members), None if combine is None else Combine(combine)
+
+
+def composition_payload(members: Sequence[Member], combine: Combine | None) -> bytes:
+    """What the artifact file of a composition holds: canonical JSON."""
+    listed = [
+        {
+            "digest": member.digest,
+            "kind": str(member.kind),
+            "reference": member.reference,
+            "weight": member.weight,
+        }
+        for member in members
+    ]
+    return canonical({"combine": combine, "members": listed})
+
+
+def parse_payload(kind: Kind, payload: bytes) -> tuple[tuple[Member, ...], Combine | None]:
+    """What ``composition_payload`` wrote; raise ArtifactRefused for anything else."""
+    try:
+        fields = parse_object(payload)
+        members = tuple(_member(each) for each in fields["members"])
+        combine = None if fields["combine"] is None else Combine(fields["combine"])
+    except (StrictJsonError, KeyError, TypeError, ValueError, AttributeError):
+        raise _malformed(kind) from None
+    fewest, most = num_members(kind)
+    weights = [member.weight for member in members]
+    is_right = (
+        fewest <= len(members) <= most
+        and (combine is not None) is (kind is Kind.ENSEMBLE)
+        and all((weight is not None) is (kind is Kind.BLEND) for weight in weights)
+        and composition_payload(members, combine) == payload
+    )
+    if not is_right or (
+        kind is Kind.BLEND and weights_problem([weight or 0.0 for weight in weights]) is not None
+    ):
+        raise _malformed(kind)
+    return members, combine
+
+
+def _member(fields: Any) -> Member:
+    name, _, version = fields["reference"].partition("@")
+    weight = fields["weight"]
+    if weight is not None and type(weight) is not float:
+        raise TypeError(weight)
+    return Member(name, int(version), fields["digest"], Kind(fields["kind"]), weight)
+
+
+def _malformed(kind: Kind) -> ArtifactRefused:
+    return ArtifactRefused(
+        "malformed_artifact", f"not an artifact file: it does not hold the members of a {kind}"
+    )
 
 
 def encoded_runs(

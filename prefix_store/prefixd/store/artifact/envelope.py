@@ -3,7 +3,7 @@
 An artifact file is one self-contained byte string, whose sha256 is the prefix's digest::
 
     {"config":{...},"format":1,"kind":"soft_prompt",...,"payload_bytes":N}\\n      canonical JSON
-    N bytes: adapter_model.safetensors as uploaded, or the UTF-8 text              verbatim
+    N bytes: adapter_model.safetensors as uploaded, the UTF-8 text, or the members of a composition
 
 So ``sha256sum`` on a blob checks it. The digest covers the config and the task id too: the same
 tensor under another type is another prefix. A text that is a system turn has ``"role":"system"`` in
@@ -32,6 +32,7 @@ MAX_LINE_BYTES = 2 * 1024 * 1024
 """Longest first line: a config of 256 KiB, spelt canonically. 1e15 grows most."""
 
 _COPY_BYTES = 1024 * 1024
+_COMPOSED = tuple(str(kind) for kind in Kind if kind.is_composed)
 _FIELDS = {"config", "format", "kind", "payload_bytes", "peft_type", "task_id"}
 
 
@@ -81,7 +82,9 @@ def read_envelope(path: Path) -> Envelope:
         config=fields["config"],
         payload_offset=len(line),
         payload_bytes=size - len(line),
-        role=TextRole(fields.get("role", TextRole.RAW)) if fields["config"] is None else None,
+        role=TextRole(fields.get("role", TextRole.RAW))
+        if fields["kind"] == Kind.HARD_PROMPT
+        else None,
     )
 
 
@@ -122,7 +125,11 @@ def _check_envelope(fields: dict[str, Any], *, payload_bytes: int) -> None:
     kind, peft_type = str(Kind.HARD_PROMPT), None
     if config is None and task_id is not None:
         raise _malformed("a text has no task id")
-    if "role" in fields and (config is not None or fields["role"] != TextRole.SYSTEM):
+    is_composed = config is None and fields["kind"] in _COMPOSED
+    if is_composed:
+        kind = fields["kind"]
+    is_text = config is None and not is_composed
+    if "role" in fields and (not is_text or fields["role"] != TextRole.SYSTEM):
         raise _malformed("only a text has a role here, and only 'system'")
     if config is not None:
         peft_type = config.get("peft_type") if isinstance(config, dict) else None

@@ -1,7 +1,7 @@
 """Manifests: what the catalog records of a version, and the queries that read it."""
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -23,7 +23,7 @@ from prefixd.store.catalog.tables import (
     versions,
 )
 from prefixd.store.catalog.version_rows import has_label
-from prefixd.store.errors import ArtifactRefused, BaseMismatch, UnknownPrefix
+from prefixd.store.errors import ArtifactRefused, BaseMismatch, MemberDeleted, UnknownPrefix
 from prefixd.store.names import LATEST, MAX_VERSION, Reference
 
 _FINGERPRINT_DIGITS = 12
@@ -80,7 +80,10 @@ class Manifest:
 
     @property
     def num_positions(self) -> int:
-        """Positions that it takes before a request's own tokens."""
+        """Positions that it takes before a request's own tokens. Each member of an ensemble is in
+        a sequence of its own."""
+        if self.kind is Kind.ENSEMBLE:
+            return max(member.num_positions for member in self.members)
         return self.num_virtual_tokens if self.kind.takes_positions else 0
 
     @property
@@ -255,6 +258,40 @@ def check_any_of_base(connection: Connection, tenant: str, name: str, *, base: B
             f"(fingerprint {base.fingerprint}); its newest version, {manifest.version}, belongs to "
             f"the base model '{manifest.base}' (fingerprint {manifest.fingerprint})"
         )
+
+
+def members_of(
+    manifests: Sequence[Manifest], weights: Sequence[float | None]
+) -> tuple[Member, ...]:
+    """Versions as the members of a composition."""
+    return tuple(
+        Member(each.name, each.version, each.digest, each.kind, weight, each.num_positions)
+        for each, weight in zip(manifests, weights, strict=True)
+    )
+
+
+def present_members(
+    connection: Connection, tenant: str, members: Sequence[Member]
+) -> tuple[Manifest, ...]:
+    """The versions that a composition is made of, in order. Raises MemberDeleted for those that
+    are gone, and also for those of members that are compositions."""
+    present: list[Manifest] = []
+    deleted: list[str] = []
+    for member in members:
+        try:
+            version = numbered(connection, tenant, member.name, member.version)
+        except UnknownPrefix:
+            deleted.append(member.reference)
+            continue
+        present_members(connection, tenant, version.members)
+        present.append(version)
+    if deleted:
+        names = ", ".join(dict.fromkeys(deleted))
+        raise MemberDeleted(
+            f"the prefix cannot be used: of its members, {names} no longer exist; save it again "
+            "with others"
+        )
+    return tuple(present)
 
 
 def unknown(reference: Reference) -> str:

@@ -1,8 +1,9 @@
 """Pins, and the blobs that no name, alias or pin refers to any more."""
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
@@ -16,9 +17,13 @@ from sqlalchemy import (
     text,
 )
 
+from prefixd.store.artifact.composition import Member, read_members
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.template import num_in_front
+from prefixd.store.catalog.manifests import present_members
 from prefixd.store.catalog.tables import aliases, blobs, latest_versions, pins, versions
 from prefixd.store.db.database import insert_into
+from prefixd.store.errors import MemberDeleted
 from prefixd.store.names import BlobKey
 
 _BATCH = 500
@@ -28,11 +33,13 @@ _LOCK = 0x70696E73  # an arbitrary number, the same in all processes: "pins"
 @dataclass(frozen=True, slots=True)
 class Pinned:
     """A pinned blob, the number of its virtual tokens, and the template of its version, if that
-    places some."""
+    places some. A stack or a blend has ``members``; an ensemble is its members."""
 
     key: BlobKey
     num_virtual_tokens: int
     prompt_template: str | None = None
+    members: tuple[Member, ...] = ()
+    is_blend: bool = False
 
     @property
     def num_in_front(self) -> int:
@@ -45,6 +52,8 @@ def pinned(connection: Connection, *, fingerprint: str) -> tuple[Pinned, ...]:
     templates once for each tenant. Without corrupt blobs: they cannot be loaded."""
     columns = (
         pins.c.tenant,
+        versions.c.kind,
+        versions.c.members_json,
         versions.c.digest,
         versions.c.num_virtual_tokens,
         versions.c.metadata_json,
@@ -64,12 +73,35 @@ def pinned(connection: Connection, *, fingerprint: str) -> tuple[Pinned, ...]:
         .order_by(func.min(pins.c.since), pins.c.tenant, versions.c.digest)
     )
     found = (
-        Pinned(
-            BlobKey(row.tenant, row.digest), row.num_virtual_tokens, _template(row.metadata_json)
-        )
-        for row in connection.execute(statement)
+        pin for row in connection.execute(statement).all() for pin in _pins_of(connection, row)
     )
     return tuple(dict.fromkeys(found))
+
+
+def _pins_of(connection: Connection, row: Any) -> Iterator[Pinned]:
+    """What the pin of a version keeps: of an ensemble its members. Nothing of a composition whose
+    members were deleted, or are corrupt."""
+    kind, members = Kind(row.kind), read_members(row.members_json)[0]
+    if members:
+        try:
+            present = present_members(connection, row.tenant, members)
+        except MemberDeleted:
+            return
+        if any(member.corrupt for member in present):
+            return
+        if kind is Kind.ENSEMBLE:
+            for member in present:
+                yield Pinned(
+                    BlobKey(row.tenant, member.digest),
+                    member.num_virtual_tokens,
+                    member.prompt_template if member.places_tokens else None,
+                    member.members,
+                    member.kind is Kind.BLEND,
+                )
+            return
+    template = _template(row.metadata_json)
+    key = BlobKey(row.tenant, row.digest)
+    yield Pinned(key, row.num_virtual_tokens, template, members, kind is Kind.BLEND)
 
 
 def _template(metadata_json: str) -> str | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, insert, select, update
 
 from prefixd.store.artifact.base_spec import BaseSpec
+from prefixd.store.artifact.composition import write_members
 from prefixd.store.catalog.changes import Draft
 from prefixd.store.catalog.tables import prefixes, versions
 from prefixd.store.db.database import insert_into
@@ -76,6 +77,7 @@ def insert_version(
             kind=str(summary.kind),
             peft_type=summary.peft_type,
             role=None if summary.role is None else str(summary.role),
+            members_json=write_members(summary.members, summary.combine),
             num_virtual_tokens=summary.num_virtual_tokens,
             dtype=summary.dtype,
             size_bytes=draft.packed.size_bytes,

@@ -50,6 +50,7 @@ from prefixd.store.errors import (
     BlobsUnavailable,
     CorruptArtifact,
     InvalidReference,
+    MemberDeleted,
     StorageFull,
     StoreError,
     UnknownFile,
@@ -73,6 +74,7 @@ _REPORTED: dict[type[StoreError], tuple[type[PrefixdError], str]] = {
     UnknownFile: (NotFound, "file_not_found"),
     BaseMismatch: (Conflict, "base_mismatch"),
     VersionInUse: (Conflict, "version_in_use"),
+    MemberDeleted: (Conflict, "member_deleted"),
     CorruptArtifact: (EngineFailure, "corrupt_prefix"),
 }
 """Errors of the store that keep their message."""

@@ -138,7 +138,9 @@ def key_of(manifest: Manifest) -> PrefixKey | None:
 
 def pinned_handle(pin: Pinned) -> PrefixHandle | None:
     """What a pin keeps resident; None: nothing."""
-    whole = PrefixHandle(PrefixKey(pin.key.tenant, pin.key.digest), pin.num_virtual_tokens)
+    kind = Kind.BLEND if pin.is_blend else Kind.STACK if pin.members else Kind.SOFT_PROMPT
+    key = whole_key(pin.key.tenant, pin.key.digest, kind, pin.members)
+    whole = PrefixHandle(key, pin.num_virtual_tokens)
     with suppress(ArtifactRefused):
         return front_of(
             whole,

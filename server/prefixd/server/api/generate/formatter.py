@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from prefixd.server.api.generate.answer_options import AnswerOptions
 from prefixd.server.api.generate.logprobs import chat_logprobs, completion_logprobs
@@ -18,6 +18,8 @@ from prefixd.store.artifact.composition import Combine
 
 class MemberUsed(BaseModel):
     """A version that a composition is made of; ``weight`` is of a blend's."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     reference: str
     digest: str

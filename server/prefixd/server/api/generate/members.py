@@ -18,11 +18,17 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.errors import BadRequest, Conflict, EngineFailure, NotFound
 from prefixd.server.tenants.bindings import ChosenBy
-from prefixd.store.artifact.composition import Member, check_members
+from prefixd.store.artifact.composition import check_members
 from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.recipe import Recipe
-from prefixd.store.catalog.manifests import check_base
-from prefixd.store.errors import ArtifactRefused, BaseMismatch, InvalidReference, UnknownPrefix
+from prefixd.store.catalog.manifests import check_base, members_of
+from prefixd.store.errors import (
+    ArtifactRefused,
+    BaseMismatch,
+    InvalidReference,
+    MemberDeleted,
+    UnknownPrefix,
+)
 from prefixd.store.store import Manifest, PrefixStore
 
 _KEPT_COUNTS = 4096
@@ -76,7 +82,10 @@ class MemberResolver:
         were deleted, EngineFailure where one is known to be damaged."""
         if not manifest.kind.is_composed:
             return ResolvedPrefix(manifest, chosen_by)
-        manifests = present_members(self.store, manifest, param=param)
+        manifests = self._present(manifest, param=param)
+        key = whole_of(manifest).key
+        count = self.counts.of(key, manifest.kind, manifests)  # an earlier server may count others
+        manifest = replace(manifest, num_virtual_tokens=count)
         return self._resolved(manifest, chosen_by, manifests)
 
     def check_kinds(self, kind: Kind, manifests: Sequence[Manifest]) -> None:
@@ -100,9 +109,17 @@ class MemberResolver:
         except BaseMismatch as error:
             raise Conflict(error.message, code="base_mismatch", param=_PARAM) from None
         check_intact(manifest, param=_PARAM)
-        if manifest.kind in {Kind.STACK, Kind.BLEND}:
-            present_members(self.store, manifest, param=_PARAM)
+        self._present(manifest, param=_PARAM)
         return manifest
+
+    def _present(self, manifest: Manifest, *, param: str) -> tuple[Manifest, ...]:
+        try:
+            members = self.store.present_members(manifest)
+        except MemberDeleted as error:
+            raise Conflict(error.message, code="member_deleted", param=param) from None
+        for member in members:
+            check_intact(member, param=param)
+        return members
 
     def _resolved(
         self,
@@ -145,42 +162,6 @@ class StackCounts:
             while len(self._counts) > _KEPT_COUNTS:
                 self._counts.popitem(last=False)
         return count
-
-
-def members_of(
-    manifests: Sequence[Manifest], weights: Sequence[float | None]
-) -> tuple[Member, ...]:
-    """Versions as the members of a composition."""
-    return tuple(
-        Member(manifest.name, manifest.version, manifest.digest, manifest.kind, weight)
-        for manifest, weight in zip(manifests, weights, strict=True)
-    )
-
-
-def present_members(
-    store: PrefixStore, manifest: Manifest, *, param: str | None = None
-) -> list[Manifest]:
-    """The members of a saved composition, and of those that are compositions too. Raises Conflict
-    for members that were deleted, EngineFailure for one that is known to be damaged."""
-    members = store.members(manifest)
-    deleted = [
-        member.reference
-        for member, present in zip(manifest.members, members, strict=True)
-        if present is None
-    ]
-    if deleted:
-        raise Conflict(
-            f"{manifest.reference} cannot be used: {', '.join(deleted)} of its members "
-            f"{'was' if len(deleted) == 1 else 'were'} deleted; save it again with others",
-            code="member_deleted",
-            param=param,
-        )
-    present = [member for member in members if member is not None]
-    for member in present:
-        check_intact(member, param=param)
-        if member.kind.is_composed:
-            present_members(store, member, param=param)
-    return present
 
 
 def shared_recipe(manifests: Sequence[Manifest]) -> tuple[Recipe, tuple[str, ...]]:

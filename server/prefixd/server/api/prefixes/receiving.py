@@ -3,7 +3,7 @@
 ::
 
     multipart/form-data         PEFT's two files, metadata and a recipe
-    application/json            a text, metadata and a recipe
+    application/json            a text or a composition, metadata and a recipe
     application/octet-stream    the stored file of a version, as its content route returns it
 """
 
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prefixd.server.api.body import (
     StrictModel,
@@ -29,6 +29,8 @@ from prefixd.server.api.body import (
     spooled,
 )
 from prefixd.server.api.dependencies import BodyLimits
+from prefixd.server.api.generate.compositions import CompositionFields
+from prefixd.server.api.generate.shapes import refusal
 from prefixd.server.api.multipart import Upload, received
 from prefixd.server.api.rendering.renderer import TemplateRenderer
 from prefixd.server.api.rendering.tenant_template import check_renders
@@ -36,7 +38,7 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.errors import BadRequest, TooLarge, Unprocessable
 from prefixd.server.tenants.principal import Principal
 from prefixd.store.artifact.envelope import MAX_LINE_BYTES, read_envelope
-from prefixd.store.artifact.kinds import TextRole
+from prefixd.store.artifact.kinds import Kind, TextRole
 from prefixd.store.artifact.recipe import RECIPE, TEMPLATE, folded
 from prefixd.store.catalog.changes import Precondition
 from prefixd.store.catalog.transaction import CatalogTransaction
@@ -68,11 +70,30 @@ class TextPrefix(StrictModel):
     )
 
 
+class SavedComposition(CompositionFields):
+    """A stack, a blend or an ensemble, as the JSON body of PUT /v1/prefixes/{name}."""
+
+    kind: Literal["stack", "blend", "ensemble"] | None = None
+    metadata: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = Field(
+        default=None, description="How to call it; the same as `recipe` in `metadata`."
+    )
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "SavedComposition":
+        if self.kind is not None and self.kind != self.composition.kind:
+            raise refusal(
+                f"expected '{self.composition.kind}', as the body has; received '{self.kind}'",
+                at=("kind",),
+            )
+        return self
+
+
 UPLOAD_BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            **json_request(TextPrefix)["requestBody"]["content"],
+            **json_request(TextPrefix, SavedComposition)["requestBody"]["content"],
             "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
             "multipart/form-data": {
                 "schema": {
@@ -153,8 +174,8 @@ def receive(request: Request, target: Target) -> AbstractAsyncContextManager[Rec
     if kind not in _RECEIVERS:
         raise BadRequest(
             "expected the content type multipart/form-data (parts config, weights and optionally "
-            "metadata and recipe), application/json (a text) or application/octet-stream (a stored "
-            f"file); received {kind[:80]!a}",
+            "metadata and recipe), application/json (a text, or a stack, blend or ensemble) or "
+            f"application/octet-stream (a stored file); received {kind[:80]!a}",
             code="unsupported_media_type",
         )
     return _RECEIVERS[kind](request, target)
@@ -186,7 +207,12 @@ async def _receive_parts(request: Request, target: Target) -> AsyncIterator[Rece
 
 @asynccontextmanager
 async def _receive_text(request: Request, target: Target) -> AsyncIterator[Received]:
-    body = parse_json(TextPrefix, await read_capped(request, target.limits.max_body_bytes))
+    raw = await read_capped(request, target.limits.max_body_bytes)
+    if names_composition(raw):
+        async with _receive_composition(raw, target) as received_composition:
+            yield received_composition
+        return
+    body = parse_json(TextPrefix, raw)
     metadata = _with_recipe(body.metadata, body.recipe)
     await target.check_template(metadata)
     begin = partial(
@@ -198,6 +224,35 @@ async def _receive_text(request: Request, target: Target) -> AsyncIterator[Recei
         **target.options(),
     )
     yield begin, ("text", body.text.encode(), str(body.role), metadata)
+
+
+def names_composition(raw: bytes) -> bool:
+    """Whether a JSON body has a field of a composition, or its kind. False for a body that is not a
+    JSON object."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        return False
+    kinds = [str(kind) for kind in Kind if kind.is_composed]
+    return isinstance(body, dict) and (body.get("kind") in kinds or any(k in body for k in kinds))
+
+
+@asynccontextmanager
+async def _receive_composition(raw: bytes, target: Target) -> AsyncIterator[Received]:
+    body = parse_json(SavedComposition, raw)
+    metadata, composition = _with_recipe(body.metadata, body.recipe), body.composition
+    await target.check_template(metadata)
+    begin = partial(
+        target.store.publish_composition,
+        kind=composition.kind,
+        members=composition.members,
+        combine=composition.combine,
+        metadata=metadata,
+        count_stack=target.served.count_stack_tokens,
+        **target.options(),
+    )
+    named = body.model_dump(mode="json", exclude={"metadata", "recipe", "kind"})
+    yield begin, ("composition", named, metadata)
 
 
 @asynccontextmanager
@@ -213,8 +268,9 @@ async def _receive_artifact(request: Request, target: Target) -> AsyncIterator[R
             )
         task_id = envelope.task_id
         begin = partial(
-            target.store.publish_artifact,
+            target.store.publish_stored,
             artifact=file,
+            count_stack=target.served.count_stack_tokens,
             metadata=None if task_id is None else {"task_id": task_id},
             count_tokens=target.served.count_prefix_tokens,
             **target.options(),

@@ -1,5 +1,6 @@
 """/v1/prefixes/{reference}/warm and /pin: loading a prefix into the KV pool before a request."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import structlog
@@ -38,7 +39,8 @@ from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.idempotency import Keep, Replay
 from prefixd.server.tenants.pin_room import PinRoom, check_pinned
 from prefixd.server.tenants.principal import Principal
-from prefixd.store.catalog.manifests import check_base
+from prefixd.store.artifact.kinds import Kind
+from prefixd.store.catalog.manifests import check_base, present_members
 from prefixd.store.catalog.pins import pinned
 from prefixd.store.errors import StoreError
 from prefixd.store.store import Manifest, PrefixStore
@@ -101,7 +103,10 @@ def warm_prefix(
         reference=_with_version(reference, chosen.version),
         base=served.base,
     )
-    state = warm(manifest, principal, engine=engine, served=served, drain_state=drain_state)
+    members = store.present_members(manifest)
+    state = warm(
+        manifest, members, principal, engine=engine, served=served, drain_state=drain_state
+    )
     if state == RESIDENT:
         response.status_code = 200
     return ResidencyResponse(
@@ -137,7 +142,8 @@ def pin_prefix(
                 creator=principal.key_id,
                 precondition=conditions.check,
             )
-            check_fits(manifest, principal, engine=engine, served=served)
+            members = present_members(tx.connection, tenant, manifest.members)
+            check_fits(manifest, members, principal, engine=engine, served=served)
             pins = pinned(tx.connection, fingerprint=served.base.fingerprint)
             check_pinned(pins, tenant, principal.quota, room=room)
             record(
@@ -189,13 +195,24 @@ def _with_version(reference: str, version: int | None) -> str:
 
 
 def check_fits(
-    manifest: Manifest, principal: Principal, *, engine: Engine, served: ServedModel
-) -> PrefixHandle:
-    """What stays resident of a version. Raises BaseMismatch, EngineFailure, QuotaExceeded or
-    DoesNotFit for one that no request of its tenant can run under on this server, and Conflict
-    where nothing of it would be in the pool."""
+    manifest: Manifest,
+    members: Sequence[Manifest],
+    principal: Principal,
+    *,
+    engine: Engine,
+    served: ServedModel,
+) -> list[PrefixHandle]:
+    """What stays resident of a version: of an ensemble its ``members``. Raises BaseMismatch,
+    EngineFailure, QuotaExceeded or DoesNotFit for one that no request of its tenant can run under
+    on this server, and Conflict where nothing of it would be in the pool."""
     check_base(manifest, served.base)
-    check_intact(manifest)
+    for each in (manifest, *members):
+        check_intact(each)
+    kept = members if manifest.kind is Kind.ENSEMBLE else [manifest]
+    return [_handle(each, principal, engine) for each in kept]
+
+
+def _handle(manifest: Manifest, principal: Principal, engine: Engine) -> PrefixHandle:
     handle = handle_of(manifest)
     if handle is None:
         version = manifest.reference
@@ -219,6 +236,7 @@ def check_fits(
 
 def warm(
     manifest: Manifest,
+    members: Sequence[Manifest],
     principal: Principal,
     *,
     engine: Engine,
@@ -227,16 +245,18 @@ def warm(
 ) -> str:
     """Start loading a version, and return where it is now. Raises as ``check_fits``, and
     Unavailable when the engine accepts no more requests."""
-    handle = check_fits(manifest, principal, engine=engine, served=served)
+    handles = check_fits(manifest, members, principal, engine=engine, served=served)
     if drain_state.closed:
         raise drain_state.refusal()
     if not engine.ready:
         raise Unavailable("the engine is not running", retry_after=1)
-    state = engine.tier(handle.key)
-    if state == RESIDENT:
-        return state
+    missing = [handle for handle in handles if engine.tier(handle.key) != RESIDENT]
+    if not missing:
+        return RESIDENT
+    state = engine.tier(missing[0].key)
     try:
-        engine.preload(handle, max_resident_tokens=principal.quota.max_resident_tokens)
+        for handle in missing:
+            engine.preload(handle, max_resident_tokens=principal.quota.max_resident_tokens)
     except QueueFull as full:
         raise from_queue_full(full, drain_state) from None
     return state or QUEUED
@@ -254,7 +274,8 @@ def try_warm(
     """``warm``, where a failure is only logged. Blocking."""
     try:
         manifest = store.resolve(tenant=principal.tenant, reference=reference, base=served.base)
-        warm(manifest, principal, engine=engine, served=served, drain_state=drain_state)
+        members = store.present_members(manifest)
+        warm(manifest, members, principal, engine=engine, served=served, drain_state=drain_state)
     except (PrefixdError, StoreError, SQLAlchemyError) as error:
         why = str(error).partition("\n")[0]
         log.info("not warmed", tenant=principal.tenant, prefix=reference, why=why)

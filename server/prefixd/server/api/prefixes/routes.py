@@ -193,7 +193,7 @@ def delete_version(
     conditions: ConditionsDep,
 ) -> None:
     """Delete one version that no alias, pin, binding or default refers to. Running requests keep
-    it."""
+    it; compositions with it cannot be used any more."""
     with store.change(principal.tenant) as tx:
         removed = tx.delete_version(name, version, base=served.base, precondition=conditions.check)
         check_unbound(tx.connection, removed)

@@ -5,8 +5,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from prefixd.server.api.generate.formatter import MemberUsed
 from prefixd.server.api.placement import key_of
 from prefixd.server.engine.engine import Engine
+from prefixd.store.artifact.composition import Combine
 from prefixd.store.artifact.recipe import Input
 from prefixd.store.store import Manifest
 
@@ -41,7 +43,8 @@ class PrefixManifest(BaseModel):
     ``pinned`` and ``corrupt`` may change.
 
     ``recipe_revision`` counts the recipes that it had, from 1. ``role`` is that of a text: ``raw``
-    in front of the prompt, or ``system``.
+    in front of the prompt, or ``system``. ``members`` are those of a stack, a blend or an ensemble,
+    and ``combine`` says how an ensemble combines them.
 
     ``base`` is the served name of the base it was uploaded for, or the first 12 digits of that
     base's ``fingerprint`` where the name was not recorded. ``pinned``: every server keeps it
@@ -58,6 +61,8 @@ class PrefixManifest(BaseModel):
     kind: str
     peft_type: str | None
     role: str | None = None
+    members: list[MemberUsed] = []
+    combine: Combine | None = None
     num_virtual_tokens: int
     dtype: str | None
     size_bytes: int

@@ -120,7 +120,8 @@ async def put_prefix(
             body = await catalog.long_calls.write(publish, *received)
     manifest = UploadedPrefix.model_validate(body)
     manifest.warnings = _warnings(manifest, served)
-    engine.forget_failure(PrefixKey(principal.tenant, manifest.digest))
+    for digest in (manifest.digest, *(member.digest for member in manifest.members)):
+        engine.forget_failure(PrefixKey(principal.tenant, digest))
     if warm:
         warm_up = partial(
             try_warm,
@@ -137,8 +138,10 @@ async def put_prefix(
 
 
 def _warnings(manifest: PrefixManifest, served: ServedModel) -> list[str]:
-    """What a tenant should know of a version on this base. All tokens see an adaption prompt."""
-    if not Kind(manifest.kind).takes_positions:
+    """What a tenant should know of a version on this base. All tokens see an adaption prompt, and
+    an ensemble has no virtual tokens but those of its members."""
+    kind = Kind(manifest.kind)
+    if not kind.takes_positions or kind is Kind.ENSEMBLE:
         return []
     count = manifest.num_virtual_tokens
     is_in_front = num_in_front(manifest.prompt_template, num_virtual_tokens=count) == count
