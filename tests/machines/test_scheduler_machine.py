@@ -25,6 +25,7 @@ from prefixd.server.engine.inputs import PLACEHOLDER, InputRun
 from prefixd.server.engine.request import (
     AdmittedRequest,
     FinishReason,
+    Member,
     PrefixHandle,
     PrefixKey,
     PromptScore,
@@ -34,9 +35,15 @@ from prefixd.server.engine.request import (
 )
 from prefixd.server.engine.row_costs import RowCosts
 from prefixd.server.engine.scheduler import Scheduler
-from prefixd.server.engine.sequence import End, Sequence, State
+from prefixd.server.engine.sequence import End, Sequence, State, sequences_of
 from prefixd.server.engine.step import Chunk, Sampled, Step, StepOutput
-from prefixd.server.testing import FakeEmbeddings, FakeRunner, FakeStaged, fake_generate
+from prefixd.server.testing import (
+    FakeEmbeddings,
+    FakeRunner,
+    FakeStaged,
+    fake_ensemble,
+    fake_generate,
+)
 from tests.engine.constraints import Rule, alternating, masks
 
 BLOCK = 4
@@ -79,6 +86,19 @@ def as_read(request: AdmittedRequest) -> list[int]:
         assert isinstance(run.payload, FakeEmbeddings)
         prompt[run.place : run.stop] = run.payload.rows()
     return [*request.source, *prompt]
+
+
+def handle_of(tenant: str, prefix: int | None) -> PrefixHandle | None:
+    return None if prefix is None else PREFIXES[TENANTS.index(tenant) * EACH + prefix]
+
+
+def rows_of(members: Items[Member]) -> list[tuple[PrefixHandle | None, Items[int]]]:
+    return [(member.prefix, member.prompt) for member in members]
+
+
+def keys_of(sequence: Sequence) -> set[PrefixKey]:
+    """The prefixes of all rows."""
+    return {row.prefix.key for row in sequence.rows if row.prefix is not None}
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -187,7 +207,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         def preempt_and_note(scheduler: Scheduler, sequence: Sequence) -> None:
             if self.planning and not sequence.background and not sequence.num_yields:
                 assert not scheduler.background.running, "the background class is first"
-            self.preempted.append(sequence.seq_id)
+            self.preempted.append(sequence.leader.seq_id)
             preempt(scheduler, sequence)
 
         self.patch.setattr(Scheduler, "preempt", preempt_and_note)
@@ -213,6 +233,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         source=st.sampled_from([(), (3,), tuple(range(5)), tuple(range(9))]),
         scoring=st.sampled_from([None, None, Scoring(1), Scoring(6, top=1)]),
         background=st.sampled_from([False, False, True]),
+        members=st.lists(
+            st.tuples(st.none() | st.integers(0, EACH - 1), st.integers(1, 14)), max_size=3
+        ),
     )
     def add(
         self,
@@ -234,8 +257,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         source: tuple[int, ...],
         scoring: Scoring | None,
         background: bool,
+        members: list[tuple[int | None, int]],
     ) -> object:
-        handle = None if prefix is None else PREFIXES[TENANTS.index(tenant) * EACH + prefix]
+        handle = handle_of(tenant, prefix)
         if self.config.state_blocks:
             source = ()  # no encoder-decoder has states
         if source:
@@ -253,6 +277,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         seq_id = next(self.ids)
         prompt = list(prompt)
         inputs = place(prompt, first_given, num_given)
+        others = [] if source or not max_tokens or background else members
+        rows = tuple(Member(tuple(PROMPTS[1][:n]), handle_of(tenant, p)) for p, n in others)
+        if rows and not self.fits_together(
+            tenant, [(handle, prompt), *rows_of(rows)], max_tokens, side_blocks
+        ):
+            return multiple()
         request = AdmittedRequest(
             request_id=str(seq_id),
             tenant=tenant,
@@ -269,11 +299,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_side_blocks=side_blocks,
             inputs=inputs,
             source=source,
-            scoring=None if source else scoring,
+            scoring=None if source or rows else scoring,
             background=background,
+            members=rows,
         )
         self.scores[seq_id] = []
-        sequence = Sequence(seq_id, request, 0, 0, list(prompt))
+        (sequence,) = sequences_of(request, first_id=seq_id, seed=0)
+        for _ in rows:
+            next(self.ids)
         self.alive[seq_id] = sequence
         for ended in self.scheduler.add(sequence, now=self.now):
             del self.alive[ended.seq_id]
@@ -283,8 +316,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert not ended.background, "a background request is shed"
             else:
                 assert ended is sequence
-                assert handle is not None
-                assert self.now < self.failed_at[handle.key] + 2.0, "an old failure is remembered"
+                failed = [self.failed_at.get(key, -9.0) for key in keys_of(sequence)]
+                assert self.now < max(failed) + 2.0, "an old failure is remembered"
         bound = self.config.max_waiting_tokens
         waiting = [s for s in self.scheduler.waiting if s.started is None]
         if bound is not None and len(waiting) > 1:
@@ -292,6 +325,24 @@ class SchedulerMachine(RuleBasedStateMachine):
                 s.started is not None for s in self.scheduler.waiting
             )
         return sequence if not sequence.finished else multiple()
+
+    def fits_together(
+        self,
+        tenant: str,
+        rows: Items[tuple[PrefixHandle | None, Items[int]]],
+        max_tokens: int,
+        side_blocks: int,
+    ) -> bool:
+        """As admission checks it for an ensemble."""
+        lengths = [(handle, len(prompt) + max_tokens) for handle, prompt in rows]
+        resident = sum({p: p.num_tokens for p, _ in rows if p is not None}.values())
+        caps = [self.config.max_resident_tokens, self.cap if tenant == "a" else None]
+        return (
+            len(rows) <= self.config.max_running
+            and self.config.blocks_together(lengths, num_side_blocks=side_blocks)
+            <= self.config.num_usable_blocks
+            and all(cap is None or resident <= cap for cap in caps)
+        )
 
     @rule(sequence=consumes(sequences))
     def abort(self, sequence: Sequence) -> None:
@@ -321,7 +372,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(speed=st.sampled_from([0.001, 0.02, 0.2]))
     def step(self, speed: float) -> None:
         self.time_passes(0.1)
-        before = [s for s in self.scheduler.running if s.num_remaining == 1]
+        before = [
+            s for s in self.scheduler.running if all(row.num_remaining == 1 for row in s.rows)
+        ]
         decodes = {s.seq_id for s in before if not self.may_wait(s)}
         proving = self.scheduler.recovery.proving
         preempted = len(self.preempted)
@@ -336,7 +389,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if proving and self.scheduler.recovery.proving:
             assert step.num_parts <= 1, "a sequence of a failed step must run alone"
         elif not proving:
-            assert missed <= set(self.preempted[preempted:]), "a decode stalled"
+            leaders = {s.leader.seq_id for s in before if s.seq_id in missed}
+            assert leaders <= set(self.preempted[preempted:]), "a decode stalled"
             self.check_step_budget(step, planned & {s.seq_id for s in before})
             self.check_background(step, unstarted)
         self.scheduler.observe(step, speed * step.num_tokens)
@@ -437,8 +491,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for block in step.fresh:
             self.writers.pop(block, None)
         writers: dict[int, object] = {}
+        self.check_ensembles(step)
+        owners = {row.seq_id: row for each in self.alive.values() for row in each.rows}
         for chunk in step.chunks:
-            owner = self.alive[chunk.seq_id]
+            owner = owners[chunk.seq_id]
             owner_key = owner.tenant, owner.prefix.key.content if owner.prefix else None
             self.check_gated(chunk, owner)
             first = chunk.start // BLOCK
@@ -457,6 +513,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         for part in step.compiles:
             for block in part.side_blocks:
                 assert writers.setdefault(block, part.key) == part.key, "two writers"
+
+    def check_ensembles(self, step: Step) -> None:
+        """All rows of an ensemble are sampled in one step, one after another, or none."""
+        sampled = [c for c in step.chunks if c.sampling is not None and c.ensemble is not None]
+        for leader, group in itertools.groupby(sampled, key=lambda chunk: chunk.ensemble):
+            assert leader is not None
+            rows = self.alive[leader].rows
+            assert [chunk.seq_id for chunk in group] == [row.seq_id for row in rows]
 
     def check_gated(self, chunk: Chunk, owner: Sequence) -> None:
         is_gated = owner.prefix is not None and owner.prefix.gated
@@ -515,6 +579,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
         prompt = as_read(sequence.request)
         expected = fake_generate(digest, prompt, stop.max_tokens, banned=banned, mask=mask)
+        if sequence.ensemble:
+            read = [
+                (row.prefix.key.content if row.prefix else None, as_read(row.request))
+                for row in sequence.rows
+            ]
+            expected = fake_ensemble(read, stop.max_tokens, banned=banned, mask=mask)
         ends = [i for i, token in enumerate(expected) if token in stop.token_ids]
         length = next((i + 1 for i in ends if i >= stop.min_tokens), stop.max_tokens)
         assert sequence.tokens[sequence.num_prompt :] == expected[:length]
@@ -598,8 +668,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def mourn(self, ended: list[Sequence], *, only: object = None) -> None:
         for sequence in ended:
-            key = sequence.prefix.key if sequence.prefix else None
-            assert only is None or only in {sequence.seq_id, key}, "an innocent ended"
+            parts = {*keys_of(sequence), *(row.seq_id for row in sequence.rows)}
+            assert only is None or only in parts, "an innocent ended"
             assert sequence.reason is FinishReason.ERROR
             del self.alive[sequence.seq_id]
 
@@ -641,8 +711,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             failed = self.scheduler.prefix_failed(key, "gone", now=self.now)
         self.failed_at[key] = self.now
         for sequence in failed:
-            assert sequence.prefix is not None
-            assert sequence.prefix.key == key
+            assert key in keys_of(sequence)
             assert sequence.reason is FinishReason.ERROR
             del self.alive[sequence.seq_id]
 
@@ -683,7 +752,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
             assert len(self.scheduler.running) <= self.config.max_running
-            assert {s.seq_id for s in self.scheduler.sequences()} == set(self.alive)
+            rows = {row.seq_id for each in self.alive.values() for row in each.rows}
+            assert {s.seq_id for s in self.scheduler.sequences()} == rows
             for sequence in self.alive.values():
                 assert sequence.state is not State.FINISHED
 

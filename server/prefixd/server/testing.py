@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefixd.server.engine.constraint import is_allowed
@@ -74,6 +74,27 @@ def fake_generate(
     return tokens[len(prompt) :]
 
 
+def fake_combined(tokens: Sequence[int]) -> int:
+    """The letter FakeRunner samples for an ensemble whose rows alone would have ``tokens``."""
+    return ord("a") + sum(token - ord("a") for token in tokens) % 26
+
+
+def fake_ensemble(
+    rows: Sequence[tuple[str | None, Sequence[int]]],
+    count: int,
+    *,
+    banned: Callable[[Sequence[int]], Collection[int]] = lambda _output: (),
+    mask: Callable[[Sequence[int]], bytes | None] = lambda _output: None,
+) -> list[int]:
+    """The ``count`` tokens FakeRunner gives for an ensemble of these digests and prompts; the
+    others are as for ``fake_generate``."""
+    output: list[int] = []
+    for _ in range(count):
+        own = [fake_next_token(digest, [*prompt, *output]) for digest, prompt in rows]
+        output.append(_allowed(fake_combined(own), banned(output), mask(output)))
+    return output
+
+
 def _allowed(token: int, banned: Collection[int], mask: bytes | None) -> int:
     """``token``, or the first letter behind it, that may follow; without one, the first id."""
     letters = [ord("a") + (token + step - ord("a")) % 26 for step in range(26)]
@@ -109,12 +130,7 @@ class FakeRunner(BlockingRunner):
         an embedding table and a row of logits do."""
         self.steps.append(step)
         for chunk in step.chunks:
-            biased = chunk.sampling.logit_bias if chunk.sampling is not None else ()
-            drafts = () if chunk.draft is None else chunk.draft.tokens
-            given = {place for part in chunk.inputs for place in _places(part)}
-            for place, token in enumerate((*self._tokens(chunk), *drafts, *chunk.banned, *biased)):
-                if place not in given and not 0 <= token < self.vocab_size:
-                    raise IndexError(f"token id {token} of {self.vocab_size}")
+            self._check_tokens(chunk)
         saved: dict[PrefixKey, StagedPrefix] = {s.key: self._read_back(s) for s in step.saves}
         fresh = set(step.fresh)
         self.slots = {place: v for place, v in self.slots.items() if place[0] not in fresh}
@@ -139,18 +155,28 @@ class FakeRunner(BlockingRunner):
             self._advance_state(
                 chunk.block_table, chunk.side_blocks, chunk.start + len(chunk.tokens)
             )
-            if chunk.sampling is not None:
-                positions = [
-                    self._sample(chunk, num_drafts) for num_drafts in range(len(drafts) + 1)
-                ]
+            if chunk.sampling is not None and chunk.ensemble is None:
+                positions = [self._sample(chunk, number) for number in range(len(drafts) + 1)]
                 sampled[chunk.seq_id] = chunk.verified(positions)
+        sampled |= self._sample_ensembles(step)
         self.last = {seq_id: new[-1].token_id for seq_id, new in sampled.items()}
+        for chunk in step.chunks:
+            if chunk.ensemble in sampled:
+                self.last[chunk.seq_id] = self.last[chunk.ensemble]
         scored = {
             chunk.seq_id: self._score(chunk, chunk.targets)
             for chunk in step.chunks
             if chunk.targets is not None
         }
         return StepOutput(sampled, saved, scored=scored)
+
+    def _check_tokens(self, chunk: Chunk) -> None:
+        biased = chunk.sampling.logit_bias if chunk.sampling is not None else ()
+        drafts = () if chunk.draft is None else chunk.draft.tokens
+        given = {place for part in chunk.inputs for place in _places(part)}
+        for place, token in enumerate((*self._tokens(chunk), *drafts, *chunk.banned, *biased)):
+            if place not in given and not 0 <= token < self.vocab_size:
+                raise IndexError(f"token id {token} of {self.vocab_size}")
 
     def _score(self, chunk: Chunk, targets: Targets) -> list[PromptScore]:
         scores = []
@@ -177,18 +203,31 @@ class FakeRunner(BlockingRunner):
                 tokens[place] = fake_row(part.payload.name, row)
         return tokens
 
+    def _sample_ensembles(self, step: Step) -> dict[int, Sequence[Sampled]]:
+        ensembles: dict[int, list[Chunk]] = {}
+        for chunk in step.chunks:
+            if chunk.ensemble is not None and chunk.sampling is not None:
+                ensembles.setdefault(chunk.ensemble, []).append(chunk)
+        assert all(rows[0].seq_id == leader for leader, rows in ensembles.items())
+        return {leader: [self._sample_ensemble(rows)] for leader, rows in ensembles.items()}
+
+    def _sample_ensemble(self, rows: Sequence[Chunk]) -> Sampled:
+        own = [self._token_of(row, row.start + len(row.tokens)) for row in rows]
+        leader = rows[0]
+        token = _allowed(fake_combined(own), leader.banned, leader.mask)
+        return replace(_sampled(leader, token), agreed=tuple(each == token for each in own))
+
+    def _token_of(self, chunk: Chunk, length: int) -> int:
+        if chunk.gated is None and chunk.source is None:
+            return self._next(chunk.block_table, length)
+        return self._after(self._seen(chunk, length))
+
     def _sample(self, chunk: Chunk, num_drafts: int) -> Sampled:
         """The token after the first ``num_drafts`` proposed ones."""
-        length = chunk.start + len(chunk.tokens) + num_drafts
-        if chunk.gated is None and chunk.source is None:
-            token = self._next(chunk.block_table, length)
-        else:
-            token = self._after(self._seen(chunk, length))
+        token = self._token_of(chunk, chunk.start + len(chunk.tokens) + num_drafts)
         if chunk.draft is None or num_drafts <= chunk.draft.num_banned:
             token = _allowed(token, chunk.banned, chunk.mask)
-        wanted = chunk.sampling.top_logprobs if chunk.sampling is not None else None
-        top = tuple(TokenLogprob(token + i, -0.5 - i) for i in range(wanted or 0))
-        return Sampled(token, logprob=None if wanted is None else -0.5, top_logprobs=top)
+        return _sampled(chunk, token)
 
     def _read_back(self, save: Save) -> "FakeStaged":
         held = [self._read(save.block_table, position) for position in range(save.num_tokens)]
@@ -273,6 +312,12 @@ class FakeRunner(BlockingRunner):
         tokens = [value for value in seen[len(virtual) :] if isinstance(value, int)]
         assert len(tokens) == len(seen) - len(virtual), f"a hole in the KV of a sequence: {seen}"
         return next(iter(digests), None), tokens
+
+
+def _sampled(chunk: Chunk, token: int) -> Sampled:
+    wanted = chunk.sampling.top_logprobs if chunk.sampling is not None else None
+    top = tuple(TokenLogprob(token + i, -0.5 - i) for i in range(wanted or 0))
+    return Sampled(token, logprob=None if wanted is None else -0.5, top_logprobs=top)
 
 
 def _places(part: InputPart) -> range:

@@ -1,6 +1,9 @@
 """Sizes and time limits of the scheduler."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from prefixd.server.engine.request import PrefixHandle
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +87,17 @@ class SchedulerConfig:
         own *= self.block_size
         shared = 0 if gated else prefix_tokens % self.block_size
         return own - shared + 1 if own > 0 else 0
+
+    def blocks_together(
+        self, rows: Iterable[tuple[PrefixHandle | None, int]], *, num_side_blocks: int = 0
+    ) -> int:
+        """Blocks of sequences that run at the same time, each under its prefix with a number of
+        real tokens; each prefix counts once. ``num_side_blocks`` are those of each sequence."""
+        blocks, prefixes = 0, dict[PrefixHandle, int]()
+        for prefix, num_tokens in rows:
+            before = 0 if prefix is None else prefix.num_positions
+            blocks += self.blocks_needed(before + max(0, num_tokens - 1))
+            blocks += self.state_blocks + num_side_blocks - before // self.block_size
+            if prefix is not None:
+                prefixes[prefix] = self.prefix_blocks(prefix.num_tokens)
+        return blocks + sum(prefixes.values())

@@ -275,7 +275,7 @@ class EngineCore:
         base_seed = secrets.randbits(63) if seed is None else seed
         self._counters.prompt_tokens += request.num_prompt_tokens * request.n
         sequences = sequences_of(request, first_id=self._next_id, seed=base_seed)
-        self._next_id += request.n
+        self._next_id += request.n * request.num_rows
         self._outputs.open(sequences, on_event, deliver)
         self._queue_limiter.entered(request)
         for sequence in sequences:

@@ -15,14 +15,16 @@ are free and always go first. Then, in this order::
                              | too, if nothing runs                    | headroom [3]
     a prefix, not overdue    | idle prefixes without waiters           | kept prefixes
     an overdue prefix, which | 1. prefixes without waiters, idle first | unused prefixes with
-    forces its way in        | 2. prefixes with waiters, idle first    | waiters; pins, unless it
-                             | 3. pins                                 | cannot fit next to them
+    forces its way in        | 2. prefixes with waiters, idle first    | waiters [6]; pins, unless
+                             | 3. pins                                 | it cannot fit next to them
+                             |                                         | [5]
                              | Those still in use are LEAVING: no      |
                              | sequence starts under them meanwhile    |
     a tenant's cap           | the tenant's own prefixes, by the rules | other tenants' prefixes
                              | of the two rows above                   |
-    a place among those that | a staged prefix that no sequence waits  |
-    are loading              | for, or that the last step passed over  |
+    a place among those that | a staged prefix that no sequence waits  | one of more urgency (see
+    are loading              | for, that the last step passed over, or | ``residency``)
+                             | that is less urgent                     |
 
 Before all of that, sequences of the background class yield: the youngest is preempted, until
 there is room or none runs; then their prefixes that compile start over. For their own needs::
@@ -42,9 +44,12 @@ leaves when it has no claim and no running sequence.
 [3] One block for each running sequence, so that none starts only to be preempted; and the blocks
     promised to an overdue prefix, except for the first use of a prefix that has just come in.
 [4] Unless nothing of the foreground is alive, and nothing else of the background class runs.
+[5] With the other prefixes of an ensemble, which it needs at the same time.
+[6] That only ensembles wait for, other than the one that gathers its prefixes, count as used; those
+    of that one never leave.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -53,6 +58,7 @@ from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.entries import Entry, Stage
 from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.request import PrefixKey
+from prefixd.server.engine.residency import Urgency
 from prefixd.server.engine.sequence import Sequence
 from prefixd.server.engine.step import Step
 
@@ -97,13 +103,14 @@ class EvictionPolicy:
         self,
         step: Step,
         sequence: Sequence,
-        reused: list[int],
+        reused: Iterable[int],
         *,
         num_running: int,
         promised: int,
         kept: bool,
     ) -> bool:
-        """Make room for ``sequence`` to start, if that is possible within the headroom [3].
+        """Make room for all rows of ``sequence`` to start, if that is possible within the headroom
+        [3].
 
         ``promised`` blocks are reserved for an overdue prefix. Of the ``reused`` blocks those held
         by running sequences take no room. ``kept``: kept prefixes may leave for it.
@@ -126,9 +133,9 @@ class EvictionPolicy:
         self._evict_until(step, victims, need)
         return True
 
-    def _need(self, sequence: Sequence, reused: list[int]) -> int:
+    def _need(self, sequence: Sequence, reused: Iterable[int]) -> int:
         held = sum(self._memory.pool.references(block) > 0 for block in reused)
-        return self._memory.blocks_to_start(sequence) - held
+        return sum(map(self._memory.blocks_to_start, sequence.rows)) - held
 
     def room_for_block(self, step: Step, *, alone: bool) -> bool:
         """Make sure that a block is free; ``alone``: only one sequence runs.
@@ -173,13 +180,14 @@ class EvictionPolicy:
         return not is_new and entry.key not in self._residency.waiters
 
     def _evictable(self, sequence: Sequence | None, *, kept: bool) -> Iterator[Entry]:
-        """Idle prefixes in the order [1], without the one of ``sequence``, and without those that
+        """Idle prefixes in the order [1], without those of ``sequence``, and without those that
         are kept [2] unless ``kept``. None may be evicted before the iteration has ended."""
-        own = sequence.prefix.key if sequence is not None and sequence.prefix else None
+        rows = () if sequence is None else sequence.rows
+        own = {row.prefix.key for row in rows if row.prefix is not None}
         waiters = self._residency.waiters
         waited = []
         for entry in self._residency.order.idle():
-            if entry.key == own or not (kept or not self._is_kept(entry)):
+            if entry.key in own or not (kept or not self._is_kept(entry)):
                 continue
             if entry.key in waiters:
                 waited.append(entry)
@@ -187,7 +195,7 @@ class EvictionPolicy:
                 yield entry
         yield from sorted(waited, key=lambda entry: not entry.num_uses)
         if kept:
-            pinned = [e for e in self._residency.pinned() if e.idle and e.key != own]
+            pinned = [e for e in self._residency.pinned() if e.idle and e.key not in own]
             yield from sorted(
                 pinned, key=lambda e: (e.key in waiters and not e.num_uses, e.key in waiters)
             )
@@ -290,24 +298,31 @@ class EvictionPolicy:
         for candidate in chain(order.idle(tenant), order.busy(tenant)):
             if candidate.key not in waiters:
                 yield candidate
-            elif candidate.num_uses:
+            elif self._may_be_displaced(candidate):
                 waited.append(candidate)
         yield from waited
         pinned = [
             candidate
             for candidate in self._displaced_pins(entry, cap)
-            if (candidate.num_uses or candidate.key not in waiters)
-            and tenant in {None, candidate.key.tenant}
+            if self._may_be_displaced(candidate) and tenant in {None, candidate.key.tenant}
         ]
         yield from sorted(pinned, key=lambda each: (each.key in waiters, not each.idle))
 
+    def _may_be_displaced(self, entry: Entry) -> bool:
+        urgency = self._residency.urgency(entry.key)
+        return urgency < Urgency.GATHERED and (entry.num_uses > 0 or urgency < Urgency.ALONE)
+
     def _displaced_pins(self, entry: Entry, cap: int | None) -> list[Entry]:
-        """Pins that may leave for an overdue prefix: none, unless it can never fit next to them."""
+        """Pins that may leave for an overdue prefix: none, unless it can never fit next to them,
+        together with those that are gathered with it."""
         residency, budget = self._residency, self._config.max_resident_tokens
-        sizes, own = residency.pin_sizes, residency.pins.get(entry.key)
-        added = entry.num_tokens - (own.num_tokens if own else 0)
-        blocks = self._config.prefix_blocks(entry.num_tokens)
-        blocks -= self._config.prefix_blocks(own.num_tokens) if own else 0
+        sizes, prefix_blocks = residency.pin_sizes, self._config.prefix_blocks
+        added, blocks = 0, 0
+        together = residency.gathered if entry.key in residency.gathered else {}
+        for key, num_tokens in {**together, entry.key: entry.num_tokens}.items():
+            own = residency.pins.get(key)
+            added += num_tokens - (own.num_tokens if own else 0)
+            blocks += prefix_blocks(num_tokens) - (prefix_blocks(own.num_tokens) if own else 0)
         fits = sizes.blocks + blocks <= self._config.num_usable_blocks
         fits = fits and (budget is None or sizes.tokens + added <= budget)
         tenant = entry.key.tenant
@@ -318,11 +333,13 @@ class EvictionPolicy:
 
     # -- prefixes that are no longer needed ----
 
-    def drop_stalled(self, *, last_step: int) -> bool:
+    def drop_stalled(self, *, last_step: int, urgency: Urgency) -> bool:
         """Drop one staged prefix that no sequence waits for, or that was last requested before
-        ``last_step``; False: there is none."""
-        for entry in self._residency.staged_entries():
-            if entry.requested_at < last_step or entry.key not in self._residency.waiters:
+        ``last_step``, or is needed with less ``urgency``; False: there is none."""
+        residency = self._residency
+        for entry in residency.staged_entries():
+            is_less = residency.urgency(entry.key) < urgency
+            if entry.requested_at < last_step or entry.key not in residency.waiters or is_less:
                 self._residency.drop(entry)
                 return True
         return False

@@ -27,6 +27,7 @@ visits what could run now at any depth, and of the rest only the front::
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Container, Iterable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -48,8 +49,9 @@ def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.request.priority, sequence.seq_id
 
 
-def _key(sequence: Sequence) -> PrefixKey | None:
-    return None if sequence.prefix is None else sequence.prefix.key
+def _keys(sequence: Sequence) -> set[PrefixKey | None]:
+    """The prefixes that it needs: one, or those of all rows of an ensemble."""
+    return {None if row.prefix is None else row.prefix.key for row in sequence.rows}
 
 
 @dataclass(slots=True)
@@ -110,9 +112,9 @@ class FairQueue:
         """The tenant's first waiting sequence; there is one."""
         return self._queues[tenant].sequences[0]
 
-    def first_under(self, key: PrefixKey) -> Sequence:
-        """The first sequence in its tenant's order that waits for the prefix; there is one."""
-        return self._queues[key.tenant].by_prefix[key][0]
+    def under(self, key: PrefixKey) -> Items[Sequence]:
+        """The sequences that wait for the prefix, in their tenant's order; there is one."""
+        return self._queues[key.tenant].by_prefix[key]
 
     def push(self, sequence: Sequence) -> None:
         """Queue a new sequence, or one that was preempted."""
@@ -123,18 +125,20 @@ class FairQueue:
             self._enter(tenant)
             queue = self._queues[tenant] = _TenantQueue()
         insort(queue.sequences, sequence, key=_order)
-        insort(queue.by_prefix.setdefault(_key(sequence), []), sequence, key=_order)
+        for key in _keys(sequence):
+            insort(queue.by_prefix.setdefault(key, []), sequence, key=_order)
         queue.num_tokens += sequence.cost
         self.num_tokens += sequence.cost
         self.num_sequences += 1
 
     def remove(self, sequence: Sequence) -> None:
         """Remove a sequence from any position in the queue."""
-        queue, key = self._queues[sequence.tenant], _key(sequence)
-        for ordered in (queue.sequences, queue.by_prefix[key]):
+        queue, keys = self._queues[sequence.tenant], _keys(sequence)
+        for ordered in (queue.sequences, *map(queue.by_prefix.__getitem__, keys)):
             del ordered[bisect_left(ordered, _order(sequence), key=_order)]
-        if not queue.by_prefix[key]:
-            del queue.by_prefix[key]
+        for key in keys:
+            if not queue.by_prefix[key]:
+                del queue.by_prefix[key]
         queue.num_tokens -= sequence.cost
         self.num_tokens -= sequence.cost
         self.num_sequences -= 1
@@ -219,10 +223,13 @@ class FairQueue:
         queue: _TenantQueue, keys: list[PrefixKey | None], depth: int, lookahead: int
     ) -> tuple[list[Sequence], list[Sequence]]:
         """The sequences of ``queue`` that could run now, and the first of the rest; in order."""
-        runnable = [s for key in keys for s in queue.by_prefix.get(key, ())[:depth]]
+        # An ensemble waits for several prefixes, of which more than one may be ready.
+        runnable = list(
+            dict.fromkeys(s for key in keys for s in queue.by_prefix.get(key, ())[:depth])
+        )
         runnable.sort(key=_order)
-        ready = set(keys)
-        rest = (s for s in queue.sequences[:_LOOKAHEAD_PER_TENANT] if _key(s) not in ready)
+        front = queue.sequences[:_LOOKAHEAD_PER_TENANT]
+        rest = (s for s in front if _keys(s).isdisjoint(keys))
         return runnable, list(islice(rest, lookahead))
 
     def _enter(self, tenant: str) -> None:

@@ -107,16 +107,33 @@ class Memory:
         return entry.tier
 
     def is_ready(self, sequence: Sequence) -> bool:
-        """Whether ``sequence`` could start now as far as its prefix is concerned."""
-        if sequence.prefix is None:
-            return True
-        entry = self.residency.get(sequence.prefix.key)
+        """Whether ``sequence`` could start now as far as its prefix is concerned, and those of all
+        rows of an ensemble."""
+        return all(row.prefix is None or self._is_resident(row.prefix.key) for row in sequence.rows)
+
+    def _is_resident(self, key: PrefixKey) -> bool:
+        entry = self.residency.get(key)
         return entry is not None and entry.stage is Stage.RESIDENT
 
     def is_first_use(self, sequence: Sequence) -> bool:
-        """Whether none has started under its prefix since that was compiled."""
-        entry = self.residency.get(sequence.prefix.key) if sequence.prefix else None
-        return entry is not None and not entry.num_uses
+        """Whether none has started under its prefix, or one of its prefixes, since that was
+        compiled."""
+        entries = [self.residency.get(row.prefix.key) for row in sequence.rows if row.prefix]
+        return any(entry is not None and not entry.num_uses for entry in entries)
+
+    def add_waiters(self, sequence: Sequence) -> None:
+        """Count that ``sequence`` waits for its prefix, and an ensemble for those of all rows."""
+        alone, background = not sequence.ensemble, sequence.background
+        for row in sequence.rows:
+            if row.prefix is not None:
+                self.residency.add_waiter(row.prefix.key, alone=alone, background=background)
+
+    def remove_waiters(self, sequence: Sequence) -> None:
+        """Count that it no longer waits."""
+        alone, background = not sequence.ensemble, sequence.background
+        for row in sequence.rows:
+            if row.prefix is not None:
+                self.residency.remove_waiter(row.prefix.key, alone=alone, background=background)
 
     def adopt_prefix(self, sequence: Sequence) -> None:
         """Give a ready sequence the positions of its prefix in the pool.
@@ -145,12 +162,12 @@ class Memory:
     def hold(self, step: Step, sequence: Sequence, reused: list[int]) -> int:
         """Give a starting sequence its block table. Returns how many of its tokens are in it.
 
-        The caller has made room; ``reused`` are the blocks that KV reuse found. The last block of a
+        The caller has made room; ``reused`` are the blocks that KV reuse found, which it has shared
+        for this table. The last block of a
         prefix is never shared for writing: unless it is full, its positions are copied into the
         sequence's first own block (or are already there, where that block is reused). So is the
         state of the prefix; without a prefix the state is that of fresh blocks.
         """
-        self.pool.share(reused)
         own = self.pool.allocate(self.own_blocks(sequence) - len(reused))
         sequence.side_blocks = self.pool.allocate(self.num_side_blocks(sequence))
         step.fresh += own + sequence.side_blocks

@@ -103,9 +103,14 @@ class NewTokens:
         waiting = self._background.waiting if sequence.background else self._waiting
         waiting.charge(sequence.tenant, 1)
         sequence.tokens.append(sampled.token_id)
+        if sequence.agreed:
+            counts = zip(sequence.agreed, sampled.agreed, strict=True)
+            sequence.agreed = [count + agrees for count, agrees in counts]
         return end
 
     def _not_finite(self, sequence: Sequence, chunk: Chunk) -> End:
         self._memory.reuse.forget(sequence, chunk.block_table)
+        for row in sequence.ensemble:  # it is not known which of them it was
+            self._memory.reuse.forget(row, row.block_table)
         error = "the model produced non-finite logits for this request"
         return End(FinishReason.ERROR, error=error)

@@ -243,10 +243,10 @@ class OutputProcessor:
             stop=end.stop,
             error=end.error,
             error_code=end.error_code,
-            cached_tokens=sequence.num_cached
-            - num_rows_before(sequence.request.inputs, sequence.num_cached),
+            cached_tokens=sum(map(_num_cached, sequence.rows)),
             queue_s=None if started is None else started - sequence.arrived,
             retry_after=retry_after,
+            agreed=tuple(sequence.agreed),
         )
         try:
             self._emit(stream, event)
@@ -257,6 +257,11 @@ class OutputProcessor:
         stream.on_event(event)
         if stream.deliver is not None:
             self._undelivered[stream.deliver] = None
+
+
+def _num_cached(sequence: Sequence) -> int:
+    """Tokens of the prompt that were reused, without given embeddings."""
+    return sequence.num_cached - num_rows_before(sequence.request.inputs, sequence.num_cached)
 
 
 def _text_of(sequence: Sequence) -> Items[int]:

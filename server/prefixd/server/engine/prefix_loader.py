@@ -8,6 +8,10 @@ are evicted when those that run have ended. A prefix that has come in is used at
 it can be forced out again. So two prefixes that do not fit together alternate, instead of evicting
 each other unused. ``eviction`` has the rules of what leaves.
 
+An ensemble needs several prefixes at a time. One ensemble at a time gathers them: it forces those
+that are missing, and each stays until it starts. What only other ensembles wait for yields, or
+two of them could each keep what the other needs.
+
 The background class loads its prefixes with what is left of a step, in at most half of the places,
 and forces none in. What the foreground loads does not wait for it.
 """
@@ -26,7 +30,7 @@ from prefixd.server.engine.memory import Memory
 from prefixd.server.engine.prefix_source import CORRUPT_PREFIX, STORAGE_UNAVAILABLE, StagedPrefix
 from prefixd.server.engine.preloads import MAX_PRELOADS, Preloads
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
-from prefixd.server.engine.sequence import Sequence
+from prefixd.server.engine.sequence import Sequence, State
 from prefixd.server.engine.step import CompileChunk, Step
 
 _SHORT_MEMORY_S = 1.0
@@ -62,6 +66,7 @@ class PrefixLoader:
         self._residency.preloads = self.preloads.pending.keys()
         self.failures: OrderedDict[PrefixKey, tuple[str, str | None, float]] = OrderedDict()
         self.forcing: PrefixKey | None = None
+        self._gathering: Sequence | None = None
         self.promised = 0
         self.num_loads: Counter[str] = Counter()
         self.num_swaps = 0
@@ -164,6 +169,9 @@ class PrefixLoader:
                     self.preloads.drop(preload.handle.key)
         if self._residency.num_loading or self._eviction.retired:
             self._eviction.drop_unclaimed()
+        if self._gathering is not None and self._gathering.state is not State.WAITING:
+            self._gathering = None
+            self._residency.gather({})
         if self.forcing is not None:
             entry = self._residency.get(self.forcing)
             is_staged = entry is not None and entry.stage is Stage.STAGED
@@ -171,18 +179,28 @@ class PrefixLoader:
                 self._stop_forcing()
 
     def load(self, step: Step, sequence: Sequence, *, now: float) -> None:
-        """Take the prefix of a waiting sequence one stage further."""
-        assert sequence.prefix is not None
+        """Take the prefix of a waiting sequence one stage further, or those of an ensemble."""
         due = sequence.due_since
         overdue = due is not None and now - due > self._config.max_prefix_wait_s
         cap = sequence.request.max_resident_tokens
-        self._advance(step, sequence.prefix, cap=cap, overdue=overdue)
+        if not sequence.ensemble:
+            assert sequence.prefix is not None
+            self._advance(step, sequence.prefix, cap=cap, overdue=overdue)
+            return
+        handles = {row.prefix.key: row.prefix for row in sequence.ensemble if row.prefix}
+        if overdue and self._gathering is None:
+            self._gathering = sequence
+            self._residency.gather({key: each.num_tokens for key, each in handles.items()})
+        for handle in handles.values():
+            self._advance(step, handle, cap=cap, overdue=self._gathering is sequence)
 
     def load_others(self, step: Step, *, now: float, has_room: bool) -> None:
         """Load pins and preloads, and continue with all prefixes that are loading: the sequences
         that wait for them may be further back in the queue than the lookahead. Unless the pool
         ``has_room`` for the next sequence that could run, only the forced prefix is placed."""
         residency = self._residency
+        if self._gathering is not None and self._gathering.state is State.WAITING:
+            self.load(step, self._gathering, now=now)  # it may be beyond the lookahead
         if has_room and residency.missing_pins:
             for handle in residency.take_missing_pins(self._config.max_staged):
                 self._load_unrequested(step, handle, self._caps.get(handle.key.tenant), now)
@@ -265,7 +283,9 @@ class PrefixLoader:
         """Have an absent prefix fetched, unless too many are loading."""
         if self._residency.num_loading >= self._config.max_staged:
             has_waiters = handle.key in self._residency.waiters
-            if not has_waiters or not self._eviction.drop_stalled(last_step=self._step - 1):
+            if not has_waiters or not self._eviction.drop_stalled(
+                last_step=self._step - 1, urgency=self._residency.urgency(handle.key)
+            ):
                 return None
         entry = self._residency.fetch(handle)
         payload = self._memory.host.get(handle.key)
@@ -302,8 +322,11 @@ class PrefixLoader:
         if (entry.key, overdue) in self._tried:
             return  # for another sequence, in this very step
         self._tried.add((entry.key, overdue))
-        forces = overdue and self.forcing in {None, entry.key}
-        if self.forcing == entry.key:
+        gathered = self._residency.gathered
+        # Another may wait for room that the ensemble takes until it has all its prefixes.
+        goes_first = entry.key in gathered and self.forcing not in gathered
+        forces = overdue and (goes_first or self.forcing in {None, entry.key})
+        if self.forcing == entry.key or (forces and self.forcing is not None):
             self._stop_forcing()  # chosen again, from the present state
         forced = None if self.forcing is None else self._residency.get(self.forcing)
         plan_for = partial(

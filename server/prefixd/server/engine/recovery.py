@@ -50,18 +50,18 @@ class OomBackoff:
         A part that the step had only one of says nothing about how many there may be. And what it
         was to save is gone: the next step needs no memory for that.
         """
-        rows = len(step.chunks)
+        rows, is_divisible = len(step.chunks), step.num_parts > len(step.compiles) + 1
         longest = max([step.num_compiled, *(len(chunk.tokens) for chunk in step.chunks)])
         drafts = max([0, *(chunk.num_drafts for chunk in step.chunks)])
         self._num_succeeded = 0
-        if rows > 1:
+        if is_divisible:
             self.max_running = min(self.max_running, rows // 2)
         if longest > 1:
             self.max_chunk = min(self.max_chunk, longest // 2)
         if drafts:
             self.max_drafts = min(self.max_drafts, drafts // 2)
         self._compare()
-        return rows > 1 or longest > 1 or drafts > 0 or bool(step.saves)
+        return is_divisible or longest > 1 or drafts > 0 or bool(step.saves)
 
     def step_succeeded(self) -> None:
         """Count one step towards larger limits."""

@@ -5,7 +5,7 @@ is token ids, and a request that can never fit has already been refused.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -122,6 +122,15 @@ class Scoring:
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """A further row of an ensemble: a prompt of its own under a prefix of its own."""
+
+    prompt: tuple[int, ...]
+    prefix: PrefixHandle | None
+    inputs: tuple[InputRun, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class AdmittedRequest:
     """One request that fits: ``n`` sequences of the same prompt under the same prefix.
 
@@ -143,6 +152,10 @@ class AdmittedRequest:
     ``scoring`` asks for the log-probabilities of prompt tokens, once for all ``n`` sequences: the
     first of them computes those tokens, and shares no KV behind the first scored one.
     ``background``: it is of the lowest class, which takes what the other requests leave idle.
+    With ``members`` it is an ensemble: each of the ``n`` outputs has one sequence for the prompt,
+    and one for each member, and each of its tokens is chosen from what all of them predict
+    (``Chunk.ensemble``). It has no ``scoring`` and no ``source`` then, is not of the background
+    class, and has at least one token of output.
     """
 
     request_id: str
@@ -166,11 +179,26 @@ class AdmittedRequest:
     shown_special: frozenset[str] = frozenset()
     scoring: Scoring | None = None
     background: bool = False
+    members: tuple[Member, ...] = ()
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of the caller's prompt, which are counted and charged."""
-        return len(self.source or self.prompt)
+        """Tokens of the caller's prompt, which are counted and charged; those of each row."""
+        own = len(self.source or self.prompt)
+        return own + sum(len(member.prompt) for member in self.members)
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that each of its outputs takes."""
+        return 1 + len(self.members)
+
+    def of_rows(self) -> "tuple[AdmittedRequest, ...]":
+        """A request for each row: for an ensemble this one, and one without members for each."""
+        rows = (
+            replace(self, prompt=m.prompt, prefix=m.prefix, inputs=m.inputs, members=())
+            for m in self.members
+        )
+        return (self, *rows)
 
 
 class FinishReason(StrEnum):
@@ -249,7 +277,8 @@ class FinishEvent:
     (see PrefixUnavailable). ``stop`` is the stop string or token id that ended it;
     ``cached_tokens`` of its prompt were not computed but shared (KV reuse); ``queue_s`` is how many
     seconds it waited before it ran (None: it never did); ``retry_after`` is in seconds, set with
-    SHED.
+    SHED. ``agreed`` counts, for each row of an ensemble, the tokens of the output that the row
+    alone would have chosen greedily.
     """
 
     index: int
@@ -261,6 +290,7 @@ class FinishEvent:
     cached_tokens: int = 0
     queue_s: float | None = None
     retry_after: float | None = None
+    agreed: tuple[int, ...] = ()
 
 
 Event = TokenEvent | ScoreEvent | FinishEvent

@@ -19,16 +19,21 @@ many sequences use it (single flight). Every change of an entry's stage is a met
 
 Two counts complete the stage. ``num_users`` sequences run under an entry now; it is idle without
 any. ``num_uses`` have started under it since it was compiled; one without any that was ``forced``
-in is reserved for the sequences that wait for it.
+in is reserved for the sequences that wait for it, while one of the first two kinds does.
 
 A prefix is claimed by each sequence that waits for it (``waiters``; those of the background class
-are ``background_waiters``), by a pin (``pins``) and by a preload (``preloads``). The blocks of an
-entry are referenced by the entry itself and by the block table of each sequence under it, unless
-the prefix is gated: then by the entry alone, which cannot leave while it has users.
+are ``background_waiters``), by a pin (``pins``) and by a preload (``preloads``). Its ``Urgency`` is
+that of the most urgent sequence of the foreground that waits for it: one that could start as soon
+as it is there (``alone``), or the ensemble whose prefixes are ``gathered`` (``prefix_loader``).
+
+The blocks of an entry are referenced by the entry itself and by the block table of each sequence
+under it, unless the prefix is gated: then by the entry alone, which cannot leave while it has
+users.
 """
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from enum import IntEnum
 from itertools import islice
 
 from prefixd.server.engine.block_pool import BlockPool
@@ -38,6 +43,15 @@ from prefixd.server.engine.prefix_source import StagedPrefix
 from prefixd.server.engine.request import PrefixHandle, PrefixKey
 
 _PLACED = COMPILED | {Stage.COMPILING}
+
+
+class Urgency(IntEnum):
+    """How much a prefix is needed. OTHER: by no sequence, or only by ensembles that lack others
+    too; ALONE: by a sequence that needs no other; GATHERED: by the ensemble that gathers."""
+
+    OTHER = 0
+    ALONE = 1
+    GATHERED = 2
 
 
 class PinSizes:
@@ -70,6 +84,8 @@ class Residency:
         self._tokens_by_tenant: Counter[str] = Counter()
         self.waiters: Counter[PrefixKey] = Counter()
         self.background_waiters: Counter[PrefixKey] = Counter()
+        self.alone: Counter[PrefixKey] = Counter()
+        self.gathered: Mapping[PrefixKey, int] = {}
         self.pins: Mapping[PrefixKey, PrefixHandle] = {}
         self.pin_sizes = PinSizes((), config=config)
         self.preloads: Collection[PrefixKey] = ()
@@ -97,19 +113,38 @@ class Residency:
 
     # -- claims ----
 
-    def add_waiter(self, key: PrefixKey, *, background: bool = False) -> None:
-        """Count a sequence that waits to run under the prefix."""
+    def add_waiter(self, key: PrefixKey, *, alone: bool = True, background: bool = False) -> None:
+        """Count a sequence that waits to run under the prefix, or with ``alone`` False a row of an
+        ensemble."""
         waiters = self.background_waiters if background else self.waiters
         waiters[key] += 1
-        if waiters[key] == 1:
+        is_new = waiters[key] == 1
+        if alone and not background:
+            self.alone[key] += 1
+            is_new = is_new or self.alone[key] == 1
+        if is_new:
             self._waiters_changed(key)
 
-    def remove_waiter(self, key: PrefixKey, *, background: bool = False) -> None:
-        """Count a sequence that no longer waits."""
-        waiters = self.background_waiters if background else self.waiters
-        waiters[key] -= 1
-        if not waiters[key]:
-            del waiters[key]
+    def remove_waiter(
+        self, key: PrefixKey, *, alone: bool = True, background: bool = False
+    ) -> None:
+        """Count a sequence, or a row, that no longer waits."""
+        counts = [self.background_waiters if background else self.waiters]
+        if alone and not background:
+            counts.append(self.alone)
+        is_last = False
+        for waiters in counts:
+            waiters[key] -= 1
+            if not waiters[key]:
+                del waiters[key]
+                is_last = True
+        if is_last:
+            self._waiters_changed(key)
+
+    def gather(self, sizes: Mapping[PrefixKey, int]) -> None:
+        """Let these be the prefixes that are ``gathered``, each with its virtual tokens."""
+        changed, self.gathered = self.gathered.keys() ^ sizes.keys(), sizes
+        for key in changed:
             self._waiters_changed(key)
 
     def set_pins(self, handles: Mapping[PrefixKey, PrefixHandle]) -> None:
@@ -138,9 +173,16 @@ class Residency:
         """Whether it is wanted, or a sequence of the background class waits for it."""
         return self.is_wanted(key) or key in self.background_waiters
 
+    def urgency(self, key: PrefixKey) -> Urgency:
+        """How much the prefix is needed by sequences that wait."""
+        if key in self.gathered and key in self.waiters:
+            return Urgency.GATHERED
+        return Urgency.ALONE if self.alone[key] else Urgency.OTHER
+
     def is_reserved(self, entry: Entry) -> bool:
         """Whether it was forced in for waiting sequences, and is not used yet."""
-        return entry.forced and not entry.num_uses and entry.key in self.waiters
+        is_unused = entry.forced and not entry.num_uses
+        return is_unused and self.urgency(entry.key) > Urgency.OTHER
 
     # -- transitions ----
 

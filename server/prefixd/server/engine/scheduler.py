@@ -140,9 +140,11 @@ class Scheduler:
         Returns the sequences that this ended: itself, if its prefix has recently failed to load,
         or those that were shed from an overfull queue.
         """
+        assert not (sequence.ensemble and sequence.background), "no ensemble is of that class"
         sequence.arrived = now
-        if sequence.prefix is not None and self.prefix_loader.failures:
-            failure = self.prefix_loader.failure(sequence.prefix.key, now=now)
+        for row in sequence.rows if self.prefix_loader.failures else ():
+            key = row.prefix.key if row.prefix is not None else None
+            failure = None if key is None else self.prefix_loader.failure(key, now=now)
             if failure is not None:
                 message, code = failure
                 sequence.finish(End(FinishReason.ERROR, error=message, error_code=code))
@@ -150,20 +152,24 @@ class Scheduler:
         max_queue_wait_s = None if sequence.background else self.config.max_queue_wait_s
         if max_queue_wait_s is not None or sequence.request.timeout_s is not None:
             self.deadlines.add(sequence, max_queue_wait_s=max_queue_wait_s)
-        self._living[sequence.seq_id] = sequence
+        self._living.update((row.seq_id, row) for row in sequence.rows)
         self._enqueue(sequence)
         bound = self.config.max_waiting_tokens
         return [] if bound is None or self.waiting.num_tokens <= bound else self._shed(bound)
 
     def end(self, sequence: Sequence, end: End) -> None:
-        """End a living sequence and free everything it holds."""
-        if sequence.state is State.WAITING:
-            self._dequeue(sequence)
-        elif sequence.state is State.RUNNING:
-            self._running_of(sequence).remove(sequence)
-            self.memory.free(sequence)
-        del self._living[sequence.seq_id]
-        sequence.finish(self._flush(sequence, end))
+        """End a living sequence, with its ensemble, and free everything it holds. Only the leader
+        of an ensemble is one to be reported."""
+        leader = sequence.leader
+        if leader.state is State.WAITING:
+            self._dequeue(leader)
+        elif leader.state is State.RUNNING:
+            self._stop(leader)
+        for row in leader.rows:
+            del self._living[row.seq_id]
+        end = self._flush(leader, end)
+        for row in leader.rows:
+            row.finish(end)
 
     def expire(self, *, now: float) -> list[Sequence]:
         """End the sequences that have timed out, or waited too long in the queue."""
@@ -174,15 +180,22 @@ class Scheduler:
         return expired
 
     def preempt(self, sequence: Sequence) -> None:
-        """Put a running sequence back to its place in the queue; its KV will be recomputed."""
-        self._running_of(sequence).remove(sequence)
-        self.memory.free(sequence)
-        sequence.preempt()
-        self._enqueue(sequence)
-        if sequence.background:
+        """Put a running sequence, with its ensemble, back to its place in the queue; its KV will be
+        recomputed."""
+        leader = sequence.leader
+        self._stop(leader)
+        for row in leader.rows:
+            row.preempt()
+        self._enqueue(leader)
+        if leader.background:
             self.background.num_preemptions += 1
         else:
             self.num_preemptions += 1
+
+    def _stop(self, leader: Sequence) -> None:
+        for row in leader.rows:
+            self._running_of(row).remove(row)
+            self.memory.free(row)
 
     def prefix_staged(
         self, key: PrefixKey, payload: StagedPrefix, *, now: float = 0.0
@@ -197,7 +210,7 @@ class Scheduler:
         """A fetch or compile failed: the sequences waiting for the prefix end, and no others."""
         self.prefix_loader.failed(key, message, code=code, now=now)
         waiting = chain(self.waiting, self.background.waiting)
-        failed = [s for s in waiting if s.prefix is not None and s.prefix.key == key]
+        failed = [s for s in waiting if any(r.prefix and r.prefix.key == key for r in s.rows)]
         for sequence in failed:
             self.end(sequence, End(FinishReason.ERROR, error=message, error_code=code))
         return failed
@@ -221,15 +234,16 @@ class Scheduler:
         self.in_flight.clear()
         self.memory.saving.difference_update(save.key for each in steps for save in each.saves)
         in_steps = {chunk.seq_id for each in steps for chunk in each.chunks} & self._living.keys()
-        sequences = [self._living[seq_id] for seq_id in sorted(in_steps)]
-        for sequence in sequences:
-            sequence.discard_pending()
+        leaders = {self._living[seq_id].leader for seq_id in in_steps}
+        sequences = sorted(leaders, key=lambda leader: leader.seq_id)
+        for row in chain.from_iterable(sequence.rows for sequence in sequences):
+            row.discard_pending()
         alone = alone and len(steps) == 1
         if not self.recovery.step_failed(
             steps, sequences, out_of_memory=out_of_memory, alone=alone
         ):
             running = [*self.running, *self.background.running]
-            for sequence in reversed([s for s in running if s.seq_id in in_steps]):
+            for sequence in reversed([s for s in running if s in leaders]):
                 self.preempt(sequence)
             return []
         for sequence in sequences:
@@ -239,16 +253,12 @@ class Scheduler:
         return sequences
 
     def _enqueue(self, sequence: Sequence) -> None:
-        is_background, residency = sequence.background, self.memory.residency
-        (self.background.waiting if is_background else self.waiting).push(sequence)
-        if sequence.prefix is not None:
-            residency.add_waiter(sequence.prefix.key, background=is_background)
+        (self.background.waiting if sequence.background else self.waiting).push(sequence)
+        self.memory.add_waiters(sequence)
 
     def _dequeue(self, sequence: Sequence) -> None:
-        is_background, residency = sequence.background, self.memory.residency
-        (self.background.waiting if is_background else self.waiting).remove(sequence)
-        if sequence.prefix is not None:
-            residency.remove_waiter(sequence.prefix.key, background=is_background)
+        (self.background.waiting if sequence.background else self.waiting).remove(sequence)
+        self.memory.remove_waiters(sequence)
 
     def _running_of(self, sequence: Sequence) -> list[Sequence]:
         return self.background.running if sequence.background else self.running
@@ -361,7 +371,9 @@ class Scheduler:
                 end = self._new_tokens.take_scores(sequence, chunk, output.scored[chunk.seq_id])
             if end is None:
                 if chunk.sampling is not None:
-                    end = self._new_tokens.take(sequence, chunk, output.sampled[chunk.seq_id], ends)
+                    # The rows of an ensemble get the tokens of the first, unless it has ended.
+                    sampled = output.sampled[sequence.leader.seq_id]
+                    end = self._new_tokens.take(sequence, chunk, sampled, ends)
                 elif not sequence.request.stop.max_tokens:
                     end = self._new_tokens.end_of_prompt(sequence, chunk)
             if end is not None:
@@ -380,7 +392,8 @@ class Scheduler:
     def sequences(self) -> Iterable[Sequence]:
         """All living sequences."""
         background = self.background
-        return [*self.running, *self.waiting, *background.running, *background.waiting]
+        waiting = chain.from_iterable(sequence.rows for sequence in self.waiting)
+        return [*self.running, *waiting, *background.running, *background.waiting]
 
     def check_integrity(self) -> None:
         """Prove that free + used = total and that every reference is held by a living table."""
@@ -388,6 +401,9 @@ class Scheduler:
         self.memory.check_integrity([*self.running, *background.running])
         self._check_queue(self.waiting, residency.waiters)
         self._check_queue(background.waiting, residency.background_waiters)
+        plain = [each.prefix for each in self.waiting if each.prefix and not each.ensemble]
+        alone = Counter(prefix.key for prefix in plain)
+        assert residency.alone == alone, "those that wait for one prefix differ from the queue"
         assert all(s.background for s in chain(background.running, background.waiting))
         assert not any(s.background for s in chain(self.running, self.waiting))
         living = {sequence.seq_id: sequence for sequence in self.sequences()}
@@ -397,11 +413,15 @@ class Scheduler:
         )
         for seq_id, sequence in living.items():
             assert sequence.num_pending == pending[seq_id], f"{sequence} and the steps in flight"
+            assert sequence.state is sequence.leader.state, f"{sequence} and its ensemble"
+            leader = sequence.leader
+            same = sequence.tokens[sequence.num_prompt :] == leader.tokens[leader.num_prompt :]
+            assert same, f"{sequence} has other tokens than its ensemble"
 
     @staticmethod
     def _check_queue(waiting: FairQueue, counted: Counter[PrefixKey]) -> None:
         waiters: Counter[PrefixKey] = Counter()
-        for sequence in waiting:
+        for sequence in chain.from_iterable(each.rows for each in waiting):
             assert sequence.state is State.WAITING, f"{sequence} is queued and not waiting"
             assert not sequence.num_blocks, f"{sequence} waits and holds blocks"
             if sequence.prefix is not None:

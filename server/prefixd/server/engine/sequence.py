@@ -66,6 +66,9 @@ class Sequence:
     once, by ``finish``. ``lookup`` proposes its next tokens (None: it was not needed yet), while it
     ``speculates``. ``next_target`` is the place of the next prompt token to be scored whose score
     has not come, None where there is none.
+    ``ensemble`` are all rows of its ensemble, the leader first (without one: none). They are in the
+    same state at any time; the leader alone is queued, has events and knows the ``members`` of the
+    request. ``agreed`` is the leader's, as in ``FinishEvent``.
 
     Times are in seconds on the engine's clock: ``arrived``, ``started`` (first run; None before)
     and ``due_since`` (since when only its prefix was missing).
@@ -92,6 +95,8 @@ class Sequence:
     block_names: list[bytes] = field(default_factory=list)
     lookup: Lookup | None = None
     end: End | None = None
+    ensemble: "tuple[Sequence, ...]" = ()
+    agreed: list[int] = field(default_factory=list)
     # Copied from the request, because every step reads them.
     tenant: str = field(init=False)
     background: bool = field(init=False)
@@ -114,6 +119,16 @@ class Sequence:
         self.next_target = None if scoring is None else self._target_from(scoring.start)
         if request.inputs:
             check_runs(request.inputs, request.prompt)
+
+    @property
+    def leader(self) -> "Sequence":
+        """The first row of its ensemble; itself without one."""
+        return self.ensemble[0] if self.ensemble else self
+
+    @property
+    def rows(self) -> "tuple[Sequence, ...]":
+        """All rows of its ensemble; itself alone without one."""
+        return self.ensemble or (self,)
 
     @property
     def num_attended(self) -> int:
@@ -221,23 +236,33 @@ class Sequence:
 
 
 def cost_of(request: AdmittedRequest) -> int:
-    """Tokens that each sequence of ``request`` adds to the queue: prompt and output."""
+    """Tokens that each output of ``request`` adds to the queue: prompt and output, of each row."""
     expected = request.expected_tokens
-    return request.num_prompt_tokens + (request.stop.max_tokens if expected is None else expected)
+    num_output = request.stop.max_tokens if expected is None else expected
+    return request.num_prompt_tokens + request.num_rows * num_output
 
 
 def sequences_of(request: AdmittedRequest, *, first_id: int, seed: int) -> list[Sequence]:
-    """The ``n`` sequences of ``request``, with consecutive ids and seeds."""
-    return [
-        Sequence(
-            seq_id=first_id + index,
-            request=request,
-            index=index,
-            seed=seed + index,
-            tokens=list(request.prompt),
+    """The ``n`` sequences of ``request``, with consecutive seeds; of an ensemble the leaders. The
+    ids of all rows are consecutive."""
+    requests, sequences = request.of_rows(), []
+    for index in range(request.n):
+        rows = tuple(
+            Sequence(
+                seq_id=first_id + index * len(requests) + place,
+                request=own,
+                index=index,
+                seed=seed + index,
+                tokens=list(own.prompt),
+            )
+            for place, own in enumerate(requests)
         )
-        for index in range(request.n)
-    ]
+        if len(rows) > 1:
+            for row in rows:
+                row.ensemble, row.speculates = rows, False
+            rows[0].agreed = [0] * len(rows)
+        sequences.append(rows[0])
+    return sequences
 
 
 def seeded_uniform(seed: int, index: int) -> float:

@@ -71,11 +71,12 @@ class StarvationPolicy:
             if self._waiting.counter(tenant) > counter
         }
         for tenant in sorted(held, key=lambda tenant: held[tenant], reverse=True):
-            sequences = [s for s in self._running if s.tenant == tenant]
+            sequences = [s for s in self._running if s.tenant == tenant and s.leader is s]
             if len(sequences) > 1 or self._may_yield(sequences[0]):
                 return sequences[-1]
         return None
 
     def _may_yield(self, sequence: Sequence) -> bool:
-        takes_most = 2 * sequence.num_blocks > self._config.num_usable_blocks
+        num_blocks = sum(row.num_blocks for row in sequence.rows)
+        takes_most = 2 * num_blocks > self._config.num_usable_blocks
         return takes_most and sequence.num_output >= _LEAST_PROGRESS * (sequence.num_yields + 1)

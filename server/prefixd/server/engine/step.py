@@ -98,6 +98,10 @@ class Chunk:
     ``side_blocks`` are the sequence's alone; there is no draft either where they hold a state.
     Tokens that are placeholders have their embeddings in ``inputs``, in order. ``targets`` are the
     prompt tokens to score, None without any; the score of a placeholder means nothing.
+
+    ``ensemble`` is the ``seq_id`` of the first row of an ensemble. All its rows are sampled in one
+    step, in consecutive chunks: one token, by the settings of the first, from the average of their
+    log-probabilities (``StepOutput.sampled`` has it for the first row).
     """
 
     seq_id: int
@@ -118,6 +122,12 @@ class Chunk:
     source: Source | None = None
     mask: bytes | None = None
     targets: Targets | None = None
+    ensemble: int | None = None
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether it has a token of its own in ``StepOutput.sampled``."""
+        return self.sampling is not None and self.ensemble in {None, self.seq_id}
 
     @property
     def is_pending(self) -> bool:
@@ -253,8 +263,9 @@ class Step:
 
     @property
     def num_parts(self) -> int:
-        """Rows of the forward pass."""
-        return len(self.chunks) + len(self.compiles)
+        """Rows of the forward pass, those of an ensemble counted as one."""
+        parts = {c.seq_id if c.ensemble is None else c.ensemble for c in self.chunks}
+        return len(parts) + len(self.compiles)
 
     @property
     def num_tokens(self) -> int:
@@ -290,12 +301,14 @@ class Step:
 @dataclass(slots=True)
 class Sampled:
     """One sampled token. ``finite`` is False when the row's logits held NaN or +inf: that row
-    failed, and no other."""
+    failed, and no other. ``agreed`` says for each row of an ensemble whether the token is the
+    likeliest one of that row alone."""
 
     token_id: int
     finite: bool = True
     logprob: float | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
+    agreed: tuple[bool, ...] = ()
 
 
 class ThreadUse(NamedTuple):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from itertools import chain
 
 from prefixd.server.engine.background import Background
 from prefixd.server.engine.entries import Entry
@@ -63,7 +64,7 @@ class StepBuilder:
             if isinstance(suspect, Entry):
                 is_planned = self._prefix_loader.compile_alone(step, suspect)
             elif suspect.state is State.RUNNING:
-                self.run(step, suspect)
+                self._continue(step, suspect)
                 is_planned = True
             else:
                 is_planned = self._memory.is_ready(suspect) and self.start(step, suspect, now)
@@ -78,7 +79,7 @@ class StepBuilder:
         A token that is pending is run all the same, unless the sequence ends with it at the latest,
         or gains by waiting for it.
         """
-        decoding = []
+        decoding: list[Sequence] = []
         for sequence in sequences:
             num_tokens = len(sequence.tokens) + sequence.num_pending
             if num_tokens - sequence.num_computed != 1 or sequence.state is not State.RUNNING:
@@ -87,6 +88,11 @@ class StepBuilder:
                 continue
             if sequence.request.constraint is not None and self._holds(sequence):
                 continue
+            if sequence.ensemble:
+                if sequence.leader is sequence and self._can_decode(step, sequence.ensemble):
+                    self._run_ensemble(step, sequence.ensemble)
+                    decoding += sequence.ensemble
+                continue
             capacity = len(sequence.block_table) * self._memory.block_size
             num_positions = sequence.num_prefix_tokens + num_tokens
             if num_positions <= capacity or self._grow(step, sequence):
@@ -94,12 +100,28 @@ class StepBuilder:
                 decoding.append(sequence)
         return decoding
 
+    def _can_decode(self, step: Step, rows: Items[Sequence]) -> bool:
+        """Whether all rows of an ensemble lack their last token alone, and have a block for it."""
+        if any(row.num_remaining > 1 for row in rows):
+            return False
+        for row in rows:
+            num_positions = row.num_prefix_tokens + len(row.tokens) + row.num_pending
+            has_place = num_positions <= len(row.block_table) * self._memory.block_size
+            if not has_place and not self._grow(step, row):
+                return False
+        return True
+
     def continue_prefills(self, step: Step) -> None:
         """Plan the next chunk of each running sequence with more than one token to run."""
         for sequence in self._running:
             if step.budget == 0:
                 return
-            if sequence.num_remaining > 1:
+            if sequence.ensemble:
+                if sequence.leader is sequence and any(
+                    row.num_remaining > 1 for row in sequence.ensemble
+                ):
+                    self._run_ensemble(step, sequence.ensemble)
+            elif sequence.num_remaining > 1:
                 self.run(step, sequence)
 
     def serve_waiting(self, step: Step, now: float) -> bool:
@@ -125,6 +147,7 @@ class StepBuilder:
                 self._prefix_loader.load(step, sequence, now=now)
                 continue
             level = self._waiting.counter(sequence.tenant)
+            is_full = is_full or not self._has_places(sequence)
             if is_full or not self.start(step, sequence, now):
                 # A sequence that does not fit blocks those behind it, or they would take its room.
                 return is_full or not step.budget
@@ -139,12 +162,21 @@ class StepBuilder:
         for entry in tuple(self._memory.residency.reserved.values()):
             if not step.budget or len(self._running) >= self._recovery.backoff.max_running:
                 break
-            sequence = self._waiting.first_under(entry.key)
-            if sequence.num_pending:
+            if entry.key not in self._memory.residency.reserved:
+                continue  # an ensemble has started that waited for more than one of them
+            ready = filter(self._memory.is_ready, self._waiting.under(entry.key))
+            sequence = next(ready, None)  # None: an ensemble waits for others too
+            if sequence is None or sequence.num_pending:
                 continue
-            if self._memory.is_ready(sequence) and not self.start(step, sequence, now):
+            if not self._has_places(sequence) or not self.start(step, sequence, now):
                 return False
         return True
+
+    def _has_places(self, sequence: Sequence) -> bool:
+        """Whether all rows of ``sequence`` may run next to those that do. One runs alone in any
+        case."""
+        num_rows = len(self._running) + len(sequence.rows)
+        return not self._running or num_rows <= self._recovery.backoff.max_running
 
     def start(self, step: Step, sequence: Sequence, now: float) -> bool:
         """Let a waiting sequence run if there is room for it."""
@@ -152,36 +184,41 @@ class StepBuilder:
         if sequence.request.source and step.num_encoded and step.budget < num_source(sequence):
             step.budget = 0  # the next step begins with it
             return False
+        num_running = len(self._running)
         if sequence.background:
-            waiting, running = self._background.waiting, self._background.running
-            num_running = len(running) + len(self._running)
-        else:
-            waiting, running = self._waiting, self._running
-            num_running = len(running)
-        memory.adopt_prefix(sequence)
-        reused = memory.reuse.find(sequence)
+            num_running += len(self._background.running)
+        rows = sequence.rows
+        for row in rows:
+            memory.adopt_prefix(row)
+        reused = [memory.reuse.find(row) for row in rows]
         if not self._eviction.room_to_start(
             step,
             sequence,
-            reused,
+            list(chain.from_iterable(reused)),
             num_running=num_running,
             promised=self._prefix_loader.promised,
             kept=not num_running and not (sequence.background and self._waiting.num_sequences),
         ):
             return False
-        waiting.remove(sequence)
-        if sequence.prefix is not None:
-            is_background = sequence.background
-            memory.residency.remove_waiter(sequence.prefix.key, background=is_background)
+        (self._background.waiting if sequence.background else self._waiting).remove(sequence)
+        memory.remove_waiters(sequence)
+        for blocks in reused:
+            memory.pool.share(blocks)  # before another row takes them as free ones
+        for row, blocks in zip(rows, reused, strict=True):
+            self._admit(step, row, blocks, now)
+        self._continue(step, sequence)
+        return True
+
+    def _admit(self, step: Step, sequence: Sequence, reused: list[int], now: float) -> None:
+        memory, background = self._memory, self._background
         num_reused = memory.hold(step, sequence, reused)
         if sequence.started is None:
             memory.reuse.count(sequence, num_reused)
-            num_prompt = sequence.request.num_prompt_tokens
+            num_prompt = len(sequence.request.source or sequence.request.prompt)
+            waiting = background.waiting if sequence.background else self._waiting
             waiting.charge(sequence.tenant, sequence.num_attended + num_prompt)
         sequence.admit(num_computed=num_reused, now=now)
-        running.append(sequence)
-        self.run(step, sequence)
-        return True
+        (background.running if sequence.background else self._running).append(sequence)
 
     def _grow(self, step: Step, sequence: Sequence) -> bool:
         """Give a decoding sequence the block its next token needs; False: it was preempted."""
@@ -191,7 +228,7 @@ class StepBuilder:
             planned = {chunk.seq_id for chunk in step.chunks}
             assert youngest.seq_id not in planned, "the youngest sequence is planned last"
             self._preempt(youngest)
-            if youngest is sequence:
+            if sequence.state is not State.RUNNING:
                 return False
         block = self._memory.pool.allocate(1)
         step.fresh += block
@@ -202,14 +239,36 @@ class StepBuilder:
         """Make room for one block for a running sequence."""
         num_running = len(self._running)
         if not sequence.background:
-            return self._eviction.room_for_block(step, alone=num_running == 1)
+            alone = num_running == len(sequence.rows)
+            return self._eviction.room_for_block(step, alone=alone)
         num_alive = num_running + self._waiting.num_sequences + len(self._background.running)
         return self._eviction.room_for_background_block(step, alone=num_alive == 1)
 
-    def run(self, step: Step, sequence: Sequence) -> None:
-        """Plan the next tokens of a running sequence: as many as the step has room for."""
-        start, num_pending = sequence.num_computed, sequence.num_pending
-        num_tokens = len(sequence.tokens) + num_pending
+    def _continue(self, step: Step, sequence: Sequence) -> None:
+        """Plan the next tokens of a running sequence, with its ensemble."""
+        if sequence.ensemble:
+            self._run_ensemble(step, sequence.ensemble)
+        else:
+            self.run(step, sequence)
+
+    def _run_ensemble(self, step: Step, rows: Items[Sequence]) -> None:
+        """Plan the next tokens of an ensemble. The last tokens of its rows run in one step, which
+        samples the next one for all of them."""
+        sizes = [row.num_remaining for row in rows]
+        if sum(sizes) <= step.budget and all(
+            size == self._size(step, row) for row, size in zip(rows, sizes, strict=True)
+        ):
+            for row in rows:
+                self.run(step, row)
+            return
+        for row, size in zip(rows, sizes, strict=True):
+            if size > 1 and step.budget > 0:
+                self.run(step, row, upto=len(row.tokens) - 1)
+
+    def _size(self, step: Step, sequence: Sequence) -> int:
+        """The tokens of a running sequence that the step has room for."""
+        start = sequence.num_computed
+        num_tokens = len(sequence.tokens) + sequence.num_pending
         size = min(num_tokens - start, step.budget, step.max_chunk)
         if size > _LARGE_CHUNK:
             num_seen = sequence.num_prefix_tokens + start + size
@@ -217,10 +276,21 @@ class StepBuilder:
         if sequence.next_target is not None:
             unscored = max(0, sequence.next_target - 1 - start)
             size = min(size, unscored + max(1, step.max_scored))
+        return size
+
+    def run(self, step: Step, sequence: Sequence, *, upto: int | None = None) -> None:
+        """Plan the next tokens of a running sequence: as many as the step has room for, and none
+        from place ``upto`` on."""
+        start, num_pending = sequence.num_computed, sequence.num_pending
+        num_tokens = len(sequence.tokens) + num_pending
+        size = self._size(step, sequence)
+        if upto is not None:
+            size = min(size, upto - start)
         request = sequence.request
         sampling, stop = request.sampling, request.stop
         is_last = start + size == num_tokens and stop.max_tokens > 0
-        is_drawn = is_last and sampling.temperature > 0
+        is_sampled = is_last and sequence.leader is sequence
+        is_drawn = is_sampled and sampling.temperature > 0
         num_output = num_tokens - sequence.num_prompt
         step.chunks.append(
             Chunk(
@@ -231,7 +301,7 @@ class StepBuilder:
                 prefix=sequence.prefix.key if sequence.prefix else None,
                 sampling=sampling if is_last else None,
                 uniform=self._uniform(sequence.seed, num_output) if is_drawn else 0.0,
-                history=tuple(sequence.tokens) if is_last and sampling.needs_history else (),
+                history=tuple(sequence.tokens) if is_sampled and sampling.needs_history else (),
                 num_prompt_tokens=sequence.num_prompt,
                 banned=tuple(stop.token_ids) if num_output < stop.min_tokens else (),
                 num_prefix_tokens=sequence.num_prefix_tokens,
@@ -243,6 +313,7 @@ class StepBuilder:
                 ),
                 gated=sequence.gated,
                 source=self._encode(step, sequence) if request.source else None,
+                ensemble=sequence.leader.seq_id if sequence.ensemble else None,
             )
         )
         if sequence.next_target is not None:
@@ -253,7 +324,7 @@ class StepBuilder:
         sequence.num_computed += size
         if is_last:
             sequence.num_pending += 1
-            if request.constraint is not None:
+            if request.constraint is not None and is_sampled:
                 step.masked.append(sequence.seq_id)
 
     def _encode(self, step: Step, sequence: Sequence) -> Source:

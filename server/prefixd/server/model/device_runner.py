@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 
@@ -21,24 +22,34 @@ from prefixd.server.engine.step import Chunk, Sampled, Step, StepOutput
 from prefixd.server.model.batch import lay_out
 from prefixd.server.model.decoder import Logits
 from prefixd.server.model.device_sampler import DeviceSampler, Prepared
+from prefixd.server.model.ensembles import combine
 from prefixd.server.model.paged import PagedDecoder
 from prefixd.server.model.paged_module import PagedModuleDecoder
 from prefixd.server.model.runner import out_of_memory, write_pool
 from prefixd.server.model.scorer import score, scored_chunks, unpack
 
 
+class _Part(NamedTuple):
+    chunks: Sequence[Chunk]
+    prepared: Prepared
+    packed: torch.Tensor
+    agreed: torch.Tensor | None = None
+
+
 @dataclass(slots=True)
 class _InFlight:
     """A step on the device. ``first_rows`` is where the rows of each chunk begin among those that
-    are sampled; ``parts`` are the chunks sampled together, with their results in host memory, and
-    ``scored`` those with targets, with theirs in ``scores``."""
+    is sampled, for all rows of an ensemble its first one, and ``groups`` has the rows of ensembles;
+    ``parts`` are the chunks sampled together, with their results in host memory and whether each
+    row of their ensembles agrees, and ``scored`` those with targets, with theirs in ``scores``."""
 
     saved: dict[PrefixKey, StagedPrefix]
     chunks: list[Chunk] = field(default_factory=list)
     masked: list[Chunk] = field(default_factory=list)
     first_rows: dict[int, int] = field(default_factory=dict)
+    groups: dict[int, list[int]] = field(default_factory=dict)
     logits: Logits | None = None
-    parts: list[tuple[Sequence[Chunk], Prepared, torch.Tensor]] = field(default_factory=list)
+    parts: list[_Part] = field(default_factory=list)
     scored: Sequence[Chunk] = ()
     scores: torch.Tensor | None = None
     ended: torch.cuda.Event | None = None
@@ -94,10 +105,13 @@ class DeviceRunner:
             if flight.ended is not None:
                 flight.ended.synchronize()
         sampled: dict[int, Sequence[Sampled]] = {}
-        for chunks, prepared, packed in flight.parts:
-            tokens = iter(self._sampler.unpack(packed, prepared))
-            for chunk in chunks:
+        for part in flight.parts:
+            tokens = iter(self._sampler.unpack(part.packed, part.prepared))
+            agreed = iter(() if part.agreed is None else part.agreed.tolist())
+            for chunk in part.chunks:
                 new = list(islice(tokens, 1 + chunk.num_drafts))
+                if chunk.ensemble is not None:
+                    new[0].agreed = tuple(islice(agreed, len(flight.groups[chunk.ensemble])))
                 sampled[chunk.seq_id] = chunk.verified(new)
         if flight.scores is None:
             return StepOutput(sampled, flight.saved)
@@ -118,7 +132,10 @@ class DeviceRunner:
         flight.logits = self.decoder.forward(batch)
         first = 0
         for chunk in flight.chunks:
-            flight.first_rows[chunk.seq_id] = first
+            leader = chunk.seq_id if chunk.ensemble is None else chunk.ensemble
+            flight.first_rows[chunk.seq_id] = flight.first_rows.get(leader, first)
+            if chunk.ensemble is not None:
+                flight.groups.setdefault(leader, []).append(first)
             first += 1 + chunk.num_drafts
         if to_score := scored_chunks(step.chunks):
             flight.scored = to_score
@@ -128,14 +145,34 @@ class DeviceRunner:
         masked = set(step.masked)
         flight.masked = [chunk for chunk in flight.chunks if chunk.seq_id in masked]
         self._sampler.keep(flight.masked)
-        free = [chunk for chunk in flight.chunks if chunk.seq_id not in masked]
-        if free:
-            self._sample(flight, free)
+        self._sample(flight, [chunk for chunk in flight.chunks if chunk.seq_id not in masked])
         return flight
 
     def _sample(self, flight: _InFlight, chunks: Sequence[Chunk]) -> None:
         """Queue sampling and the copy of its results; the tokens stay on the device for the next
         step too."""
+        alone = [chunk for chunk in chunks if chunk.ensemble is None]
+        if alone:
+            self._sample_alone(flight, alone)
+        leaders = [chunk for chunk in chunks if chunk.ensemble == chunk.seq_id]
+        if leaders:
+            self._sample_ensembles(flight, leaders)
+
+    def _sample_ensembles(self, flight: _InFlight, leaders: Sequence[Chunk]) -> None:
+        assert flight.logits is not None
+        groups, values = [flight.groups[leader.seq_id] for leader in leaders], flight.logits.values
+        prepared = self._sampler.prepare(leaders)
+        packed = self._sampler.run(Logits(combine(values, groups)), prepared)
+        tokens = packed[: len(leaders)]
+        index = torch.tensor([row for group in groups for row in group], device=values.device)
+        sizes = torch.tensor([len(group) for group in groups], device=values.device)
+        own = values.index_select(0, index).max(dim=-1).indices
+        agreed = own == tokens.repeat_interleave(sizes, output_size=len(own))
+        self.decoder.buffers.keep_samples(tokens, index[sizes.cumsum(0) - sizes])
+        to_host = self._sampler.to_host
+        flight.parts.append(_Part(leaders, prepared, to_host(packed), to_host(agreed)))
+
+    def _sample_alone(self, flight: _InFlight, chunks: Sequence[Chunk]) -> None:
         assert flight.logits is not None
         rows = [
             row
@@ -150,7 +187,7 @@ class DeviceRunner:
         packed = self._sampler.run(flight.logits, prepared)
         kept = None if is_all else prepared.inputs["rows"]
         self.decoder.buffers.keep_samples(packed[: len(rows)], kept)
-        flight.parts.append((chunks, prepared, self._sampler.to_host(packed)))
+        flight.parts.append(_Part(chunks, prepared, self._sampler.to_host(packed)))
 
     def _mark(self, flight: _InFlight) -> None:
         """Have ``collect`` wait for all that is queued now, also where nothing was sampled: what a

@@ -13,9 +13,9 @@ from prefixd.server.engine.runner import BlockingRunner, OutOfMemory
 from prefixd.server.engine.step import CompileChunk, Step, StepOutput
 from prefixd.server.model.batch import lay_out
 from prefixd.server.model.decoder import Decoder
+from prefixd.server.model.ensembles import sample_all
 from prefixd.server.model.gated import gated_kv
 from prefixd.server.model.prefix import AdaptionPrompt, KVPrefix, Stack
-from prefixd.server.model.sampler import sample
 from prefixd.server.model.scorer import score, scored_chunks, unpack
 from prefixd.server.model.thread_control import ThreadControl
 from prefixd.server.model.torch_decoder import TorchDecoder
@@ -69,11 +69,9 @@ class Runner(BlockingRunner):
             logits = logits.first(num_sampled)
         if not sampled:
             return StepOutput({}, saved, scored=scored)
-        tokens = iter(sample(logits, [each for chunk in sampled for each in chunk.positions()]))
-        by_id = {
-            chunk.seq_id: chunk.verified(list(islice(tokens, 1 + chunk.num_drafts)))
-            for chunk in sampled
-        }
+        tokens = iter(sample_all(logits, [each for chunk in sampled for each in chunk.positions()]))
+        new = [(chunk, list(islice(tokens, 1 + chunk.num_drafts))) for chunk in sampled]
+        by_id = {chunk.seq_id: chunk.verified(each) for chunk, each in new if chunk.is_sampled}
         return StepOutput(by_id, saved, scored=scored)
 
 
