@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine as Database
 
+from prefixd.server.api.anthropic.errors import is_of_anthropic
 from prefixd.server.api.app import create_app
 from prefixd.server.api.batch_options import BatchOptions
 from prefixd.server.api.catalog_access import CatalogAccess
@@ -367,9 +368,24 @@ def fake_text(digest: str | None, prompt: str, count: int) -> str:
     return bytes(fake_generate(digest, list(prompt.encode()), count)).decode()
 
 
+def anthropic_error_of(answer: Any, body: dict[str, Any]) -> dict[str, Any]:
+    assert set(body) == {"type", "error", "request_id"}
+    assert body["type"] == "error"
+    assert set(body["error"]) == {"type", "message", "details"}
+    details = body["error"]["details"]
+    assert set(details) == {"error_code", "param"}
+    assert body["error"]["message"]
+    ids = answer.headers["request-id"], answer.headers["x-request-id"]
+    assert ids == (body["request_id"],) * 2
+    shared = {"message": body["error"]["message"], "type": body["error"]["type"]}
+    return {**shared, "code": details["error_code"], "param": details["param"]}
+
+
 def error_of(answer: Any) -> dict[str, Any]:
-    """The error object of a response, its shape checked."""
+    """The error object of a response, its shape checked; Anthropic's as that of others."""
     body = answer.json()
+    if is_of_anthropic(answer.request.url.path):
+        return anthropic_error_of(answer, body)
     assert set(body) == {"error"}
     error: dict[str, Any] = body["error"]
     assert set(error) == {"message", "type", "code", "param", "request_id"}

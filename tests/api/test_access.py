@@ -32,6 +32,7 @@ EXAMPLES = {
     "file_id": "file-" + "f" * 32,
     "batch_id": "batch_" + "f" * 32,
 }
+MESSAGES = [{"role": "user", "content": "x"}]
 BODIES: dict[str, Any] = {
     "/v1/completions": {"model": "voice", "prompt": "x"},
     "/v1/chat/completions": {"model": "voice", "messages": [{"role": "user", "content": "x"}]},
@@ -41,6 +42,8 @@ BODIES: dict[str, Any] = {
         "completion_window": "24h",
     },
     "/v1/responses": {"model": "voice", "input": "x"},
+    "/v1/messages": {"model": "voice", "max_tokens": 4, "messages": MESSAGES},
+    "/v1/messages/count_tokens": {"model": "voice", "messages": MESSAGES},
     "/tokenize": {"model": "voice", "prompt": "x"},
     "/detokenize": {"model": "voice", "tokens": [120]},
     "/v1/loglikelihood": {"model": "voice", "prompt": "x", "choices": ["y", "z"]},
@@ -55,7 +58,16 @@ BODIES: dict[str, Any] = {
     "/v1/admin/keys": {"tenant": "gamma"},
     "/v1/admin/keys/{key_id}/rotate": {"overlap_seconds": 60},
 }
-GENERATES = ("completions", "responses", "embeddings", "/loglikelihood", "tokenize", "/warm")
+GENERATES = (
+    "completions",
+    "/responses",
+    "/messages",
+    "/count_tokens",
+    "/embeddings",
+    "/loglikelihood",
+    "tokenize",
+    "/warm",
+)
 REFUSED = {"/v1/embeddings"}
 LINES = b'{"user": "ann", "prefix": "voice"}\n'
 # Lists with a parameter for another tenant.

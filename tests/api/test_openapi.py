@@ -98,6 +98,6 @@ def test_bounds_labels_and_entity_tags_are_in_the_document(document: dict[str, A
 
 def test_responses_of_generation_are_json_or_events(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
-    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"):
         content = paths[path]["post"]["responses"]["200"]["content"]
         assert set(content) == {"application/json", "text/event-stream"}

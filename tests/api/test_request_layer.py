@@ -108,7 +108,8 @@ def test_openapi_document_declares_bodies_and_errors(client: TestClient) -> None
                 assert operation["security"]
                 for status in ("400", "401", "403", "404"):
                     schema = operation["responses"][status]["content"]["application/json"]
-                    assert schema["schema"]["$ref"].endswith("/ErrorBody")
+                    expected = "AnthropicErrorBody" if "/messages" in path else "ErrorBody"
+                    assert schema["schema"]["$ref"].endswith(f"/{expected}")
     upload = document["paths"]["/v1/prefixes/{name}"]["put"]["requestBody"]["content"]
     assert set(upload) == {"application/json", "multipart/form-data", "application/octet-stream"}
     completion = schemas["CompletionRequest"]

@@ -17,6 +17,13 @@ from tests.api.api_world import World, make_world, put_text
 EXAMPLES = 6
 """Of each operation, with each kind of data, on existing and on any resources."""
 
+MODELS = (
+    "CompletionRequest",
+    "ChatRequest",
+    "ResponsesRequest",
+    "MessagesRequest",
+    "CountRequest",
+)
 CHECKS = [
     "not_a_server_error",
     "status_code_conformance",
@@ -83,11 +90,7 @@ class Fuzzer:
         self.checks = ALL.get_by_names(CHECKS)
         self.modes = tuple(schemathesis.GenerationMode)
         document = copy.deepcopy(world.app.openapi())
-        for name in (
-            "CompletionRequest",
-            "ChatRequest",
-            "ResponsesRequest",
-        ):  # otherwise almost all would be 404
+        for name in MODELS:  # otherwise almost all would be 404
             model = document["components"]["schemas"][name]["properties"]["model"]
             model["enum"] = [world.served.name, "support", "absent"]
         config = schemathesis.Config.from_dict({"checks": REJECTED})
@@ -105,18 +108,28 @@ class Fuzzer:
             existing = {name: value for name, value in known.items() if name in names}
             for mode in self.modes:
                 for path_parameters in [None, existing] if existing else [None]:
-                    self.send_some(operation, mode, path_parameters)
+                    self.send_some(operation, mode, path_parameters, self.headers)
+            wrong_key = {"x-api-key": "wrong"}
+            self.send_some(operation, self.modes[0], existing or None, wrong_key, examples=1)
 
-    def send_some(self, operation: Any, mode: Any, path_parameters: dict[str, Any] | None) -> None:
-        """Send up to EXAMPLES requests to one operation."""
+    def send_some(
+        self,
+        operation: Any,
+        mode: Any,
+        path_parameters: dict[str, Any] | None,
+        headers: dict[str, str],
+        *,
+        examples: int = EXAMPLES,
+    ) -> None:
+        """Send up to ``examples`` requests to one operation."""
         cases = operation.as_strategy(generation_mode=mode, path_parameters=path_parameters)
 
-        @BOUNDED
+        @settings(BOUNDED, max_examples=examples)
         @given(case=cases)
         def send(case: Any) -> None:
-            response = case.call(headers=self.headers)
+            response = case.call(headers=headers)
             self.statuses[response.status_code] += 1
-            case.validate_response(response, checks=self.checks, headers=self.headers)
+            case.validate_response(response, checks=self.checks, headers=headers)
 
         try:
             send()

@@ -8,6 +8,7 @@ from fastapi import Depends, FastAPI
 from prefixd.server import version
 from prefixd.server.api import error_responses, health, openapi
 from prefixd.server.api.admin import routes as admin_routes
+from prefixd.server.api.anthropic import routes as anthropic_routes
 from prefixd.server.api.batch_options import BatchOptions
 from prefixd.server.api.batches import routes as batch_routes
 from prefixd.server.api.batches.assembly import Assembly
@@ -66,10 +67,14 @@ from prefixd.server.tenants.registry import Tenants
 from prefixd.store.disk import DiskGuard
 from prefixd.store.store import PrefixStore
 
+ANTHROPIC = (anthropic_routes.router, anthropic_routes.count_router)
+"""Their errors have Anthropic's shape."""
+
 PUBLIC = (health.router,)
 METERED = (
     generate_routes.router,
     responses_routes.router,
+    anthropic_routes.router,
     scoring_routes.router,
     upload_routes.router,
     file_routes.upload_router,
@@ -79,6 +84,7 @@ METERED = (
 KEYED = (
     *METERED,
     token_routes.router,
+    anthropic_routes.count_router,
     unsupported_router,
     model_routes.router,
     prefix_routes.router,
@@ -212,7 +218,7 @@ def create_app(
         app.include_router(
             router,
             dependencies=[Depends(authenticated), *bounds_of, Depends(check_url)],
-            responses=openapi.ERRORS,
+            responses=openapi.ANTHROPIC_ERRORS if router in ANTHROPIC else openapi.ERRORS,
         )
     routers = (*PUBLIC, *KEYED)
     app.router.routes.append(

@@ -35,6 +35,8 @@ from prefixd.server.tenants.registry import Tenants
 from prefixd.store.disk import DiskGuard
 from prefixd.store.store import PrefixStore
 
+API_KEY_HEADER = "x-api-key"
+
 
 @dataclass(frozen=True, slots=True)
 class BodyLimits:
@@ -85,15 +87,20 @@ class KeyBearer(HTTPBearer):
     one that named an HTTPBearer of its own would be two dependencies to solve."""
 
     async def __call__(self, request: Request) -> Principal:  # type: ignore[override]
-        """The principal behind the bearer key. Raises NotAuthenticated."""
+        """The principal behind the bearer key, else behind that of ``x-api-key``, where Anthropic's
+        clients send theirs. Raises NotAuthenticated."""
         inside: Principal | None = request.scope["state"].get(INSIDE)
         if inside is not None:
             request.state.principal = inside
             return inside
         credentials = await super().__call__(request)
-        if credentials is None:
+        key = (
+            request.headers.get(API_KEY_HEADER) if credentials is None else credentials.credentials
+        )
+        if not key:
             raise NotAuthenticated(
-                "an API key is needed: send the header 'Authorization: Bearer <key>'",
+                "an API key is needed: send the header 'Authorization: Bearer <key>' or "
+                f"'{API_KEY_HEADER}: <key>'",
                 code="missing_api_key",
             )
         state = request.app.state
@@ -101,9 +108,9 @@ class KeyBearer(HTTPBearer):
         bounds: TenantBounds = state.bounds
         catalog: CatalogAccess = state.catalog
         begun = time.monotonic()
-        async with bounds.lookup(credentials.credentials, request.client):
+        async with bounds.lookup(key, request.client):
             principal = await catalog.calls.read(
-                tenants.authenticate, credentials.credentials, waited=time.monotonic() - begun
+                tenants.authenticate, key, waited=time.monotonic() - begun
             )
         request.state.catalog_waited = time.monotonic() - begun
         request.state.principal = principal

@@ -1,4 +1,5 @@
-"""Every error in one shape: {"error": {"message", "type", "code", "param", "request_id"}}.
+"""Every error in one shape: {"error": {"message", "type", "code", "param", "request_id"}}; those of
+the Messages API in Anthropic's.
 
 ``prefixd.server.errors`` has the status, type and code of each class; here everything else that can
 go wrong becomes one of these classes: exceptions of the store, the database, pydantic and the
@@ -20,6 +21,7 @@ from pydantic import BaseModel
 from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from prefixd.server.api.anthropic.errors import anthropic_error, is_of_anthropic
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.validation_words import from_validation
 from prefixd.server.engine.constraint import CONSTRAINT_FAILED
@@ -96,8 +98,11 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def error_body(error: PrefixdError, request_id: str | None) -> dict[str, Any]:
-    """The JSON body for ``error``. A key that was sent in the wrong place is not repeated."""
+def error_body(error: PrefixdError, request_id: str | None, *, path: str = "") -> dict[str, Any]:
+    """The JSON body for ``error`` in answer to a request for ``path``. A key that was sent in the
+    wrong place is not repeated."""
+    if is_of_anthropic(path):
+        return anthropic_error(error, request_id)
     detail = ErrorDetail(
         message=redacted(error.message),
         type=error.type,
@@ -109,16 +114,20 @@ def error_body(error: PrefixdError, request_id: str | None) -> dict[str, Any]:
 
 
 def error_response(
-    error: PrefixdError, request_id: str | None, headers: Mapping[str, str] | None = None
+    error: PrefixdError,
+    request_id: str | None,
+    headers: Mapping[str, str] | None = None,
+    *,
+    path: str = "",
 ) -> JSONResponse:
-    """``error`` as a response."""
+    """``error`` as a response to a request for ``path``."""
     sent = {**(headers or {}), **error.headers}
     if error.retry_after is not None:
         # Rounded up: a client that waits this long is not refused again.
         sent["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if error.status == HTTPStatus.UNAUTHORIZED:
         sent["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error_body(error, request_id), error.status, headers=sent)
+    return JSONResponse(error_body(error, request_id, path=path), error.status, headers=sent)
 
 
 def internal_error() -> PrefixdError:
@@ -205,16 +214,20 @@ def request_id_of(request: Request) -> str | None:
     return getattr(request.state, "request_id", None)
 
 
+def _response(request: Request, error: PrefixdError) -> JSONResponse:
+    return error_response(error, request_id_of(request), path=request.scope["path"])
+
+
 def install(app: FastAPI) -> None:
-    """Register handlers, so that ``app`` responds to every error in the one shape."""
+    """Register handlers, so that ``app`` responds to every error in the shape of its route."""
 
     @app.exception_handler(PrefixdError)
     async def on_error(request: Request, error: PrefixdError) -> JSONResponse:
-        return error_response(error, request_id_of(request))
+        return _response(request, error)
 
     @app.exception_handler(StoreError)
     async def on_store(request: Request, error: StoreError) -> JSONResponse:
-        return error_response(from_store(error), request_id_of(request))
+        return _response(request, from_store(error))
 
     @app.exception_handler(OSError)
     @app.exception_handler(DBAPIError)
@@ -224,7 +237,7 @@ def install(app: FastAPI) -> None:
         if fault is None:
             raise error
         log.error("the storage failed", fault=fault.value, why=str(error).partition("\n")[0])
-        return error_response(from_fault(fault), request_id_of(request))
+        return _response(request, from_fault(fault))
 
     @app.exception_handler(OperationalError)
     @app.exception_handler(InterfaceError)
@@ -236,7 +249,7 @@ def install(app: FastAPI) -> None:
             return await on_storage(request, error)
         # The reason, which may name the database's address, is for the log.
         log.error("the catalog failed", why=str(error).partition("\n")[0])
-        return error_response(storage_unavailable(CATALOG_UNAVAILABLE), request_id_of(request))
+        return _response(request, storage_unavailable(CATALOG_UNAVAILABLE))
 
     @app.exception_handler(DataError)
     async def on_value(request: Request, error: DataError) -> JSONResponse:
@@ -244,11 +257,11 @@ def install(app: FastAPI) -> None:
             raise error
         # PostgreSQL rejects such a text in a query, SQLite finds nothing.
         bad_text = BadRequest("expected texts without NUL characters; received one with some")
-        return error_response(bad_text, request_id_of(request))
+        return _response(request, bad_text)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(from_validation(error.errors()), request_id_of(request))
+        return _response(request, from_validation(error.errors()))
 
 
 def _is_bad_query(error: SQLAlchemyError) -> bool:

@@ -13,6 +13,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prefixd.server.api.anthropic.errors import is_of_anthropic
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import error_response, internal_error
 from prefixd.server.api.metrics import Metrics
@@ -21,6 +22,8 @@ from prefixd.server.errors import PrefixdError, SlowBody
 log = structlog.get_logger("prefixd.http")
 
 REQUEST_ID_HEADER = "x-request-id"
+ANTHROPIC_ID_HEADER = "request-id"
+"""The same, where Anthropic's clients look for it."""
 
 BODY_PENDING = "body_pending"
 """In a request's state: a function that tells whether a part of its body has not arrived."""
@@ -85,6 +88,7 @@ class RequestLayer:
         request_id = request_id_for(scope["headers"])
         state = scope.setdefault("state", {})
         is_head = scope["method"] == "HEAD"
+        of_anthropic = is_of_anthropic(scope["path"])
         # Out of the state: it would keep itself alive through this function.
         body_pending = state.pop(BODY_PENDING, lambda: False)
         writes: HeldWrites = state.pop(WRITES, _NOT_HELD)
@@ -97,6 +101,8 @@ class RequestLayer:
                 state["status"] = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID_HEADER] = request_id
+                if of_anthropic:
+                    headers[ANTHROPIC_ID_HEADER] = request_id
                 # The rest of the body would have to be received before the next request.
                 if body_pending():
                     headers["connection"] = "close"
@@ -112,7 +118,8 @@ class RequestLayer:
         try:
             error = await self._handle(scope, body.receive, send_with_id)
             if error is not None and state["status"] is None:
-                await error_response(error, request_id)(scope, receive, send_with_id)
+                response = error_response(error, request_id, path=scope["path"])
+                await response(scope, receive, send_with_id)
         finally:
             self._report(scope, time.perf_counter() - start)
 

@@ -12,9 +12,12 @@ from prefixd.server.api.admin.schemas import (
     Rotation,
     TenantChange,
 )
+from prefixd.server.api.anthropic.errors import AnthropicErrorBody
+from prefixd.server.api.anthropic.requests import CountRequest, MessagesRequest
 from prefixd.server.api.batches.schemas import BATCH_ID, WINDOW, NewBatchRequest
 from prefixd.server.api.body import StrictModel
 from prefixd.server.api.conditions import TAGS_PATTERN
+from prefixd.server.api.dependencies import API_KEY_HEADER
 from prefixd.server.api.error_responses import ErrorBody
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.prefixes.aliases import AliasTarget
@@ -36,6 +39,8 @@ _BODIES: tuple[type[StrictModel], ...] = (
     CompletionRequest,
     ChatRequest,
     ResponsesRequest,
+    MessagesRequest,
+    CountRequest,
     LoglikelihoodRequest,
     TokenizeRequest,
     DetokenizeRequest,
@@ -78,6 +83,9 @@ _FIELDS = {
 """The same of body fields."""
 
 
+_KEY_HEADER = "APIKeyHeader"
+
+
 def _header(text: str, *, required: bool = False) -> dict[str, Any]:
     return {"description": text, "required": required, "schema": {"type": "string"}}
 
@@ -118,6 +126,11 @@ ERRORS = NO_METHOD | _errors(
 )
 """Declared on every route with a key."""
 
+ANTHROPIC_ERRORS = {
+    status: {**response, "model": AnthropicErrorBody} for status, response in ERRORS.items()
+}
+"""The same, on the routes of the Messages API."""
+
 
 def install(app: FastAPI) -> None:
     """Make ``app.openapi`` return the complete document."""
@@ -137,10 +150,16 @@ def _document(app: FastAPI) -> dict[str, Any]:
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for model in _BODIES:
         schema = model.model_json_schema(ref_template=_REFERENCE)
-        schemas.update(schema.pop("$defs", {}))
-        schemas[model.__name__] = schema
+        for name, defined in [*schema.pop("$defs", {}).items(), (model.__name__, schema)]:
+            assert schemas.setdefault(name, defined) == defined, f"two models are named {name}"
     for (model_name, field), pattern in _FIELDS.items():
         _add_pattern(schemas[model_name]["properties"][field], pattern)
+    document["components"]["securitySchemes"][_KEY_HEADER] = {
+        "type": "apiKey",
+        "in": "header",
+        "name": API_KEY_HEADER,
+        "description": "An API key, where Anthropic's clients send theirs.",
+    }
     for operations in document["paths"].values():
         for operation in operations.values():
             _complete(operation)
@@ -148,7 +167,10 @@ def _document(app: FastAPI) -> dict[str, Any]:
 
 
 def _complete(operation: dict[str, Any]) -> None:
-    """Add the patterns of an operation's parameters and the headers of all its responses."""
+    """Add the patterns of an operation's parameters, the headers of all its responses, and the
+    second place of a key."""
+    if "security" in operation:
+        operation["security"].append({_KEY_HEADER: []})
     for parameter in operation.get("parameters", ()):
         _drop_null(parameter["schema"])
         pattern = _PARAMETERS.get(parameter["name"].lower())

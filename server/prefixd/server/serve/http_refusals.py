@@ -142,6 +142,12 @@ class RefusingProtocol(HttpToolsProtocol):
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 
+    @property
+    def _path(self) -> str:
+        """The path of the request, as far as it was received."""
+        url: bytes = getattr(self, "url", b"")  # unset before the first request
+        return url.partition(b"?")[0].decode("latin-1")
+
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's one sentence
         """Refuse the request that the parser failed on."""
         self.refuse(_from_parser(sys.exception()))
@@ -156,7 +162,7 @@ class RefusingProtocol(HttpToolsProtocol):
             request_id = request_id_for(self.headers)
             log.info("refused", request_id=request_id, status=error.status, code=error.code)
             cycle.keep_alive = False
-            self.pipeline[0] = (cycle, _final_response(error, request_id))
+            self.pipeline[0] = (cycle, _final_response(error, request_id, self._path))
         elif self._in_body and cycle.response_started:
             self.transport.close()
         elif in_progress and not self._in_body:
@@ -168,7 +174,8 @@ class RefusingProtocol(HttpToolsProtocol):
             if in_progress:  # the application waits for a body that will not be complete
                 cycle.disconnected = True
                 cycle.message_event.set()
-            self.transport.write(_response(error, request_id, self.server_state.default_headers))
+            headers = self.server_state.default_headers
+            self.transport.write(_response(error, request_id, self._path, headers))
             self.transport.close()
 
 
@@ -188,16 +195,19 @@ def _from_parser(failure: BaseException | None) -> PrefixdError:
     )
 
 
-def _final_response(error: PrefixdError, request_id: str) -> ASGI3Application:
+def _final_response(error: PrefixdError, request_id: str, path: str) -> ASGI3Application:
     """An application that responds with ``error``; the connection is closed after it."""
     headers = {REQUEST_ID_HEADER: request_id, "connection": "close"}
-    return cast("ASGI3Application", error_response(error, request_id, headers))
+    return cast("ASGI3Application", error_response(error, request_id, headers, path=path))
 
 
 def _response(
-    error: PrefixdError, request_id: str, default_headers: Sequence[tuple[bytes, bytes]]
+    error: PrefixdError,
+    request_id: str,
+    path: str,
+    default_headers: Sequence[tuple[bytes, bytes]],
 ) -> bytes:
-    body = json.dumps(error_body(error, request_id), separators=(",", ":")).encode()
+    body = json.dumps(error_body(error, request_id, path=path), separators=(",", ":")).encode()
     headers = [
         *default_headers,
         (b"content-type", b"application/json"),

@@ -129,7 +129,7 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
-class CalledFunction(BaseModel):
+class MessageFunction(BaseModel):
     """A function that the model calls, and the JSON text of its arguments."""
 
     name: str
@@ -141,7 +141,7 @@ class MessageToolCall(BaseModel):
 
     id: str
     type: Literal["function"]
-    function: CalledFunction
+    function: MessageFunction
 
 
 class AssistantMessage(BaseModel):

@@ -19,7 +19,7 @@ class InputText(StrictModel):
     text: str
 
 
-class OutputText(StrictModel):
+class PastText(StrictModel):
     """A piece of text that a model wrote."""
 
     type: Literal["output_text"]
@@ -38,7 +38,7 @@ class RefusalText(StrictModel):
 
 _PARTS: dict[str, type[StrictModel]] = {
     "input_text": InputText,
-    "output_text": OutputText,
+    "output_text": PastText,
     "refusal": RefusalText,
     "prefix": PrefixPart,
 }
@@ -51,7 +51,7 @@ _UNSUPPORTED_PARTS = {
     }.items()
 }
 Part = Annotated[
-    InputText | OutputText | RefusalText | PrefixPart,
+    InputText | PastText | RefusalText | PrefixPart,
     shape_by("type", _PARTS, _UNSUPPORTED_PARTS),
 ]
 _PART_LIST = TypeAdapter(list[Part])

@@ -141,7 +141,7 @@ class Reasoning(StrictModel):
     )
 
 
-class StreamOptions(StrictModel):
+class ResponseStreamOptions(StrictModel):
     """Options of a stream."""
 
     include_obfuscation: bool | None = Field(default=None, description="Ignored.")
@@ -198,7 +198,7 @@ class ResponsesRequest(RequestFields):
         Annotated[dict[Annotated[str, Field(max_length=64)], MetadataText], Field(max_length=16)]
         | None
     ) = Field(default=None, description="Returned with the response.")
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
 
     stop: Stop | None = Field(
         default=None,

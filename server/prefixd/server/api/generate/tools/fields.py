@@ -39,12 +39,16 @@ def _check_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     return parameters
 
 
+FunctionName = Annotated[str, AfterValidator(_check_name)]
+Parameters = Annotated[dict[str, Any], AfterValidator(_check_parameters)]
+
+
 class FunctionDefinition(StrictModel):
     """A function: what it is for, and a JSON Schema of its arguments."""
 
-    name: Annotated[str, AfterValidator(_check_name)]
+    name: FunctionName
     description: str | None = None
-    parameters: Annotated[dict[str, Any], AfterValidator(_check_parameters)] | None = Field(
+    parameters: Parameters | None = Field(
         default=None, description="A JSON Schema of type `object`. Default: no arguments."
     )
     strict: bool | None = Field(
