@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import Engine as Database
 
-from prefixd.server.api.anthropic.errors import is_of_anthropic
+from prefixd.server.api.anthropic_errors import is_of_anthropic
 from prefixd.server.api.app import create_app
 from prefixd.server.api.batch_options import BatchOptions
 from prefixd.server.api.catalog_access import CatalogAccess

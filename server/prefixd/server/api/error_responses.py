@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from sqlalchemy.exc import DataError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from prefixd.server.api.anthropic.errors import anthropic_error, is_of_anthropic
+from prefixd.server.api.anthropic_errors import anthropic_error, is_of_anthropic
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.validation_words import from_validation
 from prefixd.server.engine.constraint import CONSTRAINT_FAILED

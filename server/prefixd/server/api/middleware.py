@@ -13,7 +13,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from prefixd.server.api.anthropic.errors import is_of_anthropic
+from prefixd.server.api.anthropic_errors import is_of_anthropic
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.api.error_responses import error_response, internal_error
 from prefixd.server.api.metrics import Metrics

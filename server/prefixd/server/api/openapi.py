@@ -12,8 +12,8 @@ from prefixd.server.api.admin.schemas import (
     Rotation,
     TenantChange,
 )
-from prefixd.server.api.anthropic.errors import AnthropicErrorBody
 from prefixd.server.api.anthropic.requests import CountRequest, MessagesRequest
+from prefixd.server.api.anthropic_errors import AnthropicErrorBody
 from prefixd.server.api.batches.schemas import BATCH_ID, WINDOW, NewBatchRequest
 from prefixd.server.api.body import StrictModel
 from prefixd.server.api.conditions import TAGS_PATTERN

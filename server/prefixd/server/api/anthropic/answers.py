@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from prefixd.server.api.anthropic.errors import anthropic_error
+from prefixd.server.api.anthropic_errors import anthropic_error
 from prefixd.server.api.generate.answer_blocks import (
     Block,
     BlockKind,

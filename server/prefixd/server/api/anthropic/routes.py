@@ -12,6 +12,7 @@ from prefixd.server.api.anthropic.schemas import MessageObject, TokenCount
 from prefixd.server.api.body import json_body, json_request
 from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.dependencies import Generator
+from prefixd.server.api.generate.members import refuse_ensemble
 from prefixd.server.api.generate.renaming import in_names
 from prefixd.server.api.generate.responding import respond
 from prefixd.server.api.generate.service import service_of
@@ -82,5 +83,6 @@ def count_tokens(
         chat = body.chat(reasons=service.served.chat.reasons)
         resolver, builder = service.admission.resolver, service.admission.prompts
         prefix = resolver.resolve(principal.tenant, body.model, body.user, body.prefix)
+        refuse_ensemble(prefix, what="to count under, since each member has a prompt of its own")
         [prompt] = builder.chat(chat, prefix, plan_tools(chat, builder.traits(prefix))).tokens
     return TokenCount(input_tokens=prompt.num_tokens)
