@@ -69,7 +69,8 @@ class Batches:
     """Batches of all tenants. Blocking calls on the catalog; safe to share between threads and
     processes. Another tenant's batch and a missing one raise the same NotFound.
 
-    ``now`` is the clock of what is shown, ``lease_now`` replaces the clock of the leases.
+    ``now`` is the clock of what is shown, ``lease_now`` replaces the clock of the leases, which
+    expire after ``lease_s`` seconds.
     """
 
     def __init__(
@@ -78,7 +79,9 @@ class Batches:
         *,
         now: Callable[[], datetime] = utc_now,
         lease_now: Callable[[], float] | None = None,
+        lease_s: float = LEASE_S,
     ) -> None:
+        self.lease_s = lease_s
         self._engine = engine
         self._now = now
         self._lease_now = lease_now
@@ -186,7 +189,7 @@ class Batches:
         counts the batches of each tenant that it has."""
         query = (
             select(batches.c.id, batches.c.tenant)
-            .where(batches.c.status.in_(OPEN), _is_free(self._at()))
+            .where(batches.c.status.in_(OPEN), self._is_free(self._at()))
             .order_by(batches.c.created_at, batches.c.id)
             .limit(_CANDIDATES)
         )
@@ -196,10 +199,12 @@ class Batches:
         for row in sorted(free, key=lambda row: working_on[row.tenant]):
             with writing(self._engine) as connection:
                 now = self._at()
-                still_free = and_(batches.c.id == row.id, batches.c.status.in_(OPEN), _is_free(now))
+                still_free = and_(
+                    batches.c.id == row.id, batches.c.status.in_(OPEN), self._is_free(now)
+                )
                 claiming = update(batches).where(still_free)
                 claimed = connection.execute(
-                    claiming.values(holder=holder, leased_until=now + LEASE_S)
+                    claiming.values(holder=holder, leased_until=now + self.lease_s)
                 )
                 if claimed.rowcount:
                     return _find(connection, row.id)
@@ -211,7 +216,7 @@ class Batches:
             connection.execute(
                 update(batches)
                 .where(batches.c.holder == holder)
-                .values(leased_until=self._at() + LEASE_S)
+                .values(leased_until=self._at() + self.lease_s)
             )
 
     def held(self, holder: str) -> dict[str, BatchStatus]:
@@ -386,14 +391,13 @@ class Batches:
             raise LeaseLost
         return batch_record(row)
 
+    def _is_free(self, now: ColumnElement[float]) -> ColumnElement[bool]:
+        """No server holds it: its lease has expired, or is from a clock that was set back since."""
+        until = batches.c.leased_until
+        return or_(until.is_(None), until <= now, until > now + literal(2 * self.lease_s))
+
     def _at(self) -> ColumnElement[float]:
         return shared_now(self._engine, self._lease_now)
-
-
-def _is_free(now: ColumnElement[float]) -> ColumnElement[bool]:
-    """No server holds it: its lease has expired, or is from a clock that was set back since."""
-    until = batches.c.leased_until
-    return or_(until.is_(None), until <= now, until > now + literal(2 * LEASE_S))
 
 
 def _find(

@@ -13,7 +13,6 @@ from prefixd.server.api.batches.run import BatchRun
 from prefixd.server.api.batches.storage_calls import TEMPORARY
 from prefixd.server.api.drain_state import DrainState
 from prefixd.server.tenants.batch_state import OPEN, BatchStatus
-from prefixd.server.tenants.batches import LEASE_S
 
 log = structlog.get_logger("prefixd")
 
@@ -21,7 +20,6 @@ MOST_BATCHES = 64
 """Batches that a server works on at a time; all of them share the slots for lines."""
 
 _POLL_S = 1.0
-_RENEW_EVERY_S = LEASE_S / 3
 _RELEASE_S = 2.0
 
 
@@ -38,7 +36,7 @@ class BatchWorker:
         self._woken = asyncio.Event()
         self._running: dict[str, tuple[BatchRun, asyncio.Task[None]]] = {}
         self._renewed_at = 0.0
-        self._available = True
+        self._works = True
 
     def wake(self) -> None:
         """Look for batches now: one was created or cancelled. In any thread."""
@@ -67,19 +65,21 @@ class BatchWorker:
             await self._check_held()
             await self._claim()
         except TEMPORARY as error:
-            if self._available:
-                why = str(error).partition("\n")[0]
+            why = str(error).partition("\n")[0]
+            if self._works:
                 log.warning("batches wait: the catalog is unavailable", why=why)
-            self._available = False
+            self._works = False
         except Exception:
-            log.exception("the worker for batches failed; it goes on")
+            if self._works:
+                log.exception("the worker for batches failed; it tries again")
+            self._works = False
         else:
-            self._available = True
+            self._works = True
         self._show()
 
     async def _renew(self) -> None:
         now = time.monotonic()
-        if self._running and now - self._renewed_at > _RENEW_EVERY_S:
+        if self._running and now - self._renewed_at > self._parts.batches.lease_s / 3:
             parts = self._parts
             await parts.catalog.calls.write(parts.batches.renew, parts.holder)
             self._renewed_at = now
@@ -110,6 +110,8 @@ class BatchWorker:
             batch = await parts.catalog.calls.write(claim)
             if batch is None:
                 return
+            if batch.id in self._running:  # its lease had expired: now it is renewed
+                continue
             run = BatchRun(batch, parts, slots=self._slots)
             task = asyncio.create_task(run.run())
             self._running[batch.id] = run, task
