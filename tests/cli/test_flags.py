@@ -53,7 +53,7 @@ def test_only_connection_output_and_settings_have_variables() -> None:
     settings = {f"--{name.replace('_', '-')}" for name in Settings.model_fields}
     own = {"bench --json", "bench --model", "chat --model", "demo --data-dir", "demo --port"}
     own |= {"tenant create --kv-reuse", "tenant set --kv-reuse"}
-    own |= {"tokenize --model", "detokenize --model"}
+    own |= {"tokenize --model", "detokenize --model", "batch run --model"}
     for flag, variable in flags.items():
         name = flag.split()[-1]
         general = name in {"--url", "--api-key", "--timeout", "--json"} or name in settings

@@ -8,6 +8,7 @@ from prefixd.client import (
     folders,
     protocol,
     protocol_admin,
+    protocol_batches,
     protocol_tokens,
     protocol_users,
     scores,
@@ -113,6 +114,16 @@ class Operations:
     show_default = _operation(protocol_users.show_default)
     set_default = _operation(protocol_users.set_default)
     remove_default = _operation(protocol_users.remove_default)
+
+    upload_file = _operation(protocol_batches.upload_file)
+    list_files = _operation(protocol_batches.list_files)
+    show_file = _operation(protocol_batches.show_file)
+    read_file = _operation(protocol_batches.read_file)
+    delete_file = _operation(protocol_batches.delete_file)
+    create_batch = _operation(protocol_batches.create_batch)
+    show_batch = _operation(protocol_batches.show_batch)
+    list_batches = _operation(protocol_batches.list_batches)
+    cancel_batch = _operation(protocol_batches.cancel_batch)
 
     list_models = _operation(protocol.list_models)
     show_model = _operation(protocol.show_model)

@@ -12,6 +12,15 @@ from prefixd.client.types_base import (
     NullIsDefault,
     ResponseModel,
 )
+from prefixd.client.types_batches import (
+    Batch,
+    BatchError,
+    BatchErrors,
+    BatchPage,
+    File,
+    FilePage,
+    RequestCounts,
+)
 from prefixd.client.types_generation import (
     Choice,
     Completion,
@@ -46,6 +55,10 @@ __all__ = [
     "RECIPE_FIELDS",
     "AuditEntry",
     "AuditPage",
+    "Batch",
+    "BatchError",
+    "BatchErrors",
+    "BatchPage",
     "Binding",
     "BindingPage",
     "Choice",
@@ -53,6 +66,8 @@ __all__ = [
     "CompletionChunk",
     "DefaultPrefix",
     "Example",
+    "File",
+    "FilePage",
     "FunctionCall",
     "FunctionCallDelta",
     "ImportedBindings",
@@ -66,6 +81,7 @@ __all__ = [
     "PrefixUsed",
     "PrefixVersion",
     "Recipe",
+    "RequestCounts",
     "ResponseModel",
     "Tenant",
     "TenantPage",

@@ -11,6 +11,7 @@ import typer
 from prefixd.server import version
 from prefixd.server.cli.audit import audit
 from prefixd.server.cli.backup import backup, restore
+from prefixd.server.cli.batches import batch_app
 from prefixd.server.cli.bench import bench
 from prefixd.server.cli.chat import chat
 from prefixd.server.cli.convert import convert
@@ -44,6 +45,7 @@ app.add_typer(tenant_app, name="tenant")
 app.add_typer(key_app, name="key")
 app.add_typer(prefix_app, name="prefix")
 app.add_typer(user_app, name="user")
+app.add_typer(batch_app, name="batch")
 
 
 def _print_version(value: bool) -> None:
