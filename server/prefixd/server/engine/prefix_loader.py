@@ -261,7 +261,7 @@ class PrefixLoader:
             entry = Entry(handle.key, handle.num_tokens)
             spares = not self._is_awaited(entry)
             plan = self._eviction.plan_for(entry, cap=cap, forces=False, spares=spares)
-            while plan.lacks_blocks and self._would_fit(entry) and self._yields_to(entry, plan):
+            while not plan.is_enough and self._would_fit(entry) and self._yields_to(entry, plan):
                 plan = self._eviction.plan_for(entry, cap=cap, forces=False)
             if not plan.is_enough or self.failure(handle.key, now=now) is not None:
                 return
@@ -358,10 +358,13 @@ class PrefixLoader:
         return self._background.yield_prefix()
 
     def _would_fit(self, entry: Entry) -> bool:
-        """Whether the blocks of the background class are enough for a prefix."""
-        held = sum(sequence.num_blocks for sequence in self._background.running)
-        free = self._memory.pool.num_free + held
-        return self._config.prefix_blocks(entry.num_tokens) <= free
+        """Whether a prefix fits into what is free and what the background class holds."""
+        running, budget = self._background.running, self._config.max_resident_tokens
+        num_free = self._memory.pool.num_free + sum(sequence.num_blocks for sequence in running)
+        prefixes = {sequence.prefix for sequence in running if sequence.prefix is not None}
+        num_tokens = self._residency.num_tokens - sum(each.num_tokens for each in prefixes)
+        is_within = budget is None or num_tokens + entry.num_tokens <= budget
+        return is_within and self._config.prefix_blocks(entry.num_tokens) <= num_free
 
     def _place_for_background(self, step: Step, entry: Entry, *, forces: bool) -> None:
         if (entry.key, forces) in self._tried:

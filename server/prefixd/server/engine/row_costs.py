@@ -43,11 +43,7 @@ class RowCosts:
         """Take in how long a step took. Those with prompts or prefixes say nothing."""
         rows, drafts = len(step.chunks), step.num_drafts
         if rows and not step.compiles and step.num_tokens == rows + drafts:
-            self.record(rows, drafts, seconds)
-
-    def record(self, rows: int, drafts: int, seconds: float) -> None:
-        """Take in how long a step of ``rows`` sequences took with ``drafts`` additional tokens."""
-        self._staircases[rows].observe(drafts, seconds)
+            self._staircases[rows].observe(drafts, seconds)
 
     def needs_plain(self, rows: int) -> bool:
         """Whether the next step of ``rows`` sequences should have no drafts, to be measured."""
@@ -57,11 +53,6 @@ class RowCosts:
         """How many times as long a step of ``rows`` sequences takes with ``drafts`` drafts; at
         least 1."""
         return max(1.0, self._staircases[rows].slowdown(drafts, unmeasured=UNMEASURED / rows))
-
-    def most(self, rows: int, *, slowdown: float) -> int:
-        """The most additional tokens with which a step of ``rows`` sequences takes at most
-        ``slowdown`` times as long. Beyond those that are known it is a try: not many more."""
-        return self._staircases[rows].most(slowdown, unmeasured=UNMEASURED / rows)
 
 
 class _Staircase:
@@ -103,27 +94,12 @@ class _Staircase:
         at = bisect_left(known, drafts)
         if at == len(known):
             last = known[-1]
-            return slowdowns[last] + self._slope(unmeasured) * (drafts - last)
+            if last:
+                unmeasured = min(unmeasured, max(0.0, slowdowns[last] - 1.0) / last)
+            return slowdowns[last] + unmeasured * (drafts - last)
         above = known[at]
         if above == drafts:
             return slowdowns[above]
         below = known[at - 1]
         part = (drafts - below) / (above - below)
         return slowdowns[below] + part * (slowdowns[above] - slowdowns[below])
-
-    def _slope(self, unmeasured: float) -> float:
-        """What each draft beyond the last known number is assumed to add."""
-        last = self._known[-1]
-        return min(unmeasured, max(0.0, self._slowdowns[last] - 1.0) / last) if last else unmeasured
-
-    def most(self, limit: float, *, unmeasured: float) -> int:
-        known, slowdowns = self._known, self._slowdowns
-        last = known[-1]
-        if slowdowns[last] <= limit:
-            slope = max(self._slope(unmeasured), unmeasured / 4)
-            return last + int((limit - slowdowns[last]) / slope)
-        for below, above in zip(reversed(known[:-1]), reversed(known[1:]), strict=True):
-            low, high = slowdowns[below], slowdowns[above]
-            if low <= limit:  # and ``high`` is not
-                return below + int((limit - low) / (high - low) * (above - below))
-        return 0

@@ -343,7 +343,8 @@ class Scheduler:
         """Take in how long a step took, and how long after the one before it was collected."""
         self.step_budget.observe(step, seconds)
         self.speculation.observe(step, seconds)
-        self.background_builder.share.observe(step, seconds if period_s is None else period_s)
+        if self.background.is_alive:
+            self.background_builder.share.observe(step, seconds if period_s is None else period_s)
 
     def update(
         self, step: Step, output: StepOutput, ends: Mapping[int, End] | None = None
