@@ -1,6 +1,7 @@
 """Stacks, blends and ensembles that are saved as versions of prefixes."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,3 +267,18 @@ def test_a_repeated_upload_is_answered_with_the_first_response(client: TestClien
     assert json.loads(first.content) == json.loads(again.content)
     other = client.put("/v1/prefixes/mix", json=BLEND, headers=headers)
     assert error_of(other)["code"] == "idempotency_key_reused"
+
+
+def test_a_member_that_fails_to_load_is_named(
+    client: TestClient, parts: dict[str, str], tmp_path: Path
+) -> None:
+    for path in (tmp_path / "blobs").rglob(parts["bob"]):
+        path.unlink()
+    for prefix in (BLEND, {"stack": ["alice", "bob"]}):
+        error = error_of(failed := complete(client, prefix))
+        assert failed.status_code == 500
+        assert "bob@1" in error["message"]
+    messages = [{"role": "user", "content": [{"type": "prefix", "from": 0, "to": 1}]}]
+    messages[0]["content"].insert(0, {"type": "text", "text": "x"})  # type: ignore[attr-defined]
+    chat = {"model": "tiny", "prefix": BLEND, "messages": messages}
+    assert "bob@1" in error_of(client.post("/v1/chat/completions", json=chat))["message"]

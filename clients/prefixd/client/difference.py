@@ -7,7 +7,7 @@ from difflib import unified_diff
 
 from prefixd.client.artifacts import Artifact
 from prefixd.client.tensors import greatest_difference, read_tensors
-from prefixd.client.types import Prefix
+from prefixd.client.types import Prefix, composition_of
 
 COMPARED = (
     "digest",
@@ -77,13 +77,15 @@ def compare(
     names = (left.reference, right.reference)
     if ours.config is not None and theirs.config is not None:
         return Difference(*names, differing, tensors=_tensors(ours.payload, theirs.payload))
-    if ours.config is None and theirs.config is None:
+    if not left.members and not right.members and ours.config is None and theirs.config is None:
         return Difference(*names, differing, text=_text(ours.payload, theirs.payload, names))
     return Difference(*names, differing)
 
 
 def _fields(prefix: Prefix) -> dict[str, object]:
     fields: dict[str, object] = {name: getattr(prefix, name) for name in COMPARED}
+    if prefix.members:
+        fields["composition"] = composition_of(prefix)
     fields.update({f"labels.{key}": value for key, value in prefix.labels.items()})
     recipe = prefix.recipe.model_dump(
         mode="json", exclude_defaults=True, exclude={"prompt_template", "takes"}

@@ -3,7 +3,9 @@
 ::
 
     adapter_config.json, adapter_model.safetensors    as PEFT's save_pretrained writes them,
-    prefix.txt                                        or the text of a hard prompt in UTF-8
+    prefix.txt                                        or the text of a hard prompt in UTF-8,
+    composition.json                                  or {"stack": […]}, {"blend": {…}} or
+                                                      {"ensemble": […], "combine": …}
     recipe.json                                       optional: how to call it
     prefixd.json                                      optional: {"task_id": 1, "metadata": {…}},
                                                       and {"role": "system"} of a text
@@ -25,12 +27,13 @@ from typing import Any, Unpack
 from prefixd.client import protocol
 from prefixd.client.artifacts import Artifact
 from prefixd.client.errors import FormatError
-from prefixd.client.types import Prefix, Uploaded
+from prefixd.client.types import Prefix, Uploaded, composition_of
 from prefixd.client.wire import Call, Preconditions, Progress
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 TEXT_FILE = "prefix.txt"
+COMPOSITION_FILE = "composition.json"
 INFO_FILE = "prefixd.json"
 RECIPE_FILE = "recipe.json"
 
@@ -72,6 +75,19 @@ class TextContent:
     role: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class CompositionContent:
+    """The members of a stack, a blend or an ensemble, and the others as in ``PeftContent``."""
+
+    composition: Mapping[str, object]
+    task_id: int | None = None
+    metadata: Mapping[str, object] | None = None
+    recipe: Mapping[str, object] | None = None
+
+
+Content = PeftContent | TextContent | CompositionContent
+
+
 def upload_folder(
     name: str,
     folder: Path,
@@ -82,7 +98,8 @@ def upload_folder(
     progress: Progress | None = None,
     **conditions: Unpack[Preconditions],
 ) -> Call[Uploaded]:
-    """Upload a folder as a new version of ``name``: PEFT's files, or ``prefix.txt``.
+    """Upload a folder as a new version of ``name``: PEFT's files, ``prefix.txt`` or
+    ``composition.json``.
 
     ``metadata`` and ``task_id`` replace those of its ``prefixd.json``; a ``recipe.json`` is sent
     with them. Raises ``FormatError`` for a folder that ``read_folder`` refuses; a missing file
@@ -102,7 +119,7 @@ def upload_folder(
 
 def upload_content(
     name: str,
-    content: PeftContent | TextContent,
+    content: Content,
     *,
     metadata: Mapping[str, object] | None = None,
     task_id: int | None = None,
@@ -123,6 +140,10 @@ def upload_content(
         return protocol.upload_text(
             name, content.text, role=content.role, metadata=sent, warm=warm, **conditions
         )
+    if isinstance(content, CompositionContent):
+        return protocol.upload_composition(
+            name, content.composition, metadata=sent, warm=warm, **conditions
+        )
     return protocol.upload(
         name,
         config=content.config,
@@ -134,12 +155,12 @@ def upload_content(
     )
 
 
-def read_folder(folder: Path) -> PeftContent | TextContent:
-    """Read ``prefixd.json``, ``recipe.json`` and ``prefix.txt`` of a folder; PEFT's files are not
-    opened here.
+def read_folder(folder: Path) -> Content:
+    """Read ``prefixd.json``, ``recipe.json``, ``prefix.txt`` and ``composition.json`` of a folder;
+    PEFT's files are not opened here.
 
     Raises ``FormatError`` for malformed files, two recipes, a text that is not UTF-8, and a folder
-    with both a text and PEFT's files.
+    with more than one of a text, a composition and PEFT's files.
     """
     task_id, metadata, role = _read_info(folder / INFO_FILE)
     recipe_file = folder / RECIPE_FILE
@@ -147,12 +168,16 @@ def read_folder(folder: Path) -> PeftContent | TextContent:
     if recipe is not None and "recipe" in (metadata or {}):
         raise FormatError(f"{folder}: expected one recipe; {INFO_FILE} has another")
     config, weights, text = (folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, TEXT_FILE))
+    composition = folder / COMPOSITION_FILE
+    kept = [path.name for path in (text, composition, config, weights) if path.exists()]
+    if kept[1:] and kept != [CONFIG_FILE, WEIGHTS_FILE]:
+        raise FormatError(f"{folder}: expected either {kept[0]} or {kept[1]}; it has both")
     if not text.exists():
         if role is not None:
             raise FormatError(f"{folder}: only a text has a role")
+        if composition.exists():
+            return CompositionContent(_parse_object(composition), task_id, metadata, recipe)
         return PeftContent(config, weights, task_id, metadata, recipe)
-    if config.exists() or weights.exists():
-        raise FormatError(f"{folder}: expected either {TEXT_FILE} or {CONFIG_FILE}; it has both")
     text_of = decode_text(text.read_bytes(), source=text)
     return TextContent(text_of, task_id, metadata, recipe, role)
 
@@ -219,6 +244,8 @@ def _files_of(prefix: Prefix, artifact: Artifact) -> dict[str, bytes]:
         metadata["recipe"] = recipe
     role = {"role": prefix.role} if prefix.role == "system" else {}
     files = {INFO_FILE: _json(info | role | {"task_id": artifact.task_id, "metadata": metadata})}
+    if prefix.members:
+        return files | {COMPOSITION_FILE: _json(composition_of(prefix))}
     if artifact.config is None:
         return files | {TEXT_FILE: artifact.payload}
     config = _json(artifact.config)

@@ -83,6 +83,7 @@ class Operations:
     upload_artifact = _operation(protocol.upload_artifact)
     download_artifact = _operation(protocol.download_artifact)
     upload_text = _operation(protocol.upload_text)
+    upload_composition = _operation(protocol.upload_composition)
     list_prefixes = _operation(protocol.list_prefixes)
     show_prefix = _operation(protocol.show_prefix)
     list_versions = _operation(protocol.list_versions)

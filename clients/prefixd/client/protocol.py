@@ -33,6 +33,7 @@ from prefixd.client.protocol_prefixes import (
     unpin,
     upload,
     upload_artifact,
+    upload_composition,
     upload_text,
     warm,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "unpin",
     "upload",
     "upload_artifact",
+    "upload_composition",
     "upload_text",
     "warm",
 ]

@@ -29,7 +29,8 @@ class Sampling(TypedDict, total=False):
     ``priority`` orders the tenant's own requests, the lowest first; after ``timeout`` seconds the
     server aborts the request (``DeadlineError``); ``kv_reuse`` False shares no KV with other
     requests; ``speculate`` False computes one token at a time, also where the server speculates.
-    ``apply_recipe`` and ``echo`` are of completions alone.
+    ``apply_recipe`` and ``echo`` are of completions alone. ``prefix`` composes several prefixes:
+    ``{"stack": [...]}``, ``{"blend": {...}}`` or ``{"ensemble": [...]}``, with the base as model.
     """
 
     max_tokens: int
@@ -48,6 +49,7 @@ class Sampling(TypedDict, total=False):
     ignore_eos: bool
     n: int
     user: str
+    prefix: Mapping[str, object]
     priority: int
     timeout: float
     kv_reuse: bool

@@ -94,6 +94,25 @@ def upload_text(
     )
 
 
+def upload_composition(
+    name: str,
+    composition: Mapping[str, object],
+    *,
+    metadata: Mapping[str, object] | None = None,
+    warm: bool = False,
+    **conditions: Unpack[Preconditions],
+) -> Call[Uploaded]:
+    """Save ``{"stack": […]}``, ``{"blend": {…}}`` or ``{"ensemble": […], "combine": …}`` as a new
+    version of ``name``; the references are resolved now."""
+    more = {} if metadata is None else {"metadata": metadata}
+    params = {"warm": "true" if warm else None}
+    body = {**composition, **more}
+    return creating(
+        Call(request_of("PUT", "v1", "prefixes", name, params=params, json=body), _uploaded),
+        conditions,
+    )
+
+
 def upload_artifact(
     name: str,
     artifact: bytes | Path,

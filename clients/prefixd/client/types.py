@@ -38,6 +38,7 @@ from prefixd.client.types_prefixes import (
     DefaultPrefix,
     Example,
     ImportedBindings,
+    Member,
     Model,
     ModelList,
     Prefix,
@@ -49,6 +50,7 @@ from prefixd.client.types_prefixes import (
     UploadWarnings,
     VersionPage,
     Warmed,
+    composition_of,
 )
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "ImportedBindings",
     "Key",
     "KeyPage",
+    "Member",
     "Model",
     "ModelList",
     "NullIsDefault",
@@ -92,4 +95,5 @@ __all__ = [
     "Usage",
     "VersionPage",
     "Warmed",
+    "composition_of",
 ]

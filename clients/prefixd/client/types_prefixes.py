@@ -21,13 +21,35 @@ class PrefixVersion(ResponseModel):
         return f"{self.name}@{self.version}"
 
 
-class PrefixUsed(PrefixVersion):
+class Member(ResponseModel):
+    """A version that a stack, a blend or an ensemble is made of; ``weight`` is of a blend's."""
+
+    reference: str
+    digest: str | None = None
+    weight: float | None = None
+
+
+class PrefixUsed(ResponseModel):
     """The prefix a generation ran under: exactly which version, by digest.
 
-    ``chosen_by`` is ``model``, ``user`` (bound) or ``default``.
+    ``chosen_by`` is ``model``, ``prefix``, ``user`` (bound) or ``default``. With ``prefix`` there
+    is no name, but ``kind`` and ``members``, which saved compositions have too.
     """
 
+    name: str | None = None
+    version: int | None = None
+    digest: str
     chosen_by: str | None = None
+    kind: str | None = None
+    members: Annotated[tuple[Member, ...], Field(strict=False), NullIsDefault] = ()
+    combine: str | None = None
+
+    @property
+    def reference(self) -> str:
+        """``name@version``, or the references of the members of a composition without a name."""
+        if self.name is None:
+            return ",".join(member.reference for member in self.members)
+        return f"{self.name}@{self.version}"
 
 
 class Example(ResponseModel):
@@ -63,7 +85,8 @@ RECIPE_FIELDS = tuple(name for name in Recipe.model_fields if name != "takes")
 class Prefix(PrefixVersion):
     """One immutable version of a prefix: the server's manifest.
 
-    ``role`` is that of a text, ``raw`` or ``system``. ``recipe`` is how to call it,
+    ``role`` is that of a text, ``raw`` or ``system``; ``members`` are those of a stack, a blend or
+    an ensemble, and ``combine`` says how the last one combines them. ``recipe`` is how to call it,
     and ``recipe_revision`` counts its changes, from 1.
     ``pinned``: servers keep it resident. ``tier`` is where the responding server holds it now:
     ``resident`` (in the pool), ``host`` (compiled, in host memory), in transit (``fetching``,
@@ -80,6 +103,8 @@ class Prefix(PrefixVersion):
     aliases: Annotated[tuple[str, ...], Field(strict=False), NullIsDefault] = ()
     peft_type: str | None = None
     role: str | None = None
+    members: Annotated[tuple[Member, ...], Field(strict=False), NullIsDefault] = ()
+    combine: str | None = None
     dtype: str | None = None
     base_model_name_or_path: str | None = None
     base: str | None = None
@@ -93,6 +118,16 @@ class Prefix(PrefixVersion):
     pinned: Annotated[bool, NullIsDefault] = False
     tier: str | None = None
     etag: str | None = None
+
+
+def composition_of(prefix: Prefix) -> dict[str, object]:
+    """The members of a composition, as an upload and the field ``prefix`` of a request take
+    them."""
+    references = [member.reference for member in prefix.members]
+    if prefix.kind == "blend":
+        return {"blend": {member.reference: member.weight for member in prefix.members}}
+    combine = {} if prefix.combine is None else {"combine": prefix.combine}
+    return {prefix.kind: references, **combine}
 
 
 class UploadWarnings(ResponseModel):

@@ -15,7 +15,7 @@ from uuid import uuid4
 from pydantic import ValidationError
 
 from prefixd.client.errors import ApiError, FormatError, ProtocolError, error_class
-from prefixd.client.types import PrefixUsed, ResponseModel
+from prefixd.client.types import Member, PrefixUsed, ResponseModel
 
 T = TypeVar("T")
 M = TypeVar("M", bound=ResponseModel)
@@ -278,8 +278,11 @@ def prefix_used(headers: Mapping[str, str]) -> PrefixUsed | None:
     reference, digest = headers.get("x-prefixd-prefix"), headers.get("x-prefixd-prefix-digest")
     if not reference or not digest:
         return None
+    chosen_by = headers.get("x-prefixd-prefix-chosen-by")
+    if chosen_by == "prefix":
+        members = tuple(Member(reference=each) for each in reference.split(","))
+        return PrefixUsed(digest=digest, chosen_by=chosen_by, members=members)
     name, _, version = reference.rpartition("@")
     if not name or not version.isdecimal():
         raise ProtocolError(f"expected x-prefixd-prefix to be name@version, not {reference!r}")
-    chosen_by = headers.get("x-prefixd-prefix-chosen-by")
     return PrefixUsed(name=name, version=int(version), digest=digest, chosen_by=chosen_by)

@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, Row, and_, or_, select, tuple_
 
+from prefixd.store.artifact.composition import read_members
 from prefixd.store.blobs.blobs import Blobs
 from prefixd.store.catalog.blob_rows import BlobRows
+from prefixd.store.catalog.manifests import present_members
 from prefixd.store.catalog.tables import (
     aliases,
     files,
@@ -26,7 +28,7 @@ from prefixd.store.catalog.tables import (
     versions,
 )
 from prefixd.store.db.database import reading
-from prefixd.store.errors import CorruptArtifact, UnknownPrefix
+from prefixd.store.errors import CorruptArtifact, MemberDeleted, UnknownPrefix
 from prefixd.store.files import UPLOAD_PREFIX, interrupted
 from prefixd.store.names import MAX_VERSION, BlobKey, Reference
 
@@ -86,6 +88,7 @@ class StoreIntegrity:
         yield from self._check_versions()
         yield from self._check_files()
         yield from self._check_names()
+        yield from self._check_members()
         yield from self._check_blobs()
         self.counts["quarantined"] = sum(1 for _ in self._blobs.quarantined())
         # Listed twice: an upload that had just begun the first time is locked by now.
@@ -191,6 +194,18 @@ class StoreIntegrity:
                     detail = f"expected a version {row.version}, which does not exist"
                     yield Finding(Problem.TARGET_MISSING, row.tenant or "", subject, detail)
 
+    def _check_members(self) -> Iterator[Finding]:
+        """The members of compositions, which may be deleted."""
+        order = (versions.c.prefix_id, versions.c.version)
+        statement = (
+            select(*order, versions.c.tenant, versions.c.members_json, prefixes.c.name)
+            .join(prefixes, prefixes.c.id == versions.c.prefix_id)
+            .where(versions.c.members_json.is_not(None))
+            .order_by(*order)
+            .limit(_PAGE)
+        )
+        yield from pages(self._engine, statement, order, _without_members)
+
     def _check_blobs(self) -> Iterator[Finding]:
         """Every blob has a row."""
         listing = self._blobs.walk()
@@ -208,6 +223,18 @@ class StoreIntegrity:
                     detail = "no row of the catalog; `prefixd gc` registers and removes it"
                     subject = f"the blob {key.digest}"
                     yield Finding(Problem.BLOB_WITHOUT_ROW, key.tenant, subject, detail)
+
+
+def _without_members(connection: Connection, rows: Sequence[Row[Any]]) -> list[Finding]:
+    findings = []
+    for row in rows:
+        members, _ = read_members(row.members_json)
+        try:
+            present_members(connection, row.tenant, members)
+        except MemberDeleted as error:
+            subject = f"{row.name}@{row.version}"
+            findings.append(Finding(Problem.TARGET_MISSING, row.tenant, subject, error.message))
+    return findings
 
 
 def pages(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefixd.client.errors import FormatError
-from prefixd.client.folders import CONFIG_FILE, TEXT_FILE, WEIGHTS_FILE
+from prefixd.client.folders import COMPOSITION_FILE, CONFIG_FILE, TEXT_FILE, WEIGHTS_FILE
 
 PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 ENCODER_FILE = "encoder.pt"
@@ -15,7 +15,7 @@ TRAINED_WEIGHTS_FILE = "model.safetensors"
 MAX_DEPTH = 2
 """Sub-folders that are searched: run/checkpoint-50, and outputs/run/checkpoint-50."""
 
-_PREFIX_FILES = {CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE, TEXT_FILE}
+_PREFIX_FILES = {CONFIG_FILE, WEIGHTS_FILE, PICKLED_WEIGHTS_FILE, TEXT_FILE, COMPOSITION_FILE}
 _SUFFIXES = {".pt", ".bin", ".npy", ".zip"}
 _TRAINER_FILES = {"optimizer.pt", "scheduler.pt", "scaler.pt", "optimizer.bin", "training_args.bin"}
 _CHECKPOINT = re.compile(r"checkpoint-\d{1,12}", re.ASCII)

@@ -4,6 +4,7 @@
 
     folder   adapter_config.json    PEFT: adapter_model.safetensors or adapter_model.bin
              prefix.txt             a text
+             composition.json       a stack, a blend or an ensemble
              one other file         as below
              sub-folders            the one of them with a prefix; of checkpoint-N the last
     file     ZIP or pickle          torch.save: Cartridges, P-tuning v2, text-generation-inference
@@ -27,6 +28,8 @@ from prefixd.client.folders import (
     CONFIG_FILE,
     INFO_FILE,
     WEIGHTS_FILE,
+    CompositionContent,
+    Content,
     PeftContent,
     TextContent,
     read_folder,
@@ -47,7 +50,7 @@ class Source:
     a task of the file and is not to be sent. ``notes`` are sentences for the user.
     """
 
-    content: PeftContent | TextContent
+    content: Content
     origin: str = "PEFT"
     task_id: int | None = None
     notes: tuple[str, ...] = ()
@@ -87,8 +90,11 @@ def write_folder(source: Source, folder: Path) -> None:
     Raises FormatError for a text, and as ``folders.write_new``.
     """
     content = source.content
-    if isinstance(content, TextContent):
-        raise FormatError("expected a file or a folder to convert, found a text: push it as it is")
+    if not isinstance(content, PeftContent):
+        found = "a text" if isinstance(content, TextContent) else "a composition"
+        raise FormatError(
+            f"expected a file or a folder to convert, found {found}: push it as it is"
+        )
     task_id = content.task_id if source.task_id is None else source.task_id
     info = {"task_id": task_id, "metadata": content.metadata}
     files = {} if info == dict.fromkeys(info) else {INFO_FILE: json.dumps(info, indent=2).encode()}
@@ -110,6 +116,8 @@ def _read_folder(folder: Path, task_id: int | None) -> Source:
     content = read_folder(place)
     if isinstance(content, TextContent):
         return Source(content, "text", task_id, notes)
+    if isinstance(content, CompositionContent):
+        return Source(content, "composition", task_id, notes)
     weights = [name for name in (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE) if (place / name).is_file()]
     if not weights or not (place / CONFIG_FILE).is_file():
         missing = CONFIG_FILE if weights else f"{WEIGHTS_FILE} or {PICKLED_WEIGHTS_FILE}"

@@ -91,6 +91,15 @@ class Admitted:
         requests = tuple(replace(request, background=True) for request in self.requests)
         return replace(self, requests=requests)
 
+    def explained(self, message: str) -> str:
+        """``message`` of a failure, which names a member of a composition by its digest, with the
+        member's reference."""
+        members = () if self.prefix is None else self.prefix.manifest.members
+        for member in members:
+            if member.digest in message:
+                return message.replace(member.digest, member.reference, 1)
+        return message
+
     @property
     def head(self) -> dict[str, Any]:
         """Fields of the whole response, or of the first chunk of a stream, where they have a

@@ -10,7 +10,7 @@ import typer
 
 from prefixd.client.convert.sources import Source, read_source
 from prefixd.client.errors import FormatError
-from prefixd.client.folders import TextContent, decode_text
+from prefixd.client.folders import CompositionContent, TextContent, decode_text
 from prefixd.client.sync import Client
 from prefixd.client.types import Prefix
 from prefixd.server.cli.aliases import (
@@ -22,6 +22,7 @@ from prefixd.server.cli.aliases import (
     unpin,
     warm,
 )
+from prefixd.server.cli.compositions import Combine, composition
 from prefixd.server.cli.diff import diff
 from prefixd.server.cli.inputs import argument_text, json_object
 from prefixd.server.cli.options import JsonFlag, VerbGroup, connected
@@ -93,11 +94,32 @@ def push(
         TextRole | None,
         typer.Option("--role", help="Of a text: before prompts, or the system turn of chats."),
     ] = None,
+    stack: Annotated[
+        str | None,
+        typer.Option("--stack", help="A@1,B@prod: virtual tokens of prefixes, one after another."),
+    ] = None,
+    blend: Annotated[
+        str | None,
+        typer.Option("--blend", help="A=0.7,B=0.3: the weighted mean of soft prompts."),
+    ] = None,
+    ensemble: Annotated[
+        str | None,
+        typer.Option("--ensemble", help="A,B,C: prefixes whose predictions are combined."),
+    ] = None,
+    combine: Annotated[
+        Combine | None, typer.Option("--combine", help="How an ensemble combines them.")
+    ] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Make it resident at once.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Upload a prefix as a new version of NAME; the same bytes again make none."""
-    prefix = _prefix(source, text, task_id=task_id)
+    composed = composition(stack=stack, blend=blend, ensemble=ensemble, combine=combine)
+    if composed is None:
+        prefix = _prefix(source, text, task_id=task_id)
+    elif source is None and text is None:
+        prefix = Source(CompositionContent(composed), task_id=task_id)
+    else:
+        raise typer.BadParameter("expected one of a SOURCE, --text and a composition")
     for note in prefix.notes:
         typer.echo(f"prefixd: {printable(note)}", err=True)
     fields = None if metadata is None else json_object(metadata, hint="--metadata")
@@ -125,7 +147,7 @@ def push(
 def _prefix(source: str | None, text: str | None, *, task_id: int | None) -> Source:
     """What to upload: ``text``, what ``source`` holds, or standard input when it is -."""
     if (source is None) == (text is None):
-        raise typer.BadParameter("expected either a SOURCE or --text")
+        raise typer.BadParameter("expected a SOURCE, --text, --stack, --blend or --ensemble")
     if text is not None:
         return Source(TextContent(argument_text(text, name="--text")), task_id=task_id)
     assert source is not None

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Self
 from weakref import WeakKeyDictionary
@@ -177,7 +177,8 @@ class Generation:
                 self._unfinished -= 1
                 self.recorder.record.sequence_finished(choice, event)
                 if event.reason not in {FinishReason.STOP, FinishReason.LENGTH}:
-                    failure = from_finish(event, self.drain_state)
+                    said = None if event.error is None else self.admitted.explained(event.error)
+                    failure = from_finish(replace(event, error=said), self.drain_state)
                     break
                 if choice == 0 and self._leads and (failure := self._follow()) is not None:
                     break

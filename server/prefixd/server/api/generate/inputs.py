@@ -53,7 +53,7 @@ class InputLoader:
                 for request, rows in zip(admitted.requests, admitted.unloaded, strict=True)
             ]
         except PrefixUnavailable as error:
-            raise from_unavailable(str(error), error.code) from error
+            raise from_unavailable(admitted.explained(str(error)), error.code) from error
         return replace(admitted, requests=tuple(requests), unloaded=())
 
     def close(self) -> None:
