@@ -274,7 +274,8 @@ class Batches:
         A line that has one keeps it: a commit may be repeated. Raises LeaseLost."""
         with writing(self._engine) as connection:
             batch = self._held(connection, holder, batch_id)
-            if batch.status in {BatchStatus.IN_PROGRESS, BatchStatus.CANCELLING} and answers:
+            running = batch.status in {BatchStatus.IN_PROGRESS, BatchStatus.CANCELLING}
+            if running and batch.total:  # one that was cancelled before it began has no lines
                 new = _without_answer(connection, batch_id, answers)
                 rows = [{"batch": batch_id, **asdict(answer)} for answer in new]
                 if rows:
