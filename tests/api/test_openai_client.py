@@ -9,6 +9,7 @@ import pydantic
 import pytest
 import uvicorn
 
+from tests.api.api_batches import line
 from tests.api.api_world import World, fake_text
 from tests.store import store_changes as changes
 
@@ -47,6 +48,28 @@ def digest(world: World) -> str:
         count_tokens=world.served.count_prefix_tokens,
     )
     return published.manifest.digest
+
+
+def test_openai_client_uploads_files_and_creates_batches(api: openai.OpenAI) -> None:
+    content = line("a", {"prompt": "x"})
+    file = api.files.create(
+        file=("in.jsonl", content),
+        purpose="batch",
+        expires_after={"anchor": "created_at", "seconds": 3600},
+    )
+    assert (file.status, file.expires_at) == ("processed", file.created_at + 3600)
+    assert api.files.content(file.id).content == content
+    assert [each.id for each in api.files.list()] == [file.id]
+    batch = api.batches.create(
+        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+    )
+    assert api.batches.retrieve(batch.id).status == "validating"  # this server runs none
+    assert [each.id for each in api.batches.list()] == [batch.id]
+    with pytest.raises(openai.ConflictError):
+        api.files.delete(file.id)
+    assert api.batches.cancel(batch.id).status == "cancelling"
+    with pytest.raises(openai.NotFoundError):
+        api.batches.retrieve("batch_" + "0" * 32)
 
 
 def test_openai_client_lists_models(api: openai.OpenAI, digest: str) -> None:

@@ -1,6 +1,7 @@
 """The openai package of Python."""
 
 import json
+import time
 from typing import Literal
 
 import openai
@@ -77,6 +78,56 @@ def parse_tool() -> bool:
     return isinstance(call.function.parsed_arguments, Weather)
 
 
+def upload(texts: list[str]) -> openai.types.FileObject:
+    lines = [
+        {
+            "custom_id": f"line-{number}",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {**FIELDS, "messages": [{"role": "user", "content": text}], "max_tokens": 8},
+        }
+        for number, text in enumerate(texts)
+    ]
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    return client.files.create(file=("lines.jsonl", content), purpose="batch")
+
+
+def files() -> bool:
+    file = upload(["One"])
+    listed = file.id in [each.id for each in client.files.list(purpose="batch")]
+    content = client.files.content(file.id).text
+    same = client.files.retrieve(file.id).bytes == len(content.encode())
+    return listed and same and client.files.delete(file.id).deleted
+
+
+def batch() -> bool:
+    file = upload(["One", "Two", "Three"])
+    made = client.batches.create(
+        input_file_id=file.id,
+        endpoint="/v1/chat/completions",
+        completion_window="24h",
+        metadata={"from": "compat"},
+    )
+    while client.batches.retrieve(made.id).status not in {"completed", "failed"}:
+        time.sleep(0.2)
+    ended = client.batches.retrieve(made.id)
+    answers = [json.loads(line) for line in client.files.content(ended.output_file_id).iter_lines()]
+    return (
+        ended.request_counts.completed == 3
+        and [answer["custom_id"] for answer in answers] == ["line-0", "line-1", "line-2"]
+        and all(answer["response"]["body"]["choices"] for answer in answers)
+        and made.id in [each.id for each in client.batches.list(limit=1)]
+    )
+
+
+def cancelled_batch() -> bool:
+    file = upload(["One"] * 200)
+    made = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+    )
+    return client.batches.cancel(made.id).status == "cancelling"
+
+
 report.call("models.list", lambda: report.model in [m.id for m in client.models.list()])
 report.call("completions", completion)
 report.call("chat.completions", chat)
@@ -87,4 +138,7 @@ report.call("tools, streamed", streamed_tool)
 report.call("result of a tool", result)
 report.call("parse, response_format", parse)
 report.call("parse, tools", parse_tool)
+report.call("files", files)
+report.call("batches", batch)
+report.call("batches, cancelled", cancelled_batch)
 report.end()
