@@ -1,5 +1,6 @@
 """/v1/batches: from an input of lines to the files with their answers."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from prefixd.server.tenants.tables import batch_answers, batches
 from prefixd.store.db.database import reading, utc_now, writing
 from tests.api.api_batches import create, ended, line, lines_of, upload
 from tests.api.api_world import World, error_of, fake_text, put_text
+
+Row = dict[str, Any]
 
 
 def content(count: int) -> bytes:
@@ -92,6 +95,29 @@ def test_a_line_gets_what_a_request_gets(client: TestClient, world: World) -> No
         response["usage"].pop("prompt_tokens_details", None)
     assert ours == direct
     assert answer["response"]["request_id"] == f"{created['id']}-1"
+
+
+@pytest.mark.parametrize(
+    ("url", "body"),
+    [
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 16}),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "hi"}],
+                "structured_outputs": {"choice": ["yes", "no"]},
+            },
+        ),
+    ],
+)
+def test_each_endpoint_runs(client: TestClient, url: str, body: Row) -> None:
+    request = {"custom_id": "a", "method": "POST", "url": url, "body": {"model": "tiny", **body}}
+    created = create(client, json.dumps(request).encode(), endpoint=url)
+    batch = ended(client, created["id"])
+    assert batch["request_counts"] == {"total": 1, "completed": 1, "failed": 0}, batch
+    (answer,) = lines_of(client, batch["output_file_id"])
+    direct = client.post(url, json=request["body"])
+    assert answer["response"]["body"].keys() == direct.json().keys()
 
 
 def test_lines_run_in_the_background_class(
@@ -181,9 +207,6 @@ def test_a_batch_is_cancelled_while_its_lines_run(client: TestClient, world: Wor
     assert [error["response"] for error in errors] == [None] * 8
     refused = client.post(f"/v1/batches/{created['id']}/cancel")
     assert (refused.status_code, error_of(refused)["code"]) == (409, "batch_ended")
-
-
-Row = dict[str, Any]
 
 
 def half_done(world: World, client: TestClient, **changes: Any) -> str:
