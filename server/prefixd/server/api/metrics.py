@@ -26,6 +26,7 @@ from prefixd.server.api.served import DecoderInfo
 from prefixd.server.api.thread_metrics import ThreadCollector
 from prefixd.server.api.token_times import TokenTimes, TokenTimesCollector
 from prefixd.server.engine.stats import EngineStats
+from prefixd.server.tenants.batch_state import OPEN
 from prefixd.store.disk import DiskGuard
 
 # The creation time of each series: 50 % more lines, and unused.
@@ -234,6 +235,8 @@ class Metrics:
             ["status"],
             registry=self.registry,
         )
+        for status in OPEN:
+            self.batches.labels(status)
 
     def _histogram(
         self,
