@@ -312,24 +312,46 @@ MISSING: list[dict[str, Any]] = [
 ]
 
 
+TURN = [{"role": "user", "content": "x"}]
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "x"},
+    "/v1/chat/completions": {"messages": TURN},
+    "/v1/responses": {"input": "x"},
+    "/v1/messages": {"messages": TURN, "max_tokens": 4},
+}
+
+
+def without_ids(answer: Any) -> str:
+    """A response, without the id of its request."""
+    text: str = answer.text
+    return text.replace(answer.headers["x-request-id"], "")
+
+
 @pytest.mark.parametrize("prefix", MISSING, ids=lambda prefix: next(iter(prefix)))
-@pytest.mark.parametrize("reference", ["theirs", "theirs@1", "theirs@prod"])
+@pytest.mark.parametrize("route", ROUTES)
 def test_a_member_of_another_tenant_is_the_same_404_as_a_missing_one(
-    client: TestClient, world: World, prefix: dict[str, Any], reference: str
+    client: TestClient, world: World, prefix: dict[str, Any], route: str
 ) -> None:
     put_soft(client, "mine")
-    written = json.dumps(prefix).replace("NAME", reference)
-    missing = complete(client, json.loads(written))
+
+    def ask(reference: str) -> Any:
+        composed = json.loads(json.dumps(prefix).replace("NAME", reference))
+        body = {"model": "tiny", "prefix": composed, **ROUTES[route]}
+        return client.post(route, json=body)
+
+    references = ("theirs", "theirs@1", "theirs@prod")
+    missing = [ask(reference) for reference in references]
     with acting(client, world, "beta") as beta:
         put_soft(beta, "theirs", fill=0.9)
         beta.put("/v1/prefixes/theirs/aliases/prod", json={"version": 1})
-    foreign = complete(client, json.loads(written))
-    assert foreign.status_code == missing.status_code == 404
-    one, other = error_of(missing), error_of(foreign)
-    assert one | {"request_id": ""} == other | {"request_id": ""}
-    assert one["param"] == "prefix"
-    assert one["code"] == "prefix_not_found"
-    assert repr(reference) in one["message"]
+    foreign = [ask(reference) for reference in references]
+    assert [answer.status_code for answer in (*missing, *foreign)] == [404] * 6
+    assert list(map(without_ids, missing)) == list(map(without_ids, foreign))
+    for reference, answer in zip(references, missing, strict=True):
+        assert repr(reference) in answer.json()["error"]["message"]
+    if route == "/v1/completions":
+        error = error_of(missing[0])
+        assert (error["code"], error["param"]) == ("prefix_not_found", "prefix")
 
 
 def test_equal_members_of_two_tenants_share_nothing(client: TestClient, world: World) -> None:

@@ -116,6 +116,8 @@ def test_it_is_aliased_bound_warmed_and_pinned_as_any_version(
     assert client.put("/v1/prefixes/mix/aliases/prod", json={"version": 1}).status_code == 200
     bound = client.put("/v1/users/ann/prefix", json={"prefix": "mix@prod"})
     assert bound.status_code == 200, bound.text
+    unsaved = error_of(client.put("/v1/users/ann/prefix", json={"prefix": body}))
+    assert "Save a stack, blend or ensemble as a prefix" in unsaved["message"]
     answer = complete(client, user="ann")
     assert answer.json()["prefix"]["chosen_by"] == "user"
     assert client.post("/v1/prefixes/mix/warm").json()["state"] == "resident"

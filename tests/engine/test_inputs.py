@@ -11,6 +11,7 @@ from prefixd.server.engine.inputs import PLACEHOLDER, InputPart, InputRun, parts
 from prefixd.server.engine.lookup import Lookup
 from prefixd.server.engine.request import (
     AdmittedRequest,
+    Composition,
     PrefixHandle,
     PrefixKey,
     SamplingParams,
@@ -144,6 +145,29 @@ def test_what_was_uploaded_again_is_fetched_again_in_parts_too() -> None:
         loader.failed(key, "gone", code=None, now=0.0)
     loader.forget_failure(PrefixKey("t", "d"))
     assert list(loader.failures) == [PrefixKey("u", "d")]
+
+
+def test_what_a_version_is_a_part_of_goes_with_it() -> None:
+    made_of = Composition("blend", ("d", "e"), (0.5, 0.5))
+    blend, other = PrefixKey("t", "mix", composition=made_of), PrefixKey("t", "e")
+    scheduled, runner = scheduler(), FakeRunner(block_size=BLOCK)
+    for number, key in enumerate((blend, other)):
+        add(scheduled, request(prefix=PrefixHandle(key, 8)), number)
+    for _ in range(40):
+        step = scheduled.schedule()
+        for key in step.fetches:
+            scheduled.prefix_staged(key, FakeStaged(8))
+        scheduled.update(step, runner.run(step))
+    scheduled.prefix_loader.retire([PrefixKey("u", "d")])
+    scheduled.schedule()
+    assert len(scheduled.memory.residency) == 2, "another tenant's version has the same digest"
+    scheduled.prefix_loader.retire([PrefixKey("t", "d")])
+    scheduled.schedule()
+    assert [entry.key for entry in scheduled.memory.residency] == [other]
+    loader = scheduled.prefix_loader
+    loader.failed(blend, "gone", code=None, now=0.0)
+    loader.forget_failure(PrefixKey("t", "e"))
+    assert not loader.failures
 
 
 def test_placeholders_are_not_proposed() -> None:

@@ -307,3 +307,36 @@ def test_virtual_tokens_are_placed_over_http_as_in_transformers(
     ]
     expected = reference(served.model, rows, [(0, 2), runs[0], (2, 9), runs[1]], COUNT)
     assert answer.text == served.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_stacks_and_blends_over_http_equal_transformers_on_the_same_embeddings(
+    served: ModelUnderTest, tmp_path: Path
+) -> None:
+    softs = [
+        make_adapter(served.model, "PROMPT_TUNING", 9, tmp_path / str(seed), seed=seed)
+        for seed in (21, 22)
+    ]
+    rows = [soft.model.get_prompt_embedding_to_save("default").float() for soft in softs]
+    texts = ["w5 w6 ", "w7 w8 w9"]
+    with Client(served.url, api_key=served.key) as client:
+        for name, soft in zip(("one", "two"), softs, strict=True):
+            client.upload_folder(name, soft.folder)
+        for name, text in zip(("first", "second"), texts, strict=True):
+            client.upload_text(name, text)
+        stack = {"stack": ["one", "first", "second", "two"]}
+        blend = {"blend": {"one": 0.75, "two": 0.25}}
+        client.upload_composition("stacked", stack)
+        client.upload_composition("blended", blend)
+    ids = prompts(1, seed=8)[0]
+    both = torch.cat(rows)
+    text = served.tokenizer("".join(texts)).input_ids
+    of_stack = reference(served.model, both, [(0, 9), text, (9, 18), ids], COUNT)
+    mean = rows[0] * 0.75 + rows[1] * 0.25
+    of_blend = reference(served.model, mean, [(0, 9), ids], COUNT)
+    assert of_stack != of_blend
+    for expected, name, composed in (
+        (of_stack, "stacked", stack),
+        (of_blend, "blended", blend),
+    ):
+        assert served.complete([ids], name) == [served.texts(expected)]
+        assert served.complete([ids], served.base, prefix=composed) == [served.texts(expected)]

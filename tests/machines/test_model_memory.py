@@ -31,7 +31,7 @@ from prefixd.server.engine.scheduler import Scheduler
 from prefixd.server.engine.sequence import Sequence
 from prefixd.server.model.load import LoadedBase, prepare_base
 from prefixd.server.model.module_decoder import ModuleDecoder
-from prefixd.server.model.prefix import HardPrompt, Prefix, SoftPrompt
+from prefixd.server.model.prefix import HardPrompt, Prefix, SoftPrompt, Stack
 from prefixd.server.model.runner import Runner
 from tests.golden.families import family_model
 from tests.golden.golden_harness import VOCAB
@@ -78,6 +78,7 @@ def model_of(shape: str) -> Model:
         {
             SOFT: SoftPrompt(soft),
             PrefixKey("a", "text"): HardPrompt((5, 9, 2, 7, 11, 3)),
+            PrefixKey("a", "stack"): Stack((HardPrompt((5, 9, 2)), SoftPrompt(soft[:4]))),
             POISON: SoftPrompt(torch.full((5, width), torch.nan)),
         },
     )

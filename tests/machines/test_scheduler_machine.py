@@ -24,6 +24,7 @@ from prefixd.server.engine.entries import Stage
 from prefixd.server.engine.inputs import PLACEHOLDER, InputRun
 from prefixd.server.engine.request import (
     AdmittedRequest,
+    Composition,
     FinishReason,
     Member,
     PrefixHandle,
@@ -53,13 +54,23 @@ LENGTHS = (1, 3, 4, 8, 13)
 GATED = 6
 """The length of the gated prefix of each tenant."""
 
+
+def key_with(tenant: str, length: int) -> PrefixKey:
+    """The key of a tenant's prefix; one of them is a part of another, and one is made of two."""
+    match length:
+        case 3:
+            return PrefixKey(tenant, f"{tenant}-8", ((2, 4), (7, 8)))
+        case 4:
+            made_of = Composition("stack", (f"{tenant}-1", f"{tenant}-8"))
+            return PrefixKey(tenant, f"{tenant}-4", composition=made_of)
+        case _:
+            return PrefixKey(tenant, f"{tenant}-{length}")
+
+
 PREFIXES = [
-    PrefixHandle(PrefixKey(tenant, f"{tenant}-{length}"), length, gated=length == GATED)
-    if length != 3
-    else PrefixHandle(PrefixKey(tenant, f"{tenant}-8", ((2, 4), (7, 8))), length)
+    PrefixHandle(key_with(tenant, length), length, gated=length == GATED)
     for tenant, length in itertools.product(TENANTS, (*LENGTHS, GATED))
 ]
-"""One of them is a part of another."""
 
 EACH = len(PREFIXES) // len(TENANTS)
 Ended = list[Sequence]

@@ -1,6 +1,6 @@
 """The prefix store: publish, change, resolve and fetch. Bytes in blobs, names in the catalog."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from prefixd.store.artifact.artifact import (
-    Summary,
     pack_composition,
     read_composition,
     read_text,
 )
 from prefixd.store.artifact.base_spec import BaseSpec
-from prefixd.store.artifact.composition import Combine, Member, check_members
+from prefixd.store.artifact.composition import Combine
 from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.metadata import encode_metadata
 from prefixd.store.catalog.changes import Change, Precondition, Published, unconditional
@@ -23,11 +22,9 @@ from prefixd.store.catalog.manifests import (
     Manifest,
     Page,
     check_any_of_base,
-    check_base,
     find,
     list_page,
     manifests,
-    members_of,
     present_members,
     unknown,
     versions_of,
@@ -37,18 +34,15 @@ from prefixd.store.catalog.tables import prefixes, versions
 from prefixd.store.catalog.transaction import CatalogTransaction
 from prefixd.store.catalog.version_rows import has_other_count, set_count
 from prefixd.store.db.database import reading, writing
-from prefixd.store.errors import ArtifactRefused, CorruptArtifact, UnknownPrefix
+from prefixd.store.errors import CorruptArtifact, UnknownPrefix
 from prefixd.store.gc import DEFAULT_GRACE, GcResult, collect
+from prefixd.store.members import CountStack, check_same, composed_of
 from prefixd.store.names import BlobKey, Reference, check_name, parse_reference, selected
 from prefixd.store.publisher import Publisher
 
 __all__ = ["Change", "Manifest", "Page", "PrefixStore", "Published"]
 
 _log = getLogger("prefixd.store")
-
-CountStack = Callable[[Sequence[str | int]], int]
-"""The virtual tokens of a stack: of texts, joined where they stand next to each other, and of so
-many others."""
 
 
 class PrefixStore(Publisher):
@@ -109,8 +103,8 @@ class PrefixStore(Publisher):
         MemberDeleted for members too."""
         check_name(name)
         metadata_json = encode_metadata(metadata, base=base)
-        summary = self._composed(
-            tenant, kind, members, combine=combine, base=base, count_stack=count_stack
+        summary = composed_of(
+            self, tenant, kind, members, combine=combine, base=base, count_stack=count_stack
         )
         return self._publish(
             summary,
@@ -135,60 +129,11 @@ class PrefixStore(Publisher):
         del options["count_tokens"]
         kind, members, combine = composition
         for member in members:
-            self._check_same(options["tenant"], member, options["base"])
+            check_same(self, options["tenant"], member, base=options["base"])
         named = [(member.reference, member.weight) for member in members]
         return self.publish_composition(
             kind=kind, members=named, combine=combine, count_stack=count_stack, **options
         )
-
-    def _check_same(self, tenant: str, member: Member, base: BaseSpec) -> None:
-        here = self.resolve(tenant=tenant, reference=member.reference, base=base)
-        if here.digest != member.digest:
-            raise ArtifactRefused(
-                "unsupported_member",
-                f"{member.reference}: expected the digest {member.digest}, as the stored file has; "
-                f"here it has {here.digest}",
-                param="prefix",
-            )
-
-    def _composed(
-        self,
-        tenant: str,
-        kind: Kind,
-        members: Sequence[tuple[str, float | None]],
-        *,
-        combine: Combine | None,
-        base: BaseSpec,
-        count_stack: CountStack,
-    ) -> Summary:
-        base.require_kind(kind)
-        manifests = [self._sound(tenant, reference, base) for reference, _ in members]
-        check_members(kind, manifests)
-        count = sum(manifest.num_virtual_tokens for manifest in manifests)
-        if kind is Kind.BLEND:
-            count = manifests[0].num_virtual_tokens
-        elif kind is Kind.STACK:
-            count = count_stack(self.stack_parts(manifests))
-        if kind is not Kind.ENSEMBLE and count > base.max_virtual_tokens:
-            raise ArtifactRefused(
-                "too_many_virtual_tokens",
-                f"expected at most {base.max_virtual_tokens} virtual tokens, and this {kind} has "
-                f"{count}",
-                param=str(kind),
-            )
-        weights = [weight for _, weight in members]
-        resolved = members_of(manifests, weights)
-        return Summary(kind, None, count, None, None, None, members=resolved, combine=combine)
-
-    def _sound(self, tenant: str, reference: str, base: BaseSpec) -> Manifest:
-        manifest = self.resolve(tenant=tenant, reference=reference, base=base)
-        check_base(manifest, base)
-        if manifest.corrupt:
-            raise CorruptArtifact(
-                f"the stored bytes of {manifest.reference} are damaged: upload them again"
-            )
-        self.present_members(manifest)
-        return manifest
 
     def versions(
         self,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sqlalchemy import Connection
 
 from prefixd.server.api.body import StrictModel, json_body, json_request, media_type
@@ -30,6 +30,7 @@ from prefixd.server.api.dependencies import (
     StoreDep,
     Writer,
 )
+from prefixd.server.api.generate.shapes import refusal
 from prefixd.server.api.repeats import Repeatable, RepeatableDep
 from prefixd.server.api.served import ServedModel
 from prefixd.server.api.users.importing import BindingImport, body_digest
@@ -53,6 +54,16 @@ class BindingTarget(StrictModel):
         max_length=257,
         description="`name`, `name@3` or `name@alias`; an alias is resolved at each request.",
     )
+
+    @field_validator("prefix", mode="before")
+    @classmethod
+    def _refuse_composition(cls, value: object) -> object:
+        if isinstance(value, dict):
+            raise refusal(
+                "expected a prefix reference; received an object. Save a stack, blend or ensemble "
+                "as a prefix, and bind that"
+            )
+        return value
 
 
 class BindingShown(BaseModel):
