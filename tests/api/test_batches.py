@@ -120,9 +120,7 @@ def test_each_endpoint_runs(client: TestClient, url: str, body: Row) -> None:
     assert answer["response"]["body"].keys() == direct.json().keys()
 
 
-def test_lines_run_in_the_background_class(
-    client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lines_run_in_the_background_class(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     submitted: list[AdmittedRequest] = []
     submit = world.engine.submit
 
@@ -131,10 +129,14 @@ def test_lines_run_in_the_background_class(
         submit(request, *arguments, **options)
 
     monkeypatch.setattr(world.engine, "submit", recorded)
-    ended(client, create(client, content(2))["id"])
-    assert [request.background for request in submitted] == [True, True]
-    client.post("/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1})
-    assert not submitted[-1].background
+    with serving(world, max_request_seconds=100.0) as client:
+        lines = line("a", {"prompt": "x"}) + line("b", {"prompt": "x", "timeout": 50.0})
+        ended(client, create(client, lines)["id"])
+        client.post("/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 1})
+    shown = [(request.background, request.timeout_s) for request in submitted]
+    # The server's limit is not for what waits until it is idle.
+    assert sorted(shown[:2], key=str) == [(True, 50.0), (True, None)]
+    assert shown[2:] == [(False, 100.0)]
 
 
 def test_lines_that_fail_are_in_the_error_file(client: TestClient) -> None:

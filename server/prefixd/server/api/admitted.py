@@ -86,9 +86,17 @@ class Admitted:
     grammar: AskedGrammar | None = None
     syntax: AnswerSyntax | None = None
 
-    def in_background(self) -> Self:
-        """The same request, of the background class."""
-        requests = tuple(replace(request, background=True) for request in self.requests)
+    def in_background(self, *, server_timeout: float | None) -> Self:
+        """The same request, of the background class, which waits for as long as it takes: the
+        server's own limit of a request's time does not apply, only that of the request."""
+        requests = tuple(
+            replace(
+                request,
+                background=True,
+                timeout_s=None if request.timeout_s == server_timeout else request.timeout_s,
+            )
+            for request in self.requests
+        )
         return replace(self, requests=requests)
 
     def explained(self, message: str) -> str:

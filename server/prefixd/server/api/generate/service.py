@@ -101,7 +101,7 @@ class GenerationService:
                 request, principal, admit, is_quick=is_quick and is_short
             )
             if is_background:
-                admitted = admitted.in_background()
+                admitted = admitted.in_background(server_timeout=self.admission.max_seconds)
             recorder.record.admitted = admitted
             admitted = await self.constraints.fill(await self.inputs.fill(admitted))
             generation = Generation(
