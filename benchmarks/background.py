@@ -124,7 +124,7 @@ def compare(before: Window, during: Window, after: Window) -> dict[str, float]:
     """One round: milliseconds between tokens, and ratios to the windows around it."""
     ways: dict[str, Callable[[list[float]], float]]
     ways = {"median": statistics.median, "mean": statistics.fmean, "p95": _p95}
-    report = {}
+    report: dict[str, float] = {}
     for name, figure in ways.items():
         alone = (figure(before.gaps) + figure(after.gaps)) / 2
         report |= {f"{name}_alone_ms": 1000 * alone, f"{name}_ms": 1000 * figure(during.gaps)}

@@ -66,6 +66,14 @@ def test_cheap_tokens_run_in_nearly_every_step() -> None:
     assert max(slowdown for _, slowdown in seen) < 1.5 * SLOWDOWN
 
 
+def test_a_share_of_few_tokens_is_taken_in_every_third_step() -> None:
+    share = BackgroundShare()
+    run(share, linear(0.003))
+    seen = run(share, linear(0.003))
+    assert sum(tokens > 0 for tokens, _ in seen) < 0.4 * len(seen)
+    assert 0.6 * SLOWDOWN < mean_slowdown(seen) < 1.1 * SLOWDOWN
+
+
 def test_most_steps_are_as_without_it_where_the_first_token_is_expensive() -> None:
     share = BackgroundShare()
     run(share, tiles)
