@@ -70,6 +70,8 @@ class PrefixStore(Publisher):
 
     def present_members(self, manifest: Manifest) -> tuple[Manifest, ...]:
         """The versions that a composition is made of, in order. Raises MemberDeleted."""
+        if not manifest.members:
+            return ()
         with reading(self._engine) as connection:
             return present_members(connection, manifest.tenant, manifest.members)
 

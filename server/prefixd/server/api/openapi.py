@@ -21,7 +21,7 @@ from prefixd.server.api.dependencies import API_KEY_HEADER
 from prefixd.server.api.error_responses import ErrorBody
 from prefixd.server.api.generate.requests import ChatRequest, CompletionRequest
 from prefixd.server.api.prefixes.aliases import AliasTarget
-from prefixd.server.api.prefixes.receiving import TextPrefix
+from prefixd.server.api.prefixes.receiving import SavedComposition, TextPrefix
 from prefixd.server.api.prefixes.residency import ChosenVersion
 from prefixd.server.api.responses.requests import ResponsesRequest
 from prefixd.server.api.scoring.requests import (
@@ -44,6 +44,7 @@ _BODIES: tuple[type[StrictModel], ...] = (
     LoglikelihoodRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    SavedComposition,
     TextPrefix,
     AliasTarget,
     ChosenVersion,

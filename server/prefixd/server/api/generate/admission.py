@@ -187,7 +187,7 @@ class Admission:
     def _resolved(self, principal: Principal, body: GenerationFields) -> ResolvedPrefix | None:
         prefix = self.resolver.resolve(principal.tenant, body.model, body.user, body.prefix)
         refuse_ensemble(prefix, what="of a request, since this server runs no ensembles")
-        if prefix is not None and not prefix.manifest.version:
+        if prefix is not None and not prefix.manifest.version and not prefix.ensemble:
             self._check_length(prefix.manifest, principal)
         return prefix
 

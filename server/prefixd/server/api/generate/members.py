@@ -18,7 +18,7 @@ from prefixd.server.api.served import ServedModel
 from prefixd.server.engine.request import PrefixKey
 from prefixd.server.errors import BadRequest, Conflict, EngineFailure, NotFound
 from prefixd.server.tenants.bindings import ChosenBy
-from prefixd.store.artifact.composition import check_members
+from prefixd.store.artifact.composition import check_members, composition_digest
 from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.recipe import Recipe
 from prefixd.store.catalog.manifests import check_base, members_of
@@ -52,7 +52,9 @@ class MemberResolver:
         self.check_kinds(kind, manifests)
         weights = [weight for _, weight in composition.members]
         members = members_of(manifests, weights)
-        key = whole_key(tenant, "", kind, members)
+        # Of an ensemble nothing is compiled; its digest is for responses and the log.
+        of_ensemble = composition_digest(kind, [each.digest for each in members], ())
+        key = whole_key(tenant, of_ensemble, kind, members)
         recipe, warnings = shared_recipe(manifests)
         manifest = Manifest(
             tenant=tenant,
