@@ -20,20 +20,17 @@ from prefixd.server.engine.sequence import Sequence
 
 
 class Background:
-    """What waits and what runs of the class, oldest first. ``num_preemptions`` counts those of
+    """What waits and what runs of the class, oldest first. ``num_alive`` are both together, for a
+    test in each step of a server without batches. ``num_preemptions`` counts those of
     both kinds: for the foreground, and for each other."""
 
     def __init__(self, *, residency: Residency, preempt: Callable[[Sequence], None]) -> None:
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
+        self.num_alive = 0
         self.num_preemptions = 0
         self._residency = residency
         self._preempt = preempt
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether it has any sequence."""
-        return bool(self.running or self.waiting.num_sequences)
 
     @property
     def num_loading(self) -> int:

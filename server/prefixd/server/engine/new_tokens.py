@@ -100,7 +100,9 @@ class NewTokens:
         num_full = (sequence.num_prefix_tokens % size + num_computed) // size
         if num_full > sequence.num_remembered and sequence.state is State.RUNNING:
             self._memory.reuse.remember(sequence, upto=num_computed)
-        waiting = self._background.waiting if sequence.background else self._waiting
+        waiting = self._waiting
+        if sequence.background:
+            waiting = self._background.waiting
         waiting.charge(sequence.tenant, 1)
         sequence.tokens.append(sampled.token_id)
         if sequence.agreed:

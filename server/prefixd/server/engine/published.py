@@ -7,7 +7,6 @@ changed in place, key by key: others look up a key, or copy it.
 from collections.abc import Mapping
 from math import inf
 
-from prefixd.server.engine.fair_queue import FairQueue
 from prefixd.server.engine.preloads import Preloads
 from prefixd.server.engine.queue_limiter import QueueLimiter
 from prefixd.server.engine.request import PrefixKey
@@ -25,7 +24,7 @@ class PublishedState:
         self._counters = counters
         self._queue_limiter = queue_limiter
         self._preloads_version = -1
-        self._was_queued = {False: False, True: False}
+        self._was_queued = self._had_background = False
         self.tiers: dict[PrefixKey, str] = {}
         self.preloads: Mapping[str, int] = {}
         self.stats = counters.snapshot(scheduler)
@@ -47,14 +46,14 @@ class PublishedState:
             self._preloads_version = preloads.num_changes
             self.update_preloads(preloads)
         self._queue_limiter.rate = self._counters.rate
-        self._publish_queue(scheduler.waiting, background=False)
-        self._publish_queue(scheduler.background.waiting, background=True)
-
-    def _publish_queue(self, waiting: FairQueue, *, background: bool) -> None:
-        is_queued = waiting.num_sequences > 0
-        if is_queued or self._was_queued[background]:
-            self._queue_limiter.publish(waiting, background=background)
-            self._was_queued[background] = is_queued
+        is_queued = scheduler.waiting.num_sequences > 0
+        if is_queued or self._was_queued:
+            self._queue_limiter.publish(scheduler.waiting)
+            self._was_queued = is_queued
+        has_background = scheduler.background.num_alive > 0
+        if has_background or self._had_background:
+            self._queue_limiter.publish(scheduler.background.waiting, background=True)
+            self._had_background = has_background
 
     def update_preloads(self, preloads: Preloads) -> None:
         """Publish how many preloads there are, before the turn ends."""

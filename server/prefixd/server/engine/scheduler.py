@@ -153,6 +153,7 @@ class Scheduler:
         if max_queue_wait_s is not None or sequence.request.timeout_s is not None:
             self.deadlines.add(sequence, max_queue_wait_s=max_queue_wait_s)
         self._living.update((row.seq_id, row) for row in sequence.rows)
+        self.background.num_alive += sequence.background
         self._enqueue(sequence)
         bound = self.config.max_waiting_tokens
         return [] if bound is None or self.waiting.num_tokens <= bound else self._shed(bound)
@@ -167,6 +168,7 @@ class Scheduler:
             self._stop(leader)
         for row in leader.rows:
             del self._living[row.seq_id]
+        self.background.num_alive -= leader.background
         end = self._flush(leader, end)
         for row in leader.rows:
             row.finish(end)
@@ -309,7 +311,7 @@ class Scheduler:
         has_room = not self.waiting.num_sequences or self._builder.serve_waiting(step, now)
         self.prefix_loader.load_others(step, now=now, has_room=has_room)
         self.speculation.add_drafts(step, decoding)
-        if self.background.is_alive:
+        if self.background.num_alive:
             self.background_builder.add_parts(step, now=now)
         return step
 
@@ -343,7 +345,7 @@ class Scheduler:
         """Take in how long a step took, and how long after the one before it was collected."""
         self.step_budget.observe(step, seconds)
         self.speculation.observe(step, seconds)
-        if self.background.is_alive:
+        if self.background.num_alive:
             self.background_builder.share.observe(step, seconds if period_s is None else period_s)
 
     def update(
@@ -388,7 +390,7 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether no sequence is alive."""
         has_foreground = self.running or self.waiting.num_sequences
-        return not has_foreground and not self.background.is_alive
+        return not has_foreground and not self.background.num_alive
 
     def sequences(self) -> Iterable[Sequence]:
         """All living sequences."""
@@ -406,6 +408,7 @@ class Scheduler:
         alone = Counter(prefix.key for prefix in plain)
         assert residency.alone == alone, "those that wait for one prefix differ from the queue"
         assert all(s.background for s in chain(background.running, background.waiting))
+        assert background.num_alive == len(background.running) + len(background.waiting)
         assert not any(s.background for s in chain(self.running, self.waiting))
         living = {sequence.seq_id: sequence for sequence in self.sequences()}
         assert living == self._living, "the living sequences differ from queue and running ones"
