@@ -11,7 +11,8 @@ import anyio
 import pytest
 from rich.console import Console
 
-from prefixd.client import AsyncClient, errors
+from prefixd.client import AsyncClient, Batch, Client, errors
+from prefixd.client.operations import Operations
 from prefixd.server.api.batch_options import BatchOptions
 from prefixd.server.cli import batches as verbs
 from prefixd.server.cli.progress import line_bar
@@ -117,6 +118,26 @@ def test_ctrl_c_leaves_the_batch_running_and_says_how_to_go_on(
     monkeypatch.chdir(folder)
     shell("batch", "wait", batch_id)
     assert (folder / f"{batch_id}.output.jsonl").exists()
+
+
+@pytest.mark.parametrize("outage", [300.0, -1.0])
+def test_waiting_outlasts_a_restart_of_the_server(
+    shell: Shell, folder: Path, monkeypatch: pytest.MonkeyPatch, outage: float
+) -> None:
+    failures = iter([errors.ConnectError("refused"), errors.UnavailableError("busy", status=503)])
+    show: Any = vars(Operations)["show_batch"]
+
+    def failing(client: Client, batch_id: str) -> Batch:
+        if (error := next(failures, None)) is not None:
+            raise error
+        batch: Batch = show(client, batch_id)
+        return batch
+
+    monkeypatch.setattr(Client, "show_batch", failing)
+    monkeypatch.setattr(verbs, "_OUTAGE_S", outage)
+    ended = shell("batch", "run", write(folder, "a"), code=0 if outage > 0 else 1)
+    assert (folder / "asks.output.jsonl").exists() == (outage > 0)
+    assert ("prefixd batch wait" in ended.stderr) == (outage < 0)
 
 
 def test_a_large_output_is_read_in_pieces(

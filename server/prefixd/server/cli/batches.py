@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from typing import Annotated
 
 import typer
 
+from prefixd.client.errors import ClientError, TransportError, UnavailableError
 from prefixd.client.sync import Client
 from prefixd.client.types import Batch
 from prefixd.server.cli.options import JsonFlag, VerbGroup, connected
@@ -46,6 +47,7 @@ batch_app = typer.Typer(
 
 _FIRST_PAUSE_S = 0.1
 _MOST_PAUSE_S = 2.0
+_OUTAGE_S = 300.0
 _PIECE = 8 * 1024 * 1024
 _INTERRUPTED = 130
 
@@ -139,16 +141,19 @@ def cancel(client: Client, *, batch_id: BatchArgument, as_json: JsonFlag = False
 
 def _wait(client: Client, batch: Batch, out: Path, *, as_json: bool) -> None:
     """Show the progress of a batch until it has ended, and write its files."""
+    hint = (
+        f"{batch.id} goes on. Wait for it again, or end it:\n"
+        f"  prefixd batch wait {batch.id} --out {printable(str(out))}\n"
+        f"  prefixd batch cancel {batch.id}"
+    )
     try:
         batch = _ended(client, batch)
     except KeyboardInterrupt:
-        typer.echo(
-            f"\n{batch.id} goes on. Wait for it again, or end it:\n"
-            f"  prefixd batch wait {batch.id} --out {printable(str(out))}\n"
-            f"  prefixd batch cancel {batch.id}",
-            err=True,
-        )
+        typer.echo(f"\n{hint}", err=True)
         raise typer.Exit(_INTERRUPTED) from None
+    except ClientError:
+        typer.echo(hint, err=True)
+        raise
     errors = out.with_name(f"{out.name}.errors")
     for file_id, path in ((batch.output_file_id, out), (batch.error_file_id, errors)):
         if file_id is not None:
@@ -166,12 +171,19 @@ def _wait(client: Client, batch: Batch, out: Path, *, as_json: bool) -> None:
 
 
 def _ended(client: Client, batch: Batch) -> Batch:
-    pause = _FIRST_PAUSE_S
+    """The batch when it has ended; a server that restarts does not respond for a while."""
+    pause, failing_since = _FIRST_PAUSE_S, monotonic()
     with line_bar() as show_lines:
         while not batch.has_ended:
             sleep(pause)
             pause = min(1.5 * pause, _MOST_PAUSE_S)
-            batch = client.show_batch(batch.id)
+            try:
+                batch = client.show_batch(batch.id)
+            except (TransportError, UnavailableError):
+                if monotonic() - failing_since > _OUTAGE_S:
+                    raise
+                continue
+            failing_since = monotonic()
             counts = batch.request_counts
             show_lines(batch.status, counts.completed + counts.failed, counts.total)
     return batch
