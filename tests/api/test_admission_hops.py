@@ -187,11 +187,11 @@ def test_a_slow_admission_in_a_thread_is_not_waited_for(
     resolves, quick_done = threading.Event(), threading.Event()
     resolve = PrefixResolver.resolve
 
-    def late(self: PrefixResolver, tenant: str, model: str, user: str | None) -> Any:
+    def late(self: PrefixResolver, tenant: str, model: str, user: str | None, *others: Any) -> Any:
         if user is not None:
             resolves.set()
             assert quick_done.wait(30)
-        return resolve(self, tenant, model, user)
+        return resolve(self, tenant, model, user, *others)
 
     monkeypatch.setattr(PrefixResolver, "resolve", late)
 
