@@ -128,6 +128,54 @@ def cancelled_batch() -> bool:
     return client.batches.cancel(made.id).status == "cancelling"
 
 
+ITEMS = {"model": report.model, "input": QUESTION, "temperature": 0, "max_output_tokens": 96}
+FLAT = {"type": "function", **TOOL["function"], "strict": True}
+REQUIRED = {"tools": [FLAT], "tool_choice": "required", "parallel_tool_calls": False}
+
+
+def response() -> bool:
+    answer = client.responses.create(**ITEMS, instructions="Be brief.", metadata={"a": "b"})
+    is_counted = answer.usage.output_tokens > 0 and answer.usage.input_tokens > 0
+    return bool(answer.output_text) and is_counted and not answer.store
+
+
+def streamed_response() -> bool:
+    with client.responses.stream(**{**ITEMS, "max_output_tokens": 256}) as stream:
+        deltas = [each.delta for each in stream if each.type == "response.output_text.delta"]
+        final = stream.get_final_response()
+    return "".join(deltas) == final.output_text != ""
+
+
+def response_with_tool() -> bool:
+    first = client.responses.create(**ITEMS, **REQUIRED)
+    [call] = first.output
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "12 degrees"}
+    turns = [{"role": "user", "content": QUESTION}, *first.output, result]
+    second = client.responses.create(**{**ITEMS, "input": turns}, tools=[FLAT], tool_choice="none")
+    return is_weather(json.loads(call.arguments)) and bool(second.output_text)
+
+
+def streamed_response_with_tool() -> bool:
+    with client.responses.stream(**ITEMS, **REQUIRED) as stream:
+        kinds = [each.type for each in stream]
+        [call] = stream.get_final_response().output
+    is_streamed = kinds.count("response.function_call_arguments.delta") > 1
+    return is_streamed and is_weather(json.loads(call.arguments))
+
+
+def parsed_response() -> bool:
+    answer = client.responses.parse(**ITEMS, text_format=Weather)
+    return isinstance(answer.output_parsed, Weather)
+
+
+def refused_response() -> bool:
+    try:
+        client.responses.create(**ITEMS, previous_response_id="resp_1")
+    except openai.BadRequestError as error:
+        return error.param == "previous_response_id" and error.code == "unsupported_field"
+    return False
+
+
 report.call("models.list", lambda: report.model in [m.id for m in client.models.list()])
 report.call("completions", completion)
 report.call("chat.completions", chat)
@@ -141,4 +189,10 @@ report.call("parse, tools", parse_tool)
 report.call("files", files)
 report.call("batches", batch)
 report.call("batches, cancelled", cancelled_batch)
+report.call("responses", response)
+report.call("responses, streamed", streamed_response)
+report.call("responses, tools and a result", response_with_tool)
+report.call("responses, tools, streamed", streamed_response_with_tool)
+report.call("responses.parse", parsed_response)
+report.call("responses, refusal of what would be stored", refused_response)
 report.end()

@@ -48,6 +48,7 @@ class ClientScript:
 
 CLIENTS = {
     "openai": ClientScript("openai (Python)", "client_openai.py", ("openai",)),
+    "anthropic": ClientScript("anthropic (Python)", "client_anthropic.py", ("anthropic",)),
     "openai-js": ClientScript("openai (JavaScript)", "client_openai.mjs", ("openai",)),
     "langchain": ClientScript("langchain-openai", "client_langchain.py", ("langchain-openai",)),
     "llama-index": ClientScript(

@@ -16,6 +16,7 @@ from tests.compat.clients import BEGIN, CLIENTS, END, HERE, PAGE, RESULTS, table
 
 THIRD_PARTY = (
     "aiohttp",
+    "anthropic",
     "instructor",
     "langchain_core.messages",
     "langchain_openai",
