@@ -114,6 +114,6 @@ def test_other_numbers_of_rows_begin_with_what_is_known() -> None:
     assert mean_slowdown(run(share, linear(0.02), rows=15, steps=30)) < 1.5 * SLOWDOWN
 
 
-def test_next_to_prompts_without_streams_it_takes_a_tenth_of_their_tokens() -> None:
+def test_next_to_prompts_without_streams_it_takes_a_part_of_their_tokens() -> None:
     share = BackgroundShare()
     assert share.tokens(Step(chunks=[chunk(200)])) == 200 * SLOWDOWN
