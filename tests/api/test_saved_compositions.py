@@ -66,7 +66,7 @@ def test_a_composition_is_a_version_with_its_members(
     again = save(client, "mix", body)
     assert (again.status_code, again.json()["version"]) == (200, 1)
     shown = client.get("/v1/prefixes/mix@1").json()
-    assert shown["members"] == manifest["members"]
+    assert shown["members"] == [{**each, "agreement": None} for each in manifest["members"]]
     (listed,) = [
         each for each in client.get("/v1/prefixes").json()["data"] if each["name"] == "mix"
     ]

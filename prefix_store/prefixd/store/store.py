@@ -17,6 +17,8 @@ from prefixd.store.artifact.base_spec import BaseSpec
 from prefixd.store.artifact.composition import Combine
 from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.metadata import encode_metadata
+from prefixd.store.catalog import agreements
+from prefixd.store.catalog.agreements import Agreement
 from prefixd.store.catalog.changes import Change, Precondition, Published, unconditional
 from prefixd.store.catalog.manifests import (
     Manifest,
@@ -186,6 +188,28 @@ class PrefixStore(Publisher):
         """Pinned prefixes of one base, of all tenants, the oldest pin first."""
         with reading(self._engine) as connection:
             return pinned(connection, fingerprint=fingerprint)
+
+    def count_agreement(self, manifest: Manifest, agreed: Sequence[int], compared: int) -> None:
+        """Add how often each member of an ensemble agreed with its answers, of ``compared``."""
+        with writing(self._engine) as connection:
+            agreements.count(
+                connection,
+                tenant=manifest.tenant,
+                name=manifest.name,
+                version=manifest.version,
+                agreed=agreed,
+                compared=compared,
+            )
+
+    def agreement(self, manifest: Manifest) -> dict[int, Agreement]:
+        """How often members of an ensemble agreed with its answers, by their place."""
+        with reading(self._engine) as connection:
+            return agreements.read(
+                connection,
+                tenant=manifest.tenant,
+                name=manifest.name,
+                version=manifest.version,
+            )
 
     def deleted(self, keys: Collection[BlobKey]) -> tuple[BlobKey, ...]:
         """Those of ``keys`` that no version of their tenant has any more."""

@@ -6,7 +6,8 @@
         │                   │   │
         ├──< latest_versions┤   │     the version that ``latest`` means, for each base
         ├──< aliases────────┤   │     movable names for a version
-        └─── pins───────────┘   │     the one version of a prefix that stays resident
+        ├─── pins───────────┤   │     the one version of a prefix that stays resident
+        └──< agreements─────┘   │     how often the members of an ensemble agree with it
                                 │
                        blobs ──<┘     one row for every blob that exists, or may exist
                          └───< files  files of a tenant, such as the input of a batch
@@ -120,6 +121,18 @@ pins = Table(
     # The key that pinned it.
     Column("pinned_by", String(64)),
     ForeignKeyConstraint(["prefix_id", "version"], ["versions.prefix_id", "versions.version"]),
+)
+
+agreements = Table(
+    # Without foreign keys: counts may come after their version was deleted.
+    "agreements",
+    metadata,
+    Column("prefix_id", _Id, primary_key=True, autoincrement=False),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    # The place of a member of an ensemble, and how often it agreed of how many times.
+    Column("member", Integer, primary_key=True, autoincrement=False),
+    Column("agreed", BigInteger, nullable=False),
+    Column("compared", BigInteger, nullable=False),
 )
 
 blobs = Table(

@@ -37,7 +37,7 @@ from prefixd.store.catalog.prefix_rows import (
     name_base,
 )
 from prefixd.store.catalog.revisions import mark_versions, raise_revision
-from prefixd.store.catalog.tables import aliases, latest_versions, versions
+from prefixd.store.catalog.tables import agreements, aliases, latest_versions, versions
 from prefixd.store.catalog.version_rows import merge_metadata, replace_metadata
 from prefixd.store.errors import UnknownPrefix, VersionInUse
 from prefixd.store.names import (
@@ -237,7 +237,7 @@ class CatalogTransaction:
             raise UnknownPrefix(missing)
         precondition((row.revision,))
         raise_revision(tx, row.id)
-        for table in (aliases, latest_versions):
+        for table in (aliases, latest_versions, agreements):
             tx.execute(delete(table).where(table.c.prefix_id == row.id))
         if drop_pin(tx, self._tenant, row.id):
             self._pins_changed = True
@@ -268,9 +268,8 @@ class CatalogTransaction:
         if LATEST in manifest.aliases:
             replace_latest(tx, row.id, fingerprint, highest, revision=revision)
             self._changed(row, revision, now=highest)
-        tx.execute(
-            delete(versions).where(versions.c.prefix_id == row.id, versions.c.version == version)
-        )
+        for table in (agreements, versions):
+            tx.execute(delete(table).where(table.c.prefix_id == row.id, table.c.version == version))
         release(tx, self._tenant, [manifest.digest], now=self._now)
         self._unnamed.add(manifest.digest)
         return Removed(manifest, ends_name=ends_name)

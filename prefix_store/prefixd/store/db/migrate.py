@@ -11,7 +11,7 @@ from prefixd.store.errors import SchemaRefused
 FIRST = "0001"
 """The tables of the first release, which created them without recording a revision."""
 
-HEAD = "0013"
+HEAD = "0014"
 """The tables of this version."""
 
 _LOCK = 0x70726566697864  # an arbitrary number, the same in all processes: "prefixd"

@@ -1,7 +1,9 @@
 """A request that was admitted: plain data, from names and bodies to what the engine runs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from itertools import chain
+from typing import Any, Self, TypeVar
 
 from prefixd.server.api.answers.parser import AnswerSyntax
 from prefixd.server.engine.constraint import Grammar
@@ -9,6 +11,8 @@ from prefixd.server.engine.inputs import PLACEHOLDER
 from prefixd.server.engine.request import AdmittedRequest, PrefixHandle, PrefixKey
 from prefixd.server.tenants.bindings import ChosenBy
 from prefixd.store.store import Manifest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +68,15 @@ class Admitted:
     """A request that fits: one ``AdmittedRequest`` for each prompt, all under the same prefix.
 
     ``model`` is the caller's name for it; ``prefix`` is None for the bare base. Choice
-    ``i * n + j`` of the response is sequence ``j`` of request ``i``; ``num_choices`` counts all
-    sequences, ``prompt_lengths`` are the tokens of each prompt, without virtual ones. ``unloaded``
+    ``i * n + j`` of the response is sequence ``j`` of request ``i``; ``num_choices`` counts them,
+    ``prompt_lengths`` are the tokens of each prompt, without virtual ones. ``unloaded``
     are the embeddings that each request lacks: their place in its prompt, and their key. ``texts``
     are the prompts where the answer shows them, and ``warnings`` are for the caller.
     The prompts begin with the same ``shared_tokens`` tokens, which are counted and charged once.
     ``grammar`` is what all outputs must be in, not compiled yet.
     ``syntax`` says what the text of answers is made of; None: of content alone.
+    Of an ensemble each ``num_members`` requests in a row are for one prompt, each under another
+    prefix.
     """
 
     id: str
@@ -85,6 +91,7 @@ class Admitted:
     shared_tokens: int = 0
     grammar: AskedGrammar | None = None
     syntax: AnswerSyntax | None = None
+    num_members: int = 1
 
     def in_background(self, *, server_timeout: float | None) -> Self:
         """The same request, of the background class, which waits for as long as it takes: the
@@ -120,23 +127,41 @@ class Admitted:
         return sum(self.prompt_lengths)
 
     @property
+    def num_sequences(self) -> int:
+        """Answers of the engine: those of all members of an ensemble that votes."""
+        return sum(request.n for request in self.requests)
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that each answer of the engine takes."""
+        return self.requests[0].num_rows
+
+    @property
     def prompts(self) -> list[list[int]]:
-        """The token ids of the prompt of each choice; embeddings have none."""
+        """The token ids of the prompt of each choice, of the first member; embeddings have none."""
         return [
             [token for token in request.source or request.prompt if token != PLACEHOLDER]
-            for request in self.requests
+            for request in self.requests[:: self.num_members]
             for _ in range(request.n)
         ]
 
     @property
     def choice_lengths(self) -> list[int]:
-        """The length of the prompt of each choice."""
-        lengths = zip(self.requests, self.prompt_lengths, strict=True)
-        return [length for request, length in lengths for _ in range(request.n)]
+        """The length of the prompt of each choice, of all members together."""
+        lengths = map(sum, grouped(self.prompt_lengths, self.num_members))
+        n = self.requests[0].n
+        return [length for length in lengths for _ in range(n)]
 
     @property
     def charged_tokens(self) -> int:
         """Tokens that the tenant's limits count at admission: virtual ones inside a prompt too,
         since each request computes them."""
         num_shared = self.shared_tokens * (len(self.requests) - 1)
-        return sum(len(request.prompt) for request in self.requests) - num_shared
+        own = sum(len(request.prompt) for request in self.requests)
+        members = chain.from_iterable(request.members for request in self.requests)
+        return own + sum(len(member.prompt) for member in members) - num_shared
+
+
+def grouped(items: Sequence[T], count: int) -> list[Sequence[T]]:
+    """``items`` in groups of ``count``."""
+    return [items[start : start + count] for start in range(0, len(items), count)]

@@ -153,7 +153,7 @@ def create_app(
                 bindings,
                 MemberResolver(served, store, StackCounts(served, store)),
             ),
-            pool_tokens=engine.config.max_tokens_for,
+            config=engine.config,
             max_choices=max_choices,
             prompts=PromptBuilder(served, templates, SystemTexts(served, store)),
             embeds=EmbedsReader(served, give_embeddings),

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -24,6 +24,7 @@ from prefixd.server.errors import (
 )
 from prefixd.server.tenants.limiter import Grant, Limiter
 from prefixd.store.errors import BlobsUnavailable, CorruptArtifact, StoreError
+from prefixd.store.store import Manifest
 
 log = structlog.get_logger("prefixd")
 generation_log = structlog.get_logger("prefixd.generation")
@@ -59,7 +60,9 @@ class RequestRecord:
     ``at_ns`` is Unix time; ``trace_context`` are the W3C headers as received; ``admitted`` is None
     when the request was refused. Times in seconds: ``queue`` is from submission until the first
     sequence began to run, ``first_token`` and ``total`` count from arrival; None when that point
-    was not reached. ``generated_tokens`` counts the tokens received from the engine.
+    was not reached. ``generated_tokens`` counts the tokens received from the engine, those of an
+    ensemble once for each row; ``agreed`` and ``compared`` how often each member of an ensemble
+    agreed with its answers: with their tokens, or with whole ones where they vote.
     """
 
     endpoint: Endpoint
@@ -78,17 +81,33 @@ class RequestRecord:
     first_token: float | None = None
     total: float = 0.0
     finished: dict[int, FinishEvent] = field(default_factory=dict)
+    agreed: list[int] = field(default_factory=list)
+    compared: int = 0
 
     def sequence_finished(self, choice: int, event: FinishEvent) -> None:
         """One sequence of the request ended."""
         self.finished[choice] = event
         if event.queue_s is not None:
             self.queue = event.queue_s if self.queue is None else min(self.queue, event.queue_s)
+        if event.agreed:
+            self.members_agreed(event.agreed, compared=event.completion_tokens)
+
+    def members_agreed(self, counts: Sequence[int], *, compared: int) -> None:
+        """Count how often each member of an ensemble agreed."""
+        self.agreed = [
+            sum(pair) for pair in zip(self.agreed or [0] * len(counts), counts, strict=True)
+        ]
+        self.compared += compared
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that each answer of the engine takes."""
+        return self.admitted.num_rows if self.admitted else 1
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens of the sequences that ended."""
-        return sum(event.completion_tokens for event in self.finished.values())
+        """Tokens of the sequences that ended, those of an ensemble for each row."""
+        return self.num_rows * sum(event.completion_tokens for event in self.finished.values())
 
     @property
     def output_tokens(self) -> int:
@@ -171,6 +190,11 @@ class Tracer(Protocol):
         ...
 
 
+CountAgreement = Callable[[Manifest, Sequence[int], int], None]
+"""Adds to the counts of a saved ensemble: for each member how often it agreed, of how many times.
+Blocking. Raises SQLAlchemyError."""
+
+
 @dataclass(slots=True, kw_only=True)
 class RequestRecorder:
     """Entered when a request arrives. On exit the outcome is recorded and the tenant's charge is
@@ -184,6 +208,7 @@ class RequestRecorder:
     limiter: Limiter
     settlements: Settlements
     trace: Tracer | None = None
+    count_agreement: CountAgreement | None = None
     grant: Grant | None = None
     _arrived: float = field(default_factory=time.perf_counter)
     _last_token: dict[int, float] = field(default_factory=dict)
@@ -212,6 +237,8 @@ class RequestRecorder:
         generation_log.info("generation", **record.log_fields())
         if self.trace is not None:
             self.trace(record)
+        if record.agreed and record.admitted is not None and self.count_agreement is not None:
+            self._count_agreement(record.admitted, self.count_agreement)
         grant = self.grant
         if grant is not None and grant.quota.is_metered and not self._settled_later(grant):
             # Goes on when this task is cancelled: the lease would stay until it expires.
@@ -222,7 +249,7 @@ class RequestRecorder:
         ``time.perf_counter``: each took an equal part of the time since the last ones."""
         if not count:
             return
-        self.record.generated_tokens += count
+        self.record.generated_tokens += count * self.record.num_rows
         if self.record.first_token is None:
             self.record.first_token = now - self._arrived
             self.metrics.first_token[self.record.endpoint].observe(self.record.first_token)
@@ -232,6 +259,13 @@ class RequestRecorder:
             gap = 0.0 if last is None else (now - last) / num_gaps
             self.metrics.per_token[self.record.endpoint].observe(gap, num_gaps)
         self._last_token[choice] = now
+
+    def _count_agreement(self, admitted: Admitted, count: CountAgreement) -> None:
+        """In the background: no answer waits for it."""
+        prefix, agreed, compared = admitted.prefix, tuple(self.record.agreed), self.record.compared
+        if prefix is not None and prefix.manifest.version:
+            manifest = prefix.manifest
+            self.settlements.add(lambda _again: count(manifest, agreed, compared))
 
     @property
     def _is_unserved(self) -> bool:

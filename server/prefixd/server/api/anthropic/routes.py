@@ -12,7 +12,7 @@ from prefixd.server.api.anthropic.schemas import MessageObject, TokenCount
 from prefixd.server.api.body import json_body, json_request
 from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.dependencies import Generator
-from prefixd.server.api.generate.members import refuse_ensemble
+from prefixd.server.api.generate.ensembles import refuse_ensemble
 from prefixd.server.api.generate.renaming import in_names
 from prefixd.server.api.generate.responding import respond
 from prefixd.server.api.generate.service import service_of

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from prefixd.server.api.admitted import Admitted, ResolvedPrefix
 from prefixd.server.api.generate.embeds import EmbedsReader
 from prefixd.server.api.generate.encoder_inputs import EncoderInputs
+from prefixd.server.api.generate.ensembles import check_asked, members_of, refuse_ensemble, together
 from prefixd.server.api.generate.fields import GenerationFields
-from prefixd.server.api.generate.members import refuse_ensemble
 from prefixd.server.api.generate.prompt_scores import texts_of
 from prefixd.server.api.generate.prompts import PromptTokens, check_token_ids, counted
 from prefixd.server.api.generate.recipes import PromptBuilder, Prompts, filled
@@ -22,6 +22,7 @@ from prefixd.server.api.generate.tool_plan import plan_tools
 from prefixd.server.api.generate.vllm_fields import truncated
 from prefixd.server.api.placement import front_of, whole_of, without_last
 from prefixd.server.api.served import ServedModel
+from prefixd.server.engine.config import SchedulerConfig
 from prefixd.server.engine.request import (
     AdmittedRequest,
     PrefixHandle,
@@ -55,12 +56,12 @@ _SAMPLING_FIELDS = {
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Admits requests of all tenants. ``pool_tokens(prefix_tokens)`` is the largest number of
-    tokens that one sequence can have in the pool; ``max_seconds`` limits the time of a request."""
+    """Admits requests of all tenants. ``config`` has the sizes of the engine; ``max_seconds``
+    limits the time of a request."""
 
     served: ServedModel
     resolver: PrefixResolver
-    pool_tokens: Callable[..., int]
+    config: SchedulerConfig
     max_choices: int
     embeds: EmbedsReader
     prompts: PromptBuilder
@@ -76,16 +77,20 @@ class Admission:
         is_applied = bool(body.apply_recipe)
         recipe = prefix.manifest.recipe if prefix and is_applied else None
         body = filled(body, recipe, self.served.sampling_defaults)
-        return self._admit(
-            "cmpl-",
-            principal,
-            body,
-            prefix=prefix,
-            prompts=self.prompts.completion(prompts, prefix, apply_recipe=is_applied),
-            sampling=self._sampling(body, top_logprobs=body.logprobs),
-            max_tokens=body.max_tokens,
-            default_max_tokens=(recipe and recipe.max_tokens) or DEFAULT_COMPLETION_TOKENS,
-        )
+
+        def admit(prefix: ResolvedPrefix | None) -> Admitted:
+            return self._admit(
+                "cmpl-",
+                principal,
+                body,
+                prefix=prefix,
+                prompts=self.prompts.completion(prompts, prefix, apply_recipe=is_applied),
+                sampling=self._sampling(body, top_logprobs=body.logprobs),
+                max_tokens=body.max_tokens,
+                default_max_tokens=(recipe and recipe.max_tokens) or DEFAULT_COMPLETION_TOKENS,
+            )
+
+        return self._of_each(prefix, admit, body, num_prompts=len(prompts), limit=body.max_tokens)
 
     def chat(
         self, principal: Principal, body: ChatRequest, *, id_head: str = "chatcmpl-"
@@ -95,19 +100,45 @@ class Admission:
         prefix = self._resolved(principal, body)
         recipe = prefix.manifest.recipe if prefix else None
         body = filled(body, recipe, self.served.sampling_defaults)
-        tools = plan_tools(body, self.prompts.traits(prefix))
-        prompts = self.prompts.chat(body, prefix, tools)
-        admitted = self._admit(
-            id_head,
-            principal,
-            body,
-            prefix=prefix,
-            prompts=prompts,
-            sampling=self._sampling(body, top_logprobs=body.num_top_logprobs),
-            max_tokens=body.max_completion_tokens or body.max_tokens,
-            default_max_tokens=recipe.max_tokens if recipe else None,
+        tools, max_tokens = (
+            plan_tools(body, self.prompts.traits(prefix)),
+            body.max_completion_tokens or body.max_tokens,
         )
-        return tools.complete(admitted, body, prompts.end)
+
+        def admit(prefix: ResolvedPrefix | None) -> Admitted:
+            prompts = self.prompts.chat(body, prefix, tools)
+            admitted = self._admit(
+                id_head,
+                principal,
+                body,
+                prefix=prefix,
+                prompts=prompts,
+                sampling=self._sampling(body, top_logprobs=body.num_top_logprobs),
+                max_tokens=max_tokens,
+                default_max_tokens=recipe.max_tokens if recipe else None,
+            )
+            return tools.complete(admitted, body, prompts.end)
+
+        return self._of_each(prefix, admit, body, num_prompts=1, limit=max_tokens)
+
+    def _of_each(
+        self,
+        prefix: ResolvedPrefix | None,
+        admit: Callable[[ResolvedPrefix | None], Admitted],
+        body: CompletionRequest | ChatRequest,
+        *,
+        num_prompts: int,
+        limit: int | None,
+    ) -> Admitted:
+        """What ``admit`` admits under a prefix, and for an ensemble under each of its members."""
+        if prefix is None or not prefix.ensemble:
+            return admit(prefix)
+        if body.shown_prompt.any:
+            refuse_ensemble(prefix, what="of a request that shows its prompt, or scores of it")
+        num_choices = num_prompts * (body.n or 1)
+        check_asked(prefix, num_choices=num_choices, most=self.max_choices, max_tokens=limit)
+        admitted = [admit(member) for member in members_of(prefix)]
+        return together(prefix, admitted, self.config, has_limit=limit is not None)
 
     def _admit(
         self,
@@ -137,7 +168,9 @@ class Admission:
             tokens = [prompt.behind(last) for prompt in tokens] if last else tokens
         timeouts = [limit for limit in (body.timeout, self.max_seconds) if limit is not None]
         encoder = self.served.encoder
-        inputs = encoder and EncoderInputs(self.served, encoder, manifest, self.pool_tokens)
+        inputs = encoder and EncoderInputs(
+            self.served, encoder, manifest, self.config.max_tokens_for
+        )
         if inputs:
             inputs.refuse_layout(layout)
             inputs.refuse_scores(body.shown_prompt)
@@ -186,7 +219,6 @@ class Admission:
 
     def _resolved(self, principal: Principal, body: GenerationFields) -> ResolvedPrefix | None:
         prefix = self.resolver.resolve(principal.tenant, body.model, body.user, body.prefix)
-        refuse_ensemble(prefix, what="of a request, since this server runs no ensembles")
         if prefix is not None and not prefix.manifest.version and not prefix.ensemble:
             self._check_length(prefix.manifest, principal)
         return prefix
@@ -226,7 +258,7 @@ class Admission:
         virtual, length = front.num_tokens if front else 0, len(prompt.token_ids)
         before = front.num_positions if front else 0
         positions = self.served.max_positions - before
-        pool = self.pool_tokens(virtual, gated=front is not None and front.gated)
+        pool = self.config.max_tokens_for(virtual, gated=front is not None and front.gated)
         pool -= max_tokens == 0  # there is no last token whose KV is never written
         room = min(positions, pool)
         output = max_tokens

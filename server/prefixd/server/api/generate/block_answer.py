@@ -22,7 +22,7 @@ class BlockAnswer(ABC):
     def __init__(self, running: Running) -> None:
         self.admitted, self.record = running.admitted, running.record
         self.reader = BlockReader(running.admitted.syntax)
-        self._events = running.generation
+        self._events = running.events
 
     @abstractmethod
     def body(self, blocks: Sequence[Block]) -> dict[str, Any]:

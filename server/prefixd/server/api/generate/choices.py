@@ -91,7 +91,7 @@ def choices_answer(
 ) -> ChoicesAnswer:
     """The answer to ``body``, formatted by ``formatter``."""
     admitted = running.admitted
-    events: AsyncIterable[Batch] = running.generation
+    events: AsyncIterable[Batch] = running.events
     if formatter.options.token_ids:
         formatter = replace(formatter, prompts=admitted.prompts)
     if body.shown_prompt.any:

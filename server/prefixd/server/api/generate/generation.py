@@ -91,7 +91,7 @@ class Generation:
     _timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
-        self._unfinished = self.admitted.num_choices
+        self._unfinished = self.admitted.num_sequences
         timeout = self.admitted.requests[0].timeout_s
         if timeout is not None:
             loop = asyncio.get_running_loop()

@@ -187,13 +187,3 @@ def check_intact(manifest: Manifest, *, param: str | None = None) -> None:
             code="corrupt_prefix",
             param=param,
         )
-
-
-def refuse_ensemble(prefix: ResolvedPrefix | None, *, what: str) -> None:
-    """Raise BadRequest for an ensemble where there is one prefix or none."""
-    if prefix is not None and prefix.ensemble:
-        raise BadRequest(
-            f"expected one prefix {what}; received an ensemble of {len(prefix.ensemble)}",
-            code="unsupported_ensemble",
-            param="prefix" if prefix.chosen_by is ChosenBy.PREFIX else "model",
-        )

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +18,11 @@ from prefixd.server.api.error_responses import from_queue_full
 from prefixd.server.api.generate.admission import Admission
 from prefixd.server.api.generate.charging import Charging
 from prefixd.server.api.generate.constraints import ConstraintLoader
+from prefixd.server.api.generate.ensembles import check_shape, fused
 from prefixd.server.api.generate.event_stream import while_connected
-from prefixd.server.api.generate.generation import EventDeliveries, Generation
+from prefixd.server.api.generate.generation import Batch, EventDeliveries, Generation
 from prefixd.server.api.generate.inputs import InputLoader
+from prefixd.server.api.generate.votes import voted
 from prefixd.server.api.metrics import Endpoint, Metrics, TenantClass
 from prefixd.server.api.request_record import RequestRecord, RequestRecorder, Tracer
 from prefixd.server.api.served import ServedModel
@@ -49,7 +51,7 @@ TRACE_HEADERS = ("traceparent", "tracestate")
 class Running:
     """A request on the engine, and the headers of its response."""
 
-    generation: Generation
+    events: AsyncIterable[Batch]
     record: RequestRecord
     admitted: Admitted
     headers: dict[str, str]
@@ -98,18 +100,25 @@ class GenerationService:
             # The length of a chunked body is not declared.
             is_short = 0 < declared_bytes(request) <= QUICK_BYTES
             admitted, recorder.grant = await self._admit(
-                request, principal, admit, is_quick=is_quick and is_short
+                request,
+                principal,
+                lambda: check_shape(admit(), stream=stream, background=is_background),
+                is_quick=is_quick and is_short,
             )
             if is_background:
                 admitted = admitted.in_background(server_timeout=self.admission.max_seconds)
             recorder.record.admitted = admitted
             admitted = await self.constraints.fill(await self.inputs.fill(admitted))
+            recorder.record.admitted = admitted = fused(admitted)
             generation = Generation(
                 self.engine, admitted, self.drain_state, recorder, self.deliveries.running()
             )
             await contexts.enter_async_context(generation)
             await contexts.enter_async_context(while_connected(request.receive))
-            yield Running(generation, recorder.record, admitted, _headers(admitted, recorder))
+            events: AsyncIterable[Batch] = generation
+            if admitted.num_members > 1:
+                events = voted(generation, admitted, recorder.record)
+            yield Running(events, recorder.record, admitted, _headers(admitted, recorder))
 
     async def _admit(
         self,
@@ -155,6 +164,7 @@ class GenerationService:
             limiter=self.charging.limiter,
             settlements=self.charging.catalog.settlements,
             trace=self.trace,
+            count_agreement=self.admission.resolver.store.count_agreement,
         )
 
     def _check_ready(self, principal: Principal, *, background: bool) -> None:

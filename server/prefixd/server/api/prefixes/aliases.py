@@ -10,7 +10,7 @@ from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.conditions import READ, WITH_TAG, ConditionsDep, version_tag
 from prefixd.server.api.dependencies import Acting, EngineDep, Reader, ServedDep, StoreDep, Writer
 from prefixd.server.api.prefixes.routes import shown_version
-from prefixd.server.api.prefixes.schemas import PrefixManifest, PrefixShown
+from prefixd.server.api.prefixes.schemas import PrefixDetails, PrefixManifest
 from prefixd.server.api.repeats import RepeatableDep
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.idempotency import Keep, Replay
@@ -39,7 +39,7 @@ class AliasTarget(StrictModel):
     version: Annotated[int | str, BeforeValidator(_number_or_alias)]
 
 
-@router.get("/{name}/aliases/{alias}", response_model=PrefixShown, responses=READ)
+@router.get("/{name}/aliases/{alias}", response_model=PrefixDetails, responses=READ)
 def get_alias(
     *,
     name: str,
@@ -50,12 +50,14 @@ def get_alias(
     served: ServedDep,
     principal: Reader,
     conditions: ConditionsDep,
-) -> PrefixShown | Response:
+) -> PrefixDetails | Response:
     """The version that an alias means now, with its ETag."""
     if alias != LATEST:
         check_alias(alias)
     manifest = store.manifest(tenant=principal.tenant, name=name, version=alias, base=served.base)
-    return shown_version(manifest, version_tag(manifest), engine, conditions, response)
+    return shown_version(
+        manifest, version_tag(manifest), response, store=store, engine=engine, conditions=conditions
+    )
 
 
 @router.put(

@@ -16,6 +16,7 @@ from prefixd.server.api.conditions import (
 )
 from prefixd.server.api.dependencies import Acting, EngineDep, Reader, ServedDep, StoreDep, Writer
 from prefixd.server.api.prefixes.schemas import (
+    PrefixDetails,
     PrefixList,
     PrefixShown,
     VersionList,
@@ -25,9 +26,10 @@ from prefixd.server.engine.engine import Engine
 from prefixd.server.errors import BadRequest
 from prefixd.server.tenants.audit import Action, record
 from prefixd.server.tenants.references import check_unbound
+from prefixd.store.artifact.kinds import Kind
 from prefixd.store.artifact.metadata import MAX_LABELS
 from prefixd.store.names import LATEST, MAX_VERSION, REFERENCE, parse_reference
-from prefixd.store.store import Manifest
+from prefixd.store.store import Manifest, PrefixStore
 
 router = APIRouter(prefix="/v1/prefixes", tags=["prefixes"], route_class=CatalogRoute)
 
@@ -84,7 +86,7 @@ def list_prefixes(
     )
 
 
-@router.get("/{name}", response_model=PrefixShown, responses=READ)
+@router.get("/{name}", response_model=PrefixDetails, responses=READ)
 def get_prefix(
     *,
     reference: Annotated[
@@ -101,7 +103,7 @@ def get_prefix(
     served: ServedDep,
     principal: Reader,
     conditions: ConditionsDep,
-) -> PrefixShown | Response:
+) -> PrefixDetails | Response:
     """The version that `name`, `name@3` or `name@alias` means now.
 
     `name` is its latest version for the served base; a number or an alias may mean another base's.
@@ -110,10 +112,10 @@ def get_prefix(
     manifest = store.resolve(tenant=principal.tenant, reference=reference, base=served.base)
     is_prefix = parse_reference(reference).alias == LATEST
     tag = prefix_tag(manifest) if is_prefix else version_tag(manifest)
-    return shown_version(manifest, tag, engine, conditions, response)
+    return shown_version(manifest, tag, response, store=store, engine=engine, conditions=conditions)
 
 
-@router.get("/{name}/versions/{version}", response_model=PrefixShown, responses=READ)
+@router.get("/{name}/versions/{version}", response_model=PrefixDetails, responses=READ)
 def get_version(
     *,
     name: str,
@@ -124,20 +126,29 @@ def get_version(
     served: ServedDep,
     principal: Reader,
     conditions: ConditionsDep,
-) -> PrefixShown | Response:
+) -> PrefixDetails | Response:
     """One version, with its ETag."""
     manifest = store.manifest(tenant=principal.tenant, name=name, version=version, base=served.base)
-    return shown_version(manifest, version_tag(manifest), engine, conditions, response)
+    return shown_version(
+        manifest, version_tag(manifest), response, store=store, engine=engine, conditions=conditions
+    )
 
 
 def shown_version(
-    manifest: Manifest, tag: str, engine: Engine, conditions: Conditions, response: Response
-) -> PrefixShown | Response:
+    manifest: Manifest,
+    tag: str,
+    response: Response,
+    *,
+    store: PrefixStore,
+    engine: Engine,
+    conditions: Conditions,
+) -> PrefixDetails | Response:
     """The response to a GET of a version that has ``tag`` now."""
     if conditions.unchanged(tag):
         return not_modified(tag)
     response.headers["ETag"] = tag
-    return PrefixShown.now(manifest, engine)
+    agreement = store.agreement(manifest) if manifest.kind is Kind.ENSEMBLE else {}
+    return PrefixDetails.of(PrefixShown.now(manifest, engine), agreement)
 
 
 @router.delete("/{name}", status_code=204)

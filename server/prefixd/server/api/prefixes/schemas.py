@@ -1,5 +1,6 @@
 """Versions of prefixes: as the API shows them, and as the engine takes them."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal, Self
 
@@ -88,6 +89,22 @@ class UploadedPrefix(PrefixManifest):
     warnings: list[str] = []
 
 
+class Agreement(BaseModel):
+    """How often a member of an ensemble agreed with its answers so far: of ``compared`` tokens with
+    ``mean_logprob``, and of ``compared`` answers with ``vote``."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    agreed: int
+    compared: int
+
+
+class MemberShown(MemberUsed):
+    """A member; ``agreement`` is of an ensemble's, null before its first answer."""
+
+    agreement: Agreement | None = None
+
+
 class PrefixShown(PrefixManifest):
     """A version, and where this server has it now.
 
@@ -103,6 +120,21 @@ class PrefixShown(PrefixManifest):
         key = key_of(manifest)
         tier = None if key is None else engine.tier(key)
         return cls.model_validate(manifest).model_copy(update={"tier": tier})
+
+
+class PrefixDetails(PrefixShown):
+    """A version by itself, with the agreement of its members."""
+
+    members: list[MemberShown] = []  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, shown: PrefixShown, agreement: Mapping[int, Any]) -> Self:
+        """``shown`` with the ``agreement`` of its members, by their place."""
+        details = cls.model_validate(shown.model_dump())
+        for place, member in enumerate(details.members):
+            if place in agreement:
+                member.agreement = Agreement.model_validate(agreement[place])
+        return details
 
 
 class PrefixList(BaseModel):

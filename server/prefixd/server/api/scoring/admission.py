@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prefixd.server.api.admitted import Admitted, ResolvedPrefix
 from prefixd.server.api.generate.admission import Admission, check_resident, keys_of
-from prefixd.server.api.generate.members import refuse_ensemble
+from prefixd.server.api.generate.ensembles import refuse_ensemble
 from prefixd.server.api.generate.prompts import PromptEncoder, PromptTokens, check_token_ids
 from prefixd.server.api.generate.recipes import Prompts
 from prefixd.server.api.generate.requests import ChatRequest

@@ -38,7 +38,7 @@ async def create_loglikelihood(
         async with service.running(
             request, principal, admit, endpoint=Endpoint.LOGLIKELIHOOD
         ) as running:
-            choices = await scored_choices(running.generation, running.admitted)
+            choices = await scored_choices(running.events, running.admitted)
             answer = {
                 **envelope(running.admitted, "loglikelihood"),
                 "choices": choices,

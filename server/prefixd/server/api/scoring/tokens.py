@@ -9,7 +9,7 @@ from prefixd.server.api.admitted import ResolvedPrefix
 from prefixd.server.api.body import json_body, json_request
 from prefixd.server.api.catalog_calls import CatalogRoute
 from prefixd.server.api.dependencies import Generator, ServedDep
-from prefixd.server.api.generate.members import refuse_ensemble
+from prefixd.server.api.generate.ensembles import refuse_ensemble
 from prefixd.server.api.generate.prompts import PromptTokens, check_token_ids
 from prefixd.server.api.generate.requests import ChatRequest
 from prefixd.server.api.generate.service import GenerationService, service_of
