@@ -166,7 +166,8 @@ def test_full_queue_is_503_with_retry_after(
 def test_full_queue_is_refused_before_tokenizing(
     client: TestClient, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(tenant: str, *, weight: float) -> None:
+    def full(tenant: str, *, weight: float, background: bool) -> None:
+        assert not background
         raise QueueFull(f"full for {tenant} of weight {weight:g}", retry_after=3.2)
 
     def work(*_: object, **__: object) -> None:

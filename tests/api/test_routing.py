@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from tests.api.api_batches import create, line
 from tests.api.api_world import World, error_of, put_text
 
 UNKNOWN = (
@@ -98,6 +99,7 @@ def test_head_is_get_without_a_body_on_every_route(client: TestClient, world: Wo
     client.put("/v1/prefixes/x/aliases/x", json={"version": 1})
     client.put("/v1/users/x/prefix", json={"prefix": "x"})
     client.put("/v1/default/prefix", json={"prefix": "x"})
+    batch = create(client, line("x", {"prompt": "x"}))
     world.add_tenant("acme")
     headers = world.headers("acme:all")
     succeeded = set()
@@ -105,6 +107,8 @@ def test_head_is_get_without_a_body_on_every_route(client: TestClient, world: Wo
     for path in targets | {"/docs", "/openapi.json"}:
         url = re.sub(r"\{version\}", "1", path)
         url = re.sub(r"\{tenant\}", "acme", url)
+        url = re.sub(r"\{file_id\}", batch["input_file_id"], url)
+        url = re.sub(r"\{batch_id\}", batch["id"], url)
         url = re.sub(r"\{[^}]*\}", "x", url)
         got, head = client.get(url, headers=headers), client.head(url, headers=headers)
         assert head.status_code == got.status_code, url

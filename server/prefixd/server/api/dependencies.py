@@ -89,7 +89,7 @@ class KeyBearer(HTTPBearer):
     async def __call__(self, request: Request) -> Principal:  # type: ignore[override]
         """The principal behind the bearer key, else behind that of ``x-api-key``, where Anthropic's
         clients send theirs. Raises NotAuthenticated."""
-        inside: Principal | None = request.scope["state"].get(INSIDE)
+        inside: Principal | None = getattr(request.state, INSIDE, None)
         if inside is not None:
             request.state.principal = inside
             return inside
