@@ -23,6 +23,7 @@ from prefixd.server.tenants.tables import batch_answers, batches
 from prefixd.store.db.database import reading, utc_now, writing
 from tests.api.api_batches import create, ended, line, lines_of, upload
 from tests.api.api_world import World, error_of, fake_text, put_text
+from tests.api.composed import put_soft
 
 Row = dict[str, Any]
 
@@ -150,6 +151,30 @@ def test_lines_that_fail_are_in_the_error_file(client: TestClient) -> None:
     assert bad["response"]["body"]["error"]["code"] == "model_not_found"
     assert bad["response"]["body"]["error"]["request_id"] == bad["response"]["request_id"]
     assert (odd["custom_id"], odd["response"]["status_code"]) == ("odd", 400)
+
+
+def test_lines_compose_prefixes_and_only_votes_are_ensembles_of_them(client: TestClient) -> None:
+    names = ["alice", "bob"]
+    for name, fill in zip(names, (0.25, 0.75), strict=True):
+        put_soft(client, name, fill=fill)
+    composed: dict[str, Row] = {
+        "stack": {"stack": names},
+        "vote": {"ensemble": names, "combine": "vote"},
+        "mean": {"ensemble": names},
+    }
+    lines = [line(name, {"prompt": "x", "prefix": prefix}) for name, prefix in composed.items()]
+    batch = ended(client, create(client, b"".join(lines))["id"])
+    assert batch["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
+    answers = {each["custom_id"]: each for each in lines_of(client, batch["output_file_id"])}
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 4, "temperature": 0}
+    for name in ("stack", "vote"):
+        alone = client.post("/v1/completions", json={**body, "prefix": composed[name]}).json()
+        choices = answers[name]["response"]["body"]["choices"]
+        assert choices[0]["text"] == alone["choices"][0]["text"]
+    (failed,) = lines_of(client, batch["error_file_id"])
+    error = failed["response"]["body"]["error"]
+    assert (failed["custom_id"], error["code"]) == ("mean", "unsupported_ensemble")
+    assert "expected an ensemble with combine 'vote' in a batch" in error["message"]
 
 
 def test_an_invalid_input_fails_with_the_errors_of_its_lines(client: TestClient) -> None:

@@ -140,6 +140,34 @@ def test_a_tie_goes_to_the_first_member(client: TestClient, digests: list[str]) 
     assert texts == [answers["bob"]] * 2 + [other] * 2
 
 
+# -- other shapes ----
+
+
+@pytest.mark.parametrize("combine", ["mean_logprob", "vote"])
+def test_responses_and_messages_are_answered_by_ensembles(
+    client: TestClient, digests: list[str], combine: str
+) -> None:
+    assert digests
+    prefix = {"ensemble": MEMBERS, "combine": combine}
+    turns = [{"role": "user", "content": "hello"}]
+    common = {"model": "tiny", "temperature": 0, "prefix": prefix}
+    chat = client.post(
+        "/v1/chat/completions", json={**common, "messages": turns, "max_tokens": 16}
+    ).json()
+    text = chat["choices"][0]["message"]["content"]
+    body = {**common, "input": "hello", "max_output_tokens": 16}
+    response = client.post("/v1/responses", json=body).json()
+    assert response["output"][0]["content"][0]["text"] == text
+    assert response["usage"]["output_tokens"] == chat["usage"]["completion_tokens"]
+    body = {**common, "messages": turns, "max_tokens": 16}
+    message = client.post("/v1/messages", json=body).json()
+    assert message["content"][0]["text"] == text
+    for path, turn in (("responses", {"input": "hello"}), ("messages", {"messages": turns})):
+        limit = {"max_tokens": 16} if path == "messages" else {}
+        streamed = client.post(f"/v1/{path}", json={**common, **turn, **limit, "stream": True})
+        assert streamed.status_code == (400 if combine == "vote" else 200), streamed.text
+
+
 # -- agreement ----
 
 
