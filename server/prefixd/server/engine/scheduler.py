@@ -375,7 +375,8 @@ class Scheduler:
             if end is None:
                 if chunk.sampling is not None:
                     # The rows of an ensemble get the tokens of the first, unless it has ended.
-                    sampled = output.sampled[sequence.leader.seq_id]
+                    first = chunk.seq_id if chunk.ensemble is None else chunk.ensemble
+                    sampled = output.sampled[first]
                     end = self._new_tokens.take(sequence, chunk, sampled, ends)
                 elif not sequence.request.stop.max_tokens:
                     end = self._new_tokens.end_of_prompt(sequence, chunk)

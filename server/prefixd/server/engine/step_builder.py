@@ -283,13 +283,14 @@ class StepBuilder:
         from place ``upto`` on."""
         start, num_pending = sequence.num_computed, sequence.num_pending
         num_tokens = len(sequence.tokens) + num_pending
-        size = self._size(step, sequence)
+        size = 1 if num_tokens - start == 1 else self._size(step, sequence)
         if upto is not None:
             size = min(size, upto - start)
         request = sequence.request
         sampling, stop = request.sampling, request.stop
         is_last = start + size == num_tokens and stop.max_tokens > 0
-        is_sampled = is_last and sequence.leader is sequence
+        ensemble = sequence.ensemble[0].seq_id if sequence.ensemble else None
+        is_sampled = is_last and (ensemble is None or ensemble == sequence.seq_id)
         is_drawn = is_sampled and sampling.temperature > 0
         num_output = num_tokens - sequence.num_prompt
         step.chunks.append(
@@ -313,7 +314,7 @@ class StepBuilder:
                 ),
                 gated=sequence.gated,
                 source=self._encode(step, sequence) if request.source else None,
-                ensemble=sequence.leader.seq_id if sequence.ensemble else None,
+                ensemble=ensemble,
             )
         )
         if sequence.next_target is not None:
