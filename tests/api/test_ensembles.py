@@ -1,5 +1,6 @@
 """Ensembles over HTTP: one answer from the predictions, or the answers, of several prefixes."""
 
+import json
 from typing import Any
 
 import pytest
@@ -61,6 +62,21 @@ def test_an_ensemble_is_charged_as_its_rows(client: TestClient, digests: list[st
     for composed in (MEAN, VOTE):
         usage = complete(client, composed, kv_reuse=False).json()["usage"]
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (prompt, count)
+
+
+def test_the_counts_so_far_in_a_stream_are_of_all_rows(
+    client: TestClient, digests: list[str]
+) -> None:
+    assert digests
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "prefix": MEAN}
+    answer = client.post(
+        "/v1/completions", json={**body, "stream": True, "stream_options": options}
+    )
+    chunks = [json.loads(line[6:]) for line in answer.text.split("\n\n") if line[6:7] == "{"]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == [3, 6, 9, 12, 15, 18, 18]
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {3 * len(PROMPT)}
 
 
 def test_streams_several_prompts_and_n_answers_of_an_ensemble(

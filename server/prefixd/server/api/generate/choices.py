@@ -63,6 +63,7 @@ class ChoicesAnswer:
             head=admitted.head,
             wants_usage=body.wants_usage,
             prompt_tokens=admitted.choice_lengths if body.wants_each_usage else (),
+            num_rows=admitted.num_rows,
         )
         openings = encoder.openings(admitted.num_choices)
         async for batch in self.events:

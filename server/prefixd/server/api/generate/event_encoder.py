@@ -24,7 +24,8 @@ class EventEncoder:
     """Encodes the events of one stream; ``envelope`` holds the fields other than the choices,
     ``head`` more of them for the first event.
 
-    ``prompt_tokens``, the number for each choice, asks for the counts so far in each event.
+    ``prompt_tokens``, the number for each choice, asks for the counts so far in each event; each
+    token of the output counts for ``num_rows``.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class EventEncoder:
         head: dict[str, Any] | None = None,
         wants_usage: bool,
         prompt_tokens: Sequence[int] = (),
+        num_rows: int = 1,
     ) -> None:
         self._formatter = formatter
         self._envelope = envelope
         self._prompt_tokens = prompt_tokens
+        self._num_rows = num_rows
         self._shows_ids = formatter.options.token_ids
         self._before = self._opened(envelope)
         self._after = (b'],"usage":null}' if wants_usage else b"]}") + b"\n\n"
@@ -132,7 +135,7 @@ class EventEncoder:
         return before + to_json(entry) + after
 
     def _usage_so_far(self, choice: int) -> dict[str, int]:
-        prompt, completion = self._prompt_tokens[choice], self._counts[choice]
+        prompt, completion = self._prompt_tokens[choice], self._num_rows * self._counts[choice]
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

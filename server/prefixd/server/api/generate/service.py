@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,7 +117,8 @@ class GenerationService:
             await contexts.enter_async_context(while_connected(request.receive))
             events: AsyncIterable[Batch] = generation
             if admitted.num_members > 1:
-                events = voted(generation, admitted, recorder.record)
+                votes = voted(generation, admitted, recorder.record)
+                events = await contexts.enter_async_context(aclosing(votes))
             yield Running(events, recorder.record, admitted, _headers(admitted, recorder))
 
     async def _admit(
