@@ -9,6 +9,7 @@ import argparse
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,17 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="prefixes to train (default: all)")
     parser.add_argument("--out", type=Path, default=EXAMPLES, help="folder to write into")
     parser.add_argument("--steps", type=int, help="override the table's steps (for a quick test)")
+    parser.add_argument("--seed", type=int, help="override the table's seed")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - {task.name for task in TRAINED}:
         parser.error(f"unknown prefixes: {', '.join(sorted(unknown))}")
     for task in TRAINED:
         if not arguments.names or task.name in arguments.names:
+            seed = task.seed if arguments.seed is None else arguments.seed
+            seeded = replace(task, seed=seed)
             # Loaded again for each prefix: PEFT changes the model it wraps.
-            model = train(load_base(), task, steps=arguments.steps or task.steps)
-            save(model, task, arguments.out / task.name)
+            model = train(load_base(), seeded, steps=arguments.steps or task.steps)
+            save(model, seeded, arguments.out / task.name)
 
 
 def train(base: Base, task: Task, *, steps: int) -> Any:
