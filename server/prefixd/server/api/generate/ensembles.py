@@ -141,7 +141,7 @@ def _param(prefix: ResolvedPrefix) -> str:
 def _fused(rows: Sequence[AdmittedRequest]) -> AdmittedRequest:
     first, *others = rows
     members = tuple(Member(row.prompt, row.prefix, row.inputs) for row in others)
-    return replace(first, members=members, constraint=first.constraint)
+    return replace(first, members=members)
 
 
 def _limited(
