@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from sqlalchemy import select, update
 
 from prefixd.server.api.batch_options import BatchOptions
 from prefixd.server.api.batches import line_request
+from prefixd.server.api.batches.lines import parse_line
 from prefixd.server.engine.request import AdmittedRequest
 from prefixd.server.tenants.batch_records import LineAnswer
 from prefixd.server.tenants.batches import LeaseLost, NewBatch
@@ -191,6 +193,38 @@ def test_an_invalid_input_fails_with_the_errors_of_its_lines(client: TestClient)
         (5, "invalid_method", "method"),
     ]
     assert (batch["output_file_id"], batch["error_file_id"]) == (None, None)
+
+
+def test_a_field_with_half_a_surrogate_pair_is_named_in_the_errors(client: TestClient) -> None:
+    """No text of Unicode has one, so no response could be written with it."""
+    lines = line("a", {"prompt": "x"}, **{"\ud800": 1})
+    batch = ended(client, create(client, lines)["id"])
+    (error,) = batch["errors"]["data"]
+    assert (error["code"], error["param"]) == ("unknown_field", "\\ud800")
+    assert client.get("/v1/batches").json()["data"] == [batch]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"prompt":"ééé中"}', '{"prompt":[1,2,3,4]}', r'{"prompt":"\ud800"}']
+)
+def test_a_body_is_no_longer_than_in_its_line(text: str) -> None:
+    """The limit of a body applies to the line."""
+    fields = '"custom_id":"a","method":"POST","url":"/v1/completions"'
+    raw = f'{{{fields},"body":{text}}}'.encode()
+    parsed = parse_line(1, raw, endpoint="/v1/completions")
+    assert len(parsed.body) <= len(text.encode())
+    assert json.loads(parsed.body) == json.loads(text)
+
+
+def test_a_line_that_became_too_long_gets_the_answer_of_the_route(world: World) -> None:
+    """The limit was lowered after the input was validated."""
+    created = half_done(world, idle(world))
+    world.body_limits = replace(world.body_limits, max_body_bytes=40)
+    with serving(world) as client:
+        batch = ended(client, created)
+        answers = lines_of(client, batch["error_file_id"])
+    assert batch["request_counts"] == {"total": 3, "completed": 1, "failed": 2}
+    assert [answer["response"]["status_code"] for answer in answers] == [413, 413]
 
 
 def test_an_input_with_more_lines_than_the_tenant_may_have_fails(

@@ -34,7 +34,7 @@ _NOT_RUN = {
 @dataclass(frozen=True, slots=True)
 class Assembly:
     """Writes the output and the error file of a batch, in the order of its input, and ends it.
-    Blocking. ``folder`` must exist; ``max_bytes`` is the longest line."""
+    Blocking. ``folder`` must exist; ``max_bytes`` is the longest line that is valid."""
 
     batches: Batches
     store: PrefixStore
@@ -107,8 +107,8 @@ class Assembly:
         except LOST_INPUT:
             return
         with path.open("rb") as file:
-            for number, raw in numbered(file, max_bytes=self.max_bytes):
-                line = parse_line(number, raw, endpoint=batch.endpoint, max_bytes=self.max_bytes)
+            for number, raw in numbered(file):
+                line = parse_line(number, raw, endpoint=batch.endpoint)
                 yield number, unanswered(batch.id, number, line.custom_id, error=error)
 
 

@@ -134,10 +134,11 @@ class LineRunner:
             self.stop(Stop.LOST)
 
     def _lines(self, file: BinaryIO, done: set[int]) -> Iterator[InputLine]:
-        max_bytes, endpoint = self._parts.assembly.max_bytes, self.batch.endpoint
-        for number, raw in numbered(file, max_bytes=max_bytes):
+        # The server that validated the input may have had another limit of a line: a longer one
+        # gets the answer of the route.
+        for number, raw in numbered(file):
             if number not in done:
-                yield parse_line(number, raw, endpoint=endpoint, max_bytes=max_bytes)
+                yield parse_line(number, raw, endpoint=self.batch.endpoint)
 
     async def _start_all(self, lines: Iterator[InputLine]) -> None:
         while self.stopping is None:

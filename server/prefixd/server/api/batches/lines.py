@@ -38,24 +38,26 @@ class InputLine:
     body: bytes
 
 
-def numbered(file: BinaryIO, *, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+def numbered(file: BinaryIO, *, max_bytes: int | None = None) -> Iterator[tuple[int, bytes]]:
     """The lines with something on them, with their numbers from 1; of one that is longer than
     ``max_bytes``, one byte more than that."""
-    number = 0
-    while raw := file.readline(max_bytes + 1):
+    number, most = 0, -1 if max_bytes is None else max_bytes + 1
+    while raw := file.readline(most):
         number += 1
         last = raw
         while not last.endswith(b"\n"):
-            last = file.readline(max_bytes + 1)
+            last = file.readline(most)
             if not last:
                 break
         if raw.strip():
             yield number, raw
 
 
-def parse_line(number: int, raw: bytes, *, endpoint: str, max_bytes: int) -> InputLine:
+def parse_line(
+    number: int, raw: bytes, *, endpoint: str, max_bytes: int | None = None
+) -> InputLine:
     """The request of a line. Raises LineRefused."""
-    if len(raw) > max_bytes:
+    if max_bytes is not None and len(raw) > max_bytes:
         raise LineRefused("line_too_long", f"expected a line of at most {max_bytes} bytes")
     request = _object(raw)
     for name in request:
@@ -63,7 +65,7 @@ def parse_line(number: int, raw: bytes, *, endpoint: str, max_bytes: int) -> Inp
             raise LineRefused(
                 "unknown_field",
                 f"expected the fields {', '.join(_FIELDS)}; received {name[:_SHOWN]!a}",
-                name[:_SHOWN],
+                name[:_SHOWN].encode("utf-8", "backslashreplace").decode(),
             )
     for name in _FIELDS:
         if name not in request:
@@ -91,7 +93,15 @@ def parse_line(number: int, raw: bytes, *, endpoint: str, max_bytes: int) -> Inp
         raise LineRefused(
             "invalid_body", "expected no 'stream': a batch has whole answers", "body.stream"
         )
-    return InputLine(number, custom_id, json.dumps(body).encode())
+    return InputLine(number, custom_id, _encoded(body))
+
+
+def _encoded(body: dict[str, Any]) -> bytes:
+    """No longer than it is in the line, where the limit of a body was applied."""
+    try:
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which the route refuses
+        return json.dumps(body, separators=(",", ":")).encode()
 
 
 def _object(raw: bytes) -> dict[str, Any]:
