@@ -197,7 +197,8 @@ def test_an_invalid_input_fails_with_the_errors_of_its_lines(client: TestClient)
 
 def test_a_field_with_half_a_surrogate_pair_is_named_in_the_errors(client: TestClient) -> None:
     """No text of Unicode has one, so no response could be written with it."""
-    lines = line("a", {"prompt": "x"}, **{"\ud800": 1})
+    unknown: Row = {"\ud800": 1}
+    lines = line("a", {"prompt": "x"}, **unknown)
     batch = ended(client, create(client, lines)["id"])
     (error,) = batch["errors"]["data"]
     assert (error["code"], error["param"]) == ("unknown_field", "\\ud800")

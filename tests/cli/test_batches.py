@@ -61,6 +61,14 @@ def test_run_writes_the_answers_in_the_order_of_the_file(shell: Shell, folder: P
     assert "exists" in shell("batch", "run", file, code=1).stderr
 
 
+def test_a_line_that_is_not_unicode_goes_to_the_server_as_it_is(shell: Shell, folder: Path) -> None:
+    """Half of a surrogate pair; the server says what is wrong with it."""
+    file = folder / "in.jsonl"
+    file.write_bytes(line("a", {"prompt": "x"}) + line("b", {"prompt": "\ud800"}))
+    batch = shell.json("batch", "run", file, "--model", "tiny", "--out", "o.jsonl", code=1)
+    assert batch["request_counts"] == {"total": 2, "completed": 1, "failed": 1}
+
+
 def test_lines_without_a_model_get_that_of_the_option(shell: Shell, folder: Path) -> None:
     file = folder / "asks.jsonl"
     bodies = [{"prompt": "x", "max_tokens": 1}, {"prompt": "x", "model": "none"}]

@@ -239,9 +239,9 @@ def _named(raw: bytes, model: str) -> bytes:
     try:
         request = json.loads(raw)
         request["body"].setdefault("model", model)
+        return json.dumps(request, ensure_ascii=False).encode() + b"\n"
     except (ValueError, TypeError, KeyError, AttributeError):
         return raw
-    return json.dumps(request, ensure_ascii=False).encode() + b"\n"
 
 
 def _print(batch: Batch) -> None:
