@@ -33,6 +33,7 @@ from tests.golden.golden_harness import (
     prompts,
     tiny_model,
 )
+from tests.golden.test_golden_constrained import Thirds, allowed_after
 from tests.golden.test_golden_mixed import evict_everything, preempt_often
 
 pytestmark = [
@@ -54,13 +55,13 @@ class Ensemble:
     handles: list[PrefixHandle | None]
 
     def start(
-        self, served: Served, prompt: list[int], sampling: SamplingParams = GREEDY
+        self, served: Served, prompt: list[int], sampling: SamplingParams = GREEDY, **more: Any
     ) -> Callable[[], list[int]]:
         """Submit the ensemble; the third member has another prompt."""
         first, *others = zip(self.handles, self.prompts(prompt), strict=True)
         members = tuple(Member(tuple(own), handle) for handle, own in others)
         return served.start(
-            prompt, first[0], count=COUNT, sampling=sampling, members=members, tenant="t"
+            prompt, first[0], count=COUNT, sampling=sampling, members=members, tenant="t", **more
         )
 
     def prompts(self, prompt: list[int]) -> list[list[int]]:
@@ -76,7 +77,12 @@ class Ensemble:
             for model, own in zip(self.models, self.prompts(prompt), strict=True)
         )
 
-    def expected(self, prompt: list[int], sampling: SamplingParams = GREEDY) -> list[int]:
+    def expected(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams = GREEDY,
+        allowed: Callable[[tuple[int, ...]], range] | None = None,
+    ) -> list[int]:
         output: list[int] = []
         for index in range(COUNT):
             rows = [
@@ -84,6 +90,10 @@ class Ensemble:
                 for model, own in zip(self.models, self.prompts(prompt), strict=True)
             ]
             combined = torch.stack(rows).mean(0).log_softmax(-1)
+            if allowed is not None:
+                ids = torch.tensor(list(allowed(tuple(output))), device=combined.device)
+                kept = torch.full_like(combined, float("-inf"))
+                combined = kept.index_copy(0, ids, combined[ids])
             output.append(chosen(combined, [*prompt, *output], sampling, index))
         return output
 
@@ -153,6 +163,22 @@ def test_an_ensemble_gives_the_tokens_of_the_averaged_predictions(
     for wait in plain:
         wait()
     assert served.stats().preemptions > 0 or not tight
+
+
+@pytest.mark.parametrize("kernels", ["auto", "paged"])
+def test_a_constraint_applies_to_what_all_members_predict(
+    kernels: str, made: Callable[[Served, Any], Ensemble], serving: Callable[..., Served]
+) -> None:
+    model = tiny_model("llama")
+    served = serving(model, kernels=kernels)
+    ensemble = made(served, model)
+    asked = prompts(3, seed=12)
+    with served.held():
+        waits = [ensemble.start(served, prompt, constraint=Thirds()) for prompt in asked]
+        free = [ensemble.start(served, prompt) for prompt in asked]
+    expected = [ensemble.expected(prompt, allowed=allowed_after) for prompt in asked]
+    assert [wait() for wait in waits] == expected
+    assert [wait() for wait in free] == [ensemble.expected(prompt) for prompt in asked]
 
 
 @pytest.mark.parametrize("kernels", ["auto", "paged"])
