@@ -1,6 +1,7 @@
 """Stacks, blends and ensembles on the command line: push, pull, diff and rollback."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,23 @@ def test_a_pulled_composition_is_the_same_version_when_pushed(
     assert [member["reference"] for member in shown["members"]] == list(
         next(iter(written.values()))
     )
+
+
+@pytest.mark.usefixtures("members")
+def test_show_lists_the_members_with_weights_and_agreement(shell: Shell) -> None:
+    for kind, (options, _) in COMPOSED.items():
+        shell("prefix", "push", f"of-{kind}", *options)
+    assert "alice@1 (0.25), bob@1 (0.75)" in shell("prefix", "show", "of-blend").output
+    assert "company@1, alice@1" in shell("prefix", "show", "of-stack").output
+    assert "alice@1, bob@1, company@1" in shell("prefix", "show", "of-ensemble").output
+    shell.client.complete("hello", model="of-ensemble", max_tokens=3)
+    agreed = "alice@1 (agreed 1 of 1)"  # the vote of different answers goes to the first
+    for _ in range(400):  # it is counted in the background
+        shown = shell("prefix", "show", "of-ensemble").output
+        if agreed in shown:
+            break
+        threading.Event().wait(0.05)
+    assert agreed in shown
 
 
 @pytest.mark.usefixtures("members")

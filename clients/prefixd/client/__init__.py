@@ -13,6 +13,7 @@ from prefixd.client.scores import Loglikelihood, ScoredChoice
 from prefixd.client.sync import Client, Stream
 from prefixd.client.transport import RetryPolicy
 from prefixd.client.types import (
+    Agreement,
     AuditEntry,
     AuditPage,
     Batch,
@@ -45,6 +46,7 @@ from prefixd.client.types import (
 from prefixd.client.wire import Progress
 
 __all__ = [
+    "Agreement",
     "ApiError",
     "AsyncClient",
     "AsyncStream",

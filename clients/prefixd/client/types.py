@@ -33,6 +33,7 @@ from prefixd.client.types_generation import (
 )
 from prefixd.client.types_prefixes import (
     RECIPE_FIELDS,
+    Agreement,
     Binding,
     BindingPage,
     DefaultPrefix,
@@ -55,6 +56,7 @@ from prefixd.client.types_prefixes import (
 
 __all__ = [
     "RECIPE_FIELDS",
+    "Agreement",
     "AuditEntry",
     "AuditPage",
     "Batch",

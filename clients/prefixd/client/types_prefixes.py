@@ -21,12 +21,22 @@ class PrefixVersion(ResponseModel):
         return f"{self.name}@{self.version}"
 
 
+class Agreement(ResponseModel):
+    """How often a member of an ensemble agreed with its answers: of ``compared`` tokens where
+    predictions are averaged, of ``compared`` answers where members vote."""
+
+    agreed: int
+    compared: int
+
+
 class Member(ResponseModel):
-    """A version that a stack, a blend or an ensemble is made of; ``weight`` is of a blend's."""
+    """A version that a stack, a blend or an ensemble is made of; ``weight`` is of a blend's,
+    ``agreement`` of an ensemble's, once it has answered."""
 
     reference: str
     digest: str | None = None
     weight: float | None = None
+    agreement: Agreement | None = None
 
 
 class PrefixUsed(ResponseModel):

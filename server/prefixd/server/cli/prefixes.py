@@ -12,7 +12,7 @@ from prefixd.client.convert.sources import Source, read_source
 from prefixd.client.errors import FormatError
 from prefixd.client.folders import CompositionContent, TextContent, decode_text
 from prefixd.client.sync import Client
-from prefixd.client.types import Prefix
+from prefixd.client.types import Member, Prefix
 from prefixd.server.cli.aliases import (
     NameArgument,
     ReferenceArgument,
@@ -250,12 +250,20 @@ def show(client: Client, *, reference: ReferenceArgument, as_json: JsonFlag = Fa
     if as_json:
         print_json(prefix)
         return
+    written = {"labels": _label_text(prefix), "members": tuple(map(_member_text, prefix.members))}
     print_fields(
         {
             name: ", ".join(value) if isinstance(value, tuple) else value
-            for name, value in (as_dict(prefix) | {"labels": _label_text(prefix)}).items()
+            for name, value in (as_dict(prefix) | written).items()
         }
     )
+
+
+def _member_text(member: Member) -> str:
+    agreement, weight = member.agreement, member.weight
+    if agreement is not None:
+        return f"{member.reference} (agreed {agreement.agreed} of {agreement.compared})"
+    return member.reference if weight is None else f"{member.reference} ({weight:g})"
 
 
 def _label_text(prefix: Prefix) -> str:
