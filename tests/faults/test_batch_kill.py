@@ -12,7 +12,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 SEED = os.environ.get("PREFIXD_KILL_SEED") or secrets.token_hex(4)
-KILLS = int(os.environ.get("PREFIXD_BATCH_KILLS", "30"))
+KILLS = 30
 
 
 def test_no_line_is_lost_or_answered_twice(tmp_path: Path) -> None:
