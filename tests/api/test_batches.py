@@ -15,7 +15,7 @@ from sqlalchemy import select, update
 
 from prefixd.server.api.batch_options import BatchOptions
 from prefixd.server.api.batches import line_request
-from prefixd.server.api.batches.lines import parse_line
+from prefixd.server.api.batches.lines import LineRefused, parse_line
 from prefixd.server.engine.request import AdmittedRequest
 from prefixd.server.tenants.batch_records import LineAnswer
 from prefixd.server.tenants.batches import LeaseLost, NewBatch
@@ -195,6 +195,20 @@ def test_an_invalid_input_fails_with_the_errors_of_its_lines(client: TestClient)
     assert (batch["output_file_id"], batch["error_file_id"]) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b'{"custom_id": ', "what was received is not, or ends too early at column 15"),
+        (b'{"custom_id": ' + b"1" * 5000 + b"}", "expected integers of fewer digits"),
+    ],
+)
+def test_errors_of_a_line_have_no_sentences_of_the_parser(raw: bytes, said: str) -> None:
+    """Which name a line 1 and functions of Python."""
+    with pytest.raises(LineRefused, match=said) as refused:
+        parse_line(7, raw, endpoint="/v1/completions")
+    assert refused.value.code == "invalid_json_line"
+
+
 def test_a_field_with_half_a_surrogate_pair_is_named_in_the_errors(client: TestClient) -> None:
     """No text of Unicode has one, so no response could be written with it."""
     unknown: Row = {"\ud800": 1}
@@ -368,7 +382,7 @@ def test_a_server_that_stops_releases_its_batches(world: World) -> None:
         ({"endpoint": "/v1/embeddings"}, 400, "invalid_request", "endpoint"),
         ({"completion_window": "25"}, 400, "invalid_request", "completion_window"),
         ({"completion_window": "15d"}, 400, "invalid_request", "completion_window"),
-        ({"input_file_id": "file-" + "0" * 32}, 404, "file_not_found", None),
+        ({"input_file_id": "file-" + "0" * 32}, 404, "file_not_found", "input_file_id"),
         ({"input_file_id": "x"}, 400, "invalid_request", "input_file_id"),
         ({"metadata": {"k": "v" * 513}}, 400, "invalid_request", "metadata.k"),
         ({"stream": True}, 400, "unknown_field", "stream"),

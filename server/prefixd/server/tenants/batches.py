@@ -37,7 +37,8 @@ from prefixd.server.tenants.shared_clock import shared_now
 from prefixd.server.tenants.tables import batch_answers, batches
 from prefixd.server.tenants.usage import check_quota
 from prefixd.store.db.database import reading, utc_now, writing
-from prefixd.store.file_store import FileStore, Purpose, WrittenBlob, find
+from prefixd.store.errors import UnknownFile
+from prefixd.store.file_store import FileRecord, FileStore, Purpose, WrittenBlob, find
 
 LEASE_S = 60.0
 """How long a batch is held after its lease was last renewed, in seconds."""
@@ -94,7 +95,7 @@ class Batches:
         at_end: Callable[[Connection, BatchRecord], object] = lambda *_: None,
     ) -> BatchRecord:
         """Add a batch of the actor's tenant and key. ``at_end`` runs in its transaction. Raises
-        UnknownFile, BadRequest for a file that is no input, QuotaExceeded."""
+        NotFound, BadRequest for a file that is no input, QuotaExceeded."""
         assert actor.tenant is not None
         assert actor.key_id is not None
         now = self._now()
@@ -112,8 +113,7 @@ class Batches:
             expires_at=now + new.window,
         )
         with writing(self._engine) as connection:
-            # Locked: a file in use cannot be deleted.
-            file = find(connection, new.input_file_id, tenant=actor.tenant, locked=True)
+            file = _input(connection, new.input_file_id, tenant=actor.tenant)
             if file.purpose != Purpose.BATCH:
                 raise BadRequest(
                     f"expected a file with the purpose '{Purpose.BATCH}'; {file.id} has the "
@@ -399,6 +399,14 @@ class Batches:
 
     def _at(self) -> ColumnElement[float]:
         return shared_now(self._engine, self._lease_now)
+
+
+def _input(connection: Connection, file_id: str, *, tenant: str) -> FileRecord:
+    """The file of a new batch, locked: one in use cannot be deleted."""
+    try:
+        return find(connection, file_id, tenant=tenant, locked=True)
+    except UnknownFile as error:
+        raise NotFound(error.message, code="file_not_found", param="input_file_id") from None
 
 
 def _find(

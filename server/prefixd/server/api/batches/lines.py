@@ -112,8 +112,14 @@ def _object(raw: bytes) -> dict[str, Any]:
         raise LineRefused("invalid_json_line", error.message) from None
     except UnicodeDecodeError:
         raise LineRefused("invalid_json_line", "expected UTF-8; received another text") from None
-    except (ValueError, RecursionError) as error:
-        raise LineRefused("invalid_json_line", f"expected one JSON object: {error}") from None
+    except json.JSONDecodeError as error:
+        raise LineRefused(
+            "invalid_json_line",
+            "expected one JSON object; what was received is not, or ends too early at column "
+            f"{error.colno}",
+        ) from None
+    except ValueError:  # of Python's limit for the digits of a number
+        raise LineRefused("invalid_json_line", "expected integers of fewer digits") from None
     if not isinstance(value, dict):
         raise LineRefused("invalid_json_line", f"expected an object; received {_shown(value)}")
     return value
