@@ -1,13 +1,16 @@
 """/v1/batches: from an input of lines to the files with their answers."""
 
+import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 from fastapi.testclient import TestClient
@@ -15,6 +18,7 @@ from sqlalchemy import select, update
 
 from prefixd.server.api.batch_options import BatchOptions
 from prefixd.server.api.batches import line_request
+from prefixd.server.api.batches.line_runner import LineRunner, Stop
 from prefixd.server.api.batches.lines import LineRefused, parse_line
 from prefixd.server.engine.request import AdmittedRequest
 from prefixd.server.tenants.batch_records import LineAnswer
@@ -283,6 +287,32 @@ def test_a_batch_is_cancelled_while_its_lines_run(client: TestClient, world: Wor
     assert [error["response"] for error in errors] == [None] * 8
     refused = client.post(f"/v1/batches/{created['id']}/cancel")
     assert (refused.status_code, error_of(refused)["code"]) == (409, "batch_ended")
+
+
+def test_a_line_that_is_stopped_before_it_runs_gives_back_its_slot(
+    world: World, tmp_path: Path
+) -> None:
+    """The batch was cancelled between its slot and its first step."""
+    batch = world.batches.get(create(idle(world), content(1))["id"], tenant="acme")
+    slots = StoppingSlots(1)
+    parts: Any = SimpleNamespace(metrics=world.metrics)
+    runner = LineRunner(batch, parts, slots=slots)
+    slots.on_acquired = partial(runner.stop, Stop.CANCELLED)
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(content(1))
+    asyncio.run(runner.run(path, done=set(), seconds=60.0))
+    assert not slots.locked()
+
+
+class StoppingSlots(asyncio.Semaphore):
+    """Calls ``on_acquired`` as soon as a slot is taken, before its taker goes on."""
+
+    on_acquired: Callable[[], object]
+
+    async def acquire(self) -> Literal[True]:
+        acquired = await super().acquire()
+        asyncio.get_running_loop().call_soon(self.on_acquired)
+        return acquired
 
 
 def half_done(world: World, client: TestClient, **changes: Any) -> str:

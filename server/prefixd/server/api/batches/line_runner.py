@@ -185,6 +185,7 @@ class LineRunner:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
+        self._slots.release()  # here, since a task may be cancelled before its first step
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a line of a batch was lost; it runs again", exc_info=error)
         self._changed.set()
@@ -198,8 +199,6 @@ class LineRunner:
             except BaseException:
                 self._again.append(line)
                 raise
-            finally:
-                self._slots.release()
         if response is None:
             return
         if response.retry_after is not None:
