@@ -17,11 +17,12 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select, update
 
 from prefixd.server.api.batch_options import BatchOptions
-from prefixd.server.api.batches import line_request
+from prefixd.server.api.batches import line_request, worker
+from prefixd.server.api.batches.assembly import Assembly
 from prefixd.server.api.batches.line_runner import LineRunner, Stop
 from prefixd.server.api.batches.lines import LineRefused, parse_line
 from prefixd.server.engine.request import AdmittedRequest
-from prefixd.server.tenants.batch_records import LineAnswer
+from prefixd.server.tenants.batch_records import BatchRecord, LineAnswer
 from prefixd.server.tenants.batches import LeaseLost, NewBatch
 from prefixd.server.tenants.principal import Actor
 from prefixd.server.tenants.retention import Expired, remove_expired
@@ -287,6 +288,31 @@ def test_a_batch_is_cancelled_while_its_lines_run(client: TestClient, world: Wor
     assert [error["response"] for error in errors] == [None] * 8
     refused = client.post(f"/v1/batches/{created['id']}/cancel")
     assert (refused.status_code, error_of(refused)["code"]) == (409, "batch_ended")
+
+
+def test_a_batch_that_fails_on_a_server_waits_for_its_next_poll(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another one runs: then it is released, and may be taken again."""
+    tried: list[str] = []
+
+    def broken(_self: Assembly, batch: BatchRecord) -> Path:
+        tried.append(batch.id)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(worker, "_POLL_S", 3600.0)
+    world.runner.gate.clear()
+    with serving(world) as client:
+        create(client, content(1))
+        assert world.runner.entered.wait(30)
+        monkeypatch.setattr(Assembly, "input_of", broken)
+        created = create(client, content(1))["id"]
+        while not tried:
+            pass
+        for _ in range(50):
+            assert client.get(f"/v1/batches/{created}").json()["status"] == "validating"
+        assert len(tried) <= 2, "what was running, and the new batch, each wake the worker once"
+        world.runner.gate.set()
 
 
 def test_a_line_that_is_stopped_before_it_runs_gives_back_its_slot(

@@ -121,6 +121,7 @@ class BatchWorker:
         del self._running[batch_id]
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a batch failed on this server", batch=batch_id, exc_info=error)
+            return  # the next poll tries again, and not at once
         self._woken.set()
 
     async def _release_all(self) -> None:
