@@ -109,7 +109,7 @@ def test_deleted_members_are_named_by_uses_the_check_and_pins(full: Home) -> Non
     changes.delete(full.store, tenant="acme", name="a")
     assert full.store.pinned(fingerprint=BASE.fingerprint) == ()
     for one in (manifest, outer.manifest):
-        with pytest.raises(MemberDeleted, match=r"of its members, a@1 no longer exist"):
+        with pytest.raises(MemberDeleted, match=r"members of it were deleted \(a@1\)"):
             full.store.present_members(one)
     with pytest.raises(MemberDeleted):
         save(full, "more", Kind.ENSEMBLE, [("mix", None), ("t", None)], combine=Combine.VOTE)
@@ -117,6 +117,17 @@ def test_deleted_members_are_named_by_uses_the_check_and_pins(full: Home) -> Non
     findings = [(one.problem, one.subject) for one in check.findings()]
     missing = Problem.TARGET_MISSING
     assert sorted(findings) == [(missing, "mix@1"), (missing, "outer@1")]
+
+
+def test_all_deleted_members_are_named_also_those_of_members(full: Home) -> None:
+    save(full, "one", Kind.STACK, [("a", None)])
+    save(full, "two", Kind.STACK, [("b", None)])
+    members = [("one", None), ("two", None), ("t", None)]
+    outer = save(full, "outer", Kind.ENSEMBLE, members, combine=Combine.VOTE).manifest
+    for name in ("a", "b", "t"):
+        changes.delete(full.store, tenant="acme", name=name)
+    with pytest.raises(MemberDeleted, match=r"\(a@1, b@1, t@1\)"):
+        full.store.present_members(outer)
 
 
 def test_a_pin_of_a_composition_with_a_corrupt_member_is_not_listed(full: Home) -> None:

@@ -273,8 +273,22 @@ def members_of(
 def present_members(
     connection: Connection, tenant: str, members: Sequence[Member]
 ) -> tuple[Manifest, ...]:
-    """The versions that a composition is made of, in order. Raises MemberDeleted for those that
-    are gone, and also for those of members that are compositions."""
+    """The versions that a composition is made of, in order. Raises MemberDeleted, which names all
+    that are gone, also those of members that are compositions."""
+    present, deleted = _members(connection, tenant, members)
+    if deleted:
+        names = ", ".join(dict.fromkeys(deleted))
+        raise MemberDeleted(
+            f"the prefix cannot be used: members of it were deleted ({names}); save it again with "
+            "others"
+        )
+    return tuple(present)
+
+
+def _members(
+    connection: Connection, tenant: str, members: Sequence[Member]
+) -> tuple[list[Manifest], list[str]]:
+    """The versions of members, and the references of those that are gone, at any depth."""
     present: list[Manifest] = []
     deleted: list[str] = []
     for member in members:
@@ -283,15 +297,9 @@ def present_members(
         except UnknownPrefix:
             deleted.append(member.reference)
             continue
-        present_members(connection, tenant, version.members)
         present.append(version)
-    if deleted:
-        names = ", ".join(dict.fromkeys(deleted))
-        raise MemberDeleted(
-            f"the prefix cannot be used: of its members, {names} no longer exist; save it again "
-            "with others"
-        )
-    return tuple(present)
+        deleted += _members(connection, tenant, version.members)[1]
+    return present, deleted
 
 
 def unknown(reference: Reference) -> str:
