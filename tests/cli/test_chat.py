@@ -183,6 +183,19 @@ def test_compared_models_answer_at_the_same_time_until_ctrl_c(
     assert server.hung_up.wait(30)
 
 
+def test_an_answer_that_members_vote_on_comes_whole(terminal: Terminal, server: Loopback) -> None:
+    refusal = {"message": "no stream", "code": "unsupported_ensemble", "param": "stream"}
+    server.reply({"error": refusal}, status=400)
+    choice = {"index": 0, "message": {"content": "Ahoy"}, "finish_reason": "stop"}
+    server.reply({"id": "x", "model": "bob", "choices": [choice], "warnings": ["[odd]"]})
+    server.stream(answer_of("Aye"))
+    terminal.type("Hi", "Again")
+    assert "Ahoy" in terminal.shown
+    assert "[odd]" in terminal.shown
+    assert "no stream" not in terminal.shown
+    assert sent(server)[-1] == ("bob", ["Be kind.", "Hi", "Ahoy", "Again"])
+
+
 @pytest.mark.parametrize(
     ("status", "message"), [(404, "no prefix [nope]"), (401, "the key\nis revoked"), (503, "full")]
 )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefixd.client.aio import AsyncClient
-from prefixd.client.errors import ClientError, NotFoundError
+from prefixd.client.errors import BadRequestError, ClientError, NotFoundError
 from prefixd.client.protocol import Message, Sampling
 from prefixd.client.types import CompletionChunk, PrefixUsed, Recipe
 
@@ -64,8 +64,8 @@ class Conversation:
         answer: Answer,
         on_chunk: Callable[[CompletionChunk], None] = _ignore,
     ) -> None:
-        """Stream the answer of ``answer.model`` into ``answer``. A cancellation closes the
-        connection, and so ends the generation.
+        """Stream the answer of ``answer.model`` into ``answer``; one that members of an ensemble
+        vote on comes whole. A cancellation closes the connection, and so ends the generation.
 
         A model that takes a text gets each question by itself, without the earlier turns.
         """
@@ -76,17 +76,60 @@ class Conversation:
             if self.user is not None:
                 sampling["user"] = self.user
             sent = self.messages(question, with_turns=recipe.takes != "text")
-            stream = client.stream_chat(sent, model=answer.model, **sampling)
-            async with stream:
-                answer.prefix = stream.prefix
-                async for chunk in stream:
-                    answer.text += chunk.text
-                    answer.reasoning += chunk.reasoning_content or ""
-                    answer.finish_reason = chunk.finish_reason or answer.finish_reason
-                    on_chunk(chunk)
-            answer.warnings = stream.warnings
+            try:
+                await _stream(client, sent, answer, sampling, on_chunk)
+            except BadRequestError as error:
+                if not _has_no_stream(error):
+                    raise
+                await _wait(client, sent, answer, sampling, on_chunk)
         except ClientError as error:
             answer.error = error
+
+
+async def _stream(
+    client: AsyncClient,
+    sent: list[Message],
+    answer: Answer,
+    sampling: Sampling,
+    on_chunk: Callable[[CompletionChunk], None],
+) -> None:
+    stream = client.stream_chat(sent, model=answer.model, **sampling)
+    async with stream:
+        answer.prefix = stream.prefix
+        async for chunk in stream:
+            answer.text += chunk.text
+            answer.reasoning += chunk.reasoning_content or ""
+            answer.finish_reason = chunk.finish_reason or answer.finish_reason
+            on_chunk(chunk)
+    answer.warnings = stream.warnings
+
+
+def _has_no_stream(error: BadRequestError) -> bool:
+    """Whether the answer comes only whole: members of an ensemble vote on it."""
+    return (error.code, error.param) == ("unsupported_ensemble", "stream")
+
+
+async def _wait(
+    client: AsyncClient,
+    sent: list[Message],
+    answer: Answer,
+    sampling: Sampling,
+    on_chunk: Callable[[CompletionChunk], None],
+) -> None:
+    """The whole answer, as one chunk."""
+    whole = await client.chat(sent, model=answer.model, **sampling)
+    choice = whole.choices[0]
+    answer.prefix, answer.warnings = whole.prefix, whole.warnings
+    answer.text, answer.reasoning = choice.text, choice.reasoning_content or ""
+    answer.finish_reason = choice.finish_reason
+    on_chunk(
+        CompletionChunk(
+            index=0,
+            text=choice.text,
+            finish_reason=choice.finish_reason,
+            reasoning_content=choice.reasoning_content,
+        )
+    )
 
 
 def _says_not(recipe: Recipe, name: str) -> bool:
