@@ -312,6 +312,11 @@ def test_tokens_of_a_prompt_are_counted(client: TestClient, world: World) -> Non
         ({"max_tokens": 0}, "max_tokens", "invalid_request"),
         ({"max_tokens": 500}, "max_tokens", "context_length_exceeded"),
         ({"messages": []}, "messages", "invalid_request"),
+        (
+            {"system": "Be brief.", "messages": [{"role": "user", "content": []}]},
+            "messages",
+            "invalid_request",
+        ),
         ({"messages": [{**USER, "content": "x" * 500}]}, "messages", "context_length_exceeded"),
         ({"messages": [{"role": "tool"}]}, "messages[0].role", "invalid_request"),
         (

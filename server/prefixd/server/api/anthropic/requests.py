@@ -185,7 +185,13 @@ class Conversation(StrictModel):
         """Fields of a chat; None stands for one that is left out. ``reasons``: the model may
         think. Raises BadRequest, with names of a chat."""
         turns, choice = turns_of(self.messages), self.tool_choice
-        continues = bool(turns) and turns[-1]["role"] == "assistant"
+        if not turns:
+            raise BadRequest(
+                "'messages': expected a message with a text or blocks; all that were received are "
+                "empty",
+                param="messages",
+            )
+        continues = turns[-1]["role"] == "assistant"
         if continues:
             _check_continued(turns[-1])
         if self.system:
