@@ -45,9 +45,16 @@ class Answers:
         """Count an error, and note what is wrong with it. An error in a stream has no status of
         its own: 500."""
         error = answer.get("error") if isinstance(answer, dict) else None
-        if not isinstance(error, dict) or not error.get("message") or not error.get("code"):
+        code = _code_of(error) if isinstance(error, dict) else None
+        if not isinstance(error, dict) or not error.get("message") or not code:
             self.defects.append(f"{self.label}: {status} {str(answer)[:300]}: {self.request}")
-        elif status >= 500 and error["code"] not in _REFUSALS:
+        elif status >= 500 and code not in _REFUSALS:
             self.defects.append(f"{self.label}: {status} {error}: {self.request}")
         else:
-            self.outcomes[error["code"]] += 1
+            self.outcomes[code] += 1
+
+
+def _code_of(error: dict[str, Any]) -> str | None:
+    """The code of an error, which in Anthropic's shape is among its details."""
+    code = error.get("code") or (error.get("details") or {}).get("error_code")
+    return None if code is None else str(code)
