@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from prefixd.server.api.generate.generation import EventDelivery
+from prefixd.server.engine.request import Event, FinishEvent, FinishReason, TokenEvent
 from tests.api.api_world import World, fake_text
 from tests.api.test_completions import events
 from tests.api.test_disconnect import Caller, run_with_engine
@@ -73,3 +74,28 @@ def test_tokens_that_are_ready_at_once_are_sent_in_one_write(
         assert "".join(texts(bodies[0] + bodies[1])) == fake_text(None, "hello", TOKENS)
 
     run_with_engine(world, scenario)
+
+
+def test_what_the_next_step_adds_waits_for_the_rest_of_that_step() -> None:
+    """The engine adds events while the loop takes those of the step before."""
+    received: list[int] = []
+
+    async def scenario() -> None:
+        delivery = EventDelivery(asyncio.get_running_loop())
+
+        def receive(choice: int, event: Event) -> None:
+            received.append(choice)
+            if choice == 0:  # the text of the next step, whose end is still to come
+                delivery.add(receive, 1, event)
+
+        text = TokenEvent(0, "x", (1,))
+        delivery.add(receive, 0, text)
+        delivery.deliver()
+        await asyncio.sleep(0)
+        assert received == [0]
+        delivery.add(receive, 2, FinishEvent(0, FinishReason.LENGTH, completion_tokens=1))
+        delivery.deliver()
+        await asyncio.sleep(0)
+        assert received == [0, 1, 2]
+
+    asyncio.run(scenario())

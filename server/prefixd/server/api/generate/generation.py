@@ -33,11 +33,13 @@ Batch = list[tuple[int, Event]]
 
 
 class EventDelivery:
-    """Passes events of all generations to one event loop, with one wake-up for each step."""
+    """Passes events of all generations to one event loop, with one wake-up for each step. Those of
+    a step arrive together: the last text of an answer with its end."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._events: deque[tuple[Callable[[int, Event], None], int, Event]] = deque()
+        # None is where a step ends: the loop may run while the next one adds its events.
+        self._events: deque[tuple[Callable[[int, Event], None], int, Event] | None] = deque()
 
     def add(self, receive: Callable[[int, Event], None], first_choice: int, event: Event) -> None:
         """Have ``receive`` called on the loop after ``deliver``. In any thread."""
@@ -45,12 +47,13 @@ class EventDelivery:
 
     def deliver(self) -> None:
         """Wake the loop. In any thread."""
+        self._events.append(None)
         with suppress(RuntimeError):  # the loop is closed: the server has stopped
             self._loop.call_soon_threadsafe(self._receive)
 
     def _receive(self) -> None:
-        while self._events:
-            receive, choice, event = self._events.popleft()
+        while (added := self._events.popleft()) is not None:
+            receive, choice, event = added
             receive(choice, event)
 
 
