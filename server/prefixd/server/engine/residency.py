@@ -19,7 +19,7 @@ many sequences use it (single flight). Every change of an entry's stage is a met
 
 Two counts complete the stage. ``num_users`` sequences run under an entry now; it is idle without
 any. ``num_uses`` have started under it since it was compiled; one without any that was ``forced``
-in is reserved for the sequences that wait for it, while one of the first two kinds does.
+in is reserved for the sequences that wait for it, while its ``Urgency`` is more than OTHER.
 
 A prefix is claimed by each sequence that waits for it (``waiters``; those of the background class
 are ``background_waiters``), by a pin (``pins``) and by a preload (``preloads``). Its ``Urgency`` is
