@@ -172,3 +172,30 @@ def test_ensembles_that_each_fit_the_pool_all_finish(
             expected = fake_ensemble(rows, sequence.num_output)
         assert sequence.tokens[sequence.num_prompt :] == expected
         assert len(sequence.agreed) == len(sequence.ensemble)
+
+
+def test_pins_leave_for_an_ensemble_whose_members_fit_next_to_them_one_by_one_only() -> None:
+    config = SchedulerConfig(
+        num_blocks=24, block_size=BLOCK, max_resident_tokens=26, max_prefix_wait_s=0.0
+    )
+    scheduler, runner = Scheduler(config), FakeRunner(block_size=BLOCK)
+    pin, *members = [PrefixHandle(PrefixKey("a", f"{name}-13-in"), 13) for name in "pxy"]
+    scheduler.prefix_loader.set_pins([pin])
+    request = AdmittedRequest(
+        "1",
+        "a",
+        (1, 2),
+        members[0],
+        SamplingParams(temperature=0),
+        StopParams(max_tokens=2),
+        members=(Member((1, 2), members[1]),),
+    )
+    (sequence,) = sequences_of(request, first_id=0, seed=0)
+    for number in range(60):
+        if number == 10:  # the pin is resident
+            scheduler.add(sequence, now=1.0)
+        step = scheduler.schedule(now=number / 10)
+        scheduler.update(step, runner.run(step))
+        for key in step.fetches:
+            scheduler.prefix_staged(key, payload_of(key))
+    assert sequence.reason is FinishReason.LENGTH
